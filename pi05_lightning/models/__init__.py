@@ -1,0 +1,1 @@
+"""Pure PyTorch: the backbone and its heads."""

@@ -1,0 +1,159 @@
+"""The contracts between the parts: what a source yields, what the model gets, what the backbone hands to the flow head.
+
+Axis letters, the same everywhere: B batch, C cameras, L tokens, S prefix length (image tokens + L), T action horizon,
+A action dims of a dataset, D action dims of the model (A padded), W model width, H heads, K noise draws, N targets,
+P images present in a batch, R rows of a batch that carry actions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from enum import IntEnum, StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Loss(IntEnum):
+    """Which cross-entropy a token's prediction belongs to; NONE marks a token that is given, not predicted."""
+
+    NONE = 0
+    TEXT = 1
+    SUBTASK = 2
+    FAST = 3
+
+
+class Modality(StrEnum):
+    """What a sample is there to teach; the names that metrics and tables carry."""
+
+    WEB_CAPTION = "web_caption"
+    QA = "qa"
+    HL_SUBTASK = "hl_subtask"
+    FAST = "fast_robot_actions"
+    CONTINUOUS = "continuous_robot_actions"
+
+    @property
+    def id(self) -> int:
+        return list(Modality).index(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question about a frame and its answer; boxes are answers made of `<locYYYY>` tokens (ymin xmin ymax xmax)."""
+
+    question: str
+    answer: str
+    camera: str | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One observation as a dataset, a robot or a simulator gives it, in real units until `transforms` normalise it.
+
+    images: {camera: uint8[3 h w]};  state: f32[S];  actions: f32[T A] with action_is_pad: bool[T], True past the
+    episode's end.  `subtask` is the instruction of the moment, `answers` what is asked about this frame.
+    """
+
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    task: str = ""
+    subtask: str | None = None
+    answers: tuple[Answer, ...] = ()
+    state: np.ndarray | None = None
+    actions: np.ndarray | None = None
+    action_is_pad: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a token sequence. Given segments (loss NONE) attend both ways, predicted ones are causal."""
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    loss: Loss = Loss.NONE
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training example, ready to collate: images u8[3 H W] at the model's size, normalised actions f32[T D] or None.
+
+    action_mask: bool[T D], False on padded steps and padded dims.  key seeds this draw's noise and flow time.
+    """
+
+    segments: tuple[Segment, ...]
+    modality: Modality
+    images: dict[str, np.ndarray] = field(default_factory=dict)
+    actions: np.ndarray | None = None
+    action_mask: np.ndarray | None = None
+    source: int = 0
+    key: int = 0
+
+
+@dataclass
+class Batch:
+    """Samples collated; rows that carry actions come first, so that the flow head slices and never synchronises.
+
+    pixels       u8[P 3 H W]   images present, absent cameras are not here
+    image_index  i64[P]        their slot, row * C + place; present cameras take a row's first places
+    image_mask   bool[B C]     slots in use
+    tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: predicted, sees only what is before it
+    loss_kind    u8[B L]       `Loss` of predicting this token
+    target_index i64[N]        row * L + column of every token with a loss
+    actions      f32[R T D]    action_mask bool[R T D]
+    modality     i64[B]        `Modality.id`;  source i64[B];  key i64[B]
+    noise        f32[R K T D]  time f32[R K]: drawn per sample from `key`, see `losses.draw_noise`; None before that
+    """
+
+    pixels: Tensor
+    image_index: Tensor
+    image_mask: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    causal: Tensor
+    loss_kind: Tensor
+    target_index: Tensor
+    actions: Tensor
+    action_mask: Tensor
+    modality: Tensor
+    source: Tensor
+    key: Tensor
+    noise: Tensor | None = None
+    time: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        pinned = {
+            f.name: getattr(self, f.name).pin_memory()
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+
+@dataclass
+class Prefix:
+    """What the backbone computed, once, for everything that reads it.
+
+    hidden     [B S W] after the last norm, or None when only the flow head reads the prefix
+    kv         one (K, V) per layer, each [B H_kv S head_dim], K rotated
+    mask       bool[B S] valid;  flow_mask bool[B S]: what the flow head may see (images, prompt, subtask; never FAST)
+    """
+
+    hidden: Tensor | None
+    kv: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+    flow_mask: Tensor
+
+    def detach(self) -> Prefix:
+        """The same prefix without gradient: knowledge insulation is this and nothing else."""
+        return replace(self, kv=[(k.detach(), v.detach()) for k, v in self.kv])
