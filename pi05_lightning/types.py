@@ -39,6 +39,18 @@ class Modality(StrEnum):
 
 
 @dataclass(frozen=True)
+class Shapes:
+    """What the data must know of the model: sizes that samples are made to."""
+
+    image_size: int
+    horizon: int
+    action_dim: int
+    vocab_size: int
+    fast_vocab_size: int
+    fast_skip_tokens: int
+
+
+@dataclass(frozen=True)
 class Answer:
     """A question about a frame and its answer; boxes are answers made of `<locYYYY>` tokens (ymin xmin ymax xmax)."""
 
@@ -95,6 +107,7 @@ class Batch:
 
     pixels       u8[P 3 H W]   images present, absent cameras are not here
     image_index  i64[P]        their slot, row * C + place; present cameras take a row's first places
+    camera       i64[P]        which of the data's cameras took it
     image_mask   bool[B C]     slots in use
     tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: predicted, sees only what is before it
     loss_kind    u8[B L]       `Loss` of predicting this token
@@ -106,6 +119,7 @@ class Batch:
 
     pixels: Tensor
     image_index: Tensor
+    camera: Tensor
     image_mask: Tensor
     tokens: Tensor
     token_mask: Tensor
@@ -153,6 +167,10 @@ class Prefix:
     kv: list[tuple[Tensor, Tensor]]
     mask: Tensor
     flow_mask: Tensor
+
+    def rows(self, n: int) -> Prefix:
+        """The first n rows, which are those that carry actions, for the flow head (views)."""
+        return Prefix(None, [(k[:n], v[:n]) for k, v in self.kv], self.mask[:n], self.flow_mask[:n])
 
     def detach(self) -> Prefix:
         """The same prefix without gradient: knowledge insulation is this and nothing else."""

@@ -1,0 +1,65 @@
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+SETUP := .venv/.setup
+RENDERING := .venv/.rendering
+ARGS ?=
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: $(SETUP) ## make .venv with Python 3.12 and install what requirements.lock names (the other targets do this too)
+
+$(SETUP): requirements.lock setup.cfg pyproject.toml
+	@bash tools/make_venv.sh .venv
+	@touch $@
+
+$(RENDERING): $(SETUP) tools/check_rendering.py
+	@$(BIN)/python tools/check_rendering.py
+	@touch $@
+
+.PHONY: demo
+demo: $(RENDERING) ## collect data, train both stages, evaluate, roll out, write a page (ARGS="--seed 1" for another seed)
+	@$(BIN)/pi05 demo $(ARGS)
+
+.PHONY: test
+test: $(RENDERING) ## the tests that are not slow
+	@$(BIN)/pytest -n 2 -m "not slow" $(ARGS)
+
+.PHONY: test-slow
+test-slow: $(RENDERING) ## the slow tests
+	@$(BIN)/pytest -m slow $(ARGS)
+
+.PHONY: lint
+lint: $(SETUP) ## ruff, formatting, type check of the package
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy pi05_lightning
+
+.PHONY: format
+format: $(SETUP) ## apply formatting and what ruff can mend
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+.PHONY: bench
+bench: $(RENDERING) ## compare speed and memory with LeRobot on the same weights
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: monitor
+monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
+	@mkdir -p runs; newest=$$(find runs -name 'events.out.tfevents.*' -exec ls -t {} + | sed -n 1p); \
+	if [ -z "$$newest" ]; then echo "There is no run under runs/ yet: start one with make demo or pi05 fit." >&2; exit 1; fi; \
+	$(BIN)/tensorboard --logdir "$$(dirname "$$newest")" $(ARGS)
+
+.PHONY: lock
+lock: $(SETUP) ## resolve requirements.lock anew for all platforms
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --all-extras --no-header --no-annotate setup.cfg -o requirements.lock
+
+.PHONY: clean
+clean: ## remove .venv, caches and build output; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+from pi05_lightning.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""The stage switch: training moves from the pretrain to the posttrain stage at exactly `pretrain_steps`."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Recipe, Stage
+
+log = logging.getLogger(__name__)
+
+
+class StageSwitch(Callback):
+    """Gives module and data their two-stage recipe, freezes what a stage freezes, and marks the switch.
+
+    All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of the
+    switch continues as it would have. Without `max_steps` the trainer stops after both stages.
+
+    Args:
+        pretrain_steps: optimizer steps of stage 1, CE(text) + CE(subtask) + CE(FAST).
+        posttrain_steps: optimizer steps of stage 2, CE(subtask) + flow_alpha · flow matching.
+        flow_alpha: weight of the flow loss in stage 2.
+        pretrain: loss weights, mixture, learning rates and frozen parts of stage 1.
+        posttrain: the same of stage 2.
+    """
+
+    def __init__(
+        self,
+        pretrain_steps: int = 280_000,
+        posttrain_steps: int = 80_000,
+        flow_alpha: float = 10.0,
+        pretrain: Stage = PRETRAIN,
+        posttrain: Stage = POSTTRAIN,
+    ) -> None:
+        self.recipe = Recipe(pretrain, posttrain, pretrain_steps, posttrain_steps, flow_alpha)
+        self._entered: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pl_module.recipe = self.recipe
+        if trainer.datamodule is not None:  # type: ignore[attr-defined]
+            trainer.datamodule.recipe = self.recipe  # type: ignore[attr-defined]
+        if stage == "fit" and trainer.max_steps == -1:
+            trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._entered = None
+        self._enter(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        self._enter(trainer, pl_module)
+
+    def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        name = self.recipe.stage_at(step)
+        if name == self._entered:
+            return
+        self._entered = name
+        stage = self.recipe.at(step)
+        for parameter_name, parameter in pl_module.named_parameters():
+            parameter.requires_grad = not any(re.search(pattern, parameter_name) for pattern in stage.freeze)
+        self._announce(trainer, name, step)
+
+    @rank_zero_only
+    def _announce(self, trainer: Trainer, name: str, step: int) -> None:
+        weights = {term: weight for term, weight in vars(self.recipe.loss_weights(step)).items() if weight}
+        log.info("step %d: %s stage, loss weights %s", step, name, weights)
+        for logger in trainer.loggers:
+            logger.log_metrics({"stage": float(name == "posttrain")}, step)
+            if hasattr(logger.experiment, "add_text"):
+                logger.experiment.add_text("stage", f"{name} from step {step}: {weights}", step)

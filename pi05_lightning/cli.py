@@ -1,0 +1,82 @@
+"""The `pi05` command: a table of commands, each imported only when it is chosen: `--help` waits for no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, auto_cli
+
+TRAINER_COMMANDS = {
+    "fit": "train a policy through its stages, or resume a run",
+    "validate": "measure a checkpoint on the validation data, per modality",
+    "test": "measure a checkpoint on the test data",
+    "predict": "run a checkpoint over the data",
+}
+# what it does, and where the function is whose signature is its command line
+COMMANDS = {
+    "demo": ("the main job end to end: data, training, evaluation, a page", "pi05_lightning.demo:demo"),
+    "collect": ("record scripted experts in the simulator as a LeRobot dataset", "pi05_lightning.sim.collect:collect"),
+    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.data.commands:stats"),
+    "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.data.commands:tokenizer"),
+    "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.sim.rollout:rollout"),
+}
+
+
+class Parser(ArgumentParser):
+    """An argument parser whose errors are one line long and name the key that was probably meant."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = {action.dest for action in parser._actions}
+        hints = "".join(suggestion(key, known) for key in rejected_keys(message))
+        print(f"{parser.prog}: {message}{hints}\nEvery option: {parser.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def rejected_keys(message: str) -> list[str]:
+    """The dotted keys that a message of jsonargparse says are unknown."""
+    in_group = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    return (
+        [f"{group}.{option}" for group, option in in_group]
+        + re.findall(r"^Option '([\w.]+)'", message)
+        + (re.findall(r"--([\w.-]+)", message) if message.startswith("unrecognized arguments") else [])
+    )
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)` with the nearest known name, or nothing where none is near."""
+    nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def overview() -> str:
+    """What `pi05 --help` prints."""
+    rows = [*TRAINER_COMMANDS.items(), *((name, text) for name, (text, _) in COMMANDS.items())]
+    lines = [f"  {name:<10} {text}" for name, text in rows]
+    return "\n".join(["usage: pi05 COMMAND [options]", "", *lines, "", "Options of one: pi05 COMMAND --help"])
+
+
+def load(address: str) -> Callable[..., Any]:
+    """The function at `package.module:name`."""
+    module, name = address.split(":")
+    return getattr(import_module(module), name)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one `pi05` command. args: those of the process when None. Exits with 2 on a mistake in them."""
+    command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if command in ("-h", "--help"):
+        print(overview())
+    elif command in TRAINER_COMMANDS:
+        load("pi05_lightning.lightning_cli:run")(command, rest)
+    elif command in COMMANDS:
+        auto_cli(load(COMMANDS[command][1]), args=rest, prog=f"pi05 {command}", parser_class=Parser)
+    else:
+        hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
+        print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,34 @@
+"""What goes wrong with data that cannot be trained on, and what is then done about it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+OnBadSample = Literal["error", "skip"]
+
+log = logging.getLogger(__name__)
+
+
+class BadSample(ValueError):
+    """Data that must not be trained on; its message names dataset, episode, frame and key, and how to mend it."""
+
+
+class BadImage(ValueError):
+    """An image that cannot be read. Readers raise it without an address, sources turn it into a `BadSample`."""
+
+
+class Rejects:
+    """Bad data of one dataset, found while it is loaded: an error, or left out with a warning and counted."""
+
+    def __init__(self, dataset: str, policy: OnBadSample):
+        self.dataset, self.policy = dataset, policy
+        self.frames = 0
+
+    def add(self, where: str, problem: str, mend: str, frames: int) -> None:
+        """Record that `frames` frames are bad, the first at `where`; raises BadSample unless they are skipped."""
+        message = f"dataset {self.dataset!r}, {where}: {problem}"
+        if self.policy == "error":
+            raise BadSample(f"{message}. {mend}, or leave such data out with on_bad_sample: skip")
+        self.frames += frames
+        log.warning("%s. Left out: %d frames", message, frames)

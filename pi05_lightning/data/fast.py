@@ -1,0 +1,355 @@
+"""FAST: action chunks as a few discrete tokens (Pertsch et al., arXiv 2501.09747).
+
+Quantile-normalised actions -> orthonormal DCT over time -> round(scale · c) -> low frequencies of all dims first -> one
+character per coefficient -> byte-pair encoding. The folder format is that of the public `physical-intelligence/fast`
+processor, read and written without running its code.
+
+What differs from it: a sequence that does not decode is an error, never zeros; a coefficient that the vocabulary cannot
+spell is moved to the nearest one that it can and counted, where the public one drops it and loses the chunk; and our own
+fits merge across the whole chunk, where the public one cuts it into words by a pattern for English (characters that
+happen to be letters, digits, apostrophes), which costs tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.fft import dct, idct
+from tokenizers import Tokenizer, decoders, models, trainers
+
+if TYPE_CHECKING:
+    from pi05_lightning.data.bpe import BatchBPE
+
+log = logging.getLogger(__name__)
+
+CHARACTERS = 2048  # code points looked at, the ones that UTF-8 spells in at most two bytes
+BATCH = 4096  # chunks encoded at a time, to bound memory
+
+
+class FastDecodeError(ValueError):
+    """Tokens that are not an action chunk."""
+
+
+class FastTokenizer:
+    """Action chunks to FAST tokens and back.
+
+    bpe: characters to tokens.  scale: coefficients per unit of DCT, before rounding.  min_token: the coefficient that
+    character 0 stands for.  vocab_size: ids are below it.  horizon, dim: of the chunks it was made for, if they were one
+    size; `decode` takes them from here when it is not told.
+    """
+
+    def __init__(
+        self,
+        bpe: Tokenizer,
+        scale: float,
+        min_token: int,
+        vocab_size: int,
+        horizon: int | None = None,
+        dim: int | None = None,
+    ) -> None:
+        self.bpe, self.scale, self.min_token = bpe, scale, min_token
+        self.vocab_size = max(vocab_size, bpe.get_vocab_size())
+        self.horizon, self.dim = horizon, dim
+        self.clipped = 0
+        """Coefficients that `encode` had to move into the vocabulary's range, so far and in this process."""
+        self._bytes = _token_bytes(bpe)
+        self.lengths = np.array([_count_characters(token) for token in self._bytes], dtype=np.int64)
+        """i64[V]: coefficients that a token expands to; 0 where it holds a part of a character and never stands alone."""
+        spelled = np.array(sorted(_spelling(bpe)))
+        if not len(spelled):
+            raise ValueError("the FAST tokenizer's vocabulary spells no coefficient at all: its tokenizer.json is damaged")
+        distance = np.abs(np.arange(spelled[-1] + 1)[:, None] - spelled[None, :])
+        self._nearest = spelled[distance.argmin(1)].astype(np.int32)
+
+    # --- actions to tokens
+
+    def encode(self, chunks: np.ndarray) -> list[list[int]]:
+        """Quantile-normalised chunks f32[N T A] to token ids, one list per chunk.
+
+        Raises ValueError for another number of axes and for values that are not finite.
+        """
+        return [tokens for batch in self._batches(chunks) for tokens in self._encode(batch)]
+
+    def quantize(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rounded coefficients that tokens will carry, i32[N T A], and where they had to be clipped, bool[N T A]."""
+        chunks = np.asarray(chunks)
+        if chunks.ndim != 3:
+            raise ValueError(f"expected action chunks [N T A], got shape {list(chunks.shape)}")
+        if not np.isfinite(chunks).all():
+            raise ValueError("an action chunk holds NaN or infinite values: look for them with `pi05 stats`")
+        wanted = quantized_dct(chunks, self.scale) - self.min_token
+        limit = len(self._nearest) - 1
+        characters = self._nearest[wanted.clip(0, limit).astype(np.int32)]
+        return characters + np.int32(self.min_token), characters != wanted
+
+    def _batches(self, chunks: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, max(len(chunks), 1), BATCH):
+            yield chunks[start : start + BATCH]
+
+    def _encode(self, chunks: np.ndarray) -> list[list[int]]:
+        coefficients, clipped = self.quantize(chunks)
+        self._count_clipped(int(clipped.sum()), clipped.size)
+        characters = (coefficients - self.min_token).reshape(len(chunks), -1)
+        if not characters.size:
+            return [[] for _ in chunks]
+        if self._fast_bpe is None:
+            texts = [row.astype("<u4").tobytes().decode("utf-32-le") for row in characters]
+            return [encoding.ids for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
+        ids, ends = self._fast_bpe(characters)
+        flat, bounds = ids.tolist(), [0, *ends.tolist()]
+        return [flat[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+    def _count_clipped(self, clipped: int, total: int) -> None:
+        if clipped and not self.clipped:
+            log.warning(
+                "%d of %d FAST coefficients are outside the range that the tokenizer was fitted on and were moved to its"
+                " edge; fit it on these actions if this is more than a few (counted in FastTokenizer.clipped)",
+                clipped,
+                total,
+            )
+        self.clipped += clipped
+
+    @cached_property
+    def _fast_bpe(self) -> BatchBPE | None:
+        from pi05_lightning.data.bpe import BatchBPE  # numba takes a second to import
+
+        spelling = _spelling(self.bpe)
+        anything = next(iter(spelling.values()))
+        try:
+            return BatchBPE(self.bpe, [spelling.get(c, anything) for c in range(len(self._nearest))])
+        except ValueError as reason:
+            log.info("encoding FAST tokens with `tokenizers`, which is slower: %s", reason)
+            return None
+
+    # --- tokens to actions
+
+    def decode(self, tokens: Sequence[int], horizon: int | None = None, dim: int | None = None) -> np.ndarray:
+        """Token ids to a normalised chunk f32[T A].
+
+        Raises FastDecodeError when they do not expand to exactly T·A coefficients.
+        """
+        horizon, dim = horizon or self.horizon, dim or self.dim
+        if horizon is None or dim is None:
+            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
+        return self._from_coefficients(self._coefficients(tokens, horizon, dim)[None])[0]
+
+    def decode_batch(
+        self, tokens: Sequence[Sequence[int]], horizon: int | None = None, dim: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `decode` for many: f32[N T A] and bool[N], which sequences decoded; the others are NaN."""
+        horizon, dim = horizon or self.horizon, dim or self.dim
+        if horizon is None or dim is None:
+            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
+        actions = np.full((len(tokens), horizon, dim), np.nan, dtype=np.float32)
+        ok = np.zeros(len(tokens), dtype=bool)
+        for row, sequence in enumerate(tokens):
+            try:
+                actions[row] = self.decode(sequence, horizon, dim)
+                ok[row] = True
+            except FastDecodeError:
+                continue
+        return actions, ok
+
+    def reconstruct(self, chunks: np.ndarray) -> np.ndarray:
+        """What decoding the encoded chunks gives, f32[N T A], without the way through tokens."""
+        return self._from_coefficients(self.quantize(chunks)[0])
+
+    def _coefficients(self, tokens: Sequence[int], horizon: int, dim: int) -> np.ndarray:
+        unknown = [token for token in tokens if not 0 <= token < len(self._bytes)]
+        if unknown:
+            raise FastDecodeError(f"not FAST tokens: {unknown[:8]} (the vocabulary has {len(self._bytes)})")
+        try:
+            text = b"".join([self._bytes[token] for token in tokens]).decode()
+        except UnicodeDecodeError as error:
+            raise FastDecodeError(f"tokens that break a character apart: {error}") from error
+        if len(text) != horizon * dim:
+            raise FastDecodeError(
+                f"{len(tokens)} tokens expand to {len(text)} coefficients, but a chunk of {horizon} steps and {dim}"
+                f" dimensions has {horizon * dim}"
+            )
+        characters = np.frombuffer(text.encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        return (characters + self.min_token).reshape(horizon, dim)
+
+    def _from_coefficients(self, coefficients: np.ndarray) -> np.ndarray:
+        return idct(coefficients / self.scale, axis=1, norm="ortho").astype(np.float32)
+
+    # --- ids in the language model's vocabulary
+
+    @staticmethod
+    def to_vocab(tokens: Sequence[int], vocab_size: int, skip: int = 1152) -> list[int]:
+        """FAST tokens to ids of the language model, vocab − 1 − skip − token.
+
+        skip: 1152 stays below PaliGemma's `<loc>` and `<seg>` tokens; openpi and LeRobot's pi0_fast use 128.
+        """
+        return [vocab_size - 1 - skip - token for token in tokens]
+
+    @staticmethod
+    def from_vocab(ids: Sequence[int], vocab_size: int, skip: int = 1152) -> list[int]:
+        """The inverse of `to_vocab`."""
+        return FastTokenizer.to_vocab(ids, vocab_size, skip)
+
+    # --- fitting and storing
+
+    @classmethod
+    def fit(
+        cls,
+        chunks: np.ndarray | Sequence[np.ndarray],
+        vocab_size: int = 1024,
+        scale: float = 10,
+        coverage: float = 1.0,
+        show_progress: bool = False,
+    ) -> FastTokenizer:
+        """Learn a vocabulary from normalised chunks f32[N T A], or from several such arrays of different sizes.
+
+        coverage: share of the coefficients that must have a character of their own, the rarest large ones are clipped.
+        Raises ValueError when that takes more characters than vocab_size.
+        """
+        parts = [chunks] if isinstance(chunks, np.ndarray) else list(chunks)
+        coefficients = [quantized_dct(part, scale).astype(np.int64) for part in parts]
+        low, high = _covering_range(np.concatenate([part.ravel() for part in coefficients]), coverage)
+        if high - low + 1 > vocab_size:
+            raise ValueError(
+                f"the DCT coefficients run from {low} to {high}, {high - low + 1} values, which do not fit a vocabulary of"
+                f" {vocab_size}. Some dimension has rare values far outside its quantiles (`pi05 stats` shows which): mend"
+                " the data, ask for less coverage (say 0.9999), a smaller scale or a larger vocabulary"
+            )
+        bpe = Tokenizer(models.BPE())
+        bpe.decoder = decoders.Fuse()
+        rows = (row for part in coefficients for row in part.clip(low, high).reshape(len(part), -1))
+        bpe.train_from_iterator(
+            ((row - low).astype("<u4").tobytes().decode("utf-32-le") for row in rows),
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                min_frequency=2,
+                show_progress=show_progress,
+                initial_alphabet=[chr(code) for code in range(high - low + 1)],
+            ),
+            length=sum(map(len, parts)),
+        )
+        (horizon, dim), *others = {part.shape[1:] for part in parts}
+        return cls(bpe, scale, low, vocab_size, *((None, None) if others else (horizon, dim)))
+
+    def save(self, folder: Path | str) -> None:
+        """Write the public processor's folder: `AutoProcessor` reads it (its code comes from the hub), and so do we."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.bpe.save(str(folder / "tokenizer.json"))
+        processor = "UniversalActionProcessor"
+        files: dict[str, dict[str, Any]] = {
+            "processor_config.json": {
+                "action_dim": self.dim,
+                "auto_map": {"AutoProcessor": f"physical-intelligence/fast--processing_action_tokenizer.{processor}"},
+                "min_token": self.min_token,
+                "processor_class": processor,
+                "scale": self.scale,
+                "time_horizon": self.horizon,
+                "vocab_size": self.vocab_size,
+            },
+            "tokenizer_config.json": {
+                "clean_up_tokenization_spaces": False,
+                "processor_class": processor,
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            },
+            "special_tokens_map.json": {},
+        }
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> FastTokenizer:
+        """Read a folder in the public processor's format; no code in it is run.
+
+        Raises ValueError that names the file which is missing or incomplete.
+        """
+        folder = Path(folder)
+        for name in ("processor_config.json", "tokenizer.json"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is no FAST tokenizer, it has no {name}: make one with `pi05 tokenizer`")
+        config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        missing = {"scale", "min_token", "vocab_size"} - set(config)
+        if missing:
+            raise ValueError(f"{folder / 'processor_config.json'} does not say {', '.join(sorted(missing))}")
+        return cls(
+            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            config["scale"],
+            config["min_token"],
+            config["vocab_size"],
+            config.get("time_horizon"),
+            config.get("action_dim"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain types, for a checkpoint."""
+        return {
+            "tokenizer": self.bpe.to_str(),
+            "scale": self.scale,
+            "min_token": self.min_token,
+            "vocab_size": self.vocab_size,
+            "horizon": self.horizon,
+            "dim": self.dim,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FastTokenizer:
+        """The inverse of `to_dict`."""
+        return cls(Tokenizer.from_str(values["tokenizer"]), **{k: v for k, v in values.items() if k != "tokenizer"})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FastTokenizer.from_dict, (self.to_dict(),)
+
+
+def quantized_dct(chunks: np.ndarray, scale: float) -> np.ndarray:
+    """round(scale · DCT-II over time), orthonormal, halves to even: f32[N T A] to whole numbers f32[N T A]."""
+    return np.around(dct(chunks, axis=1, norm="ortho") * scale)
+
+
+def _covering_range(coefficients: np.ndarray, coverage: float) -> tuple[int, int]:
+    """The smallest and largest coefficient when the outermost 1 − coverage of all, by size, is left out."""
+    if coverage < 1:
+        bound = np.quantile(np.abs(coefficients), coverage, method="higher")
+        coefficients = coefficients[np.abs(coefficients) <= bound]
+    return int(coefficients.min()), int(coefficients.max())
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters that GPT-2's byte-level scheme writes bytes with: itself where printable, else from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _is_byte_level(bpe: Tokenizer) -> bool:
+    return isinstance(bpe.decoder, decoders.ByteLevel)
+
+
+def _token_bytes(bpe: Tokenizer) -> list[bytes]:
+    """What each token stands for, in UTF-8, which a byte-level token may begin or end within a character of."""
+    tokens = [bpe.id_to_token(token) or "" for token in range(bpe.get_vocab_size())]
+    if not _is_byte_level(bpe):
+        return [token.encode() for token in tokens]
+    letters = _byte_letters()
+    return [bytes(letters[c] for c in token) if set(token) <= set(letters) else token.encode() for token in tokens]
+
+
+def _spelling(bpe: Tokenizer) -> dict[int, list[int]]:
+    """The token ids that BPE starts from for each character that the vocabulary can spell."""
+    if _is_byte_level(bpe):
+        letter = {byte: letter for letter, byte in _byte_letters().items()}
+        words = {code: [letter[byte] for byte in chr(code).encode()] for code in range(CHARACTERS)}
+    else:
+        words = {code: [chr(code)] for code in range(CHARACTERS)}
+    vocab = bpe.get_vocab()
+    return {code: [vocab[c] for c in word] for code, word in words.items() if all(c in vocab for c in word)}
+
+
+def _count_characters(token: bytes) -> int:
+    try:
+        return len(token.decode())
+    except UnicodeDecodeError:
+        return 0

@@ -1,0 +1,178 @@
+"""Frames decoded once, at the model's size: a training read becomes a copy out of memory-mapped bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from pi05_lightning.data.errors import BadImage
+from pi05_lightning.data.frames import FrameStore, OpenFiles
+from pi05_lightning.data.images import resize_with_pad
+
+_VERSION = 1  # part of every fingerprint: raise it when the same file would give other bytes
+_BATCH = 64  # frames resized and written at once
+
+
+def cache_folder(dataset: Path, cache_dir: Path | None = None) -> Path:
+    """Where a dataset's frames are cached: beside it, or in the user's cache when its folder is read-only.
+
+    `cache_dir` replaces both.
+    """
+    if cache_dir is None and os.access(dataset, os.W_OK):
+        return dataset / ".cache" / "pi05"
+    base = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pi05"
+    name = hashlib.blake2b(str(dataset.resolve()).encode(), digest_size=6).hexdigest()
+    return base / f"{dataset.resolve().name}-{name}"
+
+
+class CachedFrames:
+    """The frames of a store at one size, in file order: per file its pixels (`.u8`) and their positions (`.npz`).
+
+    `prepare` writes what is missing, each file atomically; a file whose size or date changed is decoded anew.
+    """
+
+    def __init__(self, origin: FrameStore, size: tuple[int, int], folder: Path):
+        self.origin, self.size = origin, size
+        self.folder = folder / f"{size[0]}x{size[1]}"
+        self._place: np.ndarray | None = None
+        self._problem: dict[int, str] = {}
+        self._pixels = OpenFiles(self._map, capacity=256)
+
+    @property
+    def ready(self) -> bool:
+        """Whether every file is cached."""
+        return not self._missing()
+
+    def prepare(self, label: str) -> None:
+        """Decode the files that are not cached yet, under a progress bar called `label`; raises OSError when full."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            missing = self._missing()
+            if missing:
+                self._decode_all(missing, label)
+        self._place = None
+
+    def read(self, row: int) -> np.ndarray:
+        """Image of frame `row`, u8[3 H W]; raises BadImage, or RuntimeError before `prepare`."""
+        place = self._places()[row]
+        if place < 0:
+            raise BadImage(self.problem(row))
+        return np.array(self._pixels[int(self.origin.file[row])][place])
+
+    def unreadable(self) -> np.ndarray:
+        """The rows, i64, that have no readable image; RuntimeError before `prepare`."""
+        return np.flatnonzero(self._places() < 0)
+
+    def problem(self, row: int) -> str:
+        """Why frame `row` has no image."""
+        file, position = int(self.origin.file[row]), self.origin.position[row]
+        return self._problem.get(file) or f"{self.origin.files[file]} has no image at {position:.4f}"
+
+    def _places(self) -> np.ndarray:
+        """i64[N], each frame's place in its cached file, -1 where the file has no image for it."""
+        if self._place is None:
+            if not self.ready:
+                raise RuntimeError(f"the frame cache {self.folder} is incomplete: call prepare() before reading")
+            self._place = np.full(len(self.origin.file), -1, dtype=np.int64)
+            for file in range(len(self.origin.files)):
+                with np.load(self._index_path(file)) as index:
+                    cached, self._problem[file] = index["position"], str(index["problem"])
+                rows = np.flatnonzero(self.origin.file == file)
+                self._place[rows] = _nearest(cached, self.origin.position[rows], self.origin.tolerance)
+        return self._place
+
+    def _missing(self) -> list[int]:
+        return [i for i in range(len(self.origin.files)) if not self._index_path(i).exists()]
+
+    def _map(self, file: int) -> np.ndarray:
+        return np.memmap(self._frames_path(file), dtype=np.uint8, mode="r").reshape(-1, 3, *self.size)
+
+    def _stem(self, file: int) -> str:
+        return "-".join(self.origin.files[file].with_suffix("").parts[-2:])
+
+    def _frames_path(self, file: int) -> Path:
+        return self._index_path(file).with_suffix(".u8")
+
+    def _index_path(self, file: int) -> Path:
+        stat = self.origin.files[file].stat()
+        key = f"{_VERSION} {self.origin.files[file].name} {stat.st_size} {stat.st_mtime_ns}"
+        fingerprint = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        return self.folder / f"{self._stem(file)}.{fingerprint}.npz"
+
+    def _decode_all(self, files: list[int], label: str) -> None:
+        total = sum(self.origin.count(i) for i in files)
+        needed, free = total * 3 * self.size[0] * self.size[1], shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise OSError(
+                f"caching {label} takes {needed / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB left: "
+                "name a larger disk as cache_dir, or decode while training with image_cache: false"
+            )
+        stop = threading.Event()
+        # threads, since decoding, colour conversion, resizing and writing release the interpreter's lock
+        with (
+            tqdm(total=total, desc=f"decoding {label}", unit=" frames") as bar,
+            ThreadPoolExecutor(min(len(files), _cores())) as pool,
+        ):
+            try:
+                for future in [pool.submit(self._decode, i, bar, stop) for i in files]:
+                    future.result()
+            finally:
+                stop.set()
+
+    def _decode(self, file: int, bar: tqdm, stop: threading.Event) -> None:
+        for stale in self.folder.glob(f"{self._stem(file)}.*"):
+            stale.unlink()
+        positions: list[float] = []
+        problem = ""
+        batch: list[np.ndarray] = []
+        pixels = self._frames_path(file).with_suffix(".u8.tmp")
+        with pixels.open("wb") as out:
+            for position, image in self.origin.scan(file):
+                if stop.is_set():
+                    return
+                if isinstance(image, BadImage):
+                    problem = problem or str(image)
+                    continue
+                if batch and (len(batch) == _BATCH or image.shape != batch[0].shape):
+                    self._write(batch, out)
+                    batch = []
+                batch.append(image)
+                positions.append(position)
+                bar.update()
+            if batch:
+                self._write(batch, out)
+        index = self._index_path(file).with_suffix(".npz.tmp")
+        with index.open("wb") as out:
+            np.savez(out, position=np.array(positions), problem=np.array(problem))
+        pixels.replace(self._frames_path(file))
+        index.replace(self._index_path(file))  # last: an index says that its file is cached
+
+    def _write(self, batch: list[np.ndarray], out: BinaryIO) -> None:
+        resized = resize_with_pad(torch.from_numpy(np.stack(batch)), self.size)
+        out.write(resized.contiguous().numpy().data)
+
+
+def _nearest(cached: np.ndarray, wanted: np.ndarray, tolerance: float) -> np.ndarray:
+    """Index of the nearest sorted `cached` value for each wanted one, -1 where none is within tolerance."""
+    if not len(cached):
+        return np.full(len(wanted), -1, dtype=np.int64)
+    right = np.searchsorted(cached, wanted).clip(max=len(cached) - 1)
+    left = (right - 1).clip(min=0)
+    place = np.where(wanted - cached[left] < cached[right] - wanted, left, right)
+    return np.where(np.abs(cached[place] - wanted) <= tolerance, place, -1)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,220 @@
+"""Where a dataset's images come from: video files, or image columns of parquet files.
+
+A store answers `read(row)` with the image of one frame. It knows, per row, the file and the position in it: seconds in
+a video, the row number in a parquet file. Files are opened on first use and kept open, per process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from av.video.reformatter import VideoReformatter
+
+from pi05_lightning.data.errors import BadImage
+from pi05_lightning.data.images import read_image
+
+
+class OpenFiles[K, T]:
+    """At most `capacity` opened things by key, the least recently used dropped first; a forked process starts anew."""
+
+    def __init__(self, opener: Callable[[K], T], capacity: int):
+        self._opener, self._capacity = opener, capacity
+        self._open: OrderedDict[K, T] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getitem__(self, key: K) -> T:
+        if self._pid != os.getpid():  # file positions are shared across a fork
+            self._open, self._pid = OrderedDict(), os.getpid()
+        if key in self._open:
+            self._open.move_to_end(key)
+        else:
+            self._open[key] = self._opener(key)
+            if len(self._open) > self._capacity:
+                self._open.popitem(last=False)
+        return self._open[key]
+
+
+class VideoDecoder:
+    """One open video, read by timestamp or from start to end.
+
+    PyAV everywhere, also where torchcodec could be loaded: the same file gives the same pixels on every machine.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._container = av.open(str(path))
+        except (av.FFmpegError, OSError) as error:
+            raise BadImage(f"{path} cannot be opened as a video ({error})") from error
+        if not self._container.streams.video:
+            raise BadImage(f"{path} has no video stream")
+        self._stream = self._container.streams.video[0]
+        # one thread a decoder: more would delay the first frame after a seek, and workers are the parallelism
+        self._stream.codec_context.thread_count = 1
+        rate = self._stream.average_rate
+        self._period = float(1 / rate) if rate else math.nan
+        self._to_rgb = VideoReformatter()  # kept, since it holds the conversion's context
+        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._next = math.nan  # seconds at which the decoder's next frame is due
+
+    @property
+    def count(self) -> int:
+        """Frames by the header, 0 when it does not say."""
+        return self._stream.frames
+
+    def scan(self) -> Iterator[tuple[float, np.ndarray]]:
+        """Every frame in order, with its time in seconds, as u8[3 h w]; raises BadImage where decoding fails."""
+        self._seek(0.0)
+        for frame in self._decode():
+            yield self._seconds(frame), self._pixels(frame)
+
+    def read(self, timestamp: float, tolerance: float) -> np.ndarray:
+        """The frame shown at `timestamp`, u8[3 h w]; raises BadImage when none is within `tolerance` seconds."""
+        if not abs(timestamp - self._next) <= tolerance:
+            self._seek(timestamp)
+        last = None
+        for frame in self._decode():
+            last = self._seconds(frame)
+            if last >= timestamp - tolerance:
+                if last > timestamp + tolerance:
+                    break
+                self._next = last + self._period
+                return self._pixels(frame)
+        self._next = math.nan
+        nearest = "nothing after it" if last is None else f"the nearest frame is at {last:.4f} s"
+        raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g} ({nearest})")
+
+    def _seek(self, timestamp: float) -> None:
+        try:
+            pts = round(timestamp / self._stream.time_base) - 1  # to the key frame at or before it
+            self._container.seek(pts, stream=self._stream)
+        except av.FFmpegError as error:
+            raise BadImage(f"{self.path} cannot be searched ({error})") from error
+        self._frames = self._container.decode(self._stream)
+
+    def _decode(self) -> Iterator[av.VideoFrame]:
+        try:
+            for frame in self._frames:
+                if frame.pts is not None:
+                    yield frame
+        except av.FFmpegError as error:
+            raise BadImage(f"{self.path} is damaged ({error})") from error
+
+    def _seconds(self, frame: av.VideoFrame) -> float:
+        return float(frame.pts * self._stream.time_base)
+
+    def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        rgb = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        return np.ascontiguousarray(rgb.transpose(2, 0, 1))
+
+
+class FrameStore(ABC):
+    """Images of a dataset's N frames for one camera.
+
+    files;  file: i32[N], index into files;  position: f64[N] in that file;  tolerance: how far off a position may be.
+    """
+
+    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float):
+        self.files, self.file, self.position, self.tolerance = files, file, position, tolerance
+
+    @abstractmethod
+    def read(self, row: int) -> np.ndarray:
+        """Image of frame `row`, u8[3 h w]; raises BadImage."""
+
+    @abstractmethod
+    def count(self, file: int) -> int:
+        """About how many frames the file holds."""
+
+    @abstractmethod
+    def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
+        """(position, image) in the file's order; a BadImage where one cannot be read, last where reading must end."""
+
+
+class VideoFrames(FrameStore):
+    """Frames of video files; position is the time in seconds."""
+
+    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float):
+        super().__init__(files, file, position, tolerance)
+        self._decoders: OpenFiles[int, VideoDecoder] = OpenFiles(lambda i: VideoDecoder(files[i]), capacity=32)
+
+    def read(self, row: int) -> np.ndarray:
+        return self._decoders[int(self.file[row])].read(float(self.position[row]), self.tolerance)
+
+    def count(self, file: int) -> int:
+        try:
+            return VideoDecoder(self.files[file]).count
+        except BadImage:
+            return 0  # scanning the file says what is wrong with it
+
+    def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
+        position = 0.0
+        try:
+            for position, image in VideoDecoder(self.files[file]).scan():
+                yield position, image
+        except BadImage as error:
+            yield position, error
+
+
+class ParquetFrames(FrameStore):
+    """Images encoded in a column of parquet files, as `datasets` stores them; position is the row in the file."""
+
+    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, column: str):
+        super().__init__(files, file, position, tolerance=0.25)
+        self._column = column
+        self._parquet: OpenFiles[int, pq.ParquetFile] = OpenFiles(
+            lambda i: pq.ParquetFile(files[i], memory_map=True), capacity=32
+        )
+        self._ends = OpenFiles(self._group_ends, capacity=1024)
+        self._groups = OpenFiles(self._read_group, capacity=8)
+
+    def read(self, row: int) -> np.ndarray:
+        file, position = int(self.file[row]), int(self.position[row])
+        try:
+            ends = self._ends[file]
+            group = int(np.searchsorted(ends, position, side="right"))
+            start = int(ends[group - 1]) if group else 0
+            value = self._groups[file, group][position - start]
+        except (pa.ArrowException, OSError) as error:
+            raise BadImage(f"{self.files[file]} is damaged ({error})") from error
+        return _stored_image(value)
+
+    def count(self, file: int) -> int:
+        return pq.read_metadata(self.files[file]).num_rows
+
+    def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
+        position = 0
+        try:
+            for batch in pq.ParquetFile(self.files[file]).iter_batches(batch_size=256, columns=[self._column]):
+                for value in batch.column(0):
+                    try:
+                        yield position, _stored_image(value)
+                    except BadImage as error:
+                        yield position, error
+                    position += 1
+        except (pa.ArrowException, OSError) as error:
+            yield position, BadImage(f"{self.files[file]} is damaged ({error})")
+
+    def _group_ends(self, file: int) -> np.ndarray:
+        metadata = self._parquet[file].metadata
+        return np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
+
+    def _read_group(self, key: tuple[int, int]) -> pa.ChunkedArray:
+        file, group = key
+        return self._parquet[file].read_row_group(group, columns=[self._column]).column(0)
+
+
+def _stored_image(value: pa.Scalar) -> np.ndarray:
+    stored = value.as_py()
+    data = stored["bytes"] if isinstance(stored, dict) else stored
+    if not data:
+        raise BadImage("no image is stored for this frame")
+    return read_image(data)

@@ -1,0 +1,73 @@
+"""Images as the model takes them: RGB, uint8, at one size, resized the same way for training and inference."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pi05_lightning.data.errors import BadImage
+
+# What Pillow's decoders raise on damaged files, besides OSError.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Scale images into `size`, keeping their aspect: bilinear, no antialias, centred, the rest zero.
+
+    images: u8[N 3 h w] or f32[N 3 h w] in [0, 1];  size: (H, W).  Returns the same dtype at [N 3 H W].
+    As openpi and LeRobot do it; there images are floats, so uint8 differs by rounding, half a grey level at most.
+    """
+    height, width = size
+    h, w = images.shape[-2:]
+    if (h, w) == (height, width):
+        return images
+    ratio = max(w / width, h / height)
+    inner_h, inner_w = max(1, int(h / ratio)), max(1, int(w / ratio))
+    scaled = F.interpolate(images.float(), size=(inner_h, inner_w), mode="bilinear", align_corners=False)
+    is_uint8 = images.dtype == torch.uint8
+    scaled = scaled.round_().clamp_(0, 255).to(torch.uint8) if is_uint8 else scaled.clamp_(0, 1)
+    top, left = (height - inner_h) // 2, (width - inner_w) // 2
+    return F.pad(scaled, (left, width - inner_w - left, top, height - inner_h - top))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`resize_with_pad` for one numpy image, u8[3 h w] -> u8[3 H W]."""
+    return resize_with_pad(torch.from_numpy(image)[None], size)[0].numpy()
+
+
+def rgb_array(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode as RGB u8[3 h w].
+
+    The camera's orientation tag is applied, 16-bit levels are scaled to 8, transparency is laid over white.
+    Raises BadImage for floating-point images, whose range nothing tells.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImage("the image holds floating-point values of unknown range; store it with 8 or 16 bits a channel")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)  # 257 = 65535 / 255
+        return np.repeat(grey[None], 3, axis=0)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def read_image(source: Path | bytes) -> np.ndarray:
+    """An image file, or the bytes of one (PNG, JPEG, …), as RGB u8[3 h w]; raises BadImage when it is damaged."""
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return rgb_array(image)
+    except BadImage:
+        raise
+    except _DECODE_ERRORS as error:
+        what = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+        raise BadImage(f"{what} cannot be read ({error})") from error

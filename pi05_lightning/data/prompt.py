@@ -1,0 +1,80 @@
+"""Frames to token segments: the prompt, and what the model is to say. Every template is configuration.
+
+No public template for subtasks exists; the flow and FAST ones are openpi's and LeRobot's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pi05_lightning.types import Answer, Frame, Loss, Segment
+
+ConditionOn = Literal["subtask", "task", "both"]
+
+STATE_BINS = np.linspace(-1, 1, 257)[:-1]
+
+
+def discretize_state(state: np.ndarray, *, clip: bool = True) -> np.ndarray:
+    """Normalised state f32[S] to bins i64[S] in 0..255 (-1..255 when not clipped, as in openpi and LeRobot)."""
+    bins = np.digitize(state, STATE_BINS) - 1
+    return bins.clip(0, 255) if clip else bins
+
+
+def clean_task(task: str) -> str:
+    """One line without underscores, as openpi and LeRobot do."""
+    return task.strip().replace("_", " ").replace("\n", " ")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Templates. `{task}`, `{subtask}`, `{state}` and `{question}` are filled in."""
+
+    action: str = "Task: {task}, State: {state};\nAction: "
+    """Low level, conditioned on the task."""
+    action_subtask: str = "Subtask: {subtask}, State: {state};\nAction: "
+    """Low level, conditioned on the subtask alone."""
+    task: str = "Task: {task}, State: {state};\n"
+    """High level, and the prompt that FAST tokens or a subtask follow."""
+    fast_subtask: str = "Subtask: {subtask}, State: {state};\n"
+    """The prompt that FAST tokens follow when they are conditioned on the subtask alone."""
+    subtask: str = "Subtask: {subtask}"
+    """What the high level says."""
+    question: str = "{question}\n"
+    fast_opening: str = "Action: "
+    fast_closing: str = "|"
+    clip_state: bool = True
+    """False reproduces openpi's and LeRobot's bin -1 for values below the first quantile."""
+
+    def state(self, frame: Frame) -> str:
+        if frame.state is None:
+            return ""
+        return " ".join(map(str, discretize_state(frame.state, clip=self.clip_state)))
+
+    def fill(self, template: str, frame: Frame, subtask: str | None = None) -> Segment:
+        text = template.format(task=clean_task(frame.task), subtask=subtask, state=self.state(frame))
+        return Segment(text)
+
+    def high_level(self, frame: Frame) -> list[Segment]:
+        """What the subtask is asked with."""
+        return [self.fill(self.task, frame)]
+
+    def say_subtask(self, subtask: str) -> Segment:
+        return Segment(self.subtask.format(subtask=subtask), loss=Loss.SUBTASK)
+
+    def low_level(self, frame: Frame, subtask: str | None, condition_on: ConditionOn, *, fast: bool) -> list[Segment]:
+        """What actions are conditioned on; without a subtask, the task alone.
+
+        fast: FAST tokens come next, and they open with "Action: " themselves.
+        """
+        if subtask is None or condition_on == "task":
+            return [self.fill(self.task if fast else self.action, frame)]
+        if condition_on == "subtask":
+            return [self.fill(self.fast_subtask if fast else self.action_subtask, frame, subtask)]
+        return [*self.high_level(frame), self.say_subtask(subtask)]
+
+    def ask(self, answer: Answer) -> list[Segment]:
+        """A question and its answer as target."""
+        return [Segment(self.question.format(question=answer.question)), Segment(answer.answer, loss=Loss.TEXT)]

@@ -1,0 +1,273 @@
+"""LeRobot v3 datasets as a source: columns read once into memory, images on demand or from a cache.
+
+What differs from `LeRobotDataset`: no row of a table is looked up through `datasets`, files stay open, frames keep
+uint8, language columns become subtasks and answers, and data that cannot be trained on is an error with an address.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
+from pi05_lightning.data.frame_cache import CachedFrames, cache_folder
+from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
+from pi05_lightning.data.sources.base import SourceConfig, Split
+from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns
+from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.types import Frame, Modality, Shapes
+
+
+@dataclass(frozen=True)
+class LeRobotConfig(SourceConfig):
+    """A LeRobot v3 dataset and what to take from it."""
+
+    path: str
+    """Folder of the dataset, or its Hub id."""
+    cameras: dict[str, str] | None = None
+    """Image features to read, each with its camera name; all of them by default, named by the key's last part."""
+    state_keys: list[str] = field(default_factory=lambda: ["observation.state"])
+    """Features concatenated into the state; none for data without one."""
+    action_keys: list[str] = field(default_factory=lambda: ["action"])
+    """Features concatenated into the action; none for data without actions."""
+    horizon_seconds: float | None = None
+    """Length of an action chunk in time, a whole number of frames; by default as many frames as the model's horizon."""
+    val_fraction: float = 0.1
+    """Share of episodes held out where meta/info.json names no validation split; 0 holds out none."""
+    episodes: list[int] | str | None = None
+    """Only these episode numbers, or those that meet an SQL condition on their metadata, as "length >= 50"."""
+    subtask_key: str | None = None
+    """Column with the subtask, as text or as subtask_index; by default language_persistent, else subtask_index."""
+    task: str | None = None
+    """Task sentence for frames that have none."""
+    image_cache: bool = False
+    """Decode all frames once, at the model's size, into files under `cache_dir`."""
+    cache_dir: str | None = None
+    """Folder for cached frames; by default .cache/pi05 in the dataset, or the user's cache if that is read-only."""
+    tolerance_s: float = 1e-4
+    """How far, in seconds, a video frame may be from its timestamp; less than half a frame."""
+    on_bad_sample: OnBadSample = "error"
+    """Whether a frame that cannot be trained on stops the run or is left out, counted and logged."""
+
+    def open(self, name: str, split: Split, shapes: Shapes) -> LeRobotSource:
+        """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
+        return LeRobotSource(self, name, split, shapes.horizon, (shapes.image_size, shapes.image_size))
+
+    def statistics(self, name: str) -> Normalize | None:
+        """Exact quantiles of the training part's state and action values, over all its frames."""
+        if not self.action_keys:
+            return None
+        numbers_only = replace(self, cameras={}, horizon_seconds=None)
+        return LeRobotSource(numbers_only, name, "train", horizon=1, image_size=(0, 0)).quantiles()
+
+
+class LeRobotSource:
+    """Frames of a dataset's chosen episodes, in its order, each with the action chunk that starts there.
+
+    horizon: steps of a chunk.  image_size: (H, W) of cached frames; without a cache frames keep their own size.
+    """
+
+    def __init__(self, config: LeRobotConfig, name: str, split: Split, horizon: int, image_size: tuple[int, int]):
+        self.config, self.name, self.split, self.horizon, self.image_size = config, name, split, horizon, image_size
+        self.rejects = Rejects(name, config.on_bad_sample)
+        self.files = LeRobotFiles.open(find_dataset(config.path))
+        self.cameras = self._cameras()
+        self._steps = self._chunk_steps()
+        state, action = self._widths(config.state_keys), self._widths(config.action_keys)
+        wanted = Wanted(state, action, config.subtask_key, self.cameras)
+        episodes = self.files.choose(split, config.val_fraction, config.episodes)
+        self.columns = read_columns(self.files, episodes, wanted, self.rejects)
+        self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
+        self._kept = np.ones(len(self.columns.episode), dtype=bool)
+        self._reject_values()
+        self._images = {camera: self._store(key) for key, camera in self.cameras.items()}
+        self._rows = np.flatnonzero(self._kept)
+        if self._caches and all(cache.ready for cache in self._caches.values()):
+            self._reject_undecoded()
+        if len(episodes) and not len(self._rows):
+            raise ValueError(f"dataset {name!r}: no usable frame is left in the {split} split of {config.path}")
+
+    def __reduce__(self) -> tuple:
+        # a spawned worker reads the columns anew: quicker than pickling them
+        return LeRobotSource, (self.config, self.name, self.split, self.horizon, self.image_size)
+
+    @property
+    def camera_names(self) -> list[str]:
+        return list(self.cameras.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Frame:
+        row = int(self._rows[index])
+        actions, is_pad = self._chunk(row)
+        return Frame(
+            images={camera: self._image(camera, row) for camera in self.cameras.values()},
+            task=self._task[row] or "",
+            subtask=self.columns.subtask[row],
+            answers=self.columns.answers[row],
+            state=self.columns.state[row] if self.config.state_keys else None,
+            actions=actions,
+            action_is_pad=is_pad,
+        )
+
+    def indices(self, modality: Modality) -> np.ndarray:
+        """i64: frames with a question (qa), with a subtask (hl_subtask), with actions (the two of robot actions)."""
+        match modality:
+            case Modality.QA:
+                useful = np.isin(self._rows, self.columns.answers.rows)
+            case Modality.HL_SUBTASK:
+                useful = self.columns.subtask.codes[self._rows] >= 0
+            case Modality.FAST | Modality.CONTINUOUS:
+                useful = np.full(len(self), bool(self.config.action_keys))
+            case _:
+                useful = np.zeros(len(self), dtype=bool)
+        return np.flatnonzero(useful)
+
+    def address(self, index: int) -> str:
+        """The frame in words: "dataset 'x', episode 3, frame 17"."""
+        return f"dataset {self.name!r}, {self.columns.address(self._rows[index])}"
+
+    def prepare(self) -> None:
+        """Decode all frames into the cache, if one is wanted; raises BadSample for frames that do not decode."""
+        for camera, cache in self._caches.items():
+            cache.prepare(f"{self.name} {self.split}, {camera}")
+        self._reject_undecoded()
+
+    def quantiles(self) -> Normalize:
+        """Exact 1 % and 99 % quantiles of state and action over the source's frames."""
+        state, action = (values[self._rows].astype(np.float64) for values in (self.columns.state, self.columns.action))
+        return Normalize(*(Quantiles(*np.quantile(values, (0.01, 0.99), axis=0)) for values in (state, action)))
+
+    @property
+    def episode(self) -> np.ndarray:
+        """i64: the episode of every frame."""
+        return self.columns.episode[self._rows]
+
+    def _cameras(self) -> dict[str, str]:
+        available = self.files.cameras()
+        cameras = self.config.cameras
+        if cameras is None:
+            cameras = {key: key.rpartition(".")[2] for key in available}
+        for key in cameras:
+            if key not in available:
+                raise ValueError(
+                    f"dataset {self.name!r} has no image feature {key!r}; it has {available}: correct `cameras`"
+                )
+        if len(set(cameras.values())) < len(cameras):
+            raise ValueError(
+                f"dataset {self.name!r}: two features share a camera name in {cameras}; name them in `cameras`"
+            )
+        return cameras
+
+    def _chunk_steps(self) -> int:
+        fps, seconds = self.files.fps, self.config.horizon_seconds
+        if not 0 < self.config.tolerance_s < 0.5 / fps:
+            raise ValueError(f"tolerance_s must be between 0 and half a frame, {0.5 / fps:.4f} s at {fps:g} fps")
+        if seconds is None:
+            return self.horizon
+        steps = round(seconds * fps)
+        if abs(steps - seconds * fps) > 1e-6 or not 1 <= steps <= self.horizon:
+            raise ValueError(
+                f"dataset {self.name!r}: horizon_seconds {seconds:g} is {seconds * fps:g} frames at {fps:g} fps; "
+                f"it must be a whole number of them, from 1 to the model's horizon of {self.horizon}"
+            )
+        return steps
+
+    def _widths(self, keys: list[str]) -> dict[str, int]:
+        vectors = {key: f["shape"][0] for key, f in self.files.features.items() if len(f["shape"]) == 1}
+        for key in keys:
+            if key not in vectors:
+                raise ValueError(
+                    f"dataset {self.name!r} has no vector {key!r}; it has {sorted(vectors)}: correct the keys"
+                )
+        return {key: vectors[key] for key in keys}
+
+    def _reject_values(self) -> None:
+        """Frames without a task, and frames whose state or action chunk holds NaN or infinity."""
+        columns, add = self.columns, self.rejects.add
+        untold = np.flatnonzero(self._task.codes < 0)
+        if len(untold):
+            where = f"{columns.address(untold[0])}, task_index"
+            add(where, "it has no task sentence", "Add it to meta/tasks.parquet or give `task`", len(untold))
+        bad_state, bad_action = (~np.isfinite(values).all(axis=1) for values in (columns.state, columns.action))
+        mend = "Correct the data or leave the episode out with `episodes`"
+        # a chunk is bad when a bad step lies between its frame and its end
+        bad_until = np.concatenate([[0], np.cumsum(bad_action)])
+        stop = np.minimum(np.arange(len(bad_action)) + self._steps, columns.end)
+        bad_chunk = bad_until[stop] > bad_until[:-1]
+        for keys, values, bad_row, bad_frame in (
+            (self.config.state_keys, columns.state, bad_state, bad_state),
+            (self.config.action_keys, columns.action, bad_action, bad_chunk),
+        ):
+            if bad_row.any():
+                row = int(np.argmax(bad_row))
+                dim = int(np.argmin(np.isfinite(values[row])))
+                where = f"{columns.address(row)}, {' + '.join(keys)}"
+                add(where, f"value {dim} is {values[row, dim]}", mend, int(bad_frame.sum()))
+        self._kept &= (self._task.codes >= 0) & ~bad_state & ~bad_chunk
+
+    # Images.
+
+    def _store(self, key: str) -> FrameStore | CachedFrames:
+        columns, feature = self.columns, self.files.features[key]
+        if feature["dtype"] == "image":
+            store: FrameStore = ParquetFrames(columns.files, columns.file, columns.file_row, key)
+        else:
+            store = self._video(key)
+        if not self.config.image_cache:
+            return store
+        folder = cache_folder(self.files.root, Path(self.config.cache_dir) if self.config.cache_dir else None)
+        return CachedFrames(store, self.image_size, folder / key)
+
+    def _video(self, key: str) -> VideoFrames:
+        columns, files = self.columns, self.files
+        place = np.searchsorted(files.column("episode_index"), columns.episode)
+        location = np.stack([files.column(f"videos/{key}/{part}_index")[place] for part in ("chunk", "file")], axis=1)
+        numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
+        paths = [files.video_path(key, *number) for number in numbers]
+        for i, path in enumerate(paths):
+            if not path.exists():
+                rows = file == i
+                where = f"{columns.address(int(np.argmax(rows)))}, {key}"
+                mend = "Restore the video or leave its episodes out with `episodes`"
+                self.rejects.add(where, f"{path} is missing", mend, int(rows.sum()))
+                self._kept &= ~rows
+        return VideoFrames(
+            paths,
+            file.astype(np.int32),
+            files.column(f"videos/{key}/from_timestamp")[place] + columns.timestamp,
+            self.config.tolerance_s,
+        )
+
+    @property
+    def _caches(self) -> dict[str, CachedFrames]:
+        return {camera: store for camera, store in self._images.items() if isinstance(store, CachedFrames)}
+
+    def _reject_undecoded(self) -> None:
+        for camera, cache in self._caches.items():
+            rows = cache.unreadable()
+            rows = rows[self._kept[rows]]
+            if len(rows):
+                where = f"{self.columns.address(rows[0])}, {camera}"
+                mend = "Restore the file or leave its episodes out with `episodes`"
+                self.rejects.add(where, cache.problem(rows[0]), mend, len(rows))
+                self._kept[rows] = False
+        self._rows = np.flatnonzero(self._kept)
+
+    def _image(self, camera: str, row: int) -> np.ndarray:
+        try:
+            return self._images[camera].read(row)
+        except BadImage as error:
+            where = f"dataset {self.name!r}, {self.columns.address(row)}, {camera}"
+            raise BadSample(f"{where}: {error}. Restore it or leave its episode out with `episodes`") from error
+
+    def _chunk(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+        if not self.config.action_keys:
+            return None, None
+        steps = np.arange(row, row + self.horizon)
+        end = min(self.columns.end[row], row + self._steps)
+        return self.columns.action[np.minimum(steps, end - 1)], steps >= end

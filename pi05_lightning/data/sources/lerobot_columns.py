@@ -1,0 +1,229 @@
+"""A LeRobot dataset's numbers and texts, read once, file by file, into arrays over the frames of chosen episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi05_lightning.data.errors import Rejects
+from pi05_lightning.data.sources.language import (
+    EVENTS,
+    PERSISTENT,
+    AnswerColumn,
+    TextColumn,
+    active_subtasks,
+    question_answers,
+    read_language,
+)
+from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, WrongWidth, vectors
+from pi05_lightning.types import Answer
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read: vector features with their widths, the subtask's column (None: find it), cameras by feature key."""
+
+    state: dict[str, int]
+    action: dict[str, int]
+    subtask_key: str | None
+    cameras: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """N frames in the dataset's order.
+
+    episode, frame i64[N];  timestamp f64[N], from the episode's start;  first, end i64[N]: rows where the frame's
+    episode begins and ends;  file i32[N], into files, and file_row i64[N] in it;  state f32[N S], action f32[N A].
+    """
+
+    files: list[Path]
+    file: np.ndarray
+    file_row: np.ndarray
+    episode: np.ndarray
+    frame: np.ndarray
+    timestamp: np.ndarray
+    first: np.ndarray
+    end: np.ndarray
+    state: np.ndarray
+    action: np.ndarray
+    task: TextColumn
+    subtask: TextColumn
+    answers: AnswerColumn
+
+    def address(self, row: int) -> str:
+        return f"episode {self.episode[row]}, frame {self.frame[row]}"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The wanted rows of one file; texts are plain lists here."""
+
+    file_row: np.ndarray
+    episode: np.ndarray
+    frame: np.ndarray
+    timestamp: np.ndarray
+    state: np.ndarray
+    action: np.ndarray
+    task: np.ndarray
+    subtask: list[str | None]
+    answers: list[tuple[int, Answer]]
+
+
+def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, rejects: Rejects) -> Columns:
+    """The rows of chosen episodes. Unreadable files, and episodes that are empty or incomplete, are rejects."""
+    place = np.searchsorted(files.column("episode_index"), episodes)
+    length = files.column("length")[place]
+    for episode in episodes[length == 0]:
+        rejects.add(f"episode {episode}", "it has no frames", "Leave it out with `episodes`", 0)
+    location = np.stack([files.column(f"data/{part}_index")[place] for part in ("chunk", "file")], axis=1)
+    paths, parts = [], []
+    for number in np.unique(location[length > 0], axis=0):
+        inside = (location == number).all(axis=1) & (length > 0)
+        path = files.data_path(*number)
+        part = _read_file(files, path, dict(zip(episodes[inside], length[inside], strict=True)), wanted, rejects)
+        if part is not None:
+            paths.append(path)
+            parts.append(part)
+    return _concatenate(files, paths, parts, wanted)
+
+
+def _read_file(
+    files: LeRobotFiles, path: Path, lengths: dict[int, int], wanted: Wanted, rejects: Rejects
+) -> _Part | None:
+    where, total = f"episodes {min(lengths)} to {max(lengths)}", sum(lengths.values())
+    restore = f"Restore {path} from its origin"
+    try:
+        present = pq.read_schema(path).names
+        names = ["episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action]
+        subtask_key = _subtask_column(wanted.subtask_key, present)
+        if subtask_key not in (None, PERSISTENT):
+            names.append(subtask_key)
+        absent = sorted(set(names) - set(present))
+        if absent:
+            rejects.add(where, f"{path} has no columns {absent}", restore, total)
+            return None
+        table = pq.read_table(path, columns=sorted(set(names)))
+        episode = table.column("episode_index").to_numpy()
+        frame = table.column("frame_index").to_numpy()
+        begins = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
+        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, subtask_key)]
+        persistent, events = read_language(path, language, begins) if language else ({}, {})
+    except FileNotFoundError:
+        rejects.add(where, f"{path} is missing", restore, total)
+        return None
+    except (pa.ArrowException, OSError) as error:
+        rejects.add(where, f"{path} is damaged ({error})", restore, total)
+        return None
+
+    keep = np.isin(episode, list(lengths))
+    in_order = frame == np.arange(len(frame)) - np.repeat(begins, np.diff(begins, append=len(frame)))
+    for number, length in lengths.items():
+        rows = episode == number
+        if rows.sum() != length or not in_order[rows].all():
+            found = (
+                f"{path} has {rows.sum()} of its {length} frames"
+                if rows.sum() != length
+                else "its frames are out of order"
+            )
+            rejects.add(f"episode {number}", found, restore, length)
+            keep &= ~rows
+
+    def address(row: int) -> str:
+        return f"episode {episode[row]}, frame {frame[row]}"
+
+    numbers = {}
+    for key, width in (wanted.state | wanted.action).items():
+        try:
+            numbers[key] = vectors(table, key, width)[keep]
+        except WrongWidth as error:
+            problem = f"{error.found} values where meta/info.json says {width}"
+            rejects.add(f"{address(error.row)}, {key}", problem, f"Correct the shape or {path}", total)
+            return None
+    timestamp = table.column("timestamp").to_numpy().astype(np.float64)
+    answers: list[tuple[int, Answer]] = []
+    rank = np.cumsum(keep) - 1
+    for row, rows in events.items():
+        if keep[row]:
+            try:
+                answers += [(int(rank[row]), answer) for answer in question_answers(rows, wanted.cameras)]
+            except ValueError as error:
+                rejects.add(f"{address(row)}, {EVENTS}", str(error), f"Correct {path}", 0)
+    kept = int(keep.sum())
+    return _Part(
+        file_row=np.flatnonzero(keep),
+        episode=episode[keep].astype(np.int64),
+        frame=frame[keep].astype(np.int64),
+        timestamp=timestamp[keep],
+        state=np.concatenate([numbers[key] for key in wanted.state] or [np.empty((kept, 0), np.float32)], axis=1),
+        action=np.concatenate([numbers[key] for key in wanted.action] or [np.empty((kept, 0), np.float32)], axis=1),
+        task=table.column("task_index").to_numpy()[keep],
+        subtask=_subtasks(files, subtask_key, table, persistent, begins, timestamp, keep),
+        answers=answers,
+    )
+
+
+def _subtask_column(key: str | None, present: list[str]) -> str | None:
+    if key is not None:
+        return key
+    return next((name for name in (PERSISTENT, "subtask_index") if name in present), None)
+
+
+def _subtasks(
+    files: LeRobotFiles,
+    key: str | None,
+    table: pa.Table,
+    persistent: dict[int, list[dict]],
+    begins: np.ndarray,
+    timestamp: np.ndarray,
+    keep: np.ndarray,
+) -> list[str | None]:
+    if key is None:
+        return [None] * int(keep.sum())
+    if key == PERSISTENT:
+        ends = np.append(begins[1:], len(timestamp))
+        texts: list[str | None] = []
+        for begin, end in zip(begins, ends, strict=True):
+            if keep[begin]:
+                texts += active_subtasks(persistent[begin], timestamp[begin:end])
+        return texts
+    values = table.column(key).filter(keep)
+    if pa.types.is_integer(values.type):
+        sentences = files.sentences("subtasks", "subtask")
+        return [sentences.get(code) for code in values.to_pylist()]
+    return values.to_pylist()
+
+
+def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[_Part], wanted: Wanted) -> Columns:
+    def joined(name: str, empty: np.ndarray) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts] or [empty])
+
+    none = np.empty(0, np.int64)
+    episode = joined("episode", none)
+    begins = np.flatnonzero(np.diff(episode, prepend=-1))
+    lengths = np.diff(begins, append=len(episode))
+    sizes = [len(part.episode) for part in parts]
+    starts = np.cumsum([0, *sizes])
+    return Columns(
+        files=paths,
+        file=np.repeat(np.arange(len(parts), dtype=np.int32), sizes),
+        file_row=joined("file_row", none),
+        episode=episode,
+        frame=joined("frame", none),
+        timestamp=joined("timestamp", np.empty(0)),
+        first=np.repeat(begins, lengths),
+        end=np.repeat(begins + lengths, lengths),
+        state=joined("state", np.empty((0, sum(wanted.state.values())), np.float32)),
+        action=joined("action", np.empty((0, sum(wanted.action.values())), np.float32)),
+        task=TextColumn.of_codes(joined("task", none), files.sentences("tasks", "task")),
+        subtask=TextColumn.of_texts(text for part in parts for text in part.subtask),
+        answers=AnswerColumn.build(
+            (int(start) + row, answer)
+            for start, part in zip(starts, parts, strict=False)
+            for row, answer in part.answers
+        ),
+    )

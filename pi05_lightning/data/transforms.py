@@ -1,0 +1,101 @@
+"""What happens to a frame before the model and to an action after it; what goes in has its inverse beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from pi05_lightning.types import Frame
+
+
+class FrameTransform(Protocol):
+    """Frame -> Frame."""
+
+    def __call__(self, frame: Frame) -> Frame: ...
+
+
+class ActionTransform(Protocol):
+    """actions f32[... T A] -> f32[... T A], given the frame that they answer."""
+
+    def __call__(self, actions: np.ndarray, frame: Frame) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Group:
+    """Transforms on the way in, and what undoes them on the way out."""
+
+    inputs: Sequence[FrameTransform] = ()
+    outputs: Sequence[ActionTransform] = ()
+
+    def push(self, inputs: FrameTransform, outputs: ActionTransform | None = None) -> Group:
+        """This group with one more transform: last on the way in, first on the way out."""
+        return Group((*self.inputs, inputs), ((outputs, *self.outputs) if outputs else self.outputs))
+
+    def on_frame(self, frame: Frame) -> Frame:
+        for transform in self.inputs:
+            frame = transform(frame)
+        return frame
+
+    def on_actions(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        for transform in self.outputs:
+            actions = transform(actions, frame)
+        return actions
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The 1 % and 99 % quantile of every dimension, f64[A]: what maps to -1 and to 1."""
+
+    q01: np.ndarray
+    q99: np.ndarray
+
+    @property
+    def span(self) -> np.ndarray:
+        # LeRobot 0.6.1 (processor/normalize_processor.py): a constant dimension's zero range becomes 1e-8
+        span = self.q99 - self.q01
+        return np.where(span == 0, 1e-8, span)
+
+    def normalize(self, x: np.ndarray) -> np.ndarray:
+        """2 (x - q01) / (q99 - q01) - 1; not clipped."""
+        return (2 * (x - self.q01) / self.span - 1).astype(np.float32)
+
+    def unnormalize(self, x: np.ndarray) -> np.ndarray:
+        """The inverse of `normalize`."""
+        return ((x + 1) / 2 * self.span + self.q01).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """State and actions to quantile-normalised units."""
+
+    state: Quantiles
+    action: Quantiles
+
+    def __call__(self, frame: Frame) -> Frame:
+        return replace(
+            frame,
+            state=None if frame.state is None else self._checked("state", frame.state, self.state),
+            actions=None if frame.actions is None else self._checked("action", frame.actions, self.action),
+        )
+
+    @staticmethod
+    def _checked(name: str, x: np.ndarray, quantiles: Quantiles) -> np.ndarray:
+        if x.shape[-1] != len(quantiles.q01):
+            raise ValueError(
+                f"{name} has {x.shape[-1]} dimensions, but the statistics have {len(quantiles.q01)}: they belong to"
+                " another dataset or robot"
+            )
+        return quantiles.normalize(x)
+
+
+@dataclass(frozen=True)
+class Unnormalize:
+    """Actions back to real units."""
+
+    action: Quantiles
+
+    def __call__(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        return self.action.unnormalize(actions)

@@ -1,0 +1,216 @@
+"""`pi05 fit | validate | test | predict`: LightningCLI, one parser for the four, and what is particular to a run.
+
+A run is a directory: config.yaml, checkpoints/ and TensorBoard's event files. Every checkpoint carries the
+configuration it was trained with, so that its path alone is enough to validate it or to train on.
+
+    1. `-c FILE …` given: the configuration is these files, merged in order, and the flags
+    2. otherwise a checkpoint given: the configuration is the checkpoint's own, and the flags
+    3. otherwise: the defaults and the flags
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
+from pi05_lightning.cli import TRAINER_COMMANDS, Parser
+from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.module import Pi05Module
+
+RUNS = Path("runs")
+SHIPPED = Path(__file__).parent
+TRAINER_DEFAULTS = {
+    # the data is an endless stream indexed by step, which each rank reads its own part of
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+}
+CHECKPOINT_DEFAULTS = {
+    "filename": "{step:08d}",
+    "auto_insert_metric_name": False,
+    "every_n_train_steps": 1000,
+    "save_last": "link",
+    "save_on_exception": True,
+}
+
+
+class RunParser(Parser, LightningArgumentParser):
+    """Lightning's parser with this package's error messages."""
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the resolved configuration as the run's config.yaml and inside every checkpoint, under `config`.
+
+    Where the run lies and what it resumed from are left out: the text can start another run as it is.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        what = config.clone()
+        what.run = what.ckpt_path = None
+        super().__init__(parser, what, overwrite=True, **kwargs)
+
+    @cached_property
+    def text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.text
+
+
+class Pi05CLI(LightningCLI):
+    """Parses a run's configuration and builds its trainer, model and data; `run` then does what the command says."""
+
+    def __init__(self, command: str, args: ArgsType = None) -> None:
+        self.command = command
+        super().__init__(
+            Pi05Module,
+            Pi05DataModule,
+            save_config_callback=RunConfig,
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [InterruptBetweenSteps()]},
+            seed_everything_default=0,
+            parser_class=RunParser,
+            parser_kwargs={"prog": f"pi05 {command}", "description": TRAINER_COMMANDS[command]},
+            auto_configure_optimizers=False,
+            args=args,
+            run=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # upstream warns whenever args are given and the process has some of its own, which is how `pi05` works
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str | None, help="The run's directory (default: runs/ and the time).")
+        parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.ckpt_path is not None:
+            self.config.ckpt_path = str(find_checkpoint(self.config.ckpt_path, self.config.run))
+        if self.config.run is None:
+            self.config.run = str(new_run(self.config.ckpt_path))
+        earlier = Path(self.config.run, "checkpoints")
+        if self.command == "fit" and self.config.ckpt_path is None and any(earlier.glob("*.ckpt")):
+            raise ValueError(
+                f"{self.config.run} holds a run already: resume it with --ckpt_path last, or give another --run."
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        kwargs["default_root_dir"] = self.config.run
+        if self.config_init.trainer.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
+        return super().instantiate_trainer(**kwargs)
+
+
+def find_checkpoint(where: str, run: str | None = None) -> Path:
+    """The checkpoint file meant by a path to it, by a run's directory, or by `last` (of `run`, else of all runs).
+
+    Raises ValueError when there is none.
+    """
+    if where == "last":
+        found = list(Path(run).glob("checkpoints/*.ckpt") if run else RUNS.rglob("checkpoints/*.ckpt"))
+        looked = run or RUNS
+    elif Path(where).is_dir() and not where.endswith(".ckpt"):  # a sharded checkpoint is a directory itself
+        found = [*Path(where).glob("checkpoints/*.ckpt"), *Path(where).glob("*.ckpt")]
+        looked = where
+    else:
+        found = [Path(where)]
+        looked = where
+    # `last.ckpt` may be a link whose target a killed process had just replaced
+    found = [path for path in found if path.exists()]
+    if not found:
+        raise ValueError(f"There is no checkpoint at {looked}: give a .ckpt file or a directory that `pi05 fit` wrote.")
+    return max(found, key=lambda path: (path.stat().st_mtime, path.is_symlink()))
+
+
+def new_run(checkpoint: str | None) -> Path:
+    """The directory of the run that a checkpoint belongs to, or a new one named by the time."""
+    if checkpoint is None:
+        return RUNS / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def checkpoint_config(path: Path) -> str:
+    """The configuration, as YAML, that a checkpoint was trained with. Raises ValueError when it carries none."""
+    if path.is_dir():
+        config = new_run(str(path)) / "config.yaml"
+        if config.is_file():
+            return config.read_text()
+    else:
+        checkpoint = torch.load(path, weights_only=True, map_location="meta", mmap=True)
+        if "config" in checkpoint:
+            return checkpoint["config"]
+    raise ValueError(f"{path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE.")
+
+
+def find_config(name: str) -> str:
+    """The path itself where it is a file, else the shipped configuration of that name.
+
+    Raises ValueError with the names of those that exist.
+    """
+    # an installed package carries configs/ and experiments/ inside it; in a checkout they stand beside it
+    for folder in (Path(), SHIPPED, SHIPPED.parent):
+        if (folder / name).is_file():
+            return os.fspath(folder / name)
+    shipped = {
+        os.fspath(path.relative_to(root))
+        for root in (SHIPPED, SHIPPED.parent)
+        for pattern in ("configs/**/*.yaml", "experiments/*/config.yaml")
+        for path in root.glob(pattern)
+    }
+    raise ValueError(f"There is no file {name}. Configurations that are shipped: {', '.join(sorted(shipped))}.")
+
+
+def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
+    """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
+
+    Raises ValueError for a file that does not exist.
+    """
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("-c", "--config", action="append", default=[])
+    given.add_argument("--ckpt_path")
+    given.add_argument("--run")
+    known, rest = given.parse_known_args(args)
+    if command != "fit" and rest and not rest[0].startswith("-"):
+        known.ckpt_path = rest.pop(0)
+
+    configs = [find_config(name) for name in known.config]
+    complete = []
+    if known.run is not None:
+        complete += ["--run", known.run]
+    if known.ckpt_path is not None:
+        checkpoint = find_checkpoint(known.ckpt_path, known.run)
+        complete += ["--ckpt_path", str(checkpoint)]
+        if not configs:
+            (folder / "config.yaml").write_text(checkpoint_config(checkpoint))
+            configs = [str(folder / "config.yaml")]
+    return [*(word for config in configs for word in ("--config", config)), *complete, *rest]
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run the trainer's method `command` (fit, validate, test or predict) with command-line arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            complete = complete_arguments(command, args, Path(folder))
+        except ValueError as error:
+            raise SystemExit(f"pi05 {command}: {error}") from error
+        cli = Pi05CLI(command, complete)
+    getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)

@@ -1,0 +1,182 @@
+"""The vision-language backbone: images and tokens to hidden states and to the keys and values that the flow head reads.
+
+Sequence and who sees whom (rows attend to columns; i images, p prompt, t predicted text or subtask, f FAST):
+
+          i i p p t t f f
+    i i   1 1 1 1 . . . .      images and prompt: one block, both ways
+    p p   1 1 1 1 . . . .
+    t     1 1 1 1 1 . . .      predicted tokens: causal
+    t     1 1 1 1 1 1 . .
+    f     1 1 1 1 1 1 1 .
+    flow  1 1 1 1 s s . .      the flow head: given tokens and the subtask (s), never answers, never FAST
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.gemma import KV, Block, RMSNorm, rope_table
+from pi05_lightning.models.keypoints import KeypointStem, fourier_features
+from pi05_lightning.models.siglip import Siglip
+from pi05_lightning.types import Batch, Loss, Prefix
+
+
+@dataclass
+class Cache:
+    """Preallocated keys and values of a sequence that is still growing by the same number of columns in every row.
+
+    kv: per layer [B H_kv S_max head_dim];  mask, flow_mask: bool[B S_max];  length: columns written;
+    count: i64[B] valid tokens so far, which is the next token's position.
+    """
+
+    kv: list[KV]
+    mask: Tensor
+    flow_mask: Tensor
+    length: int
+    count: Tensor
+
+    @classmethod
+    def extend(cls, prefix: Prefix, columns: int) -> Cache:
+        """Room for `columns` more tokens after a prefix."""
+        batch, length = prefix.mask.shape
+
+        def grow(x: Tensor) -> Tensor:
+            out = x.new_zeros(*x.shape[:2], length + columns, x.shape[3])
+            out[:, :, :length] = x
+            return out
+
+        room = prefix.mask.new_zeros(batch, columns)
+        return cls(
+            kv=[(grow(k), grow(v)) for k, v in prefix.kv],
+            mask=torch.cat([prefix.mask, room], 1),
+            flow_mask=torch.cat([prefix.flow_mask, room], 1),
+            length=length,
+            count=prefix.mask.sum(1),
+        )
+
+    def prefix(self) -> Prefix:
+        """What was written, as the flow head reads it (views)."""
+        n = self.length
+        kv = [(k[:, :, :n], v[:, :, :n]) for k, v in self.kv]
+        return Prefix(None, kv, self.mask[:, :n], self.flow_mask[:, :n])
+
+
+class Backbone(nn.Module):
+    """SigLIP (or the keypoint stem) and Gemma; its embedding matrix is also the language-model head's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.language.width
+        stem = {"siglip_gemma": Siglip, "keypoint_gemma": KeypointStem}[config.backbone_type]
+        self.head_dim = config.language.head_dim
+        self.vision: Siglip | KeypointStem = stem(config.vision, width)
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(Block(config.language) for _ in range(config.language.depth))
+        self.norm = RMSNorm(width)
+
+    def forward(self, batch: Batch, *, need_hidden: bool = True) -> Prefix:
+        """Run a whole sequence. Without `need_hidden` the last layer stops after its keys and values."""
+        x, mask, causal = self.embed(batch)
+        flow_mask = mask.clone()
+        given = (batch.loss_kind == Loss.NONE) | (batch.loss_kind == Loss.SUBTASK)
+        flow_mask[:, -batch.tokens.shape[1] :] &= given
+        rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
+        attend = prefix_mask(mask, causal)
+
+        kv: list[KV] = []
+        for layer in self.layers[:-1]:
+            x, layer_kv = layer(x, rope, attend)
+            kv.append(layer_kv)
+        last = self.layers[-1]
+        if not need_hidden:
+            return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask)
+        x, layer_kv = last(x, rope, attend)
+        return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask)
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """-> embeddings [B S W], valid bool[B S], causal bool[B S]; images first, then tokens."""
+        rows, cameras = batch.image_mask.shape
+        text = self.embed_text(batch.tokens)
+        if not cameras:
+            return text, batch.token_mask, batch.causal
+        features = self.encode_images(batch)
+        slots = features.new_zeros(rows * cameras, *features.shape[1:])
+        slots = slots.index_copy(0, batch.image_index, features)
+        images = rearrange(slots, "(b c) n w -> b (c n) w", b=rows)
+        image_mask = batch.image_mask.repeat_interleave(features.shape[1], dim=1)
+        return (
+            torch.cat([images.to(text.dtype), text], dim=1),
+            torch.cat([image_mask, batch.token_mask], dim=1),
+            torch.cat([torch.zeros_like(image_mask), batch.causal], dim=1),
+        )
+
+    def encode_images(self, batch: Batch) -> Tensor:
+        """u8[P 3 H W] -> [P N W]; all present images of all cameras in one call."""
+        dtype = self.embed_tokens.weight.dtype
+        return self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        return self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
+
+    def decode(self, tokens: Tensor, valid: Tensor, cache: Cache, *, flow_visible: bool) -> Tensor:
+        """Append tokens i64[B n] (valid bool[B n]) to the cache, causally, and return their hidden states [B n W]."""
+        start, n = cache.length, tokens.shape[1]
+        stop = start + n
+        cache.mask[:, start:stop] = valid
+        cache.flow_mask[:, start:stop] = valid & flow_visible
+        positions = cache.count[:, None] + valid.cumsum(1) - 1
+        cache.count += valid.sum(1)
+        cache.length = stop
+        column = torch.arange(stop, device=tokens.device)
+        attend = cache.mask[:, None, None, :stop] & (column <= column[start:, None])
+        rope = rope_table(positions.clamp(min=0), self.head_dim)
+
+        x = self.embed_text(tokens)
+        for layer, (keys, values) in zip(self.layers, cache.kv, strict=True):
+            y, _ = layer.input_layernorm(x)
+            keys[:, :, start:stop], values[:, :, start:stop] = layer.self_attn.keys_values(y, rope)
+            x = layer.mix(x, y, rope, attend, (keys[:, :, :stop], values[:, :, :stop]))
+        return self.norm(x)[0]
+
+    def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
+        """Initialise from scratch (fan-in scaled).
+
+        ordinal_ids: groups of token ids that stand for ordered numbers (coordinates, state bins). Each group starts on
+        a Fourier curve, so that neighbours are alike and a small model need not learn a thousand unrelated words.
+        """
+        init_linear(self)
+        nn.init.normal_(self.embed_tokens.weight, std=self.embed_tokens.embedding_dim**-0.5)
+        if isinstance(self.vision, KeypointStem):
+            self.vision.reset_parameters()
+        for ids in ordinal_ids or []:
+            place_on_curve(self.embed_tokens.weight, ids)
+
+
+def prefix_mask(valid: Tensor, causal: Tensor) -> Tensor:
+    """Who attends to whom, bool[B 1 S S]: every causal token opens a block, blocks see themselves and earlier ones."""
+    block = causal.cumsum(1)
+    return ((block[:, :, None] >= block[:, None, :]) & valid[:, None, :])[:, None]
+
+
+@torch.no_grad()
+def init_linear(module: nn.Module) -> None:
+    """Normal weights of variance 1 / fan-in and zero biases, for every linear layer but the zero-initialised adaRMS ones."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear) and not name.endswith("layernorm.dense") and not name.endswith("norm.dense"):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def place_on_curve(embedding: Tensor, ids: list[int]) -> None:
+    width = embedding.shape[1]
+    octaves = 6
+    features = fourier_features(torch.linspace(0, 1, len(ids), device=embedding.device), octaves)
+    basis = torch.randn(2 * octaves, width, device=embedding.device) / octaves**0.5
+    embedding[torch.tensor(ids, device=embedding.device)] = ((features @ basis) * width**-0.5).to(embedding.dtype)

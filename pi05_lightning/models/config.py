@@ -1,0 +1,119 @@
+"""The dimensions of a model: frozen dataclasses whose defaults are π0.5's own; `configs/model/*.yaml` are their instances."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from typing import Any, Literal
+
+from pi05_lightning.types import Shapes
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """A Gemma transformer (PaliGemma's language model or the action expert)."""
+
+    width: int = 2048
+    depth: int = 18
+    mlp_dim: int = 16_384
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """What turns an image into tokens: a SigLIP tower, or for laptop-size models a convolutional keypoint stem."""
+
+    image_size: int = 224
+    """Side of the square images that the model sees, in pixels."""
+    patch_size: int = 14
+    """SigLIP: side of a patch, in pixels."""
+    width: int = 1152
+    """SigLIP: width. Keypoints: channels of the last feature map before the heat maps."""
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+    num_keypoints: int = 32
+    """Keypoints: heat maps per image."""
+    keypoints_per_token: int = 4
+    """Keypoints: how many share a token; num_keypoints / keypoints_per_token tokens per image."""
+    max_cameras: int = 4
+    """Keypoints: cameras that get an embedding of their own."""
+
+    def __post_init__(self) -> None:
+        if self.width % self.num_heads:
+            raise ValueError(f"vision width {self.width} is not a multiple of num_heads {self.num_heads}")
+        if self.num_keypoints % self.keypoints_per_token:
+            raise ValueError(
+                f"num_keypoints {self.num_keypoints} is not a multiple of keypoints_per_token {self.keypoints_per_token}"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Backbone, action expert and the shape of an action chunk."""
+
+    backbone_type: Literal["siglip_gemma", "keypoint_gemma"] = "siglip_gemma"
+    """siglip_gemma: PaliGemma's layout. keypoint_gemma: spatial-softmax keypoints instead of SigLIP (small images, laptops)."""
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    language: GemmaConfig = field(default_factory=GemmaConfig)
+    expert: GemmaConfig = field(default_factory=lambda: GemmaConfig(width=1024, mlp_dim=4096))
+    vocab_size: int = 257_152
+    """Rows of the embedding: Gemma's 256 000, 1024 <loc>, 128 <seg>."""
+    fast_vocab_size: int = 1024
+    """Token ids set aside for FAST (its BPE may be smaller)."""
+    fast_skip_tokens: int = 1152
+    """FAST's ids are vocab − 1 − skip − token. 1152 leaves <loc> and <seg> alone; openpi and pi0_fast use 128."""
+    horizon: int = 50
+    """Actions in a chunk (T)."""
+    action_dim: int = 32
+    """Action dimensions of the model (D); a dataset's actions are padded to it."""
+
+    def __post_init__(self) -> None:
+        lm, expert = self.language, self.expert
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(lm, name) != getattr(expert, name):
+                raise ValueError(
+                    f"language.{name} is {getattr(lm, name)} but expert.{name} is {getattr(expert, name)}: the expert"
+                    " attends to the backbone's keys layer by layer, so both must be equal"
+                )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Rebuild a config from plain types, as `to_dict` and the YAML files hold them."""
+        parts = {"vision": VisionConfig, "language": GemmaConfig, "expert": GemmaConfig}
+        return cls(**{key: parts[key](**value) if key in parts else value for key, value in values.items()})
+
+    @property
+    def shapes(self) -> Shapes:
+        """What the data must know of the model."""
+        return Shapes(
+            image_size=self.vision.image_size,
+            horizon=self.horizon,
+            action_dim=self.action_dim,
+            vocab_size=self.vocab_size,
+            fast_vocab_size=self.fast_vocab_size,
+            fast_skip_tokens=self.fast_skip_tokens,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def preset(cls, name: str) -> ModelConfig:
+        """A shipped size: `debug` (tests), `tiny` (the demo) or `base` (π0.5)."""
+        import yaml
+
+        folder = files("pi05_lightning") / "configs" / "model"
+        path = folder / f"{name}.yaml"
+        if not path.is_file():
+            known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
+            raise ValueError(f"no model size {name!r}; shipped are {', '.join(known)}")
+        return cls.from_dict(yaml.safe_load(path.read_text()))

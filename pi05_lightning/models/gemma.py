@@ -1,0 +1,163 @@
+"""Gemma, as π0.5 uses it twice: the language model, and the action expert with adaptive norms (adaRMS).
+
+One block serves both. The language model runs alone and keeps each layer's keys and values; the expert runs after it and
+attends to them and to itself. That split is exact, since the backbone never attends to the expert.
+
+Shapes: x [B S W]; keys and values [B H_kv S head_dim]; masks bool[B 1 S_q S_k]; rotary tables cos, sin [B 1 S head_dim].
+Numerics (RMSNorm in fp32 with 1 + weight, GeGLU with tanh-gelu, RoPE base 10 000, half-split rotation) follow Gemma.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from pi05_lightning.models.config import GemmaConfig
+
+KV = tuple[Tensor, Tensor]
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope:
+    """cos and sin for integer positions i64[B S], f32[B 1 S head_dim] each; built once per batch, not per layer."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions[:, None, :, None].float() * frequency
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary position embedding of x [B H S head_dim]."""
+    cos, sin = rope
+    low, high = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
+
+
+def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """Gemma's norm: y = x / rms(x) · (1 + weight), computed in fp32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor, modulation: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return (rms_normalize(x) * (1 + self.weight.float())).to(x.dtype), None
+
+
+class AdaRMSNorm(nn.Module):
+    """The expert's norm (π0.5 §IV): scale, shift and gate are a function of the flow time; zero-initialised.
+
+    `modulate` is apart from `forward`, so that at inference it is a table over the fixed time grid.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, 3 * width)
+        nn.init.zeros_(self.dense.weight)
+        nn.init.zeros_(self.dense.bias)
+
+    def modulate(self, cond: Tensor) -> Tensor:
+        """cond [R K t W] (t is 1 or T) -> modulation [R K t 3W]."""
+        return self.dense(cond)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+        """x [R K T W] -> normalised x and the gate of the residual that follows."""
+        scale, shift, gate = modulation.chunk(3, dim=-1)
+        return (rms_normalize(x) * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-query attention over its own tokens and, for the expert and for decoding, over past keys and values."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+
+    def keys_values(self, x: Tensor, rope: Rope) -> KV:
+        k = rearrange(self.k_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
+        v = rearrange(self.v_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
+        return rotate(k, rope), v
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
+        q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
+        k, v = (self._spread(tensor) for tensor in kv)
+        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
+
+    def _spread(self, x: Tensor) -> Tensor:
+        # a view for multi-query attention, where every head reads the one key: nothing is copied
+        if self.num_kv_heads == 1:
+            return x.expand(-1, self.num_heads, -1, -1)
+        return x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+
+
+class MLP(nn.Module):
+    """GeGLU with the tanh approximation of gelu."""
+
+    def __init__(self, width: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, mlp_dim, bias=False)
+        self.up_proj = nn.Linear(width, mlp_dim, bias=False)
+        self.down_proj = nn.Linear(mlp_dim, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """A language-model layer: norm, attention, norm, MLP, both with a residual."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_dim)
+
+    def keys_values(self, x: Tensor, rope: Rope) -> KV:
+        """What the layer lets others attend to, [B H_kv S head_dim] each; all that is needed of the last layer."""
+        return self.self_attn.keys_values(self.input_layernorm(x)[0], rope)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> tuple[Tensor, KV]:
+        y, _ = self.input_layernorm(x)
+        kv = self.self_attn.keys_values(y, rope)
+        return self.mix(x, y, rope, mask, kv), kv
+
+    def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
+        """The layer's output for tokens x (normed: after the first norm) that attend to kv."""
+        x = x + self.self_attn(normed, rope, mask, kv)
+        return x + self.mlp(self.post_attention_layernorm(x)[0])
+
+
+class ExpertBlock(nn.Module):
+    """An action-expert layer: adaptive norms with gated residuals; attends to the prefix's keys and to its own."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = AdaRMSNorm(config.width)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = AdaRMSNorm(config.width)
+        self.mlp = MLP(config.width, config.mlp_dim)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor, past: KV, modulation: tuple[Tensor, Tensor]) -> Tensor:
+        """x [R K T W]: K draws of T actions, which the mask keeps apart; modulation: one per norm, [R K t 3W]."""
+        draws = x.shape[1]
+        y, gate = self.input_layernorm(x, modulation[0])
+        y = rearrange(y, "r k t w -> r (k t) w")
+        k, v = self.self_attn.keys_values(y, rope)
+        kv = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
+        y = rearrange(self.self_attn(y, rope, mask, kv), "r (k t) w -> r k t w", k=draws)
+        x = x + gate * y
+        y, gate = self.post_attention_layernorm(x, modulation[1])
+        return x + gate * self.mlp(y)

@@ -1,0 +1,105 @@
+"""The flow head: the action expert that turns noise into an action chunk (π0, arXiv 2410.24164; π0.5, arXiv 2504.16054).
+
+    x_t = t·noise + (1 − t)·actions,   u = noise − actions,   t = 1 is noise;   sampled by Euler steps from 1 to 0
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import repeat
+from torch import Tensor, nn
+
+from pi05_lightning.models.backbone import init_linear
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.gemma import AdaRMSNorm, ExpertBlock, rope_table
+from pi05_lightning.types import Prefix
+
+Modulations = list[Tensor]
+"""What adaRMS needs of the flow time: one [R K t 3W] per norm, two a layer and the last."""
+
+
+def interpolate(noise: Tensor, actions: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Point on the straight path from data to noise, and its velocity (π0, eq. 2; here t = 1 is noise).
+
+    noise f32[R K T D], actions f32[R T D], t f32[R K] or f32[R K T] in (0, 1]. Returns x_t and u, both f32[R K T D].
+    """
+    actions = actions[:, None]
+    t = t[..., None] if t.ndim == 3 else t[..., None, None]
+    return t * noise + (1 - t) * actions, noise - actions
+
+
+def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
+    """[sin, cos](2π t / period), periods log-spaced; in float64, since the shortest is 4e-3: t [...] -> f32[... width]."""
+    fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=t.device)
+    period = min_period * (max_period / min_period) ** fraction
+    angle = t.double()[..., None] * (2 * math.pi / period)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+class FlowHead(nn.Module):
+    """The action expert: velocity of noisy actions, given a prefix."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.expert.width
+        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.width, self.head_dim = width, config.expert.head_dim
+        self.action_in_proj = nn.Linear(config.action_dim, width)
+        self.action_out_proj = nn.Linear(width, config.action_dim)
+        self.time_mlp_in = nn.Linear(width, width)
+        self.time_mlp_out = nn.Linear(width, width)
+        self.layers = nn.ModuleList(ExpertBlock(config.expert) for _ in range(config.expert.depth))
+        self.norm = AdaRMSNorm(width)
+
+    def modulate(self, t: Tensor) -> Modulations:
+        """adaRMS scales, shifts and gates at flow times t f32[R K] or f32[R K T]; everything that depends on t alone."""
+        t = t if t.ndim == 3 else t[..., None]
+        cond = time_features(t, self.width).to(self.time_mlp_in.weight.dtype)
+        cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(cond))))
+        norms = [norm for layer in self.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return [norm.modulate(cond) for norm in (*norms, self.norm)]
+
+    def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix) -> Tensor:
+        """Velocity f32[R K T D] at x_t f32[R K T D]; draws see the prefix and themselves, not each other."""
+        rows, draws, horizon, _ = x_t.shape
+        start = prefix.flow_mask.sum(1)
+        positions = repeat(
+            start[:, None] + torch.arange(horizon, device=x_t.device), "r t -> r (k t)", k=draws
+        )
+        rope = rope_table(positions, self.head_dim)
+        draw = torch.arange(draws, device=x_t.device).repeat_interleave(horizon)
+        own = (draw[:, None] == draw).expand(rows, -1, -1)
+        seen = prefix.flow_mask[:, None].expand(-1, draws * horizon, -1)
+        mask = torch.cat([seen, own], dim=-1)[:, None]
+
+        x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
+        for i, (layer, past) in enumerate(zip(self.layers, prefix.kv, strict=True)):
+            x = layer(x, rope, mask, past, (modulations[2 * i], modulations[2 * i + 1]))
+        x, _ = self.norm(x, modulations[-1])
+        return self.action_out_proj(x).float()
+
+    def loss(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).
+
+        prefix of the R rows that have actions f32[R T D]; noise f32[R K T D]; t f32[R K] or f32[R K T].
+        """
+        x_t, u = interpolate(noise, actions, t)
+        return (self(x_t, self.modulate(t), prefix) - u).square()
+
+    @torch.no_grad()
+    def sample(self, prefix: Prefix, noise: Tensor, num_steps: int = 10) -> Tensor:
+        """Integrate noise f32[R K T D] to actions with `num_steps` Euler steps from t = 1 to 0."""
+        dt = -1.0 / num_steps
+        grid = 1 + dt * torch.arange(num_steps, device=noise.device)
+        table = self.modulate(grid[None])  # [1 steps 1 3W]: a table over time, the same for all rows and draws
+        x = noise
+        for step in range(num_steps):
+            x = x + dt * self(x, [m[:, step, None] for m in table], prefix)
+        return x
+
+    def reset_parameters(self) -> None:
+        """Initialise from scratch: fan-in scaled, adaRMS zero."""
+        init_linear(self)

@@ -1,0 +1,50 @@
+"""The subtask head: everything that is said in words, from captions and answers with boxes to the next subtask."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pi05_lightning.models.backbone import Backbone
+from pi05_lightning.models.heads.token import generate
+from pi05_lightning.types import Loss, Prefix
+
+
+class SubtaskHead(nn.Module):
+    """Reads the backbone's tied embedding; its tokens are all of the vocabulary except FAST's."""
+
+    kinds = (Loss.TEXT, Loss.SUBTASK)
+
+    def __init__(self, vocab_size: int, fast_ids: range, eos_id: int = 1) -> None:
+        super().__init__()
+        self.vocab_size, self.fast_ids, self.eos_id = vocab_size, fast_ids, eos_id
+
+    def token_mask(self, device: torch.device) -> Tensor:
+        """The ids that words are made of, bool[V]."""
+        ids = torch.arange(self.vocab_size, device=device)
+        return (ids < self.fast_ids.start) | (ids >= self.fast_ids.stop)
+
+    def generate(
+        self,
+        backbone: Backbone,
+        prefix: Prefix,
+        *,
+        max_tokens: int = 32,
+        forced: Tensor | None = None,
+        temperature: float = 0.0,
+        generator: torch.Generator | None = None,
+        is_subtask: bool = True,
+    ) -> tuple[Tensor, Tensor, Prefix]:
+        """Say something after the prefix: tokens i64[B n], valid bool[B n], and the prefix with it (see `generate`)."""
+        words = self.token_mask(prefix.mask.device)
+        return generate(
+            backbone,
+            prefix,
+            max_tokens=max_tokens,
+            stop_id=self.eos_id,
+            flow_visible=is_subtask,
+            forced=forced,
+            allowed=lambda tokens, step: words,
+            temperature=temperature,
+            generator=generator,
+        )

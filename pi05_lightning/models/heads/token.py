@@ -1,0 +1,95 @@
+"""What the subtask and the FAST head share: cross-entropy and generation over the backbone's tied embedding matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pi05_lightning.models.backbone import Backbone, Cache
+from pi05_lightning.types import Prefix
+
+CHUNK_BYTES = 1 << 28  # of fp32 logits at a time: 260 positions of π0.5's vocabulary
+
+
+def token_nll(hidden: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of each target and whether it was the most likely token.
+
+    hidden [N W], embedding [V W], targets i64[N] -> f32[N], bool[N].  Logits are made chunk by chunk and made again in
+    the backward pass, so that an [N V] tensor never exists.
+    """
+    rows = max(1, CHUNK_BYTES // (4 * embedding.shape[0]))
+    if len(targets) <= rows:
+        return _nll(hidden, embedding, targets)
+    parts = [
+        checkpoint(_nll, h, embedding, t, use_reentrant=False)
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    nll, correct = zip(*parts, strict=True)
+    return torch.cat(nll), torch.cat(correct)
+
+
+def _nll(hidden: Tensor, embedding: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(hidden, embedding).float()
+    return F.cross_entropy(logits, targets, reduction="none"), logits.detach().argmax(-1) == targets
+
+
+Allowed = Callable[[Tensor, int], Tensor]
+"""(tokens so far i64[B n], step) -> bool[B V] or bool[V]: what may come next."""
+
+
+@torch.no_grad()
+def generate(
+    backbone: Backbone,
+    prefix: Prefix,
+    *,
+    max_tokens: int,
+    stop_id: int,
+    flow_visible: bool,
+    forced: Tensor | None = None,
+    allowed: Allowed | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Prefix]:
+    """Continue every row of a prefix until its own `stop_id` or `max_tokens`; greedy, or sampled when temperature > 0.
+
+    prefix: with hidden states.  forced: i64[F], tokens that every row begins with.
+    Returns tokens i64[B n] (forced ones included), valid bool[B n] (up to and with the stop token), and the prefix
+    extended by them, so that the flow head reads what was said without another backbone call.
+    """
+    assert prefix.hidden is not None
+    rows = len(prefix.mask)
+    device = prefix.mask.device
+    cache = Cache.extend(prefix, max_tokens)
+    last = (torch.where(prefix.mask, 1, 0) * torch.arange(prefix.mask.shape[1], device=device)).argmax(1)
+    hidden = prefix.hidden[torch.arange(rows, device=device), last]
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    tokens: list[Tensor] = []
+    valid: list[Tensor] = []
+    for step in range(max_tokens):
+        if forced is not None and step < len(forced):
+            token = forced[step].expand(rows)
+        else:
+            logits = F.linear(hidden, backbone.embed_tokens.weight).float()
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed(_stack(tokens, rows, device), step), -torch.inf)
+            if temperature > 0:
+                probabilities = (logits / temperature).softmax(-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            else:
+                token = logits.argmax(-1)
+        token = torch.where(alive, token, stop_id)
+        tokens.append(token)
+        valid.append(alive)
+        hidden = backbone.decode(token[:, None], alive[:, None], cache, flow_visible=flow_visible)[:, 0]
+        alive = alive & (token != stop_id)
+        if not alive.any():
+            break
+    return _stack(tokens, rows, device), torch.stack(valid, 1), cache.prefix()
+
+
+def _stack(tokens: list[Tensor], rows: int, device: torch.device) -> Tensor:
+    return torch.stack(tokens, 1) if tokens else torch.empty(rows, 0, dtype=torch.long, device=device)

@@ -1,0 +1,66 @@
+"""A convolutional stem whose tokens are keypoints (spatial softmax: Levine et al. 2016, arXiv 1504.00702, §5.1).
+
+For laptop-size models: where a thing is, in two numbers, is most of what a small policy needs of an image, and such a
+stem learns it from a few thousand frames, where a patch transformer of the same size needs far more. The coordinates
+enter as Fourier features, the curve that `<loc>` embeddings start on: to name a place is to copy it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from pi05_lightning.models.config import VisionConfig
+
+
+def fourier_features(x: Tensor, num_octaves: int) -> Tensor:
+    """sin and cos of x in [0, 1] at π·{1, 2, 4, …}: [...] -> [... 2·num_octaves]."""
+    angle = x[..., None] * (math.pi * 2.0 ** torch.arange(num_octaves, device=x.device, dtype=x.dtype))
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+class KeypointStem(nn.Module):
+    """Four convolutions at a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints."""
+
+    octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
+
+    def __init__(self, config: VisionConfig, out_width: int) -> None:
+        super().__init__()
+        self.num_tokens = config.num_keypoints // config.keypoints_per_token
+        self.convs = nn.Sequential(
+            nn.Conv2d(3, 32, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(32, config.width, 3, stride=2, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(config.width, config.width, 3, padding=1),
+            nn.ReLU(),
+        )
+        self.maps = nn.Conv2d(config.width, config.num_keypoints, 3, padding=1)
+        self.coordinates = nn.Linear(4 * self.octaves * config.keypoints_per_token, out_width)
+        self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
+
+    def keypoints(self, images: Tensor) -> Tensor:
+        """images f32[P 3 H W] -> f32[P num_keypoints 2], (y, x) in [0, 1]."""
+        heat = self.maps(self.convs(images)).float()
+        height, width = heat.shape[-2:]
+        heat = rearrange(heat, "p n h w -> p n (h w)").softmax(-1)
+        y = torch.linspace(0, 1, height, device=heat.device)
+        x = torch.linspace(0, 1, width, device=heat.device)
+        grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
+        return heat @ grid
+
+    def forward(self, images: Tensor, camera: Tensor) -> Tensor:
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> [P N W]."""
+        features = fourier_features(self.keypoints(images), self.octaves)
+        features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_tokens)
+        return self.coordinates(features) + self.identity[camera]
+
+    def reset_parameters(self) -> None:
+        for conv in (*self.convs, self.maps):
+            if isinstance(conv, nn.Conv2d):
+                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.identity, std=1.0)

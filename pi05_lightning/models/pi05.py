@@ -1,0 +1,77 @@
+"""π0.5 as one `nn.Module`: the backbone and the three heads that read it. No Lightning, no data, no robot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pi05_lightning.models.backbone import Backbone
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.fast import FastHead
+from pi05_lightning.models.heads.flow import FlowHead
+from pi05_lightning.models.heads.subtask import SubtaskHead
+from pi05_lightning.models.heads.token import token_nll
+from pi05_lightning.types import Batch
+
+
+@dataclass
+class Outputs:
+    """What one forward pass gives the losses and the metrics.
+
+    nll f32[N], correct bool[N]: per target token, in the order of `Batch.target_index`; None if not asked for.
+    flow f32[R K T D]: squared error of the velocity; None if not asked for.
+    """
+
+    nll: Tensor | None = None
+    correct: Tensor | None = None
+    flow: Tensor | None = None
+
+
+class Pi05(nn.Module):
+    """Backbone, subtask head, FAST head, flow head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.fast_head = FastHead(config.vocab_size, config.fast_vocab_size, config.fast_skip_tokens)
+        self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
+        self.flow_head = FlowHead(config)
+
+    def forward(
+        self, batch: Batch, *, tokens: bool = True, actions: bool = True, insulate: bool = False
+    ) -> Outputs:
+        """Token losses and flow loss of a batch, from one backbone pass.
+
+        tokens, actions: which of the two to compute.  insulate: the flow loss gives the backbone no gradient
+        (knowledge insulation, arXiv 2505.23705).  With `actions`, the batch needs its noise and time.
+        """
+        tokens = tokens and len(batch.target_index) > 0
+        actions = actions and len(batch.actions) > 0
+        prefix = self.backbone(batch, need_hidden=tokens)
+        out = Outputs()
+        if tokens:
+            assert prefix.hidden is not None
+            text = prefix.hidden[:, -batch.tokens.shape[1] :].flatten(0, 1)
+            targets = batch.tokens.flatten()[batch.target_index]
+            # position l - 1 predicts token l
+            out.nll, out.correct = token_nll(
+                text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets
+            )
+        if actions:
+            assert batch.noise is not None and batch.time is not None
+            seen = prefix.rows(len(batch.actions))
+            seen = seen.detach() if insulate else seen
+            out.flow = self.flow_head.loss(seen, batch.actions, batch.noise, batch.time)
+        return out
+
+    def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
+        """Initialise from scratch; see `Backbone.reset_parameters`."""
+        self.backbone.reset_parameters(ordinal_ids)
+        self.flow_head.reset_parameters()
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.embed_tokens.weight.device

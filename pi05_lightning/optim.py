@@ -1,0 +1,43 @@
+"""Optimizer groups: one place that decides what decays and at which rate each parameter learns in each stage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from pi05_lightning.recipe import Recipe
+
+NO_DECAY = r"(^|\.)bias$|norm|embed_tokens|position_embedding|identity$"
+
+
+def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups of parameters that share their decay and their learning-rate factors in both stages; they partition all.
+
+    A group carries `name`, `pretrain` and `posttrain` (factors), and `weight_decay` 0 where nothing is to decay.
+    """
+    groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
+    for name, parameter in named_parameters:
+        decays = parameter.ndim > 1 and not re.search(NO_DECAY, name)
+        pretrain, posttrain = recipe.pretrain.lr_factor(name), recipe.posttrain.lr_factor(name)
+        key = (decays, pretrain, posttrain)
+        if key not in groups:
+            label = f"{'decay' if decays else 'no_decay'}_x{pretrain:g}_x{posttrain:g}"
+            groups[key] = {"name": label, "params": [], "pretrain": pretrain, "posttrain": posttrain}
+            if not decays:
+                groups[key]["weight_decay"] = 0.0
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
+
+
+def stage_schedule(optimizer: Optimizer, recipe: Recipe) -> LambdaLR:
+    """Each group's learning rate as a pure function of the step: its stage's factor × warm-up and cosine."""
+
+    def factor(group: dict[str, Any]):
+        return lambda step: group[recipe.stage_at(step)] * recipe.schedule(step)
+
+    return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])

@@ -1,0 +1,187 @@
+"""LeRobot's own π0.5 and pi0_fast at small dimensions, and one set of inputs in LeRobot's form and in ours."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import torch
+from lerobot.policies.pi0_fast import modeling_pi0_fast
+from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
+from lerobot.policies.pi05 import modeling_pi05
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from pi05_lightning.models.checkpoint import build
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.convert import load_lerobot
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Batch, Loss, Modality
+
+
+def build_lerobot(config: ModelConfig) -> modeling_pi05.PI05Pytorch:
+    """LeRobot's π0.5 with the dimensions of a config; its sizes are constants, so they are replaced while it is built.
+
+    Every weight is drawn anew, the zero-initialised ones too: with those left, half of the network would be untested.
+    """
+    sizes = {"gemma_2b": config.language, "gemma_300m": config.expert}
+    lerobot_config = PI05Config(
+        device="cpu",
+        chunk_size=config.horizon,
+        n_action_steps=config.horizon,
+        max_action_dim=config.action_dim,
+        image_resolution=(config.vision.image_size, config.vision.image_size),
+    )
+    with (
+        patch.object(modeling_pi05, "get_gemma_config", sizes.__getitem__),
+        resized(modeling_pi05, "PaliGemmaForConditionalGenerationWithPiGemma", config),
+        resized(modeling_pi05, "PiGemmaForCausalLM", config),
+    ):
+        model = modeling_pi05.PI05Pytorch(lerobot_config)
+    randomize(model)
+    return model.eval()
+
+
+def build_lerobot_fast(config: ModelConfig, tokenizer: object = None) -> modeling_pi0_fast.PI0FastPytorch:
+    """LeRobot's pi0_fast with the dimensions of a config."""
+    with (
+        patch.object(modeling_pi0_fast, "get_gemma_config", {"gemma_2b": config.language}.__getitem__),
+        resized(modeling_pi0_fast, "PaliGemmaForConditionalGenerationWithPiGemma", config),
+    ):
+        model = modeling_pi0_fast.PI0FastPytorch(PI0FastConfig(device="cpu"), paligemma_tokenizer=tokenizer)
+    randomize(model)
+    return model.eval()
+
+
+def resized(module: ModuleType, name: str, sizes: ModelConfig) -> AbstractContextManager[object]:
+    """Patch of a transformers class in a LeRobot module, so that it is built with our vision dims and vocabulary."""
+    original = getattr(module, name)
+
+    def build(config: PretrainedConfig) -> nn.Module:
+        text = getattr(config, "text_config", config)
+        text.vocab_size = sizes.vocab_size
+        if text is not config:
+            config.image_token_index = sizes.vocab_size
+            vision = config.vision_config
+            vision.hidden_size, vision.num_hidden_layers = sizes.vision.width, sizes.vision.depth
+            vision.num_attention_heads, vision.intermediate_size = sizes.vision.num_heads, sizes.vision.mlp_dim
+            vision.image_size, vision.patch_size = sizes.vision.image_size, sizes.vision.patch_size
+            vision.projection_dim = sizes.language.width
+        return original(config)
+
+    return patch.object(module, name, build)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim >= 2 and "embed" not in name:
+            std = p[0].numel() ** -0.5
+        elif "language_model.embed_tokens" in name:
+            std = p.shape[1] ** -0.5  # so that it is of order one after the scale by √width
+        else:
+            std = 0.3
+        p.normal_(0, std, generator=generator)
+
+
+@dataclass
+class Inputs:
+    """The same observations twice: as LeRobot's model takes them and as ours does."""
+
+    images: list[Tensor]
+    image_masks: list[Tensor]
+    tokens: Tensor
+    token_mask: Tensor
+    actions: Tensor
+    noise: Tensor
+    time: Tensor
+    batch: Batch
+
+
+def make_inputs(
+    config: ModelConfig, present: list[list[bool]], lengths: list[int], *, padded_length: int, seed: int = 0
+) -> Inputs:
+    """Random inputs: present[b][c] says which cameras row b has, lengths[b] how many prompt tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, cameras, size = len(lengths), len(present[0]), config.vision.image_size
+    pixels = torch.randint(0, 256, (rows, cameras, 3, size, size), dtype=torch.uint8, generator=generator)
+    mask = torch.tensor(present, dtype=torch.bool)
+    tokens = torch.randint(2, config.vocab_size, (rows, padded_length), generator=generator)
+    token_mask = torch.arange(padded_length) < torch.tensor(lengths)[:, None]
+    tokens[~token_mask] = 0
+    actions = torch.randn(rows, config.horizon, config.action_dim, generator=generator)
+    noise = torch.randn(rows, config.horizon, config.action_dim, generator=generator)
+    time = 0.001 + 0.999 * torch.rand(rows, generator=generator)
+
+    longest = max(lengths)
+    batch = Batch(
+        **pack_images(pixels, mask),
+        tokens=tokens[:, :longest],
+        token_mask=token_mask[:, :longest],
+        causal=torch.zeros(rows, longest, dtype=torch.bool),
+        loss_kind=torch.full((rows, longest), Loss.NONE, dtype=torch.uint8),
+        target_index=torch.zeros(0, dtype=torch.long),
+        actions=actions,
+        action_mask=torch.ones_like(actions, dtype=torch.bool),
+        modality=torch.full((rows,), Modality.CONTINUOUS.id),
+        source=torch.zeros(rows, dtype=torch.long),
+        key=torch.arange(rows),
+        noise=noise[:, None],
+        time=time[:, None],
+    )
+    return Inputs(
+        images=list((pixels.float() / 127.5 - 1).unbind(1)),
+        image_masks=list(mask.unbind(1)),
+        tokens=tokens,
+        token_mask=token_mask,
+        actions=actions,
+        noise=noise,
+        time=time,
+        batch=batch,
+    )
+
+
+def pack_images(pixels: Tensor, present: Tensor) -> dict[str, Tensor]:
+    """u8[B C 3 H W] and present bool[B C] to the image fields of a `Batch`: absent cameras are left out."""
+    rows, camera = present.nonzero(as_tuple=True)
+    place = (present.cumsum(1) - 1)[rows, camera]
+    slots = int(present.sum(1).max())
+    return {
+        "pixels": pixels[rows, camera],
+        "image_index": rows * slots + place,
+        "camera": camera,
+        "image_mask": torch.arange(slots) < present.sum(1, keepdim=True),
+    }
+
+
+def save_lerobot(model: nn.Module, config: ModelConfig, folder: Path, prefix: str = "model.") -> Path:
+    """A checkpoint folder as LeRobot writes it."""
+    save_file({prefix + key: tensor for key, tensor in model.state_dict().items()}, folder / "model.safetensors")
+    size = config.vision.image_size
+    values = {
+        "type": "pi05",
+        "chunk_size": config.horizon,
+        "max_action_dim": config.action_dim,
+        "image_resolution": [size, size],
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+def convert(model: nn.Module, config: ModelConfig, folder: Path) -> Pi05:
+    """Our model with LeRobot's weights, by way of the disk."""
+    read, tensors = load_lerobot(save_lerobot(model, config, folder))
+    assert read == config
+    return build(read, tensors)
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """Largest difference over the largest reference value."""
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
