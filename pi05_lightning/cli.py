@@ -6,8 +6,10 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from importlib import import_module
-from typing import Any, NoReturn
+from inspect import signature
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli
 
@@ -67,6 +69,15 @@ def load(address: str) -> Callable[..., Any]:
     return getattr(import_module(module), name)
 
 
+def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
+    """Call a function with its parameters read from the command line, or with its one dataclass made from there."""
+    hints = get_type_hints(function)
+    types = [hints[name] for name in signature(function).parameters]
+    if len(types) == 1 and is_dataclass(types[0]):
+        return function(auto_cli(types[0], args=args, prog=prog, parser_class=Parser, return_instance=True))
+    return auto_cli(function, args=args, prog=prog, parser_class=Parser)
+
+
 def main(args: list[str] | None = None) -> None:
     """Run one `pi05` command. args: those of the process when None. Exits with 2 on a mistake in them."""
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
@@ -75,7 +86,7 @@ def main(args: list[str] | None = None) -> None:
     elif command in TRAINER_COMMANDS:
         load("pi05_lightning.lightning_cli:run")(command, rest)
     elif command in COMMANDS:
-        auto_cli(load(COMMANDS[command][1]), args=rest, prog=f"pi05 {command}", parser_class=Parser)
+        call(load(COMMANDS[command][1]), rest, prog=f"pi05 {command}")
     else:
         hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
         print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,6 +26,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
+from pi05_lightning.callbacks.predictions import PredictionsFile
+from pi05_lightning.callbacks.stages import StageSwitch
+from pi05_lightning.checkpoint import find_checkpoint, read_training_checkpoint
 from pi05_lightning.cli import TRAINER_COMMANDS, Parser
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.module import Pi05Module
@@ -42,6 +45,7 @@ CHECKPOINT_DEFAULTS = {
     "auto_insert_metric_name": False,
     "every_n_train_steps": 1000,
     "save_last": "link",
+    "enable_version_counter": False,
     "save_on_exception": True,
 }
 
@@ -82,7 +86,7 @@ class Pi05CLI(LightningCLI):
             Pi05Module,
             Pi05DataModule,
             save_config_callback=RunConfig,
-            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [InterruptBetweenSteps()]},
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [InterruptBetweenSteps(), PredictionsFile()]},
             seed_everything_default=0,
             parser_class=RunParser,
             parser_kwargs={"prog": f"pi05 {command}", "description": TRAINER_COMMANDS[command]},
@@ -98,19 +102,18 @@ class Pi05CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str | None, help="The run's directory (default: runs/ and the time).")
         parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
+        # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
+        parser.add_lightning_class_args(StageSwitch, "stages")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
 
     def before_instantiate_classes(self) -> None:
-        if self.config.ckpt_path is not None:
-            self.config.ckpt_path = str(find_checkpoint(self.config.ckpt_path, self.config.run))
-        if self.config.run is None:
-            self.config.run = str(new_run(self.config.ckpt_path))
-        earlier = Path(self.config.run, "checkpoints")
-        if self.command == "fit" and self.config.ckpt_path is None and any(earlier.glob("*.ckpt")):
-            raise ValueError(
-                f"{self.config.run} holds a run already: resume it with --ckpt_path last, or give another --run."
-            )
+        config = self.config
+        if self.command != "fit" and config.ckpt_path is None:
+            self.parser.error("no checkpoint: give its path, or that of a run's directory")
+        config.run = config.run or str(run_of(config.ckpt_path))
+        if self.command == "fit" and config.ckpt_path is None and any(Path(config.run).glob("checkpoints/*.ckpt")):
+            self.parser.error(f"{config.run} holds a run: resume it with --ckpt_path last, or give another --run")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         kwargs["default_root_dir"] = self.config.run
@@ -119,46 +122,28 @@ class Pi05CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def find_checkpoint(where: str, run: str | None = None) -> Path:
-    """The checkpoint file meant by a path to it, by a run's directory, or by `last` (of `run`, else of all runs).
-
-    Raises ValueError when there is none.
-    """
-    if where == "last":
-        found = list(Path(run).glob("checkpoints/*.ckpt") if run else RUNS.rglob("checkpoints/*.ckpt"))
-        looked = run or RUNS
-    elif Path(where).is_dir() and not where.endswith(".ckpt"):  # a sharded checkpoint is a directory itself
-        found = [*Path(where).glob("checkpoints/*.ckpt"), *Path(where).glob("*.ckpt")]
-        looked = where
-    else:
-        found = [Path(where)]
-        looked = where
-    # `last.ckpt` may be a link whose target a killed process had just replaced
-    found = [path for path in found if path.exists()]
-    if not found:
-        raise ValueError(f"There is no checkpoint at {looked}: give a .ckpt file or a directory that `pi05 fit` wrote.")
-    return max(found, key=lambda path: (path.stat().st_mtime, path.is_symlink()))
-
-
-def new_run(checkpoint: str | None) -> Path:
-    """The directory of the run that a checkpoint belongs to, or a new one named by the time."""
+def run_of(checkpoint: str | None) -> Path:
+    """The directory of the run that a checkpoint belongs to; a new one, named by the time, when there is none."""
     if checkpoint is None:
         return RUNS / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     folder = Path(checkpoint).parent
     return folder.parent if folder.name == "checkpoints" else folder
 
 
+def last_run() -> Path:
+    """The run with the newest checkpoint. Raises ValueError when there is none."""
+    found = [path for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()]
+    if not found:
+        raise ValueError(f"there is no checkpoint under {RUNS}/ to go on from")
+    return run_of(str(max(found, key=lambda path: path.stat().st_mtime)))
+
+
 def checkpoint_config(path: Path) -> str:
     """The configuration, as YAML, that a checkpoint was trained with. Raises ValueError when it carries none."""
-    if path.is_dir():
-        config = new_run(str(path)) / "config.yaml"
-        if config.is_file():
-            return config.read_text()
-    else:
-        checkpoint = torch.load(path, weights_only=True, map_location="meta", mmap=True)
-        if "config" in checkpoint:
-            return checkpoint["config"]
-    raise ValueError(f"{path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE.")
+    checkpoint = read_training_checkpoint(path)
+    if "config" not in checkpoint:
+        raise ValueError(f"{path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE")
+    return checkpoint["config"]
 
 
 def find_config(name: str) -> str:
@@ -176,7 +161,7 @@ def find_config(name: str) -> str:
         for pattern in ("configs/**/*.yaml", "experiments/*/config.yaml")
         for path in root.glob(pattern)
     }
-    raise ValueError(f"There is no file {name}. Configurations that are shipped: {', '.join(sorted(shipped))}.")
+    raise ValueError(f"there is no file {name}. Shipped: {', '.join(sorted(shipped))}")
 
 
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
@@ -197,7 +182,8 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     if known.run is not None:
         complete += ["--run", known.run]
     if known.ckpt_path is not None:
-        checkpoint = find_checkpoint(known.ckpt_path, known.run)
+        last = Path(known.run) if known.run else last_run()
+        checkpoint = find_checkpoint(last if known.ckpt_path == "last" else Path(known.ckpt_path))
         complete += ["--ckpt_path", str(checkpoint)]
         if not configs:
             (folder / "config.yaml").write_text(checkpoint_config(checkpoint))
@@ -206,11 +192,16 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
 
 
 def run(command: str, args: list[str]) -> None:
-    """Run the trainer's method `command` (fit, validate, test or predict) with command-line arguments."""
+    """Do what `pi05 fit | validate | test | predict` with these arguments says."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             complete = complete_arguments(command, args, Path(folder))
         except ValueError as error:
             raise SystemExit(f"pi05 {command}: {error}") from error
         cli = Pi05CLI(command, complete)
-    getattr(cli.trainer, command)(cli.model, datamodule=cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    options = {"return_predictions": False} if command == "predict" else {}
+    try:
+        getattr(cli.trainer, command)(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **options)
+    finally:
+        if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
+            print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)

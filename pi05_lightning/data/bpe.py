@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -42,20 +43,21 @@ class BatchBPE:
         for order, (first, second, _) in enumerate(merges):
             pair_rank[first, second] = order
 
-        atoms = sorted({atom for atoms in spelling for atom in atoms})
-        spelled = {atom: (atom,) for atom in atoms}
+        atoms = sorted({atom for word in spelling for atom in word})
+        symbol = {atom: place for place, atom in enumerate(atoms)}
+        spelled = {atom: [symbol[atom]] for atom in atoms}
         for first, second, merged in merges:
-            if first in spelled and second in spelled and _stand_apart(first, second, rank[merged], left, right, rank, pair_rank):
+            parts_occur = first in spelled and second in spelled
+            if parts_occur and _stand_apart(first, second, rank[merged], left, right, rank, pair_rank):
                 spelled[merged] = spelled[first] + spelled[second]
         self._neighbours = _neighbour_table(np.array(sorted(spelled)), left, right, rank, pair_rank)
         self._length = np.zeros(vocab, dtype=np.int32)
-        self._length[list(spelled)] = [len(symbols) for symbols in spelled.values()]
-        self._child, self._token_at, self._shorter = _trie(spelled, {atom: i for i, atom in enumerate(atoms)}, vocab)
-
-        symbol = {atom: i for i, atom in enumerate(atoms)}
+        self._length[list(spelled)] = [len(word) for word in spelled.values()]
+        self._shorter = _shorter(spelled, vocab)
+        self._trie = _trie(spelled)
         self._spelling = np.full((len(spelling), max(map(len, spelling))), -1, dtype=np.int32)
-        for character, atoms_of_character in enumerate(spelling):
-            self._spelling[character, : len(atoms_of_character)] = [symbol[atom] for atom in atoms_of_character]
+        for character, word in enumerate(spelling):
+            self._spelling[character, : len(word)] = [symbol[atom] for atom in word]
         self._kinds = _character_kinds(tokenizer, len(spelling))
 
     def __call__(self, characters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,8 +66,7 @@ class BatchBPE:
             np.ascontiguousarray(characters, dtype=np.int32),
             self._spelling,
             self._kinds,
-            self._child,
-            self._token_at,
+            self._trie,
             self._length,
             self._shorter,
             self._neighbours,
@@ -105,31 +106,77 @@ def _character_kinds(tokenizer: Tokenizer, count: int) -> np.ndarray:
     return kinds
 
 
-def _trie(
-    spelled: dict[int, tuple[int, ...]], symbol: dict[int, int], vocab: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """child i32[nodes, symbols], token_at i32[nodes], and for each token the longest shorter one that begins it."""
-    children: list[dict[int, int]] = [{}]
+class _Trie(NamedTuple):
+    """All tokens by their symbols, parents before children and the largest child right behind its parent.
+
+    symbol: i32[nodes] that leads here from the node before, -1 if another one is the parent; those edges are in a hash
+    table, keys and nodes i64[slots].  token: i32[nodes] that ends here, or -1.
+    """
+
+    symbol: np.ndarray
+    token: np.ndarray
+    keys: np.ndarray
+    nodes: np.ndarray
+
+
+def _trie(spelled: dict[int, list[int]]) -> _Trie:
+    edges: list[dict[int, int]] = [{}]
     tokens = [-1]
-    for token, atoms in spelled.items():
+    for token, word in spelled.items():
         node = 0
-        for atom in atoms:
-            node = children[node].setdefault(symbol[atom], len(children))
-            if node == len(children):
-                children.append({})
+        for symbol in word:
+            node = edges[node].setdefault(symbol, len(edges))
+            if node == len(edges):
+                edges.append({})
                 tokens.append(-1)
         tokens[node] = token
+    size = [1] * len(edges)
+    for node in reversed(range(len(edges))):
+        size[node] += sum(size[child] for child in edges[node].values())
+
+    trie = _Trie(*np.full((2, len(edges)), -1, dtype=np.int32), *np.full((2, _power_of_two(2 * len(edges))), -1))
+    stack = [(0, -1, -1)]
+    for place in range(len(edges)):
+        node, symbol, parent = stack.pop()
+        trie.token[place] = tokens[node]
+        if parent == place - 1:
+            trie.symbol[place] = symbol
+        else:
+            slot = _slot(trie.keys, parent, symbol)
+            trie.keys[slot], trie.nodes[slot] = _key(parent, symbol), place
+        children = sorted(edges[node].items(), key=lambda edge: size[edge[1]])
+        stack.extend((child, symbol, place) for symbol, child in children)
+    return trie
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def _shorter(spelled: dict[int, list[int]], vocab: int) -> np.ndarray:
+    """For each token the longest other one that begins it, or -1."""
+    token_of = {tuple(word): token for token, word in spelled.items()}
     shorter = np.full(vocab, -1, dtype=np.int32)
-    for token, atoms in spelled.items():
-        node, longest = 0, -1
-        for atom in atoms[:-1]:
-            node = children[node][symbol[atom]]
-            longest = tokens[node] if tokens[node] >= 0 else longest
-        shorter[token] = longest
-    child = np.full((len(children), len(symbol)), -1, dtype=np.int32)
-    for node, edges in enumerate(children):
-        child[node, list(edges)] = list(edges.values())
-    return child, np.array(tokens, dtype=np.int32), shorter
+    for token, word in spelled.items():
+        beginnings = (token_of.get(tuple(word[:end])) for end in range(len(word) - 1, 0, -1))
+        shorter[token] = next((other for other in beginnings if other is not None), -1)
+    return shorter
+
+
+@numba.njit(cache=True, nogil=True)
+def _key(node, symbol):  # type: ignore[no-untyped-def]
+    return np.int64(node) << 16 | np.int64(symbol)
+
+
+@numba.njit(cache=True, nogil=True)
+def _slot(keys, node, symbol):  # type: ignore[no-untyped-def]
+    """Where the edge is in the hash table, or where it would go."""
+    key = _key(node, symbol)
+    mask = len(keys) - 1
+    slot = (key * 0x9E3779B1 >> 16) & mask  # Fibonacci hashing
+    while keys[slot] != -1 and keys[slot] != key:
+        slot = (slot + 1) & mask
+    return slot
 
 
 @numba.njit(cache=True, nogil=True)
@@ -165,7 +212,7 @@ def _neighbour_table(tokens, left, right, rank, pair_rank):  # type: ignore[no-u
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode(characters, spelling, kinds, child, token_at, length, shorter, neighbours):  # type: ignore[no-untyped-def]
+def _encode(characters, spelling, kinds, trie, length, shorter, neighbours):  # type: ignore[no-untyped-def]
     rows, columns = characters.shape
     symbols = np.empty(columns * spelling.shape[1], dtype=np.int32)
     dead = np.empty(len(symbols) + 1, dtype=np.bool_)
@@ -183,21 +230,21 @@ def _encode(characters, spelling, kinds, child, token_at, length, shorter, neigh
                     if symbol >= 0:
                         symbols[size] = symbol
                         size += 1
-            count = _encode_word(symbols[:size], ids, count, dead, child, token_at, length, shorter, neighbours)
+            count = _encode_word(symbols[:size], ids, count, dead, trie, length, shorter, neighbours)
             begin = end
         row_ends[row] = count
     return ids[:count], row_ends
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode_word(symbols, ids, start, dead, child, token_at, length, shorter, neighbours):  # type: ignore[no-untyped-def]
+def _encode_word(symbols, ids, start, dead, trie, length, shorter, neighbours):  # type: ignore[no-untyped-def]
     """Write the word's tokens at ids[start:] and return where they end.
 
     dead marks positions from which no way leads on; the tokens up to a position are the same whichever way it is reached.
     """
     dead[: len(symbols) + 1] = False
     count, position = start, 0
-    token = _longest(symbols, position, child, token_at)
+    token = _longest(symbols, position, trie)
     while True:
         while token >= 0 and (
             dead[position + length[token]] or (count > start and not neighbours[ids[count - 1], token])
@@ -214,19 +261,22 @@ def _encode_word(symbols, ids, start, dead, child, token_at, length, shorter, ne
         position += length[token]
         if position == len(symbols):
             return count
-        token = _longest(symbols, position, child, token_at)
+        token = _longest(symbols, position, trie)
 
 
 @numba.njit(cache=True, nogil=True)
-def _longest(symbols, position, child, token_at):  # type: ignore[no-untyped-def]
-    node, token = 0, -1
-    while position < len(symbols):
-        node = child[node, symbols[position]]
-        if node < 0:
-            break
-        if token_at[node] >= 0:
-            token = token_at[node]
-        position += 1
+def _longest(symbols, position, trie):  # type: ignore[no-untyped-def]
+    node, token = np.int64(0), np.int32(-1)
+    for symbol in symbols[position:]:
+        if node + 1 < len(trie.symbol) and trie.symbol[node + 1] == symbol:
+            node += 1
+        else:
+            slot = _slot(trie.keys, node, symbol)
+            if trie.keys[slot] == -1:
+                break
+            node = trie.nodes[slot]
+        if trie.token[node] >= 0:
+            token = trie.token[node]
     return token
 
 

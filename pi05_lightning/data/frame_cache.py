@@ -86,7 +86,7 @@ class CachedFrames:
             if not self.ready:
                 raise RuntimeError(f"the frame cache {self.folder} is incomplete: call prepare() before reading")
             self._place = np.full(len(self.origin.file), -1, dtype=np.int64)
-            for file in range(len(self.origin.files)):
+            for file in self._present:
                 with np.load(self._index_path(file)) as index:
                     cached, self._problem[file] = index["position"], str(index["problem"])
                 rows = np.flatnonzero(self.origin.file == file)
@@ -94,7 +94,11 @@ class CachedFrames:
         return self._place
 
     def _missing(self) -> list[int]:
-        return [i for i in range(len(self.origin.files)) if not self._index_path(i).exists()]
+        return [i for i in self._present if not self._index_path(i).exists()]
+
+    @property
+    def _present(self) -> list[int]:
+        return [i for i, path in enumerate(self.origin.files) if path.exists()]
 
     def _map(self, file: int) -> np.ndarray:
         return np.memmap(self._frames_path(file), dtype=np.uint8, mode="r").reshape(-1, 3, *self.size)

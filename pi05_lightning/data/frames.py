@@ -55,9 +55,10 @@ class VideoDecoder:
             self._container = av.open(str(path))
         except (av.FFmpegError, OSError) as error:
             raise BadImage(f"{path} cannot be opened as a video ({error})") from error
-        if not self._container.streams.video:
+        if not self._container.streams.video or self._container.streams.video[0].time_base is None:
             raise BadImage(f"{path} has no video stream")
         self._stream = self._container.streams.video[0]
+        self._time_base = self._container.streams.video[0].time_base
         # one thread a decoder: more would delay the first frame after a seek, and workers are the parallelism
         self._stream.codec_context.thread_count = 1
         rate = self._stream.average_rate
@@ -95,7 +96,7 @@ class VideoDecoder:
 
     def _seek(self, timestamp: float) -> None:
         try:
-            pts = round(timestamp / self._stream.time_base) - 1  # to the key frame at or before it
+            pts = round(timestamp / self._time_base) - 1  # to the key frame at or before it
             self._container.seek(pts, stream=self._stream)
         except av.FFmpegError as error:
             raise BadImage(f"{self.path} cannot be searched ({error})") from error
@@ -110,7 +111,7 @@ class VideoDecoder:
             raise BadImage(f"{self.path} is damaged ({error})") from error
 
     def _seconds(self, frame: av.VideoFrame) -> float:
-        return float(frame.pts * self._stream.time_base)
+        return float(frame.pts * self._time_base)
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
         rgb = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()

@@ -54,7 +54,9 @@ def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[i
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
     if seed < 0 or start + count > SEEDS_PER_SPLIT:
-        raise ValueError(f"a split has {SEEDS_PER_SPLIT} initial states and seeds start at 0: got seed {seed}, {count=}")
+        raise ValueError(
+            f"a split has {SEEDS_PER_SPLIT} initial states and seeds start at 0: got seed {seed}, {count=}"
+        )
     first = (seed * len(SPLITS) + SPLITS.index(split)) * SEEDS_PER_SPLIT + start
     return list(range(first, first + count))
 
@@ -78,6 +80,12 @@ def task_names() -> list[str]:
     return sorted(import_metaworld().env_dict.ALL_V3_ENVIRONMENTS)
 
 
+def check_task(task: str) -> None:
+    """Raises ValueError when MetaWorld has no task of this name."""
+    if task not in task_names():
+        raise ValueError(f"MetaWorld has no task {task!r}: use one of {', '.join(task_names())}")
+
+
 class MetaWorldEnv:
     """One MetaWorld task.
 
@@ -97,13 +105,11 @@ class MetaWorldEnv:
         cameras: Sequence[str] = POLICY_CAMERAS,
         action_repeat: int = 5,
     ):
-        import_metaworld()
+        check_task(task)
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
-        if task not in ALL_V3_ENVIRONMENTS:
-            raise ValueError(f"MetaWorld has no task {task!r}: use one of {', '.join(sorted(ALL_V3_ENVIRONMENTS))}")
         self.task = task
         self.language = task_language(task)
         self.cameras = tuple(cameras)
@@ -155,7 +161,8 @@ class MetaWorldEnv:
 
         Returns whether the task succeeded in one of them.
         """
-        return any([self.control_step(action) for _ in range(self.action_repeat)])
+        successes = [self.control_step(action) for _ in range(self.action_repeat)]
+        return any(successes)
 
     def control_step(self, action: np.ndarray) -> bool:
         """One control step of 1/80 s; returns whether the task is solved."""
@@ -189,9 +196,14 @@ class MetaWorldEnv:
         places["gripper"] = self._env.tcp_center.copy()
         return places
 
-    def render(self) -> dict[str, np.ndarray]:
+    @property
+    def workspace(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lowest and the highest place the hand can be sent to: f64[3] in metres, twice."""
+        return self._env.mocap_low, self._env.mocap_high
+
+    def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """{camera: uint8[3 h w]}."""
-        return {name: np.ascontiguousarray(self._draw(name).transpose(2, 0, 1)) for name in self.cameras}
+        return {name: np.ascontiguousarray(self._draw(name).transpose(2, 0, 1)) for name in cameras or self.cameras}
 
     def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
         """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible, from MuJoCo's segmentation."""
@@ -205,7 +217,7 @@ class MetaWorldEnv:
         geom_ids = np.where(kinds == int(self._mujoco.mjtObj.mjOBJ_GEOM), ids, -1)
         site_ids = np.where(kinds == int(self._mujoco.mjtObj.mjOBJ_SITE), ids, -1)
         size, boxes = len(ids), {}
-        for name, (geoms, sites) in self._objects.items():
+        for name in self._objects:
             shown = self._is_geom[name][geom_ids] | self._is_site[name][site_ids]
             rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
             if len(rows):
@@ -235,7 +247,7 @@ class MetaWorldEnv:
         return image[::-1, ::-1] if CAMERAS.get(name, Camera()).rotate else image
 
     def _in_view(self, camera_id: int) -> np.ndarray:
-        """bool[ngeom]: the bounding sphere touches the camera's pyramid. Drawing is bound by vertices: halves its time."""
+        """bool[ngeom]: the bounding sphere touches the camera's pyramid. Vertices bound drawing: this halves its time."""
         model, data = self._env.model, self._env.data
         centre = (data.geom_xpos - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
         slope = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)

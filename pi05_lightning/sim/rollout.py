@@ -95,7 +95,9 @@ def run_policy(running: list[tuple[MetaWorldEnv, Trial]], config: RolloutConfig)
             for (_, trial), subtask in zip(running, policy.predict_subtasks(frames), strict=True):
                 trial.subtask = subtask
         actions = policy.predict_chunks(
-            frames, [trial.subtask for _, trial in running], _noise([trial for _, trial in running], chunk, policy, config)
+            frames,
+            [trial.subtask for _, trial in running],
+            _noise([trial for _, trial in running], chunk, policy, config),
         )
         for (env, trial), plan in zip(running, actions, strict=True):
             if not np.isfinite(plan).all():

@@ -109,7 +109,10 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "window-open-v3": TaskLanguage(
         "open the window",
-        {"window handle": Part(bodies=("windowb_a",), material="window_white"), "window": Part(bodies=("windowb_a", "windowb_b"))},
+        {
+            "window handle": Part(bodies=("windowb_a",), material="window_white"),
+            "window": Part(bodies=("windowb_a", "windowb_b")),
+        },
         _approach(
             "wndw_pos",
             (-0.03, -0.03, -0.08),
@@ -120,7 +123,10 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "window-close-v3": TaskLanguage(
         "close the window",
-        {"window handle": Part(bodies=("windowb_a",), material="window_white"), "window": Part(bodies=("windowb_a", "windowb_b"))},
+        {
+            "window handle": Part(bodies=("windowb_a",), material="window_white"),
+            "window": Part(bodies=("windowb_a", "windowb_b")),
+        },
         _approach(
             "wndw_pos",
             (0.03, -0.03, -0.08),
@@ -189,3 +195,9 @@ LANGUAGE: dict[str, TaskLanguage] = {
 def task_language(task: str) -> TaskLanguage:
     """The words for a task; tasks without an entry get their name as a sentence (`door-open-v3` -> "door open")."""
     return LANGUAGE.get(task) or TaskLanguage(task.removesuffix("-v3").replace("-", " "))
+
+
+def task_of_sentence(sentence: str) -> str:
+    """The task that `task_language` describes with this sentence, as a dataset gives it back."""
+    named = {language.sentence: task for task, language in LANGUAGE.items()}
+    return named.get(sentence) or f"{sentence.replace(' ', '-')}-v3"

@@ -31,6 +31,7 @@ def lerobot_fast(config: ModelConfig) -> PI0FastPytorch:
     tokenizer = SimpleNamespace(bos_token_id=BOS, convert_tokens_to_ids=lambda token: BAR)
     model = build_lerobot_fast(config, tokenizer)
     embedding = model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight
+    embedding.data.mul_(0.05)  # else the residual stream carries each token to the output, to be said again
     model.get_parameter(LM_HEAD).data.copy_(embedding.data)  # tied in π0.5, drawn apart here
     return model
 

@@ -14,6 +14,7 @@ import numpy as np
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
+from pi05_lightning.data.processor import Robot
 from pi05_lightning.data.sources.base import SourceConfig, Split
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns
 from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, find_dataset
@@ -56,12 +57,12 @@ class LeRobotConfig(SourceConfig):
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
         return LeRobotSource(self, name, split, shapes.horizon, (shapes.image_size, shapes.image_size))
 
-    def statistics(self, name: str) -> Normalize | None:
-        """Exact quantiles of the training part's state and action values, over all its frames."""
+    def robot(self) -> Robot | None:
+        """The training part's quantiles, exact over all its frames, its rate and its tasks; None without actions."""
         if not self.action_keys:
             return None
         numbers_only = replace(self, cameras={}, horizon_seconds=None)
-        return LeRobotSource(numbers_only, name, "train", horizon=1, image_size=(0, 0)).quantiles()
+        return LeRobotSource(numbers_only, self.path, "train", horizon=1, image_size=(0, 0)).robot()
 
 
 class LeRobotSource:
@@ -137,10 +138,12 @@ class LeRobotSource:
             cache.prepare(f"{self.name} {self.split}, {camera}")
         self._reject_undecoded()
 
-    def quantiles(self) -> Normalize:
-        """Exact 1 % and 99 % quantiles of state and action over the source's frames."""
-        state, action = (values[self._rows].astype(np.float64) for values in (self.columns.state, self.columns.action))
-        return Normalize(*(Quantiles(*np.quantile(values, (0.01, 0.99), axis=0)) for values in (state, action)))
+    def robot(self) -> Robot:
+        """Exact 1 % and 99 % quantiles of state and action over the source's frames, its rate and its tasks."""
+        values = (values[self._rows].astype(np.float64) for values in (self.columns.state, self.columns.action))
+        state, action = (Quantiles(*np.quantile(part, (0.01, 0.99), axis=0)) for part in values)
+        tasks = sorted({self._task.values[code] for code in np.unique(self._task.codes[self._rows])})
+        return Robot(Normalize(state, action), self.files.fps, tuple(tasks), self.config.path)
 
     @property
     def episode(self) -> np.ndarray:

@@ -141,7 +141,7 @@ class LeRobotFiles:
         if isinstance(only, str):
             chosen &= np.isin(episodes, self._matching(only))
         elif only is not None:
-            unknown = sorted(set(only) - set(episodes.tolist()))
+            unknown = np.setdiff1d(only, episodes).tolist()
             if unknown:
                 raise ValueError(f"{self.root} has no episodes {unknown}: it has {len(episodes)}; correct `episodes`")
             chosen &= np.isin(episodes, only)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
 import numpy as np
 
 # Fractional part of the golden ratio: the multiples of the number hardest to approximate by fractions fill [0, 1)
@@ -16,3 +19,11 @@ def held_out(index: np.ndarray, fraction: float) -> np.ndarray:
     episodes, n · fraction are held out, give or take one or two.
     """
     return np.mod((index + 1) * _GOLDEN, 1.0) >= 1.0 - fraction
+
+
+def held_out_groups(groups: Iterable[object], fraction: float) -> np.ndarray:
+    """The same for rows that belong together by a value: bool, alike for equal values, by a hash of the value."""
+    values = [str(group) for group in groups]
+    digests = {value: hashlib.blake2b(value.encode(), digest_size=8).digest() for value in set(values)}
+    limit = (1.0 - fraction) * 2.0**64
+    return np.array([int.from_bytes(digests[value]) >= limit for value in values], dtype=bool)

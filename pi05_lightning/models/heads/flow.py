@@ -93,7 +93,8 @@ class FlowHead(nn.Module):
     def sample(self, prefix: Prefix, noise: Tensor, num_steps: int = 10) -> Tensor:
         """Integrate noise f32[R K T D] to actions with `num_steps` Euler steps from t = 1 to 0."""
         dt = -1.0 / num_steps
-        grid = 1 + dt * torch.arange(num_steps, device=noise.device)
+        # summed in float64, as LeRobot does: the shortest time period is 4e-3, so float32 errors of t would show
+        grid = torch.tensor([1 + step * dt for step in range(num_steps)], dtype=torch.float32, device=noise.device)
         table = self.modulate(grid[None])  # [1 steps 1 3W]: a table over time, the same for all rows and draws
         x = noise
         for step in range(num_steps):

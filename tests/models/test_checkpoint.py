@@ -1,0 +1,166 @@
+"""Weights on disk: what is wrong is said in full, what is right is taken over without a copy."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pi05_lightning.models.checkpoint import build, read_json, read_tensors, save_tensors
+from pi05_lightning.models.config import GemmaConfig, ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+
+from .small import make_batch, small_config, small_model
+
+
+@pytest.fixture
+def model() -> Pi05:
+    return small_model()
+
+
+@pytest.fixture
+def file(model: Pi05, tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_tensors(model.state_dict(), path)
+    return path
+
+
+def test_saved_and_built_again_computes_the_same(model: Pi05, file: Path) -> None:
+    again = build(model.config, read_tensors(file))
+    batch = make_batch(model.config, ["iipps", "ptt"], acting=1)
+    assert torch.equal(again(batch).flow, model(batch).flow)
+    assert torch.equal(again(batch).nll, model(batch).nll)
+
+
+def test_a_built_model_has_nothing_left_on_meta_and_trains(model: Pi05, file: Path) -> None:
+    again = build(model.config, read_tensors(file))
+    assert {tensor.device.type for tensor in (*again.parameters(), *again.buffers())} == {"cpu"}
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    before = again.backbone.norm.weight.detach().clone()
+    out = again(make_batch(model.config, ["iipps"], acting=1))
+    (out.nll.mean() + out.flow.mean()).backward()
+    torch.optim.SGD(again.parameters(), lr=0.1).step()
+    assert not torch.equal(again.backbone.norm.weight, before)
+
+
+def test_training_a_loaded_model_leaves_its_file_alone(model: Pi05, file: Path) -> None:
+    before = file.read_bytes()
+    with torch.no_grad():
+        for parameter in build(model.config, read_tensors(file)).parameters():
+            parameter.add_(1)
+    assert file.read_bytes() == before
+
+
+def test_tensors_are_taken_over_without_a_copy(model: Pi05, file: Path) -> None:
+    tensors = read_tensors(file)
+    again = build(model.config, tensors)
+    assert all(parameter.data_ptr() == tensors[name].data_ptr() for name, parameter in again.named_parameters())
+
+
+def test_dtype_is_converted_on_the_way(model: Pi05, file: Path) -> None:
+    again = build(model.config, read_tensors(file), torch.bfloat16)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+
+
+def test_every_key_that_does_not_fit_is_listed(model: Pi05) -> None:
+    tensors = dict(model.state_dict())
+    del tensors["backbone.norm.weight"]
+    del tensors["flow_head.time_mlp_in.bias"]
+    tensors["backbone.layers.7.mlp.up_proj.weight"] = torch.zeros(2, 3)
+    tensors["flow_head.action_in_proj.weight"] = torch.zeros(9, 4)
+    with pytest.raises(ValueError, match="4 keys do not fit") as error:
+        build(model.config, tensors)
+    for expected in (
+        "missing: backbone.norm.weight [32]",
+        "missing: flow_head.time_mlp_in.bias [24]",
+        "unexpected: backbone.layers.7.mlp.up_proj.weight [2, 3]",
+        "misshaped: flow_head.action_in_proj.weight is [9, 4], expected [24, 4]",
+    ):
+        assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_a_truncated_file_is_refused_by_name(file: Path, keep: int) -> None:
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        read_tensors(file)
+
+
+def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere.safetensors does not exist"):
+        read_tensors(tmp_path / "nowhere.safetensors")
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.save({"weight": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="no safetensors file"):
+        read_tensors(path)
+
+
+def test_damaged_json_is_refused_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"horizon": 5,\n oops}')
+    with pytest.raises(ValueError, match=r"config\.json .*line 2"):
+        read_json(tmp_path / "config.json")
+
+
+def test_replacing_a_file_does_not_disturb_the_model_that_maps_it(model: Pi05, file: Path) -> None:
+    mapped = build(model.config, read_tensors(file))
+    save_tensors({"other": torch.zeros(1)}, file)
+    assert torch.equal(mapped.backbone.embed_tokens.weight, model.backbone.embed_tokens.weight)
+
+
+def test_an_interrupted_save_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = file.read_bytes()
+
+    def interrupted(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pi05_lightning.models.checkpoint.save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors({"x": torch.zeros(1)}, file)
+    assert file.read_bytes() == before
+
+
+MEASURE = """
+import json, resource, sys
+import torch
+from pathlib import Path
+from pi05_lightning.models.checkpoint import build, read_json, read_tensors
+from pi05_lightning.models.config import ModelConfig
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+folder = Path(sys.argv[1])
+config = ModelConfig.from_dict(read_json(folder / "config.json"))
+before = peak()
+model = build(config, read_tensors(folder / "model.safetensors"))
+touched = sum(parameter.sum() for parameter in model.parameters())
+print(peak() - before)
+"""
+
+
+def test_loading_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    config = small_config(
+        language=GemmaConfig(256, 2, 1024, 4, 2, 8), expert=GemmaConfig(24, 2, 40, 4, 2, 8), vocab_size=100_000
+    )
+    save_small(config, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 100e6
+    assert int(done.stdout) < 1.15 * size
+
+
+def save_small(config: ModelConfig, folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file({key: tensor.contiguous() for key, tensor in Pi05(config).state_dict().items()}, folder / "model.safetensors")
