@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli
@@ -25,6 +27,7 @@ COMMANDS = {
     "collect": ("record scripted experts in the simulator as a LeRobot dataset", "pi05_lightning.sim.collect:collect"),
     "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.data.commands:stats"),
     "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.data.commands:tokenizer"),
+    "report": ("a run on one self-contained page", "pi05_lightning.report.page:report"),
     "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.sim.rollout:rollout"),
 }
 
@@ -72,22 +75,36 @@ def load(address: str) -> Callable[..., Any]:
 def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     """Call a function with its parameters read from the command line, or with its one dataclass made from there."""
     hints = get_type_hints(function)
-    types = [hints[name] for name in signature(function).parameters]
-    if len(types) == 1 and is_dataclass(types[0]):
-        return function(auto_cli(types[0], args=args, prog=prog, parser_class=Parser, return_instance=True))
+    first, *others = [hints[name] for name in signature(function).parameters]
+    if is_dataclass(first) and not others:
+        return function(auto_cli([first], args=args, prog=prog, parser_class=Parser, return_instance=True))
     return auto_cli(function, args=args, prog=prog, parser_class=Parser)
 
 
+def is_for_the_user(error: Exception) -> bool:
+    """Whether this package raised the error itself: its message is all that helps then, and a traceback hides it."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
 def main(args: list[str] | None = None) -> None:
-    """Run one `pi05` command. args: those of the process when None. Exits with 2 on a mistake in them."""
+    """Run one `pi05` command. args: those of the process when None.
+
+    Exits with 2 on a mistake in the arguments, with 1 when the command refuses to go on.
+    """
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
-    if command in ("-h", "--help"):
-        print(overview())
-    elif command in TRAINER_COMMANDS:
-        load("pi05_lightning.lightning_cli:run")(command, rest)
-    elif command in COMMANDS:
-        call(load(COMMANDS[command][1]), rest, prog=f"pi05 {command}")
-    else:
-        hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
-        print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)
-        sys.exit(2)
+    try:
+        if command in ("-h", "--help"):
+            print(overview())
+        elif command in TRAINER_COMMANDS:
+            load("pi05_lightning.lightning_cli:run")(command, rest)
+        elif command in COMMANDS:
+            call(load(COMMANDS[command][1]), rest, prog=f"pi05 {command}")
+        else:
+            hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
+            print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)
+            sys.exit(2)
+    except (ValueError, OSError) as error:
+        if not is_for_the_user(error):
+            raise
+        sys.exit(f"pi05 {command}: {error}")

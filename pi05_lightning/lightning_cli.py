@@ -11,7 +11,6 @@ configuration it was trained with, so that its path alone is enough to validate 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 from datetime import datetime
@@ -32,9 +31,9 @@ from pi05_lightning.checkpoint import find_checkpoint, read_training_checkpoint
 from pi05_lightning.cli import TRAINER_COMMANDS, Parser
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.shipped import find_config
 
 RUNS = Path("runs")
-SHIPPED = Path(__file__).parent
 TRAINER_DEFAULTS = {
     # the data is an endless stream indexed by step, which each rank reads its own part of
     "max_epochs": -1,
@@ -80,7 +79,7 @@ class RunConfig(SaveConfigCallback):
 class Pi05CLI(LightningCLI):
     """Parses a run's configuration and builds its trainer, model and data; `run` then does what the command says."""
 
-    def __init__(self, command: str, args: ArgsType = None) -> None:
+    def __init__(self, command: str, args: list[str]) -> None:
         self.command = command
         super().__init__(
             Pi05Module,
@@ -97,6 +96,7 @@ class Pi05CLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         # upstream warns whenever args are given and the process has some of its own, which is how `pi05` works
+        assert isinstance(args, list)
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -105,6 +105,8 @@ class Pi05CLI(LightningCLI):
         # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
         parser.add_lightning_class_args(StageSwitch, "stages")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
 
     def before_instantiate_classes(self) -> None:
@@ -146,24 +148,6 @@ def checkpoint_config(path: Path) -> str:
     return checkpoint["config"]
 
 
-def find_config(name: str) -> str:
-    """The path itself where it is a file, else the shipped configuration of that name.
-
-    Raises ValueError with the names of those that exist.
-    """
-    # an installed package carries configs/ and experiments/ inside it; in a checkout they stand beside it
-    for folder in (Path(), SHIPPED, SHIPPED.parent):
-        if (folder / name).is_file():
-            return os.fspath(folder / name)
-    shipped = {
-        os.fspath(path.relative_to(root))
-        for root in (SHIPPED, SHIPPED.parent)
-        for pattern in ("configs/**/*.yaml", "experiments/*/config.yaml")
-        for path in root.glob(pattern)
-    }
-    raise ValueError(f"there is no file {name}. Shipped: {', '.join(sorted(shipped))}")
-
-
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
     """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
 
@@ -177,13 +161,13 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     if command != "fit" and rest and not rest[0].startswith("-"):
         known.ckpt_path = rest.pop(0)
 
-    configs = [find_config(name) for name in known.config]
+    configs = [str(find_config(name)) for name in known.config]
     complete = []
     if known.run is not None:
         complete += ["--run", known.run]
     if known.ckpt_path is not None:
-        last = Path(known.run) if known.run else last_run()
-        checkpoint = find_checkpoint(last if known.ckpt_path == "last" else Path(known.ckpt_path))
+        where = Path(known.run or last_run()) if known.ckpt_path == "last" else Path(known.ckpt_path)
+        checkpoint = find_checkpoint(where)
         complete += ["--ckpt_path", str(checkpoint)]
         if not configs:
             (folder / "config.yaml").write_text(checkpoint_config(checkpoint))
@@ -194,11 +178,7 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
 def run(command: str, args: list[str]) -> None:
     """Do what `pi05 fit | validate | test | predict` with these arguments says."""
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            complete = complete_arguments(command, args, Path(folder))
-        except ValueError as error:
-            raise SystemExit(f"pi05 {command}: {error}") from error
-        cli = Pi05CLI(command, complete)
+        cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
     options = {"return_predictions": False} if command == "predict" else {}
     try:
         getattr(cli.trainer, command)(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **options)

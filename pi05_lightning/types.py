@@ -38,6 +38,10 @@ class Modality(StrEnum):
         return list(Modality).index(self)
 
 
+Box = tuple[float, float, float, float]
+"""ymin, xmin, ymax, xmax as shares of the image's height and width."""
+
+
 @dataclass(frozen=True)
 class Shapes:
     """What the data must know of the model: sizes that samples are made to."""

@@ -1,131 +1,158 @@
-"""Byte-pair encoding of whole batches, token for token what `tokenizers` gives, in linear time.
+"""Byte-pair encoding of whole batches: token for token what `tokenizers` gives, several times as fast.
 
-Merging pair by pair needs a priority queue and a step per merge. This reads left to right instead: take the longest
+Merging pair by pair takes a priority queue and a step per merge. This reads from left to right instead: take the longest
 token that fits, check that it may stand beside the one before it, step back where it may not. A sequence of tokens is
 what BPE gives if and only if each pair of neighbours is (Berglund and van der Merwe, "Formalizing BPE Tokenization",
-arXiv 2309.08715), and whether two tokens may stand side by side is a table. FAST chunks are long and made of few tokens,
-so this is much less work (`benchmarks/fast.py`).
+arXiv 2309.08715), and which tokens may be neighbours is a table. FAST chunks are long and made of few tokens, so this is
+much less work. The rare word that makes it step back again and again is merged the plain way.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from tokenizers import Tokenizer
 
 NEVER = np.iinfo(np.int32).max  # the rank of a pair that no rule merges
+PATIENCE = 8  # times the word's length that may be read in it, before it is merged the plain way
 
 LETTER, NUMBER, OTHER, SPACE, BLANK, APOSTROPHE = range(6)
 
 
-class BatchBPE:
-    """A `tokenizers` BPE model whose texts are rows of characters 0..n-1.
+class Trie(NamedTuple):
+    """All tokens by the atoms that they are made of; parents before children, the largest child right behind its parent.
 
-    spelling: for each character, the token ids that BPE starts from: one, or one per byte under a byte-level scheme.
-    Raises ValueError for a model that this method does not cover: one that is no plain BPE, or whose merge rules do not
-    come in the order in which training finds them.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, spelling: Sequence[Sequence[int]]) -> None:
-        model = json.loads(tokenizer.to_str())["model"]
-        merges = _merge_rules(model)
-        vocab = tokenizer.get_vocab_size()
-        left, right, rank = np.full((3, vocab), -1, dtype=np.int32)
-        for order, (first, second, merged) in enumerate(merges):
-            if rank[merged] >= 0 or rank[first] >= order or rank[second] >= order:
-                raise ValueError("merge rules out of order")
-            left[merged], right[merged], rank[merged] = first, second, order
-        pair_rank = np.full((vocab, vocab), NEVER, dtype=np.int32)
-        for order, (first, second, _) in enumerate(merges):
-            pair_rank[first, second] = order
-
-        atoms = sorted({atom for word in spelling for atom in word})
-        symbol = {atom: place for place, atom in enumerate(atoms)}
-        spelled = {atom: [symbol[atom]] for atom in atoms}
-        for first, second, merged in merges:
-            parts_occur = first in spelled and second in spelled
-            if parts_occur and _stand_apart(first, second, rank[merged], left, right, rank, pair_rank):
-                spelled[merged] = spelled[first] + spelled[second]
-        self._neighbours = _neighbour_table(np.array(sorted(spelled)), left, right, rank, pair_rank)
-        self._length = np.zeros(vocab, dtype=np.int32)
-        self._length[list(spelled)] = [len(word) for word in spelled.values()]
-        self._shorter = _shorter(spelled, vocab)
-        self._trie = _trie(spelled)
-        self._spelling = np.full((len(spelling), max(map(len, spelling))), -1, dtype=np.int32)
-        for character, word in enumerate(spelling):
-            self._spelling[character, : len(word)] = [symbol[atom] for atom in word]
-        self._kinds = _character_kinds(tokenizer, len(spelling))
-
-    def __call__(self, characters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of all rows of i32[N L], one after the other, and where each row ends, i64[N]."""
-        return _encode(
-            np.ascontiguousarray(characters, dtype=np.int32),
-            self._spelling,
-            self._kinds,
-            self._trie,
-            self._length,
-            self._shorter,
-            self._neighbours,
-        )
-
-
-def _merge_rules(model: dict) -> list[tuple[int, int, int]]:
-    plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
-    if model["type"] != "BPE" or any(model.get(key) not in (value, "") for key, value in plain.items()):
-        raise ValueError("not a plain BPE model")
-    ids = model["vocab"]
-    return [(ids[first], ids[second], ids[first + second]) for first, second in model["merges"]]
-
-
-def _character_kinds(tokenizer: Tokenizer, count: int) -> np.ndarray:
-    """How the tokenizer cuts texts into words before BPE: one kind per character, or none at all if it does not.
-
-    The only cutting known here is GPT-2's, which comes with `ByteLevel`; the kinds are asked of it, not assumed.
-    """
-    stage = tokenizer.pre_tokenizer
-    if tokenizer.normalizer is not None:
-        raise ValueError("the tokenizer rewrites its text")
-    if stage is None:
-        return np.zeros(0, dtype=np.int8)
-    settings = json.loads(tokenizer.to_str())["pre_tokenizer"]
-    if settings["type"] != "ByteLevel" or settings["add_prefix_space"]:
-        raise ValueError(f"an unknown pre-tokenizer, {settings['type']}")
-    if not settings["use_regex"]:
-        return np.zeros(0, dtype=np.int8)
-    kinds = np.full(count, SPACE, dtype=np.int8)
-    for kind, neighbour in ((LETTER, "a"), (NUMBER, "1"), (OTHER, "!")):
-        for character in range(count):
-            if len(stage.pre_tokenize_str(neighbour + chr(character))) == 1:
-                kinds[character] = kind
-    kinds[[c for c in (ord(" "),) if c < count]] = BLANK
-    kinds[[c for c in (ord("'"),) if c < count]] = APOSTROPHE
-    return kinds
-
-
-class _Trie(NamedTuple):
-    """All tokens by their symbols, parents before children and the largest child right behind its parent.
-
-    symbol: i32[nodes] that leads here from the node before, -1 if another one is the parent; those edges are in a hash
+    atom: i32[nodes] that leads here from the node before, -1 if another node is the parent: those edges are in a hash
     table, keys and nodes i64[slots].  token: i32[nodes] that ends here, or -1.
     """
 
-    symbol: np.ndarray
+    atom: np.ndarray
     token: np.ndarray
     keys: np.ndarray
     nodes: np.ndarray
 
 
-def _trie(spelled: dict[int, list[int]]) -> _Trie:
+class Tables(NamedTuple):
+    """What encoding looks up. V is the vocabulary, C the characters, M the merge rules.
+
+    spelling  i32[C 1..2] atoms of a character, -1 after the last      kinds  i8[C], or empty where texts are one word
+    length    i32[V] in atoms       shorter  i32[V] the longest other token that begins this one, or -1
+    neighbours  bool[V V]           pair_rank  i32[V V] of the rule that merges two tokens       merged  i32[M] its result
+    """
+
+    spelling: np.ndarray
+    kinds: np.ndarray
+    trie: Trie
+    length: np.ndarray
+    shorter: np.ndarray
+    neighbours: np.ndarray
+    pair_rank: np.ndarray
+    merged: np.ndarray
+
+
+class BatchBPE:
+    """A `tokenizers` BPE model for texts that come as rows of characters 0..C-1.
+
+    spelling: for each character the token ids that BPE starts from: one, or one per byte under a byte-level scheme.
+    Raises ValueError for a model that this method does not cover: one that is no plain BPE, or whose merge rules are not
+    in the order in which training finds them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, spelling: Sequence[Sequence[int]]) -> None:
+        settings = json.loads(tokenizer.to_str())
+        kinds = _character_kinds(tokenizer, settings, len(spelling))
+        merges = _merge_rules(settings["model"])
+        vocab = tokenizer.get_vocab_size()
+        left, right, rank = np.full((3, vocab), -1, dtype=np.int32)
+        pair_rank = np.full((vocab, vocab), NEVER, dtype=np.int32)
+        for order, (first, second, merged) in enumerate(merges):
+            if rank[merged] >= 0 or rank[first] >= order or rank[second] >= order:
+                raise ValueError("its merge rules are not in the order of training")
+            left[merged], right[merged], rank[merged] = first, second, order
+            pair_rank[first, second] = order
+
+        made_of = {atom: [atom] for word in spelling for atom in word}
+        for first, second, merged in merges:
+            occurs = first in made_of and second in made_of
+            if occurs and _may_touch(first, second, rank[merged], left, right, rank, pair_rank):
+                made_of[merged] = made_of[first] + made_of[second]
+        length = np.zeros(vocab, dtype=np.int32)
+        length[list(made_of)] = [len(atoms) for atoms in made_of.values()]
+        self._tables = Tables(
+            spelling=_rectangle(spelling),
+            kinds=kinds,
+            trie=_trie(made_of),
+            length=length,
+            shorter=_shorter(made_of, vocab),
+            neighbours=_neighbours(np.array(list(made_of)), left, right, rank, pair_rank),
+            pair_rank=pair_rank,
+            merged=np.array([merged for _, _, merged in merges], dtype=np.int32),
+        )
+
+    def __call__(self, characters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of all rows of i32[N L], one after the other, and where each row ends, i64[N]."""
+        return _encode(np.ascontiguousarray(characters, dtype=np.int32), self._tables)
+
+
+# --- tables
+
+
+def _merge_rules(model: dict[str, Any]) -> list[tuple[int, int, int]]:
+    options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    if model["type"] != "BPE" or any(model.get(option) for option in options):
+        raise ValueError("it is no plain BPE model")
+    ids = model["vocab"]
+    return [(ids[first], ids[second], ids[first + second]) for first, second in model["merges"]]
+
+
+def _character_kinds(tokenizer: Tokenizer, settings: dict[str, Any], count: int) -> np.ndarray:
+    """How texts are cut into words before BPE: a kind per character, or nothing where they are not cut.
+
+    The only cutting known here is GPT-2's, which `ByteLevel` brings; the kinds are asked of it rather than assumed.
+    """
+    stage = settings["pre_tokenizer"] or {"type": None}
+    if settings["normalizer"] or settings["added_tokens"]:
+        raise ValueError("it rewrites texts or knows special tokens")
+    if stage["type"] not in (None, "ByteLevel") or stage.get("add_prefix_space"):
+        raise ValueError(f"it cuts texts in an unknown way, {stage['type']}")
+    if not stage.get("use_regex"):
+        return np.zeros(0, dtype=np.int8)
+    kinds = np.full(max(count, 128), SPACE, dtype=np.int8)
+    for kind, example in ((LETTER, "a"), (NUMBER, "1"), (OTHER, "!")):
+        for character in range(count):
+            if len(tokenizer.pre_tokenizer.pre_tokenize_str(example + chr(character))) == 1:
+                kinds[character] = kind
+    kinds[ord(" ")], kinds[ord("'")] = BLANK, APOSTROPHE
+    return kinds
+
+
+def _rectangle(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    filled = np.full((len(rows), max(map(len, rows))), -1, dtype=np.int32)
+    for place, row in enumerate(rows):
+        filled[place, : len(row)] = row
+    return filled
+
+
+def _shorter(made_of: dict[int, list[int]], vocab: int) -> np.ndarray:
+    token_of = {tuple(atoms): token for token, atoms in made_of.items()}
+    shorter = np.full(vocab, -1, dtype=np.int32)
+    for token, atoms in made_of.items():
+        beginnings = (token_of.get(tuple(atoms[:end])) for end in range(len(atoms) - 1, 0, -1))
+        shorter[token] = next((other for other in beginnings if other is not None), -1)
+    return shorter
+
+
+def _trie(made_of: dict[int, list[int]]) -> Trie:
     edges: list[dict[int, int]] = [{}]
     tokens = [-1]
-    for token, word in spelled.items():
+    for token, atoms in made_of.items():
         node = 0
-        for symbol in word:
-            node = edges[node].setdefault(symbol, len(edges))
+        for atom in atoms:
+            node = edges[node].setdefault(atom, len(edges))
             if node == len(edges):
                 edges.append({})
                 tokens.append(-1)
@@ -134,63 +161,50 @@ def _trie(spelled: dict[int, list[int]]) -> _Trie:
     for node in reversed(range(len(edges))):
         size[node] += sum(size[child] for child in edges[node].values())
 
-    trie = _Trie(*np.full((2, len(edges)), -1, dtype=np.int32), *np.full((2, _power_of_two(2 * len(edges))), -1))
+    slots = 1 << len(edges).bit_length() + 1  # a power of two, at most half full
+    trie = Trie(*np.full((2, len(edges)), -1, dtype=np.int32), *np.full((2, slots), -1))
     stack = [(0, -1, -1)]
     for place in range(len(edges)):
-        node, symbol, parent = stack.pop()
+        node, atom, parent = stack.pop()
         trie.token[place] = tokens[node]
         if parent == place - 1:
-            trie.symbol[place] = symbol
+            trie.atom[place] = atom
         else:
-            slot = _slot(trie.keys, parent, symbol)
-            trie.keys[slot], trie.nodes[slot] = _key(parent, symbol), place
+            slot = _slot(trie.keys, parent, atom)
+            trie.keys[slot], trie.nodes[slot] = _key(parent, atom), place
         children = sorted(edges[node].items(), key=lambda edge: size[edge[1]])
-        stack.extend((child, symbol, place) for symbol, child in children)
+        stack.extend((child, atom, place) for atom, child in children)
     return trie
 
 
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()
-
-
-def _shorter(spelled: dict[int, list[int]], vocab: int) -> np.ndarray:
-    """For each token the longest other one that begins it, or -1."""
-    token_of = {tuple(word): token for token, word in spelled.items()}
-    shorter = np.full(vocab, -1, dtype=np.int32)
-    for token, word in spelled.items():
-        beginnings = (token_of.get(tuple(word[:end])) for end in range(len(word) - 1, 0, -1))
-        shorter[token] = next((other for other in beginnings if other is not None), -1)
-    return shorter
+@numba.njit(cache=True, nogil=True)
+def _key(node, atom):  # type: ignore[no-untyped-def]
+    return np.int64(node) << 20 | np.int64(atom)
 
 
 @numba.njit(cache=True, nogil=True)
-def _key(node, symbol):  # type: ignore[no-untyped-def]
-    return np.int64(node) << 16 | np.int64(symbol)
-
-
-@numba.njit(cache=True, nogil=True)
-def _slot(keys, node, symbol):  # type: ignore[no-untyped-def]
-    """Where the edge is in the hash table, or where it would go."""
-    key = _key(node, symbol)
+def _slot(keys, node, atom):  # type: ignore[no-untyped-def]
+    """Where this edge is in the hash table, or where it would go."""
+    key = _key(node, atom)
     mask = len(keys) - 1
-    slot = (key * 0x9E3779B1 >> 16) & mask  # Fibonacci hashing
+    slot = (key * 0x9E3779B1 >> 16) & mask  # Knuth's multiplicative hashing
     while keys[slot] != -1 and keys[slot] != key:
         slot = (slot + 1) & mask
     return slot
 
 
 @numba.njit(cache=True, nogil=True)
-def _stand_apart(first, second, deadline, left, right, rank, pair_rank):  # type: ignore[no-untyped-def]
-    """Whether BPE, given the text of two tokens, makes both and nothing across their border before rank `deadline`.
+def _may_touch(first, second, deadline, left, right, rank, pair_rank):  # type: ignore[no-untyped-def]
+    """Whether BPE, given the text of two tokens, makes these two and nothing across their border before rank `deadline`.
 
-    Takes the tokens apart in reverse order of merging. At each moment a piece of the first touches a piece of the
-    second; a rule for those two would have acted if its turn came before either piece was merged away. On equal rank
+    Takes both apart in reverse order of merging. At each moment a piece of the first touches a piece of the second; a rule
+    for those two would have acted if its turn had come before either was merged into something larger. Of equal ranks
     the leftmost goes first, hence `<` on one side and `<=` on the other.
     """
     first_gone = second_gone = deadline
     while True:
         across = pair_rank[first, second]
-        if across < first_gone and across <= second_gone:
+        if across < first_gone and across <= second_gone and across != NEVER:
             return False
         if rank[first] < 0 and rank[second] < 0:
             return True
@@ -203,108 +217,142 @@ def _stand_apart(first, second, deadline, left, right, rank, pair_rank):  # type
 
 
 @numba.njit(cache=True, nogil=True)
-def _neighbour_table(tokens, left, right, rank, pair_rank):  # type: ignore[no-untyped-def]
+def _neighbours(tokens, left, right, rank, pair_rank):  # type: ignore[no-untyped-def]
     table = np.zeros(pair_rank.shape, dtype=np.bool_)
     for first in tokens:
         for second in tokens:
-            table[first, second] = _stand_apart(first, second, NEVER, left, right, rank, pair_rank)
+            table[first, second] = _may_touch(first, second, NEVER, left, right, rank, pair_rank)
     return table
 
 
+# --- encoding
+
+
 @numba.njit(cache=True, nogil=True)
-def _encode(characters, spelling, kinds, trie, length, shorter, neighbours):  # type: ignore[no-untyped-def]
+def _encode(characters, tables):  # type: ignore[no-untyped-def]
     rows, columns = characters.shape
-    symbols = np.empty(columns * spelling.shape[1], dtype=np.int32)
-    dead = np.empty(len(symbols) + 1, dtype=np.bool_)
-    ids = np.empty(rows * len(symbols), dtype=np.int32)
+    atoms = np.empty(columns * tables.spelling.shape[1], dtype=np.int32)
+    dead = np.empty(len(atoms) + 1, dtype=np.bool_)
+    ids = np.empty(rows * len(atoms), dtype=np.int32)
     row_ends = np.empty(rows, dtype=np.int64)
     count = 0
     for row in range(rows):
         text = characters[row]
         begin = 0
         while begin < columns:
-            end = _word_end(text, begin, kinds) if len(kinds) else columns
+            end = _word_end(text, begin, tables.kinds) if len(tables.kinds) else columns
             size = 0
-            for character in text[begin:end]:
-                for symbol in spelling[character]:
-                    if symbol >= 0:
-                        symbols[size] = symbol
+            for place in range(begin, end):
+                for letter in range(tables.spelling.shape[1]):
+                    atom = tables.spelling[text[place], letter]
+                    if atom >= 0:
+                        atoms[size] = atom
                         size += 1
-            count = _encode_word(symbols[:size], ids, count, dead, trie, length, shorter, neighbours)
+            stop = _read_word(atoms[:size], ids, count, dead, tables)
+            count = stop if stop >= 0 else _merge_word(atoms[:size], ids, count, tables)
             begin = end
         row_ends[row] = count
     return ids[:count], row_ends
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode_word(symbols, ids, start, dead, trie, length, shorter, neighbours):  # type: ignore[no-untyped-def]
-    """Write the word's tokens at ids[start:] and return where they end.
+def _read_word(atoms, ids, start, dead, tables):  # type: ignore[no-untyped-def]
+    """Write the word's tokens at ids[start:] and return where they end, or -1 when patience runs out.
 
-    dead marks positions from which no way leads on; the tokens up to a position are the same whichever way it is reached.
+    dead marks places from which no way leads to the end; whichever way leads to a place, the tokens up to it are the same.
     """
-    dead[: len(symbols) + 1] = False
-    count, position = start, 0
-    token = _longest(symbols, position, trie)
+    dead[: len(atoms) + 1] = False
+    count, place = start, 0
+    token, read = _longest(atoms, place, tables.trie)
     while True:
         while token >= 0 and (
-            dead[position + length[token]] or (count > start and not neighbours[ids[count - 1], token])
+            dead[place + tables.length[token]] or (count > start and not tables.neighbours[ids[count - 1], token])
         ):
-            token = shorter[token]
-        if token < 0:
-            dead[position] = True
+            token = tables.shorter[token]
+        if token >= 0:
+            ids[count] = token
+            count += 1
+            place += tables.length[token]
+            if place == len(atoms):
+                return count
+            token, more = _longest(atoms, place, tables.trie)
+            read += more
+            if read > PATIENCE * len(atoms):
+                return -1
+        else:
+            dead[place] = True
             count -= 1
-            position -= length[ids[count]]
-            token = shorter[ids[count]]
-            continue
-        ids[count] = token
-        count += 1
-        position += length[token]
-        if position == len(symbols):
-            return count
-        token = _longest(symbols, position, trie)
+            place -= tables.length[ids[count]]
+            token = tables.shorter[ids[count]]
 
 
 @numba.njit(cache=True, nogil=True)
-def _longest(symbols, position, trie):  # type: ignore[no-untyped-def]
+def _longest(atoms, place, trie):  # type: ignore[no-untyped-def]
+    """The longest token that begins here, and how many atoms were read to find it."""
     node, token = np.int64(0), np.int32(-1)
-    for symbol in symbols[position:]:
-        if node + 1 < len(trie.symbol) and trie.symbol[node + 1] == symbol:
+    end = place
+    while end < len(atoms):
+        if node + 1 < len(trie.atom) and trie.atom[node + 1] == atoms[end]:
             node += 1
         else:
-            slot = _slot(trie.keys, node, symbol)
+            slot = _slot(trie.keys, node, atoms[end])
             if trie.keys[slot] == -1:
                 break
             node = trie.nodes[slot]
         if trie.token[node] >= 0:
             token = trie.token[node]
-    return token
+        end += 1
+    return token, end - place
+
+
+@numba.njit(cache=True, nogil=True)
+def _merge_word(atoms, ids, start, tables):  # type: ignore[no-untyped-def]
+    """The plain way, same contract: again and again merge all pairs of the lowest rank, from left to right."""
+    stop = start + len(atoms)
+    ids[start:stop] = atoms
+    while True:
+        lowest = NEVER
+        for place in range(start, stop - 1):
+            lowest = min(lowest, tables.pair_rank[ids[place], ids[place + 1]])
+        if lowest == NEVER:
+            return stop
+        place = kept = start
+        while place < stop:
+            if place + 1 < stop and tables.pair_rank[ids[place], ids[place + 1]] == lowest:
+                ids[kept] = tables.merged[lowest]
+                place += 2
+            else:
+                ids[kept] = ids[place]
+                place += 1
+            kept += 1
+        stop = kept
 
 
 @numba.njit(cache=True, nogil=True)
 def _word_end(text, begin, kinds):  # type: ignore[no-untyped-def]
-    """Where GPT-2's pattern ends the word that begins here: 's|'t|'re|'ve|'m|'ll|'d| ?L+| ?N+| ?O+|\\s+(?!\\S)|\\s+"""
+    """Where GPT-2's pattern ends the word that begins here.
+
+    Letters, numbers or others in a row, one blank before them included; whitespace, but for the last before a word;
+    after an apostrophe English contractions.
+    """
     size = len(text)
     if kinds[text[begin]] == APOSTROPHE and begin + 1 < size:
-        one = text[begin + 1]
-        two = text[begin + 2] if begin + 2 < size else -1
-        if one in (ord("s"), ord("t"), ord("m"), ord("d")):
+        one, two = text[begin + 1], text[begin + 2] if begin + 2 < size else -1
+        if one == ord("s") or one == ord("t") or one == ord("m") or one == ord("d"):
             return begin + 2
-        if (one in (ord("r"), ord("v")) and two == ord("e")) or (one == ord("l") and two == ord("l")):
+        if ((one == ord("r") or one == ord("v")) and two == ord("e")) or (one == ord("l") and two == ord("l")):
             return begin + 3
     end = begin
-    if kinds[text[begin]] == BLANK and begin + 1 < size and kinds[text[begin + 1]] not in (SPACE, BLANK):
+    if kinds[text[begin]] == BLANK and begin + 1 < size and _family(kinds[text[begin + 1]]) != SPACE:
         end += 1
-    kind = kinds[text[end]]
-    while end < size and _same_kind(kinds[text[end]], kind):
+    family = _family(kinds[text[end]])
+    while end < size and _family(kinds[text[end]]) == family:
         end += 1
-    is_space = kind == SPACE or kind == BLANK
-    return end - 1 if is_space and end < size and end - begin > 1 else end
+    return end - 1 if family == SPACE and end < size and end - begin > 1 else end
 
 
 @numba.njit(cache=True, nogil=True)
-def _same_kind(one, other):  # type: ignore[no-untyped-def]
-    if one == APOSTROPHE or other == APOSTROPHE:
-        return one in (APOSTROPHE, OTHER) and other in (APOSTROPHE, OTHER)
-    if one == BLANK or other == BLANK:
-        return one in (BLANK, SPACE) and other in (BLANK, SPACE)
-    return one == other
+def _family(kind):  # type: ignore[no-untyped-def]
+    if kind == BLANK:
+        return SPACE
+    return OTHER if kind == APOSTROPHE else kind

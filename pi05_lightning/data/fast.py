@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHARACTERS = 2048  # code points looked at, the ones that UTF-8 spells in at most two bytes
-BATCH = 4096  # chunks encoded at a time, to bound memory
+BATCH = 512  # chunks that one thread encodes at a time
 
 
 class FastDecodeError(ValueError):
@@ -63,7 +66,9 @@ class FastTokenizer:
         """i64[V]: coefficients that a token expands to; 0 where it holds a part of a character and never stands alone."""
         spelled = np.array(sorted(_spelling(bpe)))
         if not len(spelled):
-            raise ValueError("the FAST tokenizer's vocabulary spells no coefficient at all: its tokenizer.json is damaged")
+            raise ValueError(
+                "the FAST tokenizer's vocabulary spells no coefficient at all: its tokenizer.json is damaged"
+            )
         distance = np.abs(np.arange(spelled[-1] + 1)[:, None] - spelled[None, :])
         self._nearest = spelled[distance.argmin(1)].astype(np.int32)
 
@@ -74,7 +79,14 @@ class FastTokenizer:
 
         Raises ValueError for another number of axes and for values that are not finite.
         """
-        return [tokens for batch in self._batches(chunks) for tokens in self._encode(batch)]
+        batches = [chunks[start : start + BATCH] for start in range(0, len(chunks), BATCH)]
+        if len(batches) > 1 and self._batch_bpe is not None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                encoded = list(pool.map(self._encode, batches))
+        else:
+            encoded = [self._encode(batch) for batch in batches]
+        self._count_clipped(sum(clipped for _, clipped in encoded), np.size(chunks))
+        return [row for tokens, _ in encoded for row in tokens]
 
     def quantize(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The rounded coefficients that tokens will carry, i32[N T A], and where they had to be clipped, bool[N T A]."""
@@ -88,22 +100,16 @@ class FastTokenizer:
         characters = self._nearest[wanted.clip(0, limit).astype(np.int32)]
         return characters + np.int32(self.min_token), characters != wanted
 
-    def _batches(self, chunks: np.ndarray) -> Iterator[np.ndarray]:
-        for start in range(0, max(len(chunks), 1), BATCH):
-            yield chunks[start : start + BATCH]
-
-    def _encode(self, chunks: np.ndarray) -> list[list[int]]:
+    def _encode(self, chunks: np.ndarray) -> tuple[list[list[int]], int]:
         coefficients, clipped = self.quantize(chunks)
-        self._count_clipped(int(clipped.sum()), clipped.size)
         characters = (coefficients - self.min_token).reshape(len(chunks), -1)
-        if not characters.size:
-            return [[] for _ in chunks]
-        if self._fast_bpe is None:
+        if self._batch_bpe is None:
             texts = [row.astype("<u4").tobytes().decode("utf-32-le") for row in characters]
-            return [encoding.ids for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
-        ids, ends = self._fast_bpe(characters)
+            encodings = self.bpe.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings], int(clipped.sum())
+        ids, ends = self._batch_bpe(characters)
         flat, bounds = ids.tolist(), [0, *ends.tolist()]
-        return [flat[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        return [flat[start:end] for start, end in pairwise(bounds)], int(clipped.sum())
 
     def _count_clipped(self, clipped: int, total: int) -> None:
         if clipped and not self.clipped:
@@ -116,7 +122,7 @@ class FastTokenizer:
         self.clipped += clipped
 
     @cached_property
-    def _fast_bpe(self) -> BatchBPE | None:
+    def _batch_bpe(self) -> BatchBPE | None:
         from pi05_lightning.data.bpe import BatchBPE  # numba takes a second to import
 
         spelling = _spelling(self.bpe)

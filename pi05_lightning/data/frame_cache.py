@@ -6,7 +6,9 @@ import hashlib
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +22,7 @@ from pi05_lightning.data.frames import FrameStore, OpenFiles
 from pi05_lightning.data.images import resize_with_pad
 
 _VERSION = 1  # part of every fingerprint: raise it when the same file would give other bytes
-_BATCH = 64  # frames resized and written at once
+_BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
 def cache_folder(dataset: Path, cache_dir: Path | None = None) -> Path:
@@ -35,10 +37,26 @@ def cache_folder(dataset: Path, cache_dir: Path | None = None) -> Path:
     return base / f"{dataset.resolve().name}-{name}"
 
 
+def fill(caches: Sequence[CachedFrames], label: str) -> None:
+    """Decode whatever these caches lack, their files in parallel, under a progress bar called `label`.
+
+    Raises OSError when the disk has no room for it.
+    """
+    with ExitStack() as locks:
+        for cache in caches:
+            cache.folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(FileLock(cache.folder / ".lock"))
+            for leftover in cache.folder.glob("*.tmp"):
+                leftover.unlink()
+        missing = [(cache, file) for cache in caches for file in cache.missing()]
+        if missing:
+            _decode_all(missing, label)
+
+
 class CachedFrames:
     """The frames of a store at one size, in file order: per file its pixels (`.u8`) and their positions (`.npz`).
 
-    `prepare` writes what is missing, each file atomically; a file whose size or date changed is decoded anew.
+    `fill` writes what is missing, each file atomically; a file whose size or date changed is decoded anew.
     """
 
     def __init__(self, origin: FrameStore, size: tuple[int, int], folder: Path):
@@ -48,31 +66,19 @@ class CachedFrames:
         self._problem: dict[int, str] = {}
         self._pixels = OpenFiles(self._map, capacity=256)
 
-    @property
-    def ready(self) -> bool:
-        """Whether every file is cached."""
-        return not self._missing()
-
-    def prepare(self, label: str) -> None:
-        """Decode the files that are not cached yet, under a progress bar called `label`; raises OSError when full."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
-            for leftover in self.folder.glob("*.tmp"):
-                leftover.unlink()
-            missing = self._missing()
-            if missing:
-                self._decode_all(missing, label)
-        self._place = None
+    def missing(self) -> list[int]:
+        """The files, by number, that exist and are not cached."""
+        return [i for i in self._present if not self._index_path(i).exists()]
 
     def read(self, row: int) -> np.ndarray:
-        """Image of frame `row`, u8[3 H W]; raises BadImage, or RuntimeError before `prepare`."""
+        """Image of frame `row`, u8[3 H W]; raises BadImage, or RuntimeError before `fill`."""
         place = self._places()[row]
         if place < 0:
             raise BadImage(self.problem(row))
         return np.array(self._pixels[int(self.origin.file[row])][place])
 
     def unreadable(self) -> np.ndarray:
-        """The rows, i64, that have no readable image; RuntimeError before `prepare`."""
+        """The rows, i64, that have no readable image; RuntimeError before `fill`."""
         return np.flatnonzero(self._places() < 0)
 
     def problem(self, row: int) -> str:
@@ -83,8 +89,8 @@ class CachedFrames:
     def _places(self) -> np.ndarray:
         """i64[N], each frame's place in its cached file, -1 where the file has no image for it."""
         if self._place is None:
-            if not self.ready:
-                raise RuntimeError(f"the frame cache {self.folder} is incomplete: call prepare() before reading")
+            if self.missing():
+                raise RuntimeError(f"the frame cache {self.folder} is incomplete: call prepare() on the source first")
             self._place = np.full(len(self.origin.file), -1, dtype=np.int64)
             for file in self._present:
                 with np.load(self._index_path(file)) as index:
@@ -92,9 +98,6 @@ class CachedFrames:
                 rows = np.flatnonzero(self.origin.file == file)
                 self._place[rows] = _nearest(cached, self.origin.position[rows], self.origin.tolerance)
         return self._place
-
-    def _missing(self) -> list[int]:
-        return [i for i in self._present if not self._index_path(i).exists()]
 
     @property
     def _present(self) -> list[int]:
@@ -115,27 +118,9 @@ class CachedFrames:
         fingerprint = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return self.folder / f"{self._stem(file)}.{fingerprint}.npz"
 
-    def _decode_all(self, files: list[int], label: str) -> None:
-        total = sum(self.origin.count(i) for i in files)
-        needed, free = total * 3 * self.size[0] * self.size[1], shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(
-                f"caching {label} takes {needed / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB left: "
-                "name a larger disk as cache_dir, or decode while training with image_cache: false"
-            )
-        stop = threading.Event()
-        # threads, since decoding, colour conversion, resizing and writing release the interpreter's lock
-        with (
-            tqdm(total=total, desc=f"decoding {label}", unit=" frames") as bar,
-            ThreadPoolExecutor(min(len(files), _cores())) as pool,
-        ):
-            try:
-                for future in [pool.submit(self._decode, i, bar, stop) for i in files]:
-                    future.result()
-            finally:
-                stop.set()
-
-    def _decode(self, file: int, bar: tqdm, stop: threading.Event) -> None:
+    def decode(self, file: int, bar: tqdm, stop: threading.Event) -> None:
+        """Write one file's frames, advancing the bar; stops early, leaving nothing in the cache, when told to."""
+        self._place = None
         for stale in self.folder.glob(f"{self._stem(file)}.*"):
             stale.unlink()
         positions: list[float] = []
@@ -166,6 +151,29 @@ class CachedFrames:
     def _write(self, batch: list[np.ndarray], out: BinaryIO) -> None:
         resized = resize_with_pad(torch.from_numpy(np.stack(batch)), self.size)
         out.write(resized.contiguous().numpy().data)
+
+
+def _decode_all(missing: list[tuple[CachedFrames, int]], label: str) -> None:
+    counts = [(cache, cache.origin.count(file)) for cache, file in missing]
+    needed = sum(count * 3 * cache.size[0] * cache.size[1] for cache, count in counts)
+    folder = missing[0][0].folder
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"caching the frames of {label} takes {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left: "
+            "name a larger disk as cache_dir, or decode while training with image_cache: false"
+        )
+    stop = threading.Event()
+    # threads, since decoding, colour conversion, resizing and writing release the interpreter's lock
+    with (
+        tqdm(total=sum(count for _, count in counts), desc=f"decoding {label}", unit=" frames") as bar,
+        ThreadPoolExecutor(min(len(missing), _cores())) as pool,
+    ):
+        try:
+            for future in [pool.submit(cache.decode, file, bar, stop) for cache, file in missing]:
+                future.result()
+        finally:
+            stop.set()
 
 
 def _nearest(cached: np.ndarray, wanted: np.ndarray, tolerance: float) -> np.ndarray:

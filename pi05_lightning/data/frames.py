@@ -47,9 +47,10 @@ class VideoDecoder:
     """One open video, read by timestamp or from start to end.
 
     PyAV everywhere, also where torchcodec could be loaded: the same file gives the same pixels on every machine.
+    threads: 0 for as many as there are cores; more than one delays the first frame after a seek.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, threads: int = 1):
         self.path = path
         try:
             self._container = av.open(str(path))
@@ -59,8 +60,7 @@ class VideoDecoder:
             raise BadImage(f"{path} has no video stream")
         self._stream = self._container.streams.video[0]
         self._time_base = self._container.streams.video[0].time_base
-        # one thread a decoder: more would delay the first frame after a seek, and workers are the parallelism
-        self._stream.codec_context.thread_count = 1
+        self._stream.codec_context.thread_count = threads
         rate = self._stream.average_rate
         self._period = float(1 / rate) if rate else math.nan
         self._to_rgb = VideoReformatter()  # kept, since it holds the conversion's context
@@ -159,7 +159,7 @@ class VideoFrames(FrameStore):
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         position = 0.0
         try:
-            for position, image in VideoDecoder(self.files[file]).scan():
+            for position, image in VideoDecoder(self.files[file], threads=0).scan():
                 yield position, image
         except BadImage as error:
             yield position, error

@@ -32,10 +32,11 @@ def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
     ratio = max(w / width, h / height)
     inner_h, inner_w = max(1, int(h / ratio)), max(1, int(w / ratio))
     scaled = F.interpolate(images.float(), size=(inner_h, inner_w), mode="bilinear", align_corners=False)
-    is_uint8 = images.dtype == torch.uint8
-    scaled = scaled.round_().clamp_(0, 255).to(torch.uint8) if is_uint8 else scaled.clamp_(0, 1)
+    scaled = scaled.round_().clamp_(0, 255) if images.dtype == torch.uint8 else scaled.clamp_(0, 1)
     top, left = (height - inner_h) // 2, (width - inner_w) // 2
-    return F.pad(scaled, (left, width - inner_w - left, top, height - inner_h - top))
+    padded = images.new_zeros((*images.shape[:2], height, width))
+    padded[..., top : top + inner_h, left : left + inner_w] = scaled
+    return padded
 
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

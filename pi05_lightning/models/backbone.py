@@ -165,7 +165,7 @@ def prefix_mask(valid: Tensor, causal: Tensor) -> Tensor:
 
 @torch.no_grad()
 def init_linear(module: nn.Module) -> None:
-    """Normal weights of variance 1 / fan-in and zero biases, for every linear layer but the zero-initialised adaRMS ones."""
+    """Normal weights of variance 1 / fan-in and zero biases for every linear layer; adaRMS keeps its zeros."""
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear) and not name.endswith("layernorm.dense") and not name.endswith("norm.dense"):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

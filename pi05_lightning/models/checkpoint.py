@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Sizes = Mapping[str, tuple[int, ...]]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, mapped from it: memory is taken page by page as they are read, never twice.
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped from it: nothing is read until it is used.
 
     ValueError if the file is missing, truncated or not a safetensors file.
     """
@@ -34,13 +34,40 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is truncated or no safetensors file ({error}): copy or download it again") from error
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def read_tensors(
+    path: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a safetensors file (all, or those named) in memory of their own, cast to `dtype` one by one.
+
+    Mapped ones would do, but their addresses depend on the file's header, and with them the last bit of every result;
+    and they read from a file that may be gone.  ValueError as `map_tensors`.
+    """
+    shapes = map_tensors(path)
+    tensors = {}
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
+        for key in shapes if keys is None else keys:
+            tensor = torch.empty_like(shapes[key])
+            file.seek(8 + header_size + header[key]["data_offsets"][0])
+            file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            tensors[key] = tensor if dtype is None else tensor.to(dtype)
+    return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """The free text in the header of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; a model may be using the one that is replaced, and keeps it.
 
     An interruption leaves the old file or none, never half of one.
     """
     part = path.with_name(path.name + ".part")
-    save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, part, {"format": "pt"})
+    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
     os.replace(part, path)
 
 
@@ -52,8 +79,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
 
 
-def build(config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Pi05:
-    """A model that takes over `tensors` as they are (or cast to `dtype`): nothing is initialised to be thrown away.
+def build(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Pi05:
+    """A model that takes over `tensors` as they are: nothing is copied, nothing is initialised to be thrown away.
 
     ValueError that lists every missing, unexpected and misshaped key.
     """
@@ -61,8 +88,21 @@ def build(config: ModelConfig, tensors: Mapping[str, Tensor], dtype: torch.dtype
         model = Pi05(config)
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     check_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
-    model.load_state_dict({key: tensor.to(dtype or tensor.dtype) for key, tensor in tensors.items()}, assign=True)
+    model.load_state_dict(tensors, assign=True)
     return model
+
+
+def save_model(folder: Path, model: Pi05) -> None:
+    """Weights and dimensions, as model.safetensors and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")
+    save_tensors(model.state_dict(), folder / WEIGHTS)
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Pi05:
+    """What `save_model` wrote; ValueError when weights and dimensions do not fit, or either file is damaged."""
+    config = ModelConfig.from_dict(read_json(folder / CONFIG))
+    return build(config, read_tensors(folder / WEIGHTS, dtype=dtype))
 
 
 def check_keys(

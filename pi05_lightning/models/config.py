@@ -1,4 +1,4 @@
-"""The dimensions of a model: frozen dataclasses whose defaults are π0.5's own; `configs/model/*.yaml` are their instances."""
+"""The dimensions of a model: frozen dataclasses with π0.5's own defaults; `configs/model/*.yaml` are instances."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class VisionConfig:
             raise ValueError(f"vision width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.num_keypoints % self.keypoints_per_token:
             raise ValueError(
-                f"num_keypoints {self.num_keypoints} is not a multiple of keypoints_per_token {self.keypoints_per_token}"
+                f"num_keypoints {self.num_keypoints} is not a multiple of"
+                f" keypoints_per_token {self.keypoints_per_token}"
             )
 
 
@@ -61,7 +62,7 @@ class ModelConfig:
     """Backbone, action expert and the shape of an action chunk."""
 
     backbone_type: Literal["siglip_gemma", "keypoint_gemma"] = "siglip_gemma"
-    """siglip_gemma: PaliGemma's layout. keypoint_gemma: spatial-softmax keypoints instead of SigLIP (small images, laptops)."""
+    """siglip_gemma: PaliGemma's layout. keypoint_gemma: keypoints instead of SigLIP (small images, laptops)."""
     vision: VisionConfig = field(default_factory=VisionConfig)
     language: GemmaConfig = field(default_factory=GemmaConfig)
     expert: GemmaConfig = field(default_factory=lambda: GemmaConfig(width=1024, mlp_dim=4096))

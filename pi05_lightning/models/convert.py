@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi05_lightning.models.checkpoint import WEIGHTS, check_keys, read_json, read_tensors
+from pi05_lightning.models.checkpoint import WEIGHTS, check_keys, map_tensors, read_json, read_tensors
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
 
@@ -94,8 +94,8 @@ def to_lerobot(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A foreign checkpoint: its dimensions, its tensors under our names, what no loss reads, and where all came from."""
+class Foreign:
+    """A foreign checkpoint: its dimensions, its tensors under our names, what no loss reads, where all came from."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -107,37 +107,45 @@ class Loaded:
     """What neither the weights nor their config say, and what was taken for it."""
 
     def report(self) -> str:
-        """Every key of the file and what became of it; layers with the same fate share a line."""
-        fate = {theirs: f"-> {ours}" for ours, theirs in self.source.items()}
-        fate |= {theirs: "no loss reads it: kept aside" for theirs in self.unread}
-        tensors = {theirs: self.tensors[ours] for ours, theirs in self.source.items()} | self.unread
-        groups: dict[tuple[str, str], list[str]] = {}
-        for key in sorted(fate):
-            line = re.sub(r"layers\.\d+", "layers.*", key), re.sub(r"layers\.\d+", "layers.*", fate[key])
-            groups.setdefault(line, []).append(key)
-        lines = [
-            f"{len(keys):3} × {theirs} {list(tensors[keys[0]].shape)} {what}"
-            for (theirs, what), keys in groups.items()
-        ]
-        total = f"{len(fate)} keys: {len(self.source)} read, {len(self.unread)} kept aside, none left over"
-        return "\n".join([*lines, total, *self.notes])
+        """Every key of the file and what became of it."""
+        rows = [(theirs, self.tensors[ours], f"-> {ours}") for ours, theirs in self.source.items()]
+        rows += [(theirs, tensor, "no loss reads it: kept aside") for theirs, tensor in self.unread.items()]
+        total = f"{len(rows)} keys: {len(self.source)} read, {len(self.unread)} kept aside, none left over"
+        return "\n".join([*summarize(rows), total, *self.notes])
 
 
-def load_lerobot(path: Path | str, *, vision_heads: int | None = None) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A LeRobot or openpi checkpoint's dimensions and its tensors under our names; see `load_foreign`."""
-    loaded = load_foreign(path, vision_heads=vision_heads)
-    return loaded.config, loaded.tensors
+def summarize(rows: Iterable[tuple[str, Tensor, str]]) -> list[str]:
+    """(key, its tensor, what became of it) per tensor, as lines; layers with the same fate share one."""
+    groups: dict[tuple[str, ...], int] = {}
+    for key, tensor, fate in sorted(rows, key=lambda row: row[0]):
+        every = re.sub(r"layers\.\d+", "layers.*", key), re.sub(r"layers\.\d+", "layers.*", fate)
+        line = every[0], str(list(tensor.shape)), every[1]
+        groups[line] = groups.get(line, 0) + 1
+    return [f"{count:3} × {' '.join(line)}" for line, count in groups.items()]
 
 
-def load_foreign(path: Path | str, *, vision_heads: int | None = None) -> Loaded:
-    """Read a folder with LeRobot's or openpi's (PyTorch) `model.safetensors` and `config.json`; nothing is copied.
+def load_lerobot(
+    path: Path | str, *, vision_heads: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A LeRobot or openpi checkpoint's dimensions and the tensors that the model needs, under our names.
+
+    Each is read once, into memory of its own, cast to `dtype` on the way; the heads that no loss reads are left out.
+    Arguments and errors as `map_foreign`.
+    """
+    mapped = map_foreign(path, vision_heads=vision_heads)
+    tensors = read_tensors(Path(path) / WEIGHTS, mapped.source.values(), dtype)
+    return mapped.config, {ours: tensors[theirs] for ours, theirs in mapped.source.items()}
+
+
+def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign:
+    """A folder with LeRobot's or openpi's (PyTorch) `model.safetensors` and `config.json`, mapped from the disk.
 
     vision_heads: attention heads of SigLIP, which no file tells; 72 dimensions each if the width divides, else 16.
     ValueError that lists every missing, unexpected or misshaped key and every contradiction of config.json; also for a
     truncated file. The embedding is `embed_tokens`; only where it is missing (openpi ties them), `lm_head`.
     """
     path = Path(path)
-    found = {key.removeprefix(PREFIX): (key, tensor) for key, tensor in read_tensors(path / WEIGHTS).items()}
+    found = {key.removeprefix(PREFIX): (key, tensor) for key, tensor in map_tensors(path / WEIGHTS).items()}
     if _EMBED_TOKENS not in found and LM_HEAD in found:
         found[_EMBED_TOKENS] = found.pop(LM_HEAD)
     unread = {PREFIX + key: found.pop(key)[1] for key in list(found) if UNREAD.fullmatch(key)}
@@ -158,7 +166,7 @@ def load_foreign(path: Path | str, *, vision_heads: int | None = None) -> Loaded
         expected = {key: tuple(tensor.shape) for key, tensor in Pi05(config).state_dict().items()}
     names = {ours: to_lerobot(ours) for ours in expected} | source
     check_keys(shapes | unknown, expected, names, path / WEIGHTS)
-    return Loaded(config, tensors, unread, source, tuple(notes))
+    return Foreign(config, tensors, unread, source, tuple(notes))
 
 
 def lerobot_tensors(tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +177,8 @@ def lerobot_tensors(tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor])
     """
     out = {to_lerobot(key): tensor for key, tensor in tensors.items()} | dict(unread)
     embedding, narrow = tensors[EMBEDDING], tensors["flow_head.action_in_proj.weight"]
-    out.setdefault(PREFIX + LM_HEAD, embedding)
+    if PREFIX + LM_HEAD not in out:
+        out[PREFIX + LM_HEAD] = embedding.clone()  # safetensors does not write one tensor under two names
     if PREFIX + EXPERT_LM_HEAD not in out:
         out[PREFIX + EXPERT_LM_HEAD] = embedding.new_zeros(embedding.shape[0], narrow.shape[0])
     return out

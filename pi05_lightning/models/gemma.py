@@ -1,9 +1,9 @@
 """Gemma, as π0.5 uses it twice: the language model, and the action expert with adaptive norms (adaRMS).
 
-One block serves both. The language model runs alone and keeps each layer's keys and values; the expert runs after it and
-attends to them and to itself. That split is exact, since the backbone never attends to the expert.
+The language model runs alone and keeps each layer's keys and values; the expert runs after it and attends to them and
+to itself. That split is exact, since the backbone never attends to the expert.
 
-Shapes: x [B S W]; keys and values [B H_kv S head_dim]; masks bool[B 1 S_q S_k]; rotary tables cos, sin [B 1 S head_dim].
+Shapes: x [B S W]; keys, values [B H_kv S head_dim]; masks bool[B 1 S_q S_k]; rotary tables cos, sin [B 1 S head_dim].
 Numerics (RMSNorm in fp32 with 1 + weight, GeGLU with tanh-gelu, RoPE base 10 000, half-split rotation) follow Gemma.
 """
 

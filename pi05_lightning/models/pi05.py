@@ -40,9 +40,7 @@ class Pi05(nn.Module):
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
         self.flow_head = FlowHead(config)
 
-    def forward(
-        self, batch: Batch, *, tokens: bool = True, actions: bool = True, insulate: bool = False
-    ) -> Outputs:
+    def forward(self, batch: Batch, *, tokens: bool = True, actions: bool = True, insulate: bool = False) -> Outputs:
         """Token losses and flow loss of a batch, from one backbone pass.
 
         tokens, actions: which of the two to compute.  insulate: the flow loss gives the backbone no gradient
@@ -57,11 +55,10 @@ class Pi05(nn.Module):
             text = prefix.hidden[:, -batch.tokens.shape[1] :].flatten(0, 1)
             targets = batch.tokens.flatten()[batch.target_index]
             # position l - 1 predicts token l
-            out.nll, out.correct = token_nll(
-                text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets
-            )
+            out.nll, out.correct = token_nll(text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets)
         if actions:
-            assert batch.noise is not None and batch.time is not None
+            assert batch.noise is not None
+            assert batch.time is not None
             seen = prefix.rows(len(batch.actions))
             seen = seen.detach() if insulate else seen
             out.flow = self.flow_head.loss(seen, batch.actions, batch.noise, batch.time)

@@ -1,1 +1,1 @@
-"""The self-contained HTML page that shows a run."""
+"""A run on one page: what its directory holds, drawn and set."""

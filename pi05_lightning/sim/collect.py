@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,8 +22,7 @@ from pi05_lightning.sim.episodes import BlockSpec, record_block
 from pi05_lightning.sim.metaworld import check_task, import_metaworld
 from pi05_lightning.sim.scenes import SceneSpec, record_scenes, write_scenes
 
-SCENES_DIR = "vision_text"
-_SPLITS = ("train", "val")
+ROBOT, WEB = "robot", "web"
 _BLOCK_SIZE = 25  # initial states in a piece of work: some seconds
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 def collect(config: CollectConfig) -> Path:
     """Make the dataset and return its directory.
 
-    `out` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in `meta/info.json`).
-    `out/vision_text/{train,val}.parquet` holds single frames with captions and questions.
+    `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
+    `meta/info.json`). `out/web` holds single frames with captions and questions, for `datasets.load_from_disk`.
 
     All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there.
     Raises FileExistsError when `out` exists and `overwrite` is off, ValueError on unknown tasks or cameras and
@@ -58,6 +58,7 @@ def collect(config: CollectConfig) -> Path:
 
 
 def _make(root: Path, config: CollectConfig) -> None:
+    root.mkdir()
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
     with _workers(config.num_workers or os.cpu_count() or 1) as pool:
@@ -65,17 +66,17 @@ def _make(root: Path, config: CollectConfig) -> None:
 
         blocks: list[BlockSpec] = []
         for split, task, first, count in _pieces(config.tasks, episodes):
-            videos = {camera: video_path(root, camera, len(blocks)) for camera in config.cameras}
+            videos = {camera: video_path(root / ROBOT, camera, len(blocks)) for camera in config.cameras}
             blocks.append(BlockSpec(config, task, split, first, count, videos))
-        total = len(config.tasks) * sum([*episodes.values(), *scenes.values()])
+        pictures = [SceneSpec(config, task, split, *rest) for split, task, *rest in _pieces(config.tasks, scenes)]
+        total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
         with tqdm(total=total, unit=" initial states") as bar:
-            write_dataset(root, config, _run(pool, record_block, blocks, bar), _split_ranges(config))
-            for split in _SPLITS:
-                pieces = _pieces(config.tasks, {split: scenes[split]})
-                specs = [SceneSpec(config, task, split, first, count) for _, task, first, count in pieces]
-                if specs:
-                    rows = (row for part in _run(pool, record_scenes, specs, bar) for row in part)
-                    write_scenes(root / SCENES_DIR / f"{split}.parquet", rows)
+            write_dataset(root / ROBOT, config, _run(pool, record_block, blocks, bar), _split_ranges(config))
+            rows: dict[str, list[dict[str, Any]]] = {split: [] for split in scenes}
+            for spec, made in zip(pictures, _run(pool, record_scenes, pictures, bar), strict=True):
+                rows[spec.split] += made
+            if pictures:
+                write_scenes(root / WEB, rows)
 
 
 def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str, str, int, int]]:

@@ -13,15 +13,15 @@ class CollectConfig:
     """Demonstrations of MetaWorld's scripted experts, as a LeRobot v3 dataset with language."""
 
     out: Path
-    """Directory of the new dataset."""
+    """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
     tasks: tuple[str, ...] = ("reach-v3", "window-open-v3", "drawer-open-v3", "button-press-topdown-v3")
     """MetaWorld tasks by name."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
     val_episodes: int = 10
     """Validation episodes per task; the last episodes of the dataset."""
-    scenes: int = 500
-    """Initial states per task of the single frames with captions and questions, four frames each; 0 for none."""
+    scenes: int = 250
+    """Initial states per task for the single frames, four of each, and a tenth more for validation; 0 for none."""
     seed: int = 0
     """Decides every initial state, push and scene; other seeds share none of them."""
     noise_share: float = 0.5
@@ -32,7 +32,7 @@ class CollectConfig:
     """MetaWorld cameras to film with."""
     image_size: int = 64
     """Height and width of the images in pixels."""
-    answers_every: int = 1
+    answers_every: int = 2
     """Frames from one with questions and boxes to the next."""
     max_frames: int = 60
     """Frames after which an unsolved episode is given up and replaced by the next initial state."""

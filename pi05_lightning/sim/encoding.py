@@ -1,4 +1,4 @@
-"""Films of small images."""
+"""Encodes what a dataset's cameras saw."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.stream import VideoStream
 
-SETTINGS = {"vcodec": "h264", "pix_fmt": "yuv444p", "g": 2, "crf": 12, "preset": "veryfast"}
+SETTINGS: dict[str, str | int] = {"vcodec": "h264", "pix_fmt": "yuv444p", "g": 2, "crf": 12, "preset": "veryfast"}
 """In LeRobot's names. Full chroma and little loss, because at 64 px an object is a few pixels; a key frame every
 second frame, as LeRobot has it, for random access."""
 
@@ -20,8 +21,9 @@ def encode_video(path: Path, images: np.ndarray, fps: int) -> None:
     options = {name: str(SETTINGS[name]) for name in ("g", "crf", "preset")} | {"threads": "1"}
     with av.open(str(path), "w") as container:
         stream = container.add_stream(str(SETTINGS["vcodec"]), fps, options=options)
+        assert isinstance(stream, VideoStream)
         stream.height, stream.width = images.shape[1:3]
-        stream.pix_fmt = SETTINGS["pix_fmt"]
+        stream.pix_fmt = str(SETTINGS["pix_fmt"])
         for image in images:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())

@@ -15,9 +15,9 @@ import numpy as np
 
 from pi05_lightning.sim import questions
 from pi05_lightning.sim.config import CollectConfig
-from pi05_lightning.sim.metaworld import MetaWorldEnv, split_seeds
 from pi05_lightning.sim.encoding import encode_video
-from pi05_lightning.types import Answer
+from pi05_lightning.sim.metaworld import MetaWorldEnv, split_seeds
+from pi05_lightning.types import Answer, Frame
 
 ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all
 PUSH_STEPS = 5  # control steps that a push lasts at most (6 cm): a policy that saw the way back finds it
@@ -87,10 +87,11 @@ def record_episode(env: MetaWorldEnv, seed: int, config: CollectConfig) -> Episo
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
     env.reset(seed)
-    frames, actions, subtasks, answers = [], [], [], []
+    frames: list[Frame] = []
+    actions, subtasks, answers = [], [], []
     solved, end = False, config.max_frames
     while len(frames) < end:
-        answers.append(questions.answers(env) if len(frames) % config.answers_every == 0 else ())
+        answers.append(questions.answers(env, env.boxes()) if len(frames) % config.answers_every == 0 else ())
         subtasks.append(env.subtask())
         frames.append(env.observation())
         taken, succeeded = [], False

@@ -10,6 +10,8 @@ What differs from plain MetaWorld:
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ SPLITS = ("train", "val", "rollout")
 SEEDS_PER_SPLIT = 1_000_000
 STATE_NAMES = ("x", "y", "z", "gripper_opening")
 ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
+_PLACING_STEPS = 100  # MuJoCo steps in which the hand follows wherever it is sent
+_VISIBLE_PIXELS = 4  # fewer of an object are a sliver behind something else
 _HIDDEN_GROUP = 5  # a geom group that MuJoCo does not draw
 
 Box = tuple[float, float, float, float]
@@ -72,6 +76,7 @@ def import_metaworld() -> ModuleType:
         import metaworld
     except ModuleNotFoundError as error:
         raise ImportError("the simulator is not installed: pip install 'pi05_lightning[sim]'") from error
+    warnings.filterwarnings("ignore", message="Constant.* may be too high")  # its experts exceed 1 and are clipped
     return metaworld
 
 
@@ -121,8 +126,9 @@ class MetaWorldEnv:
         self._env._set_task_called = True
         self._env._freeze_rand_vec = False  # `seed`, not a task object, decides where things are
         self._env.seeded_rand_vec = True
-        self._env.max_path_length = np.inf  # the caller bounds episodes
-        self._policy = ENV_POLICY_MAP[task]()
+        self._env.max_path_length = sys.maxsize  # the caller bounds episodes
+        policies: dict[str, Any] = ENV_POLICY_MAP
+        self._policy = policies[task]()
         self._obs = np.zeros(39)
         self._set_up_rendering(image_size)
 
@@ -150,11 +156,10 @@ class MetaWorldEnv:
         self._is_geom = {name: np.isin(np.arange(model.ngeom + 1), ids[0]) for name, ids in self._objects.items()}
         self._is_site = {name: np.isin(np.arange(model.nsite + 1), ids[1]) for name, ids in self._objects.items()}
 
-    def reset(self, seed: int) -> Frame:
+    def reset(self, seed: int) -> None:
         """Put the robot and the objects where `seed` says; the same for the same (task, seed), whatever came before."""
         self._env.seed(int(np.random.SeedSequence([seed, zlib.crc32(self.task.encode())]).generate_state(1)[0]))
         self._obs, _ = self._env.reset()
-        return self.observation()
 
     def step(self, action: np.ndarray) -> bool:
         """Hold `action` f32[4] (dx, dy, dz, gripper effort, clipped to [-1, 1]) for `action_repeat` control steps.
@@ -196,6 +201,12 @@ class MetaWorldEnv:
         places["gripper"] = self._env.tcp_center.copy()
         return places
 
+    def place_hand(self, position: np.ndarray, effort: float) -> None:
+        """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
+        self._env.data.mocap_pos[:] = position
+        self._env.do_simulation([effort, -effort], _PLACING_STEPS)
+        self._obs = self._env._get_obs()
+
     @property
     def workspace(self) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest place the hand can be sent to: f64[3] in metres, twice."""
@@ -219,10 +230,9 @@ class MetaWorldEnv:
         size, boxes = len(ids), {}
         for name in self._objects:
             shown = self._is_geom[name][geom_ids] | self._is_site[name][site_ids]
-            rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-            if len(rows):
-                edges = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-                boxes[name] = tuple(float(edge) / size for edge in edges)
+            if shown.sum() >= _VISIBLE_PIXELS:
+                rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
+                boxes[name] = (rows[0] / size, columns[0] / size, (rows[-1] + 1) / size, (columns[-1] + 1) / size)
         return boxes
 
     def _ids(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
@@ -247,7 +257,7 @@ class MetaWorldEnv:
         return image[::-1, ::-1] if CAMERAS.get(name, Camera()).rotate else image
 
     def _in_view(self, camera_id: int) -> np.ndarray:
-        """bool[ngeom]: the bounding sphere touches the camera's pyramid. Vertices bound drawing: this halves its time."""
+        """bool[ngeom]: the bounding sphere touches the camera's pyramid. This halves the time of drawing."""
         model, data = self._env.model, self._env.data
         centre = (data.geom_xpos - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
         slope = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)

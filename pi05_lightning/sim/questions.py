@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -14,20 +14,21 @@ _BESIDE = 0.02  # metres within which two things are at the same place along an 
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
 
 
-def answers(env: MetaWorldEnv, cameras: Sequence[str] | None = None) -> tuple[Answer, ...]:
-    """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper."""
-    cameras = cameras or env.cameras
+def answers(env: MetaWorldEnv, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[Answer, ...]:
+    """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper.
+
+    boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them.
+    """
     asked = [
         Answer(f"detect the {name}", box_text(box), camera)
-        for camera, boxes in env.boxes(cameras).items()
-        for name, box in boxes.items()
+        for camera, seen in boxes.items()
+        for name, box in seen.items()
         if (name, camera) != ("gripper", _WRIST_CAMERA)
     ]
-    places = env.positions()
+    camera, places = next(iter(boxes)), env.positions()
     for name in env.language.objects:
-        asked.append(Answer(f"where is the {name}?", direction(places[name] - places["gripper"]), cameras[0]))
-    closed = "yes" if env.state[3] < _CLOSED else "no"
-    asked.append(Answer("is the gripper closed?", closed, cameras[0]))
+        asked.append(Answer(f"where is the {name}?", direction(places[name] - places["gripper"]), camera))
+    asked.append(Answer("is the gripper closed?", "yes" if env.state[3] < _CLOSED else "no", camera))
     return tuple(asked)
 
 

@@ -186,9 +186,7 @@ def test_generation_ends_when_all_rows_have_stopped(model: Pi05, prefix: Prefix)
 
 def test_forced_tokens_open_what_is_said(model: Pi05, batch: Batch, prefix: Prefix) -> None:
     opening = torch.tensor([11, 40, 8])
-    tokens, _, _ = generate(
-        model.backbone, prefix, max_tokens=6, stop_id=NEVER, flow_visible=True, forced=opening
-    )
+    tokens, _, _ = generate(model.backbone, prefix, max_tokens=6, stop_id=NEVER, flow_visible=True, forced=opening)
     assert tokens[:, :3].tolist() == [opening.tolist()] * len(PROMPTS)
     expected = with_tokens(batch, tokens[:, :5])
     hidden = model.backbone(expected).hidden

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,6 @@ def build_lerobot(config: ModelConfig) -> modeling_pi05.PI05Pytorch:
 
     Every weight is drawn anew, the zero-initialised ones too: with those left, half of the network would be untested.
     """
-    sizes = {"gemma_2b": config.language, "gemma_300m": config.expert}
     lerobot_config = PI05Config(
         device="cpu",
         chunk_size=config.horizon,
@@ -38,14 +38,22 @@ def build_lerobot(config: ModelConfig) -> modeling_pi05.PI05Pytorch:
         max_action_dim=config.action_dim,
         image_resolution=(config.vision.image_size, config.vision.image_size),
     )
+    with lerobot_sizes(config):
+        model = modeling_pi05.PI05Pytorch(lerobot_config)
+    randomize(model)
+    return model.eval()
+
+
+@contextmanager
+def lerobot_sizes(config: ModelConfig) -> Iterator[None]:
+    """Within it, LeRobot builds π0.5 with our dimensions."""
+    sizes = {"gemma_2b": config.language, "gemma_300m": config.expert}
     with (
         patch.object(modeling_pi05, "get_gemma_config", sizes.__getitem__),
         resized(modeling_pi05, "PaliGemmaForConditionalGenerationWithPiGemma", config),
         resized(modeling_pi05, "PiGemmaForCausalLM", config),
     ):
-        model = modeling_pi05.PI05Pytorch(lerobot_config)
-    randomize(model)
-    return model.eval()
+        yield
 
 
 def build_lerobot_fast(config: ModelConfig, tokenizer: object = None) -> modeling_pi0_fast.PI0FastPytorch:

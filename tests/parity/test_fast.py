@@ -133,9 +133,7 @@ def test_greedy_decoding_is_pi0_fasts_token_for_token(
     batch = with_segment(inputs, bos, torch.ones_like(bos, dtype=torch.bool), causal=False)
     with torch.no_grad():
         prefix = ours_fast.backbone(batch)
-    tokens, valid, _ = generate(
-        ours_fast.backbone, prefix, max_tokens=20, stop_id=BAR, flow_visible=False
-    )
+    tokens, valid, _ = generate(ours_fast.backbone, prefix, max_tokens=20, stop_id=BAR, flow_visible=False)
     assert len(set(expected.flatten().tolist())) > 5  # else the comparison says little
     for found, keep, reference in zip(tokens, valid, expected, strict=True):
         assert found[keep].tolist() == reference[: keep.sum()].tolist()

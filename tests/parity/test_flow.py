@@ -87,7 +87,9 @@ def test_sampled_chunk_is_lerobots(lerobot: PI05Pytorch, ours: Pi05, inputs: Inp
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
-def test_sampling_takes_any_number_of_steps(lerobot: PI05Pytorch, ours: Pi05, config: ModelConfig, num_steps: int) -> None:
+def test_sampling_takes_any_number_of_steps(
+    lerobot: PI05Pytorch, ours: Pi05, config: ModelConfig, num_steps: int
+) -> None:
     x = make_inputs(config, [[True, False], [True, True]], [5, 11], padded_length=11)
     expected = lerobot.sample_actions(
         x.images, x.image_masks, x.tokens, x.token_mask, noise=x.noise, num_steps=num_steps

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
-from pi05_lightning.data.frame_cache import CachedFrames, cache_folder
+from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
 from pi05_lightning.data.processor import Robot
 from pi05_lightning.data.sources.base import SourceConfig, Split
@@ -86,7 +86,7 @@ class LeRobotSource:
         self._reject_values()
         self._images = {camera: self._store(key) for key, camera in self.cameras.items()}
         self._rows = np.flatnonzero(self._kept)
-        if self._caches and all(cache.ready for cache in self._caches.values()):
+        if not any(cache.missing() for cache in self._caches.values()):
             self._reject_undecoded()
         if len(episodes) and not len(self._rows):
             raise ValueError(f"dataset {name!r}: no usable frame is left in the {split} split of {config.path}")
@@ -134,9 +134,9 @@ class LeRobotSource:
 
     def prepare(self) -> None:
         """Decode all frames into the cache, if one is wanted; raises BadSample for frames that do not decode."""
-        for camera, cache in self._caches.items():
-            cache.prepare(f"{self.name} {self.split}, {camera}")
-        self._reject_undecoded()
+        if self._caches:
+            fill(list(self._caches.values()), f"{self.name} ({self.split})")
+            self._reject_undecoded()
 
     def robot(self) -> Robot:
         """Exact 1 % and 99 % quantiles of state and action over the source's frames, its rate and its tasks."""

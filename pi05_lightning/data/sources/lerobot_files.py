@@ -36,14 +36,21 @@ def find_dataset(path: str) -> Path:
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise ValueError(f"{path}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name.")
+    import httpx
     from huggingface_hub import snapshot_download
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
     from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
     if (HF_LEROBOT_HOME / path / "meta" / "info.json").exists():
         return HF_LEROBOT_HOME / path
-    revision = LeRobotDatasetMetadata(path).revision
-    return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
+    try:
+        revision = LeRobotDatasetMetadata(path).revision
+        return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
+    except (httpx.HTTPError, OSError) as error:
+        raise ValueError(
+            f"{path} is no folder here, and the Hub does not give it ({error}): correct the path, check the "
+            "connection, or log in if it is private"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,14 @@ class LeRobotFiles:
         path = self.root / "meta" / f"{table}.parquet"
         if not path.exists():
             return {}
-        rows = pq.read_table(path).to_pandas().reset_index()
-        texts = next(name for name in rows.columns if name != f"{column}_index")
-        return dict(zip(rows[f"{column}_index"].tolist(), rows[texts].tolist(), strict=True))
+        rows = pq.read_table(path)
+        # the sentences are the table's pandas index, whose column has had several names
+        texts = next(
+            field.name
+            for field in rows.schema
+            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        )
+        return dict(zip(rows[f"{column}_index"].to_pylist(), rows[texts].to_pylist(), strict=True))
 
     def cameras(self) -> list[str]:
         """Keys of the colour image features, in the dataset's order."""
@@ -169,7 +181,7 @@ class LeRobotFiles:
             except duckdb.Error as error:
                 columns = ", ".join(self.episodes.column_names)
                 raise ValueError(
-                    f"episodes: {condition!r} is no SQL condition ({error}). Columns: {columns}"
+                    f"episodes: {condition!r} is no SQL condition ({str(error).splitlines()[0]}). Columns: {columns}"
                 ) from error
         return np.asarray(found["episode_index"])
 

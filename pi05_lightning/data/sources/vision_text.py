@@ -1,11 +1,11 @@
-"""Images with text, captions or questions with answers, read through Hugging Face `datasets`."""
+"""Images with captions, and with questions and answers, read through Hugging Face `datasets`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,30 +22,28 @@ _VALIDATION_PARTS = ("validation", "val", "test")
 
 @dataclass(frozen=True)
 class VisionTextConfig(SourceConfig):
-    """A dataset of single images with text."""
+    """A dataset of single images with text. Of the columns below it may lack captions, questions or cameras."""
 
     path: str
     """A folder written by `save_to_disk`, a parquet or JSON-lines file or a folder of them, or a Hub id."""
-    kind: Literal["web_caption", "qa"] = "web_caption"
-    """What its texts are: captions, or answers to questions."""
     image_column: str = "image"
     """Images: encoded, as `datasets` stores them, or paths relative to the dataset's folder."""
     caption_column: str = "caption"
-    """Captions; for web_caption."""
+    """Captions, for web_caption."""
     question_column: str = "question"
-    """Questions, or a list of them; for qa."""
+    """Questions, or a list of them, for qa."""
     answer_column: str = "answer"
-    """Answers, or a list of them, one for each question; for qa."""
-    caption_prompt: str = "caption"
-    """What the model is asked for when it is to say the caption."""
+    """Answers, or a list of them, one for each question, for qa."""
+    camera_column: str = "camera"
+    """Each image's camera name."""
     camera: str = "image"
-    """Camera name that the images get."""
-    camera_column: str | None = None
-    """Column with each image's camera name, where they differ."""
+    """Camera name of all images, where there is no such column."""
+    caption_prompt: str = "caption"
+    """What the model is asked when it is to say the caption."""
     val_fraction: float = 0.1
-    """Share of rows held out where the dataset has no validation split; 0 holds out none."""
+    """Share of rows held out where the dataset has no validation part; 0 holds out none."""
     group_column: str | None = None
-    """Column whose equal values stay on one side of the split, such as the image's number."""
+    """Column whose equal values stay on one side of that split, such as the number of the scene."""
     on_bad_sample: OnBadSample = "error"
     """Whether a row that cannot be trained on stops the run or is left out, counted and logged."""
 
@@ -55,97 +53,112 @@ class VisionTextConfig(SourceConfig):
 
 
 class VisionTextSource:
-    """One frame per row: an image under its camera's name, and what can be asked about it."""
+    """One frame per image and kind of text: first all with a caption to give, then all with questions to answer."""
 
     def __init__(self, config: VisionTextConfig, name: str, split: Split):
         self.config, self.name = config, name
         self.rejects = Rejects(name, config.on_bad_sample)
-        self._data, chosen = self._split(_load(config.path), split)
-        self._rows = np.flatnonzero(chosen)
-        self._reject_texts()
-        if config.camera_column is None:
-            self.camera_names = [config.camera]
-        else:
-            self.camera_names = sorted(self._data.unique(config.camera_column))
+        self._data, rows = self._part(_load(config.path), split)
+        self._has_camera = config.camera_column in self._data.column_names
+        self._captioned, self._asked = self._with_text(rows)
+        self.camera_names = sorted(self._data.unique(config.camera_column)) if self._has_camera else [config.camera]
         local = Path(config.path).expanduser()
         self._folder = local.parent if local.is_file() else local
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._captioned) + len(self._asked)
 
     def __getitem__(self, index: int) -> Frame:
-        row = self._data[int(self._rows[index])]
-        camera = row[self.config.camera_column] if self.config.camera_column else self.config.camera
+        config, row = self.config, self._data[self._row(index)]
+        camera = row[config.camera_column] if self._has_camera else config.camera
         try:
-            image = self._image(row[self.config.image_column])
+            image = self._image(row[config.image_column])
         except BadImage as error:
-            where = f"{self.address(index)}, {self.config.image_column}"
+            where = f"{self.address(index)}, {config.image_column}"
             raise BadSample(f"{where}: {error}. Restore the image or drop the row") from error
-        return Frame(images={camera: image}, answers=self._answers(row, camera))
+        if index < len(self._captioned):
+            pairs = [(config.caption_prompt, row[config.caption_column])]
+        else:
+            pairs = list(zip(_texts(row[config.question_column]), _texts(row[config.answer_column]), strict=True))
+        answers = tuple(Answer(question.strip(), answer.strip(), camera) for question, answer in pairs)
+        return Frame(images={camera: image}, answers=answers)
 
     def indices(self, modality: Modality) -> np.ndarray:
-        """i64: every row as the configured kind, none as anything else."""
-        return np.arange(len(self)) if modality == self.config.kind else np.empty(0, np.int64)
+        """i64: frames with a caption (web_caption), with questions (qa)."""
+        match modality:
+            case Modality.WEB_CAPTION:
+                return np.arange(len(self._captioned))
+            case Modality.QA:
+                return np.arange(len(self._captioned), len(self))
+            case _:
+                return np.empty(0, dtype=np.int64)
 
     def address(self, index: int) -> str:
-        """The row in words: "dataset 'x', row 17"."""
-        return f"dataset {self.name!r}, row {self._rows[index]}"
+        """The frame in words: "dataset 'x', row 17"."""
+        return f"dataset {self.name!r}, row {self._row(index)}"
 
     def prepare(self) -> None:
         """Nothing: `datasets` prepared the data when it was opened."""
 
-    def _split(self, parts: dict[str, datasets.Dataset], split: Split) -> tuple[datasets.Dataset, np.ndarray]:
-        """The rows' dataset, and which of its rows belong to the split."""
+    def _row(self, index: int) -> int:
+        captions = len(self._captioned)
+        return int(self._captioned[index] if index < captions else self._asked[index - captions])
+
+    def _part(self, parts: dict[str, datasets.Dataset], split: Split) -> tuple[datasets.Dataset, np.ndarray]:
+        """The dataset to read for the split, and its rows i64 that belong to it."""
         named = next((name for name in _VALIDATION_PARTS if name in parts), None)
         others = [name for name in parts if name != named]
         if named is not None and others:
             data = self._select(parts[named if split == "val" else others[0]])
-            return data, np.ones(len(data), dtype=bool)
+            return data, np.arange(len(data))
         (whole, *_) = parts.values()
         data, fraction, group = self._select(whole), self.config.val_fraction, self.config.group_column
         in_val = held_out(np.arange(len(data)), fraction) if group is None else held_out_groups(data[group], fraction)
-        return data, in_val if split == "val" else ~in_val
-
-    @property
-    def _text_columns(self) -> list[str]:
-        config = self.config
-        return (
-            [config.caption_column] if config.kind == "web_caption" else [config.question_column, config.answer_column]
-        )
+        return data, np.flatnonzero(in_val if split == "val" else ~in_val)
 
     def _select(self, data: datasets.Dataset) -> datasets.Dataset:
-        config = self.config
-        optional = [column for column in (config.camera_column, config.group_column) if column]
-        wanted = [config.image_column, *self._text_columns, *optional]
-        absent = sorted(set(wanted) - set(data.column_names))
-        if absent:
+        config, present = self.config, data.column_names
+        texts = [[config.caption_column], [config.question_column, config.answer_column]]
+        kinds = [columns for columns in texts if set(columns) <= set(present)]
+        needed = [config.image_column, *([config.group_column] if config.group_column else [])]
+        absent = sorted(set(needed) - set(present))
+        if absent or not kinds:
             raise ValueError(
-                f"dataset {self.name!r} has no columns {absent} for {config.kind}; it has {data.column_names}: "
-                "say which of them hold what"
+                f"dataset {self.name!r} has no {absent or 'captions, nor questions with answers'}; its columns are "
+                f"{present}: say which of them hold what"
             )
-        return data.select_columns(wanted).cast_column(config.image_column, datasets.Image(decode=False))
+        wanted = {
+            *needed,
+            *(column for columns in kinds for column in columns),
+            *({config.camera_column} & set(present)),
+        }
+        return data.select_columns(sorted(wanted)).cast_column(config.image_column, datasets.Image(decode=False))
 
-    def _reject_texts(self) -> None:
-        texts = {column: self._data[column][:] for column in self._text_columns}
-        problems = [_text_problem({column: texts[column][row] for column in texts}) for row in self._rows]
-        bad = np.array([problem is not None for problem in problems], dtype=bool)
-        if bad.any():
-            first = int(np.argmax(bad))
-            where = f"row {self._rows[first]}"
-            self.rejects.add(where, f"{problems[first]}", "Drop the row or give it its text", int(bad.sum()))
-            self._rows = self._rows[~bad]
+    def _with_text(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, i64, with a caption, and with questions; what has neither, or a blank text, is rejected."""
+        config = self.config
+        names = [config.caption_column, config.question_column, config.answer_column]
+        columns = [self._data[name][:] if name in self._data.column_names else None for name in names]
+        captioned, asked, problems = [], [], {}
+        for row in rows.tolist():
+            captions, questions, answers = (_texts(column[row]) if column else [] for column in columns)
+            blank = [text for text in (*captions, *questions, *answers) if not text.strip()]
+            if blank or not (captions or questions):
+                problems[row] = "a text is empty" if blank else "it has neither caption nor question"
+            elif len(questions) != len(answers):
+                problems[row] = f"{len(questions)} questions but {len(answers)} answers"
+            else:
+                captioned += [row] * bool(captions)
+                asked += [row] * bool(questions)
+        if problems:
+            first = next(iter(problems))
+            self.rejects.add(f"row {first}", problems[first], "Drop the row or give it its text", len(problems))
+        return np.array(captioned, dtype=np.int64), np.array(asked, dtype=np.int64)
 
     def _image(self, stored: dict[str, Any] | None) -> np.ndarray:
         if stored is None or not (stored["bytes"] or stored["path"]):
             raise BadImage("no image is stored for this row")
         return read_image(stored["bytes"] or self._folder / stored["path"])
-
-    def _answers(self, row: dict[str, Any], camera: str) -> tuple[Answer, ...]:
-        config = self.config
-        if config.kind == "web_caption":
-            return (Answer(config.caption_prompt, row[config.caption_column].strip(), camera),)
-        questions, answers = _texts(row[config.question_column]), _texts(row[config.answer_column])
-        return tuple(Answer(q.strip(), a.strip(), camera) for q, a in zip(questions, answers, strict=True))
 
 
 def _load(path: str) -> dict[str, datasets.Dataset]:
@@ -176,14 +189,4 @@ def _load_files(local: Path) -> datasets.Dataset:
 
 
 def _texts(value: str | list[str] | None) -> list[str]:
-    return value if isinstance(value, list) else [value or ""]
-
-
-def _text_problem(row: dict[str, str | list[str] | None]) -> str | None:
-    """What is wrong with a row's texts: an empty one, or questions and answers that differ in number."""
-    lengths = {column: len(_texts(value)) for column, value in row.items()}
-    if len(set(lengths.values())) > 1:
-        return f"the columns hold different numbers of texts, {lengths}"
-    if 0 in lengths.values():
-        return "it has no text"
-    return next((f"{column} is empty" for column, value in row.items() for t in _texts(value) if not t.strip()), None)
+    return value if isinstance(value, list) else [] if value is None else [value]

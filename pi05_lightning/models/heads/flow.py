@@ -1,6 +1,6 @@
-"""The flow head: the action expert that turns noise into an action chunk (π0, arXiv 2410.24164; π0.5, arXiv 2504.16054).
+"""The flow head: the action expert that turns noise into an action chunk (π0, arXiv 2410.24164; π0.5, 2504.16054).
 
-    x_t = t·noise + (1 − t)·actions,   u = noise − actions,   t = 1 is noise;   sampled by Euler steps from 1 to 0
+x_t = t·noise + (1 − t)·actions,   u = noise − actions,   t = 1 is noise;   sampled by Euler steps from 1 to 0
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def interpolate(noise: Tensor, actions: Tensor, t: Tensor) -> tuple[Tensor, Tens
 
 
 def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
-    """[sin, cos](2π t / period), periods log-spaced; in float64, since the shortest is 4e-3: t [...] -> f32[... width]."""
+    """[sin, cos](2π t / period), log-spaced, in float64 as the shortest period is 4e-3: t [...] -> f32[... width]."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=t.device)
     period = min_period * (max_period / min_period) ** fraction
     angle = t.double()[..., None] * (2 * math.pi / period)
@@ -55,7 +55,7 @@ class FlowHead(nn.Module):
         self.norm = AdaRMSNorm(width)
 
     def modulate(self, t: Tensor) -> Modulations:
-        """adaRMS scales, shifts and gates at flow times t f32[R K] or f32[R K T]; everything that depends on t alone."""
+        """adaRMS scales, shifts, gates at flow times t f32[R K] or f32[R K T]: everything that depends on t alone."""
         t = t if t.ndim == 3 else t[..., None]
         cond = time_features(t, self.width).to(self.time_mlp_in.weight.dtype)
         cond = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(cond))))
@@ -66,9 +66,7 @@ class FlowHead(nn.Module):
         """Velocity f32[R K T D] at x_t f32[R K T D]; draws see the prefix and themselves, not each other."""
         rows, draws, horizon, _ = x_t.shape
         start = prefix.flow_mask.sum(1)
-        positions = repeat(
-            start[:, None] + torch.arange(horizon, device=x_t.device), "r t -> r (k t)", k=draws
-        )
+        positions = repeat(start[:, None] + torch.arange(horizon, device=x_t.device), "r t -> r (k t)", k=draws)
         rope = rope_table(positions, self.head_dim)
         draw = torch.arange(draws, device=x_t.device).repeat_interleave(horizon)
         own = (draw[:, None] == draw).expand(rows, -1, -1)

@@ -1,0 +1,120 @@
+"""Text tokenizers with PaliGemma's coordinate tokens: the small one that is shipped, or PaliGemma's own.
+
+`<loc0000>` … `<loc1023>` and then `<seg000>` … `<seg127>` are the last ids of either vocabulary, and each is one token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer
+
+from pi05_lightning.types import Box
+
+NUM_LOC, NUM_SEG = 1024, 128
+LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]
+SEGMENTS = [f"<seg{i:03d}>" for i in range(NUM_SEG)]
+SHIPPED = "tiny"
+_BOX = re.compile(r"<loc(\d{4})>" * 4)
+
+
+class TextTokenizer:
+    """Text to ids and back. The vocabulary's size counts every row that the model's embedding needs."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = tokenizer.get_vocab_size()
+        self.pad_id, self.eos_id, self.bos_id = (self._id(token) for token in ("<pad>", "<eos>", "<bos>"))
+        self.loc_ids = self._range(LOCATIONS)
+        seg_ids = self._range(SEGMENTS)
+        if self.loc_ids.stop != seg_ids.start or seg_ids.stop != self.vocab_size:
+            raise ValueError(
+                f"<loc> tokens are ids {self.loc_ids}, <seg> tokens {seg_ids}: they must be the last of the"
+                f" {self.vocab_size}. This is not the tokenizer of a PaliGemma model"
+            )
+
+    @classmethod
+    def load(cls, name: str | Path) -> TextTokenizer:
+        """`tiny` for the shipped one, else a local folder or Hub id with PaliGemma's tokenizer, through transformers.
+
+        Raises ValueError when it cannot be had or is another model's.
+        """
+        if str(name) == SHIPPED:
+            asset = files("pi05_lightning.data") / "assets" / "tokenizer.json"
+            return cls(Tokenizer.from_str(asset.read_text(encoding="utf-8")))
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name)).backend_tokenizer
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no tokenizer at {name!r}. PaliGemma's is gated on the Hub: log in with an account that has accepted its"
+                " licence, or give a local folder that holds tokenizer.json and tokenizer_config.json"
+            ) from error
+        return cls(with_coordinates(tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without <bos> or <eos>."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without <pad>, <bos> and <eos>."""
+        return self.tokenizer.decode([i for i in ids if i not in (self.pad_id, self.bos_id, self.eos_id)])
+
+    def ordinal_ids(self) -> list[list[int]]:
+        """Groups of ids that stand for ordered numbers: coordinates, and state bins where each is one token."""
+        bins = [self.encode(f"State: {i}")[-1] for i in range(256)]
+        return [list(self.loc_ids), *([bins] if len(set(bins)) == len(bins) else [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole tokenizer as plain types, so that a checkpoint needs no other file."""
+        return {"tokenizer": self.tokenizer.to_str()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TextTokenizer:
+        return cls(Tokenizer.from_str(values["tokenizer"]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextTokenizer.from_dict, (self.to_dict(),)
+
+    def _id(self, token: str) -> int:
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"the tokenizer has no {token}: it is not a PaliGemma tokenizer")
+        return found
+
+    def _range(self, tokens: Sequence[str]) -> range:
+        ids = [self._id(token) for token in tokens]
+        if ids != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError(f"the ids of {tokens[0]} … {tokens[-1]} are not consecutive")
+        return range(ids[0], ids[-1] + 1)
+
+
+def with_coordinates(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with every <loc> and <seg> as one token: the bare PaliGemma one may know none of them."""
+    for tokens in (LOCATIONS, SEGMENTS):
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    return tokenizer
+
+
+def box_to_text(box: Box) -> str:
+    """`<locYYYY>` for ymin, xmin, ymax, xmax in [0, 1], in 1024 steps over the image (PaliGemma's convention).
+
+    Raises ValueError for a box that is not inside the image, or inside out.
+    """
+    ymin, xmin, ymax, xmax = box
+    if not (0 <= ymin <= ymax <= 1 and 0 <= xmin <= xmax <= 1):
+        raise ValueError(f"the box {box} (ymin, xmin, ymax, xmax) is not inside the image, whose edges are 0 and 1")
+    return "".join(LOCATIONS[min(int(edge * NUM_LOC), NUM_LOC - 1)] for edge in box)
+
+
+def text_to_boxes(text: str) -> list[Box]:
+    """The boxes (ymin, xmin, ymax, xmax) in [0, 1] that a text names, in its order; at the middle of their steps."""
+    return [
+        tuple((int(edge) + 0.5) / NUM_LOC for edge in match.groups())  # type: ignore[misc]
+        for match in _BOX.finditer(text)
+    ]

@@ -1,0 +1,183 @@
+"""`pi05 demo`: the main job end to end, as the commands that a user would type, one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi05_lightning.report.page import overall
+from pi05_lightning.report.plots import MODE_LABELS
+from pi05_lightning.report.run import Metrics, Success, read_json
+
+CONFIGS = ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One `pi05` command of the demo."""
+
+    name: str
+    command: tuple[str, ...]
+    resume: tuple[str, ...] | None = None
+    """What continues it after an interruption, once `resume_from` exists; the command itself otherwise."""
+    resume_from: Path = Path()
+
+    @property
+    def next_command(self) -> tuple[str, ...]:
+        return self.resume if self.resume and self.resume_from.exists() else self.command
+
+
+def demo(out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False) -> None:
+    """Data, statistics, tokenizer, training through both stages, validation, rollouts and a page about it.
+
+    Interrupted and started again it goes on with the first part that is not done.
+
+    Args:
+        out: the directory of everything that is made.
+        seed: of the training; the data and the initial states of the rollouts are the same for every seed.
+        quick: the smallest amount of everything: shows that all parts run, not how good the policy is.
+
+    Raises ValueError when `out` holds a demo with other arguments, SystemExit with a part's status when one fails.
+    """
+    todo = parts(out, seed, quick)
+    for number, part in enumerate(todo, start=1):
+        done = Progress(out / "parts" / f"{part.name}.json", part)
+        if done.finished:
+            console.print(f"[dim]{number}/{len(todo)} {part.name}: done before, in {done.seconds:.0f} s")
+            continue
+        console.rule(f"{number}/{len(todo)} {part.name}", align="left")
+        console.print(f"$ {shlex.join(('pi05', *part.next_command))}", style="bold", soft_wrap=True, highlight=False)
+        with done.timed():
+            run_command(part.next_command)
+        write_summary(out, todo, seed)
+    print_result(out)
+
+
+def parts(out: Path, seed: int, quick: bool) -> list[Part]:
+    """The demo's commands, in order."""
+    data, fast, run = out / "data", out / "fast", out / "fit"
+    configs = [word for config in CONFIGS for word in ("-c", config)]
+    collect = ["--episodes", "4", "--val_episodes", "1", "--scenes", "4"] if quick else []
+    fit = ["--stages.pretrain_steps", "4", "--stages.posttrain_steps", "4"] if quick else []
+    rollout = ["--episodes", "2"] if quick else []
+    return [
+        Part("collect", ("collect", str(data), *collect)),
+        Part("stats", ("stats", str(data))),
+        Part("tokenizer", ("tokenizer", str(data), "--out", str(fast))),
+        Part(
+            "fit",
+            ("fit", *configs, "--run", str(run), "--seed_everything", str(seed), *fit),
+            resume=("fit", "--ckpt_path", str(run)),
+            resume_from=run / "checkpoints" / "last.ckpt",
+        ),
+        Part("validate", ("validate", str(run))),
+        Part("rollout", ("rollout", str(run), *rollout)),
+        Part("page", ("report", str(run), "--out", str(out / "index.html"), "--summary", str(out / "summary.json"))),
+    ]
+
+
+class Progress:
+    """What a part's marker file says: which command it was, the seconds it took so far, and whether it is done."""
+
+    def __init__(self, file: Path, part: Part) -> None:
+        self.file = file
+        self.command = list(part.command)
+        marker = read_json(file)
+        if marker and marker["command"] != self.command:
+            raise ValueError(
+                f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
+                " give another --out, or delete the directory of the earlier demo"
+            )
+        self.finished: bool = marker.get("done", False)
+        self.seconds: float = marker.get("seconds", 0.0)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the time spent inside, also when it ends early, and marks the part done when it does not."""
+        start = monotonic()
+        try:
+            yield
+            self.finished = True
+        finally:
+            self.seconds += monotonic() - start
+            marker = {"command": self.command, "seconds": round(self.seconds, 1), "done": self.finished}
+            write_json(self.file, marker)
+
+
+def run_command(command: tuple[str, ...]) -> None:
+    """Run a `pi05` command in a process of its own; raises SystemExit with its status when that is not 0.
+
+    Ctrl-C reaches it once and we wait for it, so that training can save before everything ends.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
+    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, lambda n, _: os.killpg(process.pid, n)) for number in forwarded}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if status:
+        console.print(f"pi05 {command[0]} ended with status {status}; the same command again goes on from here.")
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there as a whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    partial.replace(file)
+
+
+def write_summary(out: Path, todo: list[Part], seed: int) -> None:
+    """summary.json: the seconds of every part done so far, the metrics per modality, the success per mode and task."""
+    markers = {part.name: read_json(out / "parts" / f"{part.name}.json") for part in todo}
+    summary = {
+        "seed": seed,
+        "seconds": {name: marker["seconds"] for name, marker in markers.items() if marker},
+        "metrics": read_json(out / "fit" / "metrics.json"),
+        "success": read_json(out / "fit" / "rollout" / "rollout.json").get("success", {}),
+    }
+    write_json(out / "summary.json", summary)
+
+
+def print_result(out: Path) -> None:
+    """The table, the page's path and TensorBoard's command."""
+    summary = read_json(out / "summary.json")
+    console.print(metrics_table(summary["metrics"]), success_table(summary["success"]))
+    console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
+
+
+def metrics_table(metrics: Metrics) -> Table:
+    table = Table("modality", "metric", "value", title="validation", title_justify="left")
+    for modality, values in metrics.items():
+        for number, (metric, value) in enumerate(values.items()):
+            table.add_row("" if number else modality, metric, f"{value:.4g}")
+        table.add_section()
+    return table
+
+
+def success_table(success: Success) -> Table:
+    labels = [MODE_LABELS.get(mode, mode) for mode in success]
+    table = Table("task", *labels, title="success on held-out initial states", title_justify="left")
+    for task in next(iter(success.values())):
+        table.add_row(task, *(f"{by_task[task][0]}/{by_task[task][1]}" for by_task in success.values()))
+    table.add_section()
+    table.add_row("all", *(f"{row['rate']:.2f}" for row in overall(success).values()))
+    return table

@@ -1,0 +1,38 @@
+"""What a policy has to beat: replay of the mean demonstration, which looks at nothing.
+
+The other two baselines need no data: uniformly random actions, and the scripted expert (`MetaWorldEnv.expert_action`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
+
+
+def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
+    """Mean action at each time step over the training episodes of a task that last that long: f32[N A].
+
+    dataset: a LeRobot v3 folder;  task: the instruction, as the dataset has it.
+    Raises ValueError when no training episode has this task.
+    """
+    tasks = pd.read_parquet(dataset / "meta" / "tasks.parquet")
+    if task not in tasks.index:
+        raise ValueError(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks.index))}")
+    splits = json.loads((dataset / "meta" / "info.json").read_text())["splits"]
+    first, last = map(int, splits["train"].split(":"))
+    episode = ds.field("episode_index")
+    rows = ds.dataset(dataset / "data").to_table(
+        columns=["frame_index", "action"],
+        filter=(ds.field("task_index") == int(tasks.loc[task, "task_index"])) & (episode >= first) & (episode < last),
+    )
+    if not rows.num_rows:
+        raise ValueError(f"{dataset} has no training episode of {task!r}: its train split is {splits['train']}")
+    step = rows["frame_index"].to_numpy()
+    actions = np.stack(rows["action"].to_numpy())
+    total = np.zeros((step.max() + 1, actions.shape[1]))
+    np.add.at(total, step, actions)
+    return (total / np.bincount(step)[:, None]).astype(np.float32)

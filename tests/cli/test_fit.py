@@ -1,0 +1,118 @@
+"""`pi05 fit` and `validate`: a run's directory, its checkpoints, and what can be done with their paths alone."""
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pi05_lightning.cli import main
+from pi05_lightning.lightning_cli import find_checkpoint
+
+from .conftest import STEPS
+
+
+def load(run: Path) -> dict:
+    return torch.load(find_checkpoint(run), weights_only=True)
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
+
+
+def test_fit_leaves_configuration_checkpoint_and_events(finished_run: Path) -> None:
+    names = {path.name.split(".")[0] for path in finished_run.iterdir()}
+    assert {"config", "checkpoints", "events"} <= names
+
+
+def test_checkpoint_carries_the_configuration_of_its_run(finished_run: Path) -> None:
+    saved = (finished_run / "config.yaml").read_text()
+    assert yaml.safe_load(load(finished_run)["config"]) == yaml.safe_load(saved)
+
+
+def test_saved_configuration_says_nothing_of_where_the_run_lies(finished_run: Path) -> None:
+    assert str(finished_run) not in (finished_run / "config.yaml").read_text()
+
+
+def test_saved_configuration_starts_the_same_run_elsewhere(finished_run: Path, tmp_path: Path) -> None:
+    main(["fit", "-c", str(finished_run / "config.yaml"), "--run", str(tmp_path / "again")])
+    again, first = load(tmp_path / "again"), load(finished_run)
+    assert all(torch.equal(again["state_dict"][name], value) for name, value in first["state_dict"].items())
+
+
+def test_seed_reaches_model_and_data(config: Path, finished_run: Path, tmp_path: Path) -> None:
+    main(["fit", "-c", str(config), "--run", str(tmp_path / "other"), "--seed_everything", "1"])
+    other, first = load(tmp_path / "other"), load(finished_run)
+    assert any(not torch.equal(other["state_dict"][name], value) for name, value in first["state_dict"].items())
+
+
+def test_fit_refuses_a_directory_that_holds_a_run(config: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config), "--run", str(run)])
+    assert "resume it with --ckpt_path last" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["", "checkpoints", "checkpoints/last.ckpt"])
+def test_validate_needs_no_more_than_a_path(run: Path, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["validate", str(run / path)])
+    assert "val/web/web_caption" in capsys.readouterr().out
+
+
+def test_validate_leaves_the_runs_configuration_as_it_was(run: Path) -> None:
+    before = (run / "config.yaml").read_text()
+    main(["validate", str(run), "--data.batch_size", "3"])
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_validate_without_a_checkpoint_says_so(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["validate", "-c", str(config)])
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_checkpoint_without_configuration_asks_for_one(run: Path) -> None:
+    file = find_checkpoint(run)
+    checkpoint = torch.load(file, weights_only=True)
+    del checkpoint["config"]
+    torch.save(checkpoint, file)
+    with pytest.raises(SystemExit, match="carries no configuration"):
+        main(["validate", str(file)])
+
+
+def test_run_goes_on_from_its_directory_alone(run: Path) -> None:
+    main(["fit", "--ckpt_path", str(run), "--stages.pretrain_steps", str(STEPS + 2)])
+    assert load(run)["global_step"] == STEPS + 2
+
+
+def test_last_is_the_newest_run(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.move(run, tmp_path / "runs" / "a")
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "--ckpt_path", "last", "--stages.pretrain_steps", str(STEPS + 1)])
+    assert load(tmp_path / "runs" / "a")["global_step"] == STEPS + 1
+
+
+def test_flags_win_over_the_configuration_in_the_checkpoint(run: Path) -> None:
+    main(["fit", "--ckpt_path", str(run), "--stages.pretrain_steps", "9", "--trainer.max_steps", str(STEPS + 3)])
+    assert load(run)["global_step"] == STEPS + 3
+
+
+def test_interrupt_leaves_a_run_that_goes_on(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = ["--stages.pretrain_steps", "100000", "--checkpoint.every_n_train_steps", "2"]
+    command = [sys.executable, "-m", "pi05_lightning", "fit", "-c", str(config), "--run", str(run), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (run / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    message = process.communicate()[1]
+    assert f"Go on with: pi05 fit --ckpt_path {run}" in message
+    interrupted_at = load(run)["global_step"]
+    main(["fit", "--ckpt_path", str(run), "--stages.pretrain_steps", str(interrupted_at + 2)])
+    assert load(run)["global_step"] == interrupted_at + 2

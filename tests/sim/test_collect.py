@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from pi05_lightning.sim.collect import collect
+from pi05_lightning.sim.episodes import record_episode
+from pi05_lightning.sim.metaworld import MetaWorldEnv, split_seeds
+from pi05_lightning.sim.tasks import LANGUAGE
+
+from .conftest import TASKS, config
+
+BOX = re.compile(r"(?:<loc(\d{4})>){4}")
+
+
+@pytest.fixture(scope="module")
+def stock(collected):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset("local/robot", root=collected / "robot", video_backend="pyav", return_uint8=True)
+
+
+@pytest.fixture(scope="module")
+def first_episode(collected):
+    with MetaWorldEnv(TASKS[0]) as env:
+        return record_episode(env, split_seeds("train", 1)[0], config(collected))
+
+
+def columns(root: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(root / "robot" / "data", columns=["episode_index", "observation.state", "action"])
+    return {name: np.array(table[name].to_pylist()) for name in table.column_names}
+
+
+def test_stock_lerobot_opens_all_episodes_in_their_splits(stock):
+    assert stock.num_episodes == 8
+    assert stock.meta.info.splits == {"train": "0:6", "val": "6:8"}
+    assert {str(task) for task in stock.meta.tasks.index} == {LANGUAGE[task].sentence for task in TASKS}
+
+
+def test_stock_lerobot_reads_the_states_and_actions_that_were_simulated(stock, first_episode):
+    for number in (0, len(first_episode.state) - 1):
+        item = stock[number]
+        np.testing.assert_array_equal(item["observation.state"], first_episode.state[number])
+        np.testing.assert_array_equal(item["action"], first_episode.action[number])
+
+
+def test_stock_lerobot_decodes_the_images_that_were_rendered(stock, first_episode):
+    for number in range(len(first_episode.state)):
+        for camera, film in first_episode.images.items():
+            decoded = stock[number][f"observation.images.{camera}"].numpy().transpose(1, 2, 0)
+            error = np.abs(decoded.astype(int) - film[number]).mean()
+            assert error < 3, f"frame {number} of {camera}"  # a neighbouring frame is at 4 or more where the arm moves
+
+
+def test_later_episodes_of_a_film_decode_to_their_own_frames(stock, collected):
+    train = split_seeds("train", 3 * 4)
+    with MetaWorldEnv(TASKS[1]) as env:
+        episode = record_episode(env, train[2], config(collected))
+    row = stock.meta.episodes[5]["dataset_from_index"]
+    assert stock.meta.episodes[5]["length"] == len(episode.state)
+    decoded = stock[row]["observation.images.gripperPOV"].numpy().transpose(1, 2, 0)
+    assert np.abs(decoded.astype(int) - episode.images["gripperPOV"][0]).mean() < 3
+
+
+def test_subtasks_are_those_of_the_expert_from_the_frame_where_they_begin(stock):
+    rows = stock[stock.meta.episodes[3]["dataset_from_index"]]["language_persistent"]
+    assert [row["style"] for row in rows] == ["subtask"] * len(rows)
+    begins = [row["timestamp"] for row in rows]
+    assert begins[0] == 0
+    assert begins == sorted(set(begins))
+    assert rows[0]["content"] == "move above the drawer handle"
+    assert rows[-1]["content"] == "pull the drawer open"
+
+
+def test_questions_come_in_pairs_and_boxes_lie_in_the_image(stock):
+    events = stock[0]["language_events"]
+    for user, assistant in zip(events[::2], events[1::2], strict=True):
+        assert (user["role"], assistant["role"], user["style"]) == ("user", "assistant", "vqa")
+        assert user["camera"] == assistant["camera"]
+        assert user["camera"] in stock.meta.camera_keys
+        if user["content"].startswith("detect"):
+            top, left, bottom, right = map(int, re.findall(r"\d{4}", assistant["content"]))
+            assert 0 <= top < bottom <= 1023
+            assert 0 <= left < right <= 1023
+    assert "detect the red ball" in {row["content"] for row in events}
+
+
+def test_questions_are_asked_at_the_stride(stock):
+    assert [bool(stock[number]["language_events"]) for number in range(4)] == [True, False, True, False]
+
+
+def test_statistics_are_those_of_the_columns(collected):
+    stats = json.loads((collected / "robot" / "meta" / "stats.json").read_text())
+    for name in ("observation.state", "action"):
+        values = columns(collected)[name]
+        np.testing.assert_allclose(stats[name]["min"], values.min(0), atol=1e-6)
+        np.testing.assert_allclose(stats[name]["max"], values.max(0), atol=1e-6)
+        np.testing.assert_allclose(stats[name]["mean"], values.mean(0), atol=1e-5)
+        np.testing.assert_allclose(stats[name]["std"], values.std(0), atol=1e-5)
+    assert np.shape(stats["observation.images.topview"]["mean"]) == (3, 1, 1)
+
+
+def test_pushes_leave_the_actions_the_experts(collected):
+    quiet, pushed = config(collected, noise_share=0.0), config(collected, noise_share=1.0)
+    with MetaWorldEnv("drawer-open-v3") as env:
+        seed = split_seeds("train", 1)[0]
+        clean, noisy = record_episode(env, seed, quiet), record_episode(env, seed, pushed)
+        env.reset(seed)
+    assert len(noisy.state) > len(clean.state)
+    # what the arm did between two frames is not what the recorded action says, where it was pushed
+    moved, told = np.diff(noisy.state[:, :2], axis=0), noisy.action[:-1, :2]
+    assert np.corrcoef(moved.ravel(), told.ravel())[0, 1] < 0.9
+    moved, told = np.diff(clean.state[:, :2], axis=0), clean.action[:-1, :2]
+    assert np.corrcoef(moved.ravel(), told.ravel())[0, 1] > 0.9
+
+
+def test_held_actions_of_an_episode_bring_the_same_success(first_episode):
+    with MetaWorldEnv("drawer-open-v3") as env:
+        seed = split_seeds("val", 1)[0]
+        episode = record_episode(env, seed, config(Path("unused"), noise_share=0.0))
+        env.reset(seed)
+        assert any([env.step(action) for action in episode.action])  # noqa: C419 - every step is taken
+
+
+def test_number_of_processes_changes_no_byte_of_states_and_actions(collected, tmp_path):
+    again = collect(config(tmp_path / "data", num_workers=2))
+    for name, values in columns(collected).items():
+        np.testing.assert_array_equal(columns(again)[name], values)
+
+
+def test_another_seed_gives_other_initial_states(collected, tmp_path):
+    with MetaWorldEnv(TASKS[1]) as env:
+        there = []
+        for base in (0, 1):
+            env.reset(split_seeds("train", 1, base)[0])
+            there.append(env.positions()["drawer"])
+    assert not np.allclose(*there)
+
+
+def test_single_frames_have_captions_and_as_many_answers_as_questions(collected):
+    web = datasets.load_from_disk(collected / "web")
+    assert {split: len(rows) for split, rows in web.items()} == {"train": 2 * 2 * 4, "val": 2 * 1 * 4}
+    for row in web["train"]:
+        assert row["image"].size == (64, 64)
+        assert row["caption"].startswith("a robot arm over a table")
+        assert len(row["question"]) == len(row["answer"]) > 0
+        for question, answer in zip(row["question"], row["answer"], strict=True):
+            assert bool(BOX.fullmatch(answer)) == question.startswith("detect")
+
+
+def test_existing_directory_is_left_alone(collected):
+    before = sorted(collected.rglob("*"))
+    with pytest.raises(FileExistsError, match="overwrite: true"):
+        collect(config(collected))
+    assert sorted(collected.rglob("*")) == before
+
+
+def test_expert_that_fails_too_often_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"expert of reach-v3 solved 0 of 4 .*max_frames"):
+        collect(config(tmp_path / "data", tasks=("reach-v3",), episodes=1, val_episodes=0, scenes=0, max_frames=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_action_repeat_that_gives_no_whole_rate_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match="action_repeat: 7"):
+        config(tmp_path, action_repeat=7)
+
+
+PROGRAM = """
+from pathlib import Path
+from pi05_lightning.sim.collect import collect
+from pi05_lightning.sim.config import CollectConfig
+if __name__ == "__main__":
+    collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=100, num_workers=1, overwrite=True))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_collect_leaves_the_old_dataset_whole(tmp_path, how):
+    out = tmp_path / "data"
+    out.mkdir()
+    (out / "old").touch()
+    script = tmp_path / "script.py"
+    script.write_text(PROGRAM.format(out=str(out)))
+    process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
+    films = tmp_path / ".data.partial" / "robot" / "videos"
+    while not films.exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.1)
+    process.send_signal(how)
+    process.communicate(timeout=60)  # returns when the workers, who share its stderr, have ended too
+    assert (out / "old").exists()
+    if how == signal.SIGINT:
+        assert not (tmp_path / ".data.partial").exists()
+    else:
+        collect(config(out, tasks=("reach-v3",), episodes=1, val_episodes=0, scenes=0, overwrite=True))
+        assert {path.name for path in out.iterdir()} == {"robot"}
+        assert not (tmp_path / ".data.partial").exists()

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from pi05_lightning.sim.metaworld import MetaWorldEnv, import_metaworld, split_seeds, task_names
+from pi05_lightning.sim.tasks import LANGUAGE, task_language, task_of_sentence
+
+
+@pytest.fixture(scope="module")
+def drawer():
+    with MetaWorldEnv("drawer-open-v3") as env:
+        yield env
+
+
+@pytest.fixture(scope="module")
+def reach():
+    with MetaWorldEnv("reach-v3") as env:
+        yield env
+
+
+def test_initial_state_depends_on_seed_and_not_on_what_came_before(drawer):
+    drawer.reset(7)
+    images, places = drawer.render(), drawer.positions()
+    drawer.reset(8)
+    for _ in range(30):
+        drawer.control_step(drawer.expert_action())
+    drawer.reset(7)
+    np.testing.assert_equal(drawer.positions(), places)
+    np.testing.assert_equal(drawer.render(), images)
+
+
+def test_seeds_differ_and_tasks_differ_at_the_same_seed(drawer, reach):
+    where = []
+    for env, name in ((drawer, "drawer"), (reach, "red ball")):
+        for seed in (0, 1):
+            env.reset(seed)
+            where.append(env.positions()[name][0])
+    assert len(np.unique(np.round(where, 6))) == 4
+
+
+def test_splits_and_base_seeds_share_no_initial_state():
+    drawn = [set(split_seeds(split, 1000, seed)) for split in ("train", "val", "rollout") for seed in (0, 1)]
+    assert len(set.union(*drawn)) == sum(len(seeds) for seeds in drawn)
+
+
+def test_unknown_split_is_named():
+    with pytest.raises(ValueError, match=r"'test' is unknown.*train, val, rollout"):
+        split_seeds("test", 1)
+
+
+def test_observation_does_not_know_the_goal(reach):
+    states = []
+    for seed in (0, 1):
+        reach.reset(seed)
+        states.append(reach.observation().state)
+    assert states[0].shape == (4,)
+    np.testing.assert_array_equal(*states)
+
+
+def test_expert_knows_the_goal_during_the_episode(reach):
+    reach.reset(0)
+    solved = [reach.control_step(reach.expert_action()) for _ in range(100)]
+    assert any(solved)
+
+
+def test_step_holds_the_action_for_its_control_steps(drawer):
+    action = np.array([0.3, -0.2, 0.1, 1.0], np.float32)
+    drawer.reset(0)
+    drawer.step(action)
+    held = drawer.state
+    drawer.reset(0)
+    for _ in range(drawer.action_repeat):
+        drawer.control_step(action)
+    np.testing.assert_array_equal(drawer.state, held)
+
+
+def test_leaving_out_what_is_out_of_view_changes_no_pixel(drawer, monkeypatch):
+    drawer.reset(0)
+    images = drawer.render()
+    monkeypatch.setattr(drawer, "_in_view", lambda camera: np.full(drawer._env.model.ngeom, True))
+    np.testing.assert_equal(drawer.render(), images)
+
+
+def test_boxes_follow_the_object(drawer):
+    places, centres = [], []
+    for seed in range(6):
+        drawer.reset(seed)
+        box = drawer.boxes()["topview"]["drawer"]
+        places.append(drawer.positions()["drawer"][0])
+        centres.append((box[1] + box[3]) / 2)
+    assert np.corrcoef(places, centres)[0, 1] > 0.99
+
+
+def test_box_encloses_exactly_the_pixels_that_change_with_the_object(reach):
+    reach.reset(0)
+    shown = reach.render()["topview"]
+    box = reach.boxes()["topview"]["red ball"]
+    site = reach._env.model.site("goal").id
+    colour = reach._env.model.site_rgba[site].copy()
+    reach._env.model.site_rgba[site] = 0
+    changed = (reach.render()["topview"] != shown).any(0)
+    reach._env.model.site_rgba[site] = colour
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert box == (rows[0] / 64, columns[0] / 64, (rows[-1] + 1) / 64, (columns[-1] + 1) / 64)
+
+
+def test_what_a_camera_does_not_see_has_no_box():
+    with MetaWorldEnv("window-open-v3") as env:
+        env.reset(0)
+        boxes = env.boxes()
+    assert "window handle" in boxes["topview"]
+    assert "window handle" not in boxes["gripperPOV"]
+
+
+def test_corner2_is_upright():
+    with MetaWorldEnv("reach-v3", cameras=("corner2",)) as env:
+        env.reset(0)
+        tops = []
+        for height in (0.1, 0.3):
+            env.place_hand(np.array([0.0, 0.6, height]), effort=-1.0)
+            tops.append(env.boxes()["corner2"]["gripper"][0])
+    assert tops[1] < tops[0]
+
+
+@pytest.mark.parametrize("task", LANGUAGE)
+def test_expert_goes_through_the_phases_of_a_described_task(task):
+    with MetaWorldEnv(task) as env:
+        env.reset(0)
+        objects = set(env.boxes()["topview"])
+        phases, solved = [], False
+        while not solved and len(phases) < 300:
+            phases.append(env.subtask())
+            solved = env.control_step(env.expert_action())
+    assert solved
+    assert any(earlier != later for earlier, later in pairwise(phases))
+    assert objects & set(LANGUAGE[task].objects)
+
+
+def test_sentences_lead_back_to_their_tasks():
+    assert [task_of_sentence(task_language(task).sentence) for task in task_names()] == task_names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", import_metaworld() and task_names())
+def test_every_task_runs(task):
+    with MetaWorldEnv(task) as env:
+        env.reset(0)
+        env.step(env.expert_action())
+        frame = env.observation()
+    assert {name: image.shape for name, image in frame.images.items()} == dict.fromkeys(env.cameras, (3, 64, 64))
+    assert frame.task == task_language(task).sentence
+
+
+def test_unknown_task_is_named():
+    with pytest.raises(ValueError, match=r"no task 'drawer-open-v2'.*drawer-open-v3"):
+        MetaWorldEnv("drawer-open-v2")
+
+
+def test_unknown_camera_is_named():
+    with pytest.raises(ValueError, match=r"no camera 'wrist'.*gripperPOV"):
+        MetaWorldEnv("reach-v3", cameras=("wrist",))
+
+
+def test_missing_simulator_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "metaworld", None)
+    with pytest.raises(ImportError, match=r"pip install 'pi05_lightning\[sim\]'"):
+        import_metaworld()
+
+
+def test_closed_environment_leaves_the_interpreter_in_silence():
+    program = (
+        "from pi05_lightning.sim.metaworld import MetaWorldEnv\n"
+        "with MetaWorldEnv('reach-v3') as env:\n    env.reset(0); env.render()\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
