@@ -11,8 +11,10 @@ configuration it was trained with, so that its path alone is enough to validate 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
+import warnings
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +22,11 @@ from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero as rank_zero_module
 
+from pi05_lightning.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
 from pi05_lightning.callbacks.predictions import PredictionsFile
 from pi05_lightning.callbacks.stages import StageSwitch
@@ -49,6 +52,18 @@ CHECKPOINT_DEFAULTS = {
 }
 
 
+# Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
+NOISE = (
+    "💡 Tip",
+    r"`isinstance\(treespec, LeafSpec\)`",
+    "skip_none parameter was deprecated",
+    "The dirpath has changed from",  # a run's directory may be moved
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run's does
+    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+    ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
+)
+
+
 class RunParser(Parser, LightningArgumentParser):
     """Lightning's parser with this package's error messages."""
 
@@ -66,7 +81,7 @@ class RunConfig(SaveConfigCallback):
 
     @cached_property
     def text(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        return self.parser.dump(self.config, skip_unset=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -104,7 +119,7 @@ class Pi05CLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
         # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
         parser.add_lightning_class_args(StageSwitch, "stages")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
@@ -175,8 +190,16 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     return [*(word for config in configs for word in ("--config", config)), *complete, *rest]
 
 
+def silence_noise() -> None:
+    """Keep NOISE from the terminal."""
+    pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
+    warnings.filterwarnings("ignore", pattern.pattern)
+    rank_zero_module.log.addFilter(lambda record: not pattern.match(record.getMessage()))
+
+
 def run(command: str, args: list[str]) -> None:
     """Do what `pi05 fit | validate | test | predict` with these arguments says."""
+    silence_noise()
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
     options = {"return_predictions": False} if command == "predict" else {}

@@ -35,26 +35,34 @@ def collect(config: CollectConfig) -> Path:
     `meta/info.json`). `out/web` holds single frames with captions and questions, for `datasets.load_from_disk`.
 
     All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there.
-    Raises FileExistsError when `out` exists and `overwrite` is off, ValueError on unknown tasks or cameras and
-    when an expert fails too often.
+    Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
+    tasks or cameras and when an expert fails too often.
     """
     for task in config.tasks:
         check_task(task)
-    out, partial = config.out, config.out.with_name(f".{config.out.name}.partial")
+    out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
     if out.exists() and not config.overwrite:
         raise FileExistsError(f"{out} already exists. Delete it, choose another out, or set overwrite: true.")
-    if partial.exists():
-        logger.warning("removing %s, left by an interrupted collect", partial)
-        shutil.rmtree(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and not (out / ROBOT / "meta" / "info.json").exists():
+        raise FileExistsError(f"{out} is not a dataset of pi05 collect, so it is not overwritten: choose another out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in (partial, replaced):
+        if left.exists():
+            logger.warning("removing %s, left by an interrupted collect", left)
+            shutil.rmtree(left)
     try:
         _make(partial, config)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)
         partial.rename(out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
     return out
+
+
+def _beside(out: Path, purpose: str) -> Path:
+    return out.with_name(f".{out.name}.{purpose}")
 
 
 def _make(root: Path, config: CollectConfig) -> None:

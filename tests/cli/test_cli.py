@@ -77,8 +77,10 @@ def test_unknown_option_of_a_command_suggests_the_near_one(capsys: pytest.Captur
         ("--model.flow_draw=3", "model.flow_draws"),
     ],
 )
-def test_unknown_flag_suggests_the_near_key(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"(did you mean {meant}?)" in rejected(["fit", flag], capsys)
+def test_unknown_flag_suggests_the_near_key(
+    flag: str, meant: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"(did you mean {meant}?)" in rejected(["fit", "-c", str(config), flag], capsys)
 
 
 @pytest.mark.parametrize(

@@ -103,16 +103,24 @@ def test_flags_win_over_the_configuration_in_the_checkpoint(run: Path) -> None:
     assert load(run)["global_step"] == STEPS + 3
 
 
-def test_interrupt_leaves_a_run_that_goes_on(config: Path, tmp_path: Path) -> None:
+def test_last_steps_are_saved_though_no_interval_ends_there(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = ["--stages.pretrain_steps", "100000", "--checkpoint.every_n_train_steps", "2"]
+    main(["fit", "-c", str(config), "--run", str(run), "--checkpoint.every_n_train_steps", "3"])
+    assert load(run)["global_step"] == STEPS
+
+
+def test_run_that_was_interrupted_ends_as_if_it_had_not_been(config: Path, tmp_path: Path) -> None:
+    run, whole = tmp_path / "interrupted", tmp_path / "whole"
+    flags = ["--stages.pretrain_steps", "100", "--checkpoint.every_n_train_steps", "2"]
     command = [sys.executable, "-m", "pi05_lightning", "fit", "-c", str(config), "--run", str(run), *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (run / "checkpoints" / "last.ckpt").exists() and process.poll() is None:
-        time.sleep(0.1)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    message = process.communicate()[1]
-    assert f"Go on with: pi05 fit --ckpt_path {run}" in message
-    interrupted_at = load(run)["global_step"]
-    main(["fit", "--ckpt_path", str(run), "--stages.pretrain_steps", str(interrupted_at + 2)])
-    assert load(run)["global_step"] == interrupted_at + 2
+    assert f"Go on with: pi05 fit --ckpt_path {run}" in process.communicate()[1]
+
+    main(["fit", "--ckpt_path", str(run)])
+    main(["fit", "-c", str(config), "--run", str(whole), *flags])
+    ended, expected = load(run), load(whole)
+    assert ended["global_step"] == expected["global_step"] == 100
+    assert all(torch.equal(ended["state_dict"][name], value) for name, value in expected["state_dict"].items())

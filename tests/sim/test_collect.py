@@ -165,6 +165,13 @@ def test_existing_directory_is_left_alone(collected):
     assert sorted(collected.rglob("*")) == before
 
 
+def test_directory_of_something_else_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="not a dataset of pi05 collect"):
+        collect(config(tmp_path, overwrite=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_expert_that_fails_too_often_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"expert of reach-v3 solved 0 of 4 .*max_frames"):
         collect(config(tmp_path / "data", tasks=("reach-v3",), episodes=1, val_episodes=0, scenes=0, max_frames=2))
@@ -188,8 +195,9 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_collect_leaves_the_old_dataset_whole(tmp_path, how):
     out = tmp_path / "data"
-    out.mkdir()
-    (out / "old").touch()
+    old = out / "robot" / "meta" / "info.json"
+    old.parent.mkdir(parents=True)
+    old.touch()
     script = tmp_path / "script.py"
     script.write_text(PROGRAM.format(out=str(out)))
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
@@ -199,10 +207,10 @@ def test_interrupted_collect_leaves_the_old_dataset_whole(tmp_path, how):
         time.sleep(0.1)
     process.send_signal(how)
     process.communicate(timeout=60)  # returns when the workers, who share its stderr, have ended too
-    assert (out / "old").exists()
+    assert old.exists()
     if how == signal.SIGINT:
         assert not (tmp_path / ".data.partial").exists()
     else:
         collect(config(out, tasks=("reach-v3",), episodes=1, val_episodes=0, scenes=0, overwrite=True))
-        assert {path.name for path in out.iterdir()} == {"robot"}
+        assert (out / "robot" / "data").exists()
         assert not (tmp_path / ".data.partial").exists()
