@@ -28,12 +28,16 @@ COMMANDS = {
     "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.data.commands:stats"),
     "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.data.commands:tokenizer"),
     "report": ("a run on one self-contained page", "pi05_lightning.report.page:report"),
+    "convert": ("checkpoints of LeRobot and openpi to ours and back", "pi05_lightning.convert_command:convert"),
     "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.sim.rollout:rollout"),
 }
 
 
 class Parser(ArgumentParser):
-    """An argument parser whose errors are one line long and name the key that was probably meant."""
+    """An argument parser that takes no abbreviations, and whose errors are short and name the key that was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -75,9 +79,9 @@ def load(address: str) -> Callable[..., Any]:
 def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     """Call a function with its parameters read from the command line, or with its one dataclass made from there."""
     hints = get_type_hints(function)
-    first, *others = [hints[name] for name in signature(function).parameters]
-    if is_dataclass(first) and not others:
-        return function(auto_cli([first], args=args, prog=prog, parser_class=Parser, return_instance=True))
+    types: list[Any] = [hints[name] for name in signature(function).parameters]
+    if len(types) == 1 and is_dataclass(types[0]):
+        return function(auto_cli(types, args=args, prog=prog, parser_class=Parser, return_instance=True))
     return auto_cli(function, args=args, prog=prog, parser_class=Parser)
 
 

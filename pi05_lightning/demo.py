@@ -22,6 +22,8 @@ from pi05_lightning.report.page import overall
 from pi05_lightning.report.plots import MODE_LABELS
 from pi05_lightning.report.run import Metrics, Success, read_json
 
+OUT = Path("runs/demo")
+HORIZON = 16  # of configs/model/tiny.yaml
 CONFIGS = ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml")
 console = Console()
 
@@ -41,7 +43,7 @@ class Part:
         return self.resume if self.resume and self.resume_from.exists() else self.command
 
 
-def demo(out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False) -> None:
+def demo(out: Path = OUT, seed: int = 0, quick: bool = False) -> None:
     """Data, statistics, tokenizer, training through both stages, validation, rollouts and a page about it.
 
     Interrupted and started again it goes on with the first part that is not done.
@@ -70,17 +72,21 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, quick: bool = False) -> N
 def parts(out: Path, seed: int, quick: bool) -> list[Part]:
     """The demo's commands, in order."""
     data, fast, run = out / "data", out / "fast", out / "fit"
+    robot, web = str(data / "robot"), str(data / "web")
     configs = [word for config in CONFIGS for word in ("-c", config)]
-    collect = ["--episodes", "4", "--val_episodes", "1", "--scenes", "4"] if quick else []
+    paths = {"--data.sources.robot.path": robot, "--data.sources.web.path": web, "--data.fast": str(fast)}
+    elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
+    collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
     fit = ["--stages.pretrain_steps", "4", "--stages.posttrain_steps", "4"] if quick else []
-    rollout = ["--episodes", "2"] if quick else []
+    rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else []
     return [
-        Part("collect", ("collect", str(data), *collect)),
-        Part("stats", ("stats", str(data))),
-        Part("tokenizer", ("tokenizer", str(data), "--out", str(fast))),
+        # a directory whose part is not marked as done may be whole all the same
+        Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),
+        Part("stats", ("stats", robot)),
+        Part("tokenizer", ("tokenizer", robot, "--out", str(fast), "--horizon", str(HORIZON))),
         Part(
             "fit",
-            ("fit", *configs, "--run", str(run), "--seed_everything", str(seed), *fit),
+            ("fit", *configs, "--run", str(run), "--seed_everything", str(seed), *elsewhere, *fit),
             resume=("fit", "--ckpt_path", str(run)),
             resume_from=run / "checkpoints" / "last.ckpt",
         ),

@@ -11,6 +11,7 @@ configuration it was trained with, so that its path alone is enough to validate 
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import sys
 import tempfile
@@ -24,7 +25,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero as rank_zero_module
 
 from pi05_lightning.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
@@ -194,7 +194,9 @@ def silence_noise() -> None:
     """Keep NOISE from the terminal."""
     pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
     warnings.filterwarnings("ignore", pattern.pattern)
-    rank_zero_module.log.addFilter(lambda record: not pattern.match(record.getMessage()))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not pattern.match(record.getMessage())
+    )
 
 
 def run(command: str, args: list[str]) -> None:

@@ -36,9 +36,10 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def loss_terms(out: Outputs, batch: Batch) -> dict[str, Tensor]:
     """The unweighted terms that a forward pass computed: means over tokens of a kind, over unpadded action elements."""
     terms: dict[str, Tensor] = {}
-    if out.nll is not None:
+    if out.tokens is not None:
         kind = batch.loss_kind.flatten()[batch.target_index]
-        terms = {name: masked_mean(out.nll, kind == loss) for name, loss in TOKEN_TERMS.items()}
+        terms = {name: masked_mean(out.tokens.nll, kind == loss) for name, loss in TOKEN_TERMS.items()}
+        terms["location"] = masked_mean(out.tokens.distance, out.tokens.is_location)
     if out.flow is not None:
         terms["flow"] = masked_mean(out.flow, batch.action_mask[:, None].expand_as(out.flow))
     return terms

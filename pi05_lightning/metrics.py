@@ -52,16 +52,19 @@ def without_targets(batch: Batch, kind: Loss) -> Batch:
 
 def measure_tokens(model: Pi05, batch: Batch) -> Measured:
     """Cross-entropy and accuracy of the given next tokens (teacher forcing)."""
-    out = model(batch, actions=False)
-    ones = torch.ones_like(out.nll)
-    return {"cross_entropy": (out.nll, ones), "token_accuracy": (out.correct, ones)}
+    scores = model(batch, actions=False).tokens
+    ones = torch.ones_like(scores.nll)
+    return {"cross_entropy": (scores.nll, ones), "token_accuracy": (scores.correct, ones)}
 
 
 def measure_text(model: Pi05, processor: Processor, batch: Batch, source: str, num_steps: int) -> Measured:
     """`measure_tokens`, exact match of the generated text, and IoU where the truth is boxes."""
     kind = Loss.SUBTASK if (batch.loss_kind == Loss.SUBTASK).any() else Loss.TEXT
     measured = measure_tokens(model, batch)
-    truth = [processor.tokenizer.decode(row[kinds == kind].tolist()) for row, kinds in zip(batch.tokens, batch.loss_kind, strict=True)]
+    truth = [
+        processor.tokenizer.decode(row[kinds == kind].tolist())
+        for row, kinds in zip(batch.tokens, batch.loss_kind, strict=True)
+    ]
     longest = int((batch.loss_kind == kind).sum(1).max())
     prefix = model.backbone(without_targets(batch, kind))
     tokens, valid, _ = model.subtask_head.generate(

@@ -105,9 +105,7 @@ class Pi05Policy:
         """
         samples = [self.processor.prompt(f, self.robot, subtask) for f, subtask in zip(frames, subtasks, strict=True)]
         actions = self.sample_actions(self.processor.collate(samples), noise).numpy()
-        return np.stack(
-            [self.processor.real_actions(a, f, self.robot) for a, f in zip(actions, frames, strict=True)]
-        )
+        return np.stack([self.processor.real_actions(a, f, self.robot) for a, f in zip(actions, frames, strict=True)])
 
     @torch.no_grad()
     def predict_subtasks(self, frames: Sequence[Frame]) -> list[str]:
@@ -139,13 +137,14 @@ class Pi05Policy:
             images = {self.processor.cameras[0]: images}
         state = observation.get("state")
         return Frame(
-            images={camera: _uint8_image(camera, image) for camera, image in images.items()},
+            images={camera: _image(camera, image) for camera, image in images.items()},
             task=observation.get("task", ""),
             state=None if state is None else np.asarray(state, dtype=np.float32).reshape(-1),
         )
 
 
-def _uint8_image(camera: str, image: Any) -> np.ndarray:
+def _image(camera: str, image: Any) -> np.ndarray:
+    """As u8[3 H W], or f32[3 H W] of grey levels 0..255 when it was given in [0, 1]."""
     array = np.asarray(image)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
@@ -153,6 +152,8 @@ def _uint8_image(camera: str, image: Any) -> np.ndarray:
         raise ValueError(f"image {camera!r} has shape {array.shape}: expected [3 H W] or [1 3 H W]")
     if array.dtype == np.uint8:
         return array
-    if array.min() < 0 or array.max() > 1:
-        raise ValueError(f"image {camera!r} is {array.dtype} in {array.min():.3g}..{array.max():.3g}: expected 0..1 or uint8")
-    return (array * 255).round().astype(np.uint8)
+    if array.size and array.min() < 0 or array.max() > 1:
+        raise ValueError(
+            f"image {camera!r} is {array.dtype} in {array.min():.3g}..{array.max():.3g}: expected 0..1 or uint8"
+        )
+    return array.astype(np.float32) * 255

@@ -1,6 +1,6 @@
 """The two-stage recipe: what counts, from which data, at which rate, as pure functions of the step.
 
-Stage 1, pretrain:   L = CE(text) + CE(subtask) + CE(FAST)
+Stage 1, pretrain:   L = CE(text) + CE(FAST), where text is captions, answers with boxes, and subtasks
 Stage 2, posttrain:  L = CE(subtask) + flow_alpha · flow MSE            (π0.5, arXiv 2504.16054, eq. 1)
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 StageName = Literal["pretrain", "posttrain"]
@@ -22,6 +22,9 @@ class LossWeights:
     """Captions, answers, boxes."""
     subtask: float = 0.0
     fast: float = 0.0
+    location: float = 0.0
+    """Distance between the expected and the true coordinate of box tokens (L1, share of the image), beside their
+    cross-entropy: what small models learn places from. Not in π0.5."""
     flow: float = 0.0
     """Flow matching; in the posttrain stage this is multiplied by flow_alpha."""
 
@@ -69,7 +72,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.pretrain_steps < 0 or self.posttrain_steps < 0 or not self.total_steps:
-            raise ValueError(f"pretrain_steps {self.pretrain_steps} and posttrain_steps {self.posttrain_steps}: no steps")
+            raise ValueError(
+                f"pretrain_steps {self.pretrain_steps} and posttrain_steps {self.posttrain_steps}: no steps"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -86,14 +91,18 @@ class Recipe:
         """Weights at a step, flow_alpha applied."""
         weights = self.at(step).losses
         alpha = self.flow_alpha if self.stage_at(step) == "posttrain" else 1.0
-        return LossWeights(weights.text, weights.subtask, weights.fast, alpha * weights.flow)
+        return replace(weights, flow=alpha * weights.flow)
 
     def schedule(self, step: int) -> float:
         """Warm-up and cosine decay of the stage that the step is in: a factor on the learning rate."""
         stage = self.at(step)
-        first, length = (0, self.pretrain_steps) if stage is self.pretrain and step < self.pretrain_steps else (
-            self.pretrain_steps,
-            self.posttrain_steps,
+        first, length = (
+            (0, self.pretrain_steps)
+            if stage is self.pretrain and step < self.pretrain_steps
+            else (
+                self.pretrain_steps,
+                self.posttrain_steps,
+            )
         )
         done = step - first
         if done < stage.warmup_steps:

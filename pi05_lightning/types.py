@@ -38,6 +38,9 @@ class Modality(StrEnum):
         return list(Modality).index(self)
 
 
+NUM_LOC, NUM_SEG = 1024, 128
+"""PaliGemma's coordinate and segmentation tokens: the last ids of a vocabulary, in this order."""
+
 Box = tuple[float, float, float, float]
 """ymin, xmin, ymax, xmax as shares of the image's height and width."""
 
@@ -67,7 +70,7 @@ class Answer:
 class Frame:
     """One observation as a dataset, a robot or a simulator gives it, in real units until `transforms` normalise it.
 
-    images: {camera: uint8[3 h w]};  state: f32[S];  actions: f32[T A] with action_is_pad: bool[T], True past the
+    images: {camera: u8[3 h w], or f32[3 h w] of the same 0..255};  state: f32[S];  actions: f32[T A] with action_is_pad: bool[T], True past the
     episode's end.  `subtask` is the instruction of the moment, `answers` what is asked about this frame.
     """
 
@@ -82,7 +85,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a token sequence. Given segments (loss NONE) attend both ways, predicted ones are causal."""
+    """A piece of a token sequence. Up to the first predicted one segments attend both ways, from it on causally."""
 
     text: str | None = None
     tokens: tuple[int, ...] | None = None
@@ -109,11 +112,11 @@ class Sample:
 class Batch:
     """Samples collated; rows that carry actions come first, so that the flow head slices and never synchronises.
 
-    pixels       u8[P 3 H W]   images present, absent cameras are not here
+    pixels       u8[P 3 H W] (f32 at inference)   images present, absent cameras are not here
     image_index  i64[P]        their slot, row * C + place; present cameras take a row's first places
     camera       i64[P]        which of the data's cameras took it
     image_mask   bool[B C]     slots in use
-    tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: predicted, sees only what is before it
+    tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: sees only what is before it
     loss_kind    u8[B L]       `Loss` of predicting this token
     target_index i64[N]        row * L + column of every token with a loss
     actions      f32[R T D]    action_mask bool[R T D]

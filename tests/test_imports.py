@@ -17,10 +17,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"types", "recipe", "shipped", "report"},
     {"models", "data"},
-    {"losses", "metrics", "optim", "checkpoint", "policy"},
+    {"losses", "metrics", "optim", "checkpoint", "lerobot_processor", "policy"},
     {"module", "sim"},
     {"callbacks"},
-    {"cli", "lightning_cli", "demo", "__main__"},
+    {"cli", "lightning_cli", "convert_command", "demo", "__main__"},
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 

@@ -1,10 +1,10 @@
 """Byte-pair encoding of whole batches: token for token what `tokenizers` gives, several times as fast.
 
-Merging pair by pair takes a priority queue and a step per merge. This reads from left to right instead: take the longest
-token that fits, check that it may stand beside the one before it, step back where it may not. A sequence of tokens is
-what BPE gives if and only if each pair of neighbours is (Berglund and van der Merwe, "Formalizing BPE Tokenization",
-arXiv 2309.08715), and which tokens may be neighbours is a table. FAST chunks are long and made of few tokens, so this is
-much less work. The rare word that makes it step back again and again is merged the plain way.
+Merging pair by pair takes a priority queue and a step per merge. This reads from left to right instead: take the
+longest token that fits, check that it may stand beside the one before it, step back where it may not. A sequence of
+tokens is what BPE gives if and only if each pair of neighbours is (Berglund and van der Merwe, "Formalizing BPE
+Tokenization", arXiv 2309.08715), and which tokens may be neighbours is a table. FAST chunks are long and made of few
+tokens, so this is much less work. The rare word that makes it step back again and again is merged the plain way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LETTER, NUMBER, OTHER, SPACE, BLANK, APOSTROPHE = range(6)
 
 
 class Trie(NamedTuple):
-    """All tokens by the atoms that they are made of; parents before children, the largest child right behind its parent.
+    """All tokens by the atoms that they are made of; parents first, the largest child right behind its parent.
 
     atom: i32[nodes] that leads here from the node before, -1 if another node is the parent: those edges are in a hash
     table, keys and nodes i64[slots].  token: i32[nodes] that ends here, or -1.
@@ -41,7 +41,7 @@ class Tables(NamedTuple):
 
     spelling  i32[C 1..2] atoms of a character, -1 after the last      kinds  i8[C], or empty where texts are one word
     length    i32[V] in atoms       shorter  i32[V] the longest other token that begins this one, or -1
-    neighbours  bool[V V]           pair_rank  i32[V V] of the rule that merges two tokens       merged  i32[M] its result
+    neighbours  bool[V V]           pair_rank  i32[V V] of the rule that merges two tokens     merged  i32[M] its result
     """
 
     spelling: np.ndarray
@@ -58,8 +58,8 @@ class BatchBPE:
     """A `tokenizers` BPE model for texts that come as rows of characters 0..C-1.
 
     spelling: for each character the token ids that BPE starts from: one, or one per byte under a byte-level scheme.
-    Raises ValueError for a model that this method does not cover: one that is no plain BPE, or whose merge rules are not
-    in the order in which training finds them.
+    Raises ValueError for a model that this method does not cover: one that is no plain BPE, or whose merge rules are
+    not in the order in which training finds them.
     """
 
     def __init__(self, tokenizer: Tokenizer, spelling: Sequence[Sequence[int]]) -> None:
@@ -69,9 +69,11 @@ class BatchBPE:
         vocab = tokenizer.get_vocab_size()
         left, right, rank = np.full((3, vocab), -1, dtype=np.int32)
         pair_rank = np.full((vocab, vocab), NEVER, dtype=np.int32)
+        known = {token for letter, token in settings["model"]["vocab"].items() if len(letter) == 1}
         for order, (first, second, merged) in enumerate(merges):
-            if rank[merged] >= 0 or rank[first] >= order or rank[second] >= order:
+            if merged in known or not {first, second} <= known:
                 raise ValueError("its merge rules are not in the order of training")
+            known.add(merged)
             left[merged], right[merged], rank[merged] = first, second, order
             pair_rank[first, second] = order
 
@@ -178,12 +180,12 @@ def _trie(made_of: dict[int, list[int]]) -> Trie:
 
 
 @numba.njit(cache=True, nogil=True)
-def _key(node, atom):  # type: ignore[no-untyped-def]
+def _key(node, atom):
     return np.int64(node) << 20 | np.int64(atom)
 
 
 @numba.njit(cache=True, nogil=True)
-def _slot(keys, node, atom):  # type: ignore[no-untyped-def]
+def _slot(keys, node, atom):
     """Where this edge is in the hash table, or where it would go."""
     key = _key(node, atom)
     mask = len(keys) - 1
@@ -194,12 +196,12 @@ def _slot(keys, node, atom):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _may_touch(first, second, deadline, left, right, rank, pair_rank):  # type: ignore[no-untyped-def]
-    """Whether BPE, given the text of two tokens, makes these two and nothing across their border before rank `deadline`.
+def _may_touch(first, second, deadline, left, right, rank, pair_rank):
+    """Whether BPE, given the text of two tokens, makes these two and nothing across their border before `deadline`.
 
-    Takes both apart in reverse order of merging. At each moment a piece of the first touches a piece of the second; a rule
-    for those two would have acted if its turn had come before either was merged into something larger. Of equal ranks
-    the leftmost goes first, hence `<` on one side and `<=` on the other.
+    Takes both apart in reverse order of merging. At each moment a piece of the first touches a piece of the second; a
+    rule for those two would have acted if its turn had come before either was merged into something larger. Of equal
+    ranks the leftmost goes first, hence `<` on one side and `<=` on the other.
     """
     first_gone = second_gone = deadline
     while True:
@@ -217,7 +219,7 @@ def _may_touch(first, second, deadline, left, right, rank, pair_rank):  # type: 
 
 
 @numba.njit(cache=True, nogil=True)
-def _neighbours(tokens, left, right, rank, pair_rank):  # type: ignore[no-untyped-def]
+def _neighbours(tokens, left, right, rank, pair_rank):
     table = np.zeros(pair_rank.shape, dtype=np.bool_)
     for first in tokens:
         for second in tokens:
@@ -229,7 +231,7 @@ def _neighbours(tokens, left, right, rank, pair_rank):  # type: ignore[no-untype
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode(characters, tables):  # type: ignore[no-untyped-def]
+def _encode(characters, tables):
     rows, columns = characters.shape
     atoms = np.empty(columns * tables.spelling.shape[1], dtype=np.int32)
     dead = np.empty(len(atoms) + 1, dtype=np.bool_)
@@ -256,10 +258,11 @@ def _encode(characters, tables):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _read_word(atoms, ids, start, dead, tables):  # type: ignore[no-untyped-def]
-    """Write the word's tokens at ids[start:] and return where they end, or -1 when patience runs out.
+def _read_word(atoms, ids, start, dead, tables):
+    """Write the word's tokens at ids[start:] and return where they end, or -1 when that takes too long.
 
-    dead marks places from which no way leads to the end; whichever way leads to a place, the tokens up to it are the same.
+    dead marks places from which no way leads to the end; whichever way leads to a place, the tokens up to it are the
+    same.
     """
     dead[: len(atoms) + 1] = False
     count, place = start, 0
@@ -280,6 +283,8 @@ def _read_word(atoms, ids, start, dead, tables):  # type: ignore[no-untyped-def]
             if read > PATIENCE * len(atoms):
                 return -1
         else:
+            if count == start:
+                return -1
             dead[place] = True
             count -= 1
             place -= tables.length[ids[count]]
@@ -287,7 +292,7 @@ def _read_word(atoms, ids, start, dead, tables):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _longest(atoms, place, trie):  # type: ignore[no-untyped-def]
+def _longest(atoms, place, trie):
     """The longest token that begins here, and how many atoms were read to find it."""
     node, token = np.int64(0), np.int32(-1)
     end = place
@@ -306,7 +311,7 @@ def _longest(atoms, place, trie):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _merge_word(atoms, ids, start, tables):  # type: ignore[no-untyped-def]
+def _merge_word(atoms, ids, start, tables):
     """The plain way, same contract: again and again merge all pairs of the lowest rank, from left to right."""
     stop = start + len(atoms)
     ids[start:stop] = atoms
@@ -329,7 +334,7 @@ def _merge_word(atoms, ids, start, tables):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _word_end(text, begin, kinds):  # type: ignore[no-untyped-def]
+def _word_end(text, begin, kinds):
     """Where GPT-2's pattern ends the word that begins here.
 
     Letters, numbers or others in a row, one blank before them included; whitespace, but for the last before a word;
@@ -352,7 +357,7 @@ def _word_end(text, begin, kinds):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _family(kind):  # type: ignore[no-untyped-def]
+def _family(kind):
     if kind == BLANK:
         return SPACE
     return OTHER if kind == APOSTROPHE else kind

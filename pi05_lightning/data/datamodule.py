@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
+from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Draw, Entry, Mixture, MixtureSampler
 from pi05_lightning.data.processor import Language, Processor
@@ -23,8 +24,8 @@ from pi05_lightning.types import Batch, Modality, Sample, Shapes
 class Samples(Dataset[Sample]):
     """Draws to samples: entry e, index i of what that entry can use, key."""
 
-    def __init__(self, sources: dict[str, Source], processor: Processor) -> None:
-        self.sources, self.processor = sources, processor
+    def __init__(self, sources: dict[str, Source], processor: Processor, max_questions: int = 1) -> None:
+        self.sources, self.processor, self.max_questions = sources, processor, max_questions
         self.names = [
             f"{name}/{modality}"
             for name, source in sources.items()
@@ -48,7 +49,10 @@ class Samples(Dataset[Sample]):
         source = self.sources[name]
         frame = int(self.indices[entry][index])
         try:
-            return self.processor.sample(source[frame], modality, name, key, list(self.sources).index(name))
+            number = list(self.sources).index(name)
+            return self.processor.sample(source[frame], modality, name, key, number, self.max_questions)
+        except BadSample:
+            raise  # it carries its address
         except ValueError as error:
             raise ValueError(f"{source.address(frame)}: {error}") from error
 
@@ -133,7 +137,7 @@ class Pi05DataModule(LightningDataModule):
         if trainer.max_steps == -1:
             raise ValueError("an endless run: set trainer.max_steps, or add the StageSwitch callback, which knows it")
         accumulate = trainer.accumulate_grad_batches
-        samples = Samples(self.sources("train"), self.processor)
+        samples = Samples(self.sources("train"), self.processor, self.language.questions_per_sample)
         sampler = MixtureSampler(
             Mixture(samples.entries, self.batch_size, self.seed),
             self.recipe,

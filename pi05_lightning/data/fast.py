@@ -4,16 +4,16 @@ Quantile-normalised actions -> orthonormal DCT over time -> round(scale · c) ->
 character per coefficient -> byte-pair encoding. The folder format is that of the public `physical-intelligence/fast`
 processor, read and written without running its code.
 
-What differs from it: a sequence that does not decode is an error, never zeros; a coefficient that the vocabulary cannot
-spell is moved to the nearest one that it can and counted, where the public one drops it and loses the chunk; and our own
-fits merge across the whole chunk, where the public one cuts it into words by a pattern for English (characters that
-happen to be letters, digits, apostrophes), which costs tokens.
+What differs from it: a sequence that does not decode is an error, never zeros; a coefficient that the vocabulary
+cannot spell is moved to the nearest one that it can and counted, where the public one drops it and loses the chunk; and
+our own fits merge across the whole chunk, where the public one first cuts it into words by a pattern for English.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHARACTERS = 2048  # code points looked at, the ones that UTF-8 spells in at most two bytes
+MARGIN = 1.25  # range of coefficients that a fit prepares for, relative to what it sees
 BATCH = 512  # chunks that one thread encodes at a time
 
 
@@ -42,9 +43,9 @@ class FastDecodeError(ValueError):
 class FastTokenizer:
     """Action chunks to FAST tokens and back.
 
-    bpe: characters to tokens.  scale: coefficients per unit of DCT, before rounding.  min_token: the coefficient that
-    character 0 stands for.  vocab_size: ids are below it.  horizon, dim: of the chunks it was made for, if they were one
-    size; `decode` takes them from here when it is not told.
+    bpe: characters to tokens.  scale: steps per unit of a DCT coefficient.  min_token: the step that character 0 stands
+    for.  vocab_size: ids are below it.  horizon, dim: of the chunks it was made for, if they were one size; `decode`
+    takes them from here when it is not told.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class FastTokenizer:
         """Coefficients that `encode` had to move into the vocabulary's range, so far and in this process."""
         self._bytes = _token_bytes(bpe)
         self.lengths = np.array([_count_characters(token) for token in self._bytes], dtype=np.int64)
-        """i64[V]: coefficients that a token expands to; 0 where it holds a part of a character and never stands alone."""
+        """i64[V]: coefficients that a token expands to; 0 for a part of a character, which never decodes by itself."""
         spelled = np.array(sorted(_spelling(bpe)))
         if not len(spelled):
             raise ValueError(
@@ -89,7 +90,7 @@ class FastTokenizer:
         return [row for tokens, _ in encoded for row in tokens]
 
     def quantize(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rounded coefficients that tokens will carry, i32[N T A], and where they had to be clipped, bool[N T A]."""
+        """The rounded coefficients that tokens will carry, i32[N T A], and where they were clipped, bool[N T A]."""
         chunks = np.asarray(chunks)
         if chunks.ndim != 3:
             raise ValueError(f"expected action chunks [N T A], got shape {list(chunks.shape)}")
@@ -114,8 +115,8 @@ class FastTokenizer:
     def _count_clipped(self, clipped: int, total: int) -> None:
         if clipped and not self.clipped:
             log.warning(
-                "%d of %d FAST coefficients are outside the range that the tokenizer was fitted on and were moved to its"
-                " edge; fit it on these actions if this is more than a few (counted in FastTokenizer.clipped)",
+                "%d of %d FAST coefficients are outside the range that the tokenizer was fitted on and were moved to"
+                " its edge; fit it on these actions if this is more than a few (counted in FastTokenizer.clipped)",
                 clipped,
                 total,
             )
@@ -214,17 +215,21 @@ class FastTokenizer:
         """Learn a vocabulary from normalised chunks f32[N T A], or from several such arrays of different sizes.
 
         coverage: share of the coefficients that must have a character of their own, the rarest large ones are clipped.
-        Raises ValueError when that takes more characters than vocab_size.
+        Where the vocabulary has room the range is widened, for actions that go a little further than these.
+        Raises ValueError when coverage takes more characters than vocab_size.
         """
         parts = [chunks] if isinstance(chunks, np.ndarray) else list(chunks)
         coefficients = [quantized_dct(part, scale).astype(np.int64) for part in parts]
         low, high = _covering_range(np.concatenate([part.ravel() for part in coefficients]), coverage)
         if high - low + 1 > vocab_size:
             raise ValueError(
-                f"the DCT coefficients run from {low} to {high}, {high - low + 1} values, which do not fit a vocabulary of"
-                f" {vocab_size}. Some dimension has rare values far outside its quantiles (`pi05 stats` shows which): mend"
-                " the data, ask for less coverage (say 0.9999), a smaller scale or a larger vocabulary"
+                f"the DCT coefficients run from {low} to {high}, {high - low + 1} values, more than vocab_size"
+                f" {vocab_size}. Some dimension has rare values far outside its quantiles (`pi05 stats` shows which):"
+                " mend the data, ask for less coverage (say 0.9999), a smaller scale or a larger vocabulary"
             )
+        wide = math.ceil(MARGIN * max(-low, high))
+        if 2 * (2 * wide + 1) <= vocab_size:
+            low, high = -wide, wide
         bpe = Tokenizer(models.BPE())
         bpe.decoder = decoders.Fuse()
         rows = (row for part in coefficients for row in part.clip(low, high).reshape(len(part), -1))

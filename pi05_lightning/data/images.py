@@ -22,7 +22,7 @@ _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib
 def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Scale images into `size`, keeping their aspect: bilinear, no antialias, centred, the rest zero.
 
-    images: u8[N 3 h w] or f32[N 3 h w] in [0, 1];  size: (H, W).  Returns the same dtype at [N 3 H W].
+    images: u8[N 3 h w] or f32[N 3 h w];  size: (H, W).  Returns the same dtype at [N 3 H W].
     As openpi and LeRobot do it; there images are floats, so uint8 differs by rounding, half a grey level at most.
     """
     height, width = size
@@ -32,7 +32,7 @@ def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
     ratio = max(w / width, h / height)
     inner_h, inner_w = max(1, int(h / ratio)), max(1, int(w / ratio))
     scaled = F.interpolate(images.float(), size=(inner_h, inner_w), mode="bilinear", align_corners=False)
-    scaled = scaled.round_().clamp_(0, 255) if images.dtype == torch.uint8 else scaled.clamp_(0, 1)
+    scaled = scaled.round_() if images.dtype == torch.uint8 else scaled
     top, left = (height - inner_h) // 2, (width - inner_w) // 2
     padded = images.new_zeros((*images.shape[:2], height, width))
     padded[..., top : top + inner_h, left : left + inner_w] = scaled

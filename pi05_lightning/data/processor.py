@@ -32,6 +32,8 @@ class Language:
     """What actions are conditioned on: the subtask, the task, or both (the subtask said after the task's prompt)."""
     task_only_share: float = 0.0
     """Share of the action samples that hide the subtask, so that the policy also acts on the task alone."""
+    questions_per_sample: int = 8
+    """Training: at most this many questions about one image share a sample, each answered before the next is asked."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.task_only_share <= 1:
@@ -86,8 +88,10 @@ class Processor:
 
     # --- frames to samples
 
-    def sample(self, frame: Frame, modality: Modality, source: str = "", key: int = 0, index: int = 0) -> Sample:
-        """A training or validation sample. key chooses among several answers, hides subtasks, and seeds the noise.
+    def sample(
+        self, frame: Frame, modality: Modality, source: str = "", key: int = 0, index: int = 0, max_questions: int = 1
+    ) -> Sample:
+        """A training or validation sample. key chooses questions, hides subtasks, and seeds the noise.
 
         Raises ValueError when the frame lacks what the modality needs.
         """
@@ -99,9 +103,9 @@ class Processor:
         if modality in (Modality.QA, Modality.WEB_CAPTION):
             if not frame.answers:
                 raise ValueError(f"{modality} needs a question and its answer, and there is none")
-            answer: Answer = frame.answers[rng.integers(len(frame.answers))]
-            images = {answer.camera: images[answer.camera]} if answer.camera else images
-            segments = prompts.ask(answer)
+            asked = self._choose_questions(frame.answers, rng, max_questions)
+            images = {camera: images[camera] for camera in images if asked[0].camera in (None, camera)}
+            segments = [segment for answer in asked for segment in prompts.ask(answer)]
         elif modality is Modality.HL_SUBTASK:
             if frame.subtask is None:
                 raise ValueError("hl_subtask needs a subtask, and there is none")
@@ -118,6 +122,12 @@ class Processor:
                 actions, mask = self._pad(frame.actions, frame.action_is_pad)
         return Sample(tuple(segments), modality, self._resize(images), actions, mask, index, key)
 
+    @staticmethod
+    def _choose_questions(answers: Sequence[Answer], rng: np.random.Generator, most: int) -> list[Answer]:
+        """At most `most` questions in random order, all about the camera of the first one."""
+        shuffled = [answers[i] for i in rng.permutation(len(answers))]
+        return [answer for answer in shuffled if answer.camera == shuffled[0].camera][:most]
+
     def prompt(self, frame: Frame, source: str, subtask: str | None = None, *, high_level: bool = False) -> Sample:
         """What the model gets at inference: the same prompts, and nothing to predict."""
         frame = self.normalize(frame, source)
@@ -128,7 +138,9 @@ class Processor:
             else prompts.low_level(frame, subtask, self.language.condition_on, fast=False)
         )
         modality = Modality.HL_SUBTASK if high_level else Modality.CONTINUOUS
-        return Sample(tuple(segments), modality, self._resize(frame.images))
+        # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
+        images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
+        return Sample(tuple(segments), modality, self._resize(images))
 
     def normalize(self, frame: Frame, source: str) -> Frame:
         return self.transforms[source].on_frame(frame) if source in self.transforms else frame
@@ -215,7 +227,8 @@ class Processor:
             image_mask=torch.from_numpy(image_mask),
             tokens=torch.from_numpy(tokens),
             token_mask=torch.from_numpy(token_mask),
-            causal=torch.from_numpy(kinds > 0),
+            # a sequence that has begun to be predicted stays causal: a later question must not be seen by an earlier answer
+            causal=torch.from_numpy(np.maximum.accumulate(kinds > 0, axis=1) & token_mask),
             loss_kind=torch.from_numpy(kinds),
             target_index=torch.from_numpy(np.flatnonzero(kinds)),
             actions=torch.from_numpy(np.stack([s.actions for s in acting]) if acting else empty.astype(np.float32)),
@@ -262,8 +275,5 @@ def _robot_to_dict(robot: Robot) -> dict[str, Any]:
 
 
 def _robot_from_dict(values: Mapping[str, Any]) -> Robot:
-    quantiles = {
-        part: Quantiles(np.array(q["q01"], dtype=np.float64), np.array(q["q99"], dtype=np.float64))
-        for part, q in values["quantiles"].items()
-    }
+    quantiles = {part: Quantiles(np.array(q["q01"]), np.array(q["q99"])) for part, q in values["quantiles"].items()}
     return Robot(Normalize(**quantiles), values["fps"], tuple(values["tasks"]), values["dataset"])

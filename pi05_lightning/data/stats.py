@@ -82,7 +82,8 @@ class FeatureStats:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FeatureStats:
-        return cls(**{name: value if name == "count" else np.array(value) for name, value in values.items()})
+        arrays = {name: np.array(value) for name, value in values.items() if name != "count"}
+        return cls(**arrays, count=int(values["count"]))
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class _Frames:
         offsets = relative.dims if relative and relative.action in widths else ()
         places = [(key, dim) for key in keys for dim in range(widths[key])]
         plain = [place for place in places if not (relative and place[0] == relative.action and place[1] in offsets)]
-        found = {}
+        found: dict[tuple[str, int], tuple[float, ...]] = {}
         for part in batched(plain, max(1, self.memory // (BYTES_PER_VALUE * max(count, 1)))):
             found |= {place: _summary(values) for place, values in self._read(part).items()}
         for dim in offsets:
@@ -231,7 +232,7 @@ class _Frames:
         feature = self.files.features.get(key)
         if feature is None or key not in self._columns or len(feature["shape"]) != 1:
             raise ValueError(
-                f"{self.files.root} has no vector {key!r} in its data; it has {vector_keys(self.files)}: correct the key"
+                f"{self.files.root} has no vector {key!r} in its data: name one of {vector_keys(self.files)}"
             )
         return feature["shape"][0]
 
@@ -333,9 +334,12 @@ def _read_cache(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        json.dump(content, file)
-    os.replace(file.name, path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _name(key: str) -> str:

@@ -13,28 +13,38 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from pi05_lightning.types import Box
+from pi05_lightning.types import NUM_LOC, NUM_SEG, Box
 
-NUM_LOC, NUM_SEG = 1024, 128
 LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(NUM_SEG)]
 SHIPPED = "tiny"
+GEMMA_SIZE = 256_000  # ids of Gemma's text, which PaliGemma's <loc> tokens follow
 _BOX = re.compile(r"<loc(\d{4})>" * 4)
 
 
 class TextTokenizer:
-    """Text to ids and back. The vocabulary's size counts every row that the model's embedding needs."""
+    """Text to ids and back. vocab_size counts every row that the model's embedding needs: <seg127> is the last.
+
+    Text that spells a special token, such as "<eos>" in a caption, stays text; only <loc> and <seg> are recognised.
+    Raises ValueError for a tokenizer that lacks PaliGemma's tokens, or has them elsewhere.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
         self.pad_id, self.eos_id, self.bos_id = (self._id(token) for token in ("<pad>", "<eos>", "<bos>"))
         self.loc_ids = self._range(LOCATIONS)
         seg_ids = self._range(SEGMENTS)
-        if self.loc_ids.stop != seg_ids.start or seg_ids.stop != self.vocab_size:
+        self.vocab_size = seg_ids.stop
+        above = self.tokenizer.get_vocab_size(with_added_tokens=False) > self.vocab_size
+        not_paligemma = self.vocab_size > GEMMA_SIZE and self.loc_ids.start != GEMMA_SIZE
+        if self.loc_ids.stop != seg_ids.start or above or not_paligemma:
             raise ValueError(
-                f"<loc> tokens are ids {self.loc_ids}, <seg> tokens {seg_ids}: they must be the last of the"
-                f" {self.vocab_size}. This is not the tokenizer of a PaliGemma model"
+                f"<loc0000> is id {self.loc_ids.start} and <seg000> id {seg_ids.start} of"
+                f" {tokenizer.get_vocab_size()}: they must follow all text, at {GEMMA_SIZE} in PaliGemma's vocabulary."
+                " This is not the tokenizer of a PaliGemma model"
             )
 
     @classmethod
@@ -52,8 +62,8 @@ class TextTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(name)).backend_tokenizer
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no tokenizer at {name!r}. PaliGemma's is gated on the Hub: log in with an account that has accepted its"
-                " licence, or give a local folder that holds tokenizer.json and tokenizer_config.json"
+                f"no tokenizer at {str(name)!r}. PaliGemma's is gated on the Hub: log in with an account that accepted"
+                " its licence, or give a local folder that holds tokenizer.json and tokenizer_config.json"
             ) from error
         return cls(with_coordinates(tokenizer))
 

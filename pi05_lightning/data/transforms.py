@@ -47,24 +47,31 @@ class Group:
 
 @dataclass(frozen=True)
 class Quantiles:
-    """The 1 % and 99 % quantile of every dimension, f64[A]: what maps to -1 and to 1."""
+    """The 1 % and 99 % quantile of every dimension, f32[A]: what maps to -1 and to 1.
+
+    In float32 and in LeRobot 0.6.1's order of operations (processor/normalize_processor.py): a last-bit difference
+    would put a state that lies on the edge of a bin into the next one, which is another token.
+    """
 
     q01: np.ndarray
     q99: np.ndarray
 
+    def __post_init__(self) -> None:
+        for name in ("q01", "q99"):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
+
     @property
     def span(self) -> np.ndarray:
-        # LeRobot 0.6.1 (processor/normalize_processor.py): a constant dimension's zero range becomes 1e-8
         span = self.q99 - self.q01
-        return np.where(span == 0, 1e-8, span)
+        return np.where(span == 0, np.float32(1e-8), span)  # 1e-8: LeRobot's, for a constant dimension
 
     def normalize(self, x: np.ndarray) -> np.ndarray:
         """2 (x - q01) / (q99 - q01) - 1; not clipped."""
-        return (2 * (x - self.q01) / self.span - 1).astype(np.float32)
+        return 2 * (np.asarray(x, dtype=np.float32) - self.q01) / self.span - 1
 
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
         """The inverse of `normalize`."""
-        return ((x + 1) / 2 * self.span + self.q01).astype(np.float32)
+        return (np.asarray(x, dtype=np.float32) + 1) * self.span / 2 + self.q01
 
 
 @dataclass(frozen=True)

@@ -72,11 +72,12 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.language.width
-        stem = {"siglip_gemma": Siglip, "keypoint_gemma": KeypointStem}[config.backbone_type]
+        stems: dict[str, type[Siglip | KeypointStem]] = {"siglip_gemma": Siglip, "keypoint_gemma": KeypointStem}
         self.head_dim = config.language.head_dim
-        self.vision: Siglip | KeypointStem = stem(config.vision, width)
+        self.vision = stems[config.backbone_type](config.vision, width)
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
-        self.layers = nn.ModuleList(Block(config.language) for _ in range(config.language.depth))
+        blocks = (Block(config.language) for _ in range(config.language.depth))
+        self.layers: list[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(width)
 
     def forward(self, batch: Batch, *, need_hidden: bool = True) -> Prefix:

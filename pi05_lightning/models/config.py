@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from importlib.resources import files
 from typing import Any, Literal
 
+from pi05_lightning.shipped import ROOT
 from pi05_lightning.types import Shapes
 
 
@@ -112,9 +112,9 @@ class ModelConfig:
         """A shipped size: `debug` (tests), `tiny` (the demo) or `base` (π0.5)."""
         import yaml
 
-        folder = files("pi05_lightning") / "configs" / "model"
+        folder = ROOT / "configs" / "model"
         path = folder / f"{name}.yaml"
         if not path.is_file():
-            known = sorted(p.name.removesuffix(".yaml") for p in folder.iterdir())
+            known = sorted(path.stem for path in folder.glob("*.yaml"))
             raise ValueError(f"no model size {name!r}; shipped are {', '.join(known)}")
-        return cls.from_dict(yaml.safe_load(path.read_text()))
+        return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -23,12 +24,19 @@ def fourier_features(x: Tensor, num_octaves: int) -> Tensor:
 
 
 class KeypointStem(nn.Module):
-    """Four convolutions at a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints."""
+    """Convolutions to a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints.
+
+    Every camera has its own maps, and every token its own projection: a head that looks at all tokens alike still
+    reads each keypoint by itself, as a linear regression would. With a shared projection it first has to learn whom to
+    attend to, and places are learned several times more slowly.
+    """
 
     octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
+    sharpness = 4.0  # of the softmax at the start: flat maps all point to the middle
 
     def __init__(self, config: VisionConfig, out_width: int) -> None:
         super().__init__()
+        self.num_cameras = config.max_cameras
         self.num_tokens = config.num_keypoints // config.keypoints_per_token
         self.convs = nn.Sequential(
             nn.Conv2d(3, 32, 5, stride=2, padding=2),
@@ -38,13 +46,15 @@ class KeypointStem(nn.Module):
             nn.Conv2d(config.width, config.width, 3, padding=1),
             nn.ReLU(),
         )
-        self.maps = nn.Conv2d(config.width, config.num_keypoints, 3, padding=1)
-        self.coordinates = nn.Linear(4 * self.octaves * config.keypoints_per_token, out_width)
+        self.maps = nn.Conv2d(config.width, config.max_cameras * config.num_keypoints, 3, padding=1)
+        features = 4 * self.octaves * config.keypoints_per_token
+        self.projection = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, features, out_width))
         self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
 
-    def keypoints(self, images: Tensor) -> Tensor:
-        """images f32[P 3 H W] -> f32[P num_keypoints 2], (y, x) in [0, 1]."""
-        heat = self.maps(self.convs(images)).float()
+    def keypoints(self, images: Tensor, camera: Tensor) -> Tensor:
+        """images f32[P 3 H W], camera i64[P] -> f32[P num_keypoints 2], (y, x) in [0, 1]."""
+        heat = rearrange(self.maps(self.convs(images)), "p (c n) h w -> p c n h w", c=self.num_cameras)
+        heat = heat[torch.arange(len(camera), device=camera.device), camera].float() * self.sharpness
         height, width = heat.shape[-2:]
         heat = rearrange(heat, "p n h w -> p n (h w)").softmax(-1)
         y = torch.linspace(0, 1, height, device=heat.device)
@@ -54,13 +64,16 @@ class KeypointStem(nn.Module):
 
     def forward(self, images: Tensor, camera: Tensor) -> Tensor:
         """images f32[P 3 H W] in [-1, 1], camera i64[P] -> [P N W]."""
-        features = fourier_features(self.keypoints(images), self.octaves)
+        features = fourier_features(self.keypoints(images, camera), self.octaves)
         features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_tokens)
-        return self.coordinates(features) + self.identity[camera]
+        # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
+        own = F.one_hot(camera, self.num_cameras).to(features.dtype)
+        return torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection) + self.identity[camera]
 
     def reset_parameters(self) -> None:
         for conv in (*self.convs, self.maps):
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
                 nn.init.zeros_(conv.bias)
+        nn.init.normal_(self.projection, std=self.projection.shape[2] ** -0.5)
         nn.init.normal_(self.identity, std=1.0)

@@ -12,20 +12,19 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
-from pi05_lightning.models.heads.token import token_nll
-from pi05_lightning.types import Batch
+from pi05_lightning.models.heads.token import TokenScores, score_tokens
+from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch
 
 
 @dataclass
 class Outputs:
     """What one forward pass gives the losses and the metrics.
 
-    nll f32[N], correct bool[N]: per target token, in the order of `Batch.target_index`; None if not asked for.
+    tokens: scores of the N target tokens, in the order of `Batch.target_index`; None if not asked for.
     flow f32[R K T D]: squared error of the velocity; None if not asked for.
     """
 
-    nll: Tensor | None = None
-    correct: Tensor | None = None
+    tokens: TokenScores | None = None
     flow: Tensor | None = None
 
 
@@ -35,6 +34,8 @@ class Pi05(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # PaliGemma's order: <loc> and then <seg> are the last of the vocabulary
+        self.loc_ids = range(config.vocab_size - NUM_LOC - NUM_SEG, config.vocab_size - NUM_SEG)
         self.backbone = Backbone(config)
         self.fast_head = FastHead(config.vocab_size, config.fast_vocab_size, config.fast_skip_tokens)
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
@@ -55,7 +56,9 @@ class Pi05(nn.Module):
             text = prefix.hidden[:, -batch.tokens.shape[1] :].flatten(0, 1)
             targets = batch.tokens.flatten()[batch.target_index]
             # position l - 1 predicts token l
-            out.nll, out.correct = token_nll(text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets)
+            out.tokens = score_tokens(
+                text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets, self.loc_ids
+            )
         if actions:
             assert batch.noise is not None
             assert batch.time is not None

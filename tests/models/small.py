@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss, Modality
+from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch, Loss, Modality
 
 KINDS = {"p": Loss.NONE, "t": Loss.TEXT, "s": Loss.SUBTASK, "f": Loss.FAST}
 
@@ -21,9 +21,8 @@ def small_config(depth: int = 2, **changes: object) -> ModelConfig:
         vision=VisionConfig(image_size=14, patch_size=14, width=24, depth=1, mlp_dim=32, num_heads=2),
         language=GemmaConfig(width=32, depth=depth, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8),
         expert=GemmaConfig(width=24, depth=depth, mlp_dim=40, num_heads=4, num_kv_heads=2, head_dim=8),
-        vocab_size=128,
+        vocab_size=128 + NUM_LOC + NUM_SEG,
         fast_vocab_size=32,
-        fast_skip_tokens=16,
         horizon=3,
         action_dim=4,
     )

@@ -35,7 +35,7 @@ def test_saved_and_built_again_computes_the_same(model: Pi05, file: Path) -> Non
     again = build(model.config, read_tensors(file))
     batch = make_batch(model.config, ["iipps", "ptt"], acting=1)
     assert torch.equal(again(batch).flow, model(batch).flow)
-    assert torch.equal(again(batch).nll, model(batch).nll)
+    assert torch.equal(again(batch).tokens.nll, model(batch).tokens.nll)
 
 
 def test_a_built_model_has_nothing_left_on_meta_and_trains(model: Pi05, file: Path) -> None:
@@ -44,7 +44,7 @@ def test_a_built_model_has_nothing_left_on_meta_and_trains(model: Pi05, file: Pa
     assert all(parameter.requires_grad for parameter in again.parameters())
     before = again.backbone.norm.weight.detach().clone()
     out = again(make_batch(model.config, ["iipps"], acting=1))
-    (out.nll.mean() + out.flow.mean()).backward()
+    (out.tokens.nll.mean() + out.flow.mean()).backward()
     torch.optim.SGD(again.parameters(), lr=0.1).step()
     assert not torch.equal(again.backbone.norm.weight, before)
 

@@ -116,5 +116,5 @@ def test_insulation_stops_only_the_flow_loss(model: Pi05) -> None:
     batch = make_batch(model.config, ["iippss"], acting=1)
     model.zero_grad()
     out = model(batch, insulate=True)
-    (out.nll.mean() + out.flow.mean()).backward()
+    (out.tokens.nll.mean() + out.flow.mean()).backward()
     assert all(p.grad is not None for p in model.parameters())

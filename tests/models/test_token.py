@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi05_lightning.models.heads import token
-from pi05_lightning.models.heads.token import generate, token_nll
+from pi05_lightning.models.heads.token import generate, score_tokens
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Loss, Prefix
 
@@ -37,18 +37,20 @@ def prefix(model: Pi05, batch: Batch) -> Prefix:
 
 # --- cross-entropy
 
+VOCAB, LOCATIONS = 50, range(30, 40)
+
 
 def plain_and_chunked(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
     """(loss per token, gradient of hidden, gradient of embedding), plain and in chunks of `rows` positions."""
     torch.manual_seed(0)
-    hidden, embedding, targets = torch.randn(23, 16), torch.randn(50, 16), torch.randint(0, 50, (23,))
+    hidden, embedding, targets = torch.randn(23, 16), torch.randn(VOCAB, 16), torch.randint(0, VOCAB, (23,))
     weight = torch.rand(23)
     results = []
     for chunked in (False, True):
         h, e = hidden.clone().requires_grad_(), embedding.clone().requires_grad_()
         if chunked:
-            monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 50 * rows)
-            nll, _ = token_nll(h, e, targets)
+            monkeypatch.setattr(token, "CHUNK_BYTES", 4 * VOCAB * rows)
+            nll = score_tokens(h, e, targets, LOCATIONS).nll
         else:
             nll = F.cross_entropy(h @ e.T, targets, reduction="none")
         (nll * weight).sum().backward()
@@ -65,9 +67,17 @@ def test_chunked_cross_entropy_and_its_gradients_equal_plain_ones(rows: int, mon
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_scores_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, embedding, targets = torch.randn(23, 16), torch.randn(VOCAB, 16), torch.randint(0, VOCAB, (23,))
+    whole = score_tokens(hidden, embedding, targets, LOCATIONS)
+    monkeypatch.setattr(token, "CHUNK_BYTES", 4 * VOCAB * 3)
+    for expected, found in zip(whole, score_tokens(hidden, embedding, targets, LOCATIONS), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 50 * 4)
-    hidden, embedding = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    monkeypatch.setattr(token, "CHUNK_BYTES", 4 * VOCAB * 4)
+    hidden, embedding = torch.randn(23, 16, requires_grad=True), torch.randn(VOCAB, 16, requires_grad=True)
     widest = []
     linear = F.linear
 
@@ -75,20 +85,31 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) 
         widest.append(len(args[0]))
         return linear(*args)
 
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
     monkeypatch.setattr(F, "linear", watched)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        nll, _ = token_nll(hidden, embedding, torch.randint(0, 50, (23,)))
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        nll = score_tokens(hidden, embedding, torch.randint(0, VOCAB, (23,)), LOCATIONS).nll
     nll.sum().backward()
     assert max(widest) == 4
-    assert max(saved) < 23 * 50
+    assert max(saved) < 23 * VOCAB
 
 
 def test_correct_marks_the_most_likely_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 3 * 2)
-    embedding = torch.eye(3)
-    _, correct = token_nll(embedding[[0, 1, 2, 0]], embedding, torch.tensor([0, 1, 1, 2]))
-    assert correct.tolist() == [True, True, False, False]
+    monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 4 * 2)
+    embedding = torch.eye(4)
+    scores = score_tokens(embedding[[0, 1, 2, 0]], embedding, torch.tensor([0, 1, 1, 2]), range(2, 4))
+    assert scores.correct.tolist() == [True, True, False, False]
+    assert scores.is_location.tolist() == [False, False, False, True]
+
+
+def test_distance_is_of_the_expected_coordinate() -> None:
+    embedding = 100 * torch.eye(10)
+    scores = score_tokens(torch.eye(10)[[4, 8]], embedding, torch.tensor([6, 8]), range(2, 10))
+    torch.testing.assert_close(scores.distance, torch.tensor([2 / 8, 0.0]))
 
 
 def test_loss_of_a_token_is_read_at_the_token_before_it(model: Pi05) -> None:
@@ -100,7 +121,7 @@ def test_loss_of_a_token_is_read_at_the_token_before_it(model: Pi05) -> None:
         F.cross_entropy(logits[row, column - 1], batch.tokens[row, column])
         for row, column in ((0, 2), (0, 3), (1, 1), (1, 2))
     ]
-    torch.testing.assert_close(out.nll, torch.stack(expected))
+    torch.testing.assert_close(out.tokens.nll, torch.stack(expected))
 
 
 # --- generation

@@ -41,6 +41,7 @@ from .reference import lerobot_sizes, randomize
 
 EMBED_TOKENS = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 STATE_DIM, ACTION_DIM = 4, 3
+Copy = Callable[[Callable[[dict[str, Tensor]], object]], Path]
 
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=28, patch_size=14, width=72, depth=2, mlp_dim=96, num_heads=1),
@@ -124,7 +125,7 @@ def exported(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def copy(source: Path, tmp_path: Path) -> Callable[[Callable[[dict[str, Tensor]], None]], Path]:
+def copy(source: Path, tmp_path: Path) -> Copy:
     """A copy of the source whose tensors were changed."""
 
     def changed(change: Callable[[dict[str, Tensor]], None]) -> Path:
@@ -168,7 +169,7 @@ def test_round_trip_gives_the_same_file_byte_for_byte(source: Path, exported: Pa
             assert (exported / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_round_trip_from_a_checkpoint_without_drift_gives_the_same_file(copy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_round_trip_from_a_checkpoint_without_drift_gives_the_same_file(copy: Copy, tmp_path: Path) -> None:
     folder = copy(lambda tensors: tensors.update({PREFIX + LM_HEAD: tensors[EMBED_TOKENS].clone()}))
     convert(folder, tmp_path / "ours")
     kept = load_file(tmp_path / "ours" / "lerobot" / "unread.safetensors")
@@ -177,7 +178,7 @@ def test_round_trip_from_a_checkpoint_without_drift_gives_the_same_file(copy, tm
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_bfloat16_weights_stay_bfloat16_both_ways(copy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bfloat16_weights_stay_bfloat16_both_ways(copy: Copy, tmp_path: Path) -> None:
     def halve(tensors: dict[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             if "norm" not in key and "vision" not in key:  # as LeRobot's own dtype: bfloat16
@@ -262,27 +263,22 @@ def test_normalisation_statistics_come_along(source: Path, ours: Path) -> None:
 
 
 def test_without_a_tokenizer_the_weights_are_converted_and_come_back(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "source"
     shutil.copytree(source, folder)
     path = folder / "policy_preprocessor.json"
-    path.write_text(path.read_text().replace(json.dumps(str(_tokenizer_of(source))), '"/nowhere/at/all"'))
+    path.write_text(path.read_text().replace(json.dumps(str(tokenizer)), '"/nowhere/at/all"'))
     convert(folder, tmp_path / "ours")
     assert "--tokenizer FOLDER" in capsys.readouterr().out
     convert(tmp_path / "ours", tmp_path / "back", "lerobot")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
-def _tokenizer_of(source: Path) -> str:
-    steps = json.loads((source / "policy_preprocessor.json").read_text())["steps"]
-    return next(step["config"]["tokenizer_name"] for step in steps if step["registry_name"] == "tokenizer_processor")
-
-
 # --- openpi
 
 
-def test_openpis_names_give_the_same_model(source: Path, copy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_openpis_names_give_the_same_model(source: Path, copy: Copy, tmp_path: Path) -> None:
     """No prefix, the head tied (so `embed_tokens` is not in the file), its own config.json and statistics."""
 
     def as_openpi(tensors: dict[str, Tensor]) -> None:
@@ -314,7 +310,7 @@ def test_openpis_names_give_the_same_model(source: Path, copy, tmp_path: Path) -
     assert robots["lab/arm"].normalize.action.q99.tolist() == [2.5] * ACTION_DIM
 
 
-def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy) -> None:  # type: ignore[no-untyped-def]
+def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy: Copy) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
         for key in [key for key in tensors if "time_mlp" in key]:
             tensors[key.replace("time_mlp", "action_time_mlp")] = tensors.pop(key)
@@ -327,7 +323,7 @@ def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy) -> None: 
 # --- what is wrong is said
 
 
-def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy) -> None:  # type: ignore[no-untyped-def]
+def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy: Copy) -> None:
     layer = "model.paligemma_with_expert.paligemma.model.language_model.layers"
 
     def damage(tensors: dict[str, Tensor]) -> None:
@@ -347,7 +343,7 @@ def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy
         assert expected in str(error.value)
 
 
-def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy) -> None:  # type: ignore[no-untyped-def]
+def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy: Copy) -> None:
     key = "model.action_in_proj.weight"
     with pytest.raises(ValueError, match=key):
         load_lerobot(copy(lambda tensors: tensors.pop(key)))
@@ -361,7 +357,7 @@ def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy) -> None:  # typ
         ("type", "pi0", "type is 'pi0'"),
     ],
 )
-def test_a_config_that_contradicts_the_weights_is_refused(copy, name: str, value: object, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_config_that_contradicts_the_weights_is_refused(copy: Copy, name: str, value: object, message: str) -> None:
     folder = copy(lambda tensors: None)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, name: value}))
@@ -384,7 +380,7 @@ def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
         convert(source, tmp_path)
 
 
-def test_relative_actions_are_refused(copy, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_relative_actions_are_refused(copy: Copy, tmp_path: Path) -> None:
     folder = copy(lambda tensors: None)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "use_relative_actions": True}))

@@ -95,10 +95,10 @@ def test_cross_entropy_is_pi0_fasts(
     batch = with_segment(inputs, *fast_tokens, causal=True)
     with torch.no_grad():
         expected = lerobot_loss(lerobot_fast, inputs, fast_tokens)
-        nll = ours_fast(batch).nll
-    assert nll is not None
-    assert len(nll) == sum(TARGETS) - len(TARGETS)
-    assert relative_error(nll.mean(), expected) < 1e-5
+        scores = ours_fast(batch).tokens
+    assert scores is not None
+    assert len(scores.nll) == sum(TARGETS) - len(TARGETS)
+    assert relative_error(scores.nll.mean(), expected) < 1e-5
 
 
 def test_gradients_of_the_cross_entropy_are_pi0_fasts(
@@ -107,9 +107,9 @@ def test_gradients_of_the_cross_entropy_are_pi0_fasts(
     lerobot_fast.zero_grad()
     ours_fast.zero_grad()
     lerobot_loss(lerobot_fast, inputs, fast_tokens).backward()
-    nll = ours_fast(with_segment(inputs, *fast_tokens, causal=True)).nll
-    assert nll is not None
-    nll.mean().backward()
+    scores = ours_fast(with_segment(inputs, *fast_tokens, causal=True)).tokens
+    assert scores is not None
+    scores.nll.mean().backward()
     expected = {to_ours(name): p.grad for name, p in lerobot_fast.named_parameters() if to_ours(name)}
     # the head is the embedding here, so its gradient is the sum of both of theirs
     expected["backbone.embed_tokens.weight"] += lerobot_fast.get_parameter(LM_HEAD).grad
@@ -149,4 +149,4 @@ def test_logits_are_of_the_tied_embedding(ours_fast: Pi05, inputs: Inputs, fast_
     logits = F.linear(hidden[:, -batch.tokens.shape[1] :], ours_fast.backbone.embed_tokens.weight).flatten(0, 1)
     targets = batch.tokens.flatten()[batch.target_index]
     expected = F.cross_entropy(logits[batch.target_index - 1], targets, reduction="none")
-    torch.testing.assert_close(out.nll, expected)
+    torch.testing.assert_close(out.tokens.nll, expected)

@@ -51,7 +51,8 @@ class FlowHead(nn.Module):
         self.action_out_proj = nn.Linear(width, config.action_dim)
         self.time_mlp_in = nn.Linear(width, width)
         self.time_mlp_out = nn.Linear(width, width)
-        self.layers = nn.ModuleList(ExpertBlock(config.expert) for _ in range(config.expert.depth))
+        blocks = (ExpertBlock(config.expert) for _ in range(config.expert.depth))
+        self.layers: list[ExpertBlock] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = AdaRMSNorm(width)
 
     def modulate(self, t: Tensor) -> Modulations:
@@ -65,7 +66,8 @@ class FlowHead(nn.Module):
     def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix) -> Tensor:
         """Velocity f32[R K T D] at x_t f32[R K T D]; draws see the prefix and themselves, not each other."""
         rows, draws, horizon, _ = x_t.shape
-        start = prefix.flow_mask.sum(1)
+        # after the last token that it sees, however many hidden ones follow
+        start = ((prefix.mask.cumsum(1) - 1) * prefix.flow_mask).amax(1) + 1
         positions = repeat(start[:, None] + torch.arange(horizon, device=x_t.device), "r t -> r (k t)", k=draws)
         rope = rope_table(positions, self.head_dim)
         draw = torch.arange(draws, device=x_t.device).repeat_interleave(horizon)

@@ -1,0 +1,236 @@
+"""`pi05 stats` and `pi05 tokenizer`: what there is to know about a dataset before training on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.sources.base import Split
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.stats import CACHE, FeatureStats, Relative, load_or_compute, vector_keys
+from pi05_lightning.data.transforms import Quantiles
+
+console = Console()
+
+
+def stats(
+    dataset: str,
+    keys: list[str] | None = None,
+    val_fraction: float = 0.1,
+    episodes: str | None = None,
+    relative_dims: list[int] | None = None,
+    horizon: int = 50,
+) -> None:
+    """Exact statistics of a LeRobot dataset's states and actions, per dimension, over its training episodes.
+
+    Args:
+        dataset: folder or Hub id.
+        keys: features to look at; by default all vectors of floating-point numbers.
+        val_fraction: share of episodes held out, as in training.
+        episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
+        relative_dims: dims of the action to take relative to the state at the chunk's first step.
+        horizon: steps of a chunk, for relative dims.
+    """
+    files = LeRobotFiles.open(find_dataset(dataset))
+    chosen = files.choose("train", val_fraction, episodes)
+    keys = keys or vector_keys(files)
+    relative = Relative(horizon, tuple(relative_dims)) if relative_dims else None
+    found = load_or_compute(files.root, keys, chosen.tolist(), relative)
+    for key in keys:
+        console.print(_feature_table(key, found[key], _dim_names(files, key)))
+    console.print(f"{len(chosen)} training episodes. Written to {files.root / CACHE}", soft_wrap=True, highlight=False)
+
+
+def _dim_names(files: LeRobotFiles, key: str) -> list[str]:
+    names = files.features[key].get("names") or []
+    if isinstance(names, dict):
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    width = files.features[key]["shape"][0]
+    return [str(name) for name in names] if len(names) == width else [""] * width
+
+
+def _feature_table(key: str, feature: FeatureStats, names: Sequence[str]) -> Table:
+    table = Table(title=f"{key}: {feature.count} frames", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("dim")
+    for heading in ("mean", "std", "min", "q01", "q99", "max", "outside"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("note")
+    normalized = Quantiles(feature.q01, feature.q99)
+    furthest = np.abs([normalized.normalize(feature.min), normalized.normalize(feature.max)]).max(0)
+    for dim, name in enumerate(names):
+        numbers = [getattr(feature, part)[dim] for part in ("mean", "std", "min", "q01", "q99", "max")]
+        share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count:.1%})"
+        note = _note(feature, dim, furthest[dim])
+        table.add_row(f"{dim} {name}", *(f"{number:.4g}" for number in numbers), share, note)
+    return table
+
+
+def _note(feature: FeatureStats, dim: int, furthest: float) -> str:
+    if feature.constant[dim]:
+        return "constant"
+    if feature.zero_range[dim]:
+        return "q01 = q99: its rare values explode when normalised"
+    return f"reaches {furthest:.1f} when normalised" if furthest > 3 else ""  # 3: far from the -1..1 that models learn
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a FAST tokenizer does to a dataset's chunks. RMSE is in normalised units, where most actions are -1..1."""
+
+    dataset: str
+    chunks: int
+    naive_tokens: int
+    """One token per action value."""
+    mean_tokens: float
+    p99_tokens: float
+    rmse: list[float]
+    """Per dimension, over steps inside the episode."""
+    rmse_real: list[float]
+    """The same in the dataset's own units."""
+    coverage: float
+    """Share of the DCT coefficients that the vocabulary spells; the others are clipped."""
+
+
+def tokenizer(
+    dataset: list[str] | str,
+    out: Path = Path("fast"),
+    horizon: int = 50,
+    vocab_size: int = 1024,
+    scale: float = 10,
+    coverage: float = 1.0,
+    action_keys: list[str] = ["action"],  # noqa: B006
+    val_fraction: float = 0.1,
+    max_chunks: int = 20_000,
+    max_rmse: float | None = None,
+) -> None:
+    """Fit a FAST action tokenizer on LeRobot datasets, and report on episodes that it was not fitted on.
+
+    Chunks at an episode's end repeat its last action, as in training; reconstruction errors leave those steps out.
+
+    Args:
+        dataset: folder or Hub id, or several as [a, b].
+        out: folder for the tokenizer, report.json and reconstruction.png.
+        horizon: actions in a chunk, the model's `horizon`.
+        vocab_size: of the tokenizer, at most the model's `fast_vocab_size`.
+        scale: steps per unit of a DCT coefficient; more is more exact and costs tokens.
+        coverage: share of coefficients that must be spelled; below 1 rare large ones are clipped.
+        action_keys: features concatenated into the action.
+        val_fraction: share of episodes held out, as in training.
+        max_chunks: of each dataset, evenly spaced.
+        max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
+
+    Raises ValueError when an error exceeds max_rmse, and for datasets that cannot be read.
+    """
+    datasets = [dataset] if isinstance(dataset, str) else dataset
+    parts = {path: _read_chunks(path, "train", horizon, action_keys, val_fraction, max_chunks) for path in datasets}
+    fast = FastTokenizer.fit(
+        [part.actions for part in parts.values()], vocab_size, scale, coverage, console.is_terminal
+    )
+    held_out = {
+        path: _read_chunks(path, "val", horizon, action_keys, val_fraction, max_chunks) if val_fraction else parts[path]
+        for path in datasets
+    }
+    results = [_quality(fast, path, chunks) for path, chunks in held_out.items()]
+    console.print(_quality_table(results, "held-out" if val_fraction else "training"))
+    out.mkdir(parents=True, exist_ok=True)
+    report = {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _plot(fast, held_out, results, out / "reconstruction.png")
+    worst = max(max(result.rmse) for result in results)
+    if max_rmse is not None and worst > max_rmse:
+        raise ValueError(
+            f"the largest reconstruction error is {worst:.4f}, above max_rmse {max_rmse:g} (see"
+            f" {out / 'reconstruction.png'}): raise scale, which is {scale:g}, or fit on more episodes"
+            " where coverage is below 100 %. No tokenizer was written"
+        )
+    fast.save(out)
+    console.print(f"{fast.bpe.get_vocab_size()} tokens. Written to {out}", soft_wrap=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """actions: normalised f32[N T A].  is_pad: bool[N T].  span: f64[A], real units per two normalised ones."""
+
+    actions: np.ndarray
+    is_pad: np.ndarray
+    span: np.ndarray
+
+
+def _read_chunks(
+    path: str, split: Split, horizon: int, action_keys: list[str], val_fraction: float, max_chunks: int
+) -> _Chunks:
+    config = LeRobotConfig(path, cameras={}, state_keys=[], action_keys=action_keys, val_fraction=val_fraction)
+    robot = config.robot()
+    assert robot is not None
+    source = LeRobotSource(config, path, split, horizon, image_size=(0, 0))
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
+    frames = [source[int(i)] for i in track(chosen, f"{Path(path).name} ({split})", console=console, transient=True)]
+    actions = robot.normalize.action.normalize(np.array([frame.actions for frame in frames]))
+    return _Chunks(actions, np.array([frame.action_is_pad for frame in frames]), robot.normalize.action.span)
+
+
+def _quality(fast: FastTokenizer, path: str, chunks: _Chunks) -> Quality:
+    tokens = np.array([len(row) for row in fast.encode(chunks.actions)])
+    squared = (fast.reconstruct(chunks.actions) - chunks.actions)[~chunks.is_pad] ** 2
+    rmse = np.sqrt(squared.mean(0))
+    return Quality(
+        dataset=path,
+        chunks=len(tokens),
+        naive_tokens=int(np.prod(chunks.actions.shape[1:])),
+        mean_tokens=float(tokens.mean()),
+        p99_tokens=float(np.quantile(tokens, 0.99)),
+        rmse=rmse.tolist(),
+        rmse_real=(rmse * chunks.span / 2).tolist(),
+        coverage=float(1 - fast.quantize(chunks.actions)[1].mean()),
+    )
+
+
+def _quality_table(results: Sequence[Quality], which: str) -> Table:
+    table = Table(title=f"FAST on {which} episodes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    headings = ("chunks", "values", "tokens", "p99", "shorter", "RMSE", "worst dim", "coverage")
+    table.add_column("dataset", overflow="fold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for result in results:
+        rmse = np.array(result.rmse)
+        table.add_row(
+            result.dataset,
+            str(result.chunks),
+            str(result.naive_tokens),
+            f"{result.mean_tokens:.1f}",
+            f"{result.p99_tokens:.0f}",
+            f"{result.naive_tokens / result.mean_tokens:.1f}x",
+            f"{np.sqrt((rmse**2).mean()):.4f}",
+            f"{rmse.max():.4f} ({rmse.argmax()})",
+            f"{result.coverage:.2%}",
+        )
+    return table
+
+
+def _plot(fast: FastTokenizer, chunks: dict[str, _Chunks], results: Sequence[Quality], path: Path) -> None:
+    """One chunk of each dataset, as it is and as it comes back, beside the error of each dimension."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), 2, squeeze=False)
+    for (over_time, per_dim), result in zip(axes, results, strict=True):
+        actions = chunks[result.dataset].actions
+        typical = int(np.argsort(actions.std(1).sum(1))[len(actions) // 2])
+        truth, back = actions[typical], fast.reconstruct(actions[typical : typical + 1])[0]
+        for dim in range(truth.shape[1]):
+            over_time.plot(truth[:, dim], color=f"C{dim}", alpha=0.5)
+            over_time.plot(back[:, dim], color=f"C{dim}", linestyle="--")
+        over_time.set(title=Path(result.dataset).name, xlabel="step", ylabel="normalised action (dashed: decoded)")
+        per_dim.bar(range(len(result.rmse)), result.rmse)
+        per_dim.set(title="reconstruction error", xlabel="dim", ylabel="RMSE, normalised")
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,64 @@
+"""fp32, bf16 compute over fp32 weights, pure bf16: all run, agree, and keep in fp32 what must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pi05_lightning.models.gemma import AdaRMSNorm, RMSNorm
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Batch
+
+from .small import make_batch, small_config, small_model
+
+
+@pytest.fixture
+def model() -> Pi05:
+    return small_model(small_config(depth=3))
+
+
+@pytest.fixture
+def batch(model: Pi05) -> Batch:
+    return make_batch(model.config, ["iippss", "iptt", "pff"], acting=2, draws=2)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_losses_are_fp32_and_agree_in_every_precision(model: Pi05, batch: Batch) -> None:
+    exact = model(batch)
+    with autocast():
+        mixed = model(batch)
+    pure = model.bfloat16()(batch)
+    for out in (mixed, pure):
+        for found, expected in ((out.tokens.nll, exact.tokens.nll), (out.flow, exact.flow)):
+            assert found.dtype == torch.float32
+            assert (found.mean() - expected.mean()).abs() < 0.03 * expected.mean()
+
+
+def test_mixed_precision_gives_fp32_gradients_to_fp32_weights(model: Pi05, batch: Batch) -> None:
+    with autocast():
+        out = model(batch)
+    (out.tokens.nll.mean() + out.flow.mean()).backward()
+    assert {parameter.grad.dtype for parameter in model.parameters() if parameter.grad is not None} == {torch.float32}
+
+
+def test_generation_and_sampling_run_in_bf16(model: Pi05, batch: Batch) -> None:
+    model.bfloat16()
+    with torch.no_grad():
+        prefix = model.backbone(batch)
+    _, _, extended = model.subtask_head.generate(model.backbone, prefix, max_tokens=4)
+    noise = torch.randn(3, 1, model.config.horizon, model.config.action_dim)
+    chunk = model.flow_head.sample(extended, noise, 3)
+    assert chunk.dtype == torch.float32
+    assert chunk.isfinite().all()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_norms_of_bf16_values_are_computed_in_fp32(adaptive: bool) -> None:
+    x = (torch.randn(1, 1, 5, 64) * 50).bfloat16()
+    norm = (AdaRMSNorm if adaptive else RMSNorm)(64).bfloat16()
+    modulation = torch.zeros(1, 1, 1, 192, dtype=torch.bfloat16)
+    exact = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(norm(x, modulation)[0], exact.bfloat16())
