@@ -15,11 +15,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pi05_lightning.report.page import overall
-from pi05_lightning.report.plots import MODE_LABELS
 from pi05_lightning.report.run import Metrics, Success, read_json
 
 OUT = Path("runs/demo")
@@ -77,7 +77,7 @@ def parts(out: Path, seed: int, quick: bool) -> list[Part]:
     paths = {"--data.sources.robot.path": robot, "--data.sources.web.path": web, "--data.fast": str(fast)}
     elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
     collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
-    fit = ["--stages.pretrain_steps", "4", "--stages.posttrain_steps", "4"] if quick else []
+    fit = ["--stages.pretrain_steps=4", "--stages.posttrain_steps=4", "--data.val_samples=8"] if quick else []
     rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else []
     return [
         # a directory whose part is not marked as done may be whole all the same
@@ -171,17 +171,17 @@ def print_result(out: Path) -> None:
 
 
 def metrics_table(metrics: Metrics) -> Table:
-    table = Table("modality", "metric", "value", title="validation", title_justify="left")
+    table = Table("modality", "metric", "value", title="validation", title_justify="left", box=SIMPLE_HEAD)
     for modality, values in metrics.items():
         for number, (metric, value) in enumerate(values.items()):
             table.add_row("" if number else modality, metric, f"{value:.4g}")
-        table.add_section()
     return table
 
 
 def success_table(success: Success) -> Table:
-    labels = [MODE_LABELS.get(mode, mode) for mode in success]
-    table = Table("task", *labels, title="success on held-out initial states", title_justify="left")
+    table = Table("task", title="success on held-out initial states", title_justify="left", box=SIMPLE_HEAD)
+    for mode in success:
+        table.add_column(mode, justify="right", no_wrap=True)
     for task in next(iter(success.values())):
         table.add_row(task, *(f"{by_task[task][0]}/{by_task[task][1]}" for by_task in success.values()))
     table.add_section()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import text_to_boxes
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss, Modality
+from pi05_lightning.types import Batch, Box, Loss, Modality
 
 Measured = dict[str, tuple[Tensor, Tensor]]
 """metric -> values and weights, of one shape."""
@@ -21,14 +21,13 @@ Measured = dict[str, tuple[Tensor, Tensor]]
 ACCURACY_THRESHOLD = 0.1 * 2  # a tenth of the normalised range [-1, 1]
 
 
-class ModalityMetrics(nn.Module):
+class ModalityMetrics:
     """Metrics of one `source/modality`: `update` per batch, `compute` once."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
         self.source, _, modality = name.rpartition("/")
         self.measure: Callable[[Pi05, Processor, Batch, str, int], Measured] = MEASURES[Modality(modality)]
-        self.means = nn.ModuleDict()
+        self.means: dict[str, MeanMetric] = {}
 
     @torch.no_grad()
     def update(self, model: Pi05, processor: Processor, batch: Batch, num_steps: int) -> None:
@@ -79,7 +78,7 @@ def measure_text(model: Pi05, processor: Processor, batch: Batch, source: str, n
     return measured
 
 
-def box_iou(said: list[tuple[float, ...]], truth: list[tuple[float, ...]]) -> float:
+def box_iou(said: Sequence[Box], truth: Sequence[Box]) -> float:
     """Mean over the true boxes of the IoU with the box said in the same place; 0 for one that was not said."""
     total = 0.0
     for a, b in zip(said, truth, strict=False):
@@ -97,7 +96,8 @@ def measure_fast(model: Pi05, processor: Processor, batch: Batch, source: str, n
 
 def measure_actions(model: Pi05, processor: Processor, batch: Batch, source: str, num_steps: int) -> Measured:
     """Errors of a sampled chunk, normalised and in real units, and the flow loss at the batch's own noise and times."""
-    assert batch.noise is not None and batch.time is not None
+    assert batch.noise is not None
+    assert batch.time is not None
     prefix = model.backbone(batch, need_hidden=False)
     flow = model.flow_head.loss(prefix, batch.actions, batch.noise, batch.time)
     chunk = model.flow_head.sample(prefix, batch.noise[:, :1], num_steps)[:, 0]

@@ -124,7 +124,7 @@ class Pi05Module(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.metrics = {
-            name: ModalityMetrics(name).to(self.device)
+            name: ModalityMetrics(name)
             for name in self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
         }
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.data.processor import Processor
 from pi05_lightning import checkpoint
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 
@@ -152,7 +152,7 @@ def _image(camera: str, image: Any) -> np.ndarray:
         raise ValueError(f"image {camera!r} has shape {array.shape}: expected [3 H W] or [1 3 H W]")
     if array.dtype == np.uint8:
         return array
-    if array.size and array.min() < 0 or array.max() > 1:
+    if array.min() < 0 or array.max() > 1:
         raise ValueError(
             f"image {camera!r} is {array.dtype} in {array.min():.3g}..{array.max():.3g}: expected 0..1 or uint8"
         )

@@ -68,10 +68,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Frame:
-    """One observation as a dataset, a robot or a simulator gives it, in real units until `transforms` normalise it.
+    """One observation as a dataset, a robot or a simulator gives it; in real units until it is normalised.
 
-    images: {camera: u8[3 h w], or f32[3 h w] of the same 0..255};  state: f32[S];  actions: f32[T A] with action_is_pad: bool[T], True past the
-    episode's end.  `subtask` is the instruction of the moment, `answers` what is asked about this frame.
+    images: {camera: u8[3 h w], or f32[3 h w] of the same 0..255};  state: f32[S];  actions: f32[T A] with
+    action_is_pad: bool[T], True past the episode's end.  `subtask` is the instruction of the moment, `answers` what is
+    asked about this frame.
     """
 
     images: dict[str, np.ndarray] = field(default_factory=dict)
@@ -94,7 +95,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example, ready to collate: images u8[3 H W] at the model's size, normalised actions f32[T D] or None.
+    """One training example, ready to collate: images u8[3 H W] of the model's size, normalised actions f32[T D].
 
     action_mask: bool[T D], False on padded steps and padded dims.  key seeds this draw's noise and flow time.
     """

@@ -6,8 +6,11 @@ import logging
 import re
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Recipe, Stage
 
 log = logging.getLogger(__name__)
@@ -39,9 +42,12 @@ class StageSwitch(Callback):
         self._entered: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, Pi05Module):
+            raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
         pl_module.recipe = self.recipe
-        if trainer.datamodule is not None:  # type: ignore[attr-defined]
-            trainer.datamodule.recipe = self.recipe  # type: ignore[attr-defined]
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(datamodule, Pi05DataModule):
+            datamodule.recipe = self.recipe
         if stage == "fit" and trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
 
@@ -69,5 +75,5 @@ class StageSwitch(Callback):
         log.info("step %d: %s stage, loss weights %s", step, name, weights)
         for logger in trainer.loggers:
             logger.log_metrics({"stage": float(name == "posttrain")}, step)
-            if hasattr(logger.experiment, "add_text"):
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("stage", f"{name} from step {step}: {weights}", step)

@@ -41,7 +41,7 @@ class Tables(NamedTuple):
 
     spelling  i32[C 1..2] atoms of a character, -1 after the last      kinds  i8[C], or empty where texts are one word
     length    i32[V] in atoms       shorter  i32[V] the longest other token that begins this one, or -1
-    neighbours  bool[V V]           pair_rank  i32[V V] of the rule that merges two tokens     merged  i32[M] its result
+    neighbours  bits, u8[V V/8]     pair_rank  i32[V V] of the rule that merges two tokens     merged  i32[M] its result
     """
 
     spelling: np.ndarray
@@ -84,13 +84,14 @@ class BatchBPE:
                 made_of[merged] = made_of[first] + made_of[second]
         length = np.zeros(vocab, dtype=np.int32)
         length[list(made_of)] = [len(atoms) for atoms in made_of.values()]
+        neighbours = _neighbours(np.array(list(made_of)), left, right, rank, pair_rank)
         self._tables = Tables(
             spelling=_rectangle(spelling),
             kinds=kinds,
             trie=_trie(made_of),
             length=length,
             shorter=_shorter(made_of, vocab),
-            neighbours=_neighbours(np.array(list(made_of)), left, right, rank, pair_rank),
+            neighbours=np.packbits(neighbours, axis=1, bitorder="little"),
             pair_rank=pair_rank,
             merged=np.array([merged for _, _, merged in merges], dtype=np.int32),
         )
@@ -269,7 +270,8 @@ def _read_word(atoms, ids, start, dead, tables):
     token, read = _longest(atoms, place, tables.trie)
     while True:
         while token >= 0 and (
-            dead[place + tables.length[token]] or (count > start and not tables.neighbours[ids[count - 1], token])
+            dead[place + tables.length[token]]
+            or (count > start and not tables.neighbours[ids[count - 1], token >> 3] >> (token & 7) & 1)
         ):
             token = tables.shorter[token]
         if token >= 0:

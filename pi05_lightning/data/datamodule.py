@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
 from pi05_lightning.data.errors import BadSample
@@ -18,7 +19,7 @@ from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.sources.base import Source, SourceConfig, Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.types import Batch, Modality, Sample, Shapes
+from pi05_lightning.types import Modality, Sample, Shapes
 
 
 class Samples(Dataset[Sample]):
@@ -80,7 +81,7 @@ class Pi05DataModule(LightningDataModule):
         batch_size: int = 32,
         tokenizer: str = "tiny",
         fast: Path | str | None = None,
-        language: Language = Language(),
+        language: Language = Language(),  # noqa: B008 - frozen, and its fields are what --help shows
         num_workers: int = 2,
         seed: int = 0,
         val_samples: int = 256,
@@ -98,11 +99,11 @@ class Pi05DataModule(LightningDataModule):
 
     @property
     def shapes(self) -> Shapes:
-        if self._shapes is None:
-            if self.trainer is None:
-                raise ValueError("Pi05DataModule without a trainer needs `shapes`, e.g. shapes=config.shapes")
-            self._shapes = self.trainer.lightning_module.config.shapes
-        return self._shapes
+        if self._shapes is not None:
+            return self._shapes
+        if self.trainer is None:
+            raise ValueError("Pi05DataModule without a trainer needs `shapes`, e.g. shapes=config.shapes")
+        return cast("Any", self.trainer.lightning_module).config.shapes
 
     def sources(self, split: Split) -> dict[str, Source]:
         """The sources of a split, opened on first use."""
@@ -131,7 +132,7 @@ class Pi05DataModule(LightningDataModule):
 
     # --- training
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
         if trainer.max_steps == -1:
@@ -150,9 +151,10 @@ class Pi05DataModule(LightningDataModule):
         return self._loader(samples, batch_sampler=sampler)
 
     def state_dict(self) -> dict[str, int]:
-        """Training batches that were trained on; the loader's own position is ahead of it by what workers prefetched."""
+        """Training batches that were trained on; the loader is ahead of it by what its workers prefetched."""
         assert self.trainer is not None
-        return {"batches_seen": self.trainer.fit_loop.epoch_loop.batch_progress.total.processed}
+        progress = cast("ProcessedTracker", self.trainer.fit_loop.epoch_loop.batch_progress.total)
+        return {"batches_seen": progress.processed}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._batches_seen = state_dict["batches_seen"]
@@ -168,7 +170,7 @@ class Pi05DataModule(LightningDataModule):
         """`source/modality` of each validation loader."""
         return self._validation.names
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[DataLoader[Any]]:
         loaders = []
         for number, entry in enumerate(self._validation.entries):
             chosen = np.linspace(0, entry.size - 1, min(entry.size, self.val_samples)).astype(int)
@@ -178,7 +180,7 @@ class Pi05DataModule(LightningDataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, samples: Samples, **options: Any) -> DataLoader[Batch]:
+    def _loader(self, samples: Samples, **options: Any) -> DataLoader[Any]:
         return DataLoader(
             samples,
             num_workers=self.num_workers,

@@ -1,4 +1,4 @@
-"""Which samples batch k holds: a pure function of seed, k, rank, world size and stage, so that resuming needs k alone."""
+"""Which samples batch k holds: a function of seed, k, rank, world size and stage, so resuming needs only k."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Entry:
 class Mixture:
     """Weighted draws from entries.
 
-    Shares are exact to one sample per batch (systematic sampling); within a step no sample is drawn twice as long as the
-    entry has enough, so the ranks see disjoint samples, and their union is what one rank with a larger batch would see.
+    Shares are exact to one sample per batch (systematic sampling). Within a step no sample is drawn twice as long as
+    the entry has enough, so ranks see disjoint samples, whose union is what one rank with a larger batch would see.
     """
 
     def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int = 0) -> None:

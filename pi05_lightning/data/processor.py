@@ -218,8 +218,9 @@ class Processor:
                 image_index.append(row * slots + place)
                 camera.append(self.cameras.index(name))
         size, shapes = self.shapes.image_size, self.shapes
-        acting = [sample for sample in samples if sample.actions is not None]
-        empty = np.zeros((0, shapes.horizon, shapes.action_dim))
+        chunk = (shapes.horizon, shapes.action_dim)
+        actions = [sample.actions for sample in samples if sample.actions is not None]
+        masks = [sample.action_mask for sample in samples if sample.action_mask is not None]
         return Batch(
             pixels=torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, 3, size, size), np.uint8)),
             image_index=torch.tensor(image_index, dtype=torch.long),
@@ -227,12 +228,12 @@ class Processor:
             image_mask=torch.from_numpy(image_mask),
             tokens=torch.from_numpy(tokens),
             token_mask=torch.from_numpy(token_mask),
-            # a sequence that has begun to be predicted stays causal: a later question must not be seen by an earlier answer
+            # causal from the first predicted token on: an answer must not see the question after it
             causal=torch.from_numpy(np.maximum.accumulate(kinds > 0, axis=1) & token_mask),
             loss_kind=torch.from_numpy(kinds),
             target_index=torch.from_numpy(np.flatnonzero(kinds)),
-            actions=torch.from_numpy(np.stack([s.actions for s in acting]) if acting else empty.astype(np.float32)),
-            action_mask=torch.from_numpy(np.stack([s.action_mask for s in acting]) if acting else empty.astype(bool)),
+            actions=torch.from_numpy(np.stack(actions) if actions else np.zeros((0, *chunk), np.float32)),
+            action_mask=torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *chunk), bool)),
             modality=torch.tensor([sample.modality.id for sample in samples]),
             source=torch.tensor([sample.source for sample in samples]),
             key=torch.tensor([sample.key for sample in samples]),

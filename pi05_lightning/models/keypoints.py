@@ -74,6 +74,7 @@ class KeypointStem(nn.Module):
         for conv in (*self.convs, self.maps):
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+                assert conv.bias is not None
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.projection, std=self.projection.shape[2] ** -0.5)
         nn.init.normal_(self.identity, std=1.0)

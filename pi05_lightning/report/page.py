@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import io
 import mimetypes
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import av
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -39,7 +41,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     environment = Environment(
         loader=PackageLoader("pi05_lightning.report", ""), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters.update(data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption)
+    environment.filters.update(data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption, poster=poster)
     switch = switch_step(run.curves)
     shown = {tag: curve for tag, curve in run.curves.items() if tag != "stage" and not tag.startswith("val/")}
     return environment.get_template("page.html.j2").render(
@@ -87,6 +89,15 @@ def data_uri(file: Path) -> str:
     """The file itself as an address, so that the page needs no other file."""
     kind = mimetypes.guess_type(file.name)[0]
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def poster(video: Path) -> str:
+    """A video's last frame, as the address of a PNG: what is seen before it plays, and in print."""
+    with av.open(str(video)) as container:
+        *_, last = container.decode(video=0)
+    buffer = io.BytesIO()
+    last.to_image().save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def svg_uri(svg: str) -> str:

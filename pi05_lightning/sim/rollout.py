@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,7 +22,7 @@ import numpy as np
 from pi05_lightning.sim.metaworld import CONTROL_HZ, MetaWorldEnv, split_seeds
 
 Mode = Literal["policy", "flat", "mean_replay", "random", "expert"]
-FRAME_RATE = 16  # of videos, one frame per decision at the default action_repeat
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Trial:
     images: list[np.ndarray] = field(default_factory=list)
     """u8[h w 3] per decision, all cameras side by side."""
     captions: list[str] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return f"{self.mode} · {self.task}"
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ def run_baseline(env: MetaWorldEnv, trial: Trial, config: RolloutConfig) -> None
     replay = _mean_trajectory(config.dataset, env.language.sentence) if trial.mode == "mean_replay" else None
     while not trial.success and trial.decisions < limit:
         if trial.mode == "expert":
-            trial.success = any([env.control_step(env.expert_action()) for _ in range(env.action_repeat)])
+            for _ in range(env.action_repeat):
+                trial.success |= env.control_step(env.expert_action())
             trial.decisions += 1
             continue
         action = rng.uniform(-1, 1, 4) if replay is None else replay[min(trial.decisions, len(replay) - 1)]
@@ -187,7 +192,7 @@ def rollout(
     checkpoint: Path,
     tasks: list[str] | None = None,
     episodes: int = 25,
-    modes: list[Mode] = list(get_args(Mode)),  # noqa: B006 - shown by --help
+    modes: tuple[Mode, ...] = MODES,
     out: Path | None = None,
     dataset: Path | None = None,
     execution_horizon: int | None = None,
@@ -205,8 +210,8 @@ def rollout(
         checkpoint: a .ckpt file, a run's directory or an exported folder.
         tasks: MetaWorld task names; by default those of the dataset that the checkpoint was trained on.
         episodes: initial states per task, the same for every mode.
-        modes: policy (the predicted subtask conditions the actions), flat (the task alone does), and the baselines:
-            mean_replay (mean training trajectory), random (uniform actions), expert (the scripted one, which sees the goal).
+        modes: policy (the predicted subtask conditions the actions), flat (the task alone does), and the baselines
+            mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal).
         out: folder for rollout.json, videos and frames; by default `rollout` beside the checkpoint.
         dataset: the demonstrations, for mean_replay and the default tasks; by default the one named in the checkpoint.
         execution_horizon: actions of a chunk that are executed before the next is asked for; by default half.
@@ -222,7 +227,7 @@ def rollout(
     """
     from tqdm import tqdm
 
-    from pi05_lightning.checkpoint import find_checkpoint, load
+    from pi05_lightning.checkpoint import load
     from pi05_lightning.sim import video
     from pi05_lightning.sim.tasks import task_of_sentence
 
@@ -242,7 +247,7 @@ def rollout(
         cameras=processor.cameras,
         seed=seed,
     )
-    out = out or run_folder(checkpoint) / "rollout"
+    out = out or default_folder(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     jobs = list(plan(config, tasks, episodes, modes, lanes, videos))
     workers = num_workers or os.cpu_count() or 1
@@ -256,7 +261,7 @@ def rollout(
         for trials, elapsed in pool.map(run_job, jobs):
             for trial in trials:
                 if trial.images:
-                    video.write(out / f"{trial.mode}-{trial.task}-{trial.seed}.mp4", trial, FRAME_RATE)
+                    video.write(out / f"{trial.mode}-{trial.task}-{trial.seed}.mp4", trial, round(robot.fps))
                     trial.images.clear()
             finished += trials
             seconds[trials[0].mode] += elapsed
@@ -265,6 +270,12 @@ def rollout(
     (out / "rollout.json").write_text(json.dumps(result, indent=2))
     print_table(result)
     return result
+
+
+def default_folder(checkpoint: Path) -> Path:
+    """`rollout` in the run's directory, wherever in it the checkpoint is."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "rollout"
 
 
 def plan(
@@ -282,7 +293,7 @@ def plan(
                 yield Job(config, tuple(trials[first : first + lanes]))
 
 
-def summarise(trials: Sequence[Trial], seconds: dict[str, float], config: RolloutConfig) -> dict[str, Any]:
+def summarise(trials: Sequence[Trial], seconds: Mapping[Mode, float], config: RolloutConfig) -> dict[str, Any]:
     """Success by mode and task, failures with a reason, and process seconds per mode."""
     success: dict[str, dict[str, list[int]]] = {}
     for trial in trials:

@@ -18,11 +18,12 @@ _COLOURS = {True: "#1a7f37", False: "#57606a"}
 class Episode(Protocol):
     """What a film shows: u8[h w 3] images and a caption per decision, and whether it ended well."""
 
-    mode: str
-    task: str
     success: bool
     images: list[np.ndarray]
     captions: list[str]
+
+    @property
+    def title(self) -> str: ...
 
 
 def frames(episode: Episode) -> list[np.ndarray]:
@@ -31,7 +32,7 @@ def frames(episode: Episode) -> list[np.ndarray]:
     return [
         _captioned(
             image,
-            [f"{episode.mode} · {episode.task}" + ("  success" if episode.success and i == last else ""), caption],
+            [episode.title + ("  success" if episode.success and i == last else ""), caption],
             _COLOURS[episode.success and i == last],
         )
         for i, (image, caption) in enumerate(zip(episode.images, episode.captions, strict=True))
