@@ -6,6 +6,8 @@ BIN := .venv/bin
 SETUP := .venv/.setup
 RENDERING := .venv/.rendering
 ARGS ?=
+# without cached bytecode every process compiles torch and its friends anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## list the targets

@@ -39,7 +39,8 @@ def loss_terms(out: Outputs, batch: Batch) -> dict[str, Tensor]:
     if out.tokens is not None:
         kind = batch.loss_kind.flatten()[batch.target_index]
         terms = {name: masked_mean(out.tokens.nll, kind == loss) for name, loss in TOKEN_TERMS.items()}
-        terms["location"] = masked_mean(out.tokens.distance, out.tokens.is_location)
+    if out.distance is not None:
+        terms["location"] = out.distance.mean()
     if out.flow is not None:
         terms["flow"] = masked_mean(out.flow, batch.action_mask[:, None].expand_as(out.flow))
     return terms

@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import text_to_boxes
+from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Box, Loss, Modality
 
@@ -50,10 +51,15 @@ def without_targets(batch: Batch, kind: Loss) -> Batch:
 
 
 def measure_tokens(model: Pi05, batch: Batch) -> Measured:
-    """Cross-entropy and accuracy of the given next tokens (teacher forcing)."""
-    scores = model(batch, actions=False).tokens
-    ones = torch.ones_like(scores.nll)
-    return {"cross_entropy": (scores.nll, ones), "token_accuracy": (scores.correct, ones)}
+    """Cross-entropy and accuracy of the given next tokens (teacher forcing); the keypoints' pointing error if any."""
+    points = isinstance(model.backbone.vision, KeypointStem)
+    out = model(batch, actions=False, points=points)
+    assert out.tokens is not None
+    ones = torch.ones_like(out.tokens.nll)
+    measured = {"cross_entropy": (out.tokens.nll, ones), "token_accuracy": (out.tokens.correct, ones)}
+    if out.distance is not None:
+        measured["pointing_error"] = (out.distance, torch.ones_like(out.distance))
+    return measured
 
 
 def measure_text(model: Pi05, processor: Processor, batch: Batch, source: str, num_steps: int) -> Measured:

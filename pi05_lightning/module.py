@@ -107,6 +107,7 @@ class Pi05Module(LightningModule):
             batch,
             tokens=bool(weights.text or weights.subtask or weights.fast),
             actions=bool(weights.flow),
+            points=bool(weights.location),
             insulate=self.knowledge_insulation,
         )
         terms = loss_terms(out, batch)

@@ -23,8 +23,9 @@ class LossWeights:
     subtask: float = 0.0
     fast: float = 0.0
     location: float = 0.0
-    """Distance between the expected and the true coordinate of box tokens (L1, share of the image), beside their
-    cross-entropy: what small models learn places from. Not in π0.5."""
+    """Pointing: L1 distance, as a share of the image, between the keypoint that a box's question selects and the box's
+    centre. Of the keypoint stem only, and not in π0.5: beside the boxes' cross-entropy, it is how a small model learns
+    in a hundred steps where things are."""
     flow: float = 0.0
     """Flow matching; in the posttrain stage this is multiplied by flow_alpha."""
 

@@ -2,7 +2,7 @@
 
 Axis letters, the same everywhere: B batch, C cameras, L tokens, S prefix length (image tokens + L), T action horizon,
 A action dims of a dataset, D action dims of the model (A padded), W model width, H heads, K noise draws, N targets,
-P images present in a batch, R rows of a batch that carry actions.
+P images present in a batch, R rows of a batch that carry actions, Q points that a batch asks for.
 """
 
 from __future__ import annotations
@@ -94,6 +94,15 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Point:
+    """Something that a box names: its question and its centre (y, x) in [0, 1] of one camera's image."""
+
+    camera: str
+    query: str
+    centre: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Sample:
     """One training example, ready to collate: images u8[3 H W] of the model's size, normalised actions f32[T D].
 
@@ -105,6 +114,7 @@ class Sample:
     images: dict[str, np.ndarray] = field(default_factory=dict)
     actions: np.ndarray | None = None
     action_mask: np.ndarray | None = None
+    points: tuple[Point, ...] = ()
     source: int = 0
     key: int = 0
 
@@ -122,6 +132,8 @@ class Batch:
     target_index i64[N]        row * L + column of every token with a loss
     actions      f32[R T D]    action_mask bool[R T D]
     modality     i64[B]        `Modality.id`;  source i64[B];  key i64[B]
+    point_image  i64[Q]        image of a point;  point_tokens i64[Q M], point_token_mask bool[Q M]: what it is called
+    point_target f32[Q 2]      where it is: (y, x) in [0, 1]
     noise        f32[R K T D]  time f32[R K]: drawn per sample from `key`, see `losses.draw_noise`; None before that
     """
 
@@ -139,6 +151,10 @@ class Batch:
     modality: Tensor
     source: Tensor
     key: Tensor
+    point_image: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    point_tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    point_token_mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    point_target: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
     noise: Tensor | None = None
     time: Tensor | None = None
 
@@ -168,6 +184,7 @@ class Prefix:
 
     hidden     [B S W] after the last norm, or None when only the flow head reads the prefix
     kv         one (K, V) per layer, each [B H_kv S head_dim], K rotated
+    keypoints  f32[P K 2] (y, x) of the keypoint stem; None with SigLIP
     mask       bool[B S] valid;  flow_mask bool[B S]: what the flow head may see (images, prompt, subtask; never FAST)
     """
 
@@ -175,6 +192,7 @@ class Prefix:
     kv: list[tuple[Tensor, Tensor]]
     mask: Tensor
     flow_mask: Tensor
+    keypoints: Tensor | None = None
 
     def rows(self, n: int) -> Prefix:
         """The first n rows, which are those that carry actions, for the flow head (views)."""

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
-from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.data.tokenizer import TextTokenizer, text_to_boxes
 from pi05_lightning.data.transforms import Group, Normalize, Quantiles, Unnormalize
-from pi05_lightning.types import Answer, Batch, Frame, Loss, Modality, Sample, Segment, Shapes
+from pi05_lightning.types import Answer, Batch, Frame, Loss, Modality, Point, Sample, Segment, Shapes
 
 LENGTH_MULTIPLE = 8  # token counts are rounded up to it: few distinct shapes, no more than 7 pads on the longest row
 MAX_TOKENS = 1024  # a longer text is a mistake in the data, not a sample
@@ -120,7 +121,13 @@ class Processor:
                 segments.append(self._fast_segment(frame.actions))
             else:
                 actions, mask = self._pad(frame.actions, frame.action_is_pad)
-        return Sample(tuple(segments), modality, self._resize(images), actions, mask, index, key)
+        points = tuple(
+            Point(answer.camera, answer.question, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+            for answer in frame.answers
+            if answer.camera in images
+            for box in text_to_boxes(answer.answer)[:1]
+        )
+        return Sample(tuple(segments), modality, self._resize(images), actions, mask, points, index, key)
 
     @staticmethod
     def _choose_questions(answers: Sequence[Answer], rng: np.random.Generator, most: int) -> list[Answer]:
@@ -210,14 +217,23 @@ class Processor:
 
         slots = max(len(sample.images) for sample in samples)
         image_mask = np.zeros((rows, slots), dtype=bool)
-        pixels, image_index, camera = [], [], []
+        pixels: list[np.ndarray] = []
+        image_index: list[int] = []
+        camera: list[int] = []
+        points: list[tuple[int, Point]] = []
         for row, sample in enumerate(samples):
             for place, (name, image) in enumerate(sample.images.items()):
+                points += [(len(pixels), point) for point in sample.points if point.camera == name]
                 image_mask[row, place] = True
                 pixels.append(image)
                 image_index.append(row * slots + place)
                 camera.append(self.cameras.index(name))
         size, shapes = self.shapes.image_size, self.shapes
+        queries = pad_sequence(
+            [torch.tensor(self.tokenizer.encode(point.query)) for _, point in points] or [torch.zeros(0).long()],
+            batch_first=True,
+            padding_value=self.tokenizer.pad_id,
+        )[: len(points)]
         chunk = (shapes.horizon, shapes.action_dim)
         actions = [sample.actions for sample in samples if sample.actions is not None]
         masks = [sample.action_mask for sample in samples if sample.action_mask is not None]
@@ -237,6 +253,10 @@ class Processor:
             modality=torch.tensor([sample.modality.id for sample in samples]),
             source=torch.tensor([sample.source for sample in samples]),
             key=torch.tensor([sample.key for sample in samples]),
+            point_image=torch.tensor([image for image, _ in points], dtype=torch.long),
+            point_tokens=queries,
+            point_token_mask=queries != self.tokenizer.pad_id,
+            point_target=torch.tensor([point.centre for _, point in points]).reshape(-1, 2),
         )
 
     # --- to and from a checkpoint

@@ -82,7 +82,7 @@ class Backbone(nn.Module):
 
     def forward(self, batch: Batch, *, need_hidden: bool = True) -> Prefix:
         """Run a whole sequence. Without `need_hidden` the last layer stops after its keys and values."""
-        x, mask, causal = self.embed(batch)
+        x, mask, causal, keypoints = self.embed(batch)
         flow_mask = mask.clone()
         given = (batch.loss_kind == Loss.NONE) | (batch.loss_kind == Loss.SUBTASK)
         flow_mask[:, -batch.tokens.shape[1] :] &= given
@@ -95,17 +95,17 @@ class Backbone(nn.Module):
             kv.append(layer_kv)
         last = self.layers[-1]
         if not need_hidden:
-            return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask)
+            return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask, keypoints)
         x, layer_kv = last(x, rope, attend)
-        return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask)
+        return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask, keypoints)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """-> embeddings [B S W], valid bool[B S], causal bool[B S]; images first, then tokens."""
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """-> embeddings [B S W], valid bool[B S], causal bool[B S], keypoints; images first, then tokens."""
         rows, cameras = batch.image_mask.shape
         text = self.embed_text(batch.tokens)
         if not cameras:
-            return text, batch.token_mask, batch.causal
-        features = self.encode_images(batch)
+            return text, batch.token_mask, batch.causal, None
+        features, keypoints = self.encode_images(batch)
         slots = features.new_zeros(rows * cameras, *features.shape[1:])
         slots = slots.index_copy(0, batch.image_index, features)
         images = rearrange(slots, "(b c) n w -> b (c n) w", b=rows)
@@ -114,12 +114,21 @@ class Backbone(nn.Module):
             torch.cat([images.to(text.dtype), text], dim=1),
             torch.cat([image_mask, batch.token_mask], dim=1),
             torch.cat([torch.zeros_like(image_mask), batch.causal], dim=1),
+            keypoints,
         )
 
-    def encode_images(self, batch: Batch) -> Tensor:
-        """u8[P 3 H W] -> [P N W]; all present images of all cameras in one call."""
+    def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """u8[P 3 H W] -> tokens [P N W] and keypoints; all present images of all cameras in one call."""
         dtype = self.embed_tokens.weight.dtype
         return self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
+
+    def point(self, batch: Batch, prefix: Prefix) -> Tensor:
+        """Where the keypoint stem sees what the batch's points are called, f32[Q 2]."""
+        if not isinstance(self.vision, KeypointStem) or prefix.keypoints is None:
+            raise ValueError("the location loss is the keypoint stem's: use backbone_type keypoint_gemma, or weight 0")
+        words = self.embed_text(batch.point_tokens) * batch.point_token_mask[..., None]
+        query = words.sum(1) / batch.point_token_mask.sum(1, keepdim=True)
+        return self.vision.point(query, prefix.keypoints[batch.point_image], batch.camera[batch.point_image])
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5

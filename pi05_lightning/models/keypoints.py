@@ -32,6 +32,7 @@ class KeypointStem(nn.Module):
     """
 
     octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
+    offset_scale = 0.1  # a keypoint is on the object or near it
     sharpness = 4.0  # of the softmax at the start: flat maps all point to the middle
 
     def __init__(self, config: VisionConfig, out_width: int) -> None:
@@ -49,10 +50,12 @@ class KeypointStem(nn.Module):
         self.maps = nn.Conv2d(config.width, config.max_cameras * config.num_keypoints, 3, padding=1)
         features = 4 * self.octaves * config.keypoints_per_token
         self.projection = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, features, out_width))
+        self.pointer = nn.Linear(out_width, config.max_cameras * (config.num_keypoints + 2))
         self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
 
     def keypoints(self, images: Tensor, camera: Tensor) -> Tensor:
         """images f32[P 3 H W], camera i64[P] -> f32[P num_keypoints 2], (y, x) in [0, 1]."""
+        images = images.contiguous(memory_format=torch.channels_last)  # what convolutions on a CPU are fastest with
         heat = rearrange(self.maps(self.convs(images)), "p (c n) h w -> p c n h w", c=self.num_cameras)
         heat = heat[torch.arange(len(camera), device=camera.device), camera].float() * self.sharpness
         height, width = heat.shape[-2:]
@@ -62,13 +65,24 @@ class KeypointStem(nn.Module):
         grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
         return heat @ grid
 
-    def forward(self, images: Tensor, camera: Tensor) -> Tensor:
-        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> [P N W]."""
-        features = fourier_features(self.keypoints(images, camera), self.octaves)
+    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W] and keypoints f32[P K 2]."""
+        keypoints = self.keypoints(images, camera)
+        features = fourier_features(keypoints, self.octaves)
         features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_tokens)
         # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
         own = F.one_hot(camera, self.num_cameras).to(features.dtype)
-        return torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection) + self.identity[camera]
+        return torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection) + self.identity[camera], keypoints
+
+    def point(self, query: Tensor, keypoints: Tensor, camera: Tensor) -> Tensor:
+        """Where what a query names is: it selects among the image's keypoints, and an offset from them.
+
+        query [Q W], keypoints f32[Q K 2] and camera i64[Q] of the image asked about -> f32[Q 2], (y, x) in [0, 1].
+        """
+        said = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
+        said = said[torch.arange(len(camera), device=camera.device), camera].float()
+        weights, offset = said[:, :-2].softmax(-1), said[:, -2:]
+        return torch.einsum("qk,qkc->qc", weights, keypoints) + self.offset_scale * offset
 
     def reset_parameters(self) -> None:
         for conv in (*self.convs, self.maps):
@@ -78,3 +92,5 @@ class KeypointStem(nn.Module):
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.projection, std=self.projection.shape[2] ** -0.5)
         nn.init.normal_(self.identity, std=1.0)
+        nn.init.normal_(self.pointer.weight, std=self.pointer.in_features**-0.5)
+        nn.init.zeros_(self.pointer.bias)

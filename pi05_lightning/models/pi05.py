@@ -13,7 +13,7 @@ from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
 from pi05_lightning.models.heads.token import TokenScores, score_tokens
-from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch
+from pi05_lightning.types import Batch
 
 
 @dataclass
@@ -22,10 +22,12 @@ class Outputs:
 
     tokens: scores of the N target tokens, in the order of `Batch.target_index`; None if not asked for.
     flow f32[R K T D]: squared error of the velocity; None if not asked for.
+    distance f32[Q]: mean of |y| and |x| between where the keypoints point and the truth, as a share of the image.
     """
 
     tokens: TokenScores | None = None
     flow: Tensor | None = None
+    distance: Tensor | None = None
 
 
 class Pi05(nn.Module):
@@ -34,17 +36,17 @@ class Pi05(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # PaliGemma's order: <loc> and then <seg> are the last of the vocabulary
-        self.loc_ids = range(config.vocab_size - NUM_LOC - NUM_SEG, config.vocab_size - NUM_SEG)
         self.backbone = Backbone(config)
         self.fast_head = FastHead(config.vocab_size, config.fast_vocab_size, config.fast_skip_tokens)
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
         self.flow_head = FlowHead(config)
 
-    def forward(self, batch: Batch, *, tokens: bool = True, actions: bool = True, insulate: bool = False) -> Outputs:
-        """Token losses and flow loss of a batch, from one backbone pass.
+    def forward(
+        self, batch: Batch, *, tokens: bool = True, actions: bool = True, points: bool = False, insulate: bool = False
+    ) -> Outputs:
+        """Token losses, flow loss and pointing error of a batch, from one backbone pass.
 
-        tokens, actions: which of the two to compute.  insulate: the flow loss gives the backbone no gradient
+        tokens, actions, points: which of them to compute.  insulate: the flow loss gives the backbone no gradient
         (knowledge insulation, arXiv 2505.23705).  With `actions`, the batch needs its noise and time.
         """
         tokens = tokens and len(batch.target_index) > 0
@@ -56,9 +58,9 @@ class Pi05(nn.Module):
             text = prefix.hidden[:, -batch.tokens.shape[1] :].flatten(0, 1)
             targets = batch.tokens.flatten()[batch.target_index]
             # position l - 1 predicts token l
-            out.tokens = score_tokens(
-                text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets, self.loc_ids
-            )
+            out.tokens = score_tokens(text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets)
+        if points and len(batch.point_target):
+            out.distance = (self.backbone.point(batch, prefix) - batch.point_target).abs().mean(-1)
         if actions:
             assert batch.noise is not None
             assert batch.time is not None

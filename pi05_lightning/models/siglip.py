@@ -50,9 +50,9 @@ class Siglip(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
         self.projector = nn.Linear(config.width, out_width)
 
-    def forward(self, images: Tensor, camera: Tensor) -> Tensor:
-        """images f32[P 3 H W] in [-1, 1] -> [P N W]. `camera` is not looked at: SigLIP treats all cameras alike."""
+    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, None]:
+        """images f32[P 3 H W] in [-1, 1] -> tokens [P N W]; no keypoints. SigLIP treats all cameras alike."""
         x = rearrange(self.patch_embedding(images), "p w h v -> p (h v) w") + self.position_embedding.weight
         for layer in self.layers:
             x = layer(x)
-        return self.projector(self.post_layernorm(x))
+        return self.projector(self.post_layernorm(x)), None

@@ -37,7 +37,7 @@ def prefix(model: Pi05, batch: Batch) -> Prefix:
 
 # --- cross-entropy
 
-VOCAB, LOCATIONS = 50, range(30, 40)
+VOCAB = 50
 
 
 def plain_and_chunked(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, ...]]:
@@ -50,7 +50,7 @@ def plain_and_chunked(rows: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
         h, e = hidden.clone().requires_grad_(), embedding.clone().requires_grad_()
         if chunked:
             monkeypatch.setattr(token, "CHUNK_BYTES", 4 * VOCAB * rows)
-            nll = score_tokens(h, e, targets, LOCATIONS).nll
+            nll = score_tokens(h, e, targets).nll
         else:
             nll = F.cross_entropy(h @ e.T, targets, reduction="none")
         (nll * weight).sum().backward()
@@ -69,9 +69,9 @@ def test_chunked_cross_entropy_and_its_gradients_equal_plain_ones(rows: int, mon
 
 def test_scores_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, embedding, targets = torch.randn(23, 16), torch.randn(VOCAB, 16), torch.randint(0, VOCAB, (23,))
-    whole = score_tokens(hidden, embedding, targets, LOCATIONS)
+    whole = score_tokens(hidden, embedding, targets)
     monkeypatch.setattr(token, "CHUNK_BYTES", 4 * VOCAB * 3)
-    for expected, found in zip(whole, score_tokens(hidden, embedding, targets, LOCATIONS), strict=True):
+    for expected, found in zip(whole, score_tokens(hidden, embedding, targets), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -92,7 +92,7 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(F, "linear", watched)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        nll = score_tokens(hidden, embedding, torch.randint(0, VOCAB, (23,)), LOCATIONS).nll
+        nll = score_tokens(hidden, embedding, torch.randint(0, VOCAB, (23,))).nll
     nll.sum().backward()
     assert max(widest) == 4
     assert max(saved) < 23 * VOCAB
@@ -101,15 +101,8 @@ def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) 
 def test_correct_marks_the_most_likely_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token, "CHUNK_BYTES", 4 * 4 * 2)
     embedding = torch.eye(4)
-    scores = score_tokens(embedding[[0, 1, 2, 0]], embedding, torch.tensor([0, 1, 1, 2]), range(2, 4))
+    scores = score_tokens(embedding[[0, 1, 2, 0]], embedding, torch.tensor([0, 1, 1, 2]))
     assert scores.correct.tolist() == [True, True, False, False]
-    assert scores.is_location.tolist() == [False, False, False, True]
-
-
-def test_distance_is_of_the_expected_coordinate() -> None:
-    embedding = 100 * torch.eye(10)
-    scores = score_tokens(torch.eye(10)[[4, 8]], embedding, torch.tensor([6, 8]), range(2, 10))
-    torch.testing.assert_close(scores.distance, torch.tensor([2 / 8, 0.0]))
 
 
 def test_loss_of_a_token_is_read_at_the_token_before_it(model: Pi05) -> None:

@@ -17,45 +17,31 @@ CHUNK_BYTES = 1 << 28  # of fp32 logits at a time: 260 positions of π0.5's voca
 
 
 class TokenScores(NamedTuple):
-    """What the logits say of each of N targets.
-
-    nll f32[N];  correct bool[N]: it was the most likely token;  is_location bool[N]: it is a <loc>;
-    distance f32[N]: of the expected coordinate from the true one, as a share of the image, where it is a location.
-    """
+    """Of each of N targets its negative log-likelihood f32[N], and whether it was the most likely token, bool[N]."""
 
     nll: Tensor
     correct: Tensor
-    is_location: Tensor
-    distance: Tensor
 
 
-def score_tokens(hidden: Tensor, embedding: Tensor, targets: Tensor, loc_ids: range) -> TokenScores:
+def score_tokens(hidden: Tensor, embedding: Tensor, targets: Tensor) -> TokenScores:
     """Score targets i64[N] against hidden states [N W] and the tied embedding [V W].
 
     Logits are made chunk by chunk and made again in the backward pass, so that an [N V] tensor never exists.
     """
     rows = max(1, CHUNK_BYTES // (4 * embedding.shape[0]))
     if len(targets) <= rows:
-        return _score(hidden, embedding, targets, loc_ids)
+        return _score(hidden, embedding, targets)
     parts = [
-        checkpoint(_score, h, embedding, t, loc_ids, use_reentrant=False)
+        checkpoint(_score, h, embedding, t, use_reentrant=False)
         for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return TokenScores(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _score(hidden: Tensor, embedding: Tensor, targets: Tensor, loc_ids: range) -> TokenScores:
+def _score(hidden: Tensor, embedding: Tensor, targets: Tensor) -> TokenScores:
     logits = F.linear(hidden, embedding).float()
-    place = (targets - loc_ids.start) / len(loc_ids)
-    grid = torch.arange(len(loc_ids), device=logits.device) / len(loc_ids)
-    # not a matrix product, which autocast would do in bf16
-    expected = (logits[:, loc_ids.start : loc_ids.stop].softmax(-1) * grid).sum(-1)
-    return TokenScores(
-        nll=F.cross_entropy(logits, targets, reduction="none"),
-        correct=logits.detach().argmax(-1) == targets,
-        is_location=(targets >= loc_ids.start) & (targets < loc_ids.stop),
-        distance=(expected - place).abs(),
-    )
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    return TokenScores(nll, logits.detach().argmax(-1) == targets)
 
 
 Allowed = Callable[[Tensor, int], Tensor]

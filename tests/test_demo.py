@@ -1,0 +1,109 @@
+"""`pi05 demo`: what is done is not done again, what was interrupted goes on, the summary holds what was measured."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pi05_lightning.demo import Part, Progress, demo, parts, run_command, write_json, write_summary
+
+PART = Part("stats", ("stats", "data"))
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "parts" / "stats.json"
+
+
+def finish(marker: Path, part: Part = PART) -> None:
+    with Progress(marker, part).timed():
+        pass
+
+
+def test_part_is_done_once_it_ended_well(marker: Path) -> None:
+    finish(marker)
+    assert Progress(marker, PART).finished
+
+
+def test_part_that_failed_is_not_done_but_its_seconds_count(marker: Path) -> None:
+    def fail_slowly() -> None:
+        with Progress(marker, PART).timed():
+            time.sleep(0.11)
+            raise SystemExit(1)
+
+    with pytest.raises(SystemExit):
+        fail_slowly()
+    again = Progress(marker, PART)
+    assert not again.finished
+    assert again.seconds >= 0.1
+
+
+def test_part_of_a_demo_with_other_arguments_is_not_taken_for_this_one(marker: Path) -> None:
+    finish(marker)
+    with pytest.raises(ValueError, match="give another --out"):
+        Progress(marker, Part("stats", ("stats", "other")))
+
+
+def test_training_that_was_interrupted_resumes(tmp_path: Path) -> None:
+    fit = next(part for part in parts(tmp_path, seed=0, quick=False) if part.name == "fit")
+    assert "--ckpt_path" not in fit.next_command
+    fit.resume_from.parent.mkdir(parents=True)
+    fit.resume_from.touch()
+    assert fit.next_command == ("fit", "--ckpt_path", str(tmp_path / "fit"))
+
+
+def test_seed_changes_the_training_and_not_the_data(tmp_path: Path) -> None:
+    commands = [{part.name: part.command for part in parts(tmp_path, seed, quick=False)} for seed in (0, 1)]
+    assert {name for name in commands[0] if commands[0][name] != commands[1][name]} == {"fit"}
+
+
+def test_command_that_fails_ends_the_demo_with_its_status() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_command(("stats", "--no-such-option"))
+    assert stopped.value.code == 2
+
+
+def test_finished_demo_shows_its_result_without_running_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    todo = parts(tmp_path, seed=0, quick=False)
+    write_json(tmp_path / "fit" / "metrics.json", {"qa": {"exact_match": 0.875}})
+    write_json(tmp_path / "fit" / "rollout" / "rollout.json", {"success": {"policy": {"reach-v3": [24, 25]}}})
+    for part in todo:
+        finish(tmp_path / "parts" / f"{part.name}.json", part)
+    write_summary(tmp_path, todo, seed=0)
+    demo(tmp_path)
+    last = capsys.readouterr().out
+    assert all(shown in last for shown in ("0.875", "24/25", str(tmp_path / "index.html"), "tensorboard --logdir"))
+
+
+def test_summary_holds_seconds_metrics_and_success(tmp_path: Path) -> None:
+    todo = parts(tmp_path, seed=0, quick=False)
+    metrics = {"qa": {"exact_match": 0.875}}
+    success = {"policy": {"reach-v3": [24, 25]}}
+    write_json(tmp_path / "fit" / "metrics.json", metrics)
+    write_json(tmp_path / "fit" / "rollout" / "rollout.json", {"success": success})
+    finish(tmp_path / "parts" / "collect.json", todo[0])
+    write_summary(tmp_path, todo, seed=0)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["metrics"], summary["success"]) == (metrics, success)
+    assert list(summary["seconds"]) == ["collect"]
+
+
+def test_interrupt_reaches_the_command_that_runs(tmp_path: Path) -> None:
+    script = (
+        f"from pi05_lightning.demo import demo; from pathlib import Path; demo(Path({str(tmp_path)!r}), quick=True)"
+    )
+    process = subprocess.Popen([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "$ pi05 collect" not in process.stdout.readline():
+        pass
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not json.loads((tmp_path / "parts" / "collect.json").read_text())["done"]

@@ -1,0 +1,64 @@
+"""What a user gets: a wheel that works where nothing of the repository is."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def uv(*arguments: str | Path) -> None:
+    subprocess.run([sys.executable, "-m", "uv", *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` folder of a new environment with the wheel and its dependencies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves its build folder beside what it builds
+    for name in ("configs", "experiments", "pi05_lightning"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    uv("build", "--wheel", "--out-dir", folder, source)
+    (wheel,) = folder.glob("*.whl")
+    environment = folder / "venv"
+    uv("venv", "--python", sys.executable, environment)
+    python = environment / "bin" / "python"
+    uv("pip", "install", "--python", python, "--constraint", ROOT / "requirements.lock", wheel)
+    return environment / "bin"
+
+
+def pi05(installed: Path, folder: Path, *arguments: str) -> str:
+    """What `pi05` of the installed wheel prints in a folder of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(installed / "pi05"), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.slow
+def test_installed_wheel_answers_help(installed: Path, tmp_path: Path) -> None:
+    assert "usage: pi05 COMMAND" in pi05(installed, tmp_path, "--help")
+
+
+@pytest.mark.slow
+def test_installed_wheel_brings_the_shipped_configurations(installed: Path, tmp_path: Path) -> None:
+    layers = ("-c", "configs/tiny.yaml", "-c", "experiments/001_metaworld/config.yaml")
+    assert "pretrain_steps: " in pi05(installed, tmp_path, "fit", *layers, "--print_config")
+
+
+@pytest.mark.slow
+def test_installed_wheel_brings_its_data_files(installed: Path, tmp_path: Path) -> None:
+    script = "from pi05_lightning.data.tokenizer import TextTokenizer; print(TextTokenizer.load('tiny').vocab_size)"
+    command = [str(installed / "python"), "-c", script]
+    assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip() == "4096"
+
+
+def test_lock_holds_versions_and_no_address() -> None:
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    assert lines
+    assert all("==" in line and "/" not in line and "@" not in line for line in lines)
