@@ -8,22 +8,22 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from pi05_lightning.report.page import overall
-from pi05_lightning.report.run import Metrics, Success, read_json
+from pi05_lightning.report.run import read_json
+from pi05_lightning.report.tables import metrics_table, success_table
 
 OUT = Path("runs/demo")
-HORIZON = 16  # of configs/model/tiny.yaml
+HORIZON = 8  # of configs/model/tiny.yaml
 CONFIGS = ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml")
 console = Console()
 
@@ -78,7 +78,7 @@ def parts(out: Path, seed: int, quick: bool) -> list[Part]:
     elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
     collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
     fit = ["--stages.pretrain_steps=4", "--stages.posttrain_steps=4", "--data.val_samples=8"] if quick else []
-    rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else []
+    rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else ["--execution_horizon", "1"]
     return [
         # a directory whose part is not marked as done may be whole all the same
         Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),
@@ -156,34 +156,28 @@ def write_summary(out: Path, todo: list[Part], seed: int) -> None:
     summary = {
         "seed": seed,
         "seconds": {name: marker["seconds"] for name, marker in markers.items() if marker},
-        "metrics": read_json(out / "fit" / "metrics.json"),
+        "metrics": by_modality(read_json(out / "fit" / "metrics.json")),
         "success": read_json(out / "fit" / "rollout" / "rollout.json").get("success", {}),
     }
     write_json(out / "summary.json", summary)
 
 
+def by_modality(metrics: Metrics) -> Metrics:
+    """modality -> metric -> mean over the sources that have both; `robot/qa` and `web/qa` become `qa`."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, by_metric in metrics.items():
+        for metric, value in by_metric.items():
+            if value is not None:
+                values[name.rpartition("/")[2]][metric].append(value)
+    return {
+        name: {metric: fmean(found) for metric, found in metric_values.items()}
+        for name, metric_values in values.items()
+    }
+
+
 def print_result(out: Path) -> None:
     """The table, the page's path and TensorBoard's command."""
     summary = read_json(out / "summary.json")
-    console.print(metrics_table(summary["metrics"]), success_table(summary["success"]))
+    console.print(metrics_table(read_json(out / "fit" / "metrics.json")), success_table(summary["success"]))
     console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
-
-
-def metrics_table(metrics: Metrics) -> Table:
-    table = Table("modality", "metric", "value", title="validation", title_justify="left", box=SIMPLE_HEAD)
-    for modality, values in metrics.items():
-        for number, (metric, value) in enumerate(values.items()):
-            table.add_row("" if number else modality, metric, f"{value:.4g}")
-    return table
-
-
-def success_table(success: Success) -> Table:
-    table = Table("task", title="success on held-out initial states", title_justify="left", box=SIMPLE_HEAD)
-    for mode in success:
-        table.add_column(mode, justify="right", no_wrap=True)
-    for task in next(iter(success.values())):
-        table.add_row(task, *(f"{by_task[task][0]}/{by_task[task][1]}" for by_task in success.values()))
-    table.add_section()
-    table.add_row("all", *(f"{row['rate']:.2f}" for row in overall(success).values()))
-    return table

@@ -11,6 +11,7 @@ configuration it was trained with, so that its path alone is enough to validate 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import sys
@@ -25,15 +26,19 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 
 from pi05_lightning.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
+from pi05_lightning.callbacks.metrics_file import MetricsFile
 from pi05_lightning.callbacks.predictions import PredictionsFile
 from pi05_lightning.callbacks.stages import StageSwitch
 from pi05_lightning.checkpoint import find_checkpoint, read_training_checkpoint
 from pi05_lightning.cli import TRAINER_COMMANDS, Parser
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.report.run import Metrics
+from pi05_lightning.report.tables import metrics_table
 from pi05_lightning.shipped import find_config
 
 RUNS = Path("runs")
@@ -100,7 +105,8 @@ class Pi05CLI(LightningCLI):
             Pi05Module,
             Pi05DataModule,
             save_config_callback=RunConfig,
-            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [InterruptBetweenSteps(), PredictionsFile()]},
+            trainer_defaults=TRAINER_DEFAULTS
+            | {"callbacks": [InterruptBetweenSteps(), MetricsFile(), PredictionsFile()]},
             seed_everything_default=0,
             parser_class=RunParser,
             parser_kwargs={"prog": f"pi05 {command}", "description": TRAINER_COMMANDS[command]},
@@ -204,9 +210,24 @@ def run(command: str, args: list[str]) -> None:
     silence_noise()
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
-    options = {"return_predictions": False} if command == "predict" else {}
+    # what Lightning prints by itself has a column per loader, all of them full
+    quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     try:
-        getattr(cli.trainer, command)(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **options)
+        getattr(cli.trainer, command)(
+            cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
+        )
+        if command in ("validate", "test") and cli.trainer.is_global_zero:
+            report_metrics(cli.trainer, Path(cli.config.run))
     finally:
         if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)
+
+
+def report_metrics(trainer: Trainer, folder: Path) -> None:
+    """Print the validation's metrics as a table, and write them to the run's metrics.json."""
+    metrics: Metrics = {}
+    for name, value in trainer.callback_metrics.items():
+        entry, _, metric = name.removeprefix("val/").rpartition("/")
+        metrics.setdefault(entry, {})[metric] = float(value)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
+    Console().print(metrics_table(metrics))

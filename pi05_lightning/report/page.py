@@ -104,7 +104,9 @@ def svg_uri(svg: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
+    if value is None:
+        return "not a number"
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-Metrics = dict[str, dict[str, float]]
-"""modality -> metric -> value"""
+Metrics = dict[str, dict[str, float | None]]
+"""source/modality -> metric -> value, None where it is no number"""
 Success = dict[str, dict[str, tuple[int, int]]]
 """mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
 

@@ -14,7 +14,7 @@ class CollectConfig:
 
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
-    tasks: tuple[str, ...] = ("reach-v3", "window-open-v3", "drawer-open-v3", "button-press-topdown-v3")
+    tasks: tuple[str, ...] = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "button-press-v3")
     """MetaWorld tasks by name."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
@@ -26,7 +26,7 @@ class CollectConfig:
     """Decides every initial state, push and scene; other seeds share none of them."""
     noise_share: float = 0.5
     """Share of the episodes in which the arm is pushed off its way; the actions stay the expert's."""
-    action_repeat: int = 5
+    action_repeat: int = 8
     """Control steps of 1/80 s that an action lasts: frames per second are 80 / action_repeat."""
     cameras: tuple[str, ...] = POLICY_CAMERAS
     """MetaWorld cameras to film with."""

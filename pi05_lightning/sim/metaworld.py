@@ -108,7 +108,7 @@ class MetaWorldEnv:
         task: str,
         image_size: int = 64,
         cameras: Sequence[str] = POLICY_CAMERAS,
-        action_repeat: int = 5,
+        action_repeat: int = 8,
     ):
         check_task(task)
         import mujoco

@@ -198,7 +198,7 @@ def rollout(
     execution_horizon: int | None = None,
     replan_subtask_every: int = 1,
     num_steps: int = 10,
-    max_seconds: float = 4.0,
+    max_seconds: float = 6.0,
     videos: int = 1,
     lanes: int = 8,
     num_workers: int | None = None,
@@ -225,9 +225,11 @@ def rollout(
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}.
     """
+    from rich.console import Console
     from tqdm import tqdm
 
     from pi05_lightning.checkpoint import load
+    from pi05_lightning.report.tables import success_table
     from pi05_lightning.sim import video
     from pi05_lightning.sim.tasks import task_of_sentence
 
@@ -268,7 +270,7 @@ def rollout(
             bar.update(len(trials))
     result = summarise(finished, seconds, config)
     (out / "rollout.json").write_text(json.dumps(result, indent=2))
-    print_table(result)
+    Console().print(success_table(result["success"]))
     return result
 
 
@@ -302,30 +304,9 @@ def summarise(trials: Sequence[Trial], seconds: Mapping[Mode, float], config: Ro
         counts[1] += 1
     return {
         "success": success,
-        "mean": {mode: float(np.mean([s / n for s, n in by.values()])) for mode, by in success.items()},
         "crashed": [f"{t.mode} {t.task} seed {t.seed}: {t.reason}" for t in trials if t.reason],
         "process_seconds": {mode: round(value, 1) for mode, value in seconds.items() if mode in success},
         "execution_horizon": config.execution_horizon,
         "max_seconds": config.max_seconds,
         "checkpoint": config.checkpoint,
     }
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """Success per task and mode, with the mean and its Wilson interval."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from pi05_lightning.report.statistics import wilson_interval
-
-    success = result["success"]
-    table = Table("task", *success, title="success on held-out initial states")
-    for task in next(iter(success.values())):
-        table.add_row(task, *(f"{by[task][0]}/{by[task][1]}" for by in success.values()))
-    row = []
-    for by in success.values():
-        low, high = wilson_interval(sum(s for s, _ in by.values()), sum(n for _, n in by.values()))
-        row.append(f"{np.mean([s / n for s, n in by.values()]):.2f} [{low:.2f}, {high:.2f}]")
-    table.add_section()
-    table.add_row("mean [95 %]", *row)
-    Console().print(table)
