@@ -44,7 +44,9 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint file itself, or the newest one in a run's directory; ValueError where there is none."""
     if path.is_file():
         return path
-    found = sorted((*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")), key=lambda file: file.stat().st_mtime)
+    candidates = (*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt"))
+    # last.ckpt may be a link whose target a killed process had just replaced
+    found = sorted((file for file in candidates if file.exists()), key=lambda file: file.stat().st_mtime)
     if not found:
         raise ValueError(
             f"{path} is neither a checkpoint nor a folder with one: expected a .ckpt file, a run's directory with"

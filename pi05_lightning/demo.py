@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pi05_lightning.report.run import read_json
+from pi05_lightning.report.run import Metrics, read_json
 from pi05_lightning.report.tables import metrics_table, success_table
 
 OUT = Path("runs/demo")

@@ -30,7 +30,6 @@ from rich.console import Console
 
 from pi05_lightning.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
-from pi05_lightning.callbacks.metrics_file import MetricsFile
 from pi05_lightning.callbacks.predictions import PredictionsFile
 from pi05_lightning.callbacks.stages import StageSwitch
 from pi05_lightning.checkpoint import find_checkpoint, read_training_checkpoint
@@ -105,8 +104,7 @@ class Pi05CLI(LightningCLI):
             Pi05Module,
             Pi05DataModule,
             save_config_callback=RunConfig,
-            trainer_defaults=TRAINER_DEFAULTS
-            | {"callbacks": [InterruptBetweenSteps(), MetricsFile(), PredictionsFile()]},
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [InterruptBetweenSteps(), PredictionsFile()]},
             seed_everything_default=0,
             parser_class=RunParser,
             parser_kwargs={"prog": f"pi05 {command}", "description": TRAINER_COMMANDS[command]},
@@ -228,6 +226,6 @@ def report_metrics(trainer: Trainer, folder: Path) -> None:
     metrics: Metrics = {}
     for name, value in trainer.callback_metrics.items():
         entry, _, metric = name.removeprefix("val/").rpartition("/")
-        metrics.setdefault(entry, {})[metric] = float(value)
+        metrics.setdefault(entry, {})[metric] = value.item() if value.isfinite() else None
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     Console().print(metrics_table(metrics))

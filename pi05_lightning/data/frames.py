@@ -29,11 +29,12 @@ class OpenFiles[K, T]:
     def __init__(self, opener: Callable[[K], T], capacity: int):
         self._opener, self._capacity = opener, capacity
         self._open: OrderedDict[K, T] = OrderedDict()
+        self._inherited: OrderedDict[K, T] = OrderedDict()
         self._pid = os.getpid()
 
     def __getitem__(self, key: K) -> T:
-        if self._pid != os.getpid():  # file positions are shared across a fork
-            self._open, self._pid = OrderedDict(), os.getpid()
+        if self._pid != os.getpid():  # file positions are shared across a fork; what was inherited is kept, not freed
+            self._inherited, self._open, self._pid = self._open, OrderedDict(), os.getpid()
         if key in self._open:
             self._open.move_to_end(key)
         else:
@@ -47,10 +48,11 @@ class VideoDecoder:
     """One open video, read by timestamp or from start to end.
 
     PyAV everywhere, also where torchcodec could be loaded: the same file gives the same pixels on every machine.
-    threads: 0 for as many as there are cores; more than one delays the first frame after a seek.
+    One thread each: files are decoded in parallel, more would delay the first frame after a seek, and a forked loader
+    worker that frees a decoder with threads waits forever for threads that it did not inherit.
     """
 
-    def __init__(self, path: Path, threads: int = 1):
+    def __init__(self, path: Path):
         self.path = path
         try:
             self._container = av.open(str(path))
@@ -60,7 +62,7 @@ class VideoDecoder:
             raise BadImage(f"{path} has no video stream")
         self._stream = self._container.streams.video[0]
         self._time_base = self._container.streams.video[0].time_base
-        self._stream.codec_context.thread_count = threads
+        self._stream.codec_context.thread_count = 1
         rate = self._stream.average_rate
         self._period = float(1 / rate) if rate else math.nan
         self._to_rgb = VideoReformatter()  # kept, since it holds the conversion's context
@@ -159,7 +161,7 @@ class VideoFrames(FrameStore):
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         position = 0.0
         try:
-            for position, image in VideoDecoder(self.files[file], threads=0).scan():
+            for position, image in VideoDecoder(self.files[file]).scan():
                 yield position, image
         except BadImage as error:
             yield position, error

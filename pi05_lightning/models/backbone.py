@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.gemma import KV, Block, RMSNorm, rope_table
+from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Loss, Prefix
@@ -159,8 +159,7 @@ class Backbone(nn.Module):
         ordinal_ids: groups of token ids that stand for ordered numbers (coordinates, state bins). Each group starts on
         a Fourier curve, so that neighbours are alike and a small model need not learn a thousand unrelated words.
         """
-        init_linear(self)
-        nn.init.normal_(self.embed_tokens.weight, std=self.embed_tokens.embedding_dim**-0.5)
+        initialize(self)
         if isinstance(self.vision, KeypointStem):
             self.vision.reset_parameters()
         for ids in ordinal_ids or []:
@@ -174,13 +173,23 @@ def prefix_mask(valid: Tensor, causal: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def init_linear(module: nn.Module) -> None:
-    """Normal weights of variance 1 / fan-in and zero biases for every linear layer; adaRMS keeps its zeros."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Linear) and not name.endswith("layernorm.dense") and not name.endswith("norm.dense"):
-            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+def initialize(module: nn.Module) -> None:
+    """Every weight below `module`, whatever its memory held: variance 1 / fan-in, norms 1, biases and adaRMS 0."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Embedding):
+            nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
+        elif isinstance(layer, nn.LayerNorm):
+            layer.reset_parameters()
+        elif isinstance(layer, RMSNorm):
+            nn.init.zeros_(layer.weight)
+    for norm in module.modules():
+        if isinstance(norm, AdaRMSNorm):
+            nn.init.zeros_(norm.dense.weight)
+            nn.init.zeros_(norm.dense.bias)
 
 
 @torch.no_grad()

@@ -92,5 +92,3 @@ class KeypointStem(nn.Module):
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.projection, std=self.projection.shape[2] ** -0.5)
         nn.init.normal_(self.identity, std=1.0)
-        nn.init.normal_(self.pointer.weight, std=self.pointer.in_features**-0.5)
-        nn.init.zeros_(self.pointer.bias)

@@ -13,7 +13,7 @@ def metrics_table(metrics: Metrics) -> Table:
     table = Table("modality", "metric", "value", title="validation", title_justify="left", box=SIMPLE_HEAD)
     for modality, values in metrics.items():
         for number, (metric, value) in enumerate(values.items()):
-            table.add_row("" if number else modality, metric, f"{value:.4g}")
+            table.add_row("" if number else modality, metric, "not a number" if value is None else f"{value:.4g}")
     return table
 
 

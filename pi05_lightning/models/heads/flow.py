@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from pi05_lightning.models.backbone import init_linear
+from pi05_lightning.models.backbone import initialize
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import AdaRMSNorm, ExpertBlock, rope_table
 from pi05_lightning.types import Prefix
@@ -103,4 +103,4 @@ class FlowHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise from scratch: fan-in scaled, adaRMS zero."""
-        init_linear(self)
+        initialize(self)

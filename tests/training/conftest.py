@@ -1,0 +1,55 @@
+"""The debug model on a small recorded dataset, through both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import LossWeights, Stage
+
+PRETRAIN_STEPS, POSTTRAIN_STEPS = 3, 3
+STAGES = {
+    "pretrain": Stage(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}),
+    "posttrain": Stage(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
+}
+
+
+@pytest.fixture
+def robot(videos: Path) -> LeRobotConfig:
+    return LeRobotConfig(path=str(videos), val_fraction=0.2)
+
+
+@pytest.fixture
+def train(robot: LeRobotConfig, tmp_path: Path) -> Callable[..., Trainer]:
+    """Run both stages, or what `options` of the Trainer leave of them; a checkpoint after every step."""
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None, stages: dict[str, Any] | None = None, **options: Any):
+        seed_everything(0)
+        switch = StageSwitch(PRETRAIN_STEPS, POSTTRAIN_STEPS, **(stages or STAGES))
+        module = Pi05Module(
+            ModelConfig.preset("debug"), lambda groups: torch.optim.AdamW(groups, lr=1e-3), flow_draws=2
+        )
+        data = Pi05DataModule({"robot": robot}, batch_size=4, num_workers=0)
+        each_step = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            callbacks=[switch, each_step, *callbacks],
+            **(quiet | options),
+        )
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return trainer
+
+    return run
