@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.table import Column, Table
 
 from pi05_lightning.report.page import overall
 from pi05_lightning.report.run import Metrics, Success
@@ -18,13 +18,13 @@ def metrics_table(metrics: Metrics) -> Table:
 
 
 def success_table(success: Success) -> Table:
-    table = Table("task", title="success on held-out initial states", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(Column("task", no_wrap=True), title="success on held-out initial states", title_justify="left", box=SIMPLE_HEAD)
     for mode in success:
         table.add_column(mode, justify="right", no_wrap=True)
     for task in next(iter(success.values())):
         table.add_row(task, *(f"{by_task[task][0]}/{by_task[task][1]}" for by_task in success.values()))
     table.add_section()
-    table.add_row(
-        "all [95 %]", *(f"{x['rate']:.2f} [{x['low']:.2f}, {x['high']:.2f}]" for x in overall(success).values())
-    )
+    rows = overall(success).values()
+    table.add_row("all", *(f"{row['rate']:.2f}" for row in rows))
+    table.add_row("95 %", *(f"{row['low']:.2f}–{row['high']:.2f}" for row in rows))
     return table

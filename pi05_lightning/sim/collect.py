@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,8 @@ from tqdm import tqdm
 
 from pi05_lightning.sim.config import CollectConfig
 from pi05_lightning.sim.episodes import BlockSpec, record_block
-from pi05_lightning.sim.metaworld import check_task, import_metaworld
+from pi05_lightning.sim.metaworld import check_task
+from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.scenes import SceneSpec, record_scenes, write_scenes
 
 ROBOT, WEB = "robot", "web"
@@ -69,7 +66,7 @@ def _make(root: Path, config: CollectConfig) -> None:
     root.mkdir()
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
-    with _workers(config.num_workers or os.cpu_count() or 1) as pool:
+    with simulator_processes(config.num_workers or os.cpu_count() or 1) as pool:
         from pi05_lightning.sim.lerobot_writer import video_path, write_dataset  # slow: while the workers import theirs
 
         blocks: list[BlockSpec] = []
@@ -118,37 +115,3 @@ def _run[Spec: (BlockSpec, SceneSpec), Result](
             yield finish()
     while pending:
         yield finish()
-
-
-@contextmanager
-def _workers(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that have the simulator imported; ended at once when something goes wrong or the user interrupts."""
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
-    try:
-        for _ in range(count):
-            pool.submit(_warm_up)
-        yield pool
-        pool.shutdown()
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-            worker.join()
-        raise
-
-
-def _warm_up() -> None:
-    import_metaworld()
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

@@ -7,12 +7,11 @@ episode depends on its task, its seed and the checkpoint alone, not on the lane,
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal, get_args
@@ -20,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pi05_lightning.sim.metaworld import CONTROL_HZ, MetaWorldEnv, split_seeds
+from pi05_lightning.sim.processes import simulator_processes
 
 Mode = Literal["policy", "flat", "mean_replay", "random", "expert"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -157,15 +157,20 @@ _LANES: dict[str, list[MetaWorldEnv]] = {}
 
 
 def _environments(task: str, config: RolloutConfig, count: int) -> list[MetaWorldEnv]:
+    if not _LANES:
+        Finalize(None, _close_lanes, exitpriority=10)  # before the interpreter goes, or EGL complains
     if task not in _LANES:
-        for lanes in _LANES.values():
-            for env in lanes:
-                env.close()
-        _LANES.clear()
+        _close_lanes()
         _LANES[task] = []
     while len(_LANES[task]) < count:
         _LANES[task].append(MetaWorldEnv(task, config.image_size, config.cameras, config.action_repeat))
     return _LANES[task]
+
+
+def _close_lanes() -> None:
+    while _LANES:
+        for env in _LANES.popitem()[1]:
+            env.close()
 
 
 @cache
@@ -255,9 +260,8 @@ def rollout(
     workers = num_workers or os.cpu_count() or 1
     finished: list[Trial] = []
     seconds = dict.fromkeys(modes, 0.0)
-    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
+        simulator_processes(workers) as pool,
         tqdm(total=len(tasks) * episodes * len(modes), unit="episode", desc="rollout") as bar,
     ):
         for trials, elapsed in pool.map(run_job, jobs):

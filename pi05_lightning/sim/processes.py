@@ -1,0 +1,47 @@
+"""Processes that simulate: as many MuJoCo renderers as processes, and none that outlives its parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+
+from pi05_lightning.sim.metaworld import import_metaworld
+
+
+@contextmanager
+def simulator_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that have the simulator imported; ended at once when something goes wrong or the user interrupts."""
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        for _ in range(count):
+            pool.submit(_warm_up)
+        yield pool
+        pool.shutdown()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+            worker.join()
+        raise
+
+
+def _warm_up() -> None:
+    import_metaworld()
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C too, and decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
