@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pi05_lightning import checkpoint
-from pi05_lightning.data.processor import Processor
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 
 Observation = Mapping[str, Any]
@@ -23,36 +22,69 @@ Observation = Mapping[str, Any]
 class Pi05Policy:
     """π0.5 at inference.
 
-    hierarchical: a subtask is predicted from the task and conditions the actions; otherwise the task alone does.
-    replan_subtask_every: chunks that a predicted subtask lasts.
-    execution_horizon: actions of a chunk that `predict` hands out before it asks for the next chunk.
+    Args:
+        model_path: a checkpoint file, a run's directory (its newest checkpoint) or an exported folder.
+        policy_type: `pi0.5`, the only one there is.
+        backbone_type, obs_dim, action_dim, image_dim: what the caller expects of the checkpoint; an error if it is not
+            so. Images of any height and width are resized to the model's.
+        use_flow_matching: sample actions with the flow head; otherwise decode them from FAST tokens.
+        use_fast_tokens: the checkpoint must have a FAST tokenizer.
+        pred_horizon: actions of a chunk that `predict` hands out before it asks for the next; by default all.
+        hierarchical: a subtask is predicted from the task and conditions the actions; otherwise the task alone does.
+        replan_subtask_every: chunks that a predicted subtask lasts.
+        num_steps: Euler steps of the flow head.
+        seed: of the noise.
+        device: where the model runs.
+
+    Raises ValueError when there is no policy at `model_path`, or another than expected.
     """
 
     def __init__(
         self,
-        model: Pi05,
-        processor: Processor,
+        model_path: str | Path,
         *,
+        policy_type: Literal["pi0.5"] = "pi0.5",
+        backbone_type: str | None = None,
+        use_fast_tokens: bool = False,
+        use_flow_matching: bool = True,
+        obs_dim: int | None = None,
+        action_dim: int | None = None,
+        image_dim: Sequence[int] | None = None,
+        pred_horizon: int | None = None,
         hierarchical: bool = True,
         replan_subtask_every: int = 1,
-        execution_horizon: int | None = None,
         num_steps: int = 10,
         seed: int = 0,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.model, self.processor = model.eval(), processor
-        self.hierarchical, self.replan_subtask_every, self.num_steps = hierarchical, replan_subtask_every, num_steps
-        self.execution_horizon = execution_horizon or model.config.horizon
+        model, self.processor = checkpoint.load(model_path)
+        self.model = model.to(device).eval()
+        self.robot = next(iter(self.processor.robots))
+        normalize = self.processor.robots[self.robot].normalize
+        expected = {
+            "policy_type": (policy_type, "pi0.5"),
+            "backbone_type": (backbone_type, model.config.backbone_type),
+            "obs_dim": (obs_dim, len(normalize.state.q01)),
+            "action_dim": (action_dim, len(normalize.action.q01)),
+            "image_dim's channels": (image_dim[0] if image_dim else None, 3),
+        }
+        for name, (wanted, found) in expected.items():
+            if wanted not in (None, found):
+                raise ValueError(f"{name} is {found} in {model_path}, not {wanted}: correct it or leave it out")
+        if (use_fast_tokens or not use_flow_matching) and self.processor.fast is None:
+            raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")
+        self.execution_horizon = pred_horizon or model.config.horizon
         if not 1 <= self.execution_horizon <= model.config.horizon:
-            raise ValueError(f"execution_horizon {execution_horizon} is not within 1 and {model.config.horizon}")
-        self.robot = next(iter(processor.robots))
+            raise ValueError(f"pred_horizon {pred_horizon} is not within 1 and the model's {model.config.horizon}")
+        self.use_flow_matching, self.num_steps = use_flow_matching, num_steps
+        self.hierarchical, self.replan_subtask_every = hierarchical, replan_subtask_every
         self.generator = torch.Generator().manual_seed(seed)
         self.reset()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, device: str = "cpu", **options: Any) -> Pi05Policy:
-        """The policy in a checkpoint file, in a run's directory (its newest checkpoint) or in an exported folder."""
-        model, processor = checkpoint.load(path)
-        return cls(model.to(device), processor, **options)
+    def from_pretrained(cls, path: str | Path, **options: Any) -> Pi05Policy:
+        """The policy at a path; the options are the constructor's."""
+        return cls(path, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export weights, dimensions and processor into a folder that `from_pretrained` reads."""
@@ -103,8 +135,13 @@ class Pi05Policy:
 
         noise f32[B T D] makes it reproducible.
         """
-        samples = [self.processor.prompt(f, self.robot, subtask) for f, subtask in zip(frames, subtasks, strict=True)]
-        actions = self.sample_actions(self.processor.collate(samples), noise).numpy()
+        fast = not self.use_flow_matching
+        samples = [
+            self.processor.prompt(frame, self.robot, subtask, fast=fast)
+            for frame, subtask in zip(frames, subtasks, strict=True)
+        ]
+        batch = self.processor.collate(samples)
+        actions = self.sample_actions(batch, noise).numpy() if self.use_flow_matching else self.decode_actions(batch)
         return np.stack([self.processor.real_actions(a, f, self.robot) for a, f in zip(actions, frames, strict=True)])
 
     @torch.no_grad()
@@ -127,6 +164,24 @@ class Pi05Policy:
         device = self.model.device
         prefix = self.model.backbone(batch.to(device), need_hidden=False)
         return self.model.flow_head.sample(prefix, noise[:, None].to(device), self.num_steps)[:, 0].cpu()
+
+    @torch.no_grad()
+    def decode_actions(self, batch: Batch) -> np.ndarray:
+        """Normalised actions f32[B T A] for a prepared batch from FAST tokens, which are made to decode."""
+        fast, tokenizer = self.processor.fast, self.processor.tokenizer
+        assert fast is not None
+        horizon, dims = self.model.config.horizon, len(self.processor.robots[self.robot].normalize.action.q01)
+        device = self.model.device
+        tokens, valid = self.model.fast_head.generate(
+            self.model.backbone,
+            self.model.backbone(batch.to(device)),
+            torch.from_numpy(fast.lengths).to(device),
+            horizon * dims,
+            torch.tensor(tokenizer.encode(self.processor.language.prompts.fast_opening), device=device),
+        )
+        return np.stack(
+            [fast.decode(row[mask].tolist(), horizon, dims) for row, mask in zip(tokens, valid, strict=True)]
+        )
 
     def frame(self, observation: Observation) -> Frame:
         """An observation as a Frame; raises ValueError for what does not fit this policy, by key."""
@@ -153,7 +208,8 @@ def _image(camera: str, image: Any) -> np.ndarray:
     if array.dtype == np.uint8:
         return array
     if array.min() < 0 or array.max() > 1:
-        raise ValueError(
-            f"image {camera!r} is {array.dtype} in {array.min():.3g}..{array.max():.3g}: expected 0..1 or uint8"
+        warnings.warn(
+            f"image {camera!r} has values outside 0..1 and is clipped: give floats in 0..1, or uint8", stacklevel=4
         )
+        array = array.clip(0, 1)
     return array.astype(np.float32) * 255

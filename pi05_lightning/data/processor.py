@@ -135,14 +135,16 @@ class Processor:
         shuffled = [answers[i] for i in rng.permutation(len(answers))]
         return [answer for answer in shuffled if answer.camera == shuffled[0].camera][:most]
 
-    def prompt(self, frame: Frame, source: str, subtask: str | None = None, *, high_level: bool = False) -> Sample:
+    def prompt(
+        self, frame: Frame, source: str, subtask: str | None = None, *, high_level: bool = False, fast: bool = False
+    ) -> Sample:
         """What the model gets at inference: the same prompts, and nothing to predict."""
         frame = self.normalize(frame, source)
         prompts = self.language.prompts
         segments = (
             prompts.high_level(frame)
             if high_level
-            else prompts.low_level(frame, subtask, self.language.condition_on, fast=False)
+            else prompts.low_level(frame, subtask, self.language.condition_on, fast=fast)
         )
         modality = Modality.HL_SUBTASK if high_level else Modality.CONTINUOUS
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level

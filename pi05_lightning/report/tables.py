@@ -18,7 +18,8 @@ def metrics_table(metrics: Metrics) -> Table:
 
 
 def success_table(success: Success) -> Table:
-    table = Table(Column("task", no_wrap=True), title="success on held-out initial states", title_justify="left", box=SIMPLE_HEAD)
+    task_column = Column("task", no_wrap=True)
+    table = Table(task_column, title="success on held-out initial states", title_justify="left", box=SIMPLE_HEAD)
     for mode in success:
         table.add_column(mode, justify="right", no_wrap=True)
     for task in next(iter(success.values())):
