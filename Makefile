@@ -47,10 +47,6 @@ format: $(SETUP) ## apply formatting and what ruff can mend
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-.PHONY: bench
-bench: $(RENDERING) ## compare speed and memory with LeRobot on the same weights
-	@$(BIN)/python -m benchmarks $(ARGS)
-
 .PHONY: monitor
 monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
 	@mkdir -p runs; newest=$$(find runs -name 'events.out.tfevents.*' -exec ls -t {} + | sed -n 1p); \

@@ -1,0 +1,138 @@
+"""The README and docs/: what they show runs as written, and what they name exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import pytest
+import yaml
+
+from pi05_lightning import Pi05DataModule, checkpoint, cli
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
+EXPERIMENT = ["configs/tiny.yaml", "experiments/001_metaworld/config.yaml"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `pi05` command in code blocks and in backticks."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    return [text.split() for text in (*lines, *spans) if text.startswith("pi05 ")]
+
+
+def pages_with(language: str) -> list[Any]:
+    return [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES if blocks(page, language)]
+
+
+@pytest.fixture(scope="module")
+def dataset(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`videos` with its last episode for validation: a tenth of so few is none."""
+    folder = Path(shutil.copytree(videos, tmp_path_factory.mktemp("split") / "videos"))
+    file = folder / "meta" / "info.json"
+    info = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**info, "splits": {"train": "0:4", "val": "4:5"}}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint_like_the_demos(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model, not trained, of a robot with four state and four action dimensions."""
+    config = ModelConfig.preset("tiny")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (20, config.horizon, 4)).astype(np.float32)
+    fast = tmp_path_factory.mktemp("fast")
+    FastTokenizer.fit([chunks]).save(fast)
+    keys = ["observation.state", "observation.gripper"]
+    robot = LeRobotConfig(str(dataset), state_keys=keys, action_keys=keys)
+    data = Pi05DataModule({"robot": robot}, fast=fast, shapes=config.shapes)
+    model = Pi05(config)
+    model.reset_parameters()
+    folder = tmp_path_factory.mktemp("policy")
+    checkpoint.save(folder, model, data.processor)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_runs_as_written(
+    page: Path, checkpoint_like_the_demos: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = {
+        "runs/demo/fit": checkpoint_like_the_demos,
+        "runs/base": checkpoint_like_the_demos,
+        "runs/demo/data/robot": dataset,
+        "path/to/dataset": dataset,
+        "path/to/paligemma": "tiny",
+    }
+    names: dict[str, Any] = {"__name__": "readme"}
+    for code in blocks(page, "python"):
+        for path, here in paths.items():
+            code = code.replace(f'"{path}"', repr(str(here)))
+        exec(compile(code, str(page), "exec", dont_inherit=True), names)
+
+
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_yaml_is_a_valid_configuration(page: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(blocks(page, "yaml")):
+        file = tmp_path / f"{number}.yaml"
+        file.write_text(text, encoding="utf-8")
+        configs = [word for name in (*EXPERIMENT, str(file)) for word in ("-c", name)]
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["fit", *configs, "--print_config"])
+        assert ended.value.code == 0
+
+
+def test_recipe_in_the_readme_is_the_experiments() -> None:
+    (excerpt,) = blocks(ROOT / "README.md", "yaml")
+    whole = yaml.safe_load((ROOT / EXPERIMENT[1]).read_text(encoding="utf-8"))
+
+    def is_within(part: Any, of: Any) -> bool:
+        if not isinstance(part, dict):
+            return part == of
+        return isinstance(of, dict) and all(key in of and is_within(value, of[key]) for key, value in part.items())
+
+    assert is_within(yaml.safe_load(excerpt), whole)
+
+
+def test_make_targets_that_are_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"(?:`|^)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_every_command_is_in_the_readme_and_every_named_command_exists() -> None:
+    known = {*cli.COMMANDS, *cli.TRAINER_COMMANDS}
+    assert {words[1] for words in commands(ROOT / "README.md")} - {"COMMAND"} == known
+    assert {words[1] for page in PAGES for words in commands(page)} - {"COMMAND"} == known
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_options_of_a_command_that_are_shown_exist(name: str) -> None:
+    function = cli.load(cli.COMMANDS[name][1])
+    options = set(signature(function).parameters)
+    for kind in get_type_hints(function).values():
+        options |= {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+    shown = [word for page in PAGES for words in commands(page) if words[1] == name for word in words]
+    assert {word.removeprefix("--") for word in shown if word.startswith("--")} <= options | {"help"}
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.relative_to(ROOT).as_posix()) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
