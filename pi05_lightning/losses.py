@@ -49,4 +49,9 @@ def loss_terms(out: Outputs, batch: Batch) -> dict[str, Tensor]:
 def total_loss(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
     """Σ weight · term over the terms that count."""
     used = [getattr(weights, name) * term for name, term in terms.items() if getattr(weights, name)]
+    if not used:
+        raise ValueError(
+            f"this batch has nothing that the stage trains on: its loss weights are {weights}; give one of them data in"
+            " the stage's mixture, or a weight to what the mixture draws"
+        )
     return torch.stack(used).sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -88,6 +88,10 @@ class Pi05Module(LightningModule):
         self.model.to_empty(device=self.device)
         self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
 
+    def cpu(self) -> Pi05Module:
+        """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""
+        return self if self.model.device.type == "meta" else super().cpu()
+
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(param_groups(self.model.named_parameters(), self.recipe))
         return [optimizer], [{"scheduler": stage_schedule(optimizer, self.recipe), "interval": "step"}]
@@ -117,8 +121,11 @@ class Pi05Module(LightningModule):
 
     def _log_losses(self, loss: Tensor, terms: dict[str, Tensor], weights: LossWeights, size: int) -> None:
         stage = self.recipe.stage_at(self.global_step)
-        logged = {f"loss/{stage}/{name}": term.detach() for name, term in terms.items() if getattr(weights, name)}
-        self.log_dict(logged, batch_size=size)
+        if (self.global_step + 1) % cast("Any", self.trainer).log_every_n_steps == 0:
+            # not with `self.log`, which would repeat a stage's last values all through the next one
+            used = {f"loss/{stage}/{name}": float(term) for name, term in terms.items() if getattr(weights, name)}
+            for logger in self.loggers:
+                logger.log_metrics(used, self.global_step)
         self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
 
     # --- validation

@@ -59,13 +59,14 @@ class StageSwitch(Callback):
         self._enter(trainer, pl_module)
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
         step = trainer.global_step
         name = self.recipe.stage_at(step)
         if name == self._entered:
             return
         self._entered = name
         stage = self.recipe.at(step)
-        for parameter_name, parameter in pl_module.named_parameters():
+        for parameter_name, parameter in pl_module.model.named_parameters():
             parameter.requires_grad = not any(re.search(pattern, parameter_name) for pattern in stage.freeze)
         self._announce(trainer, name, step)
 

@@ -43,7 +43,9 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     )
     environment.filters.update(data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption, poster=poster)
     switch = switch_step(run.curves)
-    shown = {tag: curve for tag, curve in run.curves.items() if tag != "stage" and not tag.startswith("val/")}
+    shown = {
+        tag: curve for tag, curve in run.curves.items() if tag not in ("stage", "epoch") and not tag.startswith("val/")
+    }
     return environment.get_template("page.html.j2").render(
         run=run,
         facts=facts(run, switch),
