@@ -123,7 +123,9 @@ class Pi05Module(LightningModule):
         stage = self.recipe.stage_at(self.global_step)
         if (self.global_step + 1) % cast("Any", self.trainer).log_every_n_steps == 0:
             # not with `self.log`, which would repeat a stage's last values all through the next one
-            used = {f"loss/{stage}/{name}": float(term) for name, term in terms.items() if getattr(weights, name)}
+            used = {
+                f"loss/{stage}/{name}": float(term.detach()) for name, term in terms.items() if getattr(weights, name)
+            }
             for logger in self.loggers:
                 logger.log_metrics(used, self.global_step)
         self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
