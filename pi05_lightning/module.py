@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
+from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.losses import draw_noise, loss_terms, total_loss
 from pi05_lightning.metrics import ModalityMetrics
@@ -79,7 +80,7 @@ class Pi05Module(LightningModule):
     # --- building
 
     def setup(self, stage: str) -> None:
-        self.processor = self.trainer.datamodule.processor  # type: ignore[attr-defined]
+        self.processor = datamodule_of(self.trainer).processor
 
     def configure_model(self) -> None:
         """Give the parameters memory and values, once; a checkpoint that is being resumed overwrites them."""
@@ -133,10 +134,7 @@ class Pi05Module(LightningModule):
     # --- validation
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics = {
-            name: ModalityMetrics(name)
-            for name in self.trainer.datamodule.validation_names  # type: ignore[attr-defined]
-        }
+        self.metrics = {name: ModalityMetrics(name) for name in datamodule_of(self.trainer).validation_names}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         assert self.processor is not None

@@ -25,7 +25,7 @@ class LossWeights:
     location: float = 0.0
     """Pointing: L1 distance, as a share of the image, between the keypoint that a box's question selects and the box's
     centre. Of the keypoint stem only, and not in π0.5: beside the boxes' cross-entropy, it is how a small model learns
-    in a hundred steps where things are."""
+    where things are."""
     flow: float = 0.0
     """Flow matching; in the posttrain stage this is multiplied by flow_alpha."""
 

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save_file
 
+from pi05_lightning.data.datamodule import datamodule_of
+
 
 class PredictionsFile(BasePredictionWriter):
     """Writes `predictions.safetensors` into the run: `source/modality` -> normalised action chunks f32[N T D].
@@ -29,7 +31,7 @@ class PredictionsFile(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        names = trainer.datamodule.validation_names  # type: ignore[attr-defined]
+        names = datamodule_of(trainer).validation_names
         by_loader = predictions if len(names) > 1 else [predictions]
         chunks = {
             name: torch.cat(list(batches)).contiguous()

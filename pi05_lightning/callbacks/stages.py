@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Recipe, Stage
 
@@ -45,9 +45,7 @@ class StageSwitch(Callback):
         if not isinstance(pl_module, Pi05Module):
             raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
         pl_module.recipe = self.recipe
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(datamodule, Pi05DataModule):
-            datamodule.recipe = self.recipe
+        datamodule_of(trainer).recipe = self.recipe
         if stage == "fit" and trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
 

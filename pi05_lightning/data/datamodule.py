@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +20,14 @@ from pi05_lightning.data.sources.base import Source, SourceConfig, Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Modality, Sample, Shapes
+
+
+def datamodule_of(trainer: Trainer) -> Pi05DataModule:
+    """The trainer's data; ValueError when it was given none of ours."""
+    datamodule = getattr(trainer, "datamodule", None)  # set by fit and its like, not declared by Trainer
+    if not isinstance(datamodule, Pi05DataModule):
+        raise ValueError("Pi05Module trains on a Pi05DataModule: trainer.fit(module, datamodule)")
+    return datamodule
 
 
 class Samples(Dataset[Sample]):

@@ -124,7 +124,5 @@ def box_to_text(box: Box) -> str:
 
 def text_to_boxes(text: str) -> list[Box]:
     """The boxes (ymin, xmin, ymax, xmax) in [0, 1] that a text names, in its order; at the middle of their steps."""
-    return [
-        tuple((int(edge) + 0.5) / NUM_LOC for edge in match.groups())  # type: ignore[misc]
-        for match in _BOX.finditer(text)
-    ]
+    edges = [[(int(edge) + 0.5) / NUM_LOC for edge in match.groups()] for match in _BOX.finditer(text)]
+    return [(top, left, bottom, right) for top, left, bottom, right in edges]

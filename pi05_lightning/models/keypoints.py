@@ -27,8 +27,7 @@ class KeypointStem(nn.Module):
     """Convolutions to a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints.
 
     Every camera has its own maps, and every token its own projection: a head that looks at all tokens alike still
-    reads each keypoint by itself, as a linear regression would. With a shared projection it first has to learn whom to
-    attend to, and places are learned several times more slowly.
+    reads each keypoint by itself, as a linear regression would.
     """
 
     octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
