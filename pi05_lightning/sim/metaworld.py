@@ -241,9 +241,10 @@ class MetaWorldEnv:
         bodies = {model.body(name).id for name in part.bodies}
         material = None if part.material is None else model.mat(part.material).id
         geoms = [model.geom(name).id for name in part.geoms]
-        for geom in range(model.ngeom):
+        for geom in range(model.ngeom if part.bodies or part.material else 0):
             drawn = model.geom_group[geom] < 3
-            if drawn and model.geom_bodyid[geom] in bodies and material in (None, model.geom_matid[geom]):
+            inside = not part.bodies or model.geom_bodyid[geom] in bodies
+            if drawn and inside and material in (None, model.geom_matid[geom]):
                 geoms.append(geom)
         return np.array(geoms, int), np.array([model.site(name).id for name in part.sites], int)
 

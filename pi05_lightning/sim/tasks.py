@@ -17,7 +17,7 @@ Parsed = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Part:
-    """Where a named thing is in the MuJoCo model: bodies (all their geoms, or those of one material), geoms, sites."""
+    """Where a named thing is in the MuJoCo model: the geoms of some bodies, of a material, or both; geoms; sites."""
 
     bodies: tuple[str, ...] = ()
     material: str | None = None
@@ -155,6 +155,28 @@ LANGUAGE: dict[str, TaskLanguage] = {
         "press the button",
         {"button": Part(bodies=("button",)), "button box": Part(bodies=("buttonbox",))},
         _press,
+    ),
+    "dial-turn-v3": TaskLanguage(
+        "turn the dial",
+        {"dial": Part(material="dial_metal")},
+        _approach(
+            "dial_pos",
+            (0.05, 0.02, 0.09),
+            0.02,
+            0.02,
+            ("move above the dial", "lower the gripper beside the dial", "turn the dial"),
+        ),
+    ),
+    "faucet-close-v3": TaskLanguage(
+        "close the faucet",
+        {"faucet handle": Part(bodies=("faucet_link2",)), "faucet": Part(bodies=("faucet_link", "faucet_link2"))},
+        _approach(
+            "faucet_pos",
+            (0.04, 0.0, 0.03),
+            0.04,
+            0.04,
+            ("move above the faucet handle", "lower the gripper beside the faucet handle", "push the faucet handle shut"),
+        ),
     ),
     "coffee-push-v3": TaskLanguage(
         "push the mug under the coffee machine",
