@@ -175,7 +175,11 @@ LANGUAGE: dict[str, TaskLanguage] = {
             (0.04, 0.0, 0.03),
             0.04,
             0.04,
-            ("move above the faucet handle", "lower the gripper beside the faucet handle", "push the faucet handle shut"),
+            (
+                "move above the faucet handle",
+                "lower the gripper beside the faucet handle",
+                "push the faucet handle shut",
+            ),
         ),
     ),
     "coffee-push-v3": TaskLanguage(
