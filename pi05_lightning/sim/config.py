@@ -14,7 +14,7 @@ class CollectConfig:
 
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
-    tasks: tuple[str, ...] = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "dial-turn-v3")
+    tasks: tuple[str, ...] = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "faucet-close-v3")
     """MetaWorld tasks by name."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
