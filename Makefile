@@ -36,6 +36,10 @@ test: $(RENDERING) ## the tests that are not slow
 test-slow: $(RENDERING) ## the slow tests
 	@$(BIN)/pytest -m slow $(ARGS)
 
+.PHONY: bench
+bench: $(SETUP) ## compare speed and memory with LeRobot on this machine, half an hour (ARGS="--quick" to see that it runs)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
 .PHONY: lint
 lint: $(SETUP) ## ruff, formatting, type check of the package
 	@$(BIN)/ruff check
@@ -53,9 +57,14 @@ monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
 	if [ -z "$$newest" ]; then echo "There is no run under runs/ yet: start one with make demo or pi05 fit." >&2; exit 1; fi; \
 	$(BIN)/tensorboard --logdir "$$(dirname "$$newest")" $(ARGS)
 
+.PHONY: libero
+libero: $(SETUP) ## add LIBERO's simulator to .venv (1.2 GB)
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install -r requirements-libero.lock
+
 .PHONY: lock
-lock: $(SETUP) ## resolve requirements.lock anew for all platforms
-	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --all-extras --no-header --no-annotate setup.cfg -o requirements.lock
+lock: $(SETUP) ## resolve the locks anew for all platforms
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --no-header --no-annotate setup.cfg -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra libero -c requirements.lock --no-header --no-annotate setup.cfg -o requirements-libero.lock
 
 .PHONY: clean
 clean: ## remove .venv, caches and build output; runs/ and data/ stay

@@ -1,0 +1,48 @@
+"""`python -m benchmarks [--quick]`: every part in a process of its own, one after the other; writes results/."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.harness import environment, markdown, read_json, write_json
+
+PARTS = ("train", "chunk", "counts", "recipe", "base", "data", "stats", "fast", "growth")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="debug sizes and one pair; results/ is left alone")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
+    args = parser.parse_args()
+    rows, failed = [], []
+    header = environment()
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.only:
+            print(f"--- {part}", flush=True)
+            output = Path(folder) / f"{part}.json"
+            command = [sys.executable, "-m", f"benchmarks.{part}", "--json", str(output)]
+            if subprocess.run([*command, "--quick"] if args.quick else command).returncode:
+                failed.append(part)
+            else:
+                rows += read_json(output)
+    table = markdown(rows)
+    print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")
+    if failed:
+        sys.exit(f"these parts failed, and their rows are missing: {', '.join(failed)}")
+    if not args.quick and args.only == PARTS:
+        write_json(rows, RESULTS / "latest.json")
+        text = (
+            f"# The last `make bench`\n\n```\n{header}\n```\n\n{table}\n\nReasons for misses: [NOTES](../NOTES.md).\n"
+        )
+        (RESULTS / "latest.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""One action chunk at `mid`, fp32, ten denoising steps, against LeRobot's sampling on the same weights."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import TOLERANCE, Options, Row, alternate, check_equal, matmul_rate, run_part, share, speed_up
+from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
+from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
+
+
+def chunk(options: Options) -> list[Row]:
+    """One chunk of actions at `mid` against LeRobot's."""
+    config = DEBUG if options.quick else MID
+    lerobot = build_lerobot(config).eval()
+    ours = with_weights_of(lerobot, config).eval()
+    rows = []
+    works: tuple[tuple[str, str, Work], ...] = (
+        ("one chunk, mid, fp32, 2 of 3 cameras, 60 tokens", ">= 2.2", PART_PRESENT),
+        ("one chunk, mid, fp32, all present", ">= 1.6", ALL_PRESENT),
+    )
+    for name, goal, work in works:
+        inputs = make_inputs(config, work)
+        print(f"{name}: {work}", flush=True)
+        check_equal("chunk", inputs.our_chunk(ours), inputs.lerobot_chunk(lerobot), TOLERANCE[torch.float32])
+        seconds = alternate(
+            lambda x=inputs: x.lerobot_chunk(lerobot), lambda x=inputs: x.our_chunk(ours), options.pairs
+        )
+        rows.append(speed_up(name, goal, seconds))
+        with FlopCounterMode(display=False) as counter:
+            inputs.our_chunk(ours)
+        rate = matmul_rate(torch.float32)
+        reached = [counter.get_total_flops() / s for s in seconds[1]]
+        rows.append(share(f"{name}: share of the matmul rate", "", "FLOP/s", [rate] * len(reached), reached))
+    return rows
+
+
+if __name__ == "__main__":
+    run_part(chunk)

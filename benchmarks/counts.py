@@ -1,0 +1,79 @@
+"""Work and memory at `base`, counted, not timed: FLOPs on meta tensors, peak bytes by the tracker on fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import Options, Row, run_part, share
+from benchmarks.peer import Inputs, build_lerobot, make_inputs
+from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
+from pi05_lightning.models.acceleration import checkpoint_blocks
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.profile_parts import activation_peak
+
+
+def counts(options: Options) -> list[Row]:
+    """FLOPs and peak memory of a training step at `base`, and FLOPs of a chunk, against LeRobot's."""
+    config = DEBUG if options.quick else BASE
+    rows = []
+    for name, goal, checkpointing in (
+        ("FLOPs of a training step with checkpointing, base", "<= 0.47", True),
+        ("FLOPs of a training step, base", "", False),
+    ):
+        flops = [step_flops(*side, config) for side in sides(config, checkpointing)]
+        rows.append(share(name, goal, "TFLOP", [flops[0] / 1e12], [flops[1] / 1e12]))
+    flops = [chunk_flops(config, peer=True), chunk_flops(config, peer=False)]
+    rows.append(share("FLOPs of one chunk, base", "", "TFLOP", [flops[0] / 1e12], [flops[1] / 1e12]))
+    for name, checkpointing in (
+        ("peak activation memory of a training step with checkpointing, base", True),
+        ("peak activation memory of a training step, base", False),
+    ):
+        memory = [peak(*side, config) for side in sides(config, checkpointing)]
+        rows.append(share(name, "<= 0.5", "GiB", [memory[0] / 2**30], [memory[1] / 2**30]))
+    return rows
+
+
+def sides(config: ModelConfig, checkpointing: bool) -> list[tuple[nn.Module, Callable[[Inputs], Tensor]]]:
+    """LeRobot's model and ours without memory, each with its training loss."""
+    with torch.device("meta"):
+        lerobot, ours = build_lerobot(config).train(), Pi05(config).train()
+    if checkpointing:
+        lerobot.gradient_checkpointing_enable()
+        checkpoint_blocks(ours)
+    return [(lerobot, lambda x: x.lerobot_loss(lerobot)), (ours, lambda x: x.our_loss(ours))]
+
+
+def step_flops(model: nn.Module, loss: Callable[[Inputs], Tensor], config: ModelConfig) -> int:
+    inputs = make_inputs(config, ONE_ROBOT, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        loss(inputs).mean().backward()
+    return counter.get_total_flops()
+
+
+def chunk_flops(config: ModelConfig, peer: bool) -> int:
+    inputs = make_inputs(config, ONE_ROBOT, device="meta")
+    (lerobot, _), (ours, _) = sides(config, checkpointing=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if peer:
+            inputs.lerobot_chunk(lerobot.eval())
+        else:
+            inputs.our_chunk(ours.eval())
+    return counter.get_total_flops()
+
+
+def peak(model: nn.Module, loss: Callable[[Inputs], Tensor], config: ModelConfig) -> int:
+    """Bytes beside parameters and their gradients, at most, in forward and backward."""
+    fake = FakeTensorMode()
+    with fake:
+        inputs = make_inputs(config, ONE_ROBOT)
+    return activation_peak(model, lambda: loss(inputs).mean().backward(), fake)
+
+
+if __name__ == "__main__":
+    run_part(counts)

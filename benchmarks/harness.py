@@ -1,0 +1,187 @@
+"""How things are measured: pairs that alternate after a warm-up, medians, and the ratio of each pair for the spread."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
+"""Outputs of both sides may differ by this much, relative to the largest; more is an error, and nothing is timed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ratio is what the goal speaks of; low and high are its extremes over the pairs."""
+
+    name: str
+    goal: str
+    """`>= 3` or `<= 0.5`; empty where no goal was set."""
+    ratio: float
+    low: float
+    high: float
+    peer: float
+    ours: float
+    unit: str
+
+    @property
+    def met(self) -> bool:
+        if not self.goal:
+            return True
+        sign, value = self.goal.split()
+        return self.ratio >= float(value) if sign == ">=" else self.ratio <= float(value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every part takes on its command line."""
+
+    quick: bool = False
+    """Debug sizes and one pair: does it run? Its figures say nothing."""
+    pairs: int = 5
+
+
+def run_part(part: Callable[[Options], list[Row]]) -> None:
+    """The command line of one part: `python -m benchmarks.PART [--quick] [--pairs N] [--json FILE]`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {sys.modules['__main__'].__spec__.name}", description=part.__doc__
+    )
+    parser.add_argument("--quick", action="store_true", help="debug sizes and one pair: only to see that it runs")
+    parser.add_argument("--pairs", type=int, default=5, help="alternating pairs per row (default 5)")
+    parser.add_argument("--json", type=Path, help="where to write the rows")
+    args = parser.parse_args()
+    print(environment(), flush=True)
+    rows = part(Options(args.quick, 1 if args.quick else args.pairs))
+    print(markdown(rows))
+    if args.json:
+        write_json(rows, args.json)
+
+
+# --- timing
+
+
+def alternate(peer: Callable[[], Any], ours: Callable[[], Any], pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of each call, one warm-up pair and then `pairs` pairs; which side begins alternates too."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(-1, pairs):
+        for side in (0, 1) if pair % 2 else (1, 0):
+            start = time.perf_counter()
+            (peer, ours)[side]()
+            if pair >= 0:
+                seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def speed_up(name: str, goal: str, seconds: tuple[list[float], list[float]]) -> Row:
+    """How many times faster ours is."""
+    peer, ours = seconds
+    return _row(name, goal, "s", peer, ours, [p / o for p, o in zip(peer, ours, strict=True)])
+
+
+def share(name: str, goal: str, unit: str, reference: Sequence[float], ours: Sequence[float]) -> Row:
+    """Ours as a share of the reference: cost over cost, or rate over the rate of a plain matrix product."""
+    return _row(name, goal, unit, reference, ours, [o / r for r, o in zip(reference, ours, strict=True)])
+
+
+def _row(name: str, goal: str, unit: str, peer: Sequence[float], ours: Sequence[float], ratios: list[float]) -> Row:
+    row = Row(
+        name=name,
+        goal=goal,
+        ratio=statistics.median(ratios),
+        low=min(ratios),
+        high=max(ratios),
+        peer=statistics.median(peer),
+        ours=statistics.median(ours),
+        unit=unit,
+    )
+    spread = f"{row.low:.3g} to {row.high:.3g} over {len(ratios)}"
+    print(f"  {name}: {row.ratio:.3g} ({spread}); {row.peer:.4g} -> {row.ours:.4g} {unit}", flush=True)
+    return row
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 7) -> float:
+    """FLOP/s of a plain square matrix product on this machine, the median of a few."""
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a @ b
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds)
+
+
+def check_equal(name: str, ours: torch.Tensor, peer: torch.Tensor, tolerance: float) -> None:
+    """Print the largest difference, relative to the largest value; AssertionError above the tolerance."""
+    error = ((ours.float() - peer.float()).abs().max() / peer.float().abs().max()).item()
+    print(f"  {name}: largest difference {error:.1e} of the largest value (at most {tolerance:g})", flush=True)
+    if not error <= tolerance:
+        raise AssertionError(f"{name}: ours differs from the peer's by {error:.1e}, more than {tolerance:g}")
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Compute in a dtype with fp32 weights; nothing in fp32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype)
+
+
+# --- reporting
+
+
+def environment() -> str:
+    """Versions, threads and the machine, in a few lines."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model n")
+        ]
+        cpu = names[0] if names else cpu
+    names = ("torch", "transformers", "lerobot", "lightning", "numpy", "duckdb", "tokenizers")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    load = os.getloadavg()[0]
+    return "\n".join(
+        [
+            f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, load {load:.1f}",
+            f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names),
+            f"CPU capability {torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d %H:%M')}",
+        ]
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a table."""
+    lines = [
+        "| work | goal | ratio | spread | peer | ours | unit | met |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        met = ("yes" if row.met else "**no**") if row.goal else "–"
+        goal = row.goal.replace(">=", "≥").replace("<=", "≤") or "–"
+        lines.append(
+            f"| {row.name} | {goal} | {row.ratio:.3g} | {row.low:.3g}–{row.high:.3g} | {row.peer:.4g} |"
+            f" {row.ours:.4g} | {row.unit} | {met} |"
+        )
+    return "\n".join(lines)
+
+
+def write_json(rows: Sequence[Row], path: Path) -> None:
+    """A list of {name, goal, ratio, low, high, peer, ours, unit}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> list[Row]:
+    """What `write_json` wrote."""
+    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]

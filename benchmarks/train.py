@@ -1,0 +1,130 @@
+"""Training steps at `mid`: forward and backward of the flow loss, against LeRobot's on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import (
+    TOLERANCE,
+    Options,
+    Row,
+    alternate,
+    autocast,
+    check_equal,
+    matmul_rate,
+    run_part,
+    share,
+    speed_up,
+)
+from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
+from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
+from pi05_lightning.models.acceleration import checkpoint_blocks
+from pi05_lightning.models.convert import to_ours
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: which step, on which work."""
+
+    name: str
+    goal: str
+    work: Work = PART_PRESENT
+    dtype: torch.dtype = torch.float32
+    expert_only: bool = False
+    """Only the action expert learns; LeRobot's train_expert_only."""
+    insulate: bool = False
+    """Ours insulates instead, LeRobot, which cannot, freezes: the expert's gradients are the same."""
+    checkpoint: bool = False
+
+
+CASES = (
+    Case("train, fp32, 2 of 3 cameras, 60 tokens", ">= 3"),
+    Case("train, fp32, all present", ">= 1.35", work=ALL_PRESENT),
+    Case("train, bf16, 2 of 3 cameras, 60 tokens", ">= 3", dtype=torch.bfloat16),
+    Case("train with activation checkpointing, fp32", ">= 3", checkpoint=True),
+    Case("train the expert only, fp32", ">= 4", expert_only=True),
+    Case("train insulated, fp32", ">= 4", expert_only=True, insulate=True),
+)
+
+
+def train(options: Options) -> list[Row]:
+    """Training steps of π0.5 at `mid` against LeRobot's."""
+    rows, our_seconds = [], {}
+    for case in CASES:
+        timed, seconds, flops = measure(case, options)
+        rows.append(timed)
+        our_seconds[case.name] = seconds[1]
+        if case is CASES[0]:
+            rate = matmul_rate(case.dtype)
+            reached = [flops / s for s in seconds[1]]
+            name = f"{case.name}: share of the matmul rate"
+            rows.append(share(name, ">= 0.9", "FLOP/s", [rate] * len(reached), reached))
+    fp32, bf16 = our_seconds[CASES[0].name], our_seconds[CASES[2].name]
+    rows.append(speed_up("train, our bf16 against our fp32", ">= 1.8", (fp32, bf16)))
+    return rows
+
+
+def measure(case: Case, options: Options) -> tuple[Row, tuple[list[float], list[float]], int]:
+    """The row, the seconds of both sides, and our FLOPs."""
+    config = DEBUG if options.quick else MID
+    print(f"{case.name}: {case.work}", flush=True)
+    lerobot = build_lerobot(config, train_expert_only=case.expert_only).train()
+    ours = with_weights_of(lerobot, config).train()
+    if case.checkpoint:
+        lerobot.gradient_checkpointing_enable()
+        checkpoint_blocks(ours)
+    if case.expert_only and not case.insulate:
+        ours.backbone.requires_grad_(False)
+    inputs = make_inputs(config, case.work)
+
+    def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            model.zero_grad(set_to_none=True)
+            with autocast(case.dtype):
+                value = loss()
+            value.mean().backward()
+            return value.detach()
+
+        return run
+
+    peer_step = step(lerobot, lambda: inputs.lerobot_loss(lerobot))
+    our_step = step(ours, lambda: inputs.our_loss(ours, case.insulate))
+    check_step(lerobot, ours, peer_step(), our_step(), case.dtype)
+    with FlopCounterMode(display=False) as counter:
+        our_step()
+    seconds = alternate(peer_step, our_step, options.pairs)
+    return speed_up(case.name, case.goal, seconds), seconds, counter.get_total_flops()
+
+
+def check_step(lerobot: nn.Module, ours: nn.Module, peer_loss: Tensor, our_loss: Tensor, dtype: torch.dtype) -> None:
+    """Equal loss and equal gradients, of all parameters together and of each.
+
+    In bf16 single elements differ by roundings in another order; compared are the loss and the gradients' norm.
+    """
+    tolerance = TOLERANCE[dtype]
+    if dtype == torch.bfloat16:
+        check_equal("loss", our_loss.mean(), peer_loss.mean(), tolerance)
+        return
+    check_equal("loss per element", our_loss, peer_loss, tolerance)
+    found = {name: p.grad for name, p in ours.named_parameters()}
+    expected = {to_ours(name): p.grad for name, p in lerobot.named_parameters() if to_ours(name)}
+    scale = max(grad.abs().max() for grad in expected.values() if grad is not None)
+    worst = 0.0
+    for name, reference in expected.items():
+        grad = found[name]
+        if reference is None or reference.abs().max() < 1e-6 * scale:
+            # in theory zero: SigLIP's key biases, the last layer's queries that nothing reads
+            assert grad is None or grad.abs().max() <= 1e-5 * scale, f"{name} has a gradient, LeRobot's has none"
+            continue
+        assert grad is not None, f"{name} has no gradient, LeRobot's has"
+        worst = max(worst, ((grad - reference).abs().max() / reference.abs().max()).item())
+    check_equal("every gradient", torch.tensor(1 + worst), torch.tensor(1.0), tolerance)
+
+
+if __name__ == "__main__":
+    run_part(train)
