@@ -16,7 +16,8 @@ import numpy as np
 from pi05_lightning.sim import questions
 from pi05_lightning.sim.config import CollectConfig
 from pi05_lightning.sim.encoding import encode_video
-from pi05_lightning.sim.metaworld import MetaWorldEnv, split_seeds
+from pi05_lightning.sim.metaworld import MetaWorldEnv
+from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.types import Answer, Frame
 
 ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all

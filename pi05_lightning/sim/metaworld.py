@@ -16,16 +16,18 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi05_lightning.sim.tasks import GRIPPER, Part, task_language
+from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
+from pi05_lightning.sim.tasks import GRIPPER, Part, task_language, task_of_sentence
 from pi05_lightning.types import Frame
 
+if TYPE_CHECKING:
+    from pi05_lightning.data.processor import Robot
+
 CONTROL_HZ = 80  # MetaWorld: 5 MuJoCo steps of 2.5 ms
-SPLITS = ("train", "val", "rollout")
-SEEDS_PER_SPLIT = 1_000_000
 STATE_NAMES = ("x", "y", "z", "gripper_opening")
 ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
 _PLACING_STEPS = 100  # MuJoCo steps in which the hand follows wherever it is sent
@@ -50,21 +52,6 @@ CAMERAS = {"topview": Camera((0.0, 0.15, 0.0), fovy=28.0), "corner2": Camera(rot
 POLICY_CAMERAS = ("topview", "gripperPOV")
 
 
-def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[int]:
-    """Seeds of `count` initial states of a split, from `start` on; no two splits and no two `seed`s share one.
-
-    Raises ValueError on an unknown split or more seeds than a split has.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
-    if seed < 0 or start + count > SEEDS_PER_SPLIT:
-        raise ValueError(
-            f"a split has {SEEDS_PER_SPLIT} initial states and seeds start at 0: got seed {seed}, {count=}"
-        )
-    first = (seed * len(SPLITS) + SPLITS.index(split)) * SEEDS_PER_SPLIT + start
-    return list(range(first, first + count))
-
-
 def import_metaworld() -> ModuleType:
     """MetaWorld's package, with MuJoCo set to render off-screen.
 
@@ -86,9 +73,28 @@ def task_names() -> list[str]:
 
 
 def check_task(task: str) -> None:
-    """Raises ValueError when MetaWorld has no task of this name."""
+    """Raises NoSuchEnvironment, a ValueError, when MetaWorld has no task of this name."""
     if task not in task_names():
-        raise ValueError(f"MetaWorld has no task {task!r}: use one of {', '.join(task_names())}")
+        raise NoSuchEnvironment(f"MetaWorld has no task {task!r}: use one of {', '.join(task_names())}")
+
+
+@dataclass(frozen=True)
+class MetaWorld(EnvironmentConfig):
+    """MetaWorld's 50 tasks by name, seen as the policy was trained to see them."""
+
+    has_expert = True
+
+    def tasks(self, robot: Robot) -> list[str]:
+        """Those that the policy was trained on, from their instructions."""
+        return [task_of_sentence(sentence) for sentence in robot.tasks]
+
+    def open(self, task: str, view: View) -> MetaWorldEnv:
+        if CONTROL_HZ % view.fps:
+            raise NoSuchEnvironment(
+                f"the policy was trained at {view.fps} frames per second, which does not divide MetaWorld's"
+                f" {CONTROL_HZ} Hz: name the simulator that it was trained in with --env"
+            )
+        return MetaWorldEnv(task, view.image_size, view.cameras, round(CONTROL_HZ / view.fps))
 
 
 class MetaWorldEnv:
@@ -100,8 +106,13 @@ class MetaWorldEnv:
         cameras: MetaWorld's camera names (topview, gripperPOV, corner, corner2, corner3, corner4, behindGripper).
         action_repeat: control steps that one `step` lasts.
 
-    Raises ValueError on an unknown task or camera. Close it before the interpreter exits, or use it as a context.
+    Raises NoSuchEnvironment, a ValueError, on an unknown task or camera. Close it before the interpreter exits, or use
+    it as a context.
     """
+
+    max_seconds = 6.0
+    ended = False  # an episode goes on for as long as the caller likes
+    action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
 
     def __init__(
         self,
@@ -139,7 +150,7 @@ class MetaWorldEnv:
             camera_id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
             if camera_id < 0:
                 known = ", ".join(model.camera(i).name for i in range(model.ncam))
-                raise ValueError(f"{self.task} has no camera {name!r}: use one of {known}")
+                raise NoSuchEnvironment(f"{self.task} has no camera {name!r}: use one of {known}")
             camera = CAMERAS.get(name, Camera())
             model.cam_pos[camera_id] += camera.offset
             if camera.fovy is not None:
@@ -174,9 +185,24 @@ class MetaWorldEnv:
         self._obs, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
         return bool(info["success"])
 
+    def expert_step(self) -> bool:
+        """As long as a `step`, with what the expert does at each control step."""
+        successes = [self.control_step(self.expert_action()) for _ in range(self.action_repeat)]
+        return any(successes)
+
     def expert_action(self) -> np.ndarray:
         """What MetaWorld's scripted expert does now, for one control step: f32[4] in [-1, 1]."""
         return np.clip(self._policy.get_action(self._obs), -1.0, 1.0).astype(np.float32)
+
+    @property
+    def sentence(self) -> str:
+        """The instruction."""
+        return self.language.sentence
+
+    @property
+    def fps(self) -> float:
+        """Actions per second."""
+        return CONTROL_HZ / self.action_repeat
 
     @property
     def state(self) -> np.ndarray:

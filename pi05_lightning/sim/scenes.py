@@ -17,7 +17,8 @@ from PIL import Image
 
 from pi05_lightning.sim import questions
 from pi05_lightning.sim.config import CollectConfig
-from pi05_lightning.sim.metaworld import SEEDS_PER_SPLIT, MetaWorldEnv, split_seeds
+from pi05_lightning.sim.metaworld import MetaWorldEnv
+from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
 
 FRAMES_PER_SCENE = 4
 _FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0

@@ -1,7 +1,8 @@
-"""Films of episodes: the cameras side by side, with the subtask and the outcome written under them."""
+"""Films of episodes: the cameras side by side, the subtask, the chunk that is being executed, and how it ended."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,30 +13,46 @@ from PIL import Image, ImageDraw, ImageFont
 
 CAMERA_HEIGHT = 256  # pixels that a camera image is scaled to
 CAPTION_HEIGHT = 48
+CHUNK_HEIGHT = 64
+MAX_CURVES = 8  # action dimensions that are drawn
 _COLOURS = {True: "#1a7f37", False: "#57606a"}
+_CURVES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2", "#FFFFFF")
+
+
+class Shot(Protocol):
+    """What is shown of one action: u8[h w 3]; the chunk f32[T A] it is from, if any, and its place there."""
+
+    @property
+    def image(self) -> np.ndarray: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def chunk(self) -> np.ndarray | None: ...
+    @property
+    def place(self) -> int: ...
 
 
 class Episode(Protocol):
-    """What a film shows: u8[h w 3] images and a caption per decision, and whether it ended well."""
+    """A film's episode; the outcome is written on its last frame."""
 
     success: bool
-    images: list[np.ndarray]
-    captions: list[str]
 
     @property
+    def shots(self) -> Sequence[Shot]: ...
+    @property
     def title(self) -> str: ...
+    @property
+    def outcome(self) -> str: ...
 
 
 def frames(episode: Episode) -> list[np.ndarray]:
-    """The film's frames u8[H W 3]; the last one carries the outcome."""
-    last = len(episode.images) - 1
+    """The film's frames u8[H W 3], H and W even."""
+    last = len(episode.shots) - 1
+    chunks = [shot.chunk for shot in episode.shots if shot.chunk is not None]
+    bounds = (np.min([c.min(0) for c in chunks], 0), np.max([c.max(0) for c in chunks], 0)) if chunks else None
     return [
-        _captioned(
-            image,
-            [episode.title + ("  success" if episode.success and i == last else ""), caption],
-            _COLOURS[episode.success and i == last],
-        )
-        for i, (image, caption) in enumerate(zip(episode.images, episode.captions, strict=True))
+        _frame(shot, episode.title, episode.outcome if i == last else "", episode.success and i == last, bounds)
+        for i, shot in enumerate(episode.shots)
     ]
 
 
@@ -52,12 +69,49 @@ def write(path: Path, episode: Episode, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def _captioned(image: np.ndarray, lines: Sequence[str], colour: str) -> np.ndarray:
-    scale = CAMERA_HEIGHT / image.shape[0]
-    picture = Image.fromarray(image).resize((round(image.shape[1] * scale), CAMERA_HEIGHT), Image.Resampling.BICUBIC)
-    canvas = Image.new("RGB", (picture.width, CAMERA_HEIGHT + CAPTION_HEIGHT), colour)
+def gif(episode: Episode, fps: int) -> bytes:
+    """The film as an animated GIF that goes on for ever, its last frame held for a second: what TensorBoard plays."""
+    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(episode)]
+    buffer = io.BytesIO()
+    durations = [1000 // fps] * len(rest) + [1000]
+    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
+    return buffer.getvalue()
+
+
+def _frame(
+    shot: Shot, title: str, outcome: str, success: bool, bounds: tuple[np.ndarray, np.ndarray] | None
+) -> np.ndarray:
+    scale = CAMERA_HEIGHT / shot.image.shape[0]
+    width = 2 * round(shot.image.shape[1] * scale / 2)
+    picture = Image.fromarray(shot.image).resize((width, CAMERA_HEIGHT), Image.Resampling.BICUBIC)
+    height = CAMERA_HEIGHT + CAPTION_HEIGHT + (CHUNK_HEIGHT if bounds else 0)
+    canvas = Image.new("RGB", (width, height), _COLOURS[success])
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    for number, line in enumerate(lines):
+    for number, line in enumerate((f"{title}  {outcome}".rstrip(), shot.caption)):
         draw.text((8, CAMERA_HEIGHT + 4 + 20 * number), line, fill="white", font=ImageFont.load_default(15))
+    if bounds is not None and shot.chunk is not None:
+        _draw_chunk(draw, shot.chunk, shot.place, bounds, top=CAMERA_HEIGHT + CAPTION_HEIGHT, width=width)
     return np.asarray(canvas)
+
+
+def _draw_chunk(
+    draw: ImageDraw.ImageDraw,
+    chunk: np.ndarray,
+    place: int,
+    bounds: tuple[np.ndarray, np.ndarray],
+    top: int,
+    width: int,
+) -> None:
+    """One curve per action dimension over the chunk's steps, scaled to the episode's range; a line where we are."""
+    low, high = bounds
+    draw.rectangle((0, top, width, top + CHUNK_HEIGHT), fill="#24292f")
+    x = 8 + (width - 16) * (np.arange(len(chunk)) + 0.5) / len(chunk)
+    share = (chunk - low) / np.maximum(high - low, 1e-6)
+    y = top + 6 + (CHUNK_HEIGHT - 12) * (1 - share)
+    draw.line((x[place], top, x[place], top + CHUNK_HEIGHT), fill="white")
+    for dim in range(min(chunk.shape[1], MAX_CURVES)):
+        points = list(zip(x.tolist(), y[:, dim].tolist(), strict=True))
+        draw.line(points, fill=_CURVES[dim], width=2)
+        for px, py in points:
+            draw.ellipse((px - 2, py - 2, px + 2, py + 2), fill=_CURVES[dim])

@@ -18,3 +18,20 @@ def config(out: Path, **changes) -> CollectConfig:
 @pytest.fixture(scope="session")
 def collected(tmp_path_factory) -> Path:
     return collect(config(tmp_path_factory.mktemp("collect") / "data"))
+
+
+@pytest.fixture(scope="session")
+def untrained(collected, tmp_path_factory) -> Path:
+    """An exported policy for the collected data, as chance made it."""
+    from pi05_lightning import Pi05DataModule, checkpoint
+    from pi05_lightning.data.sources.lerobot import LeRobotConfig
+    from pi05_lightning.models.config import ModelConfig
+    from pi05_lightning.models.pi05 import Pi05
+
+    sizes = ModelConfig.preset("debug")
+    data = Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, shapes=sizes.shapes)
+    model = Pi05(sizes)
+    model.reset_parameters()
+    folder = tmp_path_factory.mktemp("untrained")
+    checkpoint.save(folder, model, data.processor)
+    return folder

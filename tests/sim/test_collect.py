@@ -15,7 +15,8 @@ import pytest
 
 from pi05_lightning.sim.collect import collect
 from pi05_lightning.sim.episodes import record_episode
-from pi05_lightning.sim.metaworld import MetaWorldEnv, split_seeds
+from pi05_lightning.sim.metaworld import MetaWorldEnv
+from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.sim.tasks import LANGUAGE
 
 from .conftest import TASKS, config

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pi05_lightning.sim.metaworld import MetaWorldEnv, import_metaworld, split_seeds, task_names
+from pi05_lightning.sim.metaworld import MetaWorldEnv, import_metaworld, task_names
+from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.sim.tasks import LANGUAGE, task_language, task_of_sentence
 
 
@@ -139,6 +140,10 @@ def test_expert_goes_through_the_phases_of_a_described_task(task):
     assert solved
     assert any(earlier != later for earlier, later in pairwise(phases))
     assert objects & set(LANGUAGE[task].objects)
+
+
+def test_no_two_tasks_share_a_sentence():
+    assert len({task_language(task).sentence for task in task_names()}) == 50
 
 
 def test_sentences_lead_back_to_their_tasks():

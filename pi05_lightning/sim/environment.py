@@ -1,0 +1,97 @@
+"""What an environment is to a rollout: one robot at one task, whichever simulator it lives in.
+
+A new simulator is one `EnvironmentConfig`, which YAML and the command line can hold, and one `Environment`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+
+from pi05_lightning.sim.splits import split_seeds
+from pi05_lightning.types import Frame
+
+if TYPE_CHECKING:  # processes that only simulate need not wait for it
+    from pi05_lightning.data.processor import Robot
+
+
+class NoSuchEnvironment(ValueError):
+    """What was asked of a simulator does not exist there: a task, a camera, an option, the simulator itself."""
+
+
+class Environment(Protocol):
+    """One robot at one task. Close it before the interpreter exits: renderers complain otherwise.
+
+    sentence     the instruction
+    fps          actions per second of simulated time
+    max_seconds  simulated time after which an episode has failed, where the user says nothing else
+    action_low, action_high   f64[A]: bounds of an action
+    ended        the episode is over, whether it succeeded or not
+    """
+
+    @property
+    def sentence(self) -> str: ...
+    @property
+    def fps(self) -> float: ...
+    @property
+    def max_seconds(self) -> float: ...
+    @property
+    def action_low(self) -> np.ndarray: ...
+    @property
+    def action_high(self) -> np.ndarray: ...
+    @property
+    def ended(self) -> bool: ...
+
+    def reset(self, seed: int) -> None:
+        """Begin an episode; the same seed gives the same one, whatever came before."""
+        ...
+
+    def observation(self) -> Frame:
+        """What a policy may see: images by camera, the instruction, the state in the robot's units."""
+        ...
+
+    def step(self, action: np.ndarray) -> bool:
+        """Take one action f32[A] in the robot's units; returns whether the task is solved."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ExpertEnvironment(Environment, Protocol):
+    """An environment with a scripted expert."""
+
+    def expert_step(self) -> bool:
+        """What `step` does, with the expert's action."""
+        ...
+
+
+@dataclass(frozen=True)
+class View:
+    """What a policy was trained to see: its cameras in order, their height and width in pixels, frames per second."""
+
+    cameras: tuple[str, ...]
+    image_size: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig(ABC):
+    """A simulator as configured."""
+
+    has_expert: ClassVar[bool] = False
+    """Whether `open` gives an `ExpertEnvironment`."""
+
+    @abstractmethod
+    def tasks(self, robot: Robot) -> list[str]:
+        """The tasks to run where the user names none, for a policy of this robot."""
+
+    @abstractmethod
+    def open(self, task: str, view: View) -> Environment:
+        """Raises NoSuchEnvironment for an unknown task, cameras that are not there, a package that is missing."""
+
+    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+        """Seeds of a task's initial states; number: the task's place among those that run."""
+        return split_seeds(split, episodes, seed, start=number * episodes)

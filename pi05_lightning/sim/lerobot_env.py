@@ -1,0 +1,167 @@
+"""Any environment that LeRobot's factory makes (`lerobot.envs.factory`), PushT and LIBERO among them.
+
+Observations come as LeRobot's own evaluation builds them: `preprocess_observation`, then the environment's processor.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
+from pi05_lightning.types import Frame
+
+if TYPE_CHECKING:
+    from pi05_lightning.data.processor import Robot
+
+_IMAGES = ("observation.image", "observation.images.")
+_DEFAULT_STEPS = 500  # of an episode, for environments that set no limit
+
+
+@dataclass(frozen=True)
+class LeRobotEnv(EnvironmentConfig):
+    """An environment of LeRobot's factory. A task is LeRobot's `task`; `suite/3` is number 3 of a suite."""
+
+    type: str
+    """Its name in LeRobot, such as pusht, aloha, metaworld or libero."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of LeRobot's configuration of this type, such as {obs_type: pixels_agent_pos}."""
+    cameras: dict[str, str] = field(default_factory=dict)
+    """The policy's cameras, each with its name in the environment, where that is another."""
+    sentence: str | None = None
+    """The instruction, for environments that have none."""
+
+    def tasks(self, robot: Robot) -> list[str]:
+        return [self._config().task]
+
+    def open(self, task: str, view: View) -> LeRobotEnvironment:
+        env, config = self.make(task)
+        return LeRobotEnvironment(env, config, view, self.cameras, self.sentence)
+
+    def make(self, task: str) -> tuple[Any, Any]:
+        """The gymnasium environment of a task and LeRobot's configuration of it.
+
+        Raises NoSuchEnvironment for a type, a task or an option that LeRobot does not know and for a missing package.
+        """
+        os.environ.setdefault("MUJOCO_GL", "egl")
+        from lerobot.envs.factory import make_env
+
+        name, _, number = task.rpartition("/") if task.rpartition("/")[2].isdigit() else (task, "", "0")
+        config = self._config(task=name)
+        try:
+            with quiet():
+                suites = make_env(config, n_envs=1)
+        except ModuleNotFoundError as error:
+            raise NoSuchEnvironment(f"LeRobot's {self.type} needs a package that is not installed: {error}") from error
+        except KeyError as error:
+            raise NoSuchEnvironment(f"LeRobot's {self.type} has no task {name!r}") from error
+        by_number = {key: vector for suite in suites.values() for key, vector in suite.items()}
+        if int(number) not in by_number:
+            known = f"{name} has the numbers {sorted(by_number)}"
+            raise NoSuchEnvironment(f"LeRobot's {self.type} has no task {task!r}: {known}")
+        chosen = by_number.pop(int(number))
+        for vector in by_number.values():
+            vector.close()
+        return chosen.envs[0], config
+
+    def _config(self, **changes: Any) -> Any:
+        from lerobot.envs.factory import make_env_config
+
+        try:
+            return make_env_config(self.type, **self.options | changes)
+        except (TypeError, ValueError) as error:  # in LeRobot's own words
+            raise NoSuchEnvironment(f"LeRobot has no {self.type} with the options {self.options}: {error}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps simulators from telling what they import and make, in every process."""
+    with redirect_stdout(io.StringIO()):
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+class LeRobotEnvironment:
+    """One gymnasium environment that LeRobot made.
+
+    Args:
+        env: the environment itself, not the vector of one: a vector begins a new episode by itself.
+        config: LeRobot's configuration of it: rate and processors.
+        view: the cameras that the policy wants.
+        cameras: their names in the environment, where those are others.
+        sentence: the instruction; by default the environment's `task_description`.
+
+    Raises NoSuchEnvironment when there is no instruction.
+    """
+
+    def __init__(self, env: Any, config: Any, view: View, cameras: dict[str, str], sentence: str | None = None) -> None:
+        self._env, self._config = env, config
+        self._cameras = {name: cameras.get(name, name) for name in view.cameras}
+        described = sentence or getattr(env.unwrapped, "task_description", None)
+        if not described:
+            raise NoSuchEnvironment(
+                f"LeRobot's {config.type} has no instruction of its own: give one with --env.sentence"
+            )
+        self.sentence: str = described
+        self.fps = float(config.fps)
+        limit = (env.spec and env.spec.max_episode_steps) or getattr(env.unwrapped, "_max_episode_steps", None)
+        self.max_seconds = (limit or _DEFAULT_STEPS) / self.fps
+        self.action_low, self.action_high = env.action_space.low, env.action_space.high
+        self.ended = False
+        self._before, self._after = config.get_env_processors()
+        self._seen: dict[str, Any] = {}
+
+    def reset(self, seed: int) -> None:
+        self._seen, _ = self._env.reset(seed=seed)
+        self.ended = False
+
+    def observation(self) -> Frame:
+        """Raises NoSuchEnvironment when the environment does not have the policy's cameras."""
+        from lerobot.envs.utils import preprocess_observation
+
+        seen = self._before(preprocess_observation(_batched(self._seen)))
+        images = {
+            key.rpartition(".")[2]: (value[0] * 255).round().byte().numpy()
+            for key, value in seen.items()
+            if key.startswith(_IMAGES)
+        }
+        missing = set(self._cameras.values()) - set(images)
+        if missing:
+            raise NoSuchEnvironment(
+                f"LeRobot's {self._config.type} has the cameras {sorted(images)} and the policy wants"
+                f" {list(self._cameras)}: say which is which with --env.cameras '{{policy camera: its name here}}'"
+            )
+        state = seen.get("observation.state")
+        return Frame(
+            images={name: images[there] for name, there in self._cameras.items()},
+            task=self.sentence,
+            state=None if state is None else state[0].float().numpy(),
+        )
+
+    def step(self, action: np.ndarray) -> bool:
+        import torch
+
+        ready = self._after({"action": torch.as_tensor(action)[None]})["action"][0].numpy()
+        self._seen, _, terminated, truncated, info = self._env.step(ready.astype(self._env.action_space.dtype))
+        self.ended = bool(terminated or truncated)
+        return bool(info.get("is_success", False))
+
+    def close(self) -> None:
+        self._env.close()
+
+
+def _batched(observation: Any) -> Any:
+    """The same nested dictionary with a batch of one in front of every array."""
+    if isinstance(observation, dict):
+        return {key: _batched(value) for key, value in observation.items()}
+    return np.asarray(observation)[None]

@@ -1,0 +1,21 @@
+"""Which initial states are trained on, and which are kept for validation and for rollouts."""
+
+from __future__ import annotations
+
+SPLITS = ("train", "val", "rollout")
+SEEDS_PER_SPLIT = 1_000_000
+
+
+def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[int]:
+    """Seeds of `count` initial states of a split, from `start` on; no two splits and no two `seed`s share one.
+
+    Raises ValueError on an unknown split or more seeds than a split has.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+    if seed < 0 or start + count > SEEDS_PER_SPLIT:
+        raise ValueError(
+            f"a split has {SEEDS_PER_SPLIT} initial states and seeds start at 0: got seed {seed}, {count=}"
+        )
+    first = (seed * len(SPLITS) + SPLITS.index(split)) * SEEDS_PER_SPLIT + start
+    return list(range(first, first + count))

@@ -1,0 +1,218 @@
+"""Episodes in lanes: environments of one task are stepped together, so that the policy sees a batch.
+
+An episode depends on its task, its seed and the policy alone, not on the lane, the batch or the process it ran in. A
+policy that raises, or whose actions cannot be executed, ends the episode; the reason is the episode's result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+import numpy as np
+import torch
+
+from pi05_lightning.sim.environment import Environment, ExpertEnvironment
+
+if TYPE_CHECKING:
+    from pi05_lightning.policy import Pi05Policy
+
+Mode = Literal["policy", "flat", "mean_replay", "random", "expert"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+POLICY_MODES: tuple[Mode, ...] = ("policy", "flat")
+
+OUT_OF_TIME = "out of time"
+ENDED = "the environment ended the episode"
+NOT_FINITE = "the policy's action is not finite"
+_REASON_LENGTH = 160  # of the message of whatever a policy raised
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often a policy is asked, and what its draws depend on beside the episode."""
+
+    execution_horizon: int
+    """Actions of a chunk that are executed before the next is asked for."""
+    replan_subtask_every: int = 1
+    """Chunks that a predicted subtask lasts."""
+    max_seconds: float | None = None
+    """Simulated time after which an episode has failed; None: what the environment says."""
+    seed: int = 0
+    """Of the noise and of random actions."""
+
+    def __post_init__(self) -> None:
+        if self.replan_subtask_every < 1:
+            raise ValueError(f"replan_subtask_every: {self.replan_subtask_every}, and it is at least 1")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(f"max_seconds: {self.max_seconds} leaves no time for an action")
+
+    def limit(self, env: Environment) -> int:
+        """Actions after which an episode has failed."""
+        seconds = env.max_seconds if self.max_seconds is None else self.max_seconds
+        return max(1, round(seconds * env.fps))
+
+
+@dataclass(frozen=True)
+class Shot:
+    """What a film shows of one action: u8[h w 3], all cameras side by side; the chunk f32[T A] that it is from."""
+
+    image: np.ndarray
+    caption: str
+    chunk: np.ndarray | None = None
+    place: int = 0
+    """Of the action in the chunk."""
+
+
+@dataclass
+class Trial:
+    """One episode: how it went and ended."""
+
+    mode: Mode
+    task: str
+    seed: int
+    record: bool = False
+    success: bool = False
+    reason: str = ""
+    """Why it ended without success; empty while it runs, and after success."""
+    decisions: int = 0
+    """Actions taken."""
+    max_seconds: float = 0.0
+    subtask: str | None = None
+    shots: list[Shot] = field(default_factory=list)
+
+    @property
+    def over(self) -> bool:
+        return self.success or bool(self.reason)
+
+    @property
+    def title(self) -> str:
+        return f"{self.mode} · {self.task}"
+
+    @property
+    def outcome(self) -> str:
+        return "success" if self.success else self.reason
+
+
+@dataclass
+class Clock:
+    """Seconds that each call of the policy and each step of an environment took."""
+
+    decisions: list[float] = field(default_factory=list)
+    lanes: list[int] = field(default_factory=list)
+    """Episodes that a call of the policy served."""
+    steps: list[float] = field(default_factory=list)
+
+    def add(self, other: Clock) -> None:
+        self.decisions += other.decisions
+        self.lanes += other.lanes
+        self.steps += other.steps
+
+
+Lane = tuple[Environment, Trial]
+
+
+def run_policy(policy: Pi05Policy, lanes: Sequence[Lane], pace: Pace, clock: Clock) -> None:
+    """Reset the environments and step them together until each succeeds, fails or runs out of time."""
+    for env, trial in lanes:
+        _begin(env, trial, pace)
+    running, number = list(lanes), 0
+    while running:
+        start = perf_counter()
+        chunks = _decide(policy, running, number, pace)
+        clock.decisions.append(perf_counter() - start)
+        clock.lanes.append(len(running))
+        for (env, trial), chunk in zip(running, chunks, strict=True):
+            if isinstance(chunk, str):
+                trial.reason = chunk
+                continue
+            for place, action in enumerate(chunk[: pace.execution_horizon]):
+                _take(env, trial, partial(env.step, action), pace, clock, chunk, place)
+                if trial.over:
+                    break
+        running = [(env, trial) for env, trial in running if not trial.over]
+        number += 1
+
+
+def run_baseline(env: Environment, trial: Trial, pace: Pace, clock: Clock, replay: np.ndarray | None = None) -> None:
+    """One episode of the scripted expert, of uniformly random actions, or of the trajectory `replay` f32[N A]."""
+    _begin(env, trial, pace)
+    rng = np.random.default_rng([pace.seed, trial.seed])
+    while not trial.over:
+        if trial.mode == "expert":
+            _take(env, trial, cast("ExpertEnvironment", env).expert_step, pace, clock)
+        else:
+            _take(env, trial, partial(env.step, _baseline_action(env, trial, rng, replay)), pace, clock)
+
+
+def _take(
+    env: Environment,
+    trial: Trial,
+    step: Callable[[], bool],
+    pace: Pace,
+    clock: Clock,
+    chunk: np.ndarray | None = None,
+    place: int = 0,
+) -> None:
+    start = perf_counter()
+    trial.success = step()
+    clock.steps.append(perf_counter() - start)
+    trial.decisions += 1
+    if not trial.success:
+        if env.ended:
+            trial.reason = ENDED
+        elif trial.decisions >= pace.limit(env):
+            trial.reason = OUT_OF_TIME
+    if trial.record:
+        image = np.concatenate([image.transpose(1, 2, 0) for image in env.observation().images.values()], axis=1)
+        trial.shots.append(Shot(image, trial.subtask or env.sentence, chunk, place))
+
+
+def _begin(env: Environment, trial: Trial, pace: Pace) -> None:
+    env.reset(trial.seed)
+    trial.max_seconds = pace.limit(env) / env.fps
+
+
+def _decide(policy: Pi05Policy, lanes: Sequence[Lane], number: int, pace: Pace) -> list[np.ndarray | str]:
+    """For every lane chunk `number` f32[T A], or why there is none.
+
+    When a batch fails, each lane is asked for by itself: the others' episodes go on.
+    """
+    frames, trials = [env.observation() for env, _ in lanes], [trial for _, trial in lanes]
+    try:
+        if trials[0].mode == "policy" and policy.hierarchical and number % pace.replan_subtask_every == 0:
+            for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
+                trial.subtask = subtask
+        noise = _noise(trials, number, policy, pace)
+        chunks = policy.predict_chunks(frames, [trial.subtask for trial in trials], noise)
+        if len(chunks) != len(lanes):
+            raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
+    except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
+        if len(lanes) > 1:
+            return [_decide(policy, [lane], number, pace)[0] for lane in lanes]
+        return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]
+    return [_checked(np.asarray(chunk), env) for chunk, (env, _) in zip(chunks, lanes, strict=True)]
+
+
+def _checked(chunk: np.ndarray, env: Environment) -> np.ndarray | str:
+    dims = len(env.action_low)
+    if chunk.ndim != 2 or not len(chunk) or chunk.shape[1] != dims:
+        return f"the policy's chunk has the shape {chunk.shape}, not (steps, {dims})"
+    return chunk if np.isfinite(chunk).all() else NOT_FINITE
+
+
+def _noise(trials: Sequence[Trial], number: int, policy: Pi05Policy, pace: Pace) -> torch.Tensor:
+    shape = policy.model.config.horizon, policy.model.config.action_dim
+    rngs = [np.random.Generator(np.random.Philox(key=[pace.seed, (trial.seed << 12) + number])) for trial in trials]
+    draws = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
+    return policy.noise_scale * torch.from_numpy(draws)
+
+
+def _baseline_action(env: Environment, trial: Trial, rng: np.random.Generator, replay: np.ndarray | None) -> np.ndarray:
+    if replay is not None:
+        return replay[min(trial.decisions, len(replay) - 1)]
+    if not np.isfinite([env.action_low, env.action_high]).all():
+        raise ValueError(f"the actions of {trial.task} have no bounds to draw from: leave out the mode random")
+    return rng.uniform(env.action_low, env.action_high)

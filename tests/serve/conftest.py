@@ -1,0 +1,30 @@
+"""A served policy, as chance made it, of a robot with two cameras, four state and two action dimensions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pi05_lightning import Pi05DataModule, Pi05Policy, checkpoint
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+
+
+@pytest.fixture(scope="session")
+def served(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exported policy."""
+    sizes = ModelConfig.preset("debug")
+    robot = LeRobotConfig(str(videos), state_keys=["observation.state", "observation.gripper"])
+    data = Pi05DataModule({"robot": robot}, shapes=sizes.shapes)
+    model = Pi05(sizes)
+    model.reset_parameters()
+    folder = tmp_path_factory.mktemp("served")
+    checkpoint.save(folder, model, data.processor)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def policy(served: Path) -> Pi05Policy:
+    return Pi05Policy(served)

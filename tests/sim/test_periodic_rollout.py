@@ -1,0 +1,121 @@
+"""Rollouts during training: what they log, what they cost, and that training does not notice them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.callbacks.ema import WeightAverage
+from pi05_lightning.callbacks.rollout import PeriodicRollout
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import LossWeights, Stage
+
+STAGES = {
+    "pretrain": Stage(LossWeights(subtask=1), {"robot/hl_subtask": 1.0}),
+    "posttrain": Stage(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
+}
+
+
+def train(collected: Path, folder: Path, *callbacks, steps=(1, 3)) -> Trainer:
+    seed_everything(0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        default_root_dir=folder,
+        callbacks=[StageSwitch(*steps, **STAGES), *callbacks],
+    )
+    module = Pi05Module(ModelConfig.preset("debug"), lambda groups: torch.optim.AdamW(groups, lr=1e-3))
+    trainer.fit(module, Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, batch_size=4, num_workers=0))
+    return trainer
+
+
+def rollout(**changes) -> PeriodicRollout:
+    return PeriodicRollout(**{"every_n_steps": 2, "tasks": ["reach-v3"], "episodes": 2, "max_seconds": 0.3} | changes)
+
+
+@pytest.fixture(scope="module")
+def run(collected, tmp_path_factory) -> tuple[Trainer, Path]:
+    folder = tmp_path_factory.mktemp("run")
+    return train(collected, folder, rollout(every_n_steps=1)), folder
+
+
+@pytest.fixture(scope="module")
+def events(run) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run[1]))
+    accumulator.Reload()
+    return accumulator
+
+
+def test_success_and_cost_are_logged_at_every_step_that_is_due_once_actions_train(events):
+    for tag in ("rollout/success", "rollout/success/reach-v3", "rollout/seconds"):
+        assert [event.step for event in events.Scalars(tag)] == [2, 3, 4]
+    assert all(event.value > 0 for event in events.Scalars("rollout/seconds"))
+
+
+def test_tensorboard_gets_a_film_that_moves(events):
+    image = events.Images("rollout/reach-v3")[0].encoded_image_string
+    assert image.startswith(b"GIF89a")
+    assert image.count(b"\x21\xf9\x04") == 3  # graphic control extensions: one per frame
+
+
+def test_run_gets_a_film_of_every_rollout(run):
+    films = sorted((run[1] / "rollouts").glob("*.mp4"))
+    assert [film.name for film in films] == [f"step-{step:08d}.mp4" for step in (2, 3, 4)]
+    with av.open(str(films[0])) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 3 + 10  # and a second of the last frame
+
+
+def test_training_is_the_same_with_and_without_rollouts(run, collected, tmp_path):
+    without = train(collected, tmp_path)
+    weights = run[0].lightning_module.state_dict()
+    for name, tensor in without.lightning_module.state_dict().items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=0)
+
+
+def test_module_is_left_in_training_mode(run):
+    assert all(part.training for part in run[0].lightning_module.model.modules())
+
+
+def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, tmp_path, monkeypatch):
+    seen = []
+    original = PeriodicRollout.run
+
+    def look(self, policy):
+        seen.append([p.detach().clone() for p in policy.model.parameters()])
+        return original(self, policy)
+
+    monkeypatch.setattr(PeriodicRollout, "run", look)
+    average = WeightAverage(decay=0.9)
+    trainer = train(collected, tmp_path, average, rollout(every_n_steps=3), steps=(0, 3))
+    for (name, own), used in zip(trainer.lightning_module.model.named_parameters(), seen[0], strict=True):
+        torch.testing.assert_close(used, average.average[name])
+        assert own.requires_grad
+    owned = trainer.lightning_module.model.parameters()
+    assert any(not torch.equal(own, used) for own, used in zip(owned, seen[0], strict=True))
+
+
+def test_sharded_training_is_refused(tmp_path):
+    trainer = Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), logger=False)
+    with pytest.raises(ValueError, match="whole weights on rank 0"):
+        rollout().setup(trainer, None, "fit")
+
+
+@pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"episodes": 0}])
+def test_rollout_that_never_happens_is_refused(wrong):
+    with pytest.raises(ValueError, match="at least 1"):
+        rollout(**wrong)

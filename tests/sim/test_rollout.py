@@ -1,0 +1,216 @@
+"""`pi05 rollout`: real simulators, real processes, an untrained policy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pi05_lightning import Pi05Policy
+from pi05_lightning.sim.environment import NoSuchEnvironment, View
+from pi05_lightning.sim.lerobot_env import LeRobotEnv
+from pi05_lightning.sim.libero import Libero
+from pi05_lightning.sim.metaworld import MetaWorld
+from pi05_lightning.sim.rollout import RolloutConfig, available_modes, plan, rollout
+from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Pace, Trial, run_policy
+
+needs_libero = pytest.mark.skipif(
+    importlib.util.find_spec("libero") is None, reason="the extra `libero` is not installed (1.2 GB)"
+)
+VIEW = View(("topview", "gripperPOV"), 64, 10.0)
+
+
+def copy_with_nan(source: Path, target: Path) -> Path:
+    """The policy with a NaN in the last weights of its flow head."""
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    weights = load_file(source / "model.safetensors")
+    name = next(name for name in weights if "action_out_proj" in name and name.endswith("bias"))
+    save_file({**weights, name: torch.full_like(weights[name], torch.nan)}, target / "model.safetensors")
+    return target
+
+
+@pytest.fixture(scope="module")
+def result(untrained, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("rollout")
+    modes = ("policy", "flat", "random")
+    return rollout(untrained, ["reach-v3"], episodes=2, modes=modes, out=out, max_seconds=0.3, num_workers=1), out
+
+
+def test_rollout_counts_every_mode_and_task(result):
+    assert {mode: counts["reach-v3"][1] for mode, counts in result[0]["success"].items()} == {
+        "policy": 2,
+        "flat": 2,
+        "random": 2,
+    }
+
+
+def test_file_is_what_was_returned(result):
+    assert json.loads((result[1] / "rollout.json").read_text()) == json.loads(json.dumps(result[0]))
+
+
+def test_policy_and_simulator_are_timed(result):
+    times = result[0]["milliseconds"]
+    assert set(times["policy"]) == {"decision", "step"}
+    assert set(times["random"]) == {"step"}
+    assert 0 < times["policy"]["decision"]["median"] <= times["policy"]["decision"]["p95"]
+
+
+def test_first_episode_of_each_policy_mode_is_filmed(result):
+    assert {file.name for file in result[1].glob("*.mp4")} == {
+        "policy-reach-v3-2000000.mp4",
+        "flat-reach-v3-2000000.mp4",
+    }
+
+
+def test_policy_that_gives_nan_is_in_the_table_and_the_run_goes_on(untrained, tmp_path, capsys):
+    broken = copy_with_nan(untrained, tmp_path)
+    found = rollout(broken, ["reach-v3"], episodes=2, modes=("flat", "random"), max_seconds=0.2, num_workers=1)
+    assert found["failures"]["flat"] == {"reach-v3": {NOT_FINITE: 2}}
+    assert found["failures"]["random"] == {"reach-v3": {OUT_OF_TIME: 2}}
+    assert "not finite" in " ".join(capsys.readouterr().out.split())
+
+
+def last_states(policy: Pi05Policy, lanes: int) -> np.ndarray:
+    """Where the hand is at the end of three episodes."""
+    trials = [Trial("policy", "reach-v3", seed) for seed in range(3)]
+    envs = [MetaWorld().open("reach-v3", VIEW) for _ in range(lanes)]
+    states = []
+    for first in range(0, 3, lanes):
+        pairs = list(zip(envs, trials[first : first + lanes], strict=False))
+        run_policy(policy, pairs, Pace(2, max_seconds=0.4), Clock())
+        states += [env.state for env, _ in pairs]
+    for env in envs:
+        env.close()
+    return np.stack(states)
+
+
+def test_episodes_depend_on_their_seed_and_not_on_the_lanes(untrained):
+    policy = Pi05Policy(untrained)
+    np.testing.assert_array_equal(last_states(policy, 1), last_states(policy, 1))
+    np.testing.assert_allclose(last_states(policy, 3), last_states(policy, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["reach-v2"]}, r"no task 'reach-v2'.*reach-v3"),
+        ({"execution_horizon": 99}, "execution_horizon: 99"),
+        ({"modes": ("mean_replay",), "dataset": Path("nowhere")}, "--dataset"),
+        ({"episodes": 0}, "at least 1"),
+        ({"env": LeRobotEnv("pushy")}, "pushy"),
+        ({"env": LeRobotEnv("metaworld"), "tasks": ["reach-v3"]}, r"cameras \['image'\].*topview"),
+        ({"env": LeRobotEnv("metaworld"), "modes": ("expert",)}, "no scripted expert"),
+    ],
+)
+def test_mistake_is_named(untrained, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        rollout(untrained, **{"episodes": 1, "num_workers": 1, "out": tmp_path, "max_seconds": 0.1} | options)
+
+
+def test_modes_that_cannot_be_are_left_out():
+    config = RolloutConfig("", None, LeRobotEnv("metaworld"), VIEW, Pace(1))
+    assert available_modes(config, None) == ("policy", "flat", "random")
+
+
+def test_every_mode_gets_the_same_initial_states_and_no_task_shares_them():
+    jobs = list(plan(RolloutConfig("", "", MetaWorld(), VIEW, Pace(1)), ["a", "b"], 3, ("policy", "random"), 8, 0))
+    seeds = {(job.trials[0].mode, job.trials[0].task): [trial.seed for trial in job.trials] for job in jobs}
+    assert seeds["policy", "a"] == seeds["random", "a"]
+    assert not set(seeds["policy", "a"]) & set(seeds["policy", "b"])
+
+
+# --- environments of LeRobot
+
+
+@pytest.fixture
+def lerobot_drawer():
+    cameras = {"topview": "image", "gripperPOV": "image"}
+    env = LeRobotEnv("metaworld", cameras=cameras).open("drawer-open-v3", VIEW)
+    yield env
+    env.close()
+
+
+def test_lerobots_environment_is_seen_as_lerobot_evaluates_it(lerobot_drawer):
+    lerobot_drawer.reset(0)
+    frame = lerobot_drawer.observation()
+    assert frame.task == "Open a drawer"
+    assert {name: (image.shape, image.dtype.name) for name, image in frame.images.items()} == {
+        "topview": ((3, 480, 480), "uint8"),
+        "gripperPOV": ((3, 480, 480), "uint8"),
+    }
+    np.testing.assert_allclose(frame.state, lerobot_drawer._env._env._get_obs()[:4], rtol=1e-6)
+
+
+def test_lerobots_environment_begins_the_same_for_the_same_seed(lerobot_drawer):
+    seen = []
+    for seed in (3, 4, 3):
+        lerobot_drawer.reset(seed)
+        seen.append(lerobot_drawer.observation().images["topview"])
+        lerobot_drawer.step(np.ones(4, np.float32))
+    np.testing.assert_array_equal(seen[0], seen[2])
+    assert not np.array_equal(seen[0], seen[1])
+
+
+def test_lerobots_rate_and_limit_are_taken_over(lerobot_drawer):
+    assert (lerobot_drawer.fps, lerobot_drawer.max_seconds) == (80.0, 500 / 80)
+
+
+@pytest.mark.parametrize(
+    ("env", "task", "message"),
+    [
+        (LeRobotEnv("pushy"), "x", "not registered"),
+        (LeRobotEnv("metaworld", {"colour": 1}), "reach-v3", "colour"),
+        (LeRobotEnv("metaworld"), "reach-v9", "no task 'reach-v9'"),
+        (LeRobotEnv("metaworld"), "easy/99", "no task 'easy/99'"),
+    ],
+)
+def test_what_lerobot_does_not_have_is_named(env, task, message):
+    with pytest.raises(NoSuchEnvironment, match=message):
+        env.open(task, VIEW)
+
+
+def test_missing_package_of_an_environment_is_named():
+    if importlib.util.find_spec("gym_pusht"):
+        pytest.skip("gym-pusht is installed")
+    with pytest.raises(NoSuchEnvironment, match="gym_pusht"):
+        LeRobotEnv("pusht").open("PushT-v0", VIEW)
+
+
+# --- LIBERO
+
+
+def test_liberos_first_initial_states_are_run_as_it_is_evaluated():
+    assert Libero().seeds(3, 50, seed=0) == list(range(50))
+    assert Libero().seeds(0, 10, seed=1) == list(range(10, 20))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libero") is not None, reason="the extra `libero` is installed")
+def test_missing_libero_names_the_extra():
+    with pytest.raises(NoSuchEnvironment, match=r"pip install 'pi05_lightning\[libero\]'"):
+        Libero().tasks(None)
+
+
+@pytest.mark.slow
+@needs_libero
+def test_libero_begins_from_the_benchmarks_states_and_has_lerobots_eight_dimensions():
+    from scipy.spatial.transform import Rotation
+
+    env = Libero(image_size=64).open("libero_spatial/3", View(("image", "image2"), 64, 20.0))
+    try:
+        env.reset(1)
+        frame = env.observation()
+        raw = env._env._env.env._get_observations()
+        axis_angle = Rotation.from_quat(raw["robot0_eef_quat"]).as_rotvec()
+        expected = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
+        assert frame.task == "pick up the black bowl on the cookie box and place it on the plate"
+        np.testing.assert_allclose(frame.state, expected, atol=1e-4)
+        np.testing.assert_array_equal(frame.images["image"], raw["agentview_image"][::-1, ::-1].transpose(2, 0, 1))
+        assert not env.step(np.zeros(7, np.float32))
+    finally:
+        env.close()

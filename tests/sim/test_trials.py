@@ -1,0 +1,209 @@
+"""Episodes: how they end, and that whatever a policy does wrong ends its own episode alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pi05_lightning.sim.summary import milliseconds, summarise
+from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Pace, Trial, run_baseline, run_policy
+from pi05_lightning.types import Frame
+
+HORIZON = 4
+
+
+class Walk:
+    """A number that actions are added to: solved at 1, over at -1."""
+
+    sentence, fps, max_seconds = "reach one", 10.0, 2.0
+    action_low, action_high = np.array([-0.5]), np.array([0.5])
+
+    def reset(self, seed: int) -> None:
+        self.at, self.seed, self.ended = 0.0, seed, False
+
+    def observation(self) -> Frame:
+        image = np.full((3, 8, 8), self.seed, np.uint8)
+        return Frame({"top": image}, self.sentence, state=np.array([self.at, self.seed], np.float32))
+
+    def step(self, action: np.ndarray) -> bool:
+        self.at += float(action[0])
+        self.ended = self.at <= -1
+        return self.at >= 1
+
+    def close(self) -> None: ...
+
+
+class Stub:
+    """A policy whose actions are `act(seed)`, everywhere the same; `calls` are the seeds it was asked for together."""
+
+    hierarchical, noise_scale = True, 1.0
+    model = SimpleNamespace(config=SimpleNamespace(horizon=HORIZON, action_dim=1))
+
+    def __init__(self, act) -> None:
+        self.act, self.calls, self.noise = act, [], []
+
+    def predict_subtasks(self, frames):
+        return [f"subtask {frame.state[0]:.1f}" for frame in frames]
+
+    def predict_chunks(self, frames, subtasks, noise):
+        self.calls.append([int(frame.state[1]) for frame in frames])
+        self.noise.append(noise)
+        return [self.act(int(frame.state[1])) for frame in frames]
+
+
+def run(act, seeds=(0, 1, 2), record=False, **pace) -> tuple[list[Trial], Stub, Clock]:
+    policy, clock = Stub(act), Clock()
+    trials = [Trial("policy", "walk", seed, record=record) for seed in seeds]
+    run_policy(policy, [(Walk(), trial) for trial in trials], Pace(pace.pop("execution_horizon", 2), **pace), clock)
+    return trials, policy, clock
+
+
+def chunk(value: float) -> np.ndarray:
+    return np.full((HORIZON, 1), value, np.float32)
+
+
+def raising(seed: int) -> np.ndarray:
+    if seed == 1:
+        raise KeyError("no\nsuch camera")
+    return chunk(0.25)
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (chunk(np.nan), NOT_FINITE),
+        (chunk(np.inf), NOT_FINITE),
+        (np.zeros((HORIZON, 3)), "the policy's chunk has the shape (4, 3), not (steps, 1)"),
+        (np.zeros((0, 1)), "the policy's chunk has the shape (0, 1), not (steps, 1)"),
+        (np.zeros(HORIZON), "the policy's chunk has the shape (4,), not (steps, 1)"),
+    ],
+)
+def test_bad_actions_end_their_own_episode_and_no_other(bad, reason):
+    trials, _, _ = run(lambda seed: bad if seed == 1 else chunk(0.25))
+    assert [trial.outcome for trial in trials] == ["success", reason, "success"]
+    assert trials[1].decisions == 0
+
+
+def test_policy_that_raises_ends_the_episode_that_it_raises_for():
+    trials, policy, _ = run(raising)
+    assert [trial.outcome for trial in trials] == [
+        "success",
+        r"the policy raised KeyError: 'no\nsuch camera'",
+        "success",
+    ]
+    assert policy.calls[:5] == [[0, 1, 2], [0], [1], [2], [0, 2]]
+
+
+def test_interrupt_is_no_failure_of_the_policy():
+    def interrupted(seed):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted)
+
+
+def test_too_few_chunks_are_a_failure():
+    policy, clock = Stub(chunk), Clock()
+    policy.predict_chunks = lambda *_: []
+    trial = Trial("flat", "walk", 0)
+    run_policy(policy, [(Walk(), trial)], Pace(1), clock)
+    assert trial.reason == "the policy raised ValueError: 0 chunks for 1 observations"
+
+
+@pytest.mark.parametrize(("execution_horizon", "calls"), [(1, 4), (3, 2), (4, 1)])
+def test_execution_horizon_is_the_actions_from_one_chunk_to_the_next(execution_horizon, calls):
+    trials, policy, _ = run(lambda seed: chunk(0.25), seeds=[0], execution_horizon=execution_horizon)
+    assert (trials[0].success, trials[0].decisions, len(policy.calls)) == (True, 4, calls)
+
+
+def test_subtask_lasts_as_many_chunks_as_told():
+    trials, _, _ = run(lambda seed: chunk(0.1), seeds=[0], record=True, execution_horizon=2, replan_subtask_every=2)
+    captions = [shot.caption for shot in trials[0].shots]
+    assert captions == ["subtask 0.0"] * 4 + ["subtask 0.4"] * 4 + ["subtask 0.8"] * 2
+
+
+def test_time_is_up_after_max_seconds():
+    trials, _, _ = run(lambda seed: chunk(0.0), seeds=[0], max_seconds=0.5)
+    assert (trials[0].outcome, trials[0].decisions) == (OUT_OF_TIME, 5)
+
+
+def test_environment_may_end_an_episode():
+    trials, _, _ = run(lambda seed: chunk(-0.5), seeds=[0])
+    assert (trials[0].outcome, trials[0].decisions) == (ENDED, 2)
+
+
+def test_film_shows_chunk_and_place_of_every_action():
+    trials, _, _ = run(lambda seed: chunk(0.25), seeds=[0], record=True, execution_horizon=3)
+    assert [shot.place for shot in trials[0].shots] == [0, 1, 2, 0]
+    assert all(shot.chunk.shape == (HORIZON, 1) for shot in trials[0].shots)
+
+
+def test_random_actions_stay_within_the_bounds_and_depend_on_the_seed():
+    taken = []
+
+    class Watched(Walk):
+        def step(self, action):
+            taken.append(action)
+            return False
+
+    for seed in (0, 0, 1):
+        run_baseline(Watched(), Trial("random", "walk", seed), Pace(1), Clock())
+    first, again, other = np.split(np.array(taken), 3)
+    assert np.abs(first).max() <= 0.5
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_unbounded_actions_have_no_random_mode():
+    env = Walk()
+    env.action_high = np.array([np.inf])
+    with pytest.raises(ValueError, match="leave out the mode random"):
+        run_baseline(env, Trial("random", "walk", 0), Pace(1), Clock())
+
+
+@pytest.mark.parametrize("wrong", [{"max_seconds": 0}, {"replan_subtask_every": 0}])
+def test_pace_that_allows_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Pace(1, **wrong)
+
+
+def test_summary_counts_successes_and_reasons_per_task():
+    trials = [Trial("policy", "a", i, success=i < 9, reason="" if i < 9 else NOT_FINITE) for i in range(10)]
+    trials += [Trial("policy", "b", i, reason=OUT_OF_TIME) for i in range(2)]
+    result = summarise(trials, {"policy": Clock()})
+    assert result["success"] == {"policy": {"a": [9, 10], "b": [0, 2]}}
+    assert result["failures"] == {"policy": {"a": {NOT_FINITE: 1}, "b": {OUT_OF_TIME: 2}}}
+    assert result["crashed"] == [f"policy a seed 9: {NOT_FINITE}"]
+
+
+def test_summary_has_wilson_intervals():
+    result = summarise([Trial("policy", "a", i, success=i < 9) for i in range(10)], {})
+    # by hand, z = 1.96: (0.9 + 0.19208 ± 1.96 √(0.009 + 0.0096040)) / 1.38416
+    assert result["wilson_95"]["policy"]["a"] == pytest.approx([0.5958, 0.9821], abs=1e-4)
+    assert result["wilson_95"]["policy"]["all tasks"] == result["wilson_95"]["policy"]["a"]
+
+
+def test_times_are_median_and_95th_percentile_in_milliseconds():
+    clock = Clock(decisions=[0.001, 0.002, 0.003], lanes=[2, 2, 1], steps=[])
+    assert milliseconds(clock) == {"decision": {"median": 2.0, "p95": 2.9, "lanes": 1.67}}
+
+
+def test_every_call_of_the_policy_and_every_step_is_timed():
+    _, policy, clock = run(lambda seed: chunk(0.25))
+    assert len(clock.decisions) == len(policy.calls) == 2
+    assert clock.lanes == [3, 3]
+    assert len(clock.steps) == 3 * 4
+
+
+def test_noise_is_scaled_as_the_policy_says() -> None:
+    def first_noise(scale: float) -> torch.Tensor:
+        policy = Stub(lambda seed: np.zeros((HORIZON, 1), dtype=np.float32))
+        policy.noise_scale = scale
+        run_policy(policy, [(Walk(), Trial("policy", "walk", 0))], Pace(2), Clock())
+        return policy.noise[0]
+
+    assert torch.equal(first_noise(0.5), 0.5 * first_noise(1.0))
+    assert not first_noise(0.0).any()
