@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
-Metrics = dict[str, dict[str, float | None]]
-"""source/modality -> metric -> value, None where it is no number"""
+from pi05_lightning.report.metrics import Metrics
+
 Success = dict[str, dict[str, tuple[int, int]]]
 """mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
 
@@ -23,6 +23,26 @@ class Curve:
     values: list[float]
 
 
+EXAMPLES = Path("validation", "examples.json")
+"""Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
+
+
+PROVENANCE = Path("provenance.json")
+"""Within a run: commit, command, versions, hardware and data that it was trained with."""
+Group = Literal["worst", "first"]
+
+
+@dataclass(frozen=True)
+class ExampleFile:
+    """A picture of one validation sample, and what is in it as text."""
+
+    file: str
+    group: Group
+    key: int
+    said: str = ""
+    truth: str = ""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run as it lies on disk; what it has not got (yet) is empty."""
@@ -32,6 +52,8 @@ class Run:
     metrics: Metrics = field(default_factory=dict)
     success: Success = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
+    examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     videos: list[Path] = field(default_factory=list)
     frames: list[Path] = field(default_factory=list)
 
@@ -51,6 +73,10 @@ def read_run(folder: Path) -> Run:
         metrics=read_json(folder / "metrics.json"),
         success=read_json(rollout / "rollout.json").get("success", {}),
         curves=read_curves(folder),
+        examples={
+            name: [ExampleFile(**shown) for shown in files] for name, files in read_json(folder / EXAMPLES).items()
+        },
+        provenance=read_json(folder / PROVENANCE),
         videos=sorted(rollout.glob("*.mp4")),
         frames=sorted(rollout.glob("*.png")),
     )

@@ -5,15 +5,38 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
+from pi05_lightning.report.metrics import SECTIONS, Metrics, is_empty, number, ordered, section_rows
 from pi05_lightning.report.page import overall
-from pi05_lightning.report.run import Metrics, Success
+from pi05_lightning.report.run import Success
 
 
 def metrics_table(metrics: Metrics) -> Table:
-    table = Table("modality", "metric", "value", title="validation", title_justify="left", box=SIMPLE_HEAD)
-    for modality, values in metrics.items():
-        for number, (metric, value) in enumerate(values.items()):
-            table.add_row("" if number else modality, metric, "not a number" if value is None else f"{value:.4g}")
+    """Rows are modalities and datasets; 80 columns wide."""
+    width = max(len(columns) for columns in SECTIONS.values())
+    table = Table(
+        Column(no_wrap=True),
+        *(Column(justify="right", min_width=5) for _ in range(width)),
+        title="validation",
+        title_justify="left",
+        show_header=False,
+        box=None,  # whose columns' edges are what makes 80 too few
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for section, columns in SECTIONS.items():
+        names = section_rows(metrics, section)
+        if not names:
+            continue
+        table.add_row(section, *columns.values(), style="bold")
+        for name in names:
+            values = metrics[name]
+            cells = [number(values[metric]) if metric in values else "–" for metric in columns]
+            table.add_row(name, *(["none", *cells[1:]] if is_empty(values) else cells))
+        table.add_row()
+    empty = [name for name in ordered(metrics) if is_empty(metrics[name])]
+    if empty:
+        table.caption = f"none: there are no validation samples of {', '.join(empty)}"
+        table.caption_justify = "left"
     return table
 
 

@@ -6,12 +6,42 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 SWITCH = 6
 SUCCESS = {
     "policy": {"reach-v3": [9, 10], "door-open-v3": [7, 10]},
     "random": {"reach-v3": [0, 10], "door-open-v3": [1, 10]},
+}
+
+
+METRICS = {
+    "robot/continuous_robot_actions": {
+        "samples": 7,
+        "action_mae": 0.125,
+        "action_accuracy": 0.75,
+        "action_mae/step_00": 0.1,
+        "action_mae/step_01": 0.15,
+        "action_accuracy/step_00": 0.8,
+        "action_accuracy/step_01": 0.7,
+        "action_mae/dim_00": 0.125,
+    },
+    "robot/qa": {"samples": 8, "exact_match": 0.875, "box_iou": None},
+    "web_caption": {"samples": 0},
+}
+EXAMPLES = [
+    {"file": "robot-qa-worst-0.png", "group": "worst", "key": 4, "said": "left", "truth": "right"},
+    {"file": "robot-qa-first-0.png", "group": "first", "key": 0, "said": "right", "truth": "right"},
+]
+PROVENANCE = {
+    "started": "2026-01-01T10:00:00+00:00",
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "command": "pi05 fit -c mine.yaml",
+    "parameters": 2_000_000,
+    "hardware": "1 × x86_64 cpu",
+    "version": "0.1.0",
+    "samples": {"robot/qa": {"train": 90, "val": 8}},
 }
 
 
@@ -36,7 +66,12 @@ def run(tmp_path: Path) -> Path:
         for step in (0, SWITCH):
             writer.add_scalar("stage", float(step == SWITCH), step)
     (folder / "config.yaml").write_text("seed_everything: 3\ndata: {sources: {robot: {}}, batch_size: 16}\n")
-    (folder / "metrics.json").write_text(json.dumps({"qa": {"exact_match": 0.875}}))
+    (folder / "metrics.json").write_text(json.dumps(METRICS))
+    (folder / "validation").mkdir()
+    (folder / "validation" / "examples.json").write_text(json.dumps({"robot/qa": EXAMPLES}))
+    for shown in EXAMPLES:
+        Image.new("RGB", (40, 30), "#336699").save(folder / "validation" / shown["file"])
+    (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
     (folder / "rollout" / "rollout.json").write_text(json.dumps({"success": SUCCESS}))
     write_video(folder / "rollout" / "policy-reach-v3-0.mp4")
     return folder

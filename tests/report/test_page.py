@@ -20,7 +20,7 @@ def page(run: Path) -> str:
 def test_page_refers_to_no_other_file(page: str) -> None:
     addresses = re.findall(r'(?:src|href|poster)="([^"]*)"', page)
     assert addresses
-    assert all(address.startswith("data:") for address in addresses)
+    assert all(address.startswith(("data:", "#")) for address in addresses)
 
 
 def test_page_shows_success_of_every_mode_and_task(page: str) -> None:
@@ -31,7 +31,42 @@ def test_page_shows_success_of_every_mode_and_task(page: str) -> None:
 
 
 def test_page_shows_every_metric(page: str) -> None:
-    assert re.search(r"<td>qa</td><td>exact_match</td><td>0.875</td>", page)
+    row = re.search(r"<tr><td>robot/qa</td>(.*?)</tr>", page.partition('id="metrics"')[2])
+    assert row is not None
+    assert "<td>0.875</td>" in row[1]
+
+
+def test_value_that_is_no_number_says_so(page: str) -> None:
+    row = re.search(r"<tr><td>robot/qa</td>(.*?)</tr>", page.partition('id="metrics"')[2])
+    assert row is not None
+    assert "<td>nan</td>" in row[1]
+
+
+def test_modality_without_samples_is_named_and_has_no_zero(page: str) -> None:
+    assert "No validation samples: web_caption." in page
+    row = re.search(r"<tr><td>web_caption</td>(.*?)</tr>", page)
+    assert row is not None
+    assert set(re.findall(r"<td>(.*?)</td>", row[1])) == {"0", "–"}
+
+
+def test_page_says_what_was_trained(page: str) -> None:
+    for fact in ("0123456789ab", "pi05 fit -c mine.yaml", "2 M", "<td>90</td>"):
+        assert fact in page
+
+
+def test_page_shows_the_worst_examples(page: str) -> None:
+    assert page.partition('id="worst"')[2].count('alt="robot/qa, sample 4"') == 1
+
+
+def test_glance_has_a_bar_for_every_task_and_measured_row(page: str) -> None:
+    glance = page.partition('id="glance"')[2].partition("</table>")[0]
+    assert glance.count("<svg") == 4  # two tasks, actions, questions
+
+
+def test_page_of_a_run_without_any_measurement_can_be_made(run: Path) -> None:
+    for file in ("metrics.json", "rollout/rollout.json", "validation/examples.json", "provenance.json"):
+        (run / file).unlink()
+    assert "Nothing was measured yet" in report(run).read_text(encoding="utf-8")
 
 
 def test_page_plays_the_videos(page: str) -> None:

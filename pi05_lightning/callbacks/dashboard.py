@@ -1,0 +1,89 @@
+"""TensorBoard's custom scalars by topic, with the stage beside every curve, and the resolved configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.recipe import LossWeights
+from pi05_lightning.types import Modality
+
+Layout = dict[str, dict[str, list[Any]]]
+"""category -> chart -> ["Multiline", [regular expressions of tags]]"""
+
+ACTION_METRICS = ("action_mae", "action_mse", "action_accuracy", "action_mae_real", "action_mse_real")
+METRICS = {
+    Modality.CONTINUOUS: ("flow_loss", *ACTION_METRICS),
+    Modality.FAST: ("token_accuracy", "perplexity", "decode_success", *ACTION_METRICS[:3]),
+    Modality.HL_SUBTASK: ("exact_match", "token_accuracy", "perplexity"),
+    Modality.QA: ("exact_match", "box_iou", "token_accuracy", "perplexity"),
+    Modality.WEB_CAPTION: ("exact_match", "token_accuracy", "perplexity"),
+}
+
+
+class Dashboard(Callback):
+    """Lays out the CUSTOM SCALARS page of TensorBoard and writes the run's config.yaml under TEXT.
+
+    `stage` (0 pretrain, 1 posttrain) is logged at every logging interval and is the first chart of every category, so
+    that the boundary is where it is in the curves below it.
+    """
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        config = Path(trainer.default_root_dir, "config.yaml")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(layout())
+                if config.is_file():
+                    lines = config.read_text(encoding="utf-8").splitlines()
+                    # four spaces make it code in Markdown
+                    logger.experiment.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        done = trainer.global_step
+        if done and done % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            step = done - 1  # the one that was trained
+            stage = float(pl_module.recipe.stage_at(step) == "posttrain")
+            for logger in trainer.loggers:
+                logger.log_metrics({"stage": stage}, step)
+
+
+def layout() -> Layout:
+    """Charts by topic; what a run does not log stays empty."""
+    parts = list(LossWeights.__dataclass_fields__)
+    topics: dict[str, dict[str, list[str]]] = {
+        "losses": {
+            "total": ["loss/total"],
+            "stage 1, by part": ["loss/pretrain/"],
+            "stage 2, by part": ["loss/posttrain/"],
+            **{part: [f"loss/(pretrain|posttrain)/{part}$"] for part in parts},
+        },
+        **{
+            f"validation: {modality}": {metric: [f"val/(.*/)?{modality}/{metric}$"] for metric in metrics}
+            for modality, metrics in METRICS.items()
+        },
+        "closed loop": {"success": ["rollout/.*success"], "cost": ["rollout/.*seconds"]},
+        "learning rates": {"per group": ["lr/"]},
+        "gradient norms": {"per module": ["grad_norm/"]},
+        "speed": {
+            "samples per second": ["throughput/samples_per_second"],
+            "tokens per second": ["throughput/tokens_per_second"],
+            "share of the hardware's rate": ["throughput/hardware_share"],
+        },
+        "data": {
+            "mixture drawn": ["mixture/"],
+            "bad samples": ["data/bad_samples"],
+            "padding": ["data/padding"],
+        },
+        "memory": {"GB": ["memory/"]},
+    }
+    return {
+        topic: {"stage": ["Multiline", ["stage$"]]} | {title: ["Multiline", tags] for title, tags in charts.items()}
+        for topic, charts in topics.items()
+    }

@@ -1,0 +1,101 @@
+"""The metric table of a run: its rows and columns, for the terminal, the page, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+Metrics = dict[str, dict[str, float | None]]
+"""source/modality -> metric -> value, None where it is no number"""
+
+MODALITIES = ("continuous_robot_actions", "fast_robot_actions", "hl_subtask", "qa", "web_caption")
+
+SECTIONS: dict[str, dict[str, str]] = {
+    "actions": {
+        "samples": "n",
+        "flow_loss": "flow loss",
+        "action_mae": "MAE",
+        "action_mae_real": "MAE real",
+        "action_mse": "MSE",
+        "action_mse_real": "MSE real",
+        "action_accuracy": "right",
+        "decode_success": "valid",
+    },
+    "tokens and text": {
+        "samples": "n",
+        "token_accuracy": "token acc.",
+        "perplexity": "ppl",
+        "exact_match": "exact match",
+        "box_iou": "box IoU",
+        "pointing_error": "point error",
+    },
+}
+"""Part of the table -> metric -> heading; FAST tokens, which are actions and tokens, stand in both."""
+
+
+def modality_of(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def dataset_of(name: str) -> str:
+    return name.rpartition("/")[0] or "all"
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """The names of the rows: by modality, each modality's datasets before what they make together."""
+
+    def place(name: str) -> tuple[int, bool, str]:
+        modality = modality_of(name)
+        known = MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES)
+        return known, "/" not in name, name
+
+    return sorted(names, key=place)
+
+
+def section_rows(metrics: Mapping[str, Mapping[str, float | None]], section: str) -> list[str]:
+    """The rows of a part of the table; what has no samples stands in both parts that it could be in."""
+    columns = set(SECTIONS[section]) - {"samples"}
+    with_actions = ("continuous_robot_actions", "fast_robot_actions")
+    return [
+        name
+        for name in ordered(metrics)
+        if columns & set(metrics[name])
+        or (is_empty(metrics[name]) and (modality_of(name) in with_actions) == (section == "actions"))
+    ]
+
+
+def is_empty(values: Mapping[str, float | None]) -> bool:
+    return values.get("samples") == 0
+
+
+def number(value: float | None) -> str:
+    """At most five characters for what is usual: 0.052, 8e-04, 12.3, 1234."""
+    if value is None:
+        return "nan"
+    size = abs(value)
+    if value == int(value) or size >= 100:
+        return f"{value:.0f}" if size < 1e5 else f"{value:.0e}"
+    return f"{value:.1f}" if size >= 10 else f"{value:.3f}" if size >= 0.01 else f"{value:.0e}"
+
+
+def write_metrics(results: Mapping[str, Mapping[str, float]], run: Path) -> Metrics:
+    """Write metrics.json and metrics.csv into a run, one row per name in both; returns what the JSON holds.
+
+    JSON has null, CSV has nan, for a value that is no number; what was not measured is in neither.
+    """
+    metrics: Metrics = {
+        name: {metric: value if math.isfinite(value) else None for metric, value in results[name].items()}
+        for name in ordered(results)
+    }
+    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    columns = list(dict.fromkeys(metric for values in metrics.values() for metric in values))
+    with (run / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["modality", "dataset", *columns])
+        for name, values in metrics.items():
+            cells = ["nan" if values.get(column, "") is None else values.get(column, "") for column in columns]
+            table.writerow([modality_of(name), dataset_of(name), *cells])
+    return metrics

@@ -1,0 +1,56 @@
+"""The debug model and the validation batches of a small recorded dataset, with FAST tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pi05_lightning import Pi05DataModule
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.metrics import Evaluator, ModalityMetrics, compute_all
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Batch
+
+CONFIG = ModelConfig.preset("debug")
+
+
+@pytest.fixture(scope="session")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FAST tokenizer for chunks of the debug model's horizon and two dims."""
+    folder = tmp_path_factory.mktemp("fast")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
+    FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size, scale=3).save(folder)
+    return folder
+
+
+@pytest.fixture
+def data(videos: Path, fast: Path) -> Pi05DataModule:
+    source = LeRobotConfig(path=str(videos), val_fraction=0.2)
+    return Pi05DataModule(
+        {"robot": source}, batch_size=4, num_workers=0, fast=fast, shapes=CONFIG.shapes, val_samples=7
+    )
+
+
+@pytest.fixture
+def evaluator(data: Pi05DataModule) -> Evaluator:
+    model = Pi05(CONFIG)
+    torch.manual_seed(0)
+    model.reset_parameters()
+    return Evaluator(model, data.processor, num_steps=2)
+
+
+def batches(data: Pi05DataModule, name: str) -> list[Batch]:
+    return list(data.val_dataloader()[data.validation_names.index(name)])
+
+
+def values(evaluator: Evaluator, name: str, *given: Batch) -> dict[str, float]:
+    """The metrics of some batches."""
+    metrics = ModalityMetrics(name, evaluator.model.config)
+    for batch in given:
+        metrics.update(evaluator.measure(batch, name))
+    return compute_all({name: metrics})[name]
