@@ -1,19 +1,26 @@
-"""A policy on disk: a training checkpoint, a run's directory, or an exported folder of safetensors and JSON."""
+"""A policy on disk: a training checkpoint, a run's directory, a folder of ours, of LeRobot's or of openpi's."""
 
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.models.checkpoint import WEIGHTS, build, read_json, read_tensors, save_tensors
+from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.lerobot_processor import read_processor, tokenizer_name
+from pi05_lightning.models.checkpoint import WEIGHTS, build, load_model, read_json, save_model
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.convert import is_foreign, load_lerobot
+from pi05_lightning.models.lora import Lora, build_merged
 from pi05_lightning.models.pi05 import Pi05
 
-CONFIG, PROCESSOR = "config.json", "processor.json"
+PROCESSOR = "processor.json"
 
 
 def save(folder: str | Path, model: Pi05, processor: Processor) -> None:
@@ -21,23 +28,44 @@ def save(folder: str | Path, model: Pi05, processor: Processor) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROCESSOR).write_text(json.dumps(processor.to_dict()), encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")
-    save_tensors(model.state_dict(), folder / WEIGHTS)
+    save_model(folder, model)
 
 
-def load(path: str | Path) -> tuple[Pi05, Processor]:
-    """Model and processor from a `.ckpt` file, a run's directory (its newest checkpoint) or an exported folder.
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, tokenizer: str | None = None, averaged: bool = True
+) -> tuple[Pi05, Processor]:
+    """Model and processor from a `.ckpt` file, a run's directory (its newest checkpoint) or a folder with weights.
 
+    The folder is one of ours, or LeRobot's or openpi's: then `tokenizer` says where PaliGemma's text tokenizer is, if
+    not where the folder says.  Weights are cast to `dtype` while they are read; a training checkpoint's are the
+    averaged ones if it has any and `averaged` is left on.
     Raises ValueError for anything else, and when weights and configuration do not fit; nothing is loaded by half.
     """
     path = Path(path)
+    if is_foreign(path):
+        text = TextTokenizer.load(tokenizer or tokenizer_name(path))
+        model = build(*load_lerobot(path, dtype=dtype))
+        return model, read_processor(path, model.config, text)[0]
     if (path / WEIGHTS).is_file():
-        config = ModelConfig.from_dict(read_json(path / CONFIG))
-        return build(config, read_tensors(path / WEIGHTS)), Processor.from_dict(read_json(path / PROCESSOR))
+        if not (path / PROCESSOR).is_file():
+            raise ValueError(
+                f"{path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert it again with"
+                " --tokenizer FOLDER"
+            )
+        processor = Processor.from_dict(read_json(path / PROCESSOR))
+        return load_model(path, dtype), processor
     checkpoint = read_training_checkpoint(find_checkpoint(path))
-    config = ModelConfig.from_dict(checkpoint["pi05"]["model"])
-    weights = {key.removeprefix("model."): tensor for key, tensor in checkpoint["state_dict"].items()}
-    return build(config, weights), Processor.from_dict(checkpoint["pi05"]["processor"])
+    model = trained_model(checkpoint, dtype=dtype, averaged=averaged)
+    return model, Processor.from_dict(checkpoint["pi05"]["processor"])
+
+
+def trained_model(checkpoint: Mapping[str, Any], *, dtype: torch.dtype | None = None, averaged: bool = True) -> Pi05:
+    """The model of a training checkpoint: averaged weights if there are any and they are wanted, adapters merged."""
+    weights: dict[str, Tensor] = {key.removeprefix("model."): x for key, x in checkpoint["state_dict"].items()}
+    average: Mapping[str, Tensor] = checkpoint.get("ema", {}) if averaged else {}
+    weights = {key: average.get(key, tensor).to(dtype or tensor.dtype) for key, tensor in weights.items()}
+    config, lora = ModelConfig.from_dict(checkpoint["pi05"]["model"]), checkpoint["pi05"].get("lora")
+    return build(config, weights) if lora is None else build_merged(config, Lora(**lora), weights)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -56,8 +84,17 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint of ours, tensors mapped from the file; executes nothing that it may contain."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if "pi05" not in checkpoint:
+    """A Lightning checkpoint of ours, tensors mapped from the file; executes nothing that it may contain.
+
+    ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"
+            f" ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(checkpoint, dict) or "pi05" not in checkpoint:
         raise ValueError(f"{path} is a checkpoint of something else: it has no `pi05` entry")
     return checkpoint

@@ -13,12 +13,10 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.lerobot_processor import read_processor, tokenizer_name, write_lerobot
 from pi05_lightning.models.checkpoint import (
-    CONFIG,
     WEIGHTS,
     build,
     load_model,
     map_tensors,
-    read_json,
     read_metadata,
     save_model,
     save_tensors,
@@ -29,6 +27,7 @@ from pi05_lightning.models.convert import (
     EXPERT_LM_HEAD,
     LM_HEAD,
     PREFIX,
+    is_foreign,
     lerobot_tensors,
     map_foreign,
     summarize,
@@ -42,6 +41,7 @@ LEROBOT_FILES = ("config.json", "train_config.json", "policy_*.json", "policy_*.
 
 
 def convert(
+    *,
     source: Path,
     target: Path,
     format: Literal["ours", "lerobot"] = "ours",
@@ -71,9 +71,11 @@ def convert(
 
 
 def to_ours(source: Path, folder: Path, tokenizer: str | None, vision_heads: int | None) -> list[str]:
-    """Write a folder of ours from LeRobot's or openpi's, tensor by tensor from disk to disk; returns the report."""
+    """Write a folder of ours, of LeRobot's or openpi's tensor by tensor from disk to disk; returns the report."""
     if not is_foreign(source):
-        raise ValueError(f"{source} is no checkpoint of LeRobot's or openpi's: it needs {WEIGHTS} and config.json")
+        model, processor = checkpoint.load(source)
+        checkpoint.save(folder, model, processor)
+        return summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items())
     foreign = map_foreign(source, vision_heads=vision_heads)
     model = build(foreign.config, foreign.tensors)
     try:
@@ -136,10 +138,3 @@ def to_lerobot(source: Path, folder: Path) -> list[str]:
 def same_statistics(origin: Path, config: ModelConfig, processor: Processor) -> bool:
     """Whether LeRobot's files still say what the processor does; not after training on other data."""
     return read_processor(origin, config, processor.tokenizer)[0].to_dict() == processor.to_dict()
-
-
-def is_foreign(source: Path) -> bool:
-    """Whether a folder is LeRobot's or openpi's; ours says what backbone it has."""
-    if not (source / WEIGHTS).is_file():
-        return False
-    return not (source / CONFIG).is_file() or "backbone_type" not in read_json(source / CONFIG)

@@ -91,7 +91,12 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
             if name.startswith(f"{key}.")
         }
         dims = features[key]["shape"][0] if key in features else config.action_dim
-        return _lerobot_quantiles(stats, modes.get(kind, "QUANTILES"), key, dims)
+        found = _lerobot_quantiles(stats, modes.get(kind, "QUANTILES"), key, dims)
+        if key in features and len(found.q01) != dims:
+            raise ValueError(
+                f"{folder}: config.json gives {key} {dims} dimensions, but its statistics have {len(found.q01)}"
+            )
+        return found
 
     normalize = Normalize(quantiles(STATE, "STATE"), quantiles(ACTION, "ACTION"))
     notes = [] if tensors else [f"no statistics in {folder}: state and actions are taken as they are, as LeRobot does"]

@@ -72,7 +72,7 @@ class Frame:
 
     images: {camera: u8[3 h w], or f32[3 h w] of the same 0..255};  state: f32[S];  actions: f32[T A] with
     action_is_pad: bool[T], True past the episode's end.  `subtask` is the instruction of the moment, `answers` what is
-    asked about this frame.
+    asked about this frame.  embodiment, control_mode: what prompts may say of the robot.
     """
 
     images: dict[str, np.ndarray] = field(default_factory=dict)
@@ -82,6 +82,8 @@ class Frame:
     state: np.ndarray | None = None
     actions: np.ndarray | None = None
     action_is_pad: np.ndarray | None = None
+    embodiment: str = ""
+    control_mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,12 @@ class Point:
 class Sample:
     """One training example, ready to collate: images u8[3 H W] of the model's size, normalised actions f32[T D].
 
+    tokens: i64[L], of all its segments;  loss_kind: u8[L], `Loss` of predicting each.
     action_mask: bool[T D], False on padded steps and padded dims.  key seeds this draw's noise and flow time.
     """
 
-    segments: tuple[Segment, ...]
+    tokens: np.ndarray
+    loss_kind: np.ndarray
     modality: Modality
     images: dict[str, np.ndarray] = field(default_factory=dict)
     actions: np.ndarray | None = None
@@ -117,6 +121,20 @@ class Sample:
     points: tuple[Point, ...] = ()
     source: int = 0
     key: int = 0
+    skipped: tuple[str, ...] = ()
+    """What was wrong with the samples in whose place this one is."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a batch was made of, as far as the host knows it: logging it waits for no device."""
+
+    names: dict[str, int]
+    """Samples by `source/modality`."""
+    text_tokens: int
+    """Tokens that are not padding, images left out."""
+    skipped: tuple[str, ...] = ()
+    """What was wrong with the samples that others took the place of."""
 
 
 @dataclass
@@ -131,10 +149,15 @@ class Batch:
     loss_kind    u8[B L]       `Loss` of predicting this token
     target_index i64[N]        row * L + column of every token with a loss
     actions      f32[R T D]    action_mask bool[R T D]
+    fast_actions f32[F T D]    fast_action_mask bool[F T D]: what the rows with FAST tokens say, for metrics only
     modality     i64[B]        `Modality.id`;  source i64[B];  key i64[B]
     point_image  i64[Q]        image of a point;  point_tokens i64[Q M], point_token_mask bool[Q M]: what it is called
     point_target f32[Q 2]      where it is: (y, x) in [0, 1]
-    noise        f32[R K T D]  time f32[R K]: drawn per sample from `key`, see `losses.draw_noise`; None before that
+    augmentation f64[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
+                               brightness, contrast, saturation; stays on the host. None: images are left as they are
+    noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
+                               sample from `key`, see `losses.draw_noise`; None before that
+    drawn                      of training batches: what they were made of
     """
 
     pixels: Tensor
@@ -151,12 +174,16 @@ class Batch:
     modality: Tensor
     source: Tensor
     key: Tensor
+    fast_actions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
+    fast_action_mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.bool))
     point_image: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     point_tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
     point_token_mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     point_target: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    augmentation: np.ndarray | None = None
     noise: Tensor | None = None
     time: Tensor | None = None
+    drawn: Drawn | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         moved = {

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -19,6 +23,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.stats import CACHE, FeatureStats, Relative, load_or_compute, vector_keys
 from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.shipped import find_config
 
 console = Console()
 
@@ -109,6 +114,9 @@ def tokenizer(
     scale: float = 10,
     coverage: float = 1.0,
     action_keys: list[str] = ["action"],  # noqa: B006
+    state_keys: list[str] = ["observation.state"],  # noqa: B006
+    relative_dims: list[int] = [],  # noqa: B006
+    min_range: float | None = None,
     val_fraction: float = 0.1,
     max_chunks: int = 20_000,
     max_rmse: float | None = None,
@@ -118,43 +126,81 @@ def tokenizer(
     Chunks at an episode's end repeat its last action, as in training; reconstruction errors leave those steps out.
 
     Args:
-        dataset: folder or Hub id, or several as [a, b].
+        dataset: folder or Hub id, or several as [a, b]; or a run's YAML, whose LeRobot sources it is fitted on, each
+            with its own keys, relative dims and held-out episodes.
         out: folder for the tokenizer, report.json and reconstruction.png.
         horizon: actions in a chunk, the model's `horizon`.
         vocab_size: of the tokenizer, at most the model's `fast_vocab_size`.
         scale: steps per unit of a DCT coefficient; more is more exact and costs tokens.
         coverage: share of coefficients that must be spelled; below 1 rare large ones are clipped.
         action_keys: features concatenated into the action.
+        state_keys: features concatenated into the state, for relative dims.
+        relative_dims: dims of the action to take relative to the state at the chunk's first step, as in training.
+        min_range: widen dims of less range to this, as in training.
         val_fraction: share of episodes held out, as in training.
         max_chunks: of each dataset, evenly spaced.
         max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
 
     Raises ValueError when an error exceeds max_rmse, and for datasets that cannot be read.
     """
-    datasets = [dataset] if isinstance(dataset, str) else dataset
-    parts = {path: _read_chunks(path, "train", horizon, action_keys, val_fraction, max_chunks) for path in datasets}
-    fast = FastTokenizer.fit(
-        [part.actions for part in parts.values()], vocab_size, scale, coverage, console.is_terminal
+    given = LeRobotConfig(
+        "",
+        cameras={},
+        state_keys=state_keys if relative_dims else [],
+        action_keys=action_keys,
+        relative_dims=relative_dims,
+        min_range=min_range,
+        val_fraction=val_fraction,
     )
-    held_out = {
-        path: _read_chunks(path, "val", horizon, action_keys, val_fraction, max_chunks) if val_fraction else parts[path]
-        for path in datasets
-    }
-    results = [_quality(fast, path, chunks) for path, chunks in held_out.items()]
-    console.print(_quality_table(results, "held-out" if val_fraction else "training"))
+    configs = _mixture([dataset] if isinstance(dataset, str) else dataset, given)
+    with ThreadPoolExecutor() as pool:  # most of it is in libraries that let go of the interpreter
+        read = partial(_read_chunks, horizon=horizon, max_chunks=max_chunks)
+        each = track(pool.map(read, configs.values()), "reading", len(configs), console=console, transient=True)
+        parts = dict(zip(configs, each, strict=True))
+    fast = FastTokenizer.fit(
+        [part.train.actions for part in parts.values()], vocab_size, scale, coverage, console.is_terminal
+    )
+    held_out = {name: part.val if len(part.val.actions) else part.train for name, part in parts.items()}
+    results = [_quality(fast, name, chunks) for name, chunks in held_out.items()]
+    console.print(_quality_table(results))
     out.mkdir(parents=True, exist_ok=True)
     report = {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     _plot(fast, held_out, results, out / "reconstruction.png")
-    worst = max(max(result.rmse) for result in results)
-    if max_rmse is not None and worst > max_rmse:
+    worst = max(results, key=lambda result: max(result.rmse))
+    error = max(worst.rmse)
+    if max_rmse is not None and error > max_rmse:
         raise ValueError(
-            f"the largest reconstruction error is {worst:.4f}, above max_rmse {max_rmse:g} (see"
+            f"the largest reconstruction error is {error:.4f} ({worst.dataset}, dim {worst.rmse.index(error)}), above"
+            f" max_rmse {max_rmse:g} (see"
             f" {out / 'reconstruction.png'}): raise scale, which is {scale:g}, or fit on more episodes"
             " where coverage is below 100 %. No tokenizer was written"
         )
     fast.save(out)
     console.print(f"{fast.bpe.get_vocab_size()} tokens. Written to {out}", soft_wrap=True, highlight=False)
+
+
+def _mixture(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotConfig]:
+    """What to read, by name: datasets with the keys that were given, or a YAML file's sources with their own."""
+    found: dict[str, LeRobotConfig] = {}
+    for path in paths:
+        if not path.endswith((".yaml", ".yml")):
+            found[path] = replace(given, path=path)
+            continue
+        content = yaml.safe_load(find_config(path).read_text(encoding="utf-8")) or {}
+        for name, source in (content.get("data", {}).get("sources") or {}).items():
+            if not str(source.get("class_path")).endswith("LeRobotConfig"):
+                continue
+            try:
+                config = LeRobotConfig(**source.get("init_args", {}))
+            except TypeError as error:
+                raise ValueError(f"{path}, data.sources.{name}: {error}") from error
+            if config.action_keys:
+                state_keys = config.state_keys if config.relative_dims else []
+                found[name] = replace(config, cameras={}, state_keys=state_keys)
+    if not found:
+        raise ValueError(f"{', '.join(paths)}: no LeRobotConfig with actions under data.sources")
+    return found
 
 
 @dataclass(frozen=True)
@@ -166,17 +212,28 @@ class _Chunks:
     span: np.ndarray
 
 
-def _read_chunks(
-    path: str, split: Split, horizon: int, action_keys: list[str], val_fraction: float, max_chunks: int
-) -> _Chunks:
-    config = LeRobotConfig(path, cameras={}, state_keys=[], action_keys=action_keys, val_fraction=val_fraction)
-    robot = config.robot()
-    assert robot is not None
-    source = LeRobotSource(config, path, split, horizon, image_size=(0, 0))
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
-    frames = [source[int(i)] for i in track(chosen, f"{Path(path).name} ({split})", console=console, transient=True)]
-    actions = robot.normalize.action.normalize(np.array([frame.actions for frame in frames]))
-    return _Chunks(actions, np.array([frame.action_is_pad for frame in frames]), robot.normalize.action.span)
+@dataclass(frozen=True)
+class _Parts:
+    train: _Chunks
+    val: _Chunks
+
+
+def _read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> _Parts:
+    train, val = (
+        LeRobotSource(config, Path(config.path).name, split, horizon, image_size=(0, 0)) for split in get_args(Split)
+    )
+    robot = train.robot()
+    if robot is None:
+        raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
+
+    def chunks(source: LeRobotSource) -> _Chunks:
+        chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
+        frames = [robot.transforms.on_frame(source[int(i)]) for i in chosen]
+        actions = [frame.actions for frame in frames if frame.actions is not None]
+        is_pad = np.array([frame.action_is_pad for frame in frames])
+        return _Chunks(np.array(actions, dtype=np.float32), is_pad, robot.normalize.action.span)
+
+    return _Parts(chunks(train), chunks(val))
 
 
 def _quality(fast: FastTokenizer, path: str, chunks: _Chunks) -> Quality:
@@ -195,8 +252,9 @@ def _quality(fast: FastTokenizer, path: str, chunks: _Chunks) -> Quality:
     )
 
 
-def _quality_table(results: Sequence[Quality], which: str) -> Table:
-    table = Table(title=f"FAST on {which} episodes", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _quality_table(results: Sequence[Quality]) -> Table:
+    title = "FAST on held-out episodes; where there are none, on training episodes"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ("chunks", "values", "tokens", "p99", "shorter", "RMSE", "worst dim", "coverage")
     table.add_column("dataset", overflow="fold")
     for heading in headings:

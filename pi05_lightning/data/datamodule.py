@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
-from torch.utils.data import DataLoader, Dataset
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch.utils.data import DataLoader
 
-from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.fast import FastTokenizer
-from pi05_lightning.data.mixture import Draw, Entry, Mixture, MixtureSampler
+from pi05_lightning.data.mixture import Mixture, MixtureSampler
 from pi05_lightning.data.processor import Language, Processor
+from pi05_lightning.data.samples import BadSampleCount, Samples, TrainLoader
 from pi05_lightning.data.sources.base import Source, SourceConfig, Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.types import Modality, Sample, Shapes
+from pi05_lightning.types import Batch, Modality, Shapes
 
 
 def datamodule_of(trainer: Trainer) -> Pi05DataModule:
@@ -28,42 +30,6 @@ def datamodule_of(trainer: Trainer) -> Pi05DataModule:
     if not isinstance(datamodule, Pi05DataModule):
         raise ValueError("Pi05Module trains on a Pi05DataModule: trainer.fit(module, datamodule)")
     return datamodule
-
-
-class Samples(Dataset[Sample]):
-    """Draws to samples: entry e, index i of what that entry can use, key."""
-
-    def __init__(self, sources: dict[str, Source], processor: Processor, max_questions: int = 1) -> None:
-        self.sources, self.processor, self.max_questions = sources, processor, max_questions
-        self.names = [
-            f"{name}/{modality}"
-            for name, source in sources.items()
-            for modality in Modality
-            if len(source.indices(modality)) and not (modality is Modality.FAST and processor.fast is None)
-        ]
-        self.indices = [self.sources[self.of(name)[0]].indices(self.of(name)[1]) for name in self.names]
-
-    @staticmethod
-    def of(name: str) -> tuple[str, Modality]:
-        source, _, modality = name.rpartition("/")
-        return source, Modality(modality)
-
-    @property
-    def entries(self) -> list[Entry]:
-        return [Entry(name, len(indices)) for name, indices in zip(self.names, self.indices, strict=True)]
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        entry, index, key = draw
-        name, modality = self.of(self.names[entry])
-        source = self.sources[name]
-        frame = int(self.indices[entry][index])
-        try:
-            number = list(self.sources).index(name)
-            return self.processor.sample(source[frame], modality, name, key, number, self.max_questions)
-        except BadSample:
-            raise  # it carries its address
-        except ValueError as error:
-            raise ValueError(f"{source.address(frame)}: {error}") from error
 
 
 class Pi05DataModule(LightningDataModule):
@@ -79,7 +45,12 @@ class Pi05DataModule(LightningDataModule):
         language: prompts, and what actions are conditioned on.
         num_workers: loader processes.
         seed: of the draws.
+        length_window: batches whose samples are drawn together and sorted by length, so that there is little padding;
+            shares hold in every window. 1: they hold in every batch, whatever the padding.
+        max_bad_share: training stops when a larger share of a source's frames, or of the samples drawn (of 1000 at
+            least), is bad. Of sources with `on_bad_sample: skip`: others stop at the first.
         val_samples: at most this many validation samples per `source/modality`, evenly spaced.
+        augmentation: what happens to training images, on the device; none for nothing.
         shapes: sizes that samples are made to; by default those of the module being trained.
     """
 
@@ -92,15 +63,28 @@ class Pi05DataModule(LightningDataModule):
         language: Language = Language(),  # noqa: B008 - frozen, and its fields are what --help shows
         num_workers: int = 2,
         seed: int = 0,
+        length_window: int = 64,
+        max_bad_share: float = 0.05,
         val_samples: int = 256,
+        augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen
         shapes: Shapes | None = None,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation samples than ranks
         if not sources:
             raise ValueError("data.sources is empty: name at least one source")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("length_window", length_window, 1),
+            ("val_samples", val_samples, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name} is {value}: it must be at least {least}")
         self.configs, self.batch_size, self.tokenizer_name = sources, batch_size, tokenizer
         self.fast_path, self.language, self.num_workers, self.seed = fast, language, num_workers, seed
-        self.val_samples, self._shapes = val_samples, shapes
+        self.val_samples, self.augmentation, self._shapes = val_samples, augmentation, shapes
+        self.length_window, self.bad_samples = length_window, BadSampleCount(max_bad_share)
         self.recipe: Recipe | None = None
         self.opened: dict[Split, dict[str, Source]] = {}
         self._batches_seen = 0
@@ -123,7 +107,7 @@ class Pi05DataModule(LightningDataModule):
     def processor(self) -> Processor:
         """What makes samples and batches, and goes into every checkpoint."""
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
-        robots = {name: config.robot() for name, config in self.configs.items()}
+        robots = {name: source.robot() for name, source in self.sources("train").items()}
         return Processor(
             shapes=self.shapes,
             tokenizer=TextTokenizer.load(self.tokenizer_name),
@@ -146,26 +130,44 @@ class Pi05DataModule(LightningDataModule):
         if trainer.max_steps == -1:
             raise ValueError("an endless run: set trainer.max_steps, or add the StageSwitch callback, which knows it")
         accumulate = trainer.accumulate_grad_batches
-        samples = Samples(self.sources("train"), self.processor, self.language.questions_per_sample)
+        self._check_rejects()
+        questions = self.language.questions_per_sample
+        samples = Samples(self.sources("train"), self.processor, questions, self.augmentation)
+        entries = samples.entries_with_lengths() if self.length_window > 1 else samples.entries
         sampler = MixtureSampler(
-            Mixture(samples.entries, self.batch_size, self.seed),
-            self.recipe,
+            Mixture(entries, self.batch_size, self.seed, self.length_window),
+            self.recipe or Recipe(pretrain_steps=0),
             num_batches=trainer.max_steps * accumulate,
             start=self._batches_seen,
             batches_per_step=accumulate,
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
-        return self._loader(samples, batch_sampler=sampler)
+        options = self._loader_options | {"collate_fn": samples.collate}
+        return TrainLoader(samples, self.bad_samples, batch_sampler=sampler, **options)
+
+    def _check_rejects(self) -> None:
+        for name, source in self.sources("train").items():
+            bad = source.rejects.frames if source.rejects else 0
+            if bad > self.bad_samples.max_share * (bad + len(source)):
+                raise ValueError(
+                    f"data.sources.{name}: {bad} of {bad + len(source)} frames are bad (warned of above), more than"
+                    f" data.max_bad_share {self.bad_samples.max_share:g} allows: mend them, or raise it"
+                )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Augment on the device what training drew; validation draws nothing."""
+        return augment(batch)
 
     def state_dict(self) -> dict[str, int]:
         """Training batches that were trained on; the loader is ahead of it by what its workers prefetched."""
         assert self.trainer is not None
         progress = cast("ProcessedTracker", self.trainer.fit_loop.epoch_loop.batch_progress.total)
-        return {"batches_seen": progress.processed}
+        return {"batches_seen": progress.processed, "bad": self.bad_samples.bad, "drawn": self.bad_samples.drawn}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self._batches_seen = state_dict["batches_seen"]
+        self.bad_samples.bad, self.bad_samples.drawn = state_dict.get("bad", 0), state_dict.get("drawn", 0)
 
     # --- validation: every modality of every source by itself, the same samples and noise every time
 
@@ -178,22 +180,43 @@ class Pi05DataModule(LightningDataModule):
         """`source/modality` of each validation loader."""
         return self._validation.names
 
+    @property
+    def empty_names(self) -> list[str]:
+        """`source/modality` of what there is training but no validation data of, and modalities that no source has."""
+        train = Samples(self.sources("train"), self.processor).names
+        found = {*train, *self.validation_names}
+        absent = [str(m) for m in Modality if not any(name.endswith(f"/{m}") for name in found)]
+        return [*(name for name in train if name not in self.validation_names), *absent]
+
     def val_dataloader(self) -> list[DataLoader[Any]]:
         loaders = []
+        rank, world = self._validation_shard
         for number, entry in enumerate(self._validation.entries):
             chosen = np.linspace(0, entry.size - 1, min(entry.size, self.val_samples)).astype(int)
-            draws = [(number, int(index), int(index)) for index in chosen]
-            loaders.append(self._loader(self._validation, sampler=draws, batch_size=self.batch_size))
+            draws = [(number, int(index), int(index)) for index in chosen[rank::world]]
+            # a generator of its own: a loader draws its workers' seed, which is not to disturb training's numbers
+            own = torch.Generator().manual_seed(self.seed)
+            options = self._loader_options | {"sampler": draws, "batch_size": self.batch_size, "generator": own}
+            loaders.append(DataLoader(self._validation, **options))
         return loaders
+
+    @property
+    def _validation_shard(self) -> tuple[int, int]:
+        """Which part of the validation samples is this rank's, of how many.
+
+        All of them where ranks hold shards of the model: they compute in step, and generated texts differ in length.
+        """
+        if self.trainer is None or isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, samples: Samples, **options: Any) -> DataLoader[Any]:
-        return DataLoader(
-            samples,
-            num_workers=self.num_workers,
-            collate_fn=self.processor.collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
-            **options,
-        )
+    @property
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": self.processor.collate,
+            "pin_memory": torch.cuda.is_available(),
+            "persistent_workers": False,
+        }

@@ -14,8 +14,12 @@ class BadSample(ValueError):
     """Data that must not be trained on; its message names dataset, episode, frame and key, and how to mend it."""
 
 
-class BadImage(ValueError):
-    """An image that cannot be read. Readers raise it without an address, sources turn it into a `BadSample`."""
+class BadFrame(ValueError):
+    """Bad data found where its address is not known; whoever knows it makes a `BadSample` of it."""
+
+
+class BadImage(BadFrame):
+    """An image that cannot be read."""
 
 
 class Rejects:

@@ -41,7 +41,7 @@ def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """`resize_with_pad` for one numpy image, u8[3 h w] -> u8[3 H W]."""
-    return resize_with_pad(torch.from_numpy(image)[None], size)[0].numpy()
+    return resize_with_pad(torch.from_numpy(np.require(image, requirements=["C", "W"]))[None], size)[0].numpy()
 
 
 def rgb_array(image: Image.Image) -> np.ndarray:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from pi05_lightning.recipe import Recipe
+from pi05_lightning.recipe import LossWeights, Recipe, Stage
+from pi05_lightning.types import Modality
+
+TRAINED_BY = {
+    Modality.WEB_CAPTION: {"text", "location"},
+    Modality.QA: {"text", "location"},
+    Modality.HL_SUBTASK: {"subtask", "location"},
+    Modality.FAST: {"fast", "subtask", "location"},
+    Modality.CONTINUOUS: {"flow", "subtask", "location"},
+}
+"""The losses that may have a term in a sample."""
 
 Draw = tuple[int, int, int]
 """(entry, index within the entry, key)."""
@@ -21,50 +32,121 @@ class Entry:
     name: str
     """`source/modality`."""
     size: int
+    images: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    """i64[size], or [1] where all are alike: images of each sample."""
+    text: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    """The same for the length of its text, in any unit."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The draws of consecutive batches, in the order of the batches: i64[batches, samples of all ranks] each."""
+
+    entry: np.ndarray
+    index: np.ndarray
+    key: np.ndarray
 
 
 class Mixture:
-    """Weighted draws from entries.
+    """Weighted draws from entries, in windows of batches.
 
-    Shares are exact to one sample per batch (systematic sampling). Within a step no sample is drawn twice as long as
-    the entry has enough, so ranks see disjoint samples, whose union is what one rank with a larger batch would see.
+    Within a window shares are exact to one sample (systematic sampling), an entry's samples are drawn equally often,
+    and a batch holds samples with as many images and similar text, which differ if there are enough of that kind. Ranks
+    see disjoint parts of a batch, whose union is what one rank with a larger batch would see.
     """
 
-    def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int = 0) -> None:
+    def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int = 0, window: int = 1) -> None:
         if not entries:
-            raise ValueError("a mixture needs at least one entry")
+            raise ValueError("there is nothing to draw from: no source has a sample of any modality")
         for entry in entries:
             if not entry.size:
                 raise ValueError(f"{entry.name} has no samples")
-        self.entries, self.batch_size, self.seed = list(entries), batch_size, seed
+        self.entries, self.batch_size, self.seed, self.window = list(entries), batch_size, seed, window
+        self._last: tuple[object, Window] | None = None
 
-    def weights(self, shares: Mapping[str, float]) -> np.ndarray:
-        """Shares by name as probabilities f64[entries]; all equal when none are given."""
-        names = [entry.name for entry in self.entries]
-        unknown = set(shares) - set(names)
-        if unknown:
-            raise ValueError(f"mixture: unknown {sorted(unknown)}; the data has {names}")
-        if any(share < 0 for share in shares.values()):
-            raise ValueError(f"mixture: a share is negative in {dict(shares)}")
-        weights = np.array([shares.get(name, 0.0) for name in names]) if shares else np.ones(len(names))
-        if not weights.sum():
-            raise ValueError(f"mixture: all shares are zero in {dict(shares)}")
+    def weights(self, stage: Stage) -> np.ndarray:
+        """Probabilities f64[entries]: a stage's share of each, × size ** temperature.
+
+        Without shares all are equal that the stage's losses train. Raises ValueError for unknown names, for those that
+        nothing is learned from, for negative shares, and when nothing is left to draw.
+        """
+        names, shares = [entry.name for entry in self.entries], stage.mixture
+        for name in shares:
+            if name not in names:
+                near = get_close_matches(name, names, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(f"mixture: unknown {name!r}{hint}; the data has {names}")
+            if shares[name] and not _trains(name, stage.losses):
+                raise ValueError(
+                    f"mixture: nothing is learned from {name} in this stage, whose losses are {stage.losses}"
+                )
+        plain = np.array([shares.get(n, 0.0) if shares else _trains(n, stage.losses) for n in names], dtype=np.float64)
+        weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
+        if not shares and not weights.sum():
+            raise ValueError(
+                f"mixture: nothing is learned from any of {names} in a stage whose losses are {stage.losses}"
+            )
+        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
+            raise ValueError(f"mixture: a share is a positive number, or 0 for some; got {dict(shares)}")
         return weights / weights.sum()
 
-    def batch(self, k: int, weights: np.ndarray, rank: int = 0, world: int = 1) -> list[Draw]:
-        """The draws of batch k on a rank."""
-        rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**63, k]))
+    def batch(self, k: int, weights: np.ndarray, rank: int = 0, world: int = 1, first: int = 0) -> list[Draw]:
+        """The draws of batch k on a rank. first: the stage's first batch, where its first window begins."""
+        start = first + (k - first) // self.window * self.window
+        identity = (start, world, weights.tobytes())
+        if self._last is None or self._last[0] != identity:
+            self._last = identity, self._draw(start, weights, world)
+        window, mine = self._last[1], (k - start, slice(rank, None, world))
+        drawn = (part[mine].tolist() for part in (window.entry, window.index, window.key))
+        return list(zip(*drawn, strict=True))
+
+    def _draw(self, start: int, weights: np.ndarray, world: int) -> Window:
+        rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**63, start]))
         total = self.batch_size * world
-        points = (np.arange(total) + rng.random()) / total
-        chosen = np.searchsorted(np.cumsum(weights), points, side="right").clip(max=len(weights) - 1)
-        index = np.empty(total, dtype=np.int64)
-        for entry in np.unique(chosen):
-            here = np.flatnonzero(chosen == entry)
-            size = self.entries[entry].size
-            index[here] = rng.choice(size, len(here), replace=len(here) > size, shuffle=True)
-        order = rng.permutation(total)
-        mine = order[rank::world]
-        return [(int(chosen[i]), int(index[i]), k * total + int(i)) for i in mine]
+        count = self.window * total
+        points = (np.arange(count) + rng.random()) / count
+        chosen = np.searchsorted(np.cumsum(weights), points, side="right")
+        chosen = chosen.clip(max=np.flatnonzero(weights)[-1])  # the last sum may be a little less than 1
+        index, images, text = (np.empty(count, dtype=np.int64) for _ in range(3))
+        for number in np.unique(chosen):
+            here, entry = np.flatnonzero(chosen == number), self.entries[number]
+            index[here] = _evenly(rng, entry.size, len(here))
+            images[here] = np.broadcast_to(entry.images, entry.size)[index[here]]
+            text[here] = np.broadcast_to(entry.text, entry.size)[index[here]]
+        turn, place = _turns(chosen, index, images)
+        order = np.lexsort((place, text, turn, images)).reshape(self.window, total)
+        # neither does the order of batches follow their length, nor the ranks of a batch
+        order = rng.permuted(order[rng.permutation(self.window)], axis=1)
+        return Window(chosen[order], index[order], start * total + order)
+
+
+def _trains(name: str, losses: LossWeights) -> bool:
+    """Whether a stage with these losses learns from an entry; one without any is a recipe's business."""
+    used = {term for term, weight in vars(losses).items() if weight}
+    return not used or bool(used & TRAINED_BY[Modality(name.rpartition("/")[2])])
+
+
+def _evenly(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """Indices i64[count] below size: any `size` that follow each other differ."""
+    if count <= size:
+        return rng.choice(size, count, replace=False)
+    return np.resize(rng.permutation(size), count)
+
+
+def _turns(chosen: np.ndarray, index: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turns i64[draws] of samples with as many images, in each of which none occurs twice; and places f64 within all.
+
+    Batches are made turn by turn, so that copies of a sample, which have the same length, do not meet in one.
+    """
+    turn, place = np.zeros(len(chosen), dtype=np.int64), np.zeros(len(chosen))
+    for number in np.unique(images):
+        kind = np.flatnonzero(images == number)
+        parts = [kind[chosen[kind] == entry] for entry in np.unique(chosen[kind])]
+        turns = max(-(-len(part) // len(np.unique(index[part]))) for part in parts)
+        for part in parts:
+            place[part] = np.arange(len(part)) / len(part)
+            turn[part] = np.arange(len(part)) * turns // len(part)
+    return turn, place
 
 
 class MixtureSampler(Sampler[list[Draw]]):
@@ -73,7 +155,7 @@ class MixtureSampler(Sampler[list[Draw]]):
     def __init__(
         self,
         mixture: Mixture,
-        recipe: Recipe | None,
+        recipe: Recipe,
         *,
         num_batches: int,
         start: int = 0,
@@ -84,19 +166,16 @@ class MixtureSampler(Sampler[list[Draw]]):
         self.mixture, self.recipe = mixture, recipe
         self.num_batches, self.start, self.batches_per_step = num_batches, start, batches_per_step
         self.rank, self.world = rank, world
+        self.switch = recipe.pretrain_steps * batches_per_step
         # made here, so that a wrong name fails before the first step and not at the stage switch
-        self.weights = {
-            stage: mixture.weights(shares)
-            for stage, shares in (
-                ("pretrain", recipe.pretrain.mixture if recipe else {}),
-                ("posttrain", recipe.posttrain.mixture if recipe else {}),
-            )
-        }
+        reached = {"pretrain": self.switch > 0, "posttrain": num_batches > self.switch}
+        self.weights = {stage: mixture.weights(getattr(recipe, stage)) for stage, used in reached.items() if used}
 
     def __len__(self) -> int:
         return self.num_batches  # of the whole run, also when it starts later: Lightning counts from 0
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for k in range(self.start, self.num_batches):
-            stage = self.recipe.stage_at(k // self.batches_per_step) if self.recipe else "posttrain"
-            yield self.mixture.batch(k, self.weights[stage], self.rank, self.world)
+            stage = self.recipe.stage_at(k // self.batches_per_step)
+            first = 0 if stage == "pretrain" else self.switch
+            yield self.mixture.batch(k, self.weights[stage], self.rank, self.world, first)

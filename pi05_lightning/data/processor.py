@@ -6,22 +6,22 @@ One object serves training, validation, the policy and the checkpoint: what it w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.tokenizer import TextTokenizer, text_to_boxes
-from pi05_lightning.data.transforms import Group, Normalize, Quantiles, Unnormalize
+from pi05_lightning.data.transforms import AbsoluteActions, Group, Normalize, Quantiles, RelativeActions, Unnormalize
 from pi05_lightning.types import Answer, Batch, Frame, Loss, Modality, Point, Sample, Segment, Shapes
 
-LENGTH_MULTIPLE = 8  # token counts are rounded up to it: few distinct shapes, no more than 7 pads on the longest row
-MAX_TOKENS = 1024  # a longer text is a mistake in the data, not a sample
+OUTLIER = 1e3  # a normalised value so far from -1..1 is a broken sensor, or a range that the statistics did not see
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Language:
     """Share of the action samples that hide the subtask, so that the policy also acts on the task alone."""
     questions_per_sample: int = 8
     """Training: at most this many questions about one image share a sample, each answered before the next is asked."""
+    max_tokens: int = 1024
+    """A sample whose text is longer is bad data."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.task_only_share <= 1:
@@ -53,6 +55,20 @@ class Robot:
     """The instructions that it was trained on."""
     dataset: str = ""
     """Where the demonstrations were."""
+    relative: RelativeActions | None = None
+    """Dims of the action that are trained on, and predicted, relative to the state."""
+    embodiment: str = ""
+    """What `{embodiment}` in a prompt stands for."""
+    control_mode: str = ""
+    """What `{control_mode}` in a prompt stands for."""
+
+    @property
+    def transforms(self) -> Group:
+        """The robot's units to the model's, and back."""
+        group = Group()
+        if self.relative is not None:
+            group = group.push(self.relative, AbsoluteActions(self.relative))
+        return group.push(self.normalize, Unnormalize(self.normalize.action))
 
 
 class Processor:
@@ -83,9 +99,7 @@ class Processor:
             )
         self.shapes, self.tokenizer, self.cameras = shapes, tokenizer, tuple(cameras)
         self.robots, self.language, self.fast = dict(robots), language or Language(), fast
-        self.transforms = {
-            name: Group().push(robot.normalize, Unnormalize(robot.normalize.action)) for name, robot in robots.items()
-        }
+        self.transforms = {name: robot.transforms for name, robot in robots.items()}
 
     # --- frames to samples
 
@@ -94,17 +108,18 @@ class Processor:
     ) -> Sample:
         """A training or validation sample. key chooses questions, hides subtasks, and seeds the noise.
 
-        Raises ValueError when the frame lacks what the modality needs.
+        Raises ValueError when the frame lacks what the modality needs, and BadFrame when it must not be trained on.
         """
         rng = np.random.Generator(np.random.Philox(key=[key % 2**63, 1]))
         frame = self.normalize(frame, source)
+        _reject_outliers(frame)
         images = frame.images
         prompts, language = self.language.prompts, self.language
         actions = mask = None
         if modality in (Modality.QA, Modality.WEB_CAPTION):
             if not frame.answers:
                 raise ValueError(f"{modality} needs a question and its answer, and there is none")
-            asked = self._choose_questions(frame.answers, rng, max_questions)
+            asked = self._choose_questions(frame.answers, rng, max_questions if modality is Modality.QA else 1)
             images = {camera: images[camera] for camera in images if asked[0].camera in (None, camera)}
             segments = [segment for answer in asked for segment in prompts.ask(answer)]
         elif modality is Modality.HL_SUBTASK:
@@ -119,15 +134,15 @@ class Processor:
             segments = prompts.low_level(frame, subtask, language.condition_on, fast=is_fast)
             if is_fast:
                 segments.append(self._fast_segment(frame.actions))
-            else:
-                actions, mask = self._pad(frame.actions, frame.action_is_pad)
+            actions, mask = self._pad(frame.actions, frame.action_is_pad)
         points = tuple(
             Point(answer.camera, answer.question, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
             for answer in frame.answers
             if answer.camera in images
             for box in text_to_boxes(answer.answer)[:1]
         )
-        return Sample(tuple(segments), modality, self._resize(images), actions, mask, points, index, key)
+        tokens, kinds = self._encode(segments)
+        return Sample(tokens, kinds, modality, self._resize(images), actions, mask, points, index, key)
 
     @staticmethod
     def _choose_questions(answers: Sequence[Answer], rng: np.random.Generator, most: int) -> list[Answer]:
@@ -149,10 +164,15 @@ class Processor:
         modality = Modality.HL_SUBTASK if high_level else Modality.CONTINUOUS
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
-        return Sample(tuple(segments), modality, self._resize(images))
+        return Sample(*self._encode(segments), modality, self._resize(images))
 
     def normalize(self, frame: Frame, source: str) -> Frame:
-        return self.transforms[source].on_frame(frame) if source in self.transforms else frame
+        """The frame in the model's units, with what its robot is called; a source without a robot changes nothing."""
+        if source not in self.robots:
+            return frame
+        robot = self.robots[source]
+        named = replace(frame, embodiment=robot.embodiment, control_mode=robot.control_mode)
+        return self.transforms[source].on_frame(named)
 
     def real_actions(self, actions: np.ndarray, frame: Frame, source: str) -> np.ndarray:
         """Model actions f32[... T D] to the robot's units and dimensions, f32[... T A]."""
@@ -163,6 +183,11 @@ class Processor:
         unknown = set(images) - set(self.cameras)
         if unknown:
             raise ValueError(f"unknown cameras {sorted(unknown)}; this model knows {list(self.cameras)}")
+        for camera, image in images.items():
+            if image.ndim != 3 or image.shape[0] != 3:
+                raise BadFrame(
+                    f"camera {camera!r} gives an image of shape {list(image.shape)}: expected RGB as [3 h w]"
+                )
         size = self.shapes.image_size
         return {camera: resize_image(images[camera], (size, size)) for camera in self.cameras if camera in images}
 
@@ -188,34 +213,38 @@ class Processor:
         closing = [*self.tokenizer.encode(prompts.fast_closing), self.tokenizer.eos_id]
         return Segment(tokens=(*self.tokenizer.encode(prompts.fast_opening), *ids, *closing), loss=Loss.FAST)
 
-    # --- samples to batches
-
-    def tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
-        """Token ids of a sample and the `Loss` of each; predicted text ends with <eos>."""
+    def _encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids i64[L] and the `Loss` of each, u8[L]; predicted text ends with <eos>. BadFrame for too many."""
         ids = [self.tokenizer.bos_id]
         kinds = [int(Loss.NONE)]
-        for segment in sample.segments:
+        for segment in segments:
             piece = list(segment.tokens) if segment.tokens is not None else self.tokenizer.encode(segment.text or "")
             if segment.loss and segment.tokens is None:
                 piece.append(self.tokenizer.eos_id)
             ids += piece
             kinds += [int(segment.loss)] * len(piece)
-        if len(ids) > MAX_TOKENS:
-            raise ValueError(f"the text is {len(ids)} tokens long, more than {MAX_TOKENS}: shorten or drop it")
-        return ids, kinds
+        if len(ids) > self.language.max_tokens:
+            longest = max((segment.text or "" for segment in segments), key=len)
+            raise BadFrame(
+                f"its text is {len(ids)} tokens long, more than data.language.max_tokens, {self.language.max_tokens}"
+                f" (its longest part begins {longest[:40]!r}). Shorten or drop it, or raise max_tokens"
+            )
+        return np.array(ids, dtype=np.int64), np.array(kinds, dtype=np.uint8)
+
+    # --- samples to batches
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch of samples, rows with actions first; as many camera slots and tokens as its largest sample needs."""
-        samples = sorted(samples, key=lambda sample: sample.actions is None)
-        encoded = [self.tokens(sample) for sample in samples]
+        samples = sorted(samples, key=lambda sample: sample.modality is not Modality.CONTINUOUS)
         rows = len(samples)
-        length = max(len(ids) for ids, _ in encoded)
-        length = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        length = max(len(sample.tokens) for sample in samples)
+        length = few_lengths(length)
         tokens = np.full((rows, length), self.tokenizer.pad_id, dtype=np.int64)
         kinds = np.zeros((rows, length), dtype=np.uint8)
         token_mask = np.zeros((rows, length), dtype=bool)
-        for row, (ids, kind) in enumerate(encoded):
-            tokens[row, : len(ids)], kinds[row, : len(ids)], token_mask[row, : len(ids)] = ids, kind, True
+        for row, sample in enumerate(samples):
+            text = slice(len(sample.tokens))
+            tokens[row, text], kinds[row, text], token_mask[row, text] = sample.tokens, sample.loss_kind, True
 
         slots = max(len(sample.images) for sample in samples)
         image_mask = np.zeros((rows, slots), dtype=bool)
@@ -230,15 +259,14 @@ class Processor:
                 pixels.append(image)
                 image_index.append(row * slots + place)
                 camera.append(self.cameras.index(name))
-        size, shapes = self.shapes.image_size, self.shapes
+        size = self.shapes.image_size
         queries = pad_sequence(
             [torch.tensor(self.tokenizer.encode(point.query)) for _, point in points] or [torch.zeros(0).long()],
             batch_first=True,
             padding_value=self.tokenizer.pad_id,
         )[: len(points)]
-        chunk = (shapes.horizon, shapes.action_dim)
-        actions = [sample.actions for sample in samples if sample.actions is not None]
-        masks = [sample.action_mask for sample in samples if sample.action_mask is not None]
+        actions, action_mask = self._stack_actions([s for s in samples if s.modality is Modality.CONTINUOUS])
+        fast_actions, fast_action_mask = self._stack_actions([s for s in samples if s.modality is Modality.FAST])
         return Batch(
             pixels=torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, 3, size, size), np.uint8)),
             image_index=torch.tensor(image_index, dtype=torch.long),
@@ -250,8 +278,10 @@ class Processor:
             causal=torch.from_numpy(np.maximum.accumulate(kinds > 0, axis=1) & token_mask),
             loss_kind=torch.from_numpy(kinds),
             target_index=torch.from_numpy(np.flatnonzero(kinds)),
-            actions=torch.from_numpy(np.stack(actions) if actions else np.zeros((0, *chunk), np.float32)),
-            action_mask=torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *chunk), bool)),
+            actions=actions,
+            action_mask=action_mask,
+            fast_actions=fast_actions,
+            fast_action_mask=fast_action_mask,
             modality=torch.tensor([sample.modality.id for sample in samples]),
             source=torch.tensor([sample.source for sample in samples]),
             key=torch.tensor([sample.key for sample in samples]),
@@ -259,6 +289,16 @@ class Processor:
             point_tokens=queries,
             point_token_mask=queries != self.tokenizer.pad_id,
             point_target=torch.tensor([point.centre for _, point in points]).reshape(-1, 2),
+        )
+
+    def _stack_actions(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunks f32[R T D] and masks bool[R T D] of the samples that have them."""
+        chunk = (self.shapes.horizon, self.shapes.action_dim)
+        actions = [sample.actions for sample in samples if sample.actions is not None]
+        masks = [sample.action_mask for sample in samples if sample.action_mask is not None]
+        return (
+            torch.from_numpy(np.stack(actions) if actions else np.zeros((0, *chunk), np.float32)),
+            torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *chunk), bool)),
         )
 
     # --- to and from a checkpoint
@@ -287,6 +327,24 @@ class Processor:
         )
 
 
+def few_lengths(length: int) -> int:
+    """The length, rounded up by a 32nd at most: batches come in few distinct shapes, and none holds much padding."""
+    step = 1 << max(0, length.bit_length() - 6)
+    return -(-length // step) * step
+
+
+def _reject_outliers(frame: Frame) -> None:
+    """Raises BadFrame for normalised values that no statistics explain."""
+    for name, values in (("state", frame.state), ("action", frame.actions)):
+        if values is not None and values.size and not np.abs(values).max() <= OUTLIER:
+            worst = np.abs(values).reshape(-1, values.shape[-1]).max(0)
+            dim = int(np.argmax(~(worst <= OUTLIER)))
+            raise BadFrame(
+                f"dimension {dim} of its {name} is {worst[dim]:.3g} when normalised, and -1 to 1 is usual: the value is"
+                " wrong, or this dimension hardly ever changes. Correct it, leave the episode out, or set `min_range`"
+            )
+
+
 def _robot_to_dict(robot: Robot) -> dict[str, Any]:
     quantiles = {"state": robot.normalize.state, "action": robot.normalize.action}
     return {
@@ -294,9 +352,21 @@ def _robot_to_dict(robot: Robot) -> dict[str, Any]:
         "tasks": list(robot.tasks),
         "dataset": robot.dataset,
         "quantiles": {part: {"q01": q.q01.tolist(), "q99": q.q99.tolist()} for part, q in quantiles.items()},
+        "relative": None if robot.relative is None else {k: list(v) for k, v in asdict(robot.relative).items()},
+        "embodiment": robot.embodiment,
+        "control_mode": robot.control_mode,
     }
 
 
 def _robot_from_dict(values: Mapping[str, Any]) -> Robot:
     quantiles = {part: Quantiles(np.array(q["q01"]), np.array(q["q99"])) for part, q in values["quantiles"].items()}
-    return Robot(Normalize(**quantiles), values["fps"], tuple(values["tasks"]), values["dataset"])
+    relative = values.get("relative")
+    return Robot(
+        normalize=Normalize(**quantiles),
+        fps=values["fps"],
+        tasks=tuple(values["tasks"]),
+        dataset=values["dataset"],
+        relative=RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
+        embodiment=values.get("embodiment", ""),
+        control_mode=values.get("control_mode", ""),
+    )

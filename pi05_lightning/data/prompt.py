@@ -6,6 +6,7 @@ No public template for subtasks exists; the flow and FAST ones are openpi's and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import Formatter
 from typing import Literal
 
 import numpy as np
@@ -30,7 +31,10 @@ def clean_task(task: str) -> str:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Templates. `{task}`, `{subtask}`, `{state}` and `{question}` are filled in."""
+    """Templates. What is filled in: `{task}`, `{state}`, `{subtask}`, `{question}`, `{embodiment}`, `{control_mode}`.
+
+    Raises ValueError for a template that asks for anything else.
+    """
 
     action: str = "Task: {task}, State: {state};\nAction: "
     """Low level, conditioned on the task."""
@@ -48,14 +52,37 @@ class Prompts:
     clip_state: bool = True
     """False reproduces openpi's and LeRobot's bin -1 for values below the first quantile."""
 
+    def __post_init__(self) -> None:
+        robot = {"task", "state", "embodiment", "control_mode"}
+        allowed = {
+            "action": robot,
+            "action_subtask": robot | {"subtask"},
+            "task": robot,
+            "fast_subtask": robot | {"subtask"},
+            "subtask": {"subtask"},
+            "question": {"question"},
+        }
+        for name, names in allowed.items():
+            template = getattr(self, name)
+            unknown = {part for _, part, _, _ in Formatter().parse(template) if part is not None} - names
+            if unknown:
+                raise ValueError(f"prompts.{name} is {template!r}, and {sorted(unknown)} is none of {sorted(names)}")
+
     def state(self, frame: Frame) -> str:
         if frame.state is None:
             return ""
         return " ".join(map(str, discretize_state(frame.state, clip=self.clip_state)))
 
     def fill(self, template: str, frame: Frame, subtask: str | None = None) -> Segment:
-        text = template.format(task=clean_task(frame.task), subtask=subtask, state=self.state(frame))
-        return Segment(text)
+        return Segment(
+            template.format(
+                task=clean_task(frame.task),
+                subtask=subtask,
+                state=self.state(frame),
+                embodiment=frame.embodiment,
+                control_mode=frame.control_mode,
+            )
+        )
 
     def high_level(self, frame: Frame) -> list[Segment]:
         """What the subtask is asked with."""

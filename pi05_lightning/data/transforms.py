@@ -46,6 +46,38 @@ class Group:
 
 
 @dataclass(frozen=True)
+class RelativeActions:
+    """Chosen dims of the actions as offsets from the state that the chunk starts at; `AbsoluteActions` undoes it."""
+
+    dims: tuple[int, ...]
+    state_dims: tuple[int, ...]
+    """Of the state, in the order of `dims`."""
+
+    def __call__(self, frame: Frame) -> Frame:
+        if frame.actions is None:
+            return frame
+        return replace(frame, actions=self.shifted(frame.actions, frame, -1))
+
+    def shifted(self, actions: np.ndarray, frame: Frame, sign: int) -> np.ndarray:
+        """The actions, `sign` times the state added to the chosen dims; ValueError for a frame without a state."""
+        if frame.state is None:
+            raise ValueError("relative actions need a state, and there is none")
+        moved = np.array(actions, dtype=np.float32)
+        moved[..., list(self.dims)] += sign * np.asarray(frame.state, np.float32)[list(self.state_dims)]
+        return moved
+
+
+@dataclass(frozen=True)
+class AbsoluteActions:
+    """The inverse of `RelativeActions`."""
+
+    relative: RelativeActions
+
+    def __call__(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        return self.relative.shifted(actions, frame, +1)
+
+
+@dataclass(frozen=True)
 class Quantiles:
     """The 1 % and 99 % quantile of every dimension, f32[A]: what maps to -1 and to 1.
 
@@ -72,6 +104,11 @@ class Quantiles:
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
         """The inverse of `normalize`."""
         return (np.asarray(x, dtype=np.float32) + 1) * self.span / 2 + self.q01
+
+    def widened(self, least: float) -> Quantiles:
+        """The same with every range at least so wide, about its middle."""
+        missing = (least - (self.q99 - self.q01)).clip(min=0) / 2
+        return Quantiles(self.q01 - missing, self.q99 + missing)
 
 
 @dataclass(frozen=True)

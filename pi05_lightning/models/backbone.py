@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.siglip import Siglip
@@ -75,7 +76,7 @@ class Backbone(nn.Module):
         stems: dict[str, type[Siglip | KeypointStem]] = {"siglip_gemma": Siglip, "keypoint_gemma": KeypointStem}
         self.head_dim = config.language.head_dim
         self.vision = stems[config.backbone_type](config.vision, width)
-        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.embed_tokens = Embedding(config.vocab_size, width)
         blocks = (Block(config.language) for _ in range(config.language.depth))
         self.layers: list[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(width)
@@ -119,7 +120,7 @@ class Backbone(nn.Module):
 
     def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """u8[P 3 H W] -> tokens [P N W] and keypoints; all present images of all cameras in one call."""
-        dtype = self.embed_tokens.weight.dtype
+        dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
         return self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
 
     def point(self, batch: Batch, prefix: Prefix) -> Tensor:

@@ -72,11 +72,16 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError with the line if it is damaged."""
+    """A JSON object from a file; ValueError if it is missing, or with the line if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist: name the folder that holds {path.name}") from error
+    except ValueError as error:  # of json, or no UTF-8
         raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}")
+    return values
 
 
 def build(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Pi05:
@@ -101,7 +106,11 @@ def save_model(folder: Path, model: Pi05) -> None:
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Pi05:
     """What `save_model` wrote; ValueError when weights and dimensions do not fit, or either file is damaged."""
-    config = ModelConfig.from_dict(read_json(folder / CONFIG))
+    values = read_json(folder / CONFIG)
+    try:
+        config = ModelConfig.from_dict(values)
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG} does not describe a model of pi05_lightning ({error})") from error
     return build(config, read_tensors(folder / WEIGHTS, dtype=dtype))
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pi05_lightning.models.checkpoint import WEIGHTS, check_keys, map_tensors, read_json, read_tensors
+from pi05_lightning.models.checkpoint import CONFIG, WEIGHTS, check_keys, map_tensors, read_json, read_tensors
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
 
@@ -52,8 +52,10 @@ LM_HEAD = f"{_PALIGEMMA}.lm_head.weight"
 EXPERT_LM_HEAD = f"{_EXPERT}.lm_head.weight"
 EMBEDDING = "backbone.embed_tokens.weight"
 _EMBED_TOKENS = f"{_PALIGEMMA}.model.language_model.embed_tokens.weight"
-UNREAD = re.compile(rf"{re.escape(LM_HEAD)}|{re.escape(EXPERT_LM_HEAD)}|state_proj\..*")
-"""Tensors that the network has no use for."""
+UNREAD = (LM_HEAD, EXPERT_LM_HEAD)
+"""Tensors that the network has no use for, but LeRobot's class has a place for."""
+DROPPED = "state_proj."
+"""π0's; LeRobot's class has no place for it and would load nothing at all."""
 
 SIGLIP_HEAD_DIM = 72  # So400m: 1152 / 16
 SIGLIP_HEADS = 16  # what LeRobot's code builds, whatever the width
@@ -101,6 +103,8 @@ class Foreign:
     tensors: dict[str, Tensor]
     unread: dict[str, Tensor]
     """Under LeRobot's names."""
+    dropped: dict[str, Tensor]
+    """Under the file's names."""
     source: dict[str, str]
     """Our key: the key in the file."""
     notes: tuple[str, ...]
@@ -110,7 +114,11 @@ class Foreign:
         """Every key of the file and what became of it."""
         rows = [(theirs, self.tensors[ours], f"-> {ours}") for ours, theirs in self.source.items()]
         rows += [(theirs, tensor, "no loss reads it: kept aside") for theirs, tensor in self.unread.items()]
-        total = f"{len(rows)} keys: {len(self.source)} read, {len(self.unread)} kept aside, none left over"
+        rows += [(theirs, tensor, "π0's, which π0.5 does not have: dropped") for theirs, tensor in self.dropped.items()]
+        total = (
+            f"{len(rows)} keys: {len(self.source)} read, {len(self.unread)} kept aside, {len(self.dropped)} dropped,"
+            " none left over"
+        )
         return "\n".join([*summarize(rows), total, *self.notes])
 
 
@@ -122,6 +130,13 @@ def summarize(rows: Iterable[tuple[str, Tensor, str]]) -> list[str]:
         line = every[0], str(list(tensor.shape)), every[1]
         groups[line] = groups.get(line, 0) + 1
     return [f"{count:3} × {' '.join(line)}" for line, count in groups.items()]
+
+
+def is_foreign(source: Path) -> bool:
+    """Whether a folder is LeRobot's or openpi's; ours says what backbone it has."""
+    if not (source / WEIGHTS).is_file():
+        return False
+    return not (source / CONFIG).is_file() or "backbone_type" not in read_json(source / CONFIG)
 
 
 def load_lerobot(
@@ -145,13 +160,18 @@ def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign
     truncated file. The embedding is `embed_tokens`; only where it is missing (openpi ties them), `lm_head`.
     """
     path = Path(path)
-    found = {key.removeprefix(PREFIX): (key, tensor) for key, tensor in map_tensors(path / WEIGHTS).items()}
+    found: dict[str, tuple[str, Tensor]] = {}
+    unknown: dict[str, tuple[int, ...]] = {}
+    for theirs, tensor in map_tensors(path / WEIGHTS).items():
+        if theirs.removeprefix(PREFIX) in found:  # with and without the prefix
+            unknown[theirs] = tuple(tensor.shape)
+        found.setdefault(theirs.removeprefix(PREFIX), (theirs, tensor))
     if _EMBED_TOKENS not in found and LM_HEAD in found:
         found[_EMBED_TOKENS] = found.pop(LM_HEAD)
-    unread = {PREFIX + key: found.pop(key)[1] for key in list(found) if UNREAD.fullmatch(key)}
+    unread = {PREFIX + key: found.pop(key)[1] for key in UNREAD if key in found}
+    dropped = dict(found.pop(key) for key in list(found) if key.startswith(DROPPED))
     tensors: dict[str, Tensor] = {}
     source: dict[str, str] = {}
-    unknown: dict[str, tuple[int, ...]] = {}
     for key, (theirs, tensor) in found.items():
         ours = to_ours(key)
         if ours is None or ours in tensors:
@@ -160,13 +180,16 @@ def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign
             tensors[ours], source[ours] = tensor, theirs
 
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    values = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    values = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     config, notes = config_of(shapes, values, vision_heads)
     with torch.device("meta"):
         expected = {key: tuple(tensor.shape) for key, tensor in Pi05(config).state_dict().items()}
     names = {ours: to_lerobot(ours) for ours in expected} | source
+    heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
+    expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
+    shapes |= {key: tuple(tensor.shape) for key, tensor in unread.items()}
     check_keys(shapes | unknown, expected, names, path / WEIGHTS)
-    return Foreign(config, tensors, unread, source, tuple(notes))
+    return Foreign(config, tensors, unread, dropped, source, tuple(notes))
 
 
 def lerobot_tensors(tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -201,19 +224,26 @@ def config_of(
     action_dim = sizes.of("flow_head.action_in_proj.weight", 1)[0]
     vision_mlp = sizes.of("backbone.vision.layers.#.fc1.weight", 0)[0]
     vocab_size = sizes.of(EMBEDDING, 0)[0]
-    language, expert = sizes.gemma("backbone"), sizes.gemma("flow_head")
+    # the expert attends to the language model's keys layer by layer, so what they share is said once
+    depth = max(sizes.depth("backbone"), sizes.depth("flow_head"))
+    language = sizes.gemma("backbone", depth)
+    expert = replace(
+        sizes.gemma("flow_head", depth), num_heads=language.num_heads, head_dim=language.head_dim, num_kv_heads=1
+    )
     sizes.raise_if_missing()
     assert channels
 
     if vision_heads is None:
         vision_heads = width // SIGLIP_HEAD_DIM if width % SIGLIP_HEAD_DIM == 0 else SIGLIP_HEADS
         notes.append(f"SigLIP's heads are in neither file: taken as {vision_heads} for its width of {width}")
+    if width % vision_heads:
+        raise ValueError(f"SigLIP's width of {width} is not a multiple of {vision_heads} heads: give vision_heads")
     image_size = values.get("image_resolution", [round(positions**0.5) * patch])[0]
     horizon = values.get("chunk_size", values.get("action_horizon"))
     if horizon is None:
         horizon = ModelConfig.horizon
         notes.append(f"the horizon is in neither file: taken as π0.5's {horizon}")
-    _check_config(values, action_dim, positions, image_size, patch, {"paligemma": language, "action_expert": expert})
+    _check_config(values, action_dim, positions, image_size, patch, language, expert)
     config = ModelConfig(
         vision=VisionConfig(image_size, patch, width, sizes.depth("backbone.vision"), vision_mlp, vision_heads),
         language=language,
@@ -226,6 +256,7 @@ def config_of(
 
 
 _VARIANT_WIDTH = {"gemma_2b": 2048, "gemma_300m": 1024}
+_LEROBOT_CONSTANTS = {"min_period": 4e-3, "max_period": 4.0}  # of the time features; no tensor tells them
 
 
 def _check_config(
@@ -234,7 +265,8 @@ def _check_config(
     positions: int,
     image_size: int,
     patch: int,
-    gemmas: Mapping[str, GemmaConfig],
+    language: GemmaConfig,
+    expert: GemmaConfig,
 ) -> None:
     problems = []
     if (kind := values.get("type", "pi05")) != "pi05":
@@ -247,8 +279,17 @@ def _check_config(
             f"image_resolution {image_size} with patches of {patch} makes {(image_size // patch) ** 2} of them, but"
             f" there are {positions} position embeddings"
         )
-    for name, gemma in gemmas.items():
-        variant = values.get(f"{name}_variant")
+    actions = (values.get("output_features") or {}).get("action", {}).get("shape", [0])[0]
+    if actions > action_dim:
+        problems.append(f"output_features has {actions} action dimensions, but action_in_proj takes {action_dim}")
+    for name, default in _LEROBOT_CONSTANTS.items():
+        if values.get(name, default) != default:
+            problems.append(f"{name} is {values[name]}, but π0.5's is {default}")
+    variants = {"paligemma": values.get("paligemma_variant"), "action_expert": values.get("action_expert_variant")}
+    if variants["paligemma"] and len(set(variants.values())) == 1 and language != expert:
+        problems.append(f"paligemma and the action expert are both {variants['paligemma']}, but their weights differ")
+    for name, gemma in (("paligemma", language), ("action_expert", expert)):
+        variant = variants[name]
         stated = _VARIANT_WIDTH.get(variant or "")
         # a width that is no variant's was built by changing LeRobot's constants: the name says nothing then
         if stated is not None and gemma.width in _VARIANT_WIDTH.values() and stated != gemma.width:
@@ -280,14 +321,14 @@ class _Sizes:
         numbers = [re.match(rf"{re.escape(tower)}\.layers\.(\d+)\.", key) for key in self.shapes]
         return 1 + max((int(match[1]) for match in numbers if match), default=0)
 
-    def gemma(self, tower: str) -> GemmaConfig:
+    def gemma(self, tower: str, depth: int) -> GemmaConfig:
         # π0.5's attention is multi-query: the one key head's rows are the head's width
         head_dim, width = self.of(f"{tower}.layers.#.self_attn.k_proj.weight", 0, 1)
         query = self.of(f"{tower}.layers.#.self_attn.q_proj.weight", 0)[0]
         mlp = self.of(f"{tower}.layers.#.mlp.gate_proj.weight", 0)[0]
         if self.missing:
             return GemmaConfig()
-        return GemmaConfig(width, self.depth(tower), mlp, query // head_dim, 1, head_dim)
+        return GemmaConfig(width, depth, mlp, query // head_dim, 1, head_dim)
 
     def raise_if_missing(self) -> None:
         if self.missing:

@@ -7,6 +7,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import VisionConfig
+from pi05_lightning.models.embedding import Embedding
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computed in fp32 whatever the input and the weights are; the CPU's own kernel for bf16 rounds on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class SiglipAttention(nn.Module):
@@ -27,9 +36,9 @@ class SiglipAttention(nn.Module):
 class SiglipBlock(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.layer_norm1 = LayerNorm(config.width, eps=1e-6)
         self.self_attn = SiglipAttention(config.width, config.num_heads)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.layer_norm2 = LayerNorm(config.width, eps=1e-6)
         self.fc1 = nn.Linear(config.width, config.mlp_dim)
         self.fc2 = nn.Linear(config.mlp_dim, config.width)
 
@@ -45,9 +54,9 @@ class Siglip(nn.Module):
         super().__init__()
         self.num_tokens = (config.image_size // config.patch_size) ** 2
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
-        self.position_embedding = nn.Embedding(self.num_tokens, config.width)
+        self.position_embedding = Embedding(self.num_tokens, config.width)
         self.layers = nn.ModuleList(SiglipBlock(config) for _ in range(config.depth))
-        self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
+        self.post_layernorm = LayerNorm(config.width, eps=1e-6)
         self.projector = nn.Linear(config.width, out_width)
 
     def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, None]:

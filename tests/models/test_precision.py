@@ -7,6 +7,7 @@ import torch
 
 from pi05_lightning.models.gemma import AdaRMSNorm, RMSNorm
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.siglip import LayerNorm
 from pi05_lightning.types import Batch
 
 from .small import make_batch, small_config, small_model
@@ -62,3 +63,20 @@ def test_norms_of_bf16_values_are_computed_in_fp32(adaptive: bool) -> None:
     modulation = torch.zeros(1, 1, 1, 192, dtype=torch.bfloat16)
     exact = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
     assert torch.equal(norm(x, modulation)[0], exact.bfloat16())
+
+
+def test_vision_norm_of_bf16_values_is_computed_in_fp32() -> None:
+    x = (torch.randn(64, 96) * 50 + 30).bfloat16()
+    norm = LayerNorm(96, eps=1e-6).bfloat16()
+    exact = torch.nn.functional.layer_norm(x.float(), (96,), norm.weight.float(), norm.bias.float(), 1e-6)
+    assert torch.equal(norm(x), exact.bfloat16())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_softmax_of_bf16_attention_has_fp32_statistics(masked: bool) -> None:
+    # 4096 equal scores: weights of 1/4096 summed in bf16 would stall at a fraction of 1
+    q, k = torch.zeros(1, 2, 8, 32).bfloat16(), torch.zeros(1, 2, 4096, 32).bfloat16()
+    v = torch.ones(1, 2, 4096, 32).bfloat16()
+    mask = torch.ones(1, 1, 8, 4096, dtype=torch.bool) if masked else None
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert torch.equal(out, torch.ones_like(out))

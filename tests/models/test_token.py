@@ -244,6 +244,27 @@ def test_fast_head_says_exactly_as_many_coefficients_as_a_chunk_has(model: Pi05,
     assert (lengths[tokens] * valid).sum(1).tolist() == [17] * len(PROMPTS)
 
 
+def test_fast_head_leaves_nothing_that_no_token_can_fill(model: Pi05, prefix: Prefix) -> None:
+    """Tokens of 3 and 5 coefficients: after any first choice, 11 must still come out, which is 3 + 3 + 5."""
+    lengths = torch.tensor([3, 5, 0, 3] * 8)
+    tokens, valid = model.fast_head.generate(model.backbone, prefix, lengths, 11, torch.tensor([20]), temperature=9.0)
+    assert [sorted(lengths[row[mask]].tolist()) for row, mask in zip(tokens, valid, strict=True)] == [[3, 3, 5]] * 4
+
+
+def test_fast_head_refuses_a_chunk_that_no_tokens_make(model: Pi05, prefix: Prefix) -> None:
+    lengths = torch.tensor([3, 5, 0, 3] * 8)
+    with pytest.raises(ValueError, match="expands to 7 coefficients"):
+        model.fast_head.generate(model.backbone, prefix, lengths, 7, torch.tensor([20]))
+
+
+def test_free_fast_generation_is_plain_generation(model: Pi05, prefix: Prefix) -> None:
+    lengths, opening = torch.ones(32, dtype=torch.long), torch.tensor([20, 21])
+    plain, kept, _ = generate(model.backbone, prefix, max_tokens=10, stop_id=NEVER, flow_visible=False, forced=opening)
+    tokens, valid = model.fast_head.generate(model.backbone, prefix, lengths, 7, opening, closing_id=NEVER)
+    assert torch.equal(valid, kept[:, 2:])
+    assert torch.equal(model.fast_head.top - tokens, plain[:, 2:])
+
+
 def test_fast_head_says_the_likeliest_token_that_still_fits(model: Pi05, prefix: Prefix) -> None:
     lengths = torch.ones(32, dtype=torch.long)
     tokens, _ = model.fast_head.generate(model.backbone, prefix, lengths, 1, torch.tensor([], dtype=torch.long))

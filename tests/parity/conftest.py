@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from lerobot.policies.pi05.modeling_pi05 import PI05Pytorch
 
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
 
-from .reference import build_lerobot, convert
+from .reference import any_number_of_heads, build_lerobot, convert
 
 SIZES = {
     "narrow_heads": ModelConfig(
@@ -27,6 +29,22 @@ SIZES = {
         horizon=1,
         action_dim=32,
     ),
+    "six_heads_five_layers_odd_widths": ModelConfig(
+        vision=VisionConfig(image_size=21, patch_size=7, width=216, depth=3, mlp_dim=33, num_heads=3),
+        language=GemmaConfig(width=56, depth=5, mlp_dim=31, num_heads=6, num_kv_heads=1, head_dim=40),
+        expert=GemmaConfig(width=24, depth=5, mlp_dim=101, num_heads=6, num_kv_heads=1, head_dim=40),
+        vocab_size=3001,
+        horizon=11,
+        action_dim=1,
+    ),
+    "one_narrow_head": ModelConfig(
+        vision=VisionConfig(image_size=16, patch_size=16, width=72, depth=1, mlp_dim=20, num_heads=1),
+        language=GemmaConfig(width=16, depth=2, mlp_dim=24, num_heads=1, num_kv_heads=1, head_dim=6),
+        expert=GemmaConfig(width=40, depth=2, mlp_dim=64, num_heads=1, num_kv_heads=1, head_dim=6),
+        vocab_size=2304,
+        horizon=50,
+        action_dim=7,
+    ),
 }
 
 
@@ -36,8 +54,9 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 @pytest.fixture(scope="module")
-def lerobot(config: ModelConfig) -> PI05Pytorch:
-    return build_lerobot(config)
+def lerobot(config: ModelConfig) -> Iterator[PI05Pytorch]:
+    with any_number_of_heads():
+        yield build_lerobot(config)
 
 
 @pytest.fixture(scope="module")

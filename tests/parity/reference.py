@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -54,6 +55,15 @@ def lerobot_sizes(config: ModelConfig) -> Iterator[None]:
         resized(modeling_pi05, "PiGemmaForCausalLM", config),
     ):
         yield
+
+
+def any_number_of_heads() -> AbstractContextManager[object]:
+    """Within it, LeRobot's training pass runs with other than the eight heads that are a number in its source."""
+    source = inspect.getsource(modeling_pi05.compute_layer_complete)
+    assert source.count("1 * 8 * head_dim") == 1
+    scope = dict(vars(modeling_pi05))
+    exec(source.replace("1 * 8 * head_dim", "att_output.shape[-2] * head_dim"), scope)
+    return patch.object(modeling_pi05, "compute_layer_complete", scope["compute_layer_complete"])
 
 
 def build_lerobot_fast(config: ModelConfig, tokenizer: object = None) -> modeling_pi0_fast.PI0FastPytorch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,7 @@ from .reference import lerobot_sizes, randomize
 EMBED_TOKENS = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 STATE_DIM, ACTION_DIM = 4, 3
 Copy = Callable[[Callable[[dict[str, Tensor]], object]], Path]
+Predict = Callable[[dict, Tensor], tuple[Tensor, Tensor]]
 
 CONFIG = ModelConfig(
     vision=VisionConfig(image_size=28, patch_size=14, width=72, depth=2, mlp_dim=96, num_heads=1),
@@ -70,6 +72,28 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_lerobot(folder: Path) -> PI05Policy:
     with lerobot_sizes(CONFIG):
         return PI05Policy.from_pretrained(folder)
+
+
+def between_processors(folder: Path, overrides: dict | None = None) -> Predict:
+    """LeRobot's policy between the folder's processors: (observation, noise) to tokens and actions in real units."""
+    policy = open_lerobot(folder)
+    before = PolicyProcessorPipeline.from_pretrained(
+        folder, config_filename="policy_preprocessor.json", overrides=overrides
+    )
+    after = PolicyProcessorPipeline.from_pretrained(
+        folder,
+        config_filename="policy_postprocessor.json",
+        to_transition=policy_action_to_transition,
+        to_output=transition_to_policy_action,
+    )
+
+    def predict(observation: dict, noise: Tensor) -> tuple[Tensor, Tensor]:
+        images = {f"observation.images.{name}": image.float() / 255 for name, image in observation["image"].items()}
+        batch = before({**images, "observation.state": observation["state"], "task": observation["task"]})
+        tokens = batch["observation.language.tokens"][batch["observation.language.attention_mask"]]
+        return tokens, after(policy.predict_action_chunk(batch, noise=noise[None])[0])
+
+    return predict
 
 
 @pytest.fixture(scope="module")
@@ -113,14 +137,14 @@ def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
 @pytest.fixture(scope="module")
 def ours(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ours") / "policy"
-    convert(source, folder)
+    convert(source=source, target=folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def exported(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "policy"
-    convert(ours, folder, "lerobot")
+    convert(source=ours, target=folder, format="lerobot")
     return folder
 
 
@@ -171,10 +195,10 @@ def test_round_trip_gives_the_same_file_byte_for_byte(source: Path, exported: Pa
 
 def test_round_trip_from_a_checkpoint_without_drift_gives_the_same_file(copy: Copy, tmp_path: Path) -> None:
     folder = copy(lambda tensors: tensors.update({PREFIX + LM_HEAD: tensors[EMBED_TOKENS].clone()}))
-    convert(folder, tmp_path / "ours")
+    convert(source=folder, target=tmp_path / "ours")
     kept = load_file(tmp_path / "ours" / "lerobot" / "unread.safetensors")
     assert PREFIX + LM_HEAD not in kept
-    convert(tmp_path / "ours", tmp_path / "back", "lerobot")
+    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -185,8 +209,8 @@ def test_bfloat16_weights_stay_bfloat16_both_ways(copy: Copy, tmp_path: Path) ->
                 tensors[key] = tensor.bfloat16()
 
     folder = copy(halve)
-    convert(folder, tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "back", "lerobot")
+    convert(source=folder, target=tmp_path / "ours")
+    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -213,7 +237,7 @@ def test_export_of_a_model_that_never_was_lerobots_opens_in_stock_lerobot(
 ) -> None:
     policy = Pi05Policy.from_pretrained(ours)
     policy.save_pretrained(tmp_path / "trained")
-    convert(tmp_path / "trained", tmp_path / "out", "lerobot")
+    convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
     capsys.readouterr()
     opened = open_lerobot(tmp_path / "out")
     assert "All keys loaded successfully!" in capsys.readouterr().out
@@ -222,36 +246,69 @@ def test_export_of_a_model_that_never_was_lerobots_opens_in_stock_lerobot(
     assert torch.equal(state[PREFIX + LM_HEAD], state[EMBED_TOKENS])
 
 
+def test_export_predicts_in_stock_lerobot_what_the_policy_predicts(ours: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """With the processors that the export wrote; only where the tokenizer is must be said."""
+    policy = Pi05Policy.from_pretrained(ours)
+    policy.save_pretrained(tmp_path / "trained")
+    convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
+    predict = between_processors(
+        tmp_path / "out", overrides={"tokenizer_processor": {"tokenizer_name": str(tokenizer)}}
+    )
+    observation = {
+        "image": {"top": torch.randint(0, 256, (3, 40, 30), dtype=torch.uint8)},
+        "state": torch.tensor([0.2, 0.3, -0.4, 1.5]),
+        "task": "open the_drawer",
+    }
+    noise = torch.randn(CONFIG.horizon, CONFIG.action_dim)
+    _, expected = predict(observation, noise)
+    found = policy.predict_chunk(observation, noise)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
 # --- the whole policy
 
 
-def test_converted_policy_predicts_lerobots_actions_in_real_units(source: Path, ours: Path) -> None:
-    """Through both packages' own processors: images, prompt, statistics, sampling, statistics back."""
-    reference, policy = open_lerobot(source), Pi05Policy.from_pretrained(ours, hierarchical=False)
-    before = PolicyProcessorPipeline.from_pretrained(source, config_filename="policy_preprocessor.json")
-    after = PolicyProcessorPipeline.from_pretrained(
-        source,
-        config_filename="policy_postprocessor.json",
-        to_transition=policy_action_to_transition,
-        to_output=transition_to_policy_action,
-    )
-    images = {"top": torch.randint(0, 256, (3, 28, 28)), "wrist": torch.randint(0, 256, (3, 28, 28))}
-    state, task = torch.tensor([0.1, -0.2, 0.9, 0.4]), "Put the_cup\non the plate "
-    noise = torch.randn(CONFIG.horizon, CONFIG.action_dim)
+OBSERVATIONS = {
+    "both_cameras": ({"top": (28, 28), "wrist": (28, 28)}, [0.1, -0.2, 0.9, 0.4], "Put the_cup\non the plate "),
+    "other_sizes": ({"top": (60, 80), "wrist": (37, 5)}, [0.1, -0.2, 0.9, 0.4], "open"),
+    "no_top_and_a_single_pixel": ({"wrist": (1, 1)}, [9.0, -9.0, 0.0, 1.0], ""),
+    "no_wrist_and_a_state_beyond_its_range": ({"top": (300, 17)}, [-1e6, 1e6, -1.0, 2.0], "Ärmel: hoch, {x} _ _"),
+}
 
-    observation = {f"observation.images.{name}": image.float() / 255 for name, image in images.items()}
-    batch = before({**observation, "observation.state": state, "task": task})
-    expected = after(reference.predict_action_chunk(batch, noise=noise[None])[0])
-    ours_observation = {
-        "image": {name: image.to(torch.uint8) for name, image in images.items()},
-        "state": state,
+
+@pytest.fixture(scope="module")
+def lerobot_policy(source: Path) -> Predict:
+    return between_processors(source)
+
+
+@pytest.mark.parametrize(("images", "state", "task"), OBSERVATIONS.values(), ids=OBSERVATIONS.keys())
+def test_converted_policy_predicts_lerobots_actions_in_real_units(
+    lerobot_policy: Predict, ours: Path, images: dict[str, tuple[int, int]], state: list[float], task: str
+) -> None:
+    """Through both packages' own processors: images, prompt, statistics, sampling, statistics back."""
+    policy = Pi05Policy.from_pretrained(ours)
+    generator = torch.Generator().manual_seed(0)
+    observation = {
+        "image": {
+            name: torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator)
+            for name, size in images.items()
+        },
+        "state": torch.tensor(state),
         "task": task,
     }
-    prepared = policy.prepare(ours_observation)
-    mask = batch["observation.language.attention_mask"]
-    assert prepared.tokens[prepared.token_mask].tolist() == batch["observation.language.tokens"][mask].tolist()
-    found = policy.predict_chunk(ours_observation, noise)
+    noise = torch.randn(CONFIG.horizon, CONFIG.action_dim, generator=generator)
+    tokens, expected = lerobot_policy(observation, noise)
+    prepared = policy.prepare(observation)
+    assert prepared.tokens[prepared.token_mask].tolist() == tokens.tolist()
+    found = policy.predict_chunk(observation, noise)
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_policy_opens_lerobots_folder_as_it_is(source: Path, ours: Path) -> None:
+    observation = {"image": torch.zeros(3, 9, 9), "state": torch.zeros(STATE_DIM), "task": "open"}
+    noise = torch.randn(CONFIG.horizon, CONFIG.action_dim)
+    one, other = (Pi05Policy.from_pretrained(folder).predict_chunk(observation, noise) for folder in (source, ours))
+    assert (one == other).all()
 
 
 def test_normalisation_statistics_come_along(source: Path, ours: Path) -> None:
@@ -269,9 +326,9 @@ def test_without_a_tokenizer_the_weights_are_converted_and_come_back(
     shutil.copytree(source, folder)
     path = folder / "policy_preprocessor.json"
     path.write_text(path.read_text().replace(json.dumps(str(tokenizer)), '"/nowhere/at/all"'))
-    convert(folder, tmp_path / "ours")
+    convert(source=folder, target=tmp_path / "ours")
     assert "--tokenizer FOLDER" in capsys.readouterr().out
-    convert(tmp_path / "ours", tmp_path / "back", "lerobot")
+    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
@@ -304,7 +361,7 @@ def test_openpis_names_give_the_same_model(source: Path, copy: Copy, tmp_path: P
     assert config == expected[0]
     assert tensors.keys() == expected[1].keys()
     assert all(torch.equal(tensors[key], expected[1][key]) for key in tensors)
-    convert(folder, tmp_path / "ours", tokenizer="tiny")
+    convert(source=folder, target=tmp_path / "ours", tokenizer="tiny")
     robots = Pi05Policy.from_pretrained(tmp_path / "ours").processor.robots
     assert list(robots) == ["lab/arm"]
     assert robots["lab/arm"].normalize.action.q99.tolist() == [2.5] * ACTION_DIM
@@ -316,8 +373,36 @@ def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy: Copy) -> 
             tensors[key.replace("time_mlp", "action_time_mlp")] = tensors.pop(key)
         tensors["model.state_proj.weight"] = torch.zeros(3, 3)
 
-    found, expected = load_lerobot(copy(rename))[1], load_lerobot(source)[1]
+    folder = copy(rename)
+    found, expected = load_lerobot(folder)[1], load_lerobot(source)[1]
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert re.search(r"state_proj\.weight \[3, 3\] .*dropped", map_foreign(folder).report())
+
+
+def test_pi0s_state_projection_is_not_exported_where_lerobot_would_stumble_on_it(
+    source: Path, copy: Copy, tmp_path: Path
+) -> None:
+    folder = copy(lambda tensors: tensors.update({"state_proj.weight": torch.zeros(3, 3)}))
+    convert(source=folder, target=tmp_path / "ours")
+    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_bf16_checkpoint_with_fp32_parts_predicts_in_every_dtype(source: Path, copy: Copy) -> None:
+    """LeRobot keeps norms, projections and vision in fp32."""
+
+    def halve(tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if "paligemma_with_expert" in key and not re.search(r"vision|projector|layernorm|model\.norm", key):
+                tensors[key] = tensor.bfloat16()
+
+    folder = copy(halve)
+    observation = {"image": torch.zeros(3, 9, 9), "state": torch.zeros(STATE_DIM), "task": "open"}
+    noise = torch.randn(CONFIG.horizon, CONFIG.action_dim)
+    expected = Pi05Policy.from_pretrained(source).predict_chunk(observation, noise)
+    for dtype in (None, torch.float32, torch.bfloat16):
+        found = Pi05Policy.from_pretrained(folder, dtype=dtype).predict_chunk(observation, noise)
+        torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected), rtol=0.05, atol=0.05)
 
 
 # --- what is wrong is said
@@ -343,6 +428,28 @@ def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy
         assert expected in str(error.value)
 
 
+def test_every_key_of_a_missing_layer_is_listed(copy: Copy) -> None:
+    last = "model.paligemma_with_expert.gemma_expert.model.layers.1."
+
+    def cut(tensors: dict[str, Tensor]) -> None:
+        for key in [key for key in tensors if key.startswith(last)]:
+            del tensors[key]
+
+    with pytest.raises(ValueError, match="11 keys do not fit") as error:
+        load_lerobot(copy(cut))
+    assert str(error.value).count(f"missing: {last}") == 11
+
+
+def test_a_key_with_and_without_its_prefix_is_listed(copy: Copy) -> None:
+    with pytest.raises(ValueError, match=r"unexpected: .*time_mlp_in\.bias"):
+        load_lerobot(copy(lambda tensors: tensors.update({"time_mlp_in.bias": torch.zeros(32)})))
+
+
+def test_a_misshaped_head_is_listed_though_nothing_reads_it(copy: Copy) -> None:
+    with pytest.raises(ValueError, match=r"lm_head\.weight is \[7, 32\], expected \[4096, 32\]"):
+        load_lerobot(copy(lambda tensors: tensors.update({PREFIX + EXPERT_LM_HEAD: torch.zeros(7, 32)})))
+
+
 def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy: Copy) -> None:
     key = "model.action_in_proj.weight"
     with pytest.raises(ValueError, match=key):
@@ -355,6 +462,9 @@ def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy: Copy) -> None:
         ("max_action_dim", 32, "max_action_dim is 32, but action_in_proj takes 5"),
         ("image_resolution", [224, 224], "there are 4 position embeddings"),
         ("type", "pi0", "type is 'pi0'"),
+        ("min_period", 0.01, "min_period is 0.01"),
+        ("action_expert_variant", "gemma_2b", "both gemma_2b"),
+        ("output_features", {"action": {"type": "ACTION", "shape": [9]}}, "9 action dimensions"),
     ],
 )
 def test_a_config_that_contradicts_the_weights_is_refused(copy: Copy, name: str, value: object, message: str) -> None:
@@ -371,13 +481,13 @@ def test_a_truncated_checkpoint_leaves_no_target(source: Path, tmp_path: Path) -
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
-        convert(folder, tmp_path / "ours")
+        convert(source=folder, target=tmp_path / "ours")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["truncated"]
 
 
 def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already exists"):
-        convert(source, tmp_path)
+        convert(source=source, target=tmp_path)
 
 
 def test_relative_actions_are_refused(copy: Copy, tmp_path: Path) -> None:
@@ -385,7 +495,7 @@ def test_relative_actions_are_refused(copy: Copy, tmp_path: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "use_relative_actions": True}))
     with pytest.raises(ValueError, match="relative"):
-        convert(folder, tmp_path / "ours")
+        convert(source=folder, target=tmp_path / "ours")
 
 
 def test_a_keypoint_backbone_has_no_place_in_lerobot() -> None:

@@ -26,7 +26,11 @@ BATCHES = {
     ),
     "only_one_camera_each": ([[False, True], [True, False], [False, True]], [3, 4, 5], 12),
     "a_row_without_cameras": ([[False, False], [True, True]], [6, 4], 8),
-    "eight_rows": ([[i % 2 == 0, i % 3 > 0, True, i < 4] for i in range(8)], [1, 5, 2, 60, 8, 3, 14, 21], 64),
+    "eight_rows_four_cameras": (
+        [[i % 2 == 0, i % 3 > 0, i != 5, i < 4] for i in range(8)],
+        [1, 200, 2, 60, 199, 3, 14, 121],
+        200,
+    ),
 }
 
 

@@ -2,50 +2,96 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
+from pi05_lightning.data.errors import OnBadSample, Rejects
 from pi05_lightning.data.processor import Robot
 from pi05_lightning.types import Frame, Modality, Shapes
 
 Split = Literal["train", "val"]
 
 
-class Source(Protocol):
-    """Frames by index."""
+@dataclass(frozen=True)
+class Sizes:
+    """How much there is to attend to in each of N frames, i64[N] or one number for all; near enough to sort by."""
+
+    images: np.ndarray | int = 0
+    task: np.ndarray | int = 0
+    """Characters of its instruction."""
+    subtask: np.ndarray | int = 0
+    """Characters of its subtask."""
+    answers: np.ndarray | int = 0
+    """Characters of its questions and answers."""
+
+
+class Source(ABC):
+    """Frames by index. A subclass says how many there are, what one holds, and what they can teach."""
+
+    name: str = ""
+    modalities: ClassVar[tuple[Modality, ...]] = ()
+    """What every frame can serve as."""
+    on_bad_sample: OnBadSample = "error"
+    """What becomes of a frame that turns out bad only when it is read."""
+    rejects: Rejects | None = None
+    """What was found bad, and left out, when it was opened."""
 
     @property
-    def camera_names(self) -> Sequence[str]: ...
+    def camera_names(self) -> Sequence[str]:
+        """The cameras that its frames may have."""
+        return ()
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Frame: ...
+    @abstractmethod
+    def __getitem__(self, index: int) -> Frame:
+        """Raises BadSample, with the frame's address, for data that must not be trained on."""
 
     def indices(self, modality: Modality) -> np.ndarray:
-        """i64: the frames that can serve as this modality."""
-        ...
+        """i64: the frames that can serve as this modality; by default all, for those in `modalities`."""
+        return np.arange(len(self) if modality in self.modalities else 0)
+
+    def sizes(self, modality: Modality) -> Sizes:
+        """Of the frames in `indices(modality)`: batches of similar length are made of it, so it may be left out."""
+        return Sizes(images=len(self.camera_names))
 
     def address(self, index: int) -> str:
         """Dataset, episode and frame, for messages."""
-        ...
+        return f"dataset {self.name!r}, item {index}"
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 - most sources have nothing to do
         """Once, in the main process, before training: caches and the like."""
-        ...
+
+    def robot(self) -> Robot | None:
+        """What a policy must know of the robot in the data; None for data without one."""
+        return None
 
 
-@dataclass(frozen=True)
 class SourceConfig(ABC):
-    """A source as configured; a new kind of data is one such class and a Source."""
+    """A source as configured."""
 
     @abstractmethod
     def open(self, name: str, split: Split, shapes: Shapes) -> Source:
         """The source's training or validation part, made to the model's shapes."""
 
-    def robot(self) -> Robot | None:
-        """What a policy must know of the robot in the data; None for data without one."""
-        return None
+
+class SimpleSource(Source, SourceConfig):
+    """A source that is its own configuration: the arguments of its `__init__` are the keys in YAML.
+
+    Once open it knows its `name`, its `split` and the model's `shapes`.
+    """
+
+    split: Split
+    shapes: Shapes
+
+    def open(self, name: str, split: Split, shapes: Shapes) -> Self:
+        """A copy that belongs to this split."""
+        opened = copy.copy(self)
+        opened.name, opened.split, opened.shapes = name, split, shapes
+        return opened

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pi05_lightning.data.boxes import from_lerobot, misplaced
 from pi05_lightning.types import Answer
 
 PERSISTENT = "language_persistent"
@@ -58,11 +59,14 @@ def active_subtasks(rows: Iterable[dict], timestamps: np.ndarray) -> list[str | 
     return [changes[i]["content"] if i >= 0 else None for i in which]
 
 
-def question_answers(rows: Iterable[dict], cameras: dict[str, str]) -> list[Answer]:
+def question_answers(
+    rows: Iterable[dict], cameras: dict[str, str], sizes: dict[str, tuple[float, float]]
+) -> list[Answer]:
     """The visual questions of one frame: the k-th `vqa` question about a camera goes with its k-th answer.
 
-    cameras: feature key -> name; questions about other cameras are left out.
-    Raises ValueError when questions and answers do not pair up.
+    cameras: feature key -> name; questions about other cameras are left out.  sizes: feature key -> (height, width),
+    in the units of the boxes.  Raises ValueError when questions and answers do not pair up, one is empty, or a box is
+    outside its image.
     """
     questions: dict[str | None, list[str]] = {}
     answers: dict[str | None, list[str]] = {}
@@ -77,7 +81,15 @@ def question_answers(rows: Iterable[dict], cameras: dict[str, str]) -> list[Answ
             raise ValueError(f"{len(asked)} vqa questions about camera {key!r} but {len(told)} answers")
         if key is None or key in cameras:
             camera = None if key is None else cameras[key]
-            found += [Answer(question, answer, camera) for question, answer in zip(asked, told, strict=True)]
+            # without a camera nothing says how large the image is: coordinates in pixels stay as they are written
+            spelled = told if key is None else [from_lerobot(answer, *sizes[key]) for answer in told]
+            for question, answer in zip(asked, spelled, strict=True):
+                problem = (
+                    misplaced(answer) if question.strip() and answer.strip() else "a vqa question or answer is empty"
+                )
+                if problem:
+                    raise ValueError(problem)
+                found.append(Answer(question, answer, camera))
     return found
 
 
@@ -107,6 +119,10 @@ class TextColumn:
         """The same with `text` where there was none."""
         return TextColumn([*self.values, text], np.where(self.codes < 0, len(self.values), self.codes).astype(np.int32))
 
+    def characters(self, rows: np.ndarray) -> np.ndarray:
+        """i64: how long the rows' texts are, 0 for none."""
+        return np.array([*map(len, self.values), 0], dtype=np.int64)[self.codes[rows]]
+
     def __getitem__(self, row: int) -> str | None:
         code = self.codes[row]
         return self.values[code] if code >= 0 else None
@@ -125,6 +141,12 @@ class AnswerColumn:
         schema = pa.schema({"question": pa.string(), "answer": pa.string(), "camera": pa.string()})
         table = pa.Table.from_pylist([vars(answer) for _, answer in pairs], schema=schema)
         return cls(np.array([row for row, _ in pairs], dtype=np.int64), table)
+
+    def characters(self, rows: np.ndarray) -> np.ndarray:
+        """i64: how long the rows' questions and answers are together."""
+        each = pc.add(pc.utf8_length(self.table["question"]), pc.utf8_length(self.table["answer"]))
+        until = np.concatenate([[0], np.cumsum(each.to_numpy())]).astype(np.int64)
+        return until[np.searchsorted(self.rows, rows, "right")] - until[np.searchsorted(self.rows, rows)]
 
     def __getitem__(self, row: int) -> tuple[Answer, ...]:
         start, stop = np.searchsorted(self.rows, [row, row + 1])

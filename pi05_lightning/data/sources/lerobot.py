@@ -6,7 +6,8 @@ uint8, language columns become subtasks and answers, and data that cannot be tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,11 @@ from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
 from pi05_lightning.data.processor import Robot
-from pi05_lightning.data.sources.base import SourceConfig, Split
+from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig, Split
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns
 from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.data.stats import Relative, load_or_compute
+from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame, Modality, Shapes
 
 
@@ -34,14 +36,28 @@ class LeRobotConfig(SourceConfig):
     """Features concatenated into the state; none for data without one."""
     action_keys: list[str] = field(default_factory=lambda: ["action"])
     """Features concatenated into the action; none for data without actions."""
+    horizon_steps: int | None = None
+    """Frames of an action chunk, up to the model's horizon, which is the default; what is left of it is padding."""
     horizon_seconds: float | None = None
-    """Length of an action chunk in time, a whole number of frames; by default as many frames as the model's horizon."""
+    """The same in time; it must be a whole number of frames."""
+    relative_dims: list[int] = field(default_factory=list)
+    """Dims of the concatenated action that are trained relative to the state at the chunk's first frame."""
+    relative_state_dims: list[int] | None = None
+    """Dims of the concatenated state that these are relative to, in the same order; by default the same numbers."""
+    min_range: float | None = None
+    """Widen dims of less range (q99 - q01, real units) to this; without it one that does not vary is an error."""
+    embodiment: str = ""
+    """The robot's name, for prompts that say `{embodiment}`."""
+    control_mode: str = ""
+    """What its actions are, for prompts that say `{control_mode}`."""
     val_fraction: float = 0.1
     """Share of episodes held out where meta/info.json names no validation split; 0 holds out none."""
     episodes: list[int] | str | None = None
     """Only these episode numbers, or those that meet an SQL condition on their metadata, as "length >= 50"."""
     subtask_key: str | None = None
     """Column with the subtask, as text or as subtask_index; by default language_persistent, else subtask_index."""
+    box_range: float | None = None
+    """What boxes written as numbers in language_events reach to: 1 or 1000, say; by default the image's pixels."""
     task: str | None = None
     """Task sentence for frames that have none."""
     image_cache: bool = False
@@ -57,15 +73,8 @@ class LeRobotConfig(SourceConfig):
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
         return LeRobotSource(self, name, split, shapes.horizon, (shapes.image_size, shapes.image_size))
 
-    def robot(self) -> Robot | None:
-        """The training part's quantiles, exact over all its frames, its rate and its tasks; None without actions."""
-        if not self.action_keys:
-            return None
-        numbers_only = replace(self, cameras={}, horizon_seconds=None)
-        return LeRobotSource(numbers_only, self.path, "train", horizon=1, image_size=(0, 0)).robot()
 
-
-class LeRobotSource:
+class LeRobotSource(Source):
     """Frames of a dataset's chosen episodes, in its order, each with the action chunk that starts there.
 
     horizon: steps of a chunk.  image_size: (H, W) of cached frames; without a cache frames keep their own size.
@@ -73,12 +82,14 @@ class LeRobotSource:
 
     def __init__(self, config: LeRobotConfig, name: str, split: Split, horizon: int, image_size: tuple[int, int]):
         self.config, self.name, self.split, self.horizon, self.image_size = config, name, split, horizon, image_size
-        self.rejects = Rejects(name, config.on_bad_sample)
+        self.rejects: Rejects = Rejects(name, config.on_bad_sample)
+        self.on_bad_sample = config.on_bad_sample
         self.files = LeRobotFiles.open(find_dataset(config.path))
         self.cameras = self._cameras()
         self._steps = self._chunk_steps()
         state, action = self._widths(config.state_keys), self._widths(config.action_keys)
-        wanted = Wanted(state, action, config.subtask_key, self.cameras)
+        self._relative = self._relative_actions(sum(state.values()), sum(action.values()))
+        wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range())
         episodes = self.files.choose(split, config.val_fraction, config.episodes)
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
@@ -128,6 +139,13 @@ class LeRobotSource:
                 useful = np.zeros(len(self), dtype=bool)
         return np.flatnonzero(useful)
 
+    def sizes(self, modality: Modality) -> Sizes:
+        """By the characters of task, subtask, and questions with their answers, each of which is about one image."""
+        rows, columns = self._rows[self.indices(modality)], self.columns
+        if modality is Modality.QA:
+            return Sizes(images=min(1, len(self.cameras)), answers=columns.answers.characters(rows))
+        return Sizes(len(self.cameras), self._task.characters(rows), columns.subtask.characters(rows))
+
     def address(self, index: int) -> str:
         """The frame in words: "dataset 'x', episode 3, frame 17"."""
         return f"dataset {self.name!r}, {self.columns.address(self._rows[index])}"
@@ -138,12 +156,23 @@ class LeRobotSource:
             fill(list(self._caches.values()), f"{self.name} ({self.split})")
             self._reject_undecoded()
 
-    def robot(self) -> Robot:
-        """Exact 1 % and 99 % quantiles of state and action over the source's frames, its rate and its tasks."""
-        values = (values[self._rows].astype(np.float64) for values in (self.columns.state, self.columns.action))
-        state, action = (Quantiles(*np.quantile(part, (0.01, 0.99), axis=0)) for part in values)
+    def robot(self) -> Robot | None:
+        """Statistics of the episodes without bad frames, rate, tasks and names; None for data without actions.
+
+        Raises BadSample for a dimension without range, unless that is to be skipped.
+        """
+        if not self.config.action_keys:
+            return None
         tasks = sorted({self._task.values[code] for code in np.unique(self._task.codes[self._rows])})
-        return Robot(Normalize(state, action), self.files.fps, tuple(tasks), self.config.path)
+        return Robot(
+            normalize=self._normalize,
+            fps=self.files.fps,
+            tasks=tuple(tasks),
+            dataset=self.config.path,
+            relative=self._relative,
+            embodiment=self.config.embodiment,
+            control_mode=self.config.control_mode,
+        )
 
     @property
     def episode(self) -> np.ndarray:
@@ -167,11 +196,17 @@ class LeRobotSource:
         return cameras
 
     def _chunk_steps(self) -> int:
-        fps, seconds = self.files.fps, self.config.horizon_seconds
+        fps, seconds, given = self.files.fps, self.config.horizon_seconds, self.config.horizon_steps
         if not 0 < self.config.tolerance_s < 0.5 / fps:
             raise ValueError(f"tolerance_s must be between 0 and half a frame, {0.5 / fps:.4f} s at {fps:g} fps")
+        if seconds is not None and given is not None:
+            raise ValueError(f"dataset {self.name!r}: give horizon_steps or horizon_seconds, not both")
         if seconds is None:
-            return self.horizon
+            if given is not None and not 1 <= given <= self.horizon:
+                raise ValueError(
+                    f"dataset {self.name!r}: horizon_steps {given} is not from 1 to the model's horizon, {self.horizon}"
+                )
+            return self.horizon if given is None else given
         steps = round(seconds * fps)
         if abs(steps - seconds * fps) > 1e-6 or not 1 <= steps <= self.horizon:
             raise ValueError(
@@ -188,6 +223,81 @@ class LeRobotSource:
                     f"dataset {self.name!r} has no vector {key!r}; it has {sorted(vectors)}: correct the keys"
                 )
         return {key: vectors[key] for key in keys}
+
+    def _relative_actions(self, state_dims: int, action_dims: int) -> RelativeActions | None:
+        dims, others = self.config.relative_dims, self.config.relative_state_dims
+        if not dims:
+            return None
+        if others is None:
+            others = dims
+        if len(others) != len(dims) or not (
+            set(dims) <= set(range(action_dims)) and set(others) <= set(range(state_dims))
+        ):
+            raise ValueError(
+                f"dataset {self.name!r}: relative_dims {dims} and relative_state_dims {others} must be as many,"
+                f" dims of an action of {action_dims} and of a state of {state_dims}"
+            )
+        return RelativeActions(tuple(dims), tuple(others))
+
+    def _box_range(self) -> dict[str, tuple[float, float]]:
+        """(height, width) of every camera's image in the units of boxes."""
+        sizes = {}
+        for key in self.cameras:
+            feature, most = self.files.features[key], self.config.box_range
+            height, width = feature["shape"][:2] if feature["shape"][-1] in (1, 3, 4) else feature["shape"][-2:]
+            sizes[key] = (most, most) if most else (float(height), float(width))
+        return sizes
+
+    @cached_property
+    def _normalize(self) -> Normalize:
+        """Quantiles of state and action as trained, over the episodes that hold no bad frame."""
+        config = self.config
+        damaged = np.unique(self.columns.episode[~self._kept])
+        clean = np.setdiff1d(self.columns.episode, damaged).tolist()
+        if not clean:
+            raise ValueError(f"dataset {self.name!r}: each of its episodes holds bad frames: no statistics can be had")
+        stats = load_or_compute(self.files.root, [*config.state_keys, *config.action_keys], clean)
+        none = Quantiles(np.empty(0), np.empty(0))
+        state = stats.quantiles(config.state_keys) if config.state_keys else none
+        action = stats.quantiles(config.action_keys)
+        for relative, place in self._relative_parts():
+            offsets = load_or_compute(self.files.root, [relative.action], clean, relative)[relative.action]
+            action.q01[place], action.q99[place] = offsets.q01[list(relative.dims)], offsets.q99[list(relative.dims)]
+        if config.min_range is not None:
+            return Normalize(state.widened(config.min_range), action.widened(config.min_range))
+        self._reject_zero_range(config.state_keys, self.columns.state, state)
+        self._reject_zero_range(config.action_keys, self.columns.action, action)
+        return Normalize(state, action)
+
+    def _relative_parts(self) -> list[tuple[Relative, list[int]]]:
+        """The relative dims by the pair of features that they belong to, each with its dims of the whole action."""
+        if self._relative is None:
+            return []
+        state, action = (
+            [(key, dim) for key, width in self._widths(keys).items() for dim in range(width)]
+            for keys in (self.config.state_keys, self.config.action_keys)
+        )
+        parts: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+        for place, state_place in zip(self._relative.dims, self._relative.state_dims, strict=True):
+            (action_key, dim), (state_key, state_dim) = action[place], state[state_place]
+            parts.setdefault((action_key, state_key), []).append((place, dim, state_dim))
+        found = []
+        for (action_key, state_key), members in parts.items():
+            places, dims, state_dims = zip(*members, strict=True)
+            found.append((Relative(self._steps, dims, action_key, state_key, state_dims), list(places)))
+        return found
+
+    def _reject_zero_range(self, keys: list[str], values: np.ndarray, quantiles: Quantiles) -> None:
+        dims = np.flatnonzero(quantiles.q01 == quantiles.q99)
+        if len(dims):
+            odd = self._rows[(values[self._rows][:, dims] != quantiles.q01[dims]).any(axis=1)]
+            row = int(odd[0]) if len(odd) else int(self._rows[0])
+            self.rejects.add(
+                f"{self.columns.address(row)}, {' + '.join(keys)}",
+                f"dimensions {dims.tolist()} have no range: both quantiles are {quantiles.q01[dims].tolist()}",
+                "Set `min_range`, 0.01 say, to give them one, or take other features",
+                0,
+            )
 
     def _reject_values(self) -> None:
         """Frames without a task, and frames whose state or action chunk holds NaN or infinity."""
@@ -229,22 +339,24 @@ class LeRobotSource:
     def _video(self, key: str) -> VideoFrames:
         columns, files = self.columns, self.files
         place = np.searchsorted(files.column("episode_index"), columns.episode)
-        location = np.stack([files.column(f"videos/{key}/{part}_index")[place] for part in ("chunk", "file")], axis=1)
+        chunk, number, start = (
+            files.video_column(key, name)[place] for name in ("chunk_index", "file_index", "from_timestamp")
+        )
+        self._reject_rows(np.isnan(start), key, "this episode has no video of this camera")
+        location = np.nan_to_num(np.stack([chunk, number], axis=1), nan=-1).astype(np.int64)
         numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
         paths = [files.video_path(key, *number) for number in numbers]
         for i, path in enumerate(paths):
             if not path.exists():
-                rows = file == i
-                where = f"{columns.address(int(np.argmax(rows)))}, {key}"
-                mend = "Restore the video or leave its episodes out with `episodes`"
-                self.rejects.add(where, f"{path} is missing", mend, int(rows.sum()))
-                self._kept &= ~rows
-        return VideoFrames(
-            paths,
-            file.astype(np.int32),
-            files.column(f"videos/{key}/from_timestamp")[place] + columns.timestamp,
-            self.config.tolerance_s,
-        )
+                self._reject_rows((file == i) & ~np.isnan(start), key, f"{path} is missing")
+        return VideoFrames(paths, file.astype(np.int32), start + columns.timestamp, self.config.tolerance_s)
+
+    def _reject_rows(self, rows: np.ndarray, key: str, problem: str) -> None:
+        if rows.any():
+            where = f"{self.columns.address(int(np.argmax(rows)))}, {key}"
+            mend = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
+            self.rejects.add(where, problem, mend, int(rows.sum()))
+            self._kept &= ~rows
 
     @property
     def _caches(self) -> dict[str, CachedFrames]:

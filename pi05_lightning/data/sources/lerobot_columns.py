@@ -25,12 +25,16 @@ from pi05_lightning.types import Answer
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to read: vector features with their widths, the subtask's column (None: find it), cameras by feature key."""
+    """What to read: vector features with their widths, the subtask's column (None: find it), cameras by feature key.
+
+    box_range: (height, width) of each camera's image, by feature key, in the units of the boxes about it.
+    """
 
     state: dict[str, int]
     action: dict[str, int]
     subtask_key: str | None
     cameras: dict[str, str]
+    box_range: dict[str, tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def _read_file(
         subtask_key = _subtask_column(wanted.subtask_key, present)
         if subtask_key not in (None, PERSISTENT):
             names.append(subtask_key)
-        absent = sorted(set(names) - set(present))
+        images = [key for key in wanted.cameras if files.features[key]["dtype"] == "image"]
+        absent = sorted({*names, *images} - set(present))
         if absent:
             rejects.add(where, f"{path} has no columns {absent}", restore, total)
             return None
@@ -150,10 +155,16 @@ def _read_file(
     for row, rows in events.items():
         if keep[row]:
             try:
-                answers += [(int(rank[row]), answer) for answer in question_answers(rows, wanted.cameras)]
+                asked = question_answers(rows, wanted.cameras, wanted.box_range)
+                answers += [(int(rank[row]), answer) for answer in asked]
             except ValueError as error:
                 rejects.add(f"{address(row)}, {EVENTS}", str(error), f"Correct {path}", 0)
     kept = int(keep.sum())
+    try:
+        subtask = _subtasks(files, subtask_key, table, persistent, begins, timestamp, keep)
+    except ValueError as error:
+        rejects.add(f"{where}, {subtask_key}", str(error), "Restore it, or name another column as `subtask_key`", 0)
+        subtask = [None] * kept
     return _Part(
         file_row=np.flatnonzero(keep),
         episode=episode[keep].astype(np.int64),
@@ -162,7 +173,7 @@ def _read_file(
         state=np.concatenate([numbers[key] for key in wanted.state] or [np.empty((kept, 0), np.float32)], axis=1),
         action=np.concatenate([numbers[key] for key in wanted.action] or [np.empty((kept, 0), np.float32)], axis=1),
         task=table.column("task_index").to_numpy()[keep],
-        subtask=_subtasks(files, subtask_key, table, persistent, begins, timestamp, keep),
+        subtask=subtask,
         answers=answers,
     )
 
@@ -194,7 +205,11 @@ def _subtasks(
     values = table.column(key).filter(keep)
     if pa.types.is_integer(values.type):
         sentences = files.sentences("subtasks", "subtask")
+        if not sentences:
+            raise ValueError("it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
         return [sentences.get(code) for code in values.to_pylist()]
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        raise ValueError(f"it holds {values.type}: a subtask is text, or a number as in subtask_index")
     return values.to_pylist()
 
 

@@ -10,6 +10,7 @@ data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
 from __future__ import annotations
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,8 @@ import pyarrow.parquet as pq
 
 from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.split import held_out
+
+log = logging.getLogger(__name__)
 
 
 def find_dataset(path: str) -> Path:
@@ -124,6 +127,13 @@ class LeRobotFiles:
         """One column of the episode table."""
         return self.episodes.column(name).to_numpy()
 
+    def video_column(self, key: str, name: str) -> np.ndarray:
+        """What the episode table says of a camera's videos, f64 per episode; NaN where it says nothing."""
+        column = f"videos/{key}/{name}"
+        if column not in self.episodes.column_names:
+            return np.full(len(self.episodes), np.nan)
+        return self.episodes.column(column).cast(pa.float64()).to_numpy()
+
     def data_path(self, chunk: int, file: int) -> Path:
         return self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
 
@@ -135,19 +145,17 @@ class LeRobotFiles:
 
         The split follows info.json when that names a validation split ("val" or "validation"), else `held_out`.
         only: episode numbers, or an SQL condition on the episode table, such as "length >= 50 AND success".
-        Raises ValueError when nothing is left (unless nothing was to be held out), a number does not exist or the
-        condition is no SQL.
+        Validation may be left without any, with a warning.  Raises ValueError when training is, a number does not
+        exist or the condition is no SQL.
         """
         episodes = self.column("episode_index").astype(np.int64)
         in_val = self._validation_split(episodes)
         if in_val is None:
-            if split == "val" and val_fraction == 0:
-                return episodes[:0]
             in_val = held_out(episodes, val_fraction)
         chosen = in_val if split == "val" else ~in_val
-        if not chosen.any():
+        if not chosen.any() and split == "train":
             raise ValueError(
-                f"{self.root}: none of its {len(episodes)} episodes is in the {split} split; "
+                f"{self.root}: none of its {len(episodes)} episodes is left to train on; "
                 f"change val_fraction, which is {val_fraction}, or `splits` in meta/info.json"
             )
         if isinstance(only, str):
@@ -157,8 +165,10 @@ class LeRobotFiles:
             if unknown:
                 raise ValueError(f"{self.root} has no episodes {unknown}: it has {len(episodes)}; correct `episodes`")
             chosen &= np.isin(episodes, only)
-        if not chosen.any():
+        if not chosen.any() and split == "train":
             raise ValueError(f"{self.root}: `episodes`: {only!r} leaves none in the {split} split; widen it")
+        if not chosen.any() and val_fraction:
+            log.warning("%s: no episode is held out, so there is no validation on it", self.root)
         return episodes[chosen]
 
     def _validation_split(self, episodes: np.ndarray) -> np.ndarray | None:

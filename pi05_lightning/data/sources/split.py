@@ -16,9 +16,10 @@ def held_out(index: np.ndarray, fraction: float) -> np.ndarray:
     """Whether each episode (or row) belongs to validation, bool like `index`.
 
     Depends on its number alone, so an episode never changes sides when others are added; of any stretch of n
-    episodes, n · fraction are held out, give or take one or two.
+    episodes, n · fraction are held out, give or take one or two. Of the first two it is the second: a dataset of a few
+    episodes has something to validate on, and something to train on.
     """
-    return np.mod((index + 1) * _GOLDEN, 1.0) >= 1.0 - fraction
+    return np.mod((index - 1) * _GOLDEN, 1.0) < fraction
 
 
 def held_out_groups(groups: Iterable[object], fraction: float) -> np.ndarray:

@@ -1,45 +1,64 @@
-"""Images with captions, and with questions and answers, read through Hugging Face `datasets`."""
+"""Images with captions, questions and answers, and boxes, read through Hugging Face `datasets`."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
+from pi05_lightning.data.boxes import BoxOrder, detections, misplaced, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
-from pi05_lightning.data.sources.base import SourceConfig, Split
+from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig, Split
 from pi05_lightning.data.sources.split import held_out, held_out_groups
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
-_VALIDATION_PARTS = ("validation", "val", "test")
+_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+_VALIDATION_PARTS = ("validation", "valid", "val", "dev", "test")
+_SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
 
 @dataclass(frozen=True)
 class VisionTextConfig(SourceConfig):
-    """A dataset of single images with text. Of the columns below it may lack captions, questions or cameras."""
+    """A dataset of single images with text. It may lack any of the columns below but the images."""
 
     path: str
-    """A folder written by `save_to_disk`, a parquet or JSON-lines file or a folder of them, or a Hub id."""
+    """A folder written by `save_to_disk`, a parquet, Arrow or JSON-lines file or a folder of them, or a Hub id."""
+    subset: str | None = None
+    """Which of a Hub dataset's configurations."""
+    stream_rows: int | None = None
+    """Read this many rows from the start of each part's stream, and keep them, instead of fetching all of it."""
     image_column: str = "image"
     """Images: encoded, as `datasets` stores them, or paths relative to the dataset's folder."""
     caption_column: str = "caption"
-    """Captions, for web_caption."""
+    """Captions, one or a list of them, for web_caption."""
     question_column: str = "question"
     """Questions, or a list of them, for qa."""
     answer_column: str = "answer"
-    """Answers, or a list of them, one for each question, for qa."""
+    """Answers, or a list of them, one for each question, for qa. Boxes in them are `<locYYYY>` four times."""
+    boxes_column: str = "boxes"
+    """Boxes as four numbers, or a list of such, for qa."""
+    labels_column: str = "labels"
+    """What the boxes show: a text for each."""
+    box_order: BoxOrder = "xyxy"
+    """What the four numbers are."""
+    box_range: float | None = None
+    """The number that stands for the image's far edge: 1 or 1000, say; by default boxes are in pixels."""
     camera_column: str = "camera"
     """Each image's camera name."""
     camera: str = "image"
     """Camera name of all images, where there is no such column."""
     caption_prompt: str = "caption"
     """What the model is asked when it is to say the caption."""
+    box_prompt: str = "detect {labels}"
+    """What it is asked when it is to say the boxes; each label is named once."""
     val_fraction: float = 0.1
     """Share of rows held out where the dataset has no validation part; 0 holds out none."""
     group_column: str | None = None
@@ -51,63 +70,95 @@ class VisionTextConfig(SourceConfig):
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
         return VisionTextSource(self, name, split)
 
+    @property
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The kinds of text that a row may have, by their first column, each with all the columns it needs."""
+        return {
+            self.caption_column: (self.caption_column,),
+            self.question_column: (self.question_column, self.answer_column),
+            self.boxes_column: (self.boxes_column, self.labels_column),
+        }
 
-class VisionTextSource:
-    """One frame per image and kind of text: first all with a caption to give, then all with questions to answer."""
+
+class VisionTextSource(Source):
+    """One frame per image and kind of text: first all with a caption, then all with questions, then all with boxes."""
 
     def __init__(self, config: VisionTextConfig, name: str, split: Split):
         self.config, self.name = config, name
-        self.rejects = Rejects(name, config.on_bad_sample)
-        self._data, rows = self._part(_load(config.path), split)
+        self.rejects: Rejects = Rejects(name, config.on_bad_sample)
+        self.on_bad_sample = config.on_bad_sample
+        self._folders, parts = _load(config)
+        self._data, rows = self._part(parts, split)
         self._has_camera = config.camera_column in self._data.column_names
-        self._captioned, self._asked = self._with_text(rows)
-        self.camera_names = sorted(self._data.unique(config.camera_column)) if self._has_camera else [config.camera]
-        local = Path(config.path).expanduser()
-        self._folder = local.parent if local.is_file() else local
+        self._rows, self._kind = self._with_text(rows)
+
+    @property
+    def camera_names(self) -> list[str]:
+        return sorted(self._data.unique(self.config.camera_column)) if self._has_camera else [self.config.camera]
 
     def __len__(self) -> int:
-        return len(self._captioned) + len(self._asked)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Frame:
-        config, row = self.config, self._data[self._row(index)]
+        config, row = self.config, self._data[int(self._rows[index])]
         camera = row[config.camera_column] if self._has_camera else config.camera
         try:
             image = self._image(row[config.image_column])
         except BadImage as error:
-            where = f"{self.address(index)}, {config.image_column}"
+            where = f"{self._row_address(index)}, {config.image_column}"
             raise BadSample(f"{where}: {error}. Restore the image or drop the row") from error
-        if index < len(self._captioned):
-            pairs = [(config.caption_prompt, row[config.caption_column])]
-        else:
-            pairs = list(zip(_texts(row[config.question_column]), _texts(row[config.answer_column]), strict=True))
+        try:
+            pairs = self._pairs(list(config.texts)[self._kind[index]], row, image)
+        except ValueError as error:
+            raise BadSample(
+                f"{self.address(index)}: {error}. Correct it, box_order, which is {config.box_order}, or box_range"
+            ) from error
         answers = tuple(Answer(question.strip(), answer.strip(), camera) for question, answer in pairs)
         return Frame(images={camera: image}, answers=answers)
 
     def indices(self, modality: Modality) -> np.ndarray:
-        """i64: frames with a caption (web_caption), with questions (qa)."""
+        """i64: frames with a caption (web_caption), with questions or boxes (qa)."""
         match modality:
             case Modality.WEB_CAPTION:
-                return np.arange(len(self._captioned))
+                return np.flatnonzero(self._kind == 0)
             case Modality.QA:
-                return np.arange(len(self._captioned), len(self))
+                return np.flatnonzero(self._kind > 0)
             case _:
                 return np.empty(0, dtype=np.int64)
 
+    def sizes(self, modality: Modality) -> Sizes:
+        """By the characters of the row's text of this kind."""
+        said = np.zeros(len(self), dtype=np.int64)
+        for kind, names in enumerate(self.config.texts.values()):
+            frames = np.flatnonzero(self._kind == kind)
+            for name in names if len(frames) else ():
+                column = self._data[name][:]
+                said[frames] += [sum(len(str(text)) for text in _texts(column[row])) for row in self._rows[frames]]
+        return Sizes(images=1, answers=said[self.indices(modality)])
+
     def address(self, index: int) -> str:
-        """The frame in words: "dataset 'x', row 17"."""
-        return f"dataset {self.name!r}, row {self._row(index)}"
+        """The frame in words: "dataset 'x', row 17, caption"."""
+        return f"{self._row_address(index)}, {list(self.config.texts)[self._kind[index]]}"
 
-    def prepare(self) -> None:
-        """Nothing: `datasets` prepared the data when it was opened."""
+    def _row_address(self, index: int) -> str:
+        return f"dataset {self.name!r}, row {self._rows[index]}"
 
-    def _row(self, index: int) -> int:
-        captions = len(self._captioned)
-        return int(self._captioned[index] if index < captions else self._asked[index - captions])
+    def _pairs(self, kind: str, row: dict[str, Any], image: np.ndarray) -> list[tuple[str, str]]:
+        """Questions and answers of a row; ValueError for boxes outside the image."""
+        config = self.config
+        if kind == config.caption_column:
+            return [(config.caption_prompt, caption) for caption in _texts(row[kind])]
+        if kind == config.question_column:
+            return list(zip(_texts(row[kind]), _texts(row[config.answer_column]), strict=True))
+        height, width = (config.box_range,) * 2 if config.box_range else image.shape[1:]
+        boxes, labels = _boxes(row[kind]), _texts(row[config.labels_column])
+        said = detections([to_box(box, config.box_order, height, width) for box in boxes], labels)
+        return [(config.box_prompt.format(labels=" ; ".join(dict.fromkeys(labels))), said)]
 
     def _part(self, parts: dict[str, datasets.Dataset], split: Split) -> tuple[datasets.Dataset, np.ndarray]:
         """The dataset to read for the split, and its rows i64 that belong to it."""
         named = next((name for name in _VALIDATION_PARTS if name in parts), None)
-        others = [name for name in parts if name != named]
+        others = [name for name in parts if name not in _VALIDATION_PARTS]
         if named is not None and others:
             data = self._select(parts[named if split == "val" else others[0]])
             return data, np.arange(len(data))
@@ -118,14 +169,13 @@ class VisionTextSource:
 
     def _select(self, data: datasets.Dataset) -> datasets.Dataset:
         config, present = self.config, data.column_names
-        texts = [[config.caption_column], [config.question_column, config.answer_column]]
-        kinds = [columns for columns in texts if set(columns) <= set(present)]
+        kinds = [columns for columns in config.texts.values() if set(columns) <= set(present)]
         needed = [config.image_column, *([config.group_column] if config.group_column else [])]
         absent = sorted(set(needed) - set(present))
         if absent or not kinds:
             raise ValueError(
-                f"dataset {self.name!r} has no {absent or 'captions, nor questions with answers'}; its columns are "
-                f"{present}: say which of them hold what"
+                f"dataset {self.name!r} has no {absent or 'captions, questions with answers, nor boxes with labels'};"
+                f" its columns are {present}: say which of them hold what"
             )
         wanted = {
             *needed,
@@ -135,58 +185,127 @@ class VisionTextSource:
         return data.select_columns(sorted(wanted)).cast_column(config.image_column, datasets.Image(decode=False))
 
     def _with_text(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rows, i64, with a caption, and with questions; what has neither, or a blank text, is rejected."""
+        """Row i64 and kind of text i64 of every frame, by kind; rows without text, or a wrong one, are rejected."""
         config = self.config
-        names = [config.caption_column, config.question_column, config.answer_column]
-        columns = [self._data[name][:] if name in self._data.column_names else None for name in names]
-        captioned, asked, problems = [], [], {}
+        present = self._data.column_names
+        columns = {
+            name: self._data[name][:] if name in present else None for names in config.texts.values() for name in names
+        }
+        found: list[list[int]] = [[] for _ in config.texts]
+        problems: dict[int, tuple[str, str]] = {}
         for row in rows.tolist():
-            captions, questions, answers = (_texts(column[row]) if column else [] for column in columns)
-            blank = [text for text in (*captions, *questions, *answers) if not text.strip()]
-            if blank or not (captions or questions):
-                problems[row] = "a text is empty" if blank else "it has neither caption nor question"
-            elif len(questions) != len(answers):
-                problems[row] = f"{len(questions)} questions but {len(answers)} answers"
+            here = {name: column[row] if column else None for name, column in columns.items()}
+            kinds = [i for i, name in enumerate(config.texts) if here[name] not in (None, [])]
+            wrong = [(name, what) for name in config.texts if (what := self._problem(name, here))]
+            if wrong or not kinds:
+                problems[row] = wrong[0] if wrong else (", ".join(config.texts), "it has no text at all")
             else:
-                captioned += [row] * bool(captions)
-                asked += [row] * bool(questions)
+                for kind in kinds:
+                    found[kind].append(row)
         if problems:
-            first = next(iter(problems))
-            self.rejects.add(f"row {first}", problems[first], "Drop the row or give it its text", len(problems))
-        return np.array(captioned, dtype=np.int64), np.array(asked, dtype=np.int64)
+            first, (key, problem) = next(iter(problems.items()))
+            self.rejects.add(f"row {first}, {key}", problem, "Drop the row or correct it", len(problems))
+        kinds_of_rows = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
+        return np.concatenate([np.array(rows, dtype=np.int64) for rows in found]), kinds_of_rows
+
+    def _problem(self, kind: str, row: dict[str, Any]) -> str | None:
+        """What is wrong with one kind of text of a row, or None."""
+        config = self.config
+        if kind == config.boxes_column:
+            boxes, labels = _boxes(row[kind]), _texts(row[config.labels_column])
+            if row[kind] is not None and len(boxes) != len(labels):
+                return f"{len(boxes)} boxes but {len(labels)} labels"
+            return None if all(isinstance(label, str) for label in labels) else "labels must be texts"
+        texts = [_texts(row[name]) for name in config.texts[kind]]
+        if len(texts[0]) != len(texts[-1]):
+            return f"{len(texts[0])} questions but {len(texts[-1])} answers"
+        for text in (text for several in texts for text in several):
+            if not isinstance(text, str):
+                return f"{text!r} is no text"
+            if not text.strip():
+                return "a text is empty"
+        return next(filter(None, map(misplaced, texts[-1])), None)
 
     def _image(self, stored: dict[str, Any] | None) -> np.ndarray:
         if stored is None or not (stored["bytes"] or stored["path"]):
             raise BadImage("no image is stored for this row")
-        return read_image(stored["bytes"] or self._folder / stored["path"])
+        if stored["bytes"]:
+            return read_image(stored["bytes"])
+        paths = [folder / stored["path"] for folder in self._folders]
+        return read_image(next((path for path in paths if path.exists()), paths[0]))
 
 
-def _load(path: str) -> dict[str, datasets.Dataset]:
-    """The dataset's parts by name; one that is not divided is all "train". Raises ValueError naming the path."""
-    local = Path(path).expanduser()
+def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Dataset]]:
+    """Where image paths start, and the dataset's parts by name; one that is not divided is all "train".
+
+    Raises ValueError naming the path when it cannot be read.
+    """
+    local = Path(config.path).expanduser()
+    folders, files = [local], dict[str, list[Path]]()
+    streaming = config.stream_rows is not None
+    found: Any
     try:
-        if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
+        if any((local / name).exists() for name in _SAVED_BY_DATASETS):
             found = datasets.load_from_disk(local)
         elif local.exists():
-            found = _load_files(local)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-            found = datasets.load_dataset(path)
+            files, builder = _data_files(local)
+            folders = list(dict.fromkeys([*folders, *(file.parent for part in files.values() for file in part)]))
+            names = {part: [str(file) for file in group] for part, group in files.items()}
+            found = datasets.load_dataset(builder, data_files=names, streaming=streaming)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", config.path):
+            found = datasets.load_dataset(config.path, config.subset, streaming=streaming)
         else:
-            raise ValueError(f"{path}: no such file or folder. Name one, or a Hub id as owner/name.")
+            raise ValueError(f"{config.path}: no such file or folder. Name one, or a Hub id as owner/name.")
+        parts = dict(found) if isinstance(found, dict) else {"train": found}
+        if config.stream_rows is not None:
+            version = [(str(file), file.stat().st_mtime_ns) for group in files.values() for file in group]
+            parts = {name: _first_rows(part, [name, version], config) for name, part in parts.items()}
     except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
         reason = error.__cause__ or error
-        raise ValueError(f"{path} cannot be read ({reason}): restore it from its origin") from error
-    return dict(found) if isinstance(found, datasets.DatasetDict) else {"train": found}
+        raise ValueError(f"{config.path} cannot be read ({reason}): restore it from its origin") from error
+    return folders, parts
 
 
-def _load_files(local: Path) -> datasets.Dataset:
+def _data_files(local: Path) -> tuple[dict[str, list[Path]], str]:
+    """The files by part, as far as their names say which, and the builder in `datasets` that reads them."""
     candidates = [local] if local.is_file() else sorted(local.rglob("*"))
-    for suffix, read in ((".parquet", datasets.Dataset.from_parquet), (".jsonl", datasets.Dataset.from_json)):
-        files = [str(file) for file in candidates if file.suffix == suffix]
-        if files:
-            return read(files)
-    raise ValueError(f"{local} holds neither a dataset saved by `datasets` nor parquet or .jsonl files")
+    for suffix, builder in _FORMATS.items():
+        parts: dict[str, list[Path]] = {}
+        for file in candidates:
+            if file.suffix == suffix:
+                parts.setdefault(_part_of(file, local), []).append(file)
+        if parts:
+            return parts, builder
+    raise ValueError(f"{local} holds neither a dataset saved by `datasets` nor {', '.join(_FORMATS)} files")
 
 
-def _texts(value: str | list[str] | None) -> list[str]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+def _part_of(file: Path, folder: Path) -> str:
+    words = re.split(r"[-._ 0-9/]+", file.relative_to(folder).as_posix().lower())
+    return next((part for part in _VALIDATION_PARTS if part in words), "train")
+
+
+def _first_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:
+    """The first rows of a part, kept in the cache of `datasets`: draws are by index, and a stream has none."""
+    count = cast("int", config.stream_rows)
+    if isinstance(stream, datasets.Dataset):  # saved by `datasets`: it is memory-mapped, and nothing has to be fetched
+        return stream.select(range(min(count, len(stream))))
+    if config.image_column in (stream.column_names or ()):
+        stream = stream.cast_column(config.image_column, datasets.Image(decode=False))
+    rows = stream.take(count)
+    digest = hashlib.blake2b(repr((config.path, config.subset, count, version)).encode(), digest_size=8).hexdigest()
+    return datasets.Dataset.from_generator(_rows, rows.features, gen_kwargs={"rows": rows}, fingerprint=digest)
+
+
+def _rows(rows: datasets.IterableDataset) -> Any:
+    yield from rows
+
+
+def _texts(value: str | Sequence[str] | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+def _boxes(value: Sequence[Any] | None) -> list[Sequence[float]]:
+    """One box or several, as several."""
+    if not value:
+        return []
+    return list(value) if isinstance(value[0], (list, tuple)) else [cast("Sequence[float]", value)]

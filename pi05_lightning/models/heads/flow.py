@@ -1,6 +1,9 @@
 """The flow head: the action expert that turns noise into an action chunk (π0, arXiv 2410.24164; π0.5, 2504.16054).
 
 x_t = t·noise + (1 − t)·actions,   u = noise − actions,   t = 1 is noise;   sampled by Euler steps from 1 to 0
+
+Real-time chunking: a chunk's first steps may be given, because the robot executes them while the chunk is computed
+(arXiv 2506.07339). A given step has t = 0, in training (arXiv 2512.05964) as at inference: it is read, not predicted.
 """
 
 from __future__ import annotations
@@ -76,10 +79,12 @@ class FlowHead(nn.Module):
         mask = torch.cat([seen, own], dim=-1)[:, None]
 
         x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
+        # LeRobot's bf16 checkpoints keep the projections in fp32
+        x = x.to(self.layers[0].self_attn.q_proj.weight.dtype)
         for i, (layer, past) in enumerate(zip(self.layers, prefix.kv, strict=True)):
             x = layer(x, rope, mask, past, (modulations[2 * i], modulations[2 * i + 1]))
         x, _ = self.norm(x, modulations[-1])
-        return self.action_out_proj(x).float()
+        return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float()
 
     def loss(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).
@@ -90,15 +95,33 @@ class FlowHead(nn.Module):
         return (self(x_t, self.modulate(t), prefix) - u).square()
 
     @torch.no_grad()
-    def sample(self, prefix: Prefix, noise: Tensor, num_steps: int = 10) -> Tensor:
-        """Integrate noise f32[R K T D] to actions with `num_steps` Euler steps from t = 1 to 0."""
+    def sample(
+        self,
+        prefix: Prefix,
+        noise: Tensor,
+        num_steps: int = 10,
+        given: Tensor | None = None,
+        num_given: Tensor | None = None,
+    ) -> Tensor:
+        """Integrate noise f32[R K T D] to actions with `num_steps` Euler steps from t = 1 to 0.
+
+        given f32[R T D], num_given i64[R]: row r's first num_given[r] actions are given, and come back as they are.
+        """
         dt = -1.0 / num_steps
         # summed in float64, as LeRobot does: the shortest time period is 4e-3, so float32 errors of t would show
         grid = torch.tensor([1 + step * dt for step in range(num_steps)], dtype=torch.float32, device=noise.device)
         table = self.modulate(grid[None])  # [1 steps 1 3W]: a table over time, the same for all rows and draws
-        x = noise
+        if given is None or num_given is None:
+            x = noise
+            for step in range(num_steps):
+                x = x + dt * self(x, [m[:, step, None] for m in table], prefix)
+            return x
+        is_given = (torch.arange(self.horizon, device=noise.device) < num_given[:, None])[:, None, :, None]
+        clean = self.modulate(grid.new_zeros(1, 1))
+        x = torch.where(is_given, given[:, None], noise)
         for step in range(num_steps):
-            x = x + dt * self(x, [m[:, step, None] for m in table], prefix)
+            mixed = [torch.where(is_given, c, m[:, step, None]) for c, m in zip(clean, table, strict=True)]
+            x = torch.where(is_given, x, x + dt * self(x, mixed, prefix))
         return x
 
     def reset_parameters(self) -> None:

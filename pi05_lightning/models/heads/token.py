@@ -83,11 +83,7 @@ def generate(
             logits = F.linear(hidden, backbone.embed_tokens.weight).float()
             if allowed is not None:
                 logits = logits.masked_fill(~allowed(_stack(tokens, rows, device), step), -torch.inf)
-            if temperature > 0:
-                probabilities = (logits / temperature).softmax(-1)
-                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-            else:
-                token = logits.argmax(-1)
+            token = _choose(logits, temperature, generator)
         token = torch.where(alive, token, stop_id)
         tokens.append(token)
         valid.append(alive)
@@ -96,6 +92,14 @@ def generate(
         if not alive.any():
             break
     return _stack(tokens, rows, device), torch.stack(valid, 1), cache.prefix()
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    """One id per row of logits [B V]; drawn where the generator is, which may be the CPU."""
+    if not temperature:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1).to(generator.device if generator else logits.device)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
 
 
 def _stack(tokens: list[Tensor], rows: int, device: torch.device) -> Tensor:

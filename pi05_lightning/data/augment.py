@@ -1,0 +1,102 @@
+"""Image augmentation, on the device, after the batch was moved there: crop, rotation, colour.
+
+What is done to an image is drawn with the batch, from the sample's key, so that a resumed run repeats it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from pi05_lightning.types import Batch
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How far images are changed at random; the defaults are openpi's."""
+
+    crop: float = 0.95
+    """Share of height and width that is kept and scaled up again; 1 for no crop."""
+    rotation: float = 5.0
+    """Largest angle in degrees, either way."""
+    brightness: float = 0.3
+    """Factors are drawn from 1 - this to 1 + this."""
+    contrast: float = 0.4
+    """The same for contrast."""
+    saturation: float = 0.5
+    """The same for saturation."""
+    not_rotated: tuple[str, ...] = ("wrist",)
+    """Cameras whose name contains one of these words are not rotated: they see the gripper always at one angle."""
+
+    def __post_init__(self) -> None:
+        amounts = {name: getattr(self, name) for name in ("brightness", "contrast", "saturation")}
+        if not 0 < self.crop <= 1 or self.rotation < 0 or not all(0 <= amount <= 1 for amount in amounts.values()):
+            raise ValueError(
+                f"augmentation: crop is {self.crop} and must be in (0, 1], rotation {self.rotation} and must not be"
+                f" negative, and {amounts} must be in [0, 1]"
+            )
+
+    def draw(self, batch: Batch, cameras: Sequence[str], loc_ids: range) -> Batch:
+        """The batch with `augmentation` drawn, on the host: f64[P 7], see `Batch`.
+
+        cameras: names by the numbers in `batch.camera`.  Images with a box or a point among what the row says
+        (loc_ids) keep their geometry, since that would no longer be where it says.
+        """
+        row = (batch.image_index // max(batch.image_mask.shape[1], 1)).tolist()
+        told = ((batch.tokens >= loc_ids.start) & (batch.tokens < loc_ids.stop)).any(dim=1).tolist()
+        pointed = set(batch.point_image.tolist())
+        keys, names = batch.key.tolist(), [cameras[camera] for camera in batch.camera.tolist()]
+        drawn = np.empty((len(row), 7))
+        for image, (r, name) in enumerate(zip(row, names, strict=True)):
+            # one stream per sample and camera: an image's fate does not hang on what else is in the batch
+            rng = np.random.Generator(np.random.Philox(key=[keys[r] % 2**63, 16 + list(cameras).index(name)]))
+            angle, right, down, brightness, contrast, saturation = rng.uniform(-1, 1, 6)
+            moves = not (told[r] or image in pointed)
+            turns = moves and not any(word in name for word in self.not_rotated)
+            margin = (1 / self.crop - 1) / 2  # of the image's size, once the crop is scaled up
+            drawn[image] = (
+                angle * self.rotation * turns,
+                1 / self.crop if moves else 1,
+                right * margin * moves,
+                down * margin * moves,
+                1 + brightness * self.brightness,
+                1 + contrast * self.contrast,
+                1 + saturation * self.saturation,
+            )
+        return replace(batch, augmentation=drawn)
+
+
+def augment(batch: Batch) -> Batch:
+    """The batch with its images changed as `Augmentation.draw` said, on their device; unchanged where it said nothing.
+
+    Still u8; what comes into view from outside an image is black.
+    """
+    if batch.augmentation is None or not len(batch.pixels):
+        return batch
+    changed = [_changed(image, *row) for image, row in zip(batch.pixels, batch.augmentation.tolist(), strict=True)]
+    return replace(batch, pixels=torch.stack(changed), augmentation=None)
+
+
+def _changed(
+    image: Tensor,
+    angle: float,
+    scale: float,
+    right: float,
+    down: float,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+) -> Tensor:
+    if angle or scale != 1 or right or down:
+        height, width = image.shape[-2:]
+        shift = [right * width, down * height]
+        image = F.affine(image, angle, shift, scale, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
+    image = F.adjust_brightness(image, brightness)
+    image = F.adjust_contrast(image, contrast)
+    return F.adjust_saturation(image, saturation)

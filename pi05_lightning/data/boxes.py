@@ -1,0 +1,98 @@
+"""Boxes as datasets write them, as numbers or in text, to PaliGemma's coordinate tokens.
+
+`<locYYYY>` four times is ymin, xmin, ymax, xmax in 1024 steps over the image; twice, a point's y and x.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import batched
+from typing import Any, Literal, get_args
+
+from pi05_lightning.data.tokenizer import LOCATIONS, box_to_text
+from pi05_lightning.types import NUM_LOC, Box
+
+BoxOrder = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
+"""Corners (x or y first), the top left corner with width and height, or the centre with them."""
+NOTHING = "none"  # the answer where nothing was detected: an empty one would look like a mistake
+_LOCATION = re.compile(r"<loc(\d+)>")
+_RUN = re.compile(r"(?:<loc\d+>)+")
+
+
+def to_box(values: Sequence[float], order: BoxOrder, height: float, width: float) -> Box:
+    """(ymin, xmin, ymax, xmax) in [0, 1] of four numbers in an image that is `height` by `width` of their units.
+
+    Raises ValueError for a box that is outside the image, inside out, or not four finite numbers.
+    """
+    numbers = [math.nan if value is None else float(value) for value in values]
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or order not in get_args(BoxOrder):
+        raise ValueError(f"the box {list(values)} ({order}) is not four numbers in one of {get_args(BoxOrder)}")
+    a, b, c, d = numbers
+    match order:
+        case "xyxy":
+            left, top, right, bottom = a, b, c, d
+        case "yxyx":
+            top, left, bottom, right = a, b, c, d
+        case "xywh":
+            left, top, right, bottom = a, b, a + c, b + d
+        case "cxcywh":
+            left, top, right, bottom = a - c / 2, b - d / 2, a + c / 2, b + d / 2
+    slack = 1e-6  # of the image's size: centre and size, added up, may round past its edge
+    box = (top / height, left / width, bottom / height, right / width)
+    ymin, xmin, ymax, xmax = (round(edge) if abs(edge - round(edge)) < slack else edge for edge in box)
+    if not (0 <= ymin <= ymax <= 1 and 0 <= xmin <= xmax <= 1):
+        raise ValueError(
+            f"the box {list(values)} ({order}) is not inside the image, {width:g} wide and {height:g} high"
+        )
+    return ymin, xmin, ymax, xmax
+
+
+def detections(boxes: Sequence[Box], labels: Sequence[str | None]) -> str:
+    """`<loc…>` four times and a label for each box, as PaliGemma names what it detects: "… a cup ; … a plate"."""
+    return " ; ".join(
+        f"{box_to_text(box)} {label}" if label else box_to_text(box) for box, label in zip(boxes, labels, strict=True)
+    )
+
+
+def from_lerobot(answer: str, height: float, width: float) -> str:
+    """What LeRobot's annotator wrote as an answer, with its boxes and points as coordinate tokens.
+
+    It writes {"detections": [{"label", "bbox_format", "bbox"}, …]} and {"label", "point_format", "point"} as JSON;
+    any other answer is returned as it is.  height, width: the image's, in the units of these coordinates.
+    Raises ValueError for coordinates outside the image, or in another format.
+    """
+    if not answer.lstrip().startswith("{"):
+        return answer
+    try:
+        found: dict[str, Any] = json.loads(answer)
+    except json.JSONDecodeError:
+        return answer
+    if isinstance(found.get("detections"), list):
+        seen = found["detections"]
+        boxes = [to_box(one.get("bbox") or (), one.get("bbox_format", "xyxy"), height, width) for one in seen]
+        return detections(boxes, [one.get("label") for one in seen]) or NOTHING
+    if "point" in found:
+        point, order = found["point"], found.get("point_format", "xy")
+        if len(point) != 2 or order not in ("xy", "yx"):
+            raise ValueError(f"the point {point} ({order}) is not two numbers as xy or yx")
+        x, y = point if order == "xy" else reversed(point)
+        top, left, *_ = to_box((x, y, x, y), "xyxy", height, width)
+        spelled = "".join(LOCATIONS[min(int(edge * NUM_LOC), NUM_LOC - 1)] for edge in (top, left))
+        return f"{spelled} {found['label']}" if found.get("label") else spelled
+    return answer
+
+
+def misplaced(text: str) -> str | None:
+    """What is wrong with the coordinate tokens that a text spells, or None."""
+    for run in _RUN.finditer(text):
+        numbers = _LOCATION.findall(run.group())
+        outside = [number for number in numbers if len(number) != 4 or int(number) >= NUM_LOC]
+        if outside:
+            return f"<loc{outside[0]}> is outside the image, which goes from <loc0000> to {LOCATIONS[-1]}"
+        for edges in batched(map(int, numbers), 4):
+            if len(edges) == 4 and (edges[0] > edges[2] or edges[1] > edges[3]):
+                return f"the box {run.group()} is inside out: the order is ymin, xmin, ymax, xmax"
+    return None

@@ -1,0 +1,151 @@
+"""What is drawn from: the sources' frames as samples, and what becomes of those that turn out bad."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from pi05_lightning.data.augment import Augmentation
+from pi05_lightning.data.errors import BadFrame, BadSample
+from pi05_lightning.data.mixture import Draw, Entry
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.sources.base import Source
+from pi05_lightning.types import Batch, Drawn, Modality, Sample
+
+REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
+FIRST_DRAWS = 1000  # a share of fewer draws says little
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Dataset[Sample]):
+    """Draws to samples: entry e, index i of what that entry can use, key. augmentation: drawn with every batch."""
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        processor: Processor,
+        max_questions: int = 1,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.sources, self.processor, self.max_questions = sources, processor, max_questions
+        self.augmentation = augmentation
+        self.names = [
+            f"{name}/{modality}"
+            for name, source in sources.items()
+            for modality in Modality
+            if len(source.indices(modality)) and not (modality is Modality.FAST and processor.fast is None)
+        ]
+        self.indices = [self.sources[self.of(name)[0]].indices(self.of(name)[1]) for name in self.names]
+
+    @staticmethod
+    def of(name: str) -> tuple[str, Modality]:
+        source, _, modality = name.rpartition("/")
+        return source, Modality(modality)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [Entry(name, len(indices)) for name, indices in zip(self.names, self.indices, strict=True)]
+
+    def entries_with_lengths(self) -> list[Entry]:
+        """The entries with their samples' lengths, from the sources' tables: no image is read for it."""
+        return [self._with_lengths(entry) for entry in self.entries]
+
+    def _with_lengths(self, entry: Entry) -> Entry:
+        source, modality = self.of(entry.name)
+        sizes, condition_on = self.sources[source].sizes(modality), self.processor.language.condition_on
+        text = np.asarray(sizes.task) + sizes.answers
+        if modality is Modality.HL_SUBTASK or condition_on == "both":
+            text = text + sizes.subtask
+        elif condition_on == "subtask":
+            text = np.where(np.asarray(sizes.subtask) > 0, sizes.subtask, text)
+        return replace(entry, images=np.atleast_1d(sizes.images), text=np.atleast_1d(text))
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        """The sample drawn; where it is bad and its source says so, another of the same entry, which the key decides.
+
+        Raises BadSample, with its address, for a bad one of other sources, and when there is hardly a good one.
+        """
+        entry, index, key = draw
+        skipped: list[str] = []
+        others = np.random.Generator(np.random.Philox(key=[key % 2**63, 2]))
+        while True:
+            try:
+                sample = self._read(entry, index, key)
+                return replace(sample, skipped=tuple(skipped)) if skipped else sample
+            except BadSample as error:
+                if self.sources[self.of(self.names[entry])[0]].on_bad_sample != "skip":
+                    raise
+                skipped.append(str(error))
+                if len(skipped) == REPLACEMENTS:
+                    raise BadSample(f"{REPLACEMENTS} samples in a row are bad, the last: {error}") from error
+            index = int(others.integers(len(self.indices[entry])))
+
+    def _read(self, entry: int, index: int, key: int) -> Sample:
+        name, modality = self.of(self.names[entry])
+        source, number = self.sources[name], list(self.sources).index(name)
+        frame = int(self.indices[entry][index])
+        try:
+            return self.processor.sample(source[frame], modality, name, key, number, self.max_questions)
+        except BadSample:
+            raise  # it carries its address
+        except BadFrame as error:
+            raise BadSample(f"{source.address(frame)}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{source.address(frame)}: {error}") from error
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """A batch, what the host may know of it, and what is to be done to its images."""
+        batch = self.processor.collate(samples)
+        sources = list(self.sources)
+        batch.drawn = Drawn(
+            names=dict(Counter(f"{sources[sample.source]}/{sample.modality}" for sample in samples)),
+            text_tokens=sum(len(sample.tokens) for sample in samples),
+            skipped=tuple(problem for sample in samples for problem in sample.skipped),
+        )
+        if self.augmentation is None:
+            return batch
+        return self.augmentation.draw(batch, self.processor.cameras, self.processor.tokenizer.loc_ids)
+
+
+class BadSampleCount:
+    """Bad samples among the draws so far; adding to it raises ValueError when they are more than a share of them."""
+
+    def __init__(self, max_share: float) -> None:
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"data.max_bad_share is {max_share}: it is a share, 0 to 1")
+        self.max_share = max_share
+        self.bad = self.drawn = 0
+
+    def add(self, drawn: Drawn) -> None:
+        self.drawn += sum(drawn.names.values()) + len(drawn.skipped)
+        self.bad += len(drawn.skipped)
+        for problem in drawn.skipped:
+            log.warning("left out and replaced by another sample: %s", problem)
+        if drawn.skipped and self.bad > self.max_share * max(self.drawn, FIRST_DRAWS):
+            raise ValueError(
+                f"{self.bad} of the first {self.drawn} samples are bad, more than data.max_bad_share"
+                f" {self.max_share:g} allows (of at least {FIRST_DRAWS}); the last: {drawn.skipped[-1]}"
+            )
+
+
+class TrainLoader(DataLoader[Any]):
+    """A DataLoader that counts what was skipped, in the main process, when the batch is handed over."""
+
+    def __init__(self, dataset: Samples, count: BadSampleCount, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.count = count
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            for batch in super().__iter__():
+                self.count.add(batch.drawn)
+                yield batch
+        except BadSample as error:  # a worker's comes with the worker's traceback
+            raise BadSample(str(error).rpartition("BadSample: ")[2]) from error

@@ -1,0 +1,55 @@
+"""Training checkpoints and folders as policies open them: nothing else is read, and nothing in them is run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi05_lightning import checkpoint
+from pi05_lightning.models.checkpoint import save_model
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+
+
+class Harmful:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_code_in_a_checkpoint_is_not_run(write, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    write({"pi05": {}, "state_dict": {}, "callbacks": Harmful(tmp_path / "made")}, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt is truncated, or no checkpoint of tensors and plain types"):
+        checkpoint.load(path)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500, -1])
+def test_a_truncated_checkpoint_is_refused_by_name(keep: int, tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"pi05": {}, "state_dict": {"weight": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"last\.ckpt"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="no `pi05` entry"):
+        checkpoint.load(tmp_path)
+
+
+def test_weights_without_a_processor_say_what_is_missing(tmp_path: Path) -> None:
+    save_model(tmp_path, Pi05(ModelConfig.preset("debug")))
+    with pytest.raises(ValueError, match=r"no processor\.json.*--tokenizer"):
+        checkpoint.load(tmp_path)
