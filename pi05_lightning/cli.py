@@ -13,7 +13,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
 TRAINER_COMMANDS = {
     "fit": "train a policy through its stages, or resume a run",
@@ -27,10 +27,14 @@ COMMANDS = {
     "collect": ("record scripted experts in the simulator as a LeRobot dataset", "pi05_lightning.sim.collect:collect"),
     "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.data.commands:stats"),
     "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.data.commands:tokenizer"),
+    "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "pi05_lightning.profile_command:profile"),
     "report": ("a run on one self-contained page", "pi05_lightning.report.page:report"),
     "convert": ("checkpoints of LeRobot and openpi to ours and back", "pi05_lightning.convert_command:convert"),
     "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.sim.rollout:rollout"),
+    "serve": ("a policy server that openpi's clients talk to", "pi05_lightning.serve:serve"),
 }
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
 
 
 class Parser(ArgumentParser):

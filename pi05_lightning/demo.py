@@ -19,7 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from pi05_lightning.report.run import Metrics, read_json
+from pi05_lightning.report.metrics import Metrics
+from pi05_lightning.report.run import read_json
 from pi05_lightning.report.tables import metrics_table, success_table
 
 OUT = Path("runs/demo")
@@ -78,7 +79,7 @@ def parts(out: Path, seed: int, quick: bool) -> list[Part]:
     elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
     collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
     fit = ["--stages.pretrain_steps=4", "--stages.posttrain_steps=4", "--data.val_samples=8"] if quick else []
-    rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else ["--execution_horizon", "1"]
+    rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else ["--execution_horizon", "1", "--noise_scale", "0"]
     return [
         # a directory whose part is not marked as done may be whole all the same
         Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),
@@ -163,12 +164,16 @@ def write_summary(out: Path, todo: list[Part], seed: int) -> None:
 
 
 def by_modality(metrics: Metrics) -> Metrics:
-    """modality -> metric -> mean over the sources that have both; `robot/qa` and `web/qa` become `qa`."""
+    """modality -> metric -> mean over the sources that have both; `robot/qa` and `web/qa` become `qa`.
+
+    Without what is measured per dim and step, and what validation itself measured over all sources.
+    """
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, by_metric in metrics.items():
+        source, _, modality = name.rpartition("/")
         for metric, value in by_metric.items():
-            if value is not None:
-                values[name.rpartition("/")[2]][metric].append(value)
+            if source and value is not None and "/" not in metric:
+                values[modality][metric].append(value)
     return {
         name: {metric: fmean(found) for metric, found in metric_values.items()}
         for name, metric_values in values.items()

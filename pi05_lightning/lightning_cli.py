@@ -11,32 +11,42 @@ configuration it was trained with, so that its path alone is enough to validate 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+import torch
+from jsonargparse import Namespace, dict_to_namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from pi05_lightning.callbacks.checkpoint import RunCheckpoint
+from pi05_lightning.callbacks.dashboard import Dashboard
+from pi05_lightning.callbacks.ema import WeightAverage
+from pi05_lightning.callbacks.examples import ValidationExamples
 from pi05_lightning.callbacks.interrupt import InterruptBetweenSteps
+from pi05_lightning.callbacks.mixture import MixtureLog
 from pi05_lightning.callbacks.predictions import PredictionsFile
+from pi05_lightning.callbacks.progress import ProgressLines
+from pi05_lightning.callbacks.provenance import Provenance
 from pi05_lightning.callbacks.stages import StageSwitch
+from pi05_lightning.callbacks.throughput import Throughput
 from pi05_lightning.checkpoint import find_checkpoint, read_training_checkpoint
 from pi05_lightning.cli import TRAINER_COMMANDS, Parser
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.report.run import Metrics
+from pi05_lightning.pretrained import config_at
+from pi05_lightning.report.metrics import write_metrics
 from pi05_lightning.report.tables import metrics_table
 from pi05_lightning.shipped import find_config
 
@@ -59,17 +69,40 @@ CHECKPOINT_DEFAULTS = {
 # Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
 NOISE = (
     "💡 Tip",
+    "TPU available: False",
     r"`isinstance\(treespec, LeafSpec\)`",
     "skip_none parameter was deprecated",
     "The dirpath has changed from",  # a run's directory may be moved
     r"Checkpoint directory .* exists and is not empty",  # a resumed run's does
-    "You have overridden `on_before_batch_transfer` in `LightningModule`",
+    "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
 
 
+def default_callbacks() -> list[Callback]:
+    """What every run has, beside the callbacks that its configuration names."""
+    return [
+        PredictionsFile(),
+        Provenance(),
+        Dashboard(),
+        Throughput(),
+        MixtureLog(),
+        ValidationExamples(),
+        InterruptBetweenSteps(),  # last, so that all have taken note of the step that it stops after
+    ]
+
+
 class RunParser(Parser, LightningArgumentParser):
     """Lightning's parser with this package's error messages."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "Not a valid subclass of SourceConfig" in message and "Got value: {'init_args." in message:
+            message = (
+                "a flag --data.sources.NAME.init_args… names a source that the configuration does not have. The last -c"
+                " file with data.sources replaces those before it as a whole: name one of its sources, or give the"
+                " source's class_path too"
+            )
+        super().error(message, ex)
 
 
 class RunConfig(SaveConfigCallback):
@@ -104,7 +137,7 @@ class Pi05CLI(LightningCLI):
             Pi05Module,
             Pi05DataModule,
             save_config_callback=RunConfig,
-            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": [InterruptBetweenSteps(), PredictionsFile()]},
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": default_callbacks()},
             seed_everything_default=0,
             parser_class=RunParser,
             parser_kwargs={"prog": f"pi05 {command}", "description": TRAINER_COMMANDS[command]},
@@ -123,6 +156,7 @@ class Pi05CLI(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
         # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
         parser.add_lightning_class_args(StageSwitch, "stages")
+        parser.add_lightning_class_args(WeightAverage, "ema")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
@@ -132,6 +166,11 @@ class Pi05CLI(LightningCLI):
         config = self.config
         if self.command != "fit" and config.ckpt_path is None:
             self.parser.error("no checkpoint: give its path, or that of a run's directory")
+        if config.model.config is None and config.model.init_from is None:
+            self.parser.error("no model: give its dimensions as model.config, or weights as model.init_from")
+        if config.model.config is None:
+            # into the configuration that is saved: the run's checkpoints need no other file
+            config.model.config = dict_to_namespace(config_at(config.model.init_from).to_dict())
         config.run = config.run or str(run_of(config.ckpt_path))
         if self.command == "fit" and config.ckpt_path is None and any(Path(config.run).glob("checkpoints/*.ckpt")):
             self.parser.error(f"{config.run} holds a run: resume it with --ckpt_path last, or give another --run")
@@ -140,7 +179,19 @@ class Pi05CLI(LightningCLI):
         kwargs["default_root_dir"] = self.config.run
         if self.config_init.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
+        trainer = self.config_init.trainer
+        if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
+            kwargs["precision"] = "bf16-mixed"
+        if trainer.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = True
+            if not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in as_list(trainer.callbacks)):
+                kwargs["callbacks"] = [*as_list(trainer.callbacks), ProgressLines()]
         return super().instantiate_trainer(**kwargs)
+
+
+def as_list(value: Any) -> list[Any]:
+    """What Lightning takes as one, as several or as None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def run_of(checkpoint: str | None) -> Path:
@@ -208,6 +259,7 @@ def run(command: str, args: list[str]) -> None:
     silence_noise()
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
+    cli.model.will_be_restored = cli.config.ckpt_path is not None
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     try:
@@ -215,17 +267,12 @@ def run(command: str, args: list[str]) -> None:
             cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            report_metrics(cli.trainer, Path(cli.config.run))
+            report_metrics(cli.model.results, Path(cli.config.run))
     finally:
         if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)
 
 
-def report_metrics(trainer: Trainer, folder: Path) -> None:
-    """Print the validation's metrics as a table, and write them to the run's metrics.json."""
-    metrics: Metrics = {}
-    for name, value in trainer.callback_metrics.items():
-        entry, _, metric = name.removeprefix("val/").rpartition("/")
-        metrics.setdefault(entry, {})[metric] = value.item() if value.isfinite() else None
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2), encoding="utf-8")
-    Console().print(metrics_table(metrics))
+def report_metrics(results: Mapping[str, Mapping[str, float]], folder: Path) -> None:
+    """Print validation's metrics as a table, and write them to the run's metrics.json and metrics.csv."""
+    Console().print(metrics_table(write_metrics(results, folder)))

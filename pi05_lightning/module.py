@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins import HalfPrecision
 from torch import Tensor
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.losses import draw_noise, loss_terms, total_loss
-from pi05_lightning.metrics import ModalityMetrics
+from pi05_lightning.metrics import Evaluator, Measured, ModalityMetrics, compute_all
+from pi05_lightning.models.acceleration import checkpoint_blocks, compile_calls
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
+from pi05_lightning.models.lora import Lora, add_adapters
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.optim import param_groups, stage_schedule
-from pi05_lightning.recipe import LossWeights, Recipe
+from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
+from pi05_lightning.precision import PureHalf
+from pi05_lightning.pretrained import config_at, load_into
+from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch
 
 
@@ -33,33 +39,61 @@ class Pi05Module(LightningModule):
 
     What a step trains is the recipe's business (`StageSwitch`); without one, it is the posttrain stage throughout.
 
+    The weights come, in this order, from 1. the checkpoint that is resumed, 2. `init_from`, 3. chance.
+
     Args:
-        config: the model's dimensions.
+        config: the model's dimensions; by default those of `init_from`.
+        init_from: weights to begin with: a checkpoint, a run or a folder of ours, or LeRobot's or openpi's folder.
+        lora: train adapters beside the linear layers instead of the layers.
+        activation_checkpointing: keep only the input of every block and run it again in the backward pass.
+        compile: compile backbone and flow head.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
         flow_draws: noise draws per observation and step; they share one backbone pass.
+        rtc_max_delay: training-time real-time chunking: the first 0 to this many actions of a draw are given, not
+            predicted, so that at inference a chunk can go on from actions that are being executed.
         knowledge_insulation: the flow loss gives the backbone no gradient.
         num_steps: Euler steps when validation samples actions.
+        accuracy_threshold: largest error of an action value that validation counts as right, as a share of the
+            normalised range.
         seed: of noise and flow time; each sample's draw depends on this and its key alone.
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ModelConfig | None = None,
         optimizer: OptimizerCallable = default_optimizer,
+        init_from: str | None = None,
+        lora: Lora | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
         flow_draws: int = 1,
+        rtc_max_delay: int = 0,
         knowledge_insulation: bool = False,
         num_steps: int = 10,
+        accuracy_threshold: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.config, self.make_optimizer = config, optimizer
-        self.flow_draws, self.knowledge_insulation = flow_draws, knowledge_insulation
-        self.num_steps, self.seed = num_steps, seed
-        self.recipe = Recipe(pretrain_steps=0)
+        if config is None and init_from is None:
+            raise ValueError("a model needs its dimensions: give model.config, or model.init_from")
+        self.config = config or config_at(str(init_from))
+        self.init_from, self.lora, self.make_optimizer = init_from, lora, optimizer
+        self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
+        if not 0 <= rtc_max_delay < self.config.horizon:
+            raise ValueError(f"rtc_max_delay {rtc_max_delay} is not within 0 and the horizon of {self.config.horizon}")
+        self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay
+        self.knowledge_insulation = knowledge_insulation
+        self.num_steps, self.accuracy_threshold, self.seed = num_steps, accuracy_threshold, seed
+        self.follow(Recipe(pretrain_steps=0))
         self.processor: Processor | None = None
         self.metrics: dict[str, ModalityMetrics] = {}
+        self.results: dict[str, dict[str, float]] = {}
         with torch.device("meta"):
-            self.model = Pi05(config)
+            self.model = Pi05(self.config)
+        self.will_be_restored = False
+        """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
+        self._configured = False
+        self._terms: dict[str, Tensor] = {}
 
     @property
     def backbone(self) -> Backbone:
@@ -81,19 +115,46 @@ class Pi05Module(LightningModule):
 
     def setup(self, stage: str) -> None:
         self.processor = datamodule_of(self.trainer).processor
+        if type(self.trainer.precision_plugin) is HalfPrecision:
+            self.trainer.strategy.precision_plugin = PureHalf(self.trainer.precision_plugin.precision)
+
+    def follow(self, recipe: Recipe) -> None:
+        """Train by a recipe; what LoRA leaves alone is frozen in both of its stages."""
+        self.recipe = recipe if self.lora is None else recipe.freezing(self.lora.frozen)
 
     def configure_model(self) -> None:
-        """Give the parameters memory and values, once; a checkpoint that is being resumed overwrites them."""
-        if self.model.device.type != "meta":
+        """Give the parameters memory and values, then add what the options ask for; once."""
+        if self._configured:
             return
-        self.model.to_empty(device=self.device)
-        self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
+        self._configured = True
+        if self.model.device.type == "meta":
+            self.model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
+            if not self.will_be_restored:
+                self._begin()
+        if self.lora is not None:
+            add_adapters(self.model, self.lora)
+        if self.model.device.type == "meta":
+            self.model.to_empty(device=torch.get_default_device())
+        if self.activation_checkpointing:
+            checkpoint_blocks(self.model)
+        if self.compile_model:
+            compile_calls(self.model)
+
+    def _begin(self) -> None:
+        if self.init_from is not None:
+            load_into(self.model, self.init_from, torch.get_default_dtype())
+        else:
+            self.model.to_empty(device=torch.get_default_device())
+            self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
 
     def cpu(self) -> Pi05Module:
         """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""
         return self if self.model.device.type == "meta" else super().cpu()
 
     def configure_optimizers(self) -> Any:
+        # what no stage trains is left out of DDP's buckets; what one stage freezes is frozen by `StageSwitch`, later
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = self.recipe.trains(name)
         optimizer = self.make_optimizer(param_groups(self.model.named_parameters(), self.recipe))
         return [optimizer], [{"scheduler": stage_schedule(optimizer, self.recipe), "interval": "step"}]
 
@@ -101,12 +162,20 @@ class Pi05Module(LightningModule):
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Draw noise and flow time on the CPU, keyed by sample: no device generator, no synchronisation."""
-        draws = self.flow_draws if self.trainer.training else 1
+        draws, max_delay = (self.flow_draws, self.rtc_max_delay) if self.trainer.training else (1, 0)
         rows, horizon, dims = batch.actions.shape
-        batch.noise, batch.time = draw_noise(batch.key[:rows], self.seed, draws, horizon, dims)
+        batch.noise, batch.time = draw_noise(batch.key[:rows], self.seed, draws, horizon, dims, max_delay)
         return batch
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Lightning itself waits for the copy of anything that is no plain tensor."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.lora is not None and self.lora.dropout:
+            # dropout draws from torch's own generator, which no checkpoint holds
+            place = self.trainer.global_rank, self.trainer.fit_loop.total_batch_idx
+            torch.manual_seed(hash((self.seed, *place)) % 2**63)
         weights = self.recipe.loss_weights(self.global_step)
         out = self.model(
             batch,
@@ -117,33 +186,51 @@ class Pi05Module(LightningModule):
         )
         terms = loss_terms(out, batch)
         loss = total_loss(terms, weights)
-        self._log_losses(loss, terms, weights, len(batch))
+        stage = self.recipe.stage_at(self.global_step)
+        used = {f"loss/{stage}/{name}": term.detach() for name, term in terms.items() if getattr(weights, name)}
+        self._terms = used | {"loss/total": loss.detach()}
         return loss
 
-    def _log_losses(self, loss: Tensor, terms: dict[str, Tensor], weights: LossWeights, size: int) -> None:
-        stage = self.recipe.stage_at(self.global_step)
-        if (self.global_step + 1) % cast("Any", self.trainer).log_every_n_steps == 0:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """At logging intervals, and only there, bring losses and gradient norms (before clipping) to the host."""
+        interval = cast("Any", self.trainer).log_every_n_steps
+        if not interval or (self.global_step + 1) % interval:
+            return
+        norms = gradient_norms(self.model.named_parameters())
+        values = self._terms | {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        scalars = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+        rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        for logger in self.loggers:
             # not with `self.log`, which would repeat a stage's last values all through the next one
-            used = {
-                f"loss/{stage}/{name}": float(term.detach()) for name, term in terms.items() if getattr(weights, name)
-            }
-            for logger in self.loggers:
-                logger.log_metrics(used, self.global_step)
-        self.log("loss/total", loss.detach(), prog_bar=True, batch_size=size)
+            logger.log_metrics(scalars | rates, self.global_step)
+        # for the progress bar, which reads it every step: from the host's memory
+        self.log("loss", torch.tensor(scalars["loss/total"]), prog_bar=True, logger=False)
 
     # --- validation
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics = {name: ModalityMetrics(name) for name in datamodule_of(self.trainer).validation_names}
+        data = datamodule_of(self.trainer)
+        names = [*data.validation_names, *data.empty_names]
+        self.metrics = {name: ModalityMetrics(name, self.config, self.device) for name in names}
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
         assert self.processor is not None
-        metrics = list(self.metrics.values())[dataloader_idx]
-        metrics.update(self.model, self.processor, batch, num_steps=self.num_steps)
+        name = datamodule_of(self.trainer).validation_names[dataloader_idx]
+        evaluator = Evaluator(self.model, self.processor, self.num_steps, self.accuracy_threshold)
+        measured = evaluator.measure(batch, name)
+        self.metrics[name].update(measured)
+        return {"measured": measured}
 
     def on_validation_epoch_end(self) -> None:
-        for name, metrics in self.metrics.items():
-            self.log_dict({f"val/{name}/{key}": value for key, value in metrics.compute().items()}, sync_dist=False)
+        self.results = compute_all(self.metrics)
+        self.log_dict(
+            {
+                f"{'val_detail' if '/' in metric else 'val'}/{name}/{metric}": float(value)
+                for name, values in self.results.items()
+                for metric, value in values.items()
+            },
+            sync_dist=True,  # the same on every rank already, which Lightning cannot know
+        )
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -161,4 +248,8 @@ class Pi05Module(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts."""
         assert self.processor is not None
-        checkpoint["pi05"] = {"model": self.config.to_dict(), "processor": self.processor.to_dict()}
+        checkpoint["pi05"] = {
+            "model": self.config.to_dict(),
+            "processor": self.processor.to_dict(),
+            "lora": None if self.lora is None else asdict(self.lora),
+        }

@@ -1,4 +1,7 @@
-"""Optimizer groups: one place that decides what decays and at which rate each parameter learns in each stage."""
+"""Optimizer groups: one place that decides what decays and at which rate each parameter learns in each stage.
+
+Also the norms of gradients by part, as they are before clipping.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -41,3 +44,15 @@ def stage_schedule(optimizer: Optimizer, recipe: Recipe) -> LambdaLR:
         return lambda step: group[recipe.stage_at(step)] * recipe.schedule(step)
 
     return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])
+
+
+PARTS = {"vision": r"^backbone\.vision\.", "language": r"^backbone\.(?!vision\.)", "flow": r"^flow_head\."}
+"""What gradient norms are told apart by; the subtask and FAST heads have no parameters of their own."""
+
+
+def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """L2 norm of the gradient of each part that has one, and of all, as scalars on the device."""
+    gradients = {name: parameter.grad for name, parameter in named_parameters if parameter.grad is not None}
+    parts = {part: [g for name, g in gradients.items() if re.search(pattern, name)] for part, pattern in PARTS.items()}
+    parts["total"] = list(gradients.values())
+    return {part: nn.utils.get_total_norm(own) for part, own in parts.items() if own}

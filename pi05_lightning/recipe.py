@@ -42,6 +42,8 @@ class Stage:
     losses: LossWeights = field(default_factory=LossWeights)
     mixture: dict[str, float] = field(default_factory=dict)
     """Share of each `source/modality` in the draws; empty: all that the sources have, equally."""
+    mixture_temperature: float = 0.0
+    """Shares are multiplied by (number of samples) ** this: 0 takes them as they are, 1 draws by size."""
     freeze: tuple[str, ...] = ()
     """Regular expressions; parameters whose name matches one are not trained in this stage."""
     lr_factors: dict[str, float] = field(default_factory=dict)
@@ -50,9 +52,24 @@ class Stage:
     final_lr_factor: float = 0.1
     """Cosine decay ends at this share of the learning rate at the stage's last step."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.mixture_temperature <= 1:
+            raise ValueError(
+                f"mixture_temperature {self.mixture_temperature} is not within 0 (plain shares) and 1 (by size)"
+            )
+        for pattern in (*self.freeze, *self.lr_factors):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in freeze or lr_factors is no regular expression: {error}") from error
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter is frozen in this stage."""
+        return any(re.search(pattern, name) for pattern in self.freeze)
+
     def lr_factor(self, name: str) -> float:
         """Factor on a parameter's learning rate: 0 for frozen ones."""
-        if any(re.search(pattern, name) for pattern in self.freeze):
+        if self.freezes(name):
             return 0.0
         return next((f for pattern, f in self.lr_factors.items() if re.search(pattern, name)), 1.0)
 
@@ -94,19 +111,27 @@ class Recipe:
         alpha = self.flow_alpha if self.stage_at(step) == "posttrain" else 1.0
         return replace(weights, flow=alpha * weights.flow)
 
+    def progress(self, step: int) -> tuple[int, int]:
+        """How many steps of its stage come before a step, and how many the stage has."""
+        if self.stage_at(step) == "pretrain":
+            return step, self.pretrain_steps
+        return step - self.pretrain_steps, self.posttrain_steps
+
     def schedule(self, step: int) -> float:
         """Warm-up and cosine decay of the stage that the step is in: a factor on the learning rate."""
         stage = self.at(step)
-        first, length = (
-            (0, self.pretrain_steps)
-            if stage is self.pretrain and step < self.pretrain_steps
-            else (
-                self.pretrain_steps,
-                self.posttrain_steps,
-            )
-        )
-        done = step - first
+        done, length = self.progress(step)
         if done < stage.warmup_steps:
             return (done + 1) / stage.warmup_steps
         progress = min(1.0, (done - stage.warmup_steps) / max(1, length - stage.warmup_steps))
         return stage.final_lr_factor + (1 - stage.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained in any stage that has steps."""
+        stages = (self.pretrain, self.pretrain_steps), (self.posttrain, self.posttrain_steps)
+        return any(steps and not stage.freezes(name) for stage, steps in stages)
+
+    def freezing(self, *patterns: str) -> Recipe:
+        """The same recipe with more frozen parts, in both stages."""
+        pretrain, posttrain = (replace(s, freeze=(*s.freeze, *patterns)) for s in (self.pretrain, self.posttrain))
+        return replace(self, pretrain=pretrain, posttrain=posttrain)

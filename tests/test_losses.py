@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from pi05_lightning.losses import draw_noise, masked_mean
+from pi05_lightning.losses import draw_noise
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
@@ -23,9 +23,3 @@ def test_flow_time_has_the_moments_of_its_beta_distribution() -> None:
     # Beta(1.5, 1) has mean 0.6 and variance 0.6 · 0.4 / 3.5
     np.testing.assert_allclose(time.mean(), 0.999 * 0.6 + 0.001, atol=0.01)
     np.testing.assert_allclose(time.var(), 0.999**2 * 0.6 * 0.4 / 3.5, atol=0.005)
-
-
-def test_masked_mean_counts_only_what_is_unmasked_and_is_zero_without_any() -> None:
-    values = torch.tensor([1.0, 2.0, 100.0])
-    assert masked_mean(values, torch.tensor([True, True, False])) == 1.5
-    assert masked_mean(values, torch.zeros(3, dtype=torch.bool)) == 0

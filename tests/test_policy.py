@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
+from pi05_lightning.data.fast import FastDecodeError, FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Stage
@@ -74,6 +75,168 @@ def test_predict_hands_out_a_chunk_before_it_asks_for_the_next(trained, monkeypa
     assert np.array_equal(actions[2], chunks[1][0])
 
 
+class Robot:
+    """What a policy is asked at each step of an episode, and a record of the chunks that it computes."""
+
+    def __init__(self, policy: Pi05Policy, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.policy, self.chunks, self.data = policy, [], data
+        compute = policy.predict_chunk
+
+        def recorded(*args) -> np.ndarray:
+            self.chunks.append(compute(*args))
+            return self.chunks[-1]
+
+        monkeypatch.setattr(policy, "predict_chunk", recorded)
+
+    def run(self, steps: int) -> np.ndarray:
+        return np.stack([self.policy.predict(observation(self.data, step % 5)) for step in range(steps)])
+
+
+def test_next_chunk_goes_on_from_the_actions_that_run_while_it_is_computed(trained, monkeypatch) -> None:
+    _, data, path = trained
+    robot = Robot(Pi05Policy.from_pretrained(path, pred_horizon=4, inference_delay=2), data, monkeypatch)
+    actions = robot.run(10)
+    first, second, third = robot.chunks[:3]
+    assert np.array_equal(second[:2], first[2:4])
+    assert np.array_equal(third[:2], second[4:6])
+    assert np.array_equal(actions, np.concatenate([first[:4], second[2:6], third[2:4]]))
+
+
+def test_chunk_in_the_background_is_the_one_of_the_observation_it_was_started_with(trained, monkeypatch) -> None:
+    _, data, path = trained
+    options = {"pred_horizon": 4, "inference_delay": 2, "hierarchical": False, "seed": 3}
+    robot = Robot(Pi05Policy.from_pretrained(path, **options), data, monkeypatch)
+    robot.run(6)
+    policy = Pi05Policy.from_pretrained(path, **options)
+    first = policy.predict_chunk(observation(data, 0))
+    # the third action is asked for, and two are left
+    assert np.array_equal(robot.chunks[1], policy.predict_chunk(observation(data, 2), None, first[2:4]))
+
+
+def test_reset_forgets_the_chunk_in_the_background(trained, monkeypatch) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, pred_horizon=3, inference_delay=2, hierarchical=False)
+    robot = Robot(policy, data, monkeypatch)
+    robot.run(2)
+    policy.reset()
+    assert np.array_equal(robot.run(1)[0], robot.chunks[-1][0])
+
+
+def test_an_error_in_the_background_reaches_the_caller(trained, monkeypatch) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, pred_horizon=2, inference_delay=1, hierarchical=False)
+    policy.predict(observation(data))
+    policy.predict({**observation(data), "state": np.zeros(9)})
+    with pytest.raises(ValueError, match="state has 9 dimensions"):
+        policy.predict(observation(data))
+
+
+def test_actions_that_are_given_come_back_in_the_robots_units(trained) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, hierarchical=False)
+    noise = torch.randn(policy.model.config.horizon, policy.model.config.action_dim)
+    given = policy.predict_chunk(observation(data))[:3]
+    chunk = policy.predict_chunk(observation(data), noise, given)
+    assert np.array_equal(chunk[:3], given)
+    assert not np.array_equal(chunk[3:], policy.predict_chunk(observation(data), noise)[3:])
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (8, 2), (2,)])
+def test_actions_given_in_another_shape_are_refused(trained, shape: tuple[int, ...]) -> None:
+    _, data, path = trained
+    with pytest.raises(ValueError, match="prefix_actions has shape"):
+        Pi05Policy.from_pretrained(path).predict_chunk(observation(data), None, np.zeros(shape))
+
+
+def test_noise_of_another_shape_is_refused(trained) -> None:
+    _, data, path = trained
+    with pytest.raises(ValueError, match=r"noise has shape .* expected \[T D\] = \[8, 6\]"):
+        Pi05Policy.from_pretrained(path).predict_chunk(observation(data), torch.zeros(3, 6))
+
+
+def test_noise_scale_0_starts_the_flow_from_the_mean_of_its_noise(trained) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, noise_scale=0)
+    np.testing.assert_array_equal(
+        policy.predict_chunk(observation(data)), policy.predict_chunk(observation(data), torch.zeros(8, 6))
+    )
+
+
+def test_subtask_is_predicted_again_for_every_nth_chunk(trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, pred_horizon=2, replan_subtask_every=3)
+    said, used = iter("abcdef"), []
+    original = policy.predict_chunks
+    monkeypatch.setattr(policy, "predict_subtasks", lambda frames: [next(said)])
+    monkeypatch.setattr(policy, "predict_chunks", lambda *args: used.append(args[1][0]) or original(*args))
+    for _ in range(14):
+        policy.predict(observation(data))
+    assert used == ["a", "a", "a", "b", "b", "b", "c"]
+    policy.reset()
+    policy.predict(observation(data))
+    assert used[-1] == "d"
+
+
+@pytest.mark.parametrize(
+    ("said", "subtask"),
+    [
+        ("Subtask: open the drawer", "open the drawer"),
+        ("<loc0001><loc0002><loc0003><loc0004> drawer Subtask: open it", "open it"),
+        ("open it", "open it"),
+    ],
+)
+def test_subtask_is_what_follows_its_opening(trained, monkeypatch, said: str, subtask: str) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path)
+    tokens = torch.tensor([policy.processor.tokenizer.encode(said)])
+    monkeypatch.setattr(
+        policy.model.subtask_head, "generate", lambda *args, **options: (tokens, torch.ones_like(tokens).bool(), None)
+    )
+    assert policy.predict_subtask(observation(data)) == subtask
+
+
+def test_weights_are_cast_on_loading(trained) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.bfloat16}
+    assert np.isfinite(policy.predict(observation(data))).all()
+
+
+# --- FAST
+
+
+@pytest.fixture(scope="module")
+def with_fast(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained policy with a FAST tokenizer, which it never saw."""
+    policy = Pi05Policy.from_pretrained(trained[2])
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, policy.model.config.horizon, 2)).astype(np.float32)
+    policy.processor.fast = FastTokenizer.fit(chunks, vocab_size=256)
+    folder = tmp_path_factory.mktemp("fast")
+    policy.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_constrained_fast_tokens_always_decode(trained, with_fast: Path, temperature: float) -> None:
+    policy = Pi05Policy.from_pretrained(with_fast, use_flow_matching=False, temperature=temperature)
+    chunks = [policy.predict_chunk(observation(trained[1], i)) for i in range(3)]
+    assert all(np.isfinite(chunk).all() for chunk in chunks)
+
+
+def test_fast_tokens_that_do_not_decode_raise(trained, with_fast: Path) -> None:
+    policy = Pi05Policy.from_pretrained(with_fast, use_flow_matching=False, constrain_fast=False, temperature=3.0)
+    with pytest.raises(FastDecodeError):
+        policy.predict_chunk(observation(trained[1]))
+
+
+def test_fast_tokens_that_do_not_decode_are_counted_if_so_configured(trained, with_fast: Path) -> None:
+    options = {"use_flow_matching": False, "constrain_fast": False, "temperature": 3.0, "on_failed_decode": "count"}
+    policy = Pi05Policy.from_pretrained(with_fast, **options)
+    frames = [policy.frame(observation(trained[1], i)) for i in range(2)]
+    assert np.isnan(policy.predict_chunks(frames, [None, None])).all()
+    assert policy.failed_decodes == 2
+
+
 def test_subtask_conditions_the_actions(trained) -> None:
     _, data, path = trained
     policy = Pi05Policy.from_pretrained(path)
@@ -125,7 +288,21 @@ def test_float_image_out_of_range_is_clipped_with_a_warning(trained) -> None:
     assert float(batch.pixels.max()) == pytest.approx(255)
 
 
-@pytest.mark.parametrize("wrong", [{"obs_dim": 9}, {"action_dim": 9}, {"backbone_type": "other"}, {"pred_horizon": 99}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"obs_dim": 9},
+        {"action_dim": 9},
+        {"backbone_type": "other"},
+        {"pred_horizon": 99},
+        {"pred_horizon": 0},
+        {"pred_horizon": 7, "inference_delay": 2},
+        {"inference_delay": 8},
+        {"num_steps": 0},
+        {"replan_subtask_every": 0},
+        {"temperature": -1},
+    ],
+)
 def test_checkpoint_other_than_expected_is_refused_by_name(trained, wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Pi05Policy(trained[2], **wrong)

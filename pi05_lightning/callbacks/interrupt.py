@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from pi05_lightning.callbacks.checkpoint import within_step
+
 
 class InterruptBetweenSteps(Callback):
     """Holds a first Ctrl-C back until the training or validation step under way has ended; a second one acts at once.
@@ -32,7 +34,7 @@ class InterruptBetweenSteps(Callback):
         rank_zero_info("\nInterrupted: saving after this step. Once more to stop at once.")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self.requested:
+        if self.requested and not within_step(trainer):
             raise KeyboardInterrupt
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:

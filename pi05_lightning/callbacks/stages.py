@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import re
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning.data.datamodule import datamodule_of
@@ -44,8 +44,11 @@ class StageSwitch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Pi05Module):
             raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
-        pl_module.recipe = self.recipe
+        pl_module.follow(self.recipe)
         datamodule_of(trainer).recipe = self.recipe
+        if isinstance(trainer.strategy, DDPStrategy):
+            # stage 1 leaves the expert out of the loss, and any stage may freeze parts; the user's own choice stays
+            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit" and trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
 
@@ -63,9 +66,9 @@ class StageSwitch(Callback):
         if name == self._entered:
             return
         self._entered = name
-        stage = self.recipe.at(step)
+        stage = pl_module.recipe.at(step)
         for parameter_name, parameter in pl_module.model.named_parameters():
-            parameter.requires_grad = not any(re.search(pattern, parameter_name) for pattern in stage.freeze)
+            parameter.requires_grad = not stage.freezes(parameter_name)
         self._announce(trainer, name, step)
 
     @rank_zero_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +33,25 @@ def robot(videos: Path) -> LeRobotConfig:
 def train(robot: LeRobotConfig, tmp_path: Path) -> Callable[..., Trainer]:
     """Run both stages, or what `options` of the Trainer leave of them; a checkpoint after every step."""
 
-    def run(*callbacks: Callback, ckpt_path: Path | None = None, stages: dict[str, Any] | None = None, **options: Any):
+    def run(
+        *callbacks: Callback,
+        ckpt_path: Path | None = None,
+        stages: dict[str, Any] | None = None,
+        module_options: dict[str, Any] | None = None,
+        **options: Any,
+    ):
         seed_everything(0)
         switch = StageSwitch(PRETRAIN_STEPS, POSTTRAIN_STEPS, **(stages or STAGES))
-        module = Pi05Module(
-            ModelConfig.preset("debug"), lambda groups: torch.optim.AdamW(groups, lr=1e-3), flow_draws=2
-        )
+        adamw = partial(torch.optim.AdamW, lr=1e-3)
+        given: dict[str, Any] = {"config": ModelConfig.preset("debug"), "optimizer": adamw, "flow_draws": 2}
+        module = Pi05Module(**(given | (module_options or {})))
         data = Pi05DataModule({"robot": robot}, batch_size=4, num_workers=0)
-        each_step = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+        each_step = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_exception=True)
         quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        quiet["limit_val_batches"] = 0
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=-1,
-            limit_val_batches=0,
             use_distributed_sampler=False,
             callbacks=[switch, each_step, *callbacks],
             **(quiet | options),

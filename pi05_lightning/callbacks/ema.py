@@ -1,0 +1,120 @@
+"""An exponential moving average of the weights, kept in fp32 whatever the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.recipe import Recipe
+
+KEY = "ema"
+"""Where a checkpoint holds the average: {name of the parameter: f32 tensor}."""
+
+
+class WeightAverage(Callback):
+    """Averages every parameter that any stage trains, from the first step on; validation and policies use the average.
+
+    After n steps of its stage, decay is min(decay, (1 + n) / (10 + n)): a short warm-up, by which a stage's average
+    soon forgets what the stage began with, as it would the expert's random weights. It is a function of the step, and
+    the average travels in the checkpoint, so a resumed run goes on exactly.
+
+    Args:
+        decay: share of the average that a step keeps, e.g. 0.999; null: there is no average.
+        validate: validation, test and prediction use the average; otherwise the weights as they are trained.
+    """
+
+    def __init__(self, decay: float | None = None, validate: bool = True) -> None:
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"ema.decay is {decay}: it must be in [0, 1), or null for no average")
+        self.decay, self.validate = decay, validate
+        self.average: dict[str, Tensor] = {}
+        self._pairs: list[tuple[Tensor, nn.Parameter]] = []
+        self._own: dict[str, Tensor] = {}
+        self._step = 0
+
+    def decay_at(self, recipe: Recipe, step: int) -> float:
+        """Share of the average that step number `step` keeps."""
+        assert self.decay is not None
+        done, _ = recipe.progress(step)
+        return min(self.decay, (1 + done) / (10 + done))
+
+    # --- training
+
+    @torch.no_grad()
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        resumed, self.average, self._pairs = self.average, {}, []
+        if self.decay is None:
+            return
+        for name, parameter in pl_module.model.named_parameters():
+            if pl_module.recipe.trains(name):
+                start = resumed.get(name, parameter.detach())
+                self.average[name] = start.to(parameter.device, torch.float32, copy=True)
+                self._pairs.append((self.average[name], parameter))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        if not self._pairs or trainer.global_step == self._step:  # gradients are being accumulated
+            return
+        weight = 1 - self.decay_at(pl_module.recipe, self._step)
+        self._step = trainer.global_step
+        for average, parameter in self._pairs:
+            average.lerp_(parameter.detach().float(), weight)
+
+    # --- use
+
+    @contextmanager
+    def applied(self, pl_module: LightningModule) -> Iterator[None]:
+        """The module computes with the average inside the context; with its own weights where there is none."""
+        self._apply(pl_module)
+        try:
+            yield
+        finally:
+            self._restore(pl_module)
+
+    def _apply(self, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        parameters = dict(pl_module.model.named_parameters())
+        for name, average in self.average.items():
+            # exchanged, not copied: fp32 weights need no further memory
+            self._own[name] = parameters[name].data
+            parameters[name].data = average.to(self._own[name])
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        parameters = dict(pl_module.model.named_parameters())
+        for name, own in self._own.items():
+            parameters[name].data = own
+        self._own = {}
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.validate:
+            self._apply(pl_module)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore(pl_module)
+
+    on_validation_start = on_test_start = on_predict_start = _begin
+    on_validation_end = on_test_end = on_predict_end = _end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore(pl_module)  # before a checkpoint is written of it
+
+    # --- checkpoints
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.average:
+            checkpoint[KEY] = self.average
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.average = checkpoint.get(KEY, {})

@@ -1,0 +1,69 @@
+"""Training features from the command line: a run with all of them is saved, validated and resumed by its path alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pi05_lightning.checkpoint import load
+from pi05_lightning.cli import main
+from pi05_lightning.lightning_cli import find_checkpoint
+from pi05_lightning.models.checkpoint import save_model
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+
+from .conftest import STEPS
+
+
+@pytest.fixture
+def without_model(config: Path, tmp_path: Path) -> Path:
+    """The configuration without the model's dimensions."""
+    content = yaml.safe_load(config.read_text())
+    del content["model"]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    start = Pi05(ModelConfig.preset("debug"))
+    start.reset_parameters()
+    save_model(tmp_path / "start", start)
+    run = tmp_path / "run"
+    flags = {
+        "model.init_from": str(tmp_path / "start"),
+        "model.lora.rank": "2",
+        "model.activation_checkpointing": "true",
+        "ema.decay": "0.9",
+        "trainer.precision": "bf16-mixed",
+        "trainer.enable_progress_bar": "null",
+    }
+    main(["fit", "-c", str(without_model), "--run", str(run), *(w for k, v in flags.items() for w in (f"--{k}", v))])
+    assert f"step {STEPS}/{STEPS}  pretrain" in capsys.readouterr().out
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["model"]["config"]["horizon"] == start.config.horizon
+
+    (tmp_path / "start").rename(tmp_path / "moved")
+    main(["validate", str(run)])
+    main(["fit", "--ckpt_path", str(run), "--stages.pretrain_steps", str(STEPS + 1)])
+    checkpoint = torch.load(find_checkpoint(run), weights_only=True)
+    assert checkpoint["global_step"] == STEPS + 1
+    frozen = "backbone.layers.0.mlp.up_proj.base_layer.weight"
+    expected = start.state_dict()["backbone.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(checkpoint["state_dict"][f"model.{frozen}"], expected)
+    merged = load(run)[0].get_parameter("backbone.layers.0.mlp.up_proj.weight")
+    assert not torch.equal(merged, expected)
+
+
+def test_fit_without_dimensions_and_weights_says_so(without_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(without_model)])
+    assert "no model: give its dimensions as model.config, or weights as model.init_from" in capsys.readouterr().err
+
+
+def test_flag_for_a_source_that_layered_yaml_replaced_says_so(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "configs/tiny.yaml", "-c", str(config), "--data.sources.robot.init_args.path", "elsewhere"])
+    assert "names a source that the configuration does not have" in capsys.readouterr().err

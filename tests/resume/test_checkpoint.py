@@ -1,0 +1,51 @@
+"""A kill while a checkpoint is written leaves a whole one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from killable_fit import KILL_AT_FILE_EVENT, fit, start_saving
+
+from pi05_lightning.checkpoint import find_checkpoint
+from pi05_lightning.checkpoint_io import AtomicCheckpointIO
+
+
+def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"values": torch.ones(3)}, path)
+    process = start_saving(path, 50_000_000)
+    while process.is_alive() and not any(file.stat().st_size > 1000 for file in tmp_path.glob("*.part")):
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.equal(torch.load(path, weights_only=True)["values"], torch.ones(3))
+
+
+def test_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    for number in range(2):
+        AtomicCheckpointIO().save_checkpoint({"number": number}, path)
+    assert torch.load(path, weights_only=True) == {"number": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.slow
+def test_run_killed_at_any_file_operation_of_its_checkpoints_can_be_resumed(config: Path, tmp_path: Path) -> None:
+    for event in count(1):
+        run, log = tmp_path / str(event), tmp_path / "log"
+        args = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--trainer.max_steps", "3"]
+        (code,) = fit(args, log, **{KILL_AT_FILE_EVENT: event})
+        saved = list(run.glob("checkpoints/*.ckpt"))
+        if saved:  # a link is one, whether or not what it points to exists
+            torch.load(find_checkpoint(run), weights_only=True)
+            assert (run / "checkpoints" / "last.ckpt").exists() or len(saved) == 1
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, log.read_text()
+    assert event > 6

@@ -1,0 +1,102 @@
+"""What a training begins with: 1. the checkpoint that is resumed, 2. `init_from`, 3. chance."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pi05_lightning import Pi05Module, Pi05Policy
+from pi05_lightning.callbacks.ema import WeightAverage
+from pi05_lightning.models.checkpoint import save_model, save_tensors
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.convert import lerobot_tensors
+from pi05_lightning.models.pi05 import Pi05
+
+from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+
+TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
+Train = Callable[..., Trainer]
+
+
+class Begin(Callback):
+    """The weights before the first step."""
+
+    weights: dict[str, torch.Tensor]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.weights = {name: x.clone() for name, x in pl_module.model.state_dict().items()}
+
+    def equal(self, other: dict[str, Any]) -> bool:
+        return self.weights.keys() == other.keys() and all(torch.equal(self.weights[k], x) for k, x in other.items())
+
+
+@pytest.fixture
+def model() -> Pi05:
+    model = Pi05(ModelConfig.preset("debug"))
+    torch.manual_seed(7)
+    model.reset_parameters()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["ours", "lerobot", "openpi"])
+def test_weights_and_dimensions_come_from_a_folder(train: Train, tmp_path: Path, model: Pi05, kind: str) -> None:
+    folder = tmp_path / kind
+    if kind == "ours":
+        save_model(folder, model)
+    else:
+        folder.mkdir()
+        tensors = lerobot_tensors(model.state_dict(), {})
+        prefix = "model." if kind == "openpi" else ""
+        save_tensors(
+            {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, folder / "model.safetensors"
+        )
+    start = Begin()
+    # the horizon is in no tensor, and the data's are shorter than π0.5's 50
+    config = None if kind == "ours" else model.config
+    train(start, module_options={"config": config, "init_from": str(folder)}, max_steps=1)
+    assert start.equal(model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["file", "run"])
+def test_weights_come_from_a_checkpoint_averaged_if_it_has_an_average(train: Train, tmp_path: Path, kind: str) -> None:
+    train(WeightAverage(0.9))
+    file = tmp_path / f"step={TOTAL}.ckpt"
+    expected = {name: x.clone() for name, x in Pi05Policy(file).model.state_dict().items()}
+    start = Begin()
+    path = str(file if kind == "file" else tmp_path)
+    train(start, module_options={"config": None, "init_from": path}, max_steps=1)
+    assert start.equal(expected)
+
+
+def test_resuming_comes_first(train: Train, tmp_path: Path, model: Pi05) -> None:
+    save_model(tmp_path / "other", model)
+    train()
+    start = Begin()
+    file = tmp_path / "step=2.ckpt"
+    train(start, ckpt_path=file, module_options={"config": model.config, "init_from": str(tmp_path / "other")})
+    saved = torch.load(file, weights_only=True)["state_dict"]
+    assert start.equal({name.removeprefix("model."): x for name, x in saved.items()})
+
+
+def test_weights_that_do_not_fit_are_refused_with_their_names(train: Train, tmp_path: Path, model: Pi05) -> None:
+    save_model(tmp_path / "other", model)
+    wider = replace(model.config, action_dim=7)
+    with pytest.raises(ValueError, match=re.escape("misshaped: flow_head.action_in_proj.weight")):
+        train(module_options={"config": wider, "init_from": str(tmp_path / "other")}, max_steps=1)
+
+
+def test_a_path_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neither a checkpoint nor a folder with one"):
+        Pi05Module(init_from=str(tmp_path / "nowhere"))
+
+
+def test_a_module_without_dimensions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"give model\.config, or model\.init_from"):
+        Pi05Module()

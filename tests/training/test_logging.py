@@ -1,0 +1,92 @@
+"""What a run logs by itself, and that between two logging intervals nothing waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pi05_lightning.callbacks.ema import WeightAverage
+
+from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+
+TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
+Train = Callable[..., Trainer]
+
+
+@pytest.fixture
+def events(train: Train, tmp_path: Path) -> EventAccumulator:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    train(logger=logger, log_every_n_steps=1, accumulate_grad_batches=2, gradient_clip_val=1e-3)
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    return accumulator
+
+
+def steps(events: EventAccumulator, tag: str) -> list[int]:
+    return [event.step for event in events.Scalars(tag)]
+
+
+def test_losses_rates_and_norms_are_logged_once_a_step_by_part_and_stage(events: EventAccumulator) -> None:
+    pretrain, posttrain = list(range(PRETRAIN_STEPS)), list(range(PRETRAIN_STEPS, TOTAL))
+    assert steps(events, "loss/total") == [*pretrain, *posttrain]
+    assert steps(events, "loss/pretrain/text") == pretrain
+    assert steps(events, "loss/posttrain/flow") == posttrain
+    assert steps(events, "grad_norm/language") == [*pretrain, *posttrain]
+    assert steps(events, "grad_norm/flow") == posttrain
+    assert steps(events, "lr/decay_x1_x1") == [*pretrain, *posttrain]
+
+
+def test_norms_are_those_before_clipping(events: EventAccumulator) -> None:
+    assert min(event.value for event in events.Scalars("grad_norm/total")) > 1e-2
+
+
+class WaitsForDevice(TorchDispatchMode):
+    """Collects operations that bring a tensor's values to the host."""
+
+    names = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal.default", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += [str(function) for name in self.names if name in str(function)]
+        return function(*args, **(kwargs or {}))
+
+
+class Watch(Callback):
+    """Watches every training step, from the batch on the device to the step's end."""
+
+    def __init__(self) -> None:
+        self.found: list[list[str]] = []
+        self.mode = WaitsForDevice()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.mode = WaitsForDevice()
+        self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.mode.__exit__(None, None, None)
+        self.found.append(self.mode.found)
+
+
+def test_a_wait_would_be_noticed() -> None:
+    with WaitsForDevice() as mode:
+        float(torch.ones(1))
+    assert mode.found
+
+
+def test_steps_bring_no_value_to_the_host(train: Train) -> None:
+    watch = Watch()
+    adamw = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+    train(WeightAverage(0.9), watch, module_options={"optimizer": adamw}, gradient_clip_val=1.0, log_every_n_steps=100)
+    assert watch.found == [[]] * TOTAL

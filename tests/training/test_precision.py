@@ -1,0 +1,57 @@
+"""The three precisions through both stages: what has which type, and that validation and prediction run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+
+TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
+Train = Callable[..., Trainer]
+WEIGHTS = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}
+COMPUTE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16}
+
+
+class Types(Callback):
+    """Notes what type losses, targets and the output of a linear layer have, and that losses are finite."""
+
+    def __init__(self) -> None:
+        self.linear: set[torch.dtype] = set()
+        self.loss: set[torch.dtype] = set()
+        self.actions: set[torch.dtype] = set()
+        self.finite = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        def note(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+            self.linear.add(output.dtype)
+
+        for head in (pl_module.backbone.layers[0].mlp.up_proj, pl_module.flow_head.layers[0].mlp.up_proj):
+            head.register_forward_hook(note)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.loss.add(outputs["loss"].dtype)
+        self.actions |= {batch.actions.dtype, batch.noise.dtype, batch.time.dtype}
+        self.finite &= bool(outputs["loss"].isfinite())
+
+
+@pytest.mark.parametrize("precision", WEIGHTS)
+def test_both_stages_validation_and_prediction_run(train: Train, tmp_path: Path, precision: str) -> None:
+    types = Types()
+    validation = {"limit_val_batches": 1, "val_check_interval": TOTAL, "check_val_every_n_epoch": None}
+    trainer = train(types, precision=precision, limit_predict_batches=1, **validation)
+    assert types.linear == {COMPUTE[precision]}
+    assert types.loss == types.actions == {torch.float32}
+    assert types.finite
+    saved = torch.load(tmp_path / f"step={TOTAL}.ckpt", weights_only=True)["state_dict"].values()
+    assert {x.dtype for x in saved} == {WEIGHTS[precision]}
+    chunks = trainer.predict(trainer.lightning_module, trainer.datamodule)
+    assert all(chunk.dtype == torch.float32 and chunk.isfinite().all() for loader in chunks for chunk in loader)
