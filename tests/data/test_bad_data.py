@@ -1,0 +1,265 @@
+"""Bad data in real files: an error with its address and the way to mend it, in the main process and in workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.samples import Samples
+from pi05_lightning.data.sources.base import Source
+from pi05_lightning.data.sources.vision_text import VisionTextConfig
+from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.types import Modality, Shapes
+
+from .test_lerobot_source import HORIZON, LENGTHS, data_file, edit_info, open_source, rewrite, truncate
+
+TOKENIZER = TextTokenizer.load("tiny")
+SHAPES = Shapes(32, HORIZON, 4, TOKENIZER.vocab_size, 32, 0)
+TOP = "observation.images.top"
+
+
+def samples(source: Source) -> Samples:
+    robot = source.robot()
+    robots = {} if robot is None else {"robot": robot}
+    return Samples({"robot": source}, Processor(SHAPES, TOKENIZER, source.camera_names, robots))
+
+
+def draw(source: Source, modality: Modality, index: int = 0):
+    made = samples(source)
+    return made[made.names.index(f"robot/{modality}"), index, 0]
+
+
+# --- videos
+
+
+def video_file(root: Path, key: str = TOP) -> Path:
+    return next((root / "videos" / key).glob("*/*.mp4"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_video_is_an_error_where_it_ends_also_from_a_worker(videos_copy: Path, workers: int) -> None:
+    truncate(video_file(videos_copy))
+    source = open_source(videos_copy, cameras=None)
+    loader = DataLoader(source, batch_size=None, num_workers=workers, timeout=120 if workers else 0)
+    with pytest.raises(BadSample, match=r"dataset 'robot', episode \d, frame \d+, top: .*file-000.mp4.*Restore it"):
+        list(loader)
+
+
+def test_a_missing_video_is_an_error_on_opening(videos_copy: Path) -> None:
+    video_file(videos_copy).unlink()
+    with pytest.raises(
+        BadSample, match=rf"dataset 'robot', episode 0, frame 0, {TOP}: .* is missing. Restore the video"
+    ):
+        open_source(videos_copy, cameras=None)
+
+
+def test_skipping_a_missing_video_leaves_its_episodes_out(videos_copy: Path) -> None:
+    video_file(videos_copy).unlink()
+    with pytest.raises(ValueError, match="no usable frame is left in the train split"):
+        open_source(videos_copy, cameras=None, on_bad_sample="skip")
+    assert len(open_source(videos_copy, cameras={"observation.images.wrist": "wrist"})) == sum(LENGTHS)
+
+
+def test_an_episode_without_video_of_a_camera_is_named(videos_copy: Path) -> None:
+    path = next((videos_copy / "meta" / "episodes").glob("*/*.parquet"))
+    names = [f"videos/{TOP}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
+    table = pq.read_table(path)
+    rewrite(path, **{name: [None, *table[name].to_pylist()[1:]] for name in names})
+    with pytest.raises(BadSample, match=rf"episode 0, frame 0, {TOP}: this episode has no video of this camera"):
+        open_source(videos_copy, cameras=None)
+    source = open_source(videos_copy, cameras=None, on_bad_sample="skip")
+    assert set(source.episode) == {1, 2, 3, 4}
+
+
+def test_a_rate_that_is_not_the_videos_is_an_error_at_the_first_frame_between_two(videos_copy: Path) -> None:
+    rows = sum(LENGTHS)
+    frames = pq.read_table(data_file(videos_copy))["frame_index"].to_numpy()
+    edit_info(videos_copy, fps=15)
+    rewrite(data_file(videos_copy), timestamp=(frames / 15).astype(np.float32))
+    source = open_source(videos_copy, cameras=None)
+    assert len(source) == rows
+    with pytest.raises(BadSample, match=r"episode 0, frame 1, top: .* has no frame at 0.0667 s"):
+        source[1]
+
+
+# --- images in parquet
+
+
+def replace_image(root: Path, row: int, image: Image.Image | bytes | None, suffix: str = "PNG") -> None:
+    """Write one frame's image anew, as it is."""
+    if isinstance(image, Image.Image):
+        buffer = BytesIO()
+        image.save(buffer, suffix)
+        image = buffer.getvalue()
+    table = pq.read_table(data_file(root))
+    values = table[TOP].to_pylist()
+    values[row] = {"bytes": image, "path": None}
+    at = table.column_names.index(TOP)
+    pq.write_table(table.set_column(at, TOP, pa.array(values, table.schema.field(TOP).type)), data_file(root))
+
+
+GREY16 = Image.fromarray(np.full((48, 64), 50_000, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("L", (64, 48), 100), (100, 100, 100)),
+        (Image.new("RGBA", (64, 48), (10, 20, 30, 255)), (10, 20, 30)),
+        (Image.new("RGBA", (64, 48), (10, 20, 30, 0)), (255, 255, 255)),
+        (GREY16, (195, 195, 195)),  # 50 000 / 257, not 50 000 mod 256 and not 255
+        (Image.new("P", (64, 48), 0), (0, 0, 0)),
+    ],
+    ids=["grey", "rgba", "transparent", "16 bit", "palette"],
+)
+def test_an_image_that_is_not_rgb_becomes_it(pictures_copy: Path, image: Image.Image, expected: tuple) -> None:
+    replace_image(pictures_copy, 5, image)
+    found = open_source(pictures_copy, cameras=None)[5].images["top"]
+    assert found.dtype == np.uint8
+    assert found.shape == (3, 48, 64)
+    assert (found == np.array(expected)[:, None, None]).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "suffix", "message"),
+    [
+        (Image.new("F", (64, 48), 0.5), "TIFF", "the image holds floating-point values of unknown range"),
+        (b"\x89PNG broken", "", "an image of 11 bytes cannot be read"),
+        (None, "", "no image is stored for this frame"),
+    ],
+    ids=["float", "damaged", "absent"],
+)
+def test_an_image_that_means_nothing_is_an_error(pictures_copy: Path, image, suffix: str, message: str) -> None:
+    replace_image(pictures_copy, 14, image, suffix)
+    with pytest.raises(BadSample, match=f"dataset 'robot', episode 1, frame 2, top: {message}.*Restore it"):
+        open_source(pictures_copy, cameras=None)[14]
+
+
+def test_a_data_file_without_its_cameras_images_is_an_error(pictures_copy: Path) -> None:
+    rewrite(data_file(pictures_copy), **{TOP: None})
+    with pytest.raises(BadSample, match=rf"episodes 0 to 4: .*file-000.parquet has no columns \['{TOP}'\]"):
+        open_source(pictures_copy, cameras=None)
+
+
+# --- parquet
+
+
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.999])
+def test_a_data_file_with_flipped_bytes_is_never_read_as_good(pictures_copy: Path, place: float) -> None:
+    path = data_file(pictures_copy)
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * place)
+    content[start : start + 64] = bytes(255 - byte for byte in content[start : start + 64])
+    path.write_bytes(content)
+    with pytest.raises(BadSample, match="dataset 'robot', episode"):
+        list(map(open_source(pictures_copy, cameras=None).__getitem__, range(sum(LENGTHS))))
+
+
+# --- language
+
+
+def test_subtasks_that_nothing_names_are_an_error(videos_copy: Path) -> None:
+    rewrite(data_file(videos_copy), language_persistent=None, subtask_index=[0] * sum(LENGTHS))
+    with pytest.raises(BadSample, match=r"subtask_index: .*meta/subtasks.parquet.* missing"):
+        open_source(videos_copy)
+
+
+def test_a_subtask_column_of_another_kind_is_an_error(videos_copy: Path) -> None:
+    rewrite(data_file(videos_copy), phase=[0.5] * sum(LENGTHS))
+    with pytest.raises(BadSample, match=r"phase: .*double.*a subtask is text"):
+        open_source(videos_copy, subtask_key="phase")
+
+
+def set_event(root: Path, content: str) -> None:
+    """Answer the first question about `top` of frame 3 of episode 0 with this."""
+    rows = pq.read_table(data_file(root))["language_events"].to_pylist()
+    rows[3][0]["content"] = content
+    rewrite(data_file(root), language_events=rows)
+
+
+def test_boxes_of_lerobots_annotator_become_tokens(videos_copy: Path) -> None:
+    box = {"label": "handle", "bbox_format": "xyxy", "bbox": [16, 12, 32, 24]}  # in an image of 64 x 48
+    set_event(videos_copy, json.dumps({"detections": [box]}))
+    answer = open_source(videos_copy, cameras=None)[3].answers[0]
+    assert answer.answer == "<loc0256><loc0256><loc0512><loc0512> handle"
+    scaled = open_source(videos_copy, cameras=None, box_range=100)[3].answers[0]
+    assert scaled.answer.startswith("<loc0122><loc0163>")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps({"detections": [{"label": "x", "bbox": [0, 0, 65, 3]}]}), "not inside the image, 64 wide and 48"),
+        ("<loc0000><loc0000><loc2000><loc0001>", "<loc2000> is outside the image"),
+        ("", "a vqa question or answer is empty"),
+    ],
+)
+def test_a_box_outside_the_image_is_an_error(videos_copy: Path, content: str, message: str) -> None:
+    set_event(videos_copy, content)
+    with pytest.raises(BadSample, match=f"dataset 'robot', episode 0, frame 3, language_events: .*{message}.*Correct"):
+        open_source(videos_copy, cameras=None)
+
+
+# --- captions
+
+
+def written(folder: Path, **columns: list) -> VisionTextConfig:
+    image = [Image.new("RGB", (8, 6), "grey")] * 4
+    datasets.Dataset.from_dict({"image": image, **columns}).save_to_disk(folder / "saved")
+    return VisionTextConfig(str(folder / "saved"), val_fraction=0)
+
+
+def test_a_caption_of_ten_thousand_words_is_an_error(tmp_path: Path) -> None:
+    source = written(tmp_path, caption=["a cup", "word " * 10_000, "a", "b"]).open("robot", "train", SHAPES)
+    assert len(draw(source, Modality.WEB_CAPTION, 0).tokens) < 20
+    with pytest.raises(
+        BadSample,
+        match=r"dataset 'robot', row 1, caption: its text is \d{5} tokens long, more than data.language.max_to",
+    ):
+        draw(source, Modality.WEB_CAPTION, 1)
+
+
+@pytest.mark.parametrize(
+    ("box", "message"), [([0, 0, 9, 6], "not inside the image, 8 wide and 6 high"), ([0, 0, 1], "not four numbers")]
+)
+def test_a_box_outside_its_image_is_an_error(tmp_path: Path, box: list, message: str) -> None:
+    source = written(tmp_path, boxes=[[[0, 0, 8, 6]]] * 2 + [[box]] * 2, labels=[["cup"]] * 4)
+    opened = source.open("robot", "train", SHAPES)
+    assert opened[1].answers[0].answer == "<loc0000><loc0000><loc1023><loc1023> cup"
+    with pytest.raises(BadSample, match=f"dataset 'robot', row 2, boxes: .*{message}.*box_order, which is xyxy"):
+        opened[2]
+
+
+def test_a_caption_with_a_token_outside_the_image_is_an_error(tmp_path: Path) -> None:
+    config = written(tmp_path, caption=["a cup"] * 3 + ["<loc1024> is nowhere"])
+    with pytest.raises(BadSample, match="row 3, caption: <loc1024> is outside the image"):
+        config.open("robot", "train", SHAPES)
+
+
+# --- whatever a source gives
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (4, 8, 8), (8, 8, 3), (8, 8)])
+def test_an_image_of_another_layout_is_an_error(pictures: Path, shape: tuple[int, ...], monkeypatch) -> None:
+    source = open_source(pictures, cameras=None)
+    monkeypatch.setattr(source, "_image", lambda camera, row: np.zeros(shape, np.uint8))
+    with pytest.raises(BadSample, match=r"episode 0, frame 0: camera 'top' gives an image of shape .*\[3 h w\]"):
+        draw(source, Modality.CONTINUOUS)
+
+
+def test_a_dataset_without_episodes_is_an_error(pictures_copy: Path) -> None:
+    shutil.rmtree(pictures_copy / "meta" / "episodes")
+    with pytest.raises(ValueError, match="not finalised"):
+        open_source(pictures_copy)

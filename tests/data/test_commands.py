@@ -1,0 +1,96 @@
+"""`pi05 stats` and `pi05 tokenizer` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pi05_lightning.cli import main
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.sources.lerobot_files import LeRobotFiles
+from pi05_lightning.data.stats import CACHE, Relative, compute, load_or_compute
+
+# five episodes, so one is held out; their states move more like actions than their actions, which count frames
+SMALL = ("--horizon", "4", "--val_fraction", "0.2", "--action_keys", "[observation.state]")
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi05_lightning.data.commands.console.width", 200)
+
+
+def test_stats_shows_every_dim_by_name(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["stats", str(pictures_copy)])
+    printed = capsys.readouterr().out
+    for dim in ("0 x", "1 y", "2 z", "0 width", "0 dx", "1 dy"):
+        assert dim in printed
+
+
+def test_stats_writes_the_training_episodes_statistics_where_they_are_read(pictures_copy: Path) -> None:
+    main(["stats", str(pictures_copy), "--val_fraction", "0.4"])
+    before = (pictures_copy / CACHE).read_text()
+    train = LeRobotFiles.open(pictures_copy).choose("train", 0.4, None).tolist()
+    load_or_compute(pictures_copy, ["observation.state", "observation.gripper", "action"], train)
+    assert (pictures_copy / CACHE).read_text() == before
+
+
+def test_stats_takes_actions_relative_to_the_state(pictures_copy: Path) -> None:
+    main(["stats", str(pictures_copy), "--keys", "[action]", "--relative_dims", "[0]", "--horizon", "3"])
+    (entry,) = json.loads((pictures_copy / CACHE).read_text())["entries"].values()
+    train = LeRobotFiles.open(pictures_copy).choose("train", 0.1, None).tolist()
+    expected = compute(pictures_copy, ["action"], train, Relative(3, (0,))).to_dict()
+    for name, values in expected["action"].items():
+        assert entry["action"][name] == pytest.approx(values, rel=1e-12), name  # sums are in no fixed order
+
+
+def test_tokenizer_is_one_that_the_public_format_describes(pictures: Path, tmp_path: Path) -> None:
+    main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), *SMALL, "--vocab_size", "300"])
+    config = json.loads((tmp_path / "fast" / "processor_config.json").read_text())
+    assert (config["time_horizon"], config["action_dim"], config["vocab_size"]) == (4, 3, 300)
+    fast = FastTokenizer.load(tmp_path / "fast")
+    assert fast.decode(fast.encode(np.zeros((1, 4, 3), dtype=np.float32))[0]).shape == (4, 3)
+
+
+def test_tokenizer_reports_error_and_length_of_held_out_chunks(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL])
+    (report,) = json.loads((tmp_path / "report.json").read_text())["datasets"]
+    val = LeRobotFiles.open(pictures).choose("val", 0.2, None)
+    assert report["chunks"] == sum(LeRobotFiles.open(pictures).column("length")[val])
+    assert report["naive_tokens"] == 12
+    assert 0 < report["mean_tokens"] <= report["p99_tokens"] <= 12
+    assert 0 < max(report["rmse"]) <= 0.05  # half a step of 1/10
+    assert report["coverage"] == 1
+    assert "held-out" in capsys.readouterr().out
+
+
+def test_tokenizer_draws_the_reconstruction(pictures: Path, tmp_path: Path) -> None:
+    main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL])
+    colours = np.unique(np.asarray(Image.open(tmp_path / "reconstruction.png").convert("RGB")).reshape(-1, 3), axis=0)
+    assert len(colours) > 10
+
+
+def test_tokenizer_fits_on_several_datasets(pictures: Path, videos: Path, tmp_path: Path) -> None:
+    main(["tokenizer", f"[{pictures}, {videos}]", "--out", str(tmp_path), *SMALL])
+    reports = json.loads((tmp_path / "report.json").read_text())["datasets"]
+    assert [report["dataset"] for report in reports] == [str(pictures), str(videos)]
+
+
+def test_too_large_an_error_fails_and_writes_no_tokenizer(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"above max_rmse 0\.0001"):
+        main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL, "--max_rmse", "1e-4"])
+    assert not (tmp_path / "tokenizer.json").exists()
+    assert (tmp_path / "report.json").exists()
+
+
+def test_a_finer_scale_meets_the_bound(pictures: Path, tmp_path: Path) -> None:
+    options = [*SMALL, "--max_rmse", "0.005", "--scale", "100", "--val_fraction", "0"]
+    main(["tokenizer", str(pictures), "--out", str(tmp_path), *options])
+    assert FastTokenizer.load(tmp_path).scale == 100

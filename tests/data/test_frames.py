@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.images import resize_image
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.types import Shapes
+
+NATIVE = 64  # of frames of 48 × 64: cached at this size they are only padded
+SIZE = 32
+
+
+def open_source(root: Path, image_size: int = SIZE, **options) -> LeRobotSource:
+    shapes = Shapes(image_size, horizon=4, action_dim=4, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)
+    return LeRobotConfig(path=str(root), **{"val_fraction": 0, **options}).open("robot", "train", shapes)
+
+
+def lerobot_frames(root: Path, key: str) -> list[np.ndarray]:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("robot", root=root, video_backend="pyav", return_uint8=True)
+    frames = [dataset[index][key].numpy() for index in range(len(dataset))]
+    return [frame if frame.dtype == np.uint8 else (frame * 255).round().astype(np.uint8) for frame in frames]
+
+
+def cached_files(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (root / ".cache").rglob("chunk*")}
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
+def test_video_frames_are_lerobots_in_any_order(videos: Path, order: str) -> None:
+    expected = lerobot_frames(videos, "observation.images.wrist")
+    indices = np.arange(len(expected))
+    indices = {
+        "forwards": indices,
+        "backwards": indices[::-1],
+        "shuffled": np.random.default_rng(0).permutation(indices),
+    }[order]
+    source = open_source(videos)
+    for index in indices:
+        np.testing.assert_array_equal(source[int(index)].images["wrist"], expected[index])
+
+
+def test_image_columns_are_lerobots(pictures: Path) -> None:
+    expected = lerobot_frames(pictures, "observation.images.top")
+    source = open_source(pictures)
+    for index in np.random.default_rng(0).permutation(len(expected)):
+        np.testing.assert_array_equal(source[int(index)].images["top"], expected[index])
+
+
+@pytest.mark.parametrize("kind", ["videos", "pictures"])
+@pytest.mark.parametrize("size", [NATIVE, SIZE])
+def test_cached_frames_are_the_resized_originals(kind: str, size: int, request: pytest.FixtureRequest) -> None:
+    root = request.getfixturevalue(f"{kind}_copy")
+    direct, cached = open_source(root), open_source(root, size, image_cache=True)
+    cached.prepare()
+    for index in range(len(direct)):
+        image = resize_image(direct[index].images["top"], (size, size))
+        np.testing.assert_array_equal(cached[index].images["top"], image)
+
+
+def test_frames_of_chosen_episodes_are_the_same_from_the_cache(videos_copy: Path) -> None:
+    direct, cached = (open_source(videos_copy, NATIVE, episodes=[1, 3], image_cache=c) for c in (False, True))
+    cached.prepare()
+    for index in range(len(direct)):
+        image = resize_image(direct[index].images["top"], (NATIVE, NATIVE))
+        np.testing.assert_array_equal(cached[index].images["top"], image)
+
+
+def test_a_cache_is_written_once(videos_copy: Path) -> None:
+    open_source(videos_copy, image_cache=True).prepare()
+    before = cached_files(videos_copy)
+    open_source(videos_copy, image_cache=True).prepare()
+    assert len(before) == 4
+    assert cached_files(videos_copy) == before
+
+
+def test_a_changed_video_is_decoded_anew(videos_copy: Path) -> None:
+    open_source(videos_copy, image_cache=True).prepare()
+    before = set(cached_files(videos_copy))
+    os.utime(next((videos_copy / "videos").rglob("*.mp4")))
+    source = open_source(videos_copy, image_cache=True)
+    with pytest.raises(RuntimeError, match="prepare"):
+        source[0]
+    source.prepare()
+    after = set(cached_files(videos_copy))
+    assert len(after) == 4
+    assert len(after & before) == 2
+    assert source[0].images["top"].shape == (3, SIZE, SIZE)
+
+
+def test_sizes_are_cached_side_by_side(videos_copy: Path) -> None:
+    sources = [open_source(videos_copy, size, image_cache=True) for size in (SIZE, NATIVE)]
+    for source in sources:
+        source.prepare()
+    assert [source[0].images["top"].shape[-1] for source in sources] == [SIZE, NATIVE]
+
+
+def test_a_dataset_that_cannot_be_written_to_is_cached_elsewhere(videos: Path, tmp_path: Path) -> None:
+    source = open_source(videos, image_cache=True, cache_dir=str(tmp_path / "cache"))
+    source.prepare()
+    assert source[0].images["top"].shape == (3, SIZE, SIZE)
+    assert not (videos / ".cache").exists()
+
+
+def test_a_killed_decode_leaves_no_half_written_cache(videos_copy: Path) -> None:
+    code = f"""
+import os
+from pi05_lightning.data.frame_cache import CachedFrames
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.types import Shapes
+
+def write_and_die(self, batch, out):
+    out.write(bytes(100_000))
+    out.flush()
+    os.kill(os.getpid(), 9)
+
+CachedFrames._write = write_and_die
+config = LeRobotConfig({str(videos_copy)!r}, val_fraction=0, image_cache=True)
+config.open("robot", "train", Shapes({SIZE}, 4, 4, 300, 32, 0)).prepare()
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert any(name.endswith(".tmp") for name in cached_files(videos_copy))
+    direct, cached = open_source(videos_copy), open_source(videos_copy, image_cache=True)
+    cached.prepare()
+    np.testing.assert_array_equal(cached[0].images["top"], resize_image(direct[0].images["top"], (SIZE, SIZE)))
+    assert not any(name.endswith(".tmp") for name in cached_files(videos_copy))
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_is_refused(videos_copy: Path) -> None:
+    source = open_source(videos_copy, 200_000, image_cache=True)
+    with pytest.raises(OSError, match=r"takes 12960.0 GB.*cache_dir"):
+        source.prepare()
+
+
+# --- bad data
+
+
+def video(root: Path, camera: str = "top") -> Path:
+    return next((root / "videos" / f"observation.images.{camera}").rglob("*.mp4"))
+
+
+def cut(path: Path, share: float) -> None:
+    """Keep the header, lose the last frames' bytes, as an interrupted copy does."""
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def test_a_missing_video_is_found_on_opening(videos_copy: Path) -> None:
+    video(videos_copy).unlink()
+    with pytest.raises(
+        BadSample, match=r"dataset 'robot', episode 0, frame 0, observation.images.top: .*mp4 is missing"
+    ):
+        open_source(videos_copy)
+
+
+def test_skipping_a_missing_video_leaves_out_its_frames_only(videos_copy: Path) -> None:
+    video(videos_copy).unlink()
+    with pytest.raises(ValueError, match="no usable frame"):
+        open_source(videos_copy, on_bad_sample="skip")
+    only_wrist = {"observation.images.wrist": "wrist"}
+    assert len(open_source(videos_copy, on_bad_sample="skip", cameras=only_wrist)) == 54
+
+
+def test_a_truncated_video_is_an_error_at_the_first_frame_it_lacks(videos_copy: Path) -> None:
+    cut(video(videos_copy), 0.7)
+    source = open_source(videos_copy)
+    source[0]
+    with pytest.raises(BadSample, match=r"dataset 'robot', episode 4, frame 10, top: .*file-000\.mp4"):
+        source[len(source) - 1]
+
+
+def test_caching_a_truncated_video_is_an_error_with_the_address(videos_copy: Path) -> None:
+    cut(video(videos_copy), 0.7)
+    with pytest.raises(BadSample, match=r"dataset 'robot', episode \d, frame \d+, top: .*file-000\.mp4"):
+        open_source(videos_copy, image_cache=True).prepare()
+
+
+def test_skipping_keeps_the_frames_that_a_truncated_video_still_has(videos_copy: Path) -> None:
+    whole = open_source(videos_copy, NATIVE)
+    expected = [resize_image(whole[index].images["top"], (NATIVE, NATIVE)) for index in range(len(whole))]
+    cut(video(videos_copy), 0.7)
+    source = open_source(videos_copy, NATIVE, image_cache=True, on_bad_sample="skip")
+    source.prepare()
+    assert 0 < len(source) < len(whole)
+    assert source.rejects.frames == len(whole) - len(source)
+    for index in range(len(source)):
+        np.testing.assert_array_equal(source[index].images["top"], expected[index])
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all"])
+def test_a_file_that_is_no_video_is_named(videos_copy: Path, content: bytes) -> None:
+    video(videos_copy).write_bytes(content)
+    with pytest.raises(BadSample, match=r"episode 0, frame 0, top: .*file-000\.mp4 cannot be opened as a video"):
+        open_source(videos_copy)[0]
+
+
+def test_a_timestamp_between_frames_is_an_error(videos_copy: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = videos_copy / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    at = table.column_names.index("timestamp")
+    shifted = pa.array(np.asarray(table["timestamp"]) + np.float32(0.03))
+    pq.write_table(table.set_column(at, "timestamp", shifted), path)
+    with pytest.raises(BadSample, match=r"has no frame at 0\.1300 s ± 0\.0001"):
+        open_source(videos_copy)[1]

@@ -1,0 +1,93 @@
+"""All five modalities from one YAML mixture; one episode yields four of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+from PIL import Image
+
+from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.mixture import Mixture
+from pi05_lightning.data.samples import Samples
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import Recipe
+from pi05_lightning.types import Loss, Modality
+
+SHAPES = ModelConfig.preset("debug").shapes
+
+
+@pytest.fixture(scope="module")
+def config(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A whole mixture as a user writes it: a robot's dataset, captions, and the shares of both stages."""
+    folder = tmp_path_factory.mktemp("mixture")
+    for row in range(6):
+        Image.new("RGB", (20, 20), (40 * row, 0, 0)).save(folder / f"{row}.png")
+    lines = [f'{{"image": "{row}.png", "caption": "a wall in shade {row}"}}' for row in range(6)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    chunks = np.random.default_rng(0).uniform(-1, 1, (50, SHAPES.horizon, 2)).astype(np.float32)
+    FastTokenizer.fit([chunks], vocab_size=SHAPES.fast_vocab_size, scale=2).save(folder / "fast")
+    return f"""
+data:
+  sources:
+    robot:
+      class_path: pi05_lightning.data.sources.lerobot.LeRobotConfig
+      init_args: {{path: {videos}, val_fraction: 0.2}}
+    web:
+      class_path: pi05_lightning.data.sources.vision_text.VisionTextConfig
+      init_args: {{path: {folder}, camera: top}}
+  fast: {folder / "fast"}
+  batch_size: 20
+  shapes: {yaml.safe_dump(vars(SHAPES), default_flow_style=True).strip()}
+recipe:
+  pretrain:
+    mixture:
+      web/web_caption: 0.2
+      robot/qa: 0.2
+      robot/hl_subtask: 0.2
+      robot/fast_robot_actions: 0.2
+      robot/continuous_robot_actions: 0.2
+"""
+
+
+@pytest.fixture(scope="module")
+def parsed(config: str) -> tuple[Samples, Recipe]:
+    parser = ArgumentParser()
+    parser.add_class_arguments(Pi05DataModule, "data")
+    parser.add_class_arguments(Recipe, "recipe")
+    made = parser.instantiate(parser.parse_string(config))
+    return Samples(made.data.sources("train"), made.data.processor), made.recipe
+
+
+def test_one_mixture_yields_all_five(parsed: tuple[Samples, Recipe]) -> None:
+    samples, recipe = parsed
+    mixture = Mixture(samples.entries, batch_size=20)
+    draws = mixture.batch(0, mixture.weights(recipe.pretrain))
+    batch = samples.collate([samples[draw] for draw in draws])
+    assert Counter(batch.modality.tolist()) == dict.fromkeys(range(len(Modality)), 4)
+    assert {int(kind) for kind in batch.loss_kind.unique()} == {int(kind) for kind in Loss}
+    assert len(batch.actions) == 4
+
+
+def test_one_frame_is_its_subtask_its_fast_chunk_and_its_continuous_chunk(parsed: tuple[Samples, Recipe]) -> None:
+    samples, _ = parsed
+    frame = 3  # with subtask, questions and actions
+    made = {}
+    for name, indices in zip(samples.names, samples.indices, strict=True):
+        if name.startswith("robot/"):
+            made[Modality(name.removeprefix("robot/"))] = samples[
+                samples.names.index(name), int(np.flatnonzero(indices == frame)[0]), 0
+            ]
+    kinds = {modality: set(sample.loss_kind.tolist()) - {0} for modality, sample in made.items()}
+    assert kinds == {
+        Modality.QA: {Loss.TEXT},
+        Modality.HL_SUBTASK: {Loss.SUBTASK},
+        Modality.FAST: {Loss.FAST},
+        Modality.CONTINUOUS: set(),
+    }
+    np.testing.assert_array_equal(made[Modality.FAST].actions, made[Modality.CONTINUOUS].actions)
