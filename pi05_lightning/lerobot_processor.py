@@ -33,11 +33,11 @@ _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10":
 def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Processor, list[str]]:
     """The processor of a LeRobot or openpi checkpoint, and notes on what it does not say.
 
-    ValueError for what this package cannot do: relative actions, statistics that are incomplete.
+    ValueError for what is not converted: LeRobot's relative actions, statistics that are incomplete.
     """
     values = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if values.get("use_relative_actions"):
-        raise ValueError(f"{folder}: this policy predicts actions relative to the state, which pi05_lightning does not")
+        raise ValueError(f"{folder}: LeRobot's relative actions (use_relative_actions) are not converted")
     stats, notes = read_stats(folder, values, config)
     processor = Processor(
         config.shapes,
@@ -125,7 +125,10 @@ def _openpi_quantiles(stats: Mapping[str, Any], key: str, path: Path) -> Quantil
 
 
 def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype: torch.dtype) -> list[str]:
-    """LeRobot's config.json and both processors with their statistics; returns notes on what it cannot express."""
+    """LeRobot's config.json and both processors with their statistics; returns notes on what it cannot express.
+
+    Raises ValueError for a policy of relative actions.
+    """
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
     from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
@@ -133,6 +136,8 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     from lerobot.processor.factory import make_policy_processor_pipelines
 
     name, robot = next(iter(processor.robots.items()))
+    if robot.relative is not None:
+        raise ValueError(f"{name}: a policy of relative actions (relative_dims) cannot be written as LeRobot's")
     normalize = robot.normalize
     size = config.vision.image_size
     images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}

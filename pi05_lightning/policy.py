@@ -90,6 +90,8 @@ class Pi05Policy:
             else checkpoint.load(model_path, dtype=dtype, tokenizer=tokenizer, averaged=averaged)
         )
         self.model = model.to(device).eval()
+        if not self.processor.robots:
+            raise ValueError(f"{model_path} was trained on no robot's data: it has no actions to predict")
         self.robot = next(iter(self.processor.robots))
         normalize = self.processor.robots[self.robot].normalize
         expected = {

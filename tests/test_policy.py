@@ -148,6 +148,13 @@ def test_actions_given_in_another_shape_are_refused(trained, shape: tuple[int, .
         Pi05Policy.from_pretrained(path).predict_chunk(observation(data), None, np.zeros(shape))
 
 
+def test_checkpoint_of_captions_alone_is_no_policy(trained) -> None:
+    policy = Pi05Policy.from_pretrained(trained[2])
+    policy.processor.robots.clear()
+    with pytest.raises(ValueError, match="no robot's data"):
+        Pi05Policy((policy.model, policy.processor))
+
+
 def test_noise_of_another_shape_is_refused(trained) -> None:
     _, data, path = trained
     with pytest.raises(ValueError, match=r"noise has shape .* expected \[T D\] = \[8, 6\]"):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pi05_lightning.convert_command import convert
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.data.transforms import RelativeActions
 from pi05_lightning.models.checkpoint import build
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.convert import (
@@ -496,6 +498,16 @@ def test_relative_actions_are_refused(copy: Copy, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps({**values, "use_relative_actions": True}))
     with pytest.raises(ValueError, match="relative"):
         convert(source=folder, target=tmp_path / "ours")
+
+
+def test_a_policy_of_relative_actions_is_not_exported(ours: Path, tmp_path: Path) -> None:
+    policy = Pi05Policy.from_pretrained(ours)
+    robots = policy.processor.robots
+    robots[policy.robot] = replace(robots[policy.robot], relative=RelativeActions((0,), (0,)))
+    policy.save_pretrained(tmp_path / "trained")
+    with pytest.raises(ValueError, match=r"relative actions \(relative_dims\)"):
+        convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_keypoint_backbone_has_no_place_in_lerobot() -> None:
