@@ -9,11 +9,14 @@ Numerics (RMSNorm in fp32 with 1 + weight, GeGLU with tanh-gelu, RoPE base 10 00
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pi05_lightning.models.attention import attend
 from pi05_lightning.models.config import GemmaConfig
 
 KV = tuple[Tensor, Tensor]
@@ -35,6 +38,15 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (x * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What the linear layers that read x compute in: cast once here, and not by autocast in each of them."""
+    device = x.device.type
+    # meta has no autocast; to ask torch which devices have one would break the compiler's graph
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -48,7 +60,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, modulation: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return (rms_normalize(x) * (1 + self.weight.float())).to(x.dtype), None
+        return (rms_normalize(x) * (1 + self.weight.float())).to(compute_dtype(x)), None
 
 
 class AdaRMSNorm(nn.Module):
@@ -70,7 +82,8 @@ class AdaRMSNorm(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
         """x [R K T W] -> normalised x and the gate of the residual that follows."""
         scale, shift, gate = modulation.chunk(3, dim=-1)
-        return (rms_normalize(x) * (1 + scale.float()) + shift.float()).to(x.dtype), gate.to(x.dtype)
+        normed = rms_normalize(x) * (1 + scale.float()) + shift.float()
+        return normed.to(compute_dtype(x)), gate.to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -91,15 +104,30 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
         q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
-        k, v = (self._spread(tensor) for tensor in kv)
-        out = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+        out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
 
-    def _spread(self, x: Tensor) -> Tensor:
-        # a view for multi-query attention, where every head reads the one key: nothing is copied
-        if self.num_kv_heads == 1:
-            return x.expand(-1, self.num_heads, -1, -1)
-        return x.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """gelu in its tanh approximation; in place where nobody can ask for a gradient, as x is the largest tensor."""
+    if x.requires_grad or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+class GeGLU(torch.autograd.Function):
+    """gelu_tanh(gate) · up, which keeps its two inputs for the backward pass and not gelu's output beside them."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return grad_gate, F.gelu(gate, approximate="tanh").mul_(grad)
 
 
 class MLP(nn.Module):
@@ -112,7 +140,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(mlp_dim, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.requires_grad or up.requires_grad:
+            return self.down_proj(GeGLU.apply(gate, up))
+        return self.down_proj(gelu_tanh(gate).mul_(up))
 
 
 class Block(nn.Module):

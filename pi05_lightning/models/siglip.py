@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from pi05_lightning.models.attention import attend
 from pi05_lightning.models.config import VisionConfig
 from pi05_lightning.models.embedding import Embedding
+from pi05_lightning.models.gemma import compute_dtype, gelu_tanh
 
 
 class LayerNorm(nn.LayerNorm):
@@ -15,7 +17,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(compute_dtype(x))
 
 
 class SiglipAttention(nn.Module):
@@ -30,7 +32,7 @@ class SiglipAttention(nn.Module):
             rearrange(proj(x), "p n (h d) -> p h n d", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(rearrange(F.scaled_dot_product_attention(q, k, v), "p h n d -> p n (h d)"))
+        return self.out_proj(rearrange(attend(q, k, v), "p h n d -> p n (h d)"))
 
 
 class SiglipBlock(nn.Module):
@@ -44,7 +46,7 @@ class SiglipBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.layer_norm2(x)), approximate="tanh"))
+        return x + self.fc2(gelu_tanh(self.fc1(self.layer_norm2(x))))
 
 
 class Siglip(nn.Module):

@@ -42,6 +42,18 @@ def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: f
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
+def draws_mask(seen: Tensor, draws: int, horizon: int) -> Tensor:
+    """What each action attends to: the seen columns bool[R S] of the prefix, and its own draw.
+
+    -> bool[R 1 K·T S+K·T]; with one draw, where it is the same for every action, bool[R 1 1 S+T].
+    """
+    if draws == 1:
+        return F.pad(seen, (0, horizon), value=True)[:, None, None]
+    draw = torch.arange(draws, device=seen.device).repeat_interleave(horizon)
+    own = (draw[:, None] == draw).expand(len(seen), -1, -1)
+    return torch.cat([seen[:, None].expand(-1, draws * horizon, -1), own], dim=-1)[:, None]
+
+
 class FlowHead(nn.Module):
     """The action expert: velocity of noisy actions, given a prefix."""
 
@@ -68,15 +80,12 @@ class FlowHead(nn.Module):
 
     def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix) -> Tensor:
         """Velocity f32[R K T D] at x_t f32[R K T D]; draws see the prefix and themselves, not each other."""
-        rows, draws, horizon, _ = x_t.shape
+        draws, horizon = x_t.shape[1:3]
         # after the last token that it sees, however many hidden ones follow
         start = ((prefix.mask.cumsum(1) - 1) * prefix.flow_mask).amax(1) + 1
         positions = repeat(start[:, None] + torch.arange(horizon, device=x_t.device), "r t -> r (k t)", k=draws)
         rope = rope_table(positions, self.head_dim)
-        draw = torch.arange(draws, device=x_t.device).repeat_interleave(horizon)
-        own = (draw[:, None] == draw).expand(rows, -1, -1)
-        seen = prefix.flow_mask[:, None].expand(-1, draws * horizon, -1)
-        mask = torch.cat([seen, own], dim=-1)[:, None]
+        mask = draws_mask(prefix.flow_mask, draws, horizon)
 
         x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
         # LeRobot's bf16 checkpoints keep the projections in fp32
