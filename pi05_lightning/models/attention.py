@@ -37,6 +37,7 @@ def _attend_in_two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     q = rearrange(q * q.shape[-1] ** -0.5, "b (h g) s d -> b h (g s) d", h=kv_heads)
     scores = rearrange(q @ k.transpose(-1, -2), "b h (g s) t -> b (h g) s t", s=queries)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        with torch.no_grad():  # their weight is 0, and so is their gradient: nothing to go back through
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     weights = rearrange(scores.softmax(-1), "b (h g) s t -> b h (g s) t", h=kv_heads)
     return rearrange(weights @ v, "b h (g s) d -> b (h g) s d", h=kv_heads, s=queries)
