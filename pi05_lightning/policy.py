@@ -29,7 +29,7 @@ class Pi05Policy:
 
     Args:
         model_path: a checkpoint file, a run's directory (its newest checkpoint), an exported folder, or a folder of
-            LeRobot's or openpi's (PyTorch); or a model and its processor themselves.
+            LeRobot's or openpi's (PyTorch), or its Hub id; or a model and its processor themselves.
         policy_type: `pi0.5`, the only one there is.
         backbone_type, obs_dim, action_dim, image_dim: what the caller expects of the checkpoint; an error if it is not
             so. Images of any height and width are resized to the model's.
@@ -90,9 +90,10 @@ class Pi05Policy:
             else checkpoint.load(model_path, dtype=dtype, tokenizer=tokenizer, averaged=averaged)
         )
         self.model = model.to(device).eval()
-        if not self.processor.robots:
+        acting = [name for name, robot in self.processor.robots.items() if robot.acts]
+        if not acting:
             raise ValueError(f"{model_path} was trained on no robot's data: it has no actions to predict")
-        self.robot = next(iter(self.processor.robots))
+        self.robot = acting[0]
         normalize = self.processor.robots[self.robot].normalize
         expected = {
             "policy_type": (policy_type, "pi0.5"),

@@ -124,6 +124,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def three_cameras(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `pictures`, with three cameras."""
+    root = tmp_path_factory.mktemp("recorded") / "three_cameras"
+    _record(root, "image", ("top", "left", "wrist"))
+    return root
+
+
 @pytest.fixture
 def videos_copy(videos: Path, tmp_path: Path) -> Path:
     """A copy of `videos` to damage."""

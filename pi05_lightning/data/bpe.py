@@ -26,12 +26,15 @@ LETTER, NUMBER, OTHER, SPACE, BLANK, APOSTROPHE = range(6)
 class Trie(NamedTuple):
     """All tokens by the atoms that they are made of; parents first, the largest child right behind its parent.
 
-    atom: i32[nodes] that leads here from the node before, -1 if another node is the parent: those edges are in a hash
-    table, keys and nodes i64[slots].  token: i32[nodes] that ends here, or -1.
+    pairs: i32[A A] node after two atoms, -1 for none.  atom: i32[nodes] that leads here from the node before, -1 if
+    another node is the parent: those edges are in a hash table, keys and nodes i64[slots].  token: i32[nodes], the
+    longest that ends here or on the way.  run: i32[nodes], how many of the next nodes repeat the same atom.
     """
 
+    pairs: np.ndarray
     atom: np.ndarray
     token: np.ndarray
+    run: np.ndarray
     keys: np.ndarray
     nodes: np.ndarray
 
@@ -41,7 +44,8 @@ class Tables(NamedTuple):
 
     spelling  i32[C 1..2] atoms of a character, -1 after the last      kinds  i8[C], or empty where texts are one word
     length    i32[V] in atoms       shorter  i32[V] the longest other token that begins this one, or -1
-    neighbours  bits, u8[V V/8]     pair_rank  i32[V V] of the rule that merges two tokens     merged  i32[M] its result
+    neighbours  bits, u8[V V/8]     fitting  i32[V V] the longest beginning of a token that may follow another, or -1
+    pair_rank   i32[V V] of the rule that merges two tokens     merged  i32[M] its result
     """
 
     spelling: np.ndarray
@@ -50,6 +54,7 @@ class Tables(NamedTuple):
     length: np.ndarray
     shorter: np.ndarray
     neighbours: np.ndarray
+    fitting: np.ndarray
     pair_rank: np.ndarray
     merged: np.ndarray
 
@@ -85,13 +90,15 @@ class BatchBPE:
         length = np.zeros(vocab, dtype=np.int32)
         length[list(made_of)] = [len(atoms) for atoms in made_of.values()]
         neighbours = _neighbours(np.array(list(made_of)), left, right, rank, pair_rank)
+        shorter = _shorter(made_of, vocab)
         self._tables = Tables(
             spelling=_rectangle(spelling),
             kinds=kinds,
             trie=_trie(made_of),
             length=length,
-            shorter=_shorter(made_of, vocab),
+            shorter=shorter,
             neighbours=np.packbits(neighbours, axis=1, bitorder="little"),
+            fitting=_fitting(neighbours, shorter),
             pair_rank=pair_rank,
             merged=np.array([merged for _, _, merged in merges], dtype=np.int32),
         )
@@ -151,32 +158,47 @@ def _shorter(made_of: dict[int, list[int]], vocab: int) -> np.ndarray:
 
 def _trie(made_of: dict[int, list[int]]) -> Trie:
     edges: list[dict[int, int]] = [{}]
-    tokens = [-1]
-    for token, atoms in made_of.items():
+    longest = [-1]
+    for token, atoms in sorted(made_of.items(), key=lambda item: len(item[1])):
         node = 0
         for atom in atoms:
-            node = edges[node].setdefault(atom, len(edges))
+            parent, node = node, edges[node].setdefault(atom, len(edges))
             if node == len(edges):
                 edges.append({})
-                tokens.append(-1)
-        tokens[node] = token
+                longest.append(longest[parent])
+        longest[node] = token
     size = [1] * len(edges)
     for node in reversed(range(len(edges))):
         size[node] += sum(size[child] for child in edges[node].values())
 
-    slots = 1 << len(edges).bit_length() + 1  # a power of two, at most half full
-    trie = Trie(*np.full((2, len(edges)), -1, dtype=np.int32), *np.full((2, slots), -1))
+    count, letters = len(edges), 1 + max(edges[0])
+    slots = 1 << (2 * sum(max(0, len(children) - 1) for children in edges)).bit_length()  # at most half full
+    trie = Trie(
+        pairs=np.full((letters, letters), -1, dtype=np.int32),
+        atom=np.full(count + 1, -1, dtype=np.int32),  # one more, so that there always is a next one
+        token=np.empty(count, dtype=np.int32),
+        run=np.zeros(count, dtype=np.int32),
+        keys=np.full(slots, -1),
+        nodes=np.full(slots, -1),
+    )
+    place_of, own = np.empty((2, count), dtype=np.int32)
     stack = [(0, -1, -1)]
-    for place in range(len(edges)):
-        node, atom, parent = stack.pop()
-        trie.token[place] = tokens[node]
+    for place in range(count):
+        node, own[place], parent = stack.pop()
+        place_of[node], trie.token[place] = place, longest[node]
         if parent == place - 1:
-            trie.atom[place] = atom
+            trie.atom[place] = own[place]
         else:
-            slot = _slot(trie.keys, parent, atom)
-            trie.keys[slot], trie.nodes[slot] = _key(parent, atom), place
+            slot = _slot(trie.keys, parent, own[place])
+            trie.keys[slot], trie.nodes[slot] = _key(parent, own[place]), place
         children = sorted(edges[node].items(), key=lambda edge: size[edge[1]])
         stack.extend((child, atom, place) for atom, child in children)
+    for place in reversed(range(1, count)):
+        if trie.atom[place + 1] == own[place]:
+            trie.run[place] = trie.run[place + 1] + 1
+    for first, node in edges[0].items():
+        for second, child in edges[node].items():
+            trie.pairs[first, second] = place_of[child]
     return trie
 
 
@@ -228,13 +250,30 @@ def _neighbours(tokens, left, right, rank, pair_rank):
     return table
 
 
+@numba.njit(cache=True, nogil=True)
+def _fitting(neighbours, shorter):
+    fitting = np.empty(neighbours.shape, dtype=np.int32)
+    for first in range(len(neighbours)):
+        for second in range(len(neighbours)):
+            token = second
+            while token >= 0 and not neighbours[first, token]:
+                token = shorter[token]
+            fitting[first, second] = token
+    return fitting
+
+
 # --- encoding
 
 
 @numba.njit(cache=True, nogil=True)
 def _encode(characters, tables):
     rows, columns = characters.shape
-    atoms = np.empty(columns * tables.spelling.shape[1], dtype=np.int32)
+    spelling, kinds = tables.spelling, tables.kinds
+    # taken out here and handed on by name: taking them out for every word would cost half as much as reading it
+    length, shorter, neighbours, fitting = tables.length, tables.shorter, tables.neighbours, tables.fitting
+    pairs, edge, longest, run, keys, nodes = tables.trie
+    atoms = np.empty(columns * spelling.shape[1], dtype=np.int32)
+    runs = np.empty(len(atoms), dtype=np.int32)
     dead = np.empty(len(atoms) + 1, dtype=np.bool_)
     ids = np.empty(rows * len(atoms), dtype=np.int32)
     row_ends = np.empty(rows, dtype=np.int64)
@@ -243,73 +282,98 @@ def _encode(characters, tables):
         text = characters[row]
         begin = 0
         while begin < columns:
-            end = _word_end(text, begin, tables.kinds) if len(tables.kinds) else columns
+            end = _word_end(text, begin, kinds) if len(kinds) else columns
             size = 0
             for place in range(begin, end):
-                for letter in range(tables.spelling.shape[1]):
-                    atom = tables.spelling[text[place], letter]
+                for letter in range(spelling.shape[1]):
+                    atom = spelling[text[place], letter]
                     if atom >= 0:
                         atoms[size] = atom
                         size += 1
-            stop = _read_word(atoms[:size], ids, count, dead, tables)
+            stop = _read_word(
+                atoms, size, runs, dead, ids, count,
+                length, shorter, neighbours, fitting, pairs, edge, longest, run, keys, nodes,
+            )  # fmt: skip
             count = stop if stop >= 0 else _merge_word(atoms[:size], ids, count, tables)
             begin = end
         row_ends[row] = count
     return ids[:count], row_ends
 
 
-@numba.njit(cache=True, nogil=True)
-def _read_word(atoms, ids, start, dead, tables):
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _read_word(
+    atoms, size, runs, dead, ids, start,
+    length, shorter, neighbours, fitting, pairs, edge, longest, run, keys, nodes,
+):  # fmt: skip
     """Write the word's tokens at ids[start:] and return where they end, or -1 when that takes too long.
 
     dead marks places from which no way leads to the end; whichever way leads to a place, the tokens up to it are the
     same.
     """
-    dead[: len(atoms) + 1] = False
+    _count_runs(atoms, size, runs)
+    dead[: size + 1] = False
     count, place = start, 0
-    token, read = _longest(atoms, place, tables.trie)
+    token, read = _longest(atoms, size, runs, place, pairs, edge, longest, run, keys, nodes)
     while True:
-        while token >= 0 and (
-            dead[place + tables.length[token]]
-            or (count > start and not tables.neighbours[ids[count - 1], token >> 3] >> (token & 7) & 1)
-        ):
-            token = tables.shorter[token]
+        before = ids[count - 1] if count > start else -1
+        while token >= 0:
+            if before >= 0 and not neighbours[before, token >> 3] >> (token & 7) & 1:
+                token = fitting[before, token]
+            elif dead[place + length[token]]:
+                token = shorter[token]
+            else:
+                break
         if token >= 0:
             ids[count] = token
             count += 1
-            place += tables.length[token]
-            if place == len(atoms):
+            place += length[token]
+            if place == size:
                 return count
-            token, more = _longest(atoms, place, tables.trie)
-            read += more
-            if read > PATIENCE * len(atoms):
+            token, steps = _longest(atoms, size, runs, place, pairs, edge, longest, run, keys, nodes)
+            read += steps
+            if read > PATIENCE * size:
                 return -1
         else:
             if count == start:
                 return -1
             dead[place] = True
             count -= 1
-            place -= tables.length[ids[count]]
-            token = tables.shorter[ids[count]]
+            place -= length[ids[count]]
+            token = shorter[ids[count]]
 
 
-@numba.njit(cache=True, nogil=True)
-def _longest(atoms, place, trie):
-    """The longest token that begins here, and how many atoms were read to find it."""
-    node, token = np.int64(0), np.int32(-1)
-    end = place
-    while end < len(atoms):
-        if node + 1 < len(trie.atom) and trie.atom[node + 1] == atoms[end]:
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _count_runs(atoms, size, runs):
+    """How often each atom follows itself from there on, itself included."""
+    count = 0
+    for place in range(size - 1, -1, -1):
+        count = count + 1 if count and atoms[place] == atoms[place + 1] else 1
+        runs[place] = count
+
+
+@numba.njit(cache=True, nogil=True, forceinline=True)
+def _longest(atoms, size, runs, place, pairs, edge, longest, run, keys, nodes):
+    """The longest token that begins here, and in how many steps it was found. The last six are the `Trie`."""
+    end = place + 1
+    node = pairs[atoms[place], atoms[end]] if end < size else -1
+    if node < 0:
+        return atoms[place], 1
+    steps = 1
+    while True:
+        again = min(runs[end] - 1, run[node])
+        node += again
+        end += again + 1
+        if end == size:
+            break
+        steps += 1
+        if edge[node + 1] == atoms[end]:
             node += 1
         else:
-            slot = _slot(trie.keys, node, atoms[end])
-            if trie.keys[slot] == -1:
+            slot = _slot(keys, node, atoms[end])
+            if keys[slot] == -1:
                 break
-            node = trie.nodes[slot]
-        if trie.token[node] >= 0:
-            token = trie.token[node]
-        end += 1
-    return token, end - place
+            node = nodes[slot]
+    return longest[node], steps
 
 
 @numba.njit(cache=True, nogil=True)

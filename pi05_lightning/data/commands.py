@@ -223,7 +223,7 @@ def _read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> _Parts
         LeRobotSource(config, Path(config.path).name, split, horizon, image_size=(0, 0)) for split in get_args(Split)
     )
     robot = train.robot()
-    if robot is None:
+    if robot is None or not robot.acts:
         raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
 
     def chunks(source: LeRobotSource) -> _Chunks:
@@ -278,6 +278,7 @@ def _quality_table(results: Sequence[Quality]) -> Table:
 def _plot(fast: FastTokenizer, chunks: dict[str, _Chunks], results: Sequence[Quality], path: Path) -> None:
     """One chunk of each dataset, as it is and as it comes back, beside the error of each dimension."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 3 * len(results)), layout="constrained")
     axes = figure.subplots(len(results), 2, squeeze=False)
@@ -288,7 +289,12 @@ def _plot(fast: FastTokenizer, chunks: dict[str, _Chunks], results: Sequence[Qua
         for dim in range(truth.shape[1]):
             over_time.plot(truth[:, dim], color=f"C{dim}", alpha=0.5)
             over_time.plot(back[:, dim], color=f"C{dim}", linestyle="--")
-        over_time.set(title=Path(result.dataset).name, xlabel="step", ylabel="normalised action (dashed: decoded)")
-        per_dim.bar(range(len(result.rmse)), result.rmse)
-        per_dim.set(title="reconstruction error", xlabel="dim", ylabel="RMSE, normalised")
+        over_time.set(
+            title=f"{Path(result.dataset).name}: a typical chunk",
+            xlabel="step",
+            ylabel="normalised action (dashed: decoded)",
+        )
+        per_dim.bar(range(len(result.rmse)), result.rmse, color=[f"C{dim}" for dim in range(len(result.rmse))])
+        per_dim.set(title="reconstruction error, over all chunks", xlabel="dim", ylabel="RMSE, normalised")
+        per_dim.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=120)

@@ -47,7 +47,7 @@ class Pi05DataModule(LightningDataModule):
         seed: of the draws.
         length_window: batches whose samples are drawn together and sorted by length, so that there is little padding;
             shares hold in every window. 1: they hold in every batch, whatever the padding.
-        max_bad_share: training stops when a larger share of a source's frames, or of the samples drawn (of 1000 at
+        max_bad_share: training stops when a larger share of a source's frames, or of the samples drawn (of 200 at
             least), is bad. Of sources with `on_bad_sample: skip`: others stop at the first.
         val_samples: at most this many validation samples per `source/modality`, evenly spaced.
         augmentation: what happens to training images, on the device; none for nothing.
@@ -107,12 +107,13 @@ class Pi05DataModule(LightningDataModule):
     def processor(self) -> Processor:
         """What makes samples and batches, and goes into every checkpoint."""
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
-        robots = {name: source.robot() for name, source in self.sources("train").items()}
+        found = {name: source.robot() for name, source in self.sources("train").items()}
+        robots = {name: robot for name, robot in found.items() if robot is not None}
         return Processor(
             shapes=self.shapes,
             tokenizer=TextTokenizer.load(self.tokenizer_name),
             cameras=list(cameras),
-            robots={name: robot for name, robot in robots.items() if robot is not None},
+            robots=dict(sorted(robots.items(), key=lambda item: not item[1].acts)),  # a policy acts as the first
             language=self.language,
             fast=FastTokenizer.load(self.fast_path) if self.fast_path else None,
         )

@@ -35,4 +35,4 @@ class Rejects:
         if self.policy == "error":
             raise BadSample(f"{message}. {mend}, or leave such data out with on_bad_sample: skip")
         self.frames += frames
-        log.warning("%s. Left out: %d frames", message, frames)
+        log.warning("%s%s", message, f". Left out: {frames} frames" if frames else "")

@@ -21,7 +21,7 @@ from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.frames import FrameStore, OpenFiles
 from pi05_lightning.data.images import resize_with_pad
 
-_VERSION = 1  # part of every fingerprint: raise it when the same file would give other bytes
+_VERSION = 2  # part of every fingerprint: raise it when the same file would give other bytes
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
@@ -114,7 +114,7 @@ class CachedFrames:
 
     def _index_path(self, file: int) -> Path:
         stat = self.origin.files[file].stat()
-        key = f"{_VERSION} {self.origin.files[file].name} {stat.st_size} {stat.st_mtime_ns}"
+        key = f"{_VERSION} {self.origin.convert} {self.origin.files[file].name} {stat.st_size} {stat.st_mtime_ns}"
         fingerprint = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return self.folder / f"{self._stem(file)}.{fingerprint}.npz"
 

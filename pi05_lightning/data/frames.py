@@ -50,10 +50,11 @@ class VideoDecoder:
     PyAV everywhere, also where torchcodec could be loaded: the same file gives the same pixels on every machine.
     One thread each: files are decoded in parallel, more would delay the first frame after a seek, and a forked loader
     worker that frees a decoder with threads waits forever for threads that it did not inherit.
+    convert: take also grey and transparent frames, see `rgb_array`.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, convert: bool = False):
+        self.path, self._convert = path, convert
         try:
             self._container = av.open(str(path))
         except (av.FFmpegError, OSError) as error:
@@ -93,7 +94,7 @@ class VideoDecoder:
                 self._next = last + self._period
                 return self._pixels(frame)
         self._next = math.nan
-        nearest = "nothing after it" if last is None else f"the nearest frame is at {last:.4f} s"
+        nearest = "nothing after it" if last is None else f"the nearest frame is at {last:.4f} s; is fps right?"
         raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g} ({nearest})")
 
     def _seek(self, timestamp: float) -> None:
@@ -116,6 +117,8 @@ class VideoDecoder:
         return float(frame.pts * self._time_base)
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        if len(frame.format.components) != 3 and not frame.format.has_palette and not self._convert:
+            raise BadImage(f"{self.path} is grey or transparent, not RGB; `convert_images: true` takes it nevertheless")
         rgb = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
         return np.ascontiguousarray(rgb.transpose(2, 0, 1))
 
@@ -123,11 +126,13 @@ class VideoDecoder:
 class FrameStore(ABC):
     """Images of a dataset's N frames for one camera.
 
-    files;  file: i32[N], index into files;  position: f64[N] in that file;  tolerance: how far off a position may be.
+    files;  file: i32[N], index into files;  position: f64[N] in that file;  tolerance: how far off a position may be;
+    convert: images that are grey, transparent or of 16 bits become RGB, and are not bad.
     """
 
-    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float):
-        self.files, self.file, self.position, self.tolerance = files, file, position, tolerance
+    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float, convert: bool):
+        self.files, self.file, self.position = files, file, position
+        self.tolerance, self.convert = tolerance, convert
 
     @abstractmethod
     def read(self, row: int) -> np.ndarray:
@@ -145,9 +150,11 @@ class FrameStore(ABC):
 class VideoFrames(FrameStore):
     """Frames of video files; position is the time in seconds."""
 
-    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float):
-        super().__init__(files, file, position, tolerance)
-        self._decoders: OpenFiles[int, VideoDecoder] = OpenFiles(lambda i: VideoDecoder(files[i]), capacity=32)
+    def __init__(
+        self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float, convert: bool = False
+    ):
+        super().__init__(files, file, position, tolerance, convert)
+        self._decoders: OpenFiles[int, VideoDecoder] = OpenFiles(lambda i: VideoDecoder(files[i], convert), capacity=32)
 
     def read(self, row: int) -> np.ndarray:
         return self._decoders[int(self.file[row])].read(float(self.position[row]), self.tolerance)
@@ -161,7 +168,7 @@ class VideoFrames(FrameStore):
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         position = 0.0
         try:
-            for position, image in VideoDecoder(self.files[file]).scan():
+            for position, image in VideoDecoder(self.files[file], self.convert).scan():
                 yield position, image
         except BadImage as error:
             yield position, error
@@ -170,8 +177,8 @@ class VideoFrames(FrameStore):
 class ParquetFrames(FrameStore):
     """Images encoded in a column of parquet files, as `datasets` stores them; position is the row in the file."""
 
-    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, column: str):
-        super().__init__(files, file, position, tolerance=0.25)
+    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, column: str, convert: bool = False):
+        super().__init__(files, file, position, 0.25, convert)
         self._column = column
         self._parquet: OpenFiles[int, pq.ParquetFile] = OpenFiles(
             lambda i: pq.ParquetFile(files[i], memory_map=True), capacity=32
@@ -188,7 +195,7 @@ class ParquetFrames(FrameStore):
             value = self._groups[file, group][position - start]
         except (pa.ArrowException, OSError) as error:
             raise BadImage(f"{self.files[file]} is damaged ({error})") from error
-        return _stored_image(value)
+        return self._image(value)
 
     def count(self, file: int) -> int:
         return pq.read_metadata(self.files[file]).num_rows
@@ -199,7 +206,7 @@ class ParquetFrames(FrameStore):
             for batch in pq.ParquetFile(self.files[file]).iter_batches(batch_size=256, columns=[self._column]):
                 for value in batch.column(0):
                     try:
-                        yield position, _stored_image(value)
+                        yield position, self._image(value)
                     except BadImage as error:
                         yield position, error
                     position += 1
@@ -214,10 +221,9 @@ class ParquetFrames(FrameStore):
         file, group = key
         return self._parquet[file].read_row_group(group, columns=[self._column]).column(0)
 
-
-def _stored_image(value: pa.Scalar) -> np.ndarray:
-    stored = value.as_py()
-    data = stored["bytes"] if isinstance(stored, dict) else stored
-    if not data:
-        raise BadImage("no image is stored for this frame")
-    return read_image(data)
+    def _image(self, value: pa.Scalar) -> np.ndarray:
+        stored = value.as_py()
+        data = stored["bytes"] if isinstance(stored, dict) else stored
+        if not data:
+            raise BadImage("no image is stored for this frame")
+        return read_image(data, self.convert)

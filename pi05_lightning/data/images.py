@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pi05_lightning.data.errors import BadImage
@@ -44,15 +44,18 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return resize_with_pad(torch.from_numpy(np.require(image, requirements=["C", "W"]))[None], size)[0].numpy()
 
 
-def rgb_array(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode as RGB u8[3 h w].
+def rgb_array(image: Image.Image, convert: bool = False) -> np.ndarray:
+    """A Pillow image as RGB u8[3 h w], upright by the camera's orientation tag.
 
-    The camera's orientation tag is applied, 16-bit levels are scaled to 8, transparency is laid over white.
-    Raises BadImage for floating-point images, whose range nothing tells.
+    convert: take also what is no colour image of 8 bits: grey levels enter every channel, 16-bit ones scaled to 8, and
+    transparency is laid over white.  Raises BadImage for such images otherwise, and for floating-point ones, whose
+    range nothing tells.
     """
-    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise BadImage("the image holds floating-point values of unknown range; store it with 8 or 16 bits a channel")
+    if not convert and (kind := _other_than_rgb(image)):
+        raise BadImage(f"the image is {kind}, not RGB of 8 bits; `convert_images: true` takes it nevertheless")
+    image = ImageOps.exif_transpose(image)
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)  # 257 = 65535 / 255
         return np.repeat(grey[None], 3, axis=0)
@@ -62,13 +65,24 @@ def rgb_array(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
-def read_image(source: Path | bytes) -> np.ndarray:
-    """An image file, or the bytes of one (PNG, JPEG, …), as RGB u8[3 h w]; raises BadImage when it is damaged."""
+def _other_than_rgb(image: Image.Image) -> str | None:
+    """What an image is, in a word, that has more or less to it than three channels of 8 bits; None for all others."""
+    tiles = getattr(image, "tile", ())  # of a file: Pillow opens RGB of 16 bits as if it had 8
+    if image.mode.startswith("I") or any(";16" in str(tile.args) for tile in tiles):
+        return "16-bit"
+    if image.mode in ("1", "L", "LA", "La"):
+        return "grey"
+    return "transparent" if image.has_transparency_data else None
+
+
+def read_image(source: Path | bytes, convert: bool = False) -> np.ndarray:
+    """An image file, or the bytes of one (PNG, JPEG, …), as `rgb_array`; raises BadImage also when it is damaged."""
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return rgb_array(image)
+            return rgb_array(image, convert)
     except BadImage:
         raise
     except _DECODE_ERRORS as error:
         what = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-        raise BadImage(f"{what} cannot be read ({error})") from error
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        raise BadImage(f"{what} cannot be read ({reason})") from error

@@ -63,6 +63,11 @@ class Robot:
     """What `{control_mode}` in a prompt stands for."""
 
     @property
+    def acts(self) -> bool:
+        """Whether its data holds actions; a policy acts as the first robot that does."""
+        return len(self.normalize.action.q01) > 0
+
+    @property
     def transforms(self) -> Group:
         """The robot's units to the model's, and back."""
         group = Group()

@@ -19,7 +19,7 @@ from pi05_lightning.data.sources.base import Source
 from pi05_lightning.types import Batch, Drawn, Modality, Sample
 
 REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
-FIRST_DRAWS = 1000  # a share of fewer draws says little
+FIRST_DRAWS = 200  # a share of fewer draws says little
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Samples(Dataset[Sample]):
                 return replace(sample, skipped=tuple(skipped)) if skipped else sample
             except BadSample as error:
                 if self.sources[self.of(self.names[entry])[0]].on_bad_sample != "skip":
-                    raise
+                    raise BadSample(f"{error}, or leave such data out with on_bad_sample: skip") from error
                 skipped.append(str(error))
                 if len(skipped) == REPLACEMENTS:
                     raise BadSample(f"{REPLACEMENTS} samples in a row are bad, the last: {error}") from error

@@ -22,6 +22,7 @@ import duckdb
 import numpy as np
 
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.frame_cache import cache_folder
 from pi05_lightning.data.sources.lerobot_files import LeRobotFiles
 from pi05_lightning.data.transforms import Quantiles
 
@@ -96,9 +97,10 @@ class Stats:
         return self.features[key]
 
     def quantiles(self, keys: Iterable[str]) -> Quantiles:
-        """What normalises features concatenated in this order."""
+        """What normalises features concatenated in this order; of no dimension for no features."""
         parts = [self.features[key] for key in keys]
-        return Quantiles(np.concatenate([part.q01 for part in parts]), np.concatenate([part.q99 for part in parts]))
+        q01, q99 = (np.concatenate([np.empty(0), *(getattr(part, q) for part in parts)]) for q in ("q01", "q99"))
+        return Quantiles(q01, q99)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain types, as JSON and checkpoints hold them."""
@@ -146,12 +148,12 @@ def load_or_compute(
 ) -> Stats:
     """As `compute`, from meta/pi05_stats.json of the dataset where that was computed from the same data.
 
-    The same data: the contents of the parquet files are compared, by digest. A dataset that cannot be written to is
-    computed each time.
+    The same data: the parquet files' sizes and dates are compared, since they may be large. The statistics of a dataset
+    that is read-only are kept in the user's cache.
     """
     files = LeRobotFiles.open(root)
     request = _request(files, keys, episodes, relative)
-    cache = root / CACHE
+    cache = (root if os.access(root / "meta", os.W_OK) else cache_folder(root)) / CACHE
     entries = _read_cache(cache)
     if request in entries:
         return Stats.from_dict(entries[request])
@@ -313,12 +315,11 @@ def _request(
     chosen = None if episodes is None else sorted({int(episode) for episode in episodes})
     digest.update(json.dumps([sorted(keys), chosen, relative and asdict(relative)]).encode())
     for path in _data_paths(files, episodes):
-        digest.update(path.name.encode())
         try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
+            stat = path.stat()
         except FileNotFoundError as error:
             raise ValueError(f"{path} is missing: restore it from its origin") from error
+        digest.update(f"{path.relative_to(files.root)} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from pi05_lightning.hub import local_folder
 from pi05_lightning.types import NUM_LOC, NUM_SEG, Box
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]
@@ -59,7 +60,8 @@ class TextTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name)).backend_tokenizer
+            folder = local_folder(name)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no tokenizer at {str(name)!r}. PaliGemma's is gated on the Hub: log in with an account that accepted"

@@ -170,7 +170,7 @@ def rollout(
     horizon = processor.shapes.horizon
     if execution_horizon is not None and not 1 <= execution_horizon <= horizon:
         raise ValueError(f"execution_horizon: {execution_horizon} is not within 1 and the model's {horizon}")
-    robot = next(iter(processor.robots.values()), None)
+    robot = next((robot for robot in processor.robots.values() if robot.acts), None)
     if robot is None:
         raise ValueError(f"{checkpoint} was trained on no robot's data: there is nothing to roll out")
     tasks = tasks or env.tasks(robot)

@@ -124,9 +124,9 @@ GREY16 = Image.fromarray(np.full((48, 64), 50_000, np.uint16))
     ],
     ids=["grey", "rgba", "transparent", "16 bit", "palette"],
 )
-def test_an_image_that_is_not_rgb_becomes_it(pictures_copy: Path, image: Image.Image, expected: tuple) -> None:
+def test_an_image_that_is_not_rgb_becomes_it_where_asked(pictures_copy: Path, image, expected: tuple) -> None:
     replace_image(pictures_copy, 5, image)
-    found = open_source(pictures_copy, cameras=None)[5].images["top"]
+    found = open_source(pictures_copy, cameras=None, convert_images=True)[5].images["top"]
     assert found.dtype == np.uint8
     assert found.shape == (3, 48, 64)
     assert (found == np.array(expected)[:, None, None]).all()
@@ -138,8 +138,11 @@ def test_an_image_that_is_not_rgb_becomes_it(pictures_copy: Path, image: Image.I
         (Image.new("F", (64, 48), 0.5), "TIFF", "the image holds floating-point values of unknown range"),
         (b"\x89PNG broken", "", "an image of 11 bytes cannot be read"),
         (None, "", "no image is stored for this frame"),
+        (Image.new("L", (64, 48)), "PNG", "the image is grey, not RGB of 8 bits"),
+        (Image.new("RGBA", (64, 48)), "PNG", "the image is transparent, not RGB of 8 bits"),
+        (GREY16, "PNG", "the image is 16-bit, not RGB of 8 bits"),
     ],
-    ids=["float", "damaged", "absent"],
+    ids=["float", "damaged", "absent", "grey", "RGBA", "16 bit"],
 )
 def test_an_image_that_means_nothing_is_an_error(pictures_copy: Path, image, suffix: str, message: str) -> None:
     replace_image(pictures_copy, 14, image, suffix)

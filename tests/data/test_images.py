@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +50,19 @@ def test_the_pad_is_black_and_centred() -> None:
 
 def test_grey_levels_are_the_same_in_every_channel() -> None:
     grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    np.testing.assert_array_equal(rgb_array(Image.fromarray(grey)), np.stack([grey] * 3))
+    np.testing.assert_array_equal(rgb_array(Image.fromarray(grey), convert=True), np.stack([grey] * 3))
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path) -> None:
     levels = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
     Image.fromarray(levels).save(tmp_path / "depth.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "depth.png")[0], [[0, 1, 128, 255]])
+    np.testing.assert_array_equal(read_image(tmp_path / "depth.png", convert=True)[0], [[0, 1, 128, 255]])
 
 
 def test_transparency_is_laid_over_white() -> None:
     pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0]]], dtype=np.uint8)
-    np.testing.assert_array_equal(rgb_array(Image.fromarray(pixels, "RGBA"))[:, 0].T, [[10, 20, 30], [255] * 3])
+    rgb = rgb_array(Image.fromarray(pixels, "RGBA"), convert=True)
+    np.testing.assert_array_equal(rgb[:, 0].T, [[10, 20, 30], [255] * 3])
 
 
 def test_a_palette_becomes_its_colours() -> None:
@@ -71,9 +74,48 @@ def test_a_palette_becomes_its_colours() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16", "I"])
 def test_every_mode_becomes_three_channels_of_bytes(mode: str) -> None:
-    array = rgb_array(Image.new(mode, (6, 4)))
+    array = rgb_array(Image.new(mode, (6, 4)), convert=True)
     assert array.shape == (3, 4, 6)
     assert array.dtype == np.uint8
+
+
+def deep_png() -> bytes:
+    """A PNG of 16 bits in each of three channels, which Pillow opens as RGB."""
+    pixels = b"".join(b"\0" + struct.pack(">12H", *range(12)) for _ in range(4))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def png(mode: str) -> bytes:
+    stored = io.BytesIO()
+    Image.new(mode, (6, 4)).save(stored, "png")
+    return stored.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (png("1"), "grey"),
+        (png("L"), "grey"),
+        (png("LA"), "grey"),
+        (png("RGBA"), "transparent"),
+        (png("I;16"), "16-bit"),
+        (deep_png(), "16-bit"),
+    ],
+    ids=["bits", "grey", "grey and alpha", "RGBA", "16 bits", "3 x 16 bits"],
+)
+def test_an_image_that_is_not_rgb_of_bytes_is_refused_unless_it_is_to_be_converted(content: bytes, kind: str) -> None:
+    with pytest.raises(BadImage, match=f"the image is {kind}, not RGB of 8 bits; `convert_images: true`"):
+        read_image(content)
+    assert read_image(content, convert=True).shape[0] == 3
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+def test_colours_of_bytes_need_no_conversion(mode: str) -> None:
+    assert read_image(png(mode)).shape == (3, 4, 6)
 
 
 def test_a_turned_photograph_is_turned_upright() -> None:

@@ -94,6 +94,13 @@ def test_data_without_actions_teaches_no_actions(videos: Path) -> None:
     assert len(source.indices(Modality.CONTINUOUS)) == 0
 
 
+def test_data_without_actions_has_its_state_normalised(videos: Path) -> None:
+    robot = open_source(videos, action_keys=[]).robot()
+    assert robot is not None
+    assert not robot.acts
+    assert len(robot.normalize.state.q01) == 3
+
+
 def test_horizon_in_seconds_pads_the_rest_of_the_chunk(videos: Path) -> None:
     frame = open_source(videos, horizon_seconds=0.5)[0]
     assert frame.action_is_pad is not None
@@ -317,6 +324,14 @@ def test_a_width_that_differs_from_the_metadata_is_an_error(videos_copy: Path) -
     rewrite(data_file(videos_copy), action=values)
     with pytest.raises(BadSample, match=r"episode 1, frame 1, action: 3 values where meta/info.json says 2"):
         open_source(videos_copy)
+
+
+def test_skipping_leaves_out_the_chunks_of_a_row_of_another_width_alone(videos_copy: Path) -> None:
+    values = pq.read_table(data_file(videos_copy))["action"].to_pylist()
+    values[13] = [1.0, 2.0, 3.0]
+    rewrite(data_file(videos_copy), action=values)
+    source = open_source(videos_copy, on_bad_sample="skip")
+    assert set(range(sum(LENGTHS))) - set(source._rows) == {12, 13}  # of the episode that begins with row 12
 
 
 def test_a_missing_task_is_an_error_unless_one_is_given(videos_copy: Path) -> None:

@@ -66,6 +66,8 @@ class LeRobotConfig(SourceConfig):
     """Folder for cached frames; by default .cache/pi05 in the dataset, or the user's cache if that is read-only."""
     tolerance_s: float = 1e-4
     """How far, in seconds, a video frame may be from its timestamp; less than half a frame."""
+    convert_images: bool = False
+    """Take grey, transparent and 16-bit images too: grey in every channel, over white, scaled to 8 bits."""
     on_bad_sample: OnBadSample = "error"
     """Whether a frame that cannot be trained on stops the run or is left out, counted and logged."""
 
@@ -157,11 +159,11 @@ class LeRobotSource(Source):
             self._reject_undecoded()
 
     def robot(self) -> Robot | None:
-        """Statistics of the episodes without bad frames, rate, tasks and names; None for data without actions.
+        """Statistics of the episodes without bad frames, rate, tasks and names; None without state and actions.
 
         Raises BadSample for a dimension without range, unless that is to be skipped.
         """
-        if not self.config.action_keys:
+        if not self.config.action_keys and not self.config.state_keys:
             return None
         tasks = sorted({self._task.values[code] for code in np.unique(self._task.codes[self._rows])})
         return Robot(
@@ -257,9 +259,7 @@ class LeRobotSource(Source):
         if not clean:
             raise ValueError(f"dataset {self.name!r}: each of its episodes holds bad frames: no statistics can be had")
         stats = load_or_compute(self.files.root, [*config.state_keys, *config.action_keys], clean)
-        none = Quantiles(np.empty(0), np.empty(0))
-        state = stats.quantiles(config.state_keys) if config.state_keys else none
-        action = stats.quantiles(config.action_keys)
+        state, action = stats.quantiles(config.state_keys), stats.quantiles(config.action_keys)
         for relative, place in self._relative_parts():
             offsets = load_or_compute(self.files.root, [relative.action], clean, relative)[relative.action]
             action.q01[place], action.q99[place] = offsets.q01[list(relative.dims)], offsets.q99[list(relative.dims)]
@@ -328,7 +328,9 @@ class LeRobotSource(Source):
     def _store(self, key: str) -> FrameStore | CachedFrames:
         columns, feature = self.columns, self.files.features[key]
         if feature["dtype"] == "image":
-            store: FrameStore = ParquetFrames(columns.files, columns.file, columns.file_row, key)
+            store: FrameStore = ParquetFrames(
+                columns.files, columns.file, columns.file_row, key, self.config.convert_images
+            )
         else:
             store = self._video(key)
         if not self.config.image_cache:
@@ -349,7 +351,8 @@ class LeRobotSource(Source):
         for i, path in enumerate(paths):
             if not path.exists():
                 self._reject_rows((file == i) & ~np.isnan(start), key, f"{path} is missing")
-        return VideoFrames(paths, file.astype(np.int32), start + columns.timestamp, self.config.tolerance_s)
+        position, config = start + columns.timestamp, self.config
+        return VideoFrames(paths, file.astype(np.int32), position, config.tolerance_s, config.convert_images)
 
     def _reject_rows(self, rows: np.ndarray, key: str, problem: str) -> None:
         if rows.any():

@@ -19,7 +19,7 @@ from pi05_lightning.data.sources.language import (
     question_answers,
     read_language,
 )
-from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, WrongWidth, vectors
+from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, vectors
 from pi05_lightning.types import Answer
 
 
@@ -143,12 +143,12 @@ def _read_file(
 
     numbers = {}
     for key, width in (wanted.state | wanted.action).items():
-        try:
-            numbers[key] = vectors(table, key, width)[keep]
-        except WrongWidth as error:
-            problem = f"{error.found} values where meta/info.json says {width}"
-            rejects.add(f"{address(error.row)}, {key}", problem, f"Correct the shape or {path}", total)
-            return None
+        values, sizes = vectors(table, key, width)
+        numbers[key] = values[keep]
+        wrong = np.flatnonzero((sizes != width) & keep)
+        if len(wrong):  # NaN now, so that the frames are left out with those that held NaN
+            problem = f"{sizes[wrong[0]]} values where meta/info.json says {width}"
+            rejects.add(f"{address(wrong[0])}, {key}", problem, f"Correct the shape or {path}", 0)
     timestamp = table.column("timestamp").to_numpy().astype(np.float64)
     answers: list[tuple[int, Answer]] = []
     rank = np.cumsum(keep) - 1

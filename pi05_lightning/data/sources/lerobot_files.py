@@ -196,31 +196,21 @@ class LeRobotFiles:
         return np.asarray(found["episode_index"])
 
 
-def vectors(table: pa.Table, key: str, width: int) -> np.ndarray:
-    """A numeric column (numbers, or lists of `width` numbers) as f32[N width]; null entries become NaN.
+def vectors(table: pa.Table, key: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A numeric column (numbers, or lists of `width` numbers) as f32[N width], and every row's number of values i64[N].
 
-    Raises ValueError naming the first row, as `row`, whose width differs.
+    What is null becomes NaN, and so do rows with more or fewer values.
     """
     column = table.column(key).combine_chunks()
     if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
-        values = column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
-    else:
-        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-        wrong = np.flatnonzero(lengths != width)
-        if len(wrong):
-            raise WrongWidth(int(wrong[0]), int(lengths[wrong[0]]))
-        values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(len(column), width)
-    if values.shape[1] != width:
-        raise WrongWidth(0, values.shape[1])
-    return values
-
-
-class WrongWidth(ValueError):
-    """A row of a numeric column has `found` values."""
-
-    def __init__(self, row: int, found: int):
-        super().__init__(f"row {row} has {found} values")
-        self.row, self.found = row, found
+        numbers = column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
+        return (numbers if width == 1 else np.full((len(column), width), np.nan, np.float32)), np.ones(len(column), int)
+    found = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    right = found == width
+    values = np.full((len(column), width), np.nan, dtype=np.float32)
+    flat = column.filter(pa.array(right)).flatten().to_numpy(zero_copy_only=False)
+    values[right] = flat.astype(np.float32).reshape(-1, width)
+    return values, found
 
 
 def _read_episodes(path: Path) -> pa.Table:

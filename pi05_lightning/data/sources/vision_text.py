@@ -22,6 +22,7 @@ from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 _VALIDATION_PARTS = ("validation", "valid", "val", "dev", "test")
+_SHUFFLE_BUFFER = 1000  # rows read ahead of a stream, to mix those of a file
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
 
@@ -34,7 +35,7 @@ class VisionTextConfig(SourceConfig):
     subset: str | None = None
     """Which of a Hub dataset's configurations."""
     stream_rows: int | None = None
-    """Read this many rows from the start of each part's stream, and keep them, instead of fetching all of it."""
+    """Read this many rows of each part, from files in random order, and keep them, instead of fetching all of it."""
     image_column: str = "image"
     """Images: encoded, as `datasets` stores them, or paths relative to the dataset's folder."""
     caption_column: str = "caption"
@@ -63,6 +64,8 @@ class VisionTextConfig(SourceConfig):
     """Share of rows held out where the dataset has no validation part; 0 holds out none."""
     group_column: str | None = None
     """Column whose equal values stay on one side of that split, such as the number of the scene."""
+    convert_images: bool = False
+    """Take grey, transparent and 16-bit images too: grey in every channel, over white, scaled to 8 bits."""
     on_bad_sample: OnBadSample = "error"
     """Whether a row that cannot be trained on stops the run or is left out, counted and logged."""
 
@@ -141,7 +144,8 @@ class VisionTextSource(Source):
         return f"{self._row_address(index)}, {list(self.config.texts)[self._kind[index]]}"
 
     def _row_address(self, index: int) -> str:
-        return f"dataset {self.name!r}, row {self._rows[index]}"
+        among = "" if self.config.stream_rows is None else " of those read from the stream"
+        return f"dataset {self.name!r}, row {self._rows[index]}{among}"
 
     def _pairs(self, kind: str, row: dict[str, Any], image: np.ndarray) -> list[tuple[str, str]]:
         """Questions and answers of a row; ValueError for boxes outside the image."""
@@ -230,9 +234,10 @@ class VisionTextSource(Source):
         if stored is None or not (stored["bytes"] or stored["path"]):
             raise BadImage("no image is stored for this row")
         if stored["bytes"]:
-            return read_image(stored["bytes"])
+            return read_image(stored["bytes"], self.config.convert_images)
         paths = [folder / stored["path"] for folder in self._folders]
-        return read_image(next((path for path in paths if path.exists()), paths[0]))
+        file = next((path for path in paths if path.exists()), paths[0])
+        return read_image(file, self.config.convert_images)
 
 
 def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Dataset]]:
@@ -259,7 +264,7 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
         parts = dict(found) if isinstance(found, dict) else {"train": found}
         if config.stream_rows is not None:
             version = [(str(file), file.stat().st_mtime_ns) for group in files.values() for file in group]
-            parts = {name: _first_rows(part, [name, version], config) for name, part in parts.items()}
+            parts = {name: _some_rows(part, [name, version], config) for name, part in parts.items()}
     except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"{config.path} cannot be read ({reason}): restore it from its origin") from error
@@ -284,15 +289,21 @@ def _part_of(file: Path, folder: Path) -> str:
     return next((part for part in _VALIDATION_PARTS if part in words), "train")
 
 
-def _first_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:
-    """The first rows of a part, kept in the cache of `datasets`: draws are by index, and a stream has none."""
+def _some_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:
+    """So many rows of a shuffled part, kept in the cache of `datasets`: draws are by index, and a stream has none.
+
+    Shuffled are the files, and the rows within a buffer, in the same way every time: of two counts the smaller one's
+    rows are among the larger one's.
+    """
     count = cast("int", config.stream_rows)
     if isinstance(stream, datasets.Dataset):  # saved by `datasets`: it is memory-mapped, and nothing has to be fetched
-        return stream.select(range(min(count, len(stream))))
+        return stream.select(np.random.default_rng(0).permutation(len(stream))[:count], keep_in_memory=True)
     if config.image_column in (stream.column_names or ()):
         stream = stream.cast_column(config.image_column, datasets.Image(decode=False))
-    rows = stream.take(count)
-    digest = hashlib.blake2b(repr((config.path, config.subset, count, version)).encode(), digest_size=8).hexdigest()
+    rows = stream.shuffle(seed=0, buffer_size=_SHUFFLE_BUFFER).take(count)
+    digest = hashlib.blake2b(
+        repr(("shuffled", config.path, config.subset, count, version)).encode(), digest_size=8
+    ).hexdigest()
     return datasets.Dataset.from_generator(_rows, rows.features, gen_kwargs={"rows": rows}, fingerprint=digest)
 
 
