@@ -13,14 +13,16 @@ from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.hub import local_folder
 from pi05_lightning.lerobot_processor import read_processor, tokenizer_name
-from pi05_lightning.models.checkpoint import WEIGHTS, build, load_model, read_json, save_model
+from pi05_lightning.models.checkpoint import WEIGHTS, build, load_model, read_json, save_model, weight_files
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.convert import is_foreign, load_lerobot
 from pi05_lightning.models.lora import Lora, build_merged
 from pi05_lightning.models.pi05 import Pi05
 
 PROCESSOR = "processor.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
 def save(folder: str | Path, model: Pi05, processor: Processor) -> None:
@@ -34,19 +36,19 @@ def save(folder: str | Path, model: Pi05, processor: Processor) -> None:
 def load(
     path: str | Path, *, dtype: torch.dtype | None = None, tokenizer: str | None = None, averaged: bool = True
 ) -> tuple[Pi05, Processor]:
-    """Model and processor from a `.ckpt` file, a run's directory (its newest checkpoint) or a folder with weights.
+    """Model and processor from a `.ckpt` file, a run's directory (its newest checkpoint), a folder or a Hub id.
 
     The folder is one of ours, or LeRobot's or openpi's: then `tokenizer` says where PaliGemma's text tokenizer is, if
     not where the folder says.  Weights are cast to `dtype` while they are read; a training checkpoint's are the
     averaged ones if it has any and `averaged` is left on.
     Raises ValueError for anything else, and when weights and configuration do not fit; nothing is loaded by half.
     """
-    path = Path(path)
+    path = local_folder(path)
     if is_foreign(path):
         text = TextTokenizer.load(tokenizer or tokenizer_name(path))
         model = build(*load_lerobot(path, dtype=dtype))
         return model, read_processor(path, model.config, text)[0]
-    if (path / WEIGHTS).is_file():
+    if weight_files(path):
         if not (path / PROCESSOR).is_file():
             raise ValueError(
                 f"{path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert it again with"
@@ -75,6 +77,11 @@ def find_checkpoint(path: Path) -> Path:
     candidates = (*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt"))
     # last.ckpt may be a link whose target a killed process had just replaced
     found = sorted((file for file in candidates if file.exists()), key=lambda file: file.stat().st_mtime)
+    if not found and (pickles := [file.name for kind in PICKLES for file in path.glob(kind)]):
+        raise ValueError(
+            f"{path} holds only pickled weights ({', '.join(pickles)}), which are not read as they may execute code:"
+            f" save them as {WEIGHTS} with the package that wrote them"
+        )
     if not found:
         raise ValueError(
             f"{path} is neither a checkpoint nor a folder with one: expected a .ckpt file, a run's directory with"

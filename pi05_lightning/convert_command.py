@@ -11,6 +11,7 @@ import torch
 from pi05_lightning import checkpoint
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.hub import local_folder
 from pi05_lightning.lerobot_processor import read_processor, tokenizer_name, write_lerobot
 from pi05_lightning.models.checkpoint import (
     WEIGHTS,
@@ -20,6 +21,7 @@ from pi05_lightning.models.checkpoint import (
     read_metadata,
     save_model,
     save_tensors,
+    weight_files,
 )
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.convert import (
@@ -47,33 +49,40 @@ def convert(
     format: Literal["ours", "lerobot"] = "ours",
     tokenizer: str | None = None,
     vision_heads: int | None = None,
+    averaged: bool = True,
 ) -> None:
     """Convert a checkpoint and print what became of every key.
 
     Args:
-        source: a folder with LeRobot's or openpi's (PyTorch) model.safetensors, or a checkpoint, run or folder of ours.
+        source: a folder with LeRobot's or openpi's (PyTorch) model.safetensors, its Hub id, or a checkpoint, run or
+            folder of ours.
         target: the folder to make; it must not exist.
         format: what to make.
         tokenizer: folder or name of the text tokenizer; by default what the source names, which is PaliGemma's.
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
+        averaged: of a training checkpoint of ours, take the averaged weights if it has them.
     """
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
+    source = local_folder(source)
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        report = to_ours(source, part, tokenizer, vision_heads) if format == "ours" else to_lerobot(source, part)
+        if format == "ours":
+            report = to_ours(source, part, tokenizer, vision_heads, averaged)
+        else:
+            report = to_lerobot(source, part, averaged)
         part.rename(target)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print("\n".join([*report, f"written to {target}"]))
 
 
-def to_ours(source: Path, folder: Path, tokenizer: str | None, vision_heads: int | None) -> list[str]:
+def to_ours(source: Path, folder: Path, tokenizer: str | None, vision_heads: int | None, averaged: bool) -> list[str]:
     """Write a folder of ours, of LeRobot's or openpi's tensor by tensor from disk to disk; returns the report."""
     if not is_foreign(source):
-        model, processor = checkpoint.load(source)
+        model, processor = checkpoint.load(source, averaged=averaged)
         checkpoint.save(folder, model, processor)
         return summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items())
     foreign = map_foreign(source, vision_heads=vision_heads)
@@ -103,11 +112,11 @@ def to_ours(source: Path, folder: Path, tokenizer: str | None, vision_heads: int
         for key, tensor in foreign.unread.items()
         if key != PREFIX + LM_HEAD or not torch.equal(tensor, foreign.tensors[EMBEDDING])
     }
-    save_tensors(drifted, origin / UNREAD, read_metadata(source / WEIGHTS))
+    save_tensors(drifted, origin / UNREAD, read_metadata(weight_files(source)[0]))
     return [foreign.report(), *notes]
 
 
-def to_lerobot(source: Path, folder: Path) -> list[str]:
+def to_lerobot(source: Path, folder: Path, averaged: bool) -> list[str]:
     """Write a folder that LeRobot's `PI05Policy.from_pretrained` opens; returns the report."""
     if is_foreign(source):
         raise ValueError(f"{source} is no checkpoint of ours: convert it to ours first, then to lerobot")
@@ -116,7 +125,7 @@ def to_lerobot(source: Path, folder: Path) -> list[str]:
     if origin.is_dir() and not (source / checkpoint.PROCESSOR).exists():
         model = load_model(source)
     else:
-        model, processor = checkpoint.load(source)
+        model, processor = checkpoint.load(source, averaged=averaged)
     unread = map_tensors(origin / UNREAD) if origin.is_dir() else {}
     tensors = lerobot_tensors(model.state_dict(), unread)
     save_tensors(tensors, folder / WEIGHTS, read_metadata(origin / UNREAD) if origin.is_dir() else None)

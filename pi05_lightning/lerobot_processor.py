@@ -127,7 +127,7 @@ def _openpi_quantiles(stats: Mapping[str, Any], key: str, path: Path) -> Quantil
 def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype: torch.dtype) -> list[str]:
     """LeRobot's config.json and both processors with their statistics; returns notes on what it cannot express.
 
-    Raises ValueError for a policy of relative actions.
+    Raises ValueError for a policy of relative actions, or of none.
     """
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
@@ -135,7 +135,10 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
     from lerobot.processor.factory import make_policy_processor_pipelines
 
-    name, robot = next(iter(processor.robots.items()))
+    acting = {name: robot for name, robot in processor.robots.items() if robot.acts}
+    if not acting:
+        raise ValueError("the policy was trained on no robot's actions: LeRobot's π0.5 is nothing but actions")
+    name, robot = next(iter(acting.items()))
     if robot.relative is not None:
         raise ValueError(f"{name}: a policy of relative actions (relative_dims) cannot be written as LeRobot's")
     normalize = robot.normalize
@@ -184,7 +187,7 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     notes = []
     if processor.language.condition_on != "task":
         notes.append("LeRobot has no subtasks: give it the subtask as the task, or train with condition_on: task")
-    if others := list(processor.robots)[1:]:
+    if others := list(acting)[1:]:
         notes.append(f"LeRobot has statistics of one robot: {name} is written, not {', '.join(others)}")
     if processor.tokenizer.vocab_size < config.vocab_size or config.vocab_size != ModelConfig.vocab_size:
         notes.append(f"the export names {PALIGEMMA}; the policy was trained with another tokenizer: name that one")

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from pi05_lightning.data.datamodule import datamodule_of
@@ -43,10 +44,11 @@ class Pi05Module(LightningModule):
 
     Args:
         config: the model's dimensions; by default those of `init_from`.
-        init_from: weights to begin with: a checkpoint, a run or a folder of ours, or LeRobot's or openpi's folder.
+        init_from: weights to begin with: a checkpoint, a run or a folder of ours, LeRobot's or openpi's folder, or the
+            Hub id of a folder.
         lora: train adapters beside the linear layers instead of the layers.
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
-        compile: compile backbone and flow head.
+        compile: compile backbone and flow head for training steps.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
         flow_draws: noise draws per observation and step; they share one backbone pass.
         rtc_max_delay: training-time real-time chunking: the first 0 to this many actions of a draw are given, not
@@ -114,6 +116,12 @@ class Pi05Module(LightningModule):
     # --- building
 
     def setup(self, stage: str) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            raise ValueError(
+                f"trainer.strategy {type(strategy).__name__} shards the weights, which the tied embedding, the stages'"
+                " freezing and the averaged weights need whole: use ddp, with LoRA or bf16-true where memory is short"
+            )
         self.processor = datamodule_of(self.trainer).processor
         if type(self.trainer.precision_plugin) is HalfPrecision:
             self.trainer.strategy.precision_plugin = PureHalf(self.trainer.precision_plugin.precision)

@@ -53,3 +53,12 @@ def test_weights_without_a_processor_say_what_is_missing(tmp_path: Path) -> None
     save_model(tmp_path, Pi05(ModelConfig.preset("debug")))
     with pytest.raises(ValueError, match=r"no processor\.json.*--tokenizer"):
         checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "policy.pth"])
+def test_a_folder_of_pickled_weights_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"type": "pi05"}')
+    torch.save({"weight": Harmful(tmp_path / "made")}, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"only pickled weights \({name}\), which are not read"):
+        checkpoint.load(tmp_path)
+    assert not (tmp_path / "made").exists()

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pi05_lightning"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A module may import from its own layer and from those before it.
 LAYERS = (
-    {"types", "recipe", "shipped", "report"},
+    {"types", "recipe", "shipped", "hub", "report"},
     {"models", "data"},
     {"losses", "metrics", "optim", "profile_parts", "checkpoint", "pretrained", "lerobot_processor", "policy"},
     {"module", "precision", "sim"},

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
 
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.models.gemma import Block, ExpertBlock
@@ -20,6 +24,22 @@ def checkpoint_blocks(model: Pi05) -> None:
 
 
 def compile_calls(model: Pi05) -> None:
-    """Compile the two calls that a training step and inference consist of: the backbone and the flow head."""
-    model.backbone.compile()
-    model.flow_head.compile()
+    """Compile the two calls that a training step consists of, the backbone's and the flow head's.
+
+    Without gradients they run as they are: validation and rollouts have more shapes than the compiler keeps graphs
+    for, and once it gives up on a function, training would go on without it.
+    """
+    for part in (model.backbone, model.flow_head):
+        part.forward = _compiled_where_it_learns(part.forward)  # type: ignore[method-assign]
+
+
+def _compiled_where_it_learns(forward: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(forward)
+
+    @wraps(forward)
+    def call(*args: Any, **options: Any) -> Any:
+        # a function that the compiler first meets within a mode, such as the counter of FLOPs, it passes over for good
+        learns = torch.is_grad_enabled() and not is_in_torch_dispatch_mode()
+        return (compiled if learns else forward)(*args, **options)
+
+    return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,45 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
+"""Of weights in several files; what large checkpoints are split into."""
 Sizes = Mapping[str, tuple[int, ...]]
+READERS = 4
+"""Threads that read a file: one alone waits for the disk or copies, where several do both at once."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: model.safetensors, or those that its index names; none where neither is."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        return []
+    shards = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
+        raise ValueError(f"{folder / INDEX} has no weight_map of tensors to files beside it: copy or download it again")
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def map_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's weights, as `map_tensors`; ValueError also for one that is in two of its files."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder) or [folder / WEIGHTS]:
+        found = map_tensors(file)
+        if twice := sorted(tensors.keys() & found.keys()):
+            raise ValueError(f"{file} holds what another file of {folder} holds too: {', '.join(twice)}")
+        tensors |= found
+    return tensors
+
+
+def read_weights(
+    folder: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a folder's weights (all, or those named), as `read_tensors`."""
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder) or [folder / WEIGHTS]:
+        own = None if keys is None else [key for key in map_tensors(file) if key in keys]
+        tensors |= read_tensors(file, own, dtype)
+    return tensors
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
@@ -43,16 +82,20 @@ def read_tensors(
     and they read from a file that may be gone.  ValueError as `map_tensors`.
     """
     shapes = map_tensors(path)
-    tensors = {}
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_size))
-        for key in shapes if keys is None else keys:
-            tensor = torch.empty_like(shapes[key])
+
+    def read(key: str) -> Tensor:
+        tensor = torch.empty_like(shapes[key])
+        with path.open("rb") as file:
             file.seek(8 + header_size + header[key]["data_offsets"][0])
             file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-            tensors[key] = tensor if dtype is None else tensor.to(dtype)
-    return tensors
+        return tensor if dtype is None else tensor.to(dtype)
+
+    wanted = list(shapes if keys is None else keys)
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(wanted, pool.map(read, wanted), strict=True))
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:
@@ -111,7 +154,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Pi05:
         config = ModelConfig.from_dict(values)
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG} does not describe a model of pi05_lightning ({error})") from error
-    return build(config, read_tensors(folder / WEIGHTS, dtype=dtype))
+    return build(config, read_weights(folder, dtype=dtype))
 
 
 def check_keys(

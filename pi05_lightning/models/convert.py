@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi05_lightning.models.checkpoint import CONFIG, WEIGHTS, check_keys, map_tensors, read_json, read_tensors
+from pi05_lightning.models.checkpoint import CONFIG, check_keys, map_weights, read_json, read_weights, weight_files
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
 
@@ -134,7 +134,7 @@ def summarize(rows: Iterable[tuple[str, Tensor, str]]) -> list[str]:
 
 def is_foreign(source: Path) -> bool:
     """Whether a folder is LeRobot's or openpi's; ours says what backbone it has."""
-    if not (source / WEIGHTS).is_file():
+    if not weight_files(source):
         return False
     return not (source / CONFIG).is_file() or "backbone_type" not in read_json(source / CONFIG)
 
@@ -148,7 +148,7 @@ def load_lerobot(
     Arguments and errors as `map_foreign`.
     """
     mapped = map_foreign(path, vision_heads=vision_heads)
-    tensors = read_tensors(Path(path) / WEIGHTS, mapped.source.values(), dtype)
+    tensors = read_weights(Path(path), set(mapped.source.values()), dtype)
     return mapped.config, {ours: tensors[theirs] for ours, theirs in mapped.source.items()}
 
 
@@ -162,7 +162,7 @@ def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign
     path = Path(path)
     found: dict[str, tuple[str, Tensor]] = {}
     unknown: dict[str, tuple[int, ...]] = {}
-    for theirs, tensor in map_tensors(path / WEIGHTS).items():
+    for theirs, tensor in map_weights(path).items():
         if theirs.removeprefix(PREFIX) in found:  # with and without the prefix
             unknown[theirs] = tuple(tensor.shape)
         found.setdefault(theirs.removeprefix(PREFIX), (theirs, tensor))
@@ -188,7 +188,7 @@ def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign
     heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
     expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
     shapes |= {key: tuple(tensor.shape) for key, tensor in unread.items()}
-    check_keys(shapes | unknown, expected, names, path / WEIGHTS)
+    check_keys(shapes | unknown, expected, names, path)
     return Foreign(config, tensors, unread, dropped, source, tuple(notes))
 
 
@@ -274,6 +274,8 @@ def _check_config(
     for name in ("max_action_dim", "action_dim"):
         if values.get(name, action_dim) != action_dim:
             problems.append(f"{name} is {values[name]}, but action_in_proj takes {action_dim}")
+    if len(set(values.get("image_resolution", []))) > 1:
+        problems.append(f"image_resolution is {values['image_resolution']}, but the position embeddings are a square's")
     if (image_size // patch) ** 2 != positions:
         problems.append(
             f"image_resolution {image_size} with patches of {patch} makes {(image_size // patch) ** 2} of them, but"

@@ -141,6 +141,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.compiler.is_compiling():  # an in-place product in an autograd.Function would lose its gradient
+            return self.down_proj(F.gelu(gate, approximate="tanh") * up)
         if gate.requires_grad or up.requires_grad:
             return self.down_proj(GeGLU.apply(gate, up))
         return self.down_proj(gelu_tanh(gate).mul_(up))

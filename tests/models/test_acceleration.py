@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils.flop_counter import FlopCounterMode
 
 from pi05_lightning.models.acceleration import checkpoint_blocks, compile_calls
 from pi05_lightning.models.config import ModelConfig, VisionConfig
@@ -61,6 +65,19 @@ def test_every_block_runs_exactly_once_more(config: ModelConfig, batch: Batch) -
     assert after == dict.fromkeys(before, 2)
 
 
+def test_blocks_that_get_no_gradient_run_no_more_than_before(config: ModelConfig, batch: Batch) -> None:
+    model = small_model(config)
+    checkpoint_blocks(model)
+    runs = count_block_runs(model)
+    model(batch, tokens=False, insulate=True).flow.mean().backward()
+    # of the last language-model layer only keys and values are needed
+    assert {name: n for name, n in runs.items() if "backbone" in name} == {
+        **{f"backbone.vision.layers.{i}.self_attn": 1 for i in range(2)},
+        **{f"backbone.layers.{i}.self_attn": 1 for i in range(2)},
+    }
+    assert {n for name, n in runs.items() if "flow_head" in name} == {2}
+
+
 def test_checkpointing_leaves_loss_and_gradients_identical(config: ModelConfig, batch: Batch) -> None:
     plain, checkpointed = small_model(config), small_model(config)
     checkpoint_blocks(checkpointed)
@@ -109,26 +126,80 @@ def test_checkpointing_leaves_the_names_of_parameters(config: ModelConfig) -> No
     assert list(model.state_dict()) == names
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapters", [False, True])
-def test_compiler_reports_no_graph_break_in_the_two_calls(config: ModelConfig, batch: Batch, adapters: bool) -> None:
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's compiler without what earlier processes left in its cache, files half written by killed ones included."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
+
+
+KEYPOINTS = VisionConfig(image_size=16, width=8, num_heads=2, num_keypoints=4, keypoints_per_token=2)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("changed", [False, True], ids=["plain", "adapters, checkpointing, keypoints"])
+def test_compiler_reports_no_graph_break_in_the_two_calls(changed: bool) -> None:
+    config = small_config(backbone_type="keypoint_gemma", vision=KEYPOINTS) if changed else small_config()
+    batch = make_batch(config, ["iippss", "iptt", "pff"], acting=2, draws=2)
     model = small_model(config)
-    if adapters:
-        add_adapters(model, Lora(rank=2))
-    report = torch._dynamo.explain(model.backbone)(batch)
-    assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
+    if changed:
+        add_adapters(model, Lora(rank=2, dropout=0.1))
+        checkpoint_blocks(model)
+    for need_hidden in (True, False):
+        report = torch._dynamo.explain(model.backbone)(batch, need_hidden=need_hidden)
+        assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
     prefix, modulations = model.backbone(batch).rows(2), model.flow_head.modulate(batch.time)
     report = torch._dynamo.explain(model.flow_head)(batch.noise, modulations, prefix)
     assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_calls_give_the_same_loss_and_gradients(
-    config: ModelConfig, batch: Batch, checkpointing: bool
+@pytest.fixture
+def traced(compiler: None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What the compiler says that it did; it traces and generates no code."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    counters.clear()
+    return counters["stats"]
+
+
+def test_steps_are_compiled_and_what_needs_no_gradient_is_not(
+    config: ModelConfig, batch: Batch, traced: Counter[str]
 ) -> None:
-    torch._dynamo.reset()
+    model = small_model(config)
+    compile_calls(model)
+    with torch.no_grad():
+        model(batch)
+    assert traced["unique_graphs"] == 0
+    step(model, batch)
+    assert traced["unique_graphs"] == 2
+
+
+def test_counting_the_flops_of_the_first_step_leaves_the_next_ones_compiled(
+    config: ModelConfig, batch: Batch, traced: Counter[str]
+) -> None:
+    model = small_model(config)
+    compile_calls(model)
+    with FlopCounterMode(display=False) as flops:
+        step(model, batch)
+    assert flops.get_total_flops() > 0
+    step(model, batch)
+    assert traced["unique_graphs"] == 2
+
+
+@pytest.mark.usefixtures("traced")
+def test_batches_of_many_shapes_stay_within_the_compilers_limit() -> None:
+    config = small_config()
+    model = small_model(config)
+    compile_calls(model)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for seed in range(12):
+            rows = ["i" * (1 + (seed + r) % 3) + "p" * (2 + (5 * seed + r) % 7) + "s" * (seed % 4) for r in range(4)]
+            step(model, make_batch(config, [*rows, "ips"], acting=1 + seed % 4, draws=2, seed=seed))
+
+
+def compare(checkpointing: bool) -> None:
+    """Loss and gradients of a compiled step with those of a plain one."""
+    config = small_config(depth=1)
+    batch = make_batch(config, ["iippss", "iptt", "pff"], acting=2, draws=2)
     plain, compiled = small_model(config), small_model(config)
     if checkpointing:
         checkpoint_blocks(compiled)
@@ -137,3 +208,16 @@ def test_compiled_calls_give_the_same_loss_and_gradients(
     other_loss, other_gradients = step(compiled, batch)
     torch.testing.assert_close(other_loss, loss)
     torch.testing.assert_close(other_gradients, gradients)
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_traced_calls_give_the_same_loss_and_gradients(checkpointing: bool) -> None:
+    compare(checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("compiler")
+def test_compiled_calls_give_the_same_loss_and_gradients() -> None:
+    compare(checkpointing=False)

@@ -204,11 +204,12 @@ def test_round_trip_from_a_checkpoint_without_drift_gives_the_same_file(copy: Co
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_bfloat16_weights_stay_bfloat16_both_ways(copy: Copy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_mixed_dtypes_keep_them_both_ways(copy: Copy, tmp_path: Path, dtype: torch.dtype) -> None:
     def halve(tensors: dict[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             if "norm" not in key and "vision" not in key:  # as LeRobot's own dtype: bfloat16
-                tensors[key] = tensor.bfloat16()
+                tensors[key] = tensor.to(dtype)
 
     folder = copy(halve)
     convert(source=folder, target=tmp_path / "ours")
@@ -369,6 +370,50 @@ def test_openpis_names_give_the_same_model(source: Path, copy: Copy, tmp_path: P
     assert robots["lab/arm"].normalize.action.q99.tolist() == [2.5] * ACTION_DIM
 
 
+def split(folder: Path) -> Path:
+    """The folder with its weights in two files and an index, as large checkpoints have them."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    files = {key: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, key in enumerate(tensors)}
+    for name in set(files.values()):
+        save_file({key: tensors[key] for key in tensors if files[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def test_weights_in_several_files_are_read_as_one(source: Path, copy: Copy, tmp_path: Path) -> None:
+    folder = split(copy(lambda tensors: None))
+    found, expected = load_lerobot(folder)[1], load_lerobot(source)[1]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    convert(source=folder, target=tmp_path / "ours")
+    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+def test_a_missing_one_of_several_files_is_named(copy: Copy, tmp_path: Path) -> None:
+    folder = split(copy(lambda tensors: None))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors does not exist"):
+        convert(source=folder, target=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_tensor_in_two_of_several_files_is_named(source: Path, copy: Copy) -> None:
+    folder = split(copy(lambda tensors: None))
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(ValueError, match=r"holds what another file .* holds too: model\."):
+        load_lerobot(folder)
+
+
+def test_an_index_that_points_elsewhere_is_refused(copy: Copy, tmp_path: Path) -> None:
+    folder = split(copy(lambda tensors: None))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match="has no weight_map of tensors to files beside it"):
+        load_lerobot(folder)
+
+
 def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy: Copy) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
         for key in [key for key in tensors if "time_mlp" in key]:
@@ -463,6 +508,7 @@ def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy: Copy) -> None:
     [
         ("max_action_dim", 32, "max_action_dim is 32, but action_in_proj takes 5"),
         ("image_resolution", [224, 224], "there are 4 position embeddings"),
+        ("image_resolution", [28, 56], "a square's"),
         ("type", "pi0", "type is 'pi0'"),
         ("min_period", 0.01, "min_period is 0.01"),
         ("action_expert_variant", "gemma_2b", "both gemma_2b"),

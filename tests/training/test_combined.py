@@ -32,7 +32,7 @@ STAGES_WITH_FREEZING = {
 OPTIONS: dict[str, Any] = {
     "stages": STAGES_WITH_FREEZING,
     "module_options": {
-        "lora": Lora(rank=2),
+        "lora": Lora(rank=2, dropout=0.1),
         "activation_checkpointing": True,
         "knowledge_insulation": True,
     },

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.callbacks.ema import WeightAverage
+from pi05_lightning.convert_command import convert
 from pi05_lightning.recipe import LossWeights, Stage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
@@ -154,6 +155,18 @@ def test_policy_takes_the_average_by_default_and_the_weights_by_choice(
     policy = Pi05Policy(tmp_path / f"step={TOTAL}.ckpt", **options)
     expected = checkpoint["ema"][NAME] if averaged else checkpoint["state_dict"][f"model.{NAME}"]
     assert torch.equal(policy.model.get_parameter(NAME), expected)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_export_has_the_average_by_default_and_the_weights_by_choice(
+    train: Train, tmp_path: Path, averaged: bool
+) -> None:
+    train(WeightAverage(0.9))
+    file, target = tmp_path / f"step={TOTAL}.ckpt", tmp_path / "exported"
+    convert(source=file, target=target, **({} if averaged else {"averaged": False}))
+    checkpoint = load(tmp_path, TOTAL)
+    expected = checkpoint["ema"][NAME] if averaged else checkpoint["state_dict"][f"model.{NAME}"]
+    assert torch.equal(Pi05Policy(target).model.get_parameter(NAME), expected)
 
 
 def test_policy_of_a_run_without_average_has_the_weights(train: Train, tmp_path: Path) -> None:

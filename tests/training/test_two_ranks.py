@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -35,3 +37,12 @@ def test_ranks_end_equal(ranks: list[Any], part: str) -> None:
     first, second = (rank[part] for rank in ranks)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_strategies_that_shard_the_weights_are_refused(train: Callable[..., Any]) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"ModelParallelStrategy shards the weights.*use ddp"):
+            train(strategy=strategy, devices=1)
+    finally:
+        torch.distributed.destroy_process_group()

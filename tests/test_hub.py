@@ -1,0 +1,75 @@
+"""Hub ids in the place of folders; the Hub is its cache here, as it is to anyone without a network."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from pi05_lightning import Pi05Policy
+from pi05_lightning.convert_command import convert
+from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.hub import local_folder
+from pi05_lightning.models.checkpoint import save_tensors
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.convert import lerobot_tensors
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.pretrained import config_at, load_into
+
+
+@pytest.fixture(scope="module")
+def lerobot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with LeRobot's weights and nothing else."""
+    model = Pi05(ModelConfig.preset("debug"))
+    model.reset_parameters()
+    folder = tmp_path_factory.mktemp("lerobot")
+    save_tensors(lerobot_tensors(model.state_dict(), {}), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cached(lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's cache holds the folder as `lab/arm`, there is no network, and nothing else is in the way."""
+    repository = tmp_path / "hub" / "models--lab--arm"
+    shutil.copytree(lerobot, repository / "snapshots" / "0123456789")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_policy_of_a_hub_id_is_that_of_the_folder(lerobot: Path) -> None:
+    one, other = (Pi05Policy.from_pretrained(name, tokenizer="tiny") for name in (lerobot, "lab/arm"))
+    observation = {"image": torch.zeros(3, 9, 9), "state": torch.zeros(6), "task": "open"}
+    noise = torch.zeros(one.model.config.horizon, one.model.config.action_dim)
+    assert (one.predict_chunk(observation, noise) == other.predict_chunk(observation, noise)).all()
+
+
+def test_training_begins_with_a_hub_ids_weights() -> None:
+    config = config_at("lab/arm")
+    with torch.device("meta"):
+        model = Pi05(config)
+    load_into(model, "lab/arm", torch.float32)
+    assert model.backbone.embed_tokens.weight.device.type == "cpu"
+
+
+def test_hub_id_is_converted(lerobot: Path, tmp_path: Path) -> None:
+    convert(source=Path("lab/arm"), target=tmp_path / "ours", tokenizer="tiny")
+    assert config_at(tmp_path / "ours") == config_at(lerobot)
+
+
+@pytest.mark.parametrize("open", [Pi05Policy.from_pretrained, config_at, TextTokenizer.load])
+def test_what_the_hub_does_not_give_is_refused_by_name(open) -> None:
+    with pytest.raises(ValueError, match="lab/leg") as error:
+        open("lab/leg")
+    assert "log in" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lab/arm", "lab/leg"])
+def test_a_folder_here_comes_first(name: str, tmp_path: Path) -> None:
+    (tmp_path / "lab" / "arm").mkdir(parents=True)
+    assert local_folder(name) == Path(name)
