@@ -10,7 +10,6 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -63,10 +62,6 @@ class PeriodicRollout(Callback):
         self.mode, self.execution_horizon, self.max_seconds = mode, execution_horizon, max_seconds
         self.lanes, self.seed = lanes, seed
         self._last = -1
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy)):
-            raise ValueError("PeriodicRollout needs whole weights on rank 0, which sharded training does not have")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step

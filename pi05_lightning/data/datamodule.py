@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from pi05_lightning.data.augment import Augmentation, augment
@@ -203,11 +202,8 @@ class Pi05DataModule(LightningDataModule):
 
     @property
     def _validation_shard(self) -> tuple[int, int]:
-        """Which part of the validation samples is this rank's, of how many.
-
-        All of them where ranks hold shards of the model: they compute in step, and generated texts differ in length.
-        """
-        if self.trainer is None or isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        """Which part of the validation samples is this rank's, of how many."""
+        if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size
 

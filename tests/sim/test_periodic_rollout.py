@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
@@ -107,12 +106,6 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
         assert own.requires_grad
     owned = trainer.lightning_module.model.parameters()
     assert any(not torch.equal(own, used) for own, used in zip(owned, seen[0], strict=True))
-
-
-def test_sharded_training_is_refused(tmp_path):
-    trainer = Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), logger=False)
-    with pytest.raises(ValueError, match="whole weights on rank 0"):
-        rollout().setup(trainer, None, "fit")
 
 
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"episodes": 0}])
