@@ -57,6 +57,10 @@ monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
 	if [ -z "$$newest" ]; then echo "There is no run under runs/ yet: start one with make demo or pi05 fit." >&2; exit 1; fi; \
 	$(BIN)/tensorboard --logdir "$$(dirname "$$newest")" $(ARGS)
 
+.PHONY: experiment
+experiment: $(RENDERING) ## run an experiment with three seeds on the demo's data and gather it (NAME=002_without_stage_1)
+	@$(BIN)/python tools/experiment.py $(NAME) $(ARGS)
+
 .PHONY: libero
 libero: $(SETUP) ## add LIBERO's simulator to .venv (1.2 GB)
 	@VIRTUAL_ENV=.venv $(BIN)/uv pip install -r requirements-libero.lock

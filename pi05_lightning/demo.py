@@ -130,10 +130,20 @@ def run_command(command: tuple[str, ...]) -> None:
 
     Ctrl-C reaches it once and we wait for it, so that training can save before everything ends.
     """
-    process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
-    forwarded = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, lambda n, _: os.killpg(process.pid, n)) for number in forwarded}
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came before there was a process to send them to
+
+    def forward(number: int, _: object) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            os.killpg(process.pid, number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
+        process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
+        for number in early:
+            forward(number, None)
         status = process.wait()
     finally:
         for number, handler in previous.items():

@@ -1,0 +1,114 @@
+"""`make experiment`: what is done is not done again, and the tables hold what the runs measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tools import experiment
+
+
+def write_run(run: Path, policy: int, flat: int, error: float, seconds: float) -> None:
+    """A run of one task with ten trials per mode."""
+    success = {mode: {"reach-v3": [count, 10]} for mode, count in (("policy", policy), ("flat", flat))}
+    files = {
+        "rollout/rollout.json": {"success": success | {"mean_replay": {"reach-v3": [3, 10]}}},
+        "metrics.json": {"robot/continuous_robot_actions": {"action_mae": error, "samples": 4}},
+        "parts/fit.json": {"cpu_seconds": seconds, "done": True},
+    }
+    for name, content in files.items():
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of an experiment with two seeds that ran and one that is not done."""
+    monkeypatch.setattr(experiment, "EXPERIMENTS", tmp_path / "experiments")
+    folder = tmp_path / "experiments" / "002_other"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("# 002\n\n<!-- TABLES -->\n\nold\n\n<!-- /TABLES -->\n\n## Verdict\n")
+    write_run(tmp_path / "runs" / "002_other" / "seed0", policy=8, flat=6, error=0.1, seconds=100)
+    write_run(tmp_path / "runs" / "002_other" / "seed1", policy=10, flat=6, error=0.3, seconds=104)
+    (tmp_path / "runs" / "002_other" / "seed2").mkdir()
+    experiment.gather("002_other", tmp_path / "runs")
+    return folder
+
+
+def test_results_hold_every_seed_that_was_rolled_out(gathered: Path) -> None:
+    results = json.loads((gathered / "results.json").read_text())
+    assert list(results) == ["0", "1"]
+    assert results["1"]["success"]["policy"] == {"reach-v3": [10, 10]}
+    assert results["1"]["validation"] == {"action_mae": 0.3}
+
+
+def test_table_has_mean_and_standard_deviation_over_seeds(gathered: Path) -> None:
+    arms = {"002_other": json.loads((gathered / "results.json").read_text())}
+    mean = list(experiment.seed_table(arms))[-1]
+    # 0.8 and 1.0: mean 0.9, deviation √(2 · 0.1²); 0.1 and 0.3 the same around 0.2; 100 and 104: 102, √8
+    assert mean.split(" | ")[2:] == [
+        "**0.900 ± 0.141**",
+        "**0.600 ± 0.000**",
+        "**–**",
+        "**0.200 ± 0.141**",
+        "**102 ± 3** |",
+    ]
+
+
+def test_table_of_tasks_adds_up_the_seeds(gathered: Path) -> None:
+    arms = {"002_other": json.loads((gathered / "results.json").read_text())}
+    assert list(experiment.task_table(arms))[-1] == "| reach-v3 | 18/20 | 12/20 | 6/20 |"
+
+
+def test_tables_replace_those_in_the_readme(gathered: Path) -> None:
+    text = (gathered / "README.md").read_text()
+    assert "| reach-v3 | 18/20 |" in text
+    assert "old" not in text
+    assert text.startswith("# 002\n")
+    assert text.endswith("<!-- /TABLES -->\n\n## Verdict\n")
+
+
+def test_plot_is_a_picture(gathered: Path) -> None:
+    assert (gathered / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_part_that_is_done_is_not_run_again(tmp_path: Path) -> None:
+    script, marker = tmp_path / "append.py", tmp_path / "parts" / "fit.json"
+    script.write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('ran ')")
+    for _ in range(2):
+        experiment.run_part(marker, (str(script),))
+    assert (tmp_path / "log").read_text() == "ran "
+
+
+def test_cpu_seconds_of_a_part_are_those_of_its_process(tmp_path: Path) -> None:
+    script, marker = tmp_path / "busy.py", tmp_path / "parts" / "fit.json"
+    script.write_text("import time\ntime.sleep(1)\nwhile time.process_time() < 0.5: pass")
+    experiment.run_part(marker, (str(script),))
+    assert 0.5 <= json.loads(marker.read_text())["cpu_seconds"] < 0.9
+
+
+def test_part_that_failed_is_run_again_and_its_cpu_seconds_count(tmp_path: Path) -> None:
+    script, marker = tmp_path / "fail.py", tmp_path / "parts" / "fit.json"
+    script.write_text("import time\nwhile time.process_time() < 0.2: pass\nraise SystemExit(1)")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            experiment.run_part(marker, (str(script),))
+    state = json.loads(marker.read_text())
+    assert not state["done"]
+    assert state["cpu_seconds"] >= 0.4
+
+
+def test_training_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "demo" / "data" / "robot").mkdir(parents=True)
+    run = tmp_path / "run"
+    assert "--seed_everything" in experiment.commands("001_metaworld", 3, tmp_path / "demo", run)["fit"]
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    assert experiment.commands("001_metaworld", 3, tmp_path / "demo", run)["fit"] == ("fit", "--ckpt_path", str(run))
+
+
+def test_unknown_experiment_is_told_the_known_ones() -> None:
+    with pytest.raises(SystemExit, match="001_metaworld"):
+        experiment.experiment("000_nothing")
