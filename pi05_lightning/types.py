@@ -146,6 +146,7 @@ class Batch:
     camera       i64[P]        which of the data's cameras took it
     image_mask   bool[B C]     slots in use
     tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: sees only what is before it
+                               (from a row's first token with a loss on: without `target_index` nothing is causal)
     loss_kind    u8[B L]       `Loss` of predicting this token
     target_index i64[N]        row * L + column of every token with a loss
     actions      f32[R T D]    action_mask bool[R T D]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.embedding import Embedding
-from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table
+from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Loss, Prefix
@@ -45,15 +45,9 @@ class Cache:
     def extend(cls, prefix: Prefix, columns: int) -> Cache:
         """Room for `columns` more tokens after a prefix."""
         batch, length = prefix.mask.shape
-
-        def grow(x: Tensor) -> Tensor:
-            out = x.new_zeros(*x.shape[:2], length + columns, x.shape[3])
-            out[:, :, :length] = x
-            return out
-
         room = prefix.mask.new_zeros(batch, columns)
         return cls(
-            kv=[(grow(k), grow(v)) for k, v in prefix.kv],
+            kv=[(with_room(k, columns), with_room(v, columns)) for k, v in prefix.kv],
             mask=torch.cat([prefix.mask, room], 1),
             flow_mask=torch.cat([prefix.flow_mask, room], 1),
             length=length,
@@ -88,7 +82,8 @@ class Backbone(nn.Module):
         given = (batch.loss_kind == Loss.NONE) | (batch.loss_kind == Loss.SUBTASK)
         flow_mask[:, -batch.tokens.shape[1] :] &= given
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
-        attend = prefix_mask(mask, causal)
+        # what nobody predicts is one block: every query sees the same
+        attend = prefix_mask(mask, causal) if len(batch.target_index) else mask[:, None, None]
 
         kv: list[KV] = []
         for layer in self.layers[:-1]:

@@ -52,6 +52,14 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
+def with_room(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of keys or values [B H_kv S head_dim] with zeros for `columns` more tokens."""
+    rows, heads, length, head_dim = x.shape
+    out = x.new_zeros(rows, heads, length + columns, head_dim, dtype=dtype)
+    out[:, :, :length] = x
+    return out
+
+
 class RMSNorm(nn.Module):
     """Gemma's norm: y = x / rms(x) · (1 + weight), computed in fp32."""
 
@@ -183,13 +191,24 @@ class ExpertBlock(nn.Module):
         self.post_attention_layernorm = AdaRMSNorm(config.width)
         self.mlp = MLP(config.width, config.mlp_dim)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor, past: KV, modulation: tuple[Tensor, Tensor]) -> Tensor:
-        """x [R K T W]: K draws of T actions, which the mask keeps apart; modulation: one per norm, [R K t 3W]."""
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor, past: KV, modulation: tuple[Tensor, Tensor], has_room: bool
+    ) -> Tensor:
+        """x [R K T W]: K draws of T actions, which the mask keeps apart; modulation: one per norm, [R K t 3W].
+
+        has_room: `past` ends with columns for the actions' own keys and values, which are written there.
+        """
         draws = x.shape[1]
         y, gate = self.input_layernorm(x, modulation[0])
         y = rearrange(y, "r k t w -> r (k t) w")
-        k, v = self.self_attn.keys_values(y, rope)
-        kv = torch.cat([past[0].to(k.dtype), k], dim=2), torch.cat([past[1].to(v.dtype), v], dim=2)
+        own = self.self_attn.keys_values(y, rope)
+        if has_room:
+            for room, x_own in zip(past, own, strict=True):
+                room[:, :, -x_own.shape[2] :] = x_own
+            kv = past
+        else:
+            k, v = (torch.cat([p.to(o.dtype), o], dim=2) for p, o in zip(past, own, strict=True))
+            kv = k, v
         y = rearrange(self.self_attn(y, rope, mask, kv), "r (k t) w -> r k t w", k=draws)
         x = x + gate * y
         y, gate = self.post_attention_layernorm(x, modulation[1])

@@ -153,6 +153,7 @@ def with_tokens(batch: Batch, said: Tensor, kind: Loss = Loss.SUBTASK) -> Batch:
         token_mask=F.pad(batch.token_mask, (0, more)) | predicted,
         causal=predicted,
         loss_kind=predicted.to(torch.uint8) * int(kind),
+        target_index=predicted.flatten().nonzero()[:, 0],
     )
 
 

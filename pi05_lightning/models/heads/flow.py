@@ -9,6 +9,7 @@ Real-time chunking: a chunk's first steps may be given, because the robot execut
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,25 @@ from torch import Tensor, nn
 
 from pi05_lightning.models.backbone import initialize
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.gemma import AdaRMSNorm, ExpertBlock, rope_table
+from pi05_lightning.models.gemma import KV, AdaRMSNorm, ExpertBlock, Rope, compute_dtype, rope_table, with_room
 from pi05_lightning.types import Prefix
 
 Modulations = list[Tensor]
 """What adaRMS needs of the flow time: one [R K t 3W] per norm, two a layer and the last."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the actions attend to, the same at every flow time.
+
+    kv: per layer what the prefix has, [R H_kv S head_dim], with room for the actions' own behind it if has_room;
+    mask: of `draws_mask`;  rope: of the actions' positions.
+    """
+
+    kv: list[KV]
+    has_room: bool
+    mask: Tensor
+    rope: Rope
 
 
 def interpolate(noise: Tensor, actions: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,18 +95,33 @@ class FlowHead(nn.Module):
 
     def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix) -> Tensor:
         """Velocity f32[R K T D] at x_t f32[R K T D]; draws see the prefix and themselves, not each other."""
-        draws, horizon = x_t.shape[1:3]
+        return self.velocity(x_t, modulations, self.context(prefix, x_t.shape[1]))
+
+    def context(self, prefix: Prefix, draws: int, has_room: bool = False) -> Context:
+        """Of a prefix, for K draws; `has_room` copies its keys and values, so that later calls need not."""
+        length = draws * self.horizon
         # after the last token that it sees, however many hidden ones follow
         start = ((prefix.mask.cumsum(1) - 1) * prefix.flow_mask).amax(1) + 1
-        positions = repeat(start[:, None] + torch.arange(horizon, device=x_t.device), "r t -> r (k t)", k=draws)
-        rope = rope_table(positions, self.head_dim)
-        mask = draws_mask(prefix.flow_mask, draws, horizon)
+        step = torch.arange(self.horizon, device=start.device)
+        kv = prefix.kv
+        if has_room:
+            dtype = compute_dtype(self.layers[0].self_attn.k_proj.weight)
+            kv = [(with_room(k, length, dtype), with_room(v, length, dtype)) for k, v in kv]
+        return Context(
+            kv=kv,
+            has_room=has_room,
+            mask=draws_mask(prefix.flow_mask, draws, self.horizon),
+            rope=rope_table(repeat(start[:, None] + step, "r t -> r (k t)", k=draws), self.head_dim),
+        )
 
+    def velocity(self, x_t: Tensor, modulations: Modulations, context: Context) -> Tensor:
+        """As `forward`."""
         x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
         # LeRobot's bf16 checkpoints keep the projections in fp32
         x = x.to(self.layers[0].self_attn.q_proj.weight.dtype)
-        for i, (layer, past) in enumerate(zip(self.layers, prefix.kv, strict=True)):
-            x = layer(x, rope, mask, past, (modulations[2 * i], modulations[2 * i + 1]))
+        for i, (layer, past) in enumerate(zip(self.layers, context.kv, strict=True)):
+            pair = modulations[2 * i], modulations[2 * i + 1]
+            x = layer(x, context.rope, context.mask, past, pair, context.has_room)
         x, _ = self.norm(x, modulations[-1])
         return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float()
 
@@ -118,19 +148,20 @@ class FlowHead(nn.Module):
         """
         dt = -1.0 / num_steps
         # summed in float64, as LeRobot does: the shortest time period is 4e-3, so float32 errors of t would show
-        grid = torch.tensor([1 + step * dt for step in range(num_steps)], dtype=torch.float32, device=noise.device)
+        grid = (1 + torch.arange(num_steps, dtype=torch.float64, device=noise.device) * dt).float()
+        context = self.context(prefix, noise.shape[1], has_room=True)
         table = self.modulate(grid[None])  # [1 steps 1 3W]: a table over time, the same for all rows and draws
         if given is None or num_given is None:
             x = noise
             for step in range(num_steps):
-                x = x + dt * self(x, [m[:, step, None] for m in table], prefix)
+                x = x + dt * self.velocity(x, [m[:, step, None] for m in table], context)
             return x
         is_given = (torch.arange(self.horizon, device=noise.device) < num_given[:, None])[:, None, :, None]
         clean = self.modulate(grid.new_zeros(1, 1))
         x = torch.where(is_given, given[:, None], noise)
         for step in range(num_steps):
             mixed = [torch.where(is_given, c, m[:, step, None]) for c, m in zip(clean, table, strict=True)]
-            x = torch.where(is_given, x, x + dt * self(x, mixed, prefix))
+            x = torch.where(is_given, x, x + dt * self.velocity(x, mixed, context))
         return x
 
     def reset_parameters(self) -> None:
