@@ -49,6 +49,7 @@ class Pi05Module(LightningModule):
         lora: train adapters beside the linear layers instead of the layers.
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
         compile: compile backbone and flow head for training steps.
+        flex_attention: the compiled steps attend with FlexAttention; needs `compile` and a GPU.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
         flow_draws: noise draws per observation and step; they share one backbone pass.
         rtc_max_delay: training-time real-time chunking: the first 0 to this many actions of a draw are given, not
@@ -68,6 +69,7 @@ class Pi05Module(LightningModule):
         lora: Lora | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
+        flex_attention: bool = False,
         flow_draws: int = 1,
         rtc_max_delay: int = 0,
         knowledge_insulation: bool = False,
@@ -81,6 +83,9 @@ class Pi05Module(LightningModule):
         self.config = config or config_at(str(init_from))
         self.init_from, self.lora, self.make_optimizer = init_from, lora, optimizer
         self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
+        if flex_attention and not compile:
+            raise ValueError("flex_attention is slow where it is not compiled: set model.compile too, or leave it out")
+        self.flex_attention = flex_attention
         if not 0 <= rtc_max_delay < self.config.horizon:
             raise ValueError(f"rtc_max_delay {rtc_max_delay} is not within 0 and the horizon of {self.config.horizon}")
         self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay
@@ -122,6 +127,8 @@ class Pi05Module(LightningModule):
                 f"trainer.strategy {type(strategy).__name__} shards the weights, which the tied embedding, the stages'"
                 " freezing and the averaged weights need whole: use ddp, with LoRA or bf16-true where memory is short"
             )
+        if stage == "fit" and self.flex_attention and strategy.root_device.type == "cpu":
+            raise ValueError("flex_attention trains on GPUs only: leave model.flex_attention out on this machine")
         self.processor = datamodule_of(self.trainer).processor
         if type(self.trainer.precision_plugin) is HalfPrecision:
             self.trainer.strategy.precision_plugin = PureHalf(self.trainer.precision_plugin.precision)
@@ -146,7 +153,7 @@ class Pi05Module(LightningModule):
         if self.activation_checkpointing:
             checkpoint_blocks(self.model)
         if self.compile_model:
-            compile_calls(self.model)
+            compile_calls(self.model, self.flex_attention)
 
     def _begin(self) -> None:
         if self.init_from is not None:

@@ -23,13 +23,16 @@ def checkpoint_blocks(model: Pi05) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def compile_calls(model: Pi05) -> None:
+def compile_calls(model: Pi05, flex_attention: bool = False) -> None:
     """Compile the two calls that a training step consists of, the backbone's and the flow head's.
+
+    flex_attention: they attend with FlexAttention, which PyTorch can train on GPUs alone.
 
     Without gradients they run as they are: validation and rollouts have more shapes than the compiler keeps graphs
     for, and once it gives up on a function, training would go on without it.
     """
     for part in (model.backbone, model.flow_head):
+        part.flex_attention = flex_attention
         part.forward = _compiled_where_it_learns(part.forward)  # type: ignore[method-assign]
 
 

@@ -6,14 +6,26 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+Mask = Tensor | BlockMask
+"""bool[B 1 S S_k], or bool[B 1 1 S_k] where it is the same for every query; or the same as `block_mask` makes it."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def block_mask(mask: Tensor, queries: int) -> BlockMask:
+    """A mask for FlexAttention, whose kernels for GPUs leave out the tiles of it in which nobody sees anybody."""
+    rows, _, _, keys = mask.shape
+    seen = mask.expand(-1, -1, queries, -1)
+    return create_block_mask(lambda b, h, i, j: seen[b, 0, i, j], rows, None, queries, keys, device=str(mask.device))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
     """softmax(q kᵀ / √d) v -> [B H S d].
 
-    q [B H S d]; k, v [B H_kv S_k d], each read by H / H_kv query heads; mask bool[B 1 S S_k], or bool[B 1 1 S_k] where
-    it is the same for every query; None: all see all.
+    q [B H S d]; k, v [B H_kv S_k d], each read by H / H_kv query heads; without a mask all see all.
     """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)  # type: ignore[return-value]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _attend_in_two_products(q, k, v, mask)
     heads, kv_heads = q.shape[1], k.shape[1]

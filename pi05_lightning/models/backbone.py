@@ -19,6 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from pi05_lightning.models.attention import Mask, block_mask
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
@@ -69,6 +70,7 @@ class Backbone(nn.Module):
         width = config.language.width
         stems: dict[str, type[Siglip | KeypointStem]] = {"siglip_gemma": Siglip, "keypoint_gemma": KeypointStem}
         self.head_dim = config.language.head_dim
+        self.flex_attention = False
         self.vision = stems[config.backbone_type](config.vision, width)
         self.embed_tokens = Embedding(config.vocab_size, width)
         blocks = (Block(config.language) for _ in range(config.language.depth))
@@ -83,7 +85,10 @@ class Backbone(nn.Module):
         flow_mask[:, -batch.tokens.shape[1] :] &= given
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
         # what nobody predicts is one block: every query sees the same
-        attend = prefix_mask(mask, causal) if len(batch.target_index) else mask[:, None, None]
+        seen = prefix_mask(mask, causal) if len(batch.target_index) else mask[:, None, None]
+        attend: Mask = seen
+        if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
+            attend = block_mask(seen, x.shape[1])
 
         kv: list[KV] = []
         for layer in self.layers[:-1]:

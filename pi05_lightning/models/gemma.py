@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pi05_lightning.models.attention import attend
+from pi05_lightning.models.attention import Mask, attend
 from pi05_lightning.models.config import GemmaConfig
 
 KV = tuple[Tensor, Tensor]
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         v = rearrange(self.v_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
         return rotate(k, rope), v
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, kv: KV) -> Tensor:
         q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
@@ -170,12 +170,12 @@ class Block(nn.Module):
         """What the layer lets others attend to, [B H_kv S head_dim] each; all that is needed of the last layer."""
         return self.self_attn.keys_values(self.input_layernorm(x)[0], rope)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask) -> tuple[Tensor, KV]:
         y, _ = self.input_layernorm(x)
         kv = self.self_attn.keys_values(y, rope)
         return self.mix(x, y, rope, mask, kv), kv
 
-    def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
+    def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Mask, kv: KV) -> Tensor:
         """The layer's output for tokens x (normed: after the first norm) that attend to kv."""
         x = x + self.self_attn(normed, rope, mask, kv)
         return x + self.mlp(self.post_attention_layernorm(x)[0])
@@ -192,7 +192,7 @@ class ExpertBlock(nn.Module):
         self.mlp = MLP(config.width, config.mlp_dim)
 
     def forward(
-        self, x: Tensor, rope: Rope, mask: Tensor, past: KV, modulation: tuple[Tensor, Tensor], has_room: bool
+        self, x: Tensor, rope: Rope, mask: Mask, past: KV, modulation: tuple[Tensor, Tensor], has_room: bool
     ) -> Tensor:
         """x [R K T W]: K draws of T actions, which the mask keeps apart; modulation: one per norm, [R K t 3W].
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
+from pi05_lightning.models.attention import Mask, block_mask
 from pi05_lightning.models.backbone import initialize
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, ExpertBlock, Rope, compute_dtype, rope_table, with_room
@@ -35,7 +36,7 @@ class Context:
 
     kv: list[KV]
     has_room: bool
-    mask: Tensor
+    mask: Mask
     rope: Rope
 
 
@@ -77,6 +78,7 @@ class FlowHead(nn.Module):
         width = config.expert.width
         self.horizon, self.action_dim = config.horizon, config.action_dim
         self.width, self.head_dim = width, config.expert.head_dim
+        self.flex_attention = False
         self.action_in_proj = nn.Linear(config.action_dim, width)
         self.action_out_proj = nn.Linear(width, config.action_dim)
         self.time_mlp_in = nn.Linear(width, width)
@@ -107,10 +109,14 @@ class FlowHead(nn.Module):
         if has_room:
             dtype = compute_dtype(self.layers[0].self_attn.k_proj.weight)
             kv = [(with_room(k, length, dtype), with_room(v, length, dtype)) for k, v in kv]
+        seen = draws_mask(prefix.flow_mask, draws, self.horizon)
+        mask: Mask = seen
+        if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
+            mask = block_mask(seen, length)
         return Context(
             kv=kv,
             has_room=has_room,
-            mask=draws_mask(prefix.flow_mask, draws, self.horizon),
+            mask=mask,
             rope=rope_table(repeat(start[:, None] + step, "r t -> r (k t)", k=draws), self.head_dim),
         )
 
