@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from pi05_lightning.precision import PureHalf
 from pi05_lightning.pretrained import config_at, load_into
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch
+from pi05_lightning.vision_cache import cache_features, is_tower
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -50,6 +52,8 @@ class Pi05Module(LightningModule):
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
         compile: compile backbone and flow head for training steps.
         flex_attention: the compiled steps attend with FlexAttention; needs `compile` and a GPU.
+        vision_cache: a folder in which the features of images are kept while SigLIP is frozen, see `cache_features`;
+            needs data without augmentation.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
         flow_draws: noise draws per observation and step; they share one backbone pass.
         rtc_max_delay: training-time real-time chunking: the first 0 to this many actions of a draw are given, not
@@ -70,6 +74,7 @@ class Pi05Module(LightningModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         flex_attention: bool = False,
+        vision_cache: str | None = None,
         flow_draws: int = 1,
         rtc_max_delay: int = 0,
         knowledge_insulation: bool = False,
@@ -85,7 +90,7 @@ class Pi05Module(LightningModule):
         self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
         if flex_attention and not compile:
             raise ValueError("flex_attention is slow where it is not compiled: set model.compile too, or leave it out")
-        self.flex_attention = flex_attention
+        self.flex_attention, self.vision_cache = flex_attention, vision_cache
         if not 0 <= rtc_max_delay < self.config.horizon:
             raise ValueError(f"rtc_max_delay {rtc_max_delay} is not within 0 and the horizon of {self.config.horizon}")
         self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay
@@ -129,6 +134,8 @@ class Pi05Module(LightningModule):
             )
         if stage == "fit" and self.flex_attention and strategy.root_device.type == "cpu":
             raise ValueError("flex_attention trains on GPUs only: leave model.flex_attention out on this machine")
+        if stage == "fit" and self.vision_cache:
+            self._check_vision_cache()
         self.processor = datamodule_of(self.trainer).processor
         if type(self.trainer.precision_plugin) is HalfPrecision:
             self.trainer.strategy.precision_plugin = PureHalf(self.trainer.precision_plugin.precision)
@@ -154,6 +161,18 @@ class Pi05Module(LightningModule):
             checkpoint_blocks(self.model)
         if self.compile_model:
             compile_calls(self.model, self.flex_attention)
+        if self.vision_cache:
+            cache_features(self.model, Path(self.vision_cache).expanduser())
+
+    def _check_vision_cache(self) -> None:
+        if datamodule_of(self.trainer).augmentation is not None:
+            raise ValueError("vision_cache finds no image again that is augmented: set data.augmentation to null")
+        tower = [name for name, _ in self.model.named_parameters() if is_tower(name)]
+        if not any(all(stage.freezes(name) for name in tower) for stage in self.recipe.stages):
+            raise ValueError(
+                "vision_cache needs a stage in which SigLIP is frozen: add 'backbone\\.vision' to a stage's freeze, or"
+                " leave vision_cache out"
+            )
 
     def _begin(self) -> None:
         if self.init_from is not None:

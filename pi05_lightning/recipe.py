@@ -126,10 +126,15 @@ class Recipe:
         progress = min(1.0, (done - stage.warmup_steps) / max(1, length - stage.warmup_steps))
         return stage.final_lr_factor + (1 - stage.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Those that have steps."""
+        stages = (self.pretrain, self.pretrain_steps), (self.posttrain, self.posttrain_steps)
+        return [stage for stage, steps in stages if steps]
+
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained in any stage that has steps."""
-        stages = (self.pretrain, self.pretrain_steps), (self.posttrain, self.posttrain_steps)
-        return any(steps and not stage.freezes(name) for stage, steps in stages)
+        return any(not stage.freezes(name) for stage in self.stages)
 
     def freezing(self, *patterns: str) -> Recipe:
         """The same recipe with more frozen parts, in both stages."""

@@ -17,7 +17,17 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"types", "recipe", "shipped", "hub", "report"},
     {"models", "data"},
-    {"losses", "metrics", "optim", "profile_parts", "checkpoint", "pretrained", "lerobot_processor", "policy"},
+    {
+        "losses",
+        "metrics",
+        "optim",
+        "profile_parts",
+        "checkpoint",
+        "pretrained",
+        "lerobot_processor",
+        "policy",
+        "vision_cache",
+    },
     {"module", "precision", "sim"},
     {"callbacks"},
     {"cli", "lightning_cli", "convert_command", "demo", "profile_command", "serve", "serve_format", "__main__"},

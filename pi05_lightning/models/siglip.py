@@ -54,7 +54,7 @@ class Siglip(nn.Module):
 
     def __init__(self, config: VisionConfig, out_width: int) -> None:
         super().__init__()
-        self.num_tokens = (config.image_size // config.patch_size) ** 2
+        self.num_tokens, self.width = (config.image_size // config.patch_size) ** 2, config.width
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size)
         self.position_embedding = Embedding(self.num_tokens, config.width)
         self.layers = nn.ModuleList(SiglipBlock(config) for _ in range(config.depth))
@@ -63,7 +63,11 @@ class Siglip(nn.Module):
 
     def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, None]:
         """images f32[P 3 H W] in [-1, 1] -> tokens [P N W]; no keypoints. SigLIP treats all cameras alike."""
+        return self.projector(self.features(images)), None
+
+    def features(self, images: Tensor) -> Tensor:
+        """images f32[P 3 H W] in [-1, 1] -> [P N width]: the tower without the projector."""
         x = rearrange(self.patch_embedding(images), "p w h v -> p (h v) w") + self.position_embedding.weight
         for layer in self.layers:
             x = layer(x)
-        return self.projector(self.post_layernorm(x)), None
+        return self.post_layernorm(x)
