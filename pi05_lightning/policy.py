@@ -41,7 +41,7 @@ class Pi05Policy:
             They are given to the flow head, so that the next chunk goes on from them (real-time chunking); train with
             `rtc_max_delay` of at least as many.
         hierarchical: a subtask is predicted from the task and conditions the actions; otherwise the task alone does,
-            as it always does for a policy that was trained on tasks alone.
+            as it always does for a policy that was trained on tasks alone, or on data without subtasks.
         replan_subtask_every: chunks that a predicted subtask lasts.
         num_steps: Euler steps of the flow head.
         noise_scale: of the noise that the flow starts from; 0 starts from its mean, which draws nothing.
@@ -130,7 +130,7 @@ class Pi05Policy:
         self.use_flow_matching, self.num_steps, self.noise_scale = use_flow_matching, num_steps, noise_scale
         self.temperature = temperature
         self.constrain_fast, self.on_failed_decode, self.failed_decodes = constrain_fast, on_failed_decode, 0
-        self.hierarchical = hierarchical and self.processor.language.condition_on != "task"
+        self.hierarchical = hierarchical and self.processor.predicts_subtasks(self.robot)
         self.replan_subtask_every = replan_subtask_every
         self.generator = torch.Generator().manual_seed(seed)
         self._next: Future[np.ndarray] | None = None

@@ -1,5 +1,6 @@
 """The policy: what it predicts is what the trained module predicts, and observations that do not fit are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.data.fast import FastDecodeError, FastTokenizer
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, Stage
 
 
@@ -323,3 +326,19 @@ def test_fast_tokens_need_a_fast_tokenizer(trained) -> None:
 def test_path_without_a_policy_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither a checkpoint nor a folder with one"):
         Pi05Policy.from_pretrained(tmp_path)
+
+
+def test_policy_whose_data_has_no_subtasks_acts_on_the_task(pictures: Path) -> None:
+    config = ModelConfig.preset("debug")
+    robot = LeRobotConfig(path=str(pictures), val_fraction=0.2)
+    data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, shapes=config.shapes)
+    model = Pi05(config)
+    model.reset_parameters()
+    processor = Processor.from_dict(data.processor.to_dict())
+    policy = Pi05Policy((model, processor), seed=3)
+    policy.predict(observation(data))
+    assert policy.subtask is None
+    processor.robots["robot"] = replace(processor.robots["robot"], has_subtasks=True)
+    policy = Pi05Policy((model, processor), seed=3)
+    policy.predict(observation(data))
+    assert policy.subtask is not None

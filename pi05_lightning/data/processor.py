@@ -61,6 +61,8 @@ class Robot:
     """What `{embodiment}` in a prompt stands for."""
     control_mode: str = ""
     """What `{control_mode}` in a prompt stands for."""
+    has_subtasks: bool = True
+    """Whether its data says what to do next."""
 
     @property
     def acts(self) -> bool:
@@ -170,6 +172,10 @@ class Processor:
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
         return Sample(*self._encode(segments), modality, self._resize(images))
+
+    def predicts_subtasks(self, source: str) -> bool:
+        """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""
+        return self.language.condition_on != "task" and self.robots[source].has_subtasks
 
     def normalize(self, frame: Frame, source: str) -> Frame:
         """The frame in the model's units, with what its robot is called; a source without a robot changes nothing."""
@@ -360,6 +366,7 @@ def _robot_to_dict(robot: Robot) -> dict[str, Any]:
         "relative": None if robot.relative is None else {k: list(v) for k, v in asdict(robot.relative).items()},
         "embodiment": robot.embodiment,
         "control_mode": robot.control_mode,
+        "has_subtasks": robot.has_subtasks,
     }
 
 
@@ -374,4 +381,5 @@ def _robot_from_dict(values: Mapping[str, Any]) -> Robot:
         relative=RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
         embodiment=values.get("embodiment", ""),
         control_mode=values.get("control_mode", ""),
+        has_subtasks=values.get("has_subtasks", True),
     )

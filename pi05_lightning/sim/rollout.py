@@ -170,9 +170,10 @@ def rollout(
     horizon = processor.shapes.horizon
     if execution_horizon is not None and not 1 <= execution_horizon <= horizon:
         raise ValueError(f"execution_horizon: {execution_horizon} is not within 1 and the model's {horizon}")
-    robot = next((robot for robot in processor.robots.values() if robot.acts), None)
-    if robot is None:
+    name = next((name for name, robot in processor.robots.items() if robot.acts), None)
+    if name is None:
         raise ValueError(f"{checkpoint} was trained on no robot's data: there is nothing to roll out")
+    robot = processor.robots[name]
     tasks = tasks or env.tasks(robot)
     demonstrations = dataset or Path(robot.dataset)
     config = RolloutConfig(
@@ -185,7 +186,7 @@ def rollout(
         noise_scale=noise_scale,
         device=device,
     )
-    modes = available_modes(config, modes)
+    modes = available_modes(config, modes, processor.predicts_subtasks(name))
     out = out or default_folder(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     jobs = list(plan(config, tasks, episodes, modes, lanes, videos))
@@ -227,8 +228,10 @@ def default_folder(checkpoint: Path) -> Path:
     return (folder.parent if folder.name == "checkpoints" else folder) / "rollout"
 
 
-def available_modes(config: RolloutConfig, wanted: Sequence[Mode] | None) -> tuple[Mode, ...]:
+def available_modes(config: RolloutConfig, wanted: Sequence[Mode] | None, subtasks: bool = True) -> tuple[Mode, ...]:
     """The wanted modes; by default all but those whose expert or demonstrations are not there.
+
+    `flat` is left out too, unless it is wanted, where the policy predicts no subtasks: it acts on the task anyhow.
 
     Raises ValueError when such a one is wanted.
     """
@@ -240,7 +243,7 @@ def available_modes(config: RolloutConfig, wanted: Sequence[Mode] | None) -> tup
     for mode in wanted or ():
         if mode in missing:
             raise ValueError(f"mode {mode}: {missing[mode]}, or leave the mode out")
-    return tuple(mode for mode in wanted or MODES if mode not in missing)
+    return tuple(wanted or (mode for mode in MODES if mode not in missing and (subtasks or mode != "flat")))
 
 
 def plan(

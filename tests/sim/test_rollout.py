@@ -116,6 +116,8 @@ def test_mistake_is_named(untrained, tmp_path, options, message):
 def test_modes_that_cannot_be_are_left_out():
     config = RolloutConfig("", None, LeRobotEnv("metaworld"), VIEW, Pace(1))
     assert available_modes(config, None) == ("policy", "flat", "random")
+    assert available_modes(config, None, subtasks=False) == ("policy", "random")
+    assert available_modes(config, ("flat",), subtasks=False) == ("flat",)
 
 
 def test_every_mode_gets_the_same_initial_states_and_no_task_shares_them():

@@ -174,6 +174,7 @@ class LeRobotSource(Source):
             relative=self._relative,
             embodiment=self.config.embodiment,
             control_mode=self.config.control_mode,
+            has_subtasks=len(self.indices(Modality.HL_SUBTASK)) > 0,
         )
 
     @property
