@@ -35,7 +35,7 @@ class Provenance(Callback):
         content = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "from step": trainer.global_step,
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "pi05"), *sys.argv[1:]]),
             "commit": commit(ROOT),
             "versions": {
                 "pi05_lightning": __version__,
