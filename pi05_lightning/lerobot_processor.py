@@ -185,7 +185,7 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     path.write_text(json.dumps(saved, indent=2), encoding="utf-8")
 
     notes = []
-    if processor.language.condition_on != "task":
+    if processor.predicts_subtasks(name):
         notes.append("LeRobot has no subtasks: give it the subtask as the task, or train with condition_on: task")
     if others := list(acting)[1:]:
         notes.append(f"LeRobot has statistics of one robot: {name} is written, not {', '.join(others)}")
