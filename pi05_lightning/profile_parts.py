@@ -20,6 +20,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+from torch.utils.weak import WeakIdKeyDictionary
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.token import score_tokens
@@ -232,12 +233,20 @@ def activation_peak(model: nn.Module, step: Callable[[], None], fake: FakeTensor
             if isinstance(module, nn.Embedding):
                 module.register_forward_hook(lambda module, args, out: out.detach())
         tracker = MemTracker()
+        tracker.memory_tracking = _NoPeaksPerModule()
         tracker.track_external(model)
         with tracker, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Expected a tensor or a traceable wrapper")  # arguments that are None
             step()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     return peak["Total"] - sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+
+
+class _NoPeaksPerModule(WeakIdKeyDictionary):
+    """What the tracker keeps of modules; it asks each of them at every operation, for peaks that nobody reads here."""
+
+    def values(self) -> list[Any]:  # type: ignore[override]
+        return []
 
 
 def _drop_gradient(parameter: Tensor) -> None:
