@@ -1,4 +1,7 @@
-"""`python -m benchmarks [--quick]`: every part in a process of its own, one after the other; writes results/."""
+"""`python -m benchmarks [--quick]`: every part in a process of its own, one after the other.
+
+It writes results/, and the table into README.md and docs/profile-and-benchmark.md.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import environment, markdown, read_json, write_json
+from benchmarks.harness import environment, markdown, publish, read_json, write_json
 
 PARTS = ("train", "chunk", "counts", "recipe", "base", "data", "stats", "fast", "growth")
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> None:
@@ -37,10 +41,8 @@ def main() -> None:
     print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")
     if not args.quick:
         write_json(rows, RESULTS / "latest.json")
-        text = (
-            f"# The last `make bench`\n\n```\n{header}\n```\n\n{table}\n\nReasons for misses: [NOTES](../NOTES.md).\n"
-        )
-        (RESULTS / "latest.md").write_text(text, encoding="utf-8")
+        publish([row for row in rows if row.goal], ROOT / "README.md")
+        publish(rows, ROOT / "docs" / "profile-and-benchmark.md", f"```\n{header}\n```")
     if failed:
         sys.exit(f"these parts failed: {', '.join(failed)}")
 

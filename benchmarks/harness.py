@@ -161,19 +161,29 @@ def environment() -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The rows as a table."""
-    lines = [
-        "| work | goal | ratio | spread | peer | ours | unit | met |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    """The rows as a table; where a row compares ours with ours, or with a plain product, its name says so."""
+    lines = ["| work | LeRobot | ours | ratio | spread | goal |", "|---|---|---|---|---|---|"]
     for row in rows:
-        met = ("yes" if row.met else "**no**") if row.goal else "–"
-        goal = row.goal.replace(">=", "≥").replace("<=", "≤") or "–"
-        lines.append(
-            f"| {row.name} | {goal} | {row.ratio:.3g} | {row.low:.3g}–{row.high:.3g} | {row.peer:.4g} |"
-            f" {row.ours:.4g} | {row.unit} | {met} |"
-        )
+        peer, ours = (_with_unit(value, row.unit) for value in (row.peer, row.ours))
+        spread = f"{row.low:.3g}–{row.high:.3g}" if row.low < row.high else "–"
+        verdict = ("met" if row.met else "**missed**") if row.goal else ""
+        goal = f"{row.goal.replace('>=', '≥').replace('<=', '≤')}, {verdict}" if row.goal else "–"
+        lines.append(f"| {row.name} | {peer} | {ours} | **{row.ratio:.3g}** | {spread} | {goal} |")
     return "\n".join(lines)
+
+
+def _with_unit(value: float, unit: str) -> str:
+    return f"{value / 1e9:.0f} G{unit}" if value > 1e9 else f"{value:.3g} {unit}"
+
+
+def publish(rows: Sequence[Row], page: Path, header: str = "") -> None:
+    """Put the table between a page's marks <!-- SPEED --> and <!-- /SPEED -->."""
+    content = f"{header}\n\n{markdown(rows)}".strip()
+    before, mark, rest = page.read_text(encoding="utf-8").partition("<!-- SPEED -->")
+    _, end, after = rest.partition("<!-- /SPEED -->")
+    if not mark or not end:
+        raise ValueError(f"{page} has no marks <!-- SPEED --> and <!-- /SPEED --> for the table")
+    page.write_text(f"{before}{mark}\n\n{content}\n\n{end}{after}", encoding="utf-8")
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
