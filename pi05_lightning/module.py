@@ -134,8 +134,6 @@ class Pi05Module(LightningModule):
             )
         if stage == "fit" and self.flex_attention and strategy.root_device.type == "cpu":
             raise ValueError("flex_attention trains on GPUs only: leave model.flex_attention out on this machine")
-        if stage == "fit" and self.vision_cache:
-            self._check_vision_cache()
         self.processor = datamodule_of(self.trainer).processor
         if type(self.trainer.precision_plugin) is HalfPrecision:
             self.trainer.strategy.precision_plugin = PureHalf(self.trainer.precision_plugin.precision)
@@ -189,6 +187,8 @@ class Pi05Module(LightningModule):
         # what no stage trains is left out of DDP's buckets; what one stage freezes is frozen by `StageSwitch`, later
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = self.recipe.trains(name)
+        if self.vision_cache:
+            self._check_vision_cache()
         optimizer = self.make_optimizer(param_groups(self.model.named_parameters(), self.recipe))
         return [optimizer], [{"scheduler": stage_schedule(optimizer, self.recipe), "interval": "step"}]
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.lora import Lora
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.recipe import LossWeights, Stage
 from pi05_lightning.vision_cache import FeatureStore
@@ -92,6 +93,9 @@ def test_a_cache_that_can_find_nothing_is_refused(train: Train, tmp_path: Path) 
         train(module_options=options, stages={"pretrain": FROZEN, "posttrain": FROZEN})
     with pytest.raises(ValueError, match="needs a stage in which SigLIP is frozen"):
         train(module_options=options, stages={"pretrain": LEARNING, "posttrain": LEARNING}, **PLAIN)
+    lora = {**options, "lora": Lora(rank=2)}
+    with pytest.raises(ValueError, match="needs a stage in which SigLIP is frozen"):  # its adapters learn
+        train(module_options=lora, stages={"pretrain": LEARNING, "posttrain": LEARNING}, **PLAIN)
     keypoints = {**options, "config": ModelConfig.preset("tiny")}
     with pytest.raises(ValueError, match="this model has a keypoint stem"):
         train(module_options=keypoints, stages={"pretrain": FROZEN, "posttrain": FROZEN}, **PLAIN)

@@ -121,7 +121,7 @@ class FlowHead(nn.Module):
         )
 
     def velocity(self, x_t: Tensor, modulations: Modulations, context: Context) -> Tensor:
-        """As `forward`."""
+        """As `forward`, in a context that serves many calls."""
         x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
         # LeRobot's bf16 checkpoints keep the projections in fp32
         x = x.to(self.layers[0].self_attn.q_proj.weight.dtype)
