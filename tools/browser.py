@@ -40,11 +40,16 @@ MEDIA = """
     v.pause(); v.currentTime = 0;
     return played;
   });
+  // TensorBoard's custom elements keep what they show in shadow trees of their own
+  const text = root => [
+    ...[...root.children].map(e => e.innerText || ""),
+    ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot).map(e => text(e.shadowRoot)),
+  ].join("\\n");
   return JSON.stringify({
     images: [...document.images].map(i => [i.alt, i.naturalWidth > 0]),
     videos: [...document.querySelectorAll("video")].map(v => v.videoWidth > 0),
     played: await Promise.all(play),
-    text: document.body.innerText,
+    text: text(document.body),
   });
 })()
 """
