@@ -25,7 +25,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Tensor:
     q [B H S d]; k, v [B H_kv S_k d], each read by H / H_kv query heads; without a mask all see all.
     """
     if isinstance(mask, BlockMask):
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)  # type: ignore[return-value]
+        out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
+        assert isinstance(out, Tensor)  # statistics come with it only when they are asked for
+        return out
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return _attend_in_two_products(q, k, v, mask)
     heads, kv_heads = q.shape[1], k.shape[1]
