@@ -49,9 +49,8 @@ def _attend_in_two_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     # products do; query heads that share a key are rows of one product
     kv_heads, queries = k.shape[1], q.shape[2]
     q = rearrange(q * q.shape[-1] ** -0.5, "b (h g) s d -> b h (g s) d", h=kv_heads)
-    scores = rearrange(q @ k.transpose(-1, -2), "b h (g s) t -> b (h g) s t", s=queries)
-    if mask is not None:
-        with torch.no_grad():  # their weight is 0, and so is their gradient: nothing to go back through
-            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    weights = rearrange(scores.softmax(-1), "b (h g) s t -> b h (g s) t", h=kv_heads)
-    return rearrange(weights @ v, "b h (g s) d -> b (h g) s d", h=kv_heads, s=queries)
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:  # the weight of what is hidden is 0, and so is its gradient: nothing to go back through
+        of_heads = rearrange(scores.detach(), "b h (g s) t -> b (h g) s t", s=queries)
+        of_heads.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return rearrange(scores.softmax(-1) @ v, "b h (g s) d -> b (h g) s d", h=kv_heads, s=queries)
