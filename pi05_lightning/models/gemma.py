@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from pi05_lightning.models.attention import Mask, attend
 from pi05_lightning.models.config import GemmaConfig
+from pi05_lightning.models.linear import Linear, linear_gelu
 
 KV = tuple[Tensor, Tensor]
 Rope = tuple[Tensor, Tensor]
@@ -52,12 +53,15 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def with_room(x: Tensor, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of keys or values [B H_kv S head_dim] with zeros for `columns` more tokens."""
+def with_room(x: Tensor, columns: int, dtype: torch.dtype | None = None, copies: int = 1) -> Tensor:
+    """Copies of keys or values [B H_kv S head_dim] with zeros for `columns` more tokens, [B·copies H_kv S+columns ...].
+
+    A row's copies follow each other.
+    """
     rows, heads, length, head_dim = x.shape
-    out = x.new_zeros(rows, heads, length + columns, head_dim, dtype=dtype)
-    out[:, :, :length] = x
-    return out
+    out = x.new_zeros(rows, copies, heads, length + columns, head_dim, dtype=dtype)
+    out[..., :length, :] = x[:, None]
+    return out.flatten(0, 1)
 
 
 class RMSNorm(nn.Module):
@@ -79,16 +83,16 @@ class AdaRMSNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, 3 * width)
+        self.dense = Linear(width, 3 * width)
         nn.init.zeros_(self.dense.weight)
         nn.init.zeros_(self.dense.bias)
 
     def modulate(self, cond: Tensor) -> Tensor:
-        """cond [R K t W] (t is 1 or T) -> modulation [R K t 3W]."""
+        """cond [... t W] (t is 1 or T) -> modulation [... t 3W]."""
         return self.dense(cond)
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """x [R K T W] -> normalised x and the gate of the residual that follows."""
+        """x [N T W], modulation [N t 3W] -> normalised x and the gate of the residual that follows."""
         scale, shift, gate = modulation.chunk(3, dim=-1)
         normed = rms_normalize(x) * (1 + scale.float()) + shift.float()
         return normed.to(compute_dtype(x)), gate.to(x.dtype)
@@ -100,10 +104,10 @@ class Attention(nn.Module):
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+        self.q_proj = Linear(config.width, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
     def keys_values(self, x: Tensor, rope: Rope) -> KV:
         k = rearrange(self.k_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
@@ -114,13 +118,6 @@ class Attention(nn.Module):
         q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    """gelu in its tanh approximation; in place where nobody can ask for a gradient, as x is the largest tensor."""
-    if x.requires_grad or torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class GeGLU(torch.autograd.Function):
@@ -143,17 +140,18 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, mlp_dim: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, mlp_dim, bias=False)
-        self.up_proj = nn.Linear(width, mlp_dim, bias=False)
-        self.down_proj = nn.Linear(mlp_dim, width, bias=False)
+        self.gate_proj = Linear(width, mlp_dim, bias=False)
+        self.up_proj = Linear(width, mlp_dim, bias=False)
+        self.down_proj = Linear(mlp_dim, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        up = self.up_proj(x)
+        if not up.requires_grad:
+            return self.down_proj(linear_gelu(self.gate_proj, x).mul_(up))
+        gate = self.gate_proj(x)
         if torch.compiler.is_compiling():  # an in-place product in an autograd.Function would lose its gradient
             return self.down_proj(F.gelu(gate, approximate="tanh") * up)
-        if gate.requires_grad or up.requires_grad:
-            return self.down_proj(GeGLU.apply(gate, up))
-        return self.down_proj(gelu_tanh(gate).mul_(up))
+        return self.down_proj(GeGLU.apply(gate, up))
 
 
 class Block(nn.Module):
@@ -194,22 +192,24 @@ class ExpertBlock(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Mask, past: KV, modulation: tuple[Tensor, Tensor], has_room: bool
     ) -> Tensor:
-        """x [R K T W]: K draws of T actions, which the mask keeps apart; modulation: one per norm, [R K t 3W].
+        """x [N T W]: T actions a row, K rows of noise draws for each row of `past`; modulation: one per norm, [N t 3W].
 
-        has_room: `past` ends with columns for the actions' own keys and values, which are written there.
+        has_room: `past` has N rows, and columns at its end for the actions' own keys and values to be written to.
         """
-        draws = x.shape[1]
         y, gate = self.input_layernorm(x, modulation[0])
-        y = rearrange(y, "r k t w -> r (k t) w")
         own = self.self_attn.keys_values(y, rope)
         if has_room:
             for room, x_own in zip(past, own, strict=True):
                 room[:, :, -x_own.shape[2] :] = x_own
             kv = past
         else:
-            k, v = (torch.cat([p.to(o.dtype), o], dim=2) for p, o in zip(past, own, strict=True))
+            draws = len(x) // len(past[0])
+            k, v = (
+                torch.cat([repeat(p.to(o.dtype), "r h s d -> (r k) h s d", k=draws), o], dim=2)
+                for p, o in zip(past, own, strict=True)
+            )
             kv = k, v
-        y = rearrange(self.self_attn(y, rope, mask, kv), "r (k t) w -> r k t w", k=draws)
+        y = self.self_attn(y, rope, mask, kv)
         x = x + gate * y
         y, gate = self.post_attention_layernorm(x, modulation[1])
         return x + gate * self.mlp(y)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from pi05_lightning.models.attention import attend
 from pi05_lightning.models.config import VisionConfig
 from pi05_lightning.models.embedding import Embedding
-from pi05_lightning.models.gemma import compute_dtype, gelu_tanh
+from pi05_lightning.models.gemma import compute_dtype
+from pi05_lightning.models.linear import Linear, linear_gelu
 
 
 class LayerNorm(nn.LayerNorm):
@@ -24,8 +25,8 @@ class SiglipAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.out_proj = nn.Linear(width, width)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(width, width) for _ in range(3))
+        self.out_proj = Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -41,12 +42,12 @@ class SiglipBlock(nn.Module):
         self.layer_norm1 = LayerNorm(config.width, eps=1e-6)
         self.self_attn = SiglipAttention(config.width, config.num_heads)
         self.layer_norm2 = LayerNorm(config.width, eps=1e-6)
-        self.fc1 = nn.Linear(config.width, config.mlp_dim)
-        self.fc2 = nn.Linear(config.mlp_dim, config.width)
+        self.fc1 = Linear(config.width, config.mlp_dim)
+        self.fc2 = Linear(config.mlp_dim, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.fc2(gelu_tanh(self.fc1(self.layer_norm2(x))))
+        return x + self.fc2(linear_gelu(self.fc1, self.layer_norm2(x)))
 
 
 class Siglip(nn.Module):
@@ -59,7 +60,7 @@ class Siglip(nn.Module):
         self.position_embedding = Embedding(self.num_tokens, config.width)
         self.layers = nn.ModuleList(SiglipBlock(config) for _ in range(config.depth))
         self.post_layernorm = LayerNorm(config.width, eps=1e-6)
-        self.projector = nn.Linear(config.width, out_width)
+        self.projector = Linear(config.width, out_width)
 
     def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, None]:
         """images f32[P 3 H W] in [-1, 1] -> tokens [P N W]; no keypoints. SigLIP treats all cameras alike."""

@@ -7,6 +7,7 @@ import torch
 from lerobot.policies.pi05.modeling_pi05 import PI05Pytorch
 from torch import Tensor
 
+from pi05_lightning.models import linear
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.convert import to_ours
 from pi05_lightning.models.pi05 import Pi05
@@ -32,6 +33,12 @@ BATCHES = {
         200,
     ),
 }
+
+
+@pytest.fixture(params=[linear.MIN_MULTIPLICATIONS, 1], ids=["pytorch", "onednn"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These sizes are all below what goes to oneDNN."""
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", request.param)
 
 
 @pytest.fixture(params=BATCHES.values(), ids=BATCHES.keys())

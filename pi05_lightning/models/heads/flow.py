@@ -28,10 +28,11 @@ Modulations = list[Tensor]
 
 @dataclass(frozen=True)
 class Context:
-    """What the actions attend to, the same at every flow time.
+    """What the actions attend to, the same at every flow time. A draw is a row of its own: it sees no other draw.
 
-    kv: per layer what the prefix has, [R H_kv S head_dim], with room for the actions' own behind it if has_room;
-    mask: of `draws_mask`;  rope: of the actions' positions.
+    kv: per layer what the prefix has, [R H_kv S head_dim]; if has_room, a copy for each draw, [R·K H_kv S+T head_dim],
+    with room for the actions' own;  mask: which columns those are, the same for every action;  rope: of the actions'
+    positions.
     """
 
     kv: list[KV]
@@ -56,18 +57,6 @@ def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: f
     period = min_period * (max_period / min_period) ** fraction
     angle = t.double()[..., None] * (2 * math.pi / period)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
-
-
-def draws_mask(seen: Tensor, draws: int, horizon: int) -> Tensor:
-    """What each action attends to: the seen columns bool[R S] of the prefix, and its own draw.
-
-    -> bool[R 1 K·T S+K·T]; with one draw, where it is the same for every action, bool[R 1 1 S+T].
-    """
-    if draws == 1:
-        return F.pad(seen, (0, horizon), value=True)[:, None, None]
-    draw = torch.arange(draws, device=seen.device).repeat_interleave(horizon)
-    own = (draw[:, None] == draw).expand(len(seen), -1, -1)
-    return torch.cat([seen[:, None].expand(-1, draws * horizon, -1), own], dim=-1)[:, None]
 
 
 class FlowHead(nn.Module):
@@ -96,40 +85,36 @@ class FlowHead(nn.Module):
         return [norm.modulate(cond) for norm in (*norms, self.norm)]
 
     def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix) -> Tensor:
-        """Velocity f32[R K T D] at x_t f32[R K T D]; draws see the prefix and themselves, not each other."""
+        """Velocity f32[R K T D] at x_t f32[R K T D]; each of K draws sees the prefix and itself."""
         return self.velocity(x_t, modulations, self.context(prefix, x_t.shape[1]))
 
     def context(self, prefix: Prefix, draws: int, has_room: bool = False) -> Context:
         """Of a prefix, for K draws; `has_room` copies its keys and values, so that later calls need not."""
-        length = draws * self.horizon
         # after the last token that it sees, however many hidden ones follow
         start = ((prefix.mask.cumsum(1) - 1) * prefix.flow_mask).amax(1) + 1
-        step = torch.arange(self.horizon, device=start.device)
+        start, seen = (repeat(x, "r ... -> (r k) ...", k=draws) for x in (start, prefix.flow_mask))
+        seen = F.pad(seen, (0, self.horizon), value=True)[:, None, None]
         kv = prefix.kv
         if has_room:
             dtype = compute_dtype(self.layers[0].self_attn.k_proj.weight)
-            kv = [(with_room(k, length, dtype), with_room(v, length, dtype)) for k, v in kv]
-        seen = draws_mask(prefix.flow_mask, draws, self.horizon)
+            kv = [(with_room(k, self.horizon, dtype, draws), with_room(v, self.horizon, dtype, draws)) for k, v in kv]
         mask: Mask = seen
         if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
-            mask = block_mask(seen, length)
-        return Context(
-            kv=kv,
-            has_room=has_room,
-            mask=mask,
-            rope=rope_table(repeat(start[:, None] + step, "r t -> r (k t)", k=draws), self.head_dim),
-        )
+            mask = block_mask(seen, self.horizon)
+        step = torch.arange(self.horizon, device=start.device)
+        return Context(kv, has_room, mask, rope_table(start[:, None] + step, self.head_dim))
 
     def velocity(self, x_t: Tensor, modulations: Modulations, context: Context) -> Tensor:
         """As `forward`, in a context that serves many calls."""
-        x = self.action_in_proj(x_t.to(self.action_in_proj.weight.dtype))
+        modulations = [m.flatten(0, 1) for m in modulations]
+        x = self.action_in_proj(x_t.flatten(0, 1).to(self.action_in_proj.weight.dtype))
         # LeRobot's bf16 checkpoints keep the projections in fp32
         x = x.to(self.layers[0].self_attn.q_proj.weight.dtype)
         for i, (layer, past) in enumerate(zip(self.layers, context.kv, strict=True)):
             pair = modulations[2 * i], modulations[2 * i + 1]
             x = layer(x, context.rope, context.mask, past, pair, context.has_room)
         x, _ = self.norm(x, modulations[-1])
-        return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float()
+        return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float().view_as(x_t)
 
     def loss(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).
@@ -155,14 +140,16 @@ class FlowHead(nn.Module):
         dt = -1.0 / num_steps
         # summed in float64, as LeRobot does: the shortest time period is 4e-3, so float32 errors of t would show
         grid = (1 + torch.arange(num_steps, dtype=torch.float64, device=noise.device) * dt).float()
-        context = self.context(prefix, noise.shape[1], has_room=True)
+        draws = noise.shape[1]
+        context = self.context(prefix, draws, has_room=True)
         table = self.modulate(grid[None])  # [1 steps 1 3W]: a table over time, the same for all rows and draws
         if given is None or num_given is None:
             x = noise
             for step in range(num_steps):
                 x = x + dt * self.velocity(x, [m[:, step, None] for m in table], context)
             return x
-        is_given = (torch.arange(self.horizon, device=noise.device) < num_given[:, None])[:, None, :, None]
+        is_given = torch.arange(self.horizon, device=noise.device) < num_given[:, None]
+        is_given = repeat(is_given, "r t -> r k t 1", k=draws)
         clean = self.modulate(grid.new_zeros(1, 1))
         x = torch.where(is_given, given[:, None], noise)
         for step in range(num_steps):

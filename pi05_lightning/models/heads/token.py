@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.models.backbone import Backbone, Cache
+from pi05_lightning.models.linear import linear
 from pi05_lightning.types import Prefix
 
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time: 260 positions of π0.5's vocabulary
@@ -39,7 +40,7 @@ def score_tokens(hidden: Tensor, embedding: Tensor, targets: Tensor) -> TokenSco
 
 
 def _score(hidden: Tensor, embedding: Tensor, targets: Tensor) -> TokenScores:
-    logits = F.linear(hidden, embedding).float()
+    logits = linear(hidden, embedding).float()
     nll = F.cross_entropy(logits, targets, reduction="none")
     return TokenScores(nll, logits.detach().argmax(-1) == targets)
 
@@ -80,7 +81,7 @@ def generate(
         if forced is not None and step < len(forced):
             token = forced[step].expand(rows)
         else:
-            logits = F.linear(hidden, backbone.embed_tokens.weight).float()
+            logits = linear(hidden, backbone.embed_tokens.weight).float()
             if allowed is not None:
                 logits = logits.masked_fill(~allowed(_stack(tokens, rows, device), step), -torch.inf)
             token = _choose(logits, temperature, generator)
