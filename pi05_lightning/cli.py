@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 TRAINER_COMMANDS = {
     "fit": "train a policy through its stages, or resume a run",
     "validate": "measure a checkpoint on the validation data, per modality",
-    "test": "measure a checkpoint on the test data",
+    "test": "the same as Lightning's test loop, on the same data",
     "predict": "run a checkpoint over the data",
 }
 # what it does, and where the function is whose signature is its command line

@@ -55,6 +55,8 @@ class Shapes:
     vocab_size: int
     fast_vocab_size: int
     fast_skip_tokens: int
+    max_cameras: int | None = None
+    """Cameras that it has parameters for; None where it treats all alike."""
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,11 @@ class Processor:
                 f"the FAST tokenizer has {fast.vocab_size} tokens but the model's fast_vocab_size is"
                 f" {shapes.fast_vocab_size}: fit a smaller one or raise fast_vocab_size"
             )
+        if shapes.max_cameras is not None and len(cameras) > shapes.max_cameras:
+            raise ValueError(
+                f"the data has the cameras {list(cameras)} but the model was made for {shapes.max_cameras} at most:"
+                " name those that it shall see in the sources' `cameras`, or raise model.config.vision.max_cameras"
+            )
         self.shapes, self.tokenizer, self.cameras = shapes, tokenizer, tuple(cameras)
         self.robots, self.language, self.fast = dict(robots), language or Language(), fast
         self.transforms = {name: robot.transforms for name, robot in robots.items()}

@@ -102,6 +102,7 @@ class ModelConfig:
             vocab_size=self.vocab_size,
             fast_vocab_size=self.fast_vocab_size,
             fast_skip_tokens=self.fast_skip_tokens,
+            max_cameras=self.vision.max_cameras if self.backbone_type == "keypoint_gemma" else None,
         )
 
     def to_dict(self) -> dict[str, Any]:

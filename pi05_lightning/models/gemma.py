@@ -9,11 +9,12 @@ Numerics (RMSNorm in fp32 with 1 + weight, GeGLU with tanh-gelu, RoPE base 10 00
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.attention import Mask, attend
@@ -64,6 +65,12 @@ def with_room(x: Tensor, columns: int, dtype: torch.dtype | None = None, copies:
     return out.flatten(0, 1)
 
 
+def append(past: Tensor, own: Tensor, copies: int) -> Tensor:
+    """Keys or values [B H_kv S head_dim], each row `copies` times, and behind them [B·copies H_kv n head_dim]."""
+    past = past.to(own.dtype)[:, None].expand(-1, copies, -1, -1, -1)
+    return torch.cat([past, own.unflatten(0, (-1, copies))], dim=3).flatten(0, 1)
+
+
 class RMSNorm(nn.Module):
     """Gemma's norm: y = x / rms(x) · (1 + weight), computed in fp32."""
 
@@ -92,7 +99,7 @@ class AdaRMSNorm(nn.Module):
         return self.dense(cond)
 
     def forward(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N T W], modulation [N t 3W] -> normalised x and the gate of the residual that follows."""
+        """x [R·K T W], modulation [R·K t 3W] -> normalised x and the gate of the residual that follows."""
         scale, shift, gate = modulation.chunk(3, dim=-1)
         normed = rms_normalize(x) * (1 + scale.float()) + shift.float()
         return normed.to(compute_dtype(x)), gate.to(x.dtype)
@@ -179,6 +186,22 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)[0])
 
 
+@dataclass(frozen=True)
+class Context:
+    """What the actions attend to, the same at every flow time. A draw is a row of its own: it sees no other draw.
+
+    kv: per layer what the prefix has, [R H_kv S head_dim]; if has_room, a copy for each of K draws,
+    [R·K H_kv S+T head_dim], with room for the actions' own;  mask: which of the S + T are seen, the same for every
+    action of a row;  rope: of the actions' positions.
+    """
+
+    kv: list[KV]
+    draws: int
+    has_room: bool
+    mask: Mask
+    rope: Rope
+
+
 class ExpertBlock(nn.Module):
     """An action-expert layer: adaptive norms with gated residuals; attends to the prefix's keys and to its own."""
 
@@ -189,27 +212,18 @@ class ExpertBlock(nn.Module):
         self.post_attention_layernorm = AdaRMSNorm(config.width)
         self.mlp = MLP(config.width, config.mlp_dim)
 
-    def forward(
-        self, x: Tensor, rope: Rope, mask: Mask, past: KV, modulation: tuple[Tensor, Tensor], has_room: bool
-    ) -> Tensor:
-        """x [N T W]: T actions a row, K rows of noise draws for each row of `past`; modulation: one per norm, [N t 3W].
-
-        has_room: `past` has N rows, and columns at its end for the actions' own keys and values to be written to.
-        """
+    def forward(self, x: Tensor, past: KV, modulation: tuple[Tensor, Tensor], context: Context) -> Tensor:
+        """x [R·K T W]: T actions a row;  past: this layer's of `context.kv`;  modulation: one per norm, [R·K t 3W]."""
         y, gate = self.input_layernorm(x, modulation[0])
-        own = self.self_attn.keys_values(y, rope)
-        if has_room:
+        own = self.self_attn.keys_values(y, context.rope)
+        if context.has_room:
             for room, x_own in zip(past, own, strict=True):
                 room[:, :, -x_own.shape[2] :] = x_own
             kv = past
         else:
-            draws = len(x) // len(past[0])
-            k, v = (
-                torch.cat([repeat(p.to(o.dtype), "r h s d -> (r k) h s d", k=draws), o], dim=2)
-                for p, o in zip(past, own, strict=True)
-            )
+            k, v = (append(p, o, context.draws) for p, o in zip(past, own, strict=True))
             kv = k, v
-        y = self.self_attn(y, rope, mask, kv)
+        y = self.self_attn(y, context.rope, context.mask, kv)
         x = x + gate * y
         y, gate = self.post_attention_layernorm(x, modulation[1])
         return x + gate * self.mlp(y)

@@ -1,7 +1,8 @@
 """Linear layers whose large products run in oneDNN on x86 processors.
 
 In fp32, where PyTorch takes MKL, its kernels are faster (benchmarks/NOTES.md); in bf16 they are PyTorch's own choice.
-In both, an activation costs nothing while its input is in cache. Only the order of the sums differs.
+In both, an activation costs next to nothing while its input is in cache, and that input is not rounded to bf16 first.
+Else only the order of the sums differs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [... K], weight [N K], bias [N] -> x weightᵀ + bias [... N], in whichever library is fastest for it."""
+    """x [... in], weight [out in], bias [out] -> x weightᵀ + bias [... out], by the library that is fastest for it."""
     if not _runs_in_onednn(x, weight):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
@@ -73,7 +74,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
@@ -81,15 +83,18 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        inputs, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        grads = grad.reshape(-1, grad.shape[-1])
         grad_x = _product(grad, weight.t()) if of_x else None
         grad_weight = None
-        if of_weight:  # MKL is faster where the result is tall
-            wide = inputs.shape[1] > grads.shape[1]
-            grad_weight = _product(grads.t(), inputs.t()) if wide else grads.t() @ inputs
+        if of_weight:
+            inputs = x.reshape(-1, x.shape[-1])
+            is_wide = inputs.shape[1] > grads.shape[1]  # else MKL is the faster one
+            grad_weight = _product(grads.t(), inputs.t()) if is_wide else grads.t() @ inputs
         return grad_x, grad_weight, grads.sum(0) if of_bias else None
 
 
-@register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
-    return 2 * x.numel() * weight[0]
+if DTYPES:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: torch.Size, weight: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
+        return 2 * x.numel() * weight[0]

@@ -101,7 +101,7 @@ def facts(run: Run, switch: int | None) -> dict[str, Any]:
         "run": str(run.folder),
         "trained": source.get("started"),
         "commit": commit[:12] + ("+" if commit.endswith("+") else "") if commit else None,
-        "version": source.get("version"),
+        "versions": ", ".join(f"{name} {version}" for name, version in source.get("versions", {}).items()),
         "seed": config.get("seed_everything"),
         "parameters": f"{parameters / 1e6:.4g} M" if parameters else None,
         "hardware": source.get("hardware"),

@@ -127,5 +127,5 @@ def test_shipped_configuration_is_found_from_anywhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     layers = ["configs/tiny.yaml", name] if name.startswith("experiments/") else [name]
-    found = resolved(["fit", *(word for layer in layers for word in ("-c", layer))], capsys)
-    assert found["model"]["config"]["vocab_size"]
+    model = resolved(["fit", *(word for layer in layers for word in ("-c", layer))], capsys)["model"]
+    assert model["init_from"] or model["config"]["vocab_size"]

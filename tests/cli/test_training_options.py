@@ -57,6 +57,28 @@ def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: py
     assert not torch.equal(merged, expected)
 
 
+def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(videos: Path, tmp_path: Path) -> None:
+    start = Pi05(ModelConfig.preset("debug"))
+    start.reset_parameters()
+    save_model(tmp_path / "start", start)
+    flags = {
+        "model.init_from": str(tmp_path / "start"),
+        "data.tokenizer": "tiny",
+        "data.sources.robot.path": str(videos),
+        "data.batch_size": "2",
+        "data.num_workers": "0",
+        "stages.posttrain_steps": "2",
+        "trainer.accelerator": "cpu",
+        "run": str(tmp_path / "run"),
+    }
+    main(["fit", "-c", "configs/finetune.yaml", *(w for k, v in flags.items() for w in (f"--{k}", v))])
+    policy, processor = load(tmp_path / "run")
+    assert processor.language.condition_on == "task"
+    trained = {name for name, value in policy.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    assert any(name.startswith("flow_head.layers") for name in trained)
+    assert any(name.startswith("backbone.layers") for name in trained)
+
+
 def test_fit_without_dimensions_and_weights_says_so(without_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(without_model)])

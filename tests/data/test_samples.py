@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -43,6 +44,18 @@ def samples(**sources: SourceConfig) -> Samples:
 
 def web(path: str, **options: str) -> Samples:
     return samples(web=VisionTextConfig(path, val_fraction=0, **options))  # type: ignore[arg-type]
+
+
+def test_more_cameras_than_the_model_has_parameters_for_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "wrist").mkdir()
+    views = {
+        name: VisionTextConfig(captions(folder, 4), camera=name, val_fraction=0)
+        for name, folder in (("top", tmp_path), ("wrist", tmp_path / "wrist"))
+    }
+    shapes = ModelConfig.preset("tiny").shapes
+    assert Pi05DataModule(views, shapes=shapes).processor.cameras == ("top", "wrist")
+    with pytest.raises(ValueError, match=r"\['top', 'wrist'\] but the model was made for 1 at most: .*max_cameras"):
+        _ = Pi05DataModule(views, shapes=replace(shapes, max_cameras=1)).processor
 
 
 def test_bad_sample_is_an_error_with_its_address(tmp_path: Path) -> None:

@@ -59,13 +59,20 @@ def test_inputs_and_gradients_may_have_any_strides() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
+def test_what_is_frozen_costs_nothing(frozen: str) -> None:
     x, layer = torch.randn(5, 4, requires_grad=frozen != "input"), Linear(4, 3)
     layer.weight.requires_grad_(frozen != "weight")
     layer.bias.requires_grad_(frozen != "bias")
-    layer(x).sum().backward()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
     for name, tensor in {"input": x, "weight": layer.weight, "bias": layer.bias}.items():
         assert (tensor.grad is None) == (name == frozen)
+    # each of the two products' gradients needs the other one's factor
+    assert len(kept) == (2 if frozen == "bias" else 1)
+    assert counter.get_total_flops() == len(kept) * 2 * 5 * 4 * 3
 
 
 def test_only_large_products_leave_pytorchs_own_path(monkeypatch: pytest.MonkeyPatch) -> None:

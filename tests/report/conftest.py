@@ -40,7 +40,7 @@ PROVENANCE = {
     "command": "pi05 fit -c mine.yaml",
     "parameters": 2_000_000,
     "hardware": "1 × x86_64 cpu",
-    "version": "0.1.0",
+    "versions": {"pi05_lightning": "0.1.0", "torch": "2.11.0"},
     "samples": {"robot/qa": {"train": 90, "val": 8}},
 }
 

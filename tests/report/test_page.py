@@ -50,7 +50,7 @@ def test_modality_without_samples_is_named_and_has_no_zero(page: str) -> None:
 
 
 def test_page_says_what_was_trained(page: str) -> None:
-    for fact in ("0123456789ab", "pi05 fit -c mine.yaml", "2 M", "<td>90</td>"):
+    for fact in ("0123456789ab", "pi05 fit -c mine.yaml", "2 M", "torch 2.11.0", "<td>90</td>"):
         assert fact in page
 
 

@@ -9,7 +9,6 @@ Real-time chunking: a chunk's first steps may be given, because the robot execut
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,26 +18,11 @@ from torch import Tensor, nn
 from pi05_lightning.models.attention import Mask, block_mask
 from pi05_lightning.models.backbone import initialize
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.gemma import KV, AdaRMSNorm, ExpertBlock, Rope, compute_dtype, rope_table, with_room
+from pi05_lightning.models.gemma import AdaRMSNorm, Context, ExpertBlock, compute_dtype, rope_table, with_room
 from pi05_lightning.types import Prefix
 
 Modulations = list[Tensor]
 """What adaRMS needs of the flow time: one [R K t 3W] per norm, two a layer and the last."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the actions attend to, the same at every flow time. A draw is a row of its own: it sees no other draw.
-
-    kv: per layer what the prefix has, [R H_kv S head_dim]; if has_room, a copy for each draw, [R·K H_kv S+T head_dim],
-    with room for the actions' own;  mask: which columns those are, the same for every action;  rope: of the actions'
-    positions.
-    """
-
-    kv: list[KV]
-    has_room: bool
-    mask: Mask
-    rope: Rope
 
 
 def interpolate(noise: Tensor, actions: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +86,7 @@ class FlowHead(nn.Module):
         if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
             mask = block_mask(seen, self.horizon)
         step = torch.arange(self.horizon, device=start.device)
-        return Context(kv, has_room, mask, rope_table(start[:, None] + step, self.head_dim))
+        return Context(kv, draws, has_room, mask, rope_table(start[:, None] + step, self.head_dim))
 
     def velocity(self, x_t: Tensor, modulations: Modulations, context: Context) -> Tensor:
         """As `forward`, in a context that serves many calls."""
@@ -111,8 +95,7 @@ class FlowHead(nn.Module):
         # LeRobot's bf16 checkpoints keep the projections in fp32
         x = x.to(self.layers[0].self_attn.q_proj.weight.dtype)
         for i, (layer, past) in enumerate(zip(self.layers, context.kv, strict=True)):
-            pair = modulations[2 * i], modulations[2 * i + 1]
-            x = layer(x, context.rope, context.mask, past, pair, context.has_room)
+            x = layer(x, past, (modulations[2 * i], modulations[2 * i + 1]), context)
         x, _ = self.norm(x, modulations[-1])
         return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float().view_as(x_t)
 
