@@ -147,7 +147,7 @@ def training_step(model: Pi05, batch: Batch, work: Work, book: Book) -> None:
     )
     if prefix.hidden is not None:
         with book.part("logits"):
-            text = prefix.hidden[:, -batch.tokens.shape[1] :].flatten(0, 1)[batch.target_index - 1]
+            text = prefix.hidden.flatten(0, 1)[batch.target_index - 1]
             targets = batch.tokens.flatten()[batch.target_index]
             score_tokens(text, model.backbone.embed_tokens.weight, targets).nll.mean().backward()
     with book.part("action expert"):

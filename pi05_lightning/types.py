@@ -212,7 +212,8 @@ class Batch:
 class Prefix:
     """What the backbone computed, once, for everything that reads it.
 
-    hidden     [B S W] after the last norm, or None when only the flow head reads the prefix
+    hidden     [B L W] of the tokens, the last L of the S columns, after the last norm; None when only the flow head
+               reads the prefix
     kv         one (K, V) per layer, each [B H_kv S head_dim], K rotated
     keypoints  f32[P K 2] (y, x) of the keypoint stem; None with SigLIP
     mask       bool[B S] valid;  flow_mask bool[B S]: what the flow head may see (images, prompt, subtask; never FAST)

@@ -78,7 +78,11 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(width)
 
     def forward(self, batch: Batch, *, need_hidden: bool = True) -> Prefix:
-        """Run a whole sequence. Without `need_hidden` the last layer stops after its keys and values."""
+        """Run a whole sequence.
+
+        Of the last layer, the flow head reads keys and values, of all columns; what else it computes is for predicting
+        tokens, and done for these alone, or without `need_hidden` for none.
+        """
         x, mask, causal, keypoints = self.embed(batch)
         flow_mask = mask.clone()
         given = (batch.loss_kind == Loss.NONE) | (batch.loss_kind == Loss.SUBTASK)
@@ -86,9 +90,11 @@ class Backbone(nn.Module):
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
         # what nobody predicts is one block: every query sees the same
         seen = prefix_mask(mask, causal) if len(batch.target_index) else mask[:, None, None]
+        columns, tokens = x.shape[1], batch.tokens.shape[1]
         attend: Mask = seen
+        attend_last: Mask = seen[:, :, -tokens:]
         if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
-            attend = block_mask(seen, x.shape[1])
+            attend, attend_last = block_mask(seen, columns), block_mask(seen[:, :, -tokens:], tokens)
 
         kv: list[KV] = []
         for layer in self.layers[:-1]:
@@ -97,7 +103,7 @@ class Backbone(nn.Module):
         last = self.layers[-1]
         if not need_hidden:
             return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask, keypoints)
-        x, layer_kv = last(x, rope, attend)
+        x, layer_kv = last(x, rope, attend_last, columns - tokens)
         return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask, keypoints)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -175,10 +175,12 @@ class Block(nn.Module):
         """What the layer lets others attend to, [B H_kv S head_dim] each; all that is needed of the last layer."""
         return self.self_attn.keys_values(self.input_layernorm(x)[0], rope)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, rope: Rope, mask: Mask, first: int = 0) -> tuple[Tensor, KV]:
+        """Output of the columns from `first` on, for which the mask is, and keys and values of all."""
         y, _ = self.input_layernorm(x)
         kv = self.self_attn.keys_values(y, rope)
-        return self.mix(x, y, rope, mask, kv), kv
+        cos, sin = rope
+        return self.mix(x[:, first:], y[:, first:], (cos[:, :, first:], sin[:, :, first:]), mask, kv), kv
 
     def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Mask, kv: KV) -> Tensor:
         """The layer's output for tokens x (normed: after the first norm) that attend to kv."""

@@ -55,7 +55,7 @@ class Pi05(nn.Module):
         out = Outputs()
         if tokens:
             assert prefix.hidden is not None
-            text = prefix.hidden[:, -batch.tokens.shape[1] :].flatten(0, 1)
+            text = prefix.hidden.flatten(0, 1)
             targets = batch.tokens.flatten()[batch.target_index]
             # position l - 1 predicts token l
             out.tokens = score_tokens(text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets)

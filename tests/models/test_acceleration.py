@@ -197,7 +197,8 @@ def test_flex_attention_gives_the_same_velocity_and_hidden_states(rows: list[str
 
     def outputs(backbone: Callable[..., Prefix], flow_head: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
         prefix = backbone(batch)
-        return prefix.hidden[prefix.mask], flow_head(batch.noise, model.flow_head.modulate(batch.time), prefix.rows(2))
+        hidden = prefix.hidden[batch.token_mask]
+        return hidden, flow_head(batch.noise, model.flow_head.modulate(batch.time), prefix.rows(2))
 
     expected = outputs(model.backbone, model.flow_head)
     model.backbone.flex_attention = model.flow_head.flex_attention = True

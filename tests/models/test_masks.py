@@ -57,12 +57,6 @@ DRAWINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shallow() -> Pi05:
-    """One layer: what a token's output depends on is what it attends to, nothing indirect."""
-    return small_model(small_config(depth=1))
-
-
 def flow(model: Pi05, batch: Batch) -> Tensor:
     out = model(batch, tokens=False).flow
     assert out is not None
@@ -77,21 +71,36 @@ def nll(model: Pi05, batch: Batch) -> Tensor:
 
 @pytest.mark.parametrize("drawing", DRAWINGS.values(), ids=DRAWINGS.keys())
 @torch.no_grad()
-def test_attention_is_as_drawn(shallow: Pi05, drawing: str) -> None:
+def test_attention_is_as_drawn(drawing: str) -> None:
+    # what one layer computes depends on what is attended to, nothing indirect; keys of a second show it, of all tokens
+    one, two = (small_model(small_config(depth=depth)) for depth in (1, 2))
     columns, *lines = [line.split() for line in drawing.split("\n") if line.strip()]
     expected = torch.tensor([[cell == "1" for cell in line[1:]] for line in lines])
-    batch = make_batch(shallow.config, ["".join(columns)], acting=1)
-    hidden, velocity = shallow.backbone(batch).hidden, flow(shallow, batch)
-    assert hidden is not None
+    batch = make_batch(one.config, ["".join(columns)], acting=1)
+    keys, velocity = two.backbone(batch).kv[1][0], flow(one, batch)
 
     attends = torch.zeros_like(expected)
     for column in range(len(columns)):
         changed = change_column(batch, column)
-        new = shallow.backbone(changed).hidden
-        assert new is not None
-        attends[:-1, column] = (new != hidden).any(-1)[0]
-        attends[-1, column] = (flow(shallow, changed) != velocity).any()
+        attends[:-1, column] = (two.backbone(changed).kv[1][0] != keys).any(-1)[0].any(0)
+        attends[-1, column] = (flow(one, changed) != velocity).any()
     assert attends.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("drawing", DRAWINGS.values(), ids=DRAWINGS.keys())
+@torch.no_grad()
+def test_hidden_states_are_the_tokens_and_see_what_is_drawn(drawing: str) -> None:
+    model = small_model(small_config(depth=1))
+    columns, *lines = [line.split() for line in drawing.split("\n") if line.strip()]
+    images = columns.count("i")
+    expected = torch.tensor([[cell == "1" for cell in line[1:]] for line in lines[images:-1]])
+    batch = make_batch(model.config, ["".join(columns)])
+    hidden = model.backbone(batch).hidden
+    assert hidden is not None
+    seen = [
+        (model.backbone(change_column(batch, column)).hidden != hidden).any(-1)[0] for column in range(len(columns))
+    ]
+    assert torch.stack(seen, 1).tolist() == expected.tolist()
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def test_correct_marks_the_most_likely_token(monkeypatch: pytest.MonkeyPatch) ->
 def test_loss_of_a_token_is_read_at_the_token_before_it(model: Pi05) -> None:
     batch = make_batch(model.config, ["ipptt", "pff"])
     out = model(batch)
-    hidden = model.backbone(batch).hidden[:, -batch.tokens.shape[1] :]
+    hidden = model.backbone(batch).hidden
     logits = hidden @ model.backbone.embed_tokens.weight.T
     expected = [
         F.cross_entropy(logits[row, column - 1], batch.tokens[row, column])
@@ -130,7 +130,7 @@ def recompute(model: Pi05, batch: Batch, steps: int, temperature: float = 0, see
         whole = with_tokens(batch, said)
         hidden = model.backbone(whole).hidden
         assert hidden is not None
-        last = hidden[torch.arange(rows), hidden.shape[1] - whole.tokens.shape[1] + whole.token_mask.sum(1) - 1]
+        last = hidden[torch.arange(rows), whole.token_mask.sum(1) - 1]
         logits = last @ model.backbone.embed_tokens.weight.T
         if temperature:
             following = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
@@ -206,7 +206,7 @@ def test_forced_tokens_open_what_is_said(model: Pi05, batch: Batch, prefix: Pref
     expected = with_tokens(batch, tokens[:, :5])
     hidden = model.backbone(expected).hidden
     assert hidden is not None
-    last = hidden[torch.arange(4), hidden.shape[1] - expected.tokens.shape[1] + expected.token_mask.sum(1) - 1]
+    last = hidden[torch.arange(4), expected.token_mask.sum(1) - 1]
     assert tokens[:, 5].tolist() == (last @ model.backbone.embed_tokens.weight.T).argmax(-1).tolist()
 
 
@@ -270,7 +270,8 @@ def test_fast_head_says_the_likeliest_token_that_still_fits(model: Pi05, prefix:
     lengths = torch.ones(32, dtype=torch.long)
     tokens, _ = model.fast_head.generate(model.backbone, prefix, lengths, 1, torch.tensor([], dtype=torch.long))
     assert prefix.hidden is not None
-    last = (prefix.mask * torch.arange(prefix.mask.shape[1])).argmax(1)
+    token_mask = prefix.mask[:, -prefix.hidden.shape[1] :]
+    last = (token_mask * torch.arange(token_mask.shape[1])).argmax(1)
     logits = prefix.hidden[torch.arange(len(PROMPTS)), last] @ model.backbone.embed_tokens.weight.T
     ids = model.fast_head.ids
     expected = ids.stop - 1 - (ids.start + logits[:, ids.start : ids.stop].argmax(-1))

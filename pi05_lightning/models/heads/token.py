@@ -72,7 +72,8 @@ def generate(
     rows = len(prefix.mask)
     device = prefix.mask.device
     cache = Cache.extend(prefix, max_tokens)
-    last = (torch.where(prefix.mask, 1, 0) * torch.arange(prefix.mask.shape[1], device=device)).argmax(1)
+    token_mask = prefix.mask[:, -prefix.hidden.shape[1] :]
+    last = (torch.where(token_mask, 1, 0) * torch.arange(token_mask.shape[1], device=device)).argmax(1)
     hidden = prefix.hidden[torch.arange(rows, device=device), last]
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     tokens: list[Tensor] = []
