@@ -52,6 +52,7 @@ def train(robot: LeRobotConfig, tmp_path: Path) -> Callable[..., Trainer]:
         quiet["limit_val_batches"] = 0
         trainer = Trainer(
             accelerator="cpu",
+            default_root_dir=tmp_path,
             max_epochs=-1,
             use_distributed_sampler=False,
             callbacks=[switch, each_step, *callbacks],

@@ -25,6 +25,7 @@ def main(dataset: str, folder: str, *freeze: str) -> None:
     module = Pi05Module(ModelConfig.preset("debug"), partial(torch.optim.AdamW, lr=1e-3))
     trainer = Trainer(
         accelerator="cpu",
+        default_root_dir=folder,
         devices=2,
         strategy="ddp",
         max_epochs=-1,
