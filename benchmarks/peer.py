@@ -50,13 +50,14 @@ def lerobot_sizes(config: ModelConfig) -> Iterator[None]:
     gemmas = {"gemma_2b": config.language, "gemma_300m": config.expert}
     with (
         patch.object(modeling_pi05, "get_gemma_config", gemmas.__getitem__),
-        _resized(modeling_pi05, "PaliGemmaForConditionalGenerationWithPiGemma", config),
-        _resized(modeling_pi05, "PiGemmaForCausalLM", config),
+        resized(modeling_pi05, "PaliGemmaForConditionalGenerationWithPiGemma", config),
+        resized(modeling_pi05, "PiGemmaForCausalLM", config),
     ):
         yield
 
 
-def _resized(module: ModuleType, name: str, sizes: ModelConfig) -> AbstractContextManager[object]:
+def resized(module: ModuleType, name: str, sizes: ModelConfig) -> AbstractContextManager[object]:
+    """Within it, a transformers class in a LeRobot module is built with our vision dims and vocabulary."""
     original = getattr(module, name)
 
     def build(config: PretrainedConfig) -> nn.Module:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 from lerobot.policies.pi05.modeling_pi05 import PI05Pytorch
 
+from benchmarks.peer import build_lerobot
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
 
-from .reference import any_number_of_heads, build_lerobot, convert
+from .reference import any_number_of_heads, convert
 
 SIZES = {
     "narrow_heads": ModelConfig(
@@ -56,7 +57,7 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 @pytest.fixture(scope="module")
 def lerobot(config: ModelConfig) -> Iterator[PI05Pytorch]:
     with any_number_of_heads():
-        yield build_lerobot(config)
+        yield build_lerobot(config).eval()
 
 
 @pytest.fixture(scope="module")

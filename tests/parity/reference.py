@@ -1,60 +1,27 @@
-"""LeRobot's own π0.5 and pi0_fast at small dimensions, and one set of inputs in LeRobot's form and in ours."""
+"""LeRobot's own pi0_fast at small dimensions, and one set of inputs in LeRobot's form and in ours."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from unittest.mock import patch
 
 import torch
 from lerobot.policies.pi0_fast import modeling_pi0_fast
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.policies.pi05 import modeling_pi05
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
+from benchmarks.peer import randomize, resized
 from pi05_lightning.models.checkpoint import build
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.convert import load_lerobot
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Loss, Modality
-
-
-def build_lerobot(config: ModelConfig) -> modeling_pi05.PI05Pytorch:
-    """LeRobot's π0.5 with the dimensions of a config; its sizes are constants, so they are replaced while it is built.
-
-    Every weight is drawn anew, the zero-initialised ones too: with those left, half of the network would be untested.
-    """
-    lerobot_config = PI05Config(
-        device="cpu",
-        chunk_size=config.horizon,
-        n_action_steps=config.horizon,
-        max_action_dim=config.action_dim,
-        image_resolution=(config.vision.image_size, config.vision.image_size),
-    )
-    with lerobot_sizes(config):
-        model = modeling_pi05.PI05Pytorch(lerobot_config)
-    randomize(model)
-    return model.eval()
-
-
-@contextmanager
-def lerobot_sizes(config: ModelConfig) -> Iterator[None]:
-    """Within it, LeRobot builds π0.5 with our dimensions."""
-    sizes = {"gemma_2b": config.language, "gemma_300m": config.expert}
-    with (
-        patch.object(modeling_pi05, "get_gemma_config", sizes.__getitem__),
-        resized(modeling_pi05, "PaliGemmaForConditionalGenerationWithPiGemma", config),
-        resized(modeling_pi05, "PiGemmaForCausalLM", config),
-    ):
-        yield
 
 
 def any_number_of_heads() -> AbstractContextManager[object]:
@@ -75,38 +42,6 @@ def build_lerobot_fast(config: ModelConfig, tokenizer: object = None) -> modelin
         model = modeling_pi0_fast.PI0FastPytorch(PI0FastConfig(device="cpu"), paligemma_tokenizer=tokenizer)
     randomize(model)
     return model.eval()
-
-
-def resized(module: ModuleType, name: str, sizes: ModelConfig) -> AbstractContextManager[object]:
-    """Patch of a transformers class in a LeRobot module, so that it is built with our vision dims and vocabulary."""
-    original = getattr(module, name)
-
-    def build(config: PretrainedConfig) -> nn.Module:
-        text = getattr(config, "text_config", config)
-        text.vocab_size = sizes.vocab_size
-        if text is not config:
-            config.image_token_index = sizes.vocab_size
-            vision = config.vision_config
-            vision.hidden_size, vision.num_hidden_layers = sizes.vision.width, sizes.vision.depth
-            vision.num_attention_heads, vision.intermediate_size = sizes.vision.num_heads, sizes.vision.mlp_dim
-            vision.image_size, vision.patch_size = sizes.vision.image_size, sizes.vision.patch_size
-            vision.projection_dim = sizes.language.width
-        return original(config)
-
-    return patch.object(module, name, build)
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if p.ndim >= 2 and "embed" not in name:
-            std = p[0].numel() ** -0.5
-        elif "language_model.embed_tokens" in name:
-            std = p.shape[1] ** -0.5  # so that it is of order one after the scale by √width
-        else:
-            std = 0.3
-        p.normal_(0, std, generator=generator)
 
 
 @dataclass

@@ -5,30 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
-from lerobot.policies.pi05.modeling_pi05 import PI05Policy
-from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
-from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
-from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
-from lerobot.processor.factory import make_policy_processor_pipelines
-from lerobot.processor.pipeline import PolicyProcessorPipeline
 from safetensors.torch import load_file, save_file
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from pi05_lightning.convert_command import convert
-from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.data.transforms import RelativeActions
 from pi05_lightning.models.checkpoint import build
-from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.convert import (
     EXPERT_LM_HEAD,
     LM_HEAD,
@@ -40,130 +25,7 @@ from pi05_lightning.models.convert import (
 )
 from pi05_lightning.policy import Pi05Policy
 
-from .reference import lerobot_sizes, randomize
-
-EMBED_TOKENS = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-STATE_DIM, ACTION_DIM = 4, 3
-Copy = Callable[[Callable[[dict[str, Tensor]], object]], Path]
-Predict = Callable[[dict, Tensor], tuple[Tensor, Tensor]]
-
-CONFIG = ModelConfig(
-    vision=VisionConfig(image_size=28, patch_size=14, width=72, depth=2, mlp_dim=96, num_heads=1),
-    language=GemmaConfig(width=48, depth=2, mlp_dim=64, num_heads=8, num_kv_heads=1, head_dim=16),
-    expert=GemmaConfig(width=32, depth=2, mlp_dim=40, num_heads=8, num_kv_heads=1, head_dim=16),
-    vocab_size=4096,
-    horizon=6,
-    action_dim=5,
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the Hub has them, with the shipped tokenizer; as PaliGemma's it begins a text with <bos>."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    shipped = TextTokenizer.load("tiny").tokenizer
-    shipped.post_processor = TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", shipped.token_to_id("<bos>"))]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=shipped, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    return folder
-
-
-def open_lerobot(folder: Path) -> PI05Policy:
-    with lerobot_sizes(CONFIG):
-        return PI05Policy.from_pretrained(folder)
-
-
-def between_processors(folder: Path, overrides: dict | None = None) -> Predict:
-    """LeRobot's policy between the folder's processors: (observation, noise) to tokens and actions in real units."""
-    policy = open_lerobot(folder)
-    before = PolicyProcessorPipeline.from_pretrained(
-        folder, config_filename="policy_preprocessor.json", overrides=overrides
-    )
-    after = PolicyProcessorPipeline.from_pretrained(
-        folder,
-        config_filename="policy_postprocessor.json",
-        to_transition=policy_action_to_transition,
-        to_output=transition_to_policy_action,
-    )
-
-    def predict(observation: dict, noise: Tensor) -> tuple[Tensor, Tensor]:
-        images = {f"observation.images.{name}": image.float() / 255 for name, image in observation["image"].items()}
-        batch = before({**images, "observation.state": observation["state"], "task": observation["task"]})
-        tokens = batch["observation.language.tokens"][batch["observation.language.attention_mask"]]
-        return tokens, after(policy.predict_action_chunk(batch, noise=noise[None])[0])
-
-    return predict
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
-    """A checkpoint as LeRobot's training writes it: policy and both processors. Its lm_head has drifted."""
-    folder = tmp_path_factory.mktemp("lerobot")
-    size = CONFIG.vision.image_size
-    config = PI05Config(
-        device="cpu",
-        chunk_size=CONFIG.horizon,
-        n_action_steps=CONFIG.horizon,
-        max_action_dim=CONFIG.action_dim,
-        image_resolution=(size, size),
-        input_features={
-            "observation.images.top": PolicyFeature(FeatureType.VISUAL, (3, 60, 80)),
-            "observation.images.wrist": PolicyFeature(FeatureType.VISUAL, (3, size, size)),
-            "observation.state": PolicyFeature(FeatureType.STATE, (STATE_DIM,)),
-        },
-        output_features={"action": PolicyFeature(FeatureType.ACTION, (ACTION_DIM,))},
-    )
-    with lerobot_sizes(CONFIG):
-        policy = PI05Policy(config)
-    randomize(policy)
-    policy.save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    stats = {
-        key: {"q01": -torch.rand(dims, generator=generator), "q99": 1 + torch.rand(dims, generator=generator)}
-        for key, dims in (("observation.state", STATE_DIM), ("action", ACTION_DIM))
-    }
-    steps = make_default_policy_processor_steps(config, stats)
-    tokenize = TokenizerProcessorStep(tokenizer_name=str(tokenizer), max_length=64, padding="max_length")
-    state = Pi05PrepareStateTokenizerProcessorStep()
-    for pipeline in make_policy_processor_pipelines(
-        [steps.rename_observations, steps.add_batch_dim, steps.normalize, state, tokenize, steps.to_device],
-        [steps.unnormalize, steps.to_cpu],
-    ):
-        pipeline.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ours(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ours") / "policy"
-    convert(source=source, target=folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "policy"
-    convert(source=ours, target=folder, format="lerobot")
-    return folder
-
-
-@pytest.fixture
-def copy(source: Path, tmp_path: Path) -> Copy:
-    """A copy of the source whose tensors were changed."""
-
-    def changed(change: Callable[[dict[str, Tensor]], None]) -> Path:
-        folder = tmp_path / "changed"
-        shutil.copytree(source, folder)
-        tensors = load_file(source / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-
-    return changed
-
+from .conftest import ACTION_DIM, CONFIG, EMBED_TOKENS, STATE_DIM, Copy, Predict, between_processors, open_lerobot
 
 # --- names
 
@@ -450,115 +312,6 @@ def test_a_bf16_checkpoint_with_fp32_parts_predicts_in_every_dtype(source: Path,
     for dtype in (None, torch.float32, torch.bfloat16):
         found = Pi05Policy.from_pretrained(folder, dtype=dtype).predict_chunk(observation, noise)
         torch.testing.assert_close(torch.from_numpy(found), torch.from_numpy(expected), rtol=0.05, atol=0.05)
-
-
-# --- what is wrong is said
-
-
-def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy: Copy) -> None:
-    layer = "model.paligemma_with_expert.paligemma.model.language_model.layers"
-
-    def damage(tensors: dict[str, Tensor]) -> None:
-        del tensors[f"{layer}.1.mlp.up_proj.weight"]
-        del tensors["model.paligemma_with_expert.gemma_expert.model.norm.dense.bias"]
-        tensors[f"{layer}.0.self_attn.v_proj.weight"] = torch.zeros(8, 48)
-        tensors["model.paligemma_with_expert.lora_A.weight"] = torch.zeros(2)
-
-    with pytest.raises(ValueError, match="4 keys do not fit") as error:
-        load_lerobot(copy(damage))
-    for expected in (
-        f"missing: {layer}.1.mlp.up_proj.weight [64, 48]",
-        "missing: model.paligemma_with_expert.gemma_expert.model.norm.dense.bias [96]",
-        f"misshaped: {layer}.0.self_attn.v_proj.weight is [8, 48], expected [16, 48]",
-        "unexpected: model.paligemma_with_expert.lora_A.weight [2]",
-    ):
-        assert expected in str(error.value)
-
-
-def test_every_key_of_a_missing_layer_is_listed(copy: Copy) -> None:
-    last = "model.paligemma_with_expert.gemma_expert.model.layers.1."
-
-    def cut(tensors: dict[str, Tensor]) -> None:
-        for key in [key for key in tensors if key.startswith(last)]:
-            del tensors[key]
-
-    with pytest.raises(ValueError, match="11 keys do not fit") as error:
-        load_lerobot(copy(cut))
-    assert str(error.value).count(f"missing: {last}") == 11
-
-
-def test_a_key_with_and_without_its_prefix_is_listed(copy: Copy) -> None:
-    with pytest.raises(ValueError, match=r"unexpected: .*time_mlp_in\.bias"):
-        load_lerobot(copy(lambda tensors: tensors.update({"time_mlp_in.bias": torch.zeros(32)})))
-
-
-def test_a_misshaped_head_is_listed_though_nothing_reads_it(copy: Copy) -> None:
-    with pytest.raises(ValueError, match=r"lm_head\.weight is \[7, 32\], expected \[4096, 32\]"):
-        load_lerobot(copy(lambda tensors: tensors.update({PREFIX + EXPERT_LM_HEAD: torch.zeros(7, 32)})))
-
-
-def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy: Copy) -> None:
-    key = "model.action_in_proj.weight"
-    with pytest.raises(ValueError, match=key):
-        load_lerobot(copy(lambda tensors: tensors.pop(key)))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("max_action_dim", 32, "max_action_dim is 32, but action_in_proj takes 5"),
-        ("image_resolution", [224, 224], "there are 4 position embeddings"),
-        ("image_resolution", [28, 56], "a square's"),
-        ("type", "pi0", "type is 'pi0'"),
-        ("min_period", 0.01, "min_period is 0.01"),
-        ("action_expert_variant", "gemma_2b", "both gemma_2b"),
-        ("output_features", {"action": {"type": "ACTION", "shape": [9]}}, "9 action dimensions"),
-    ],
-)
-def test_a_config_that_contradicts_the_weights_is_refused(copy: Copy, name: str, value: object, message: str) -> None:
-    folder = copy(lambda tensors: None)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, name: value}))
-    with pytest.raises(ValueError, match=message):
-        load_lerobot(folder)
-
-
-def test_a_truncated_checkpoint_leaves_no_target(source: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "truncated"
-    shutil.copytree(source, folder)
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is truncated"):
-        convert(source=folder, target=tmp_path / "ours")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["truncated"]
-
-
-def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="already exists"):
-        convert(source=source, target=tmp_path)
-
-
-def test_relative_actions_are_refused(copy: Copy, tmp_path: Path) -> None:
-    folder = copy(lambda tensors: None)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "use_relative_actions": True}))
-    with pytest.raises(ValueError, match="relative"):
-        convert(source=folder, target=tmp_path / "ours")
-
-
-def test_a_policy_of_relative_actions_is_not_exported(ours: Path, tmp_path: Path) -> None:
-    policy = Pi05Policy.from_pretrained(ours)
-    robots = policy.processor.robots
-    robots[policy.robot] = replace(robots[policy.robot], relative=RelativeActions((0,), (0,)))
-    policy.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match=r"relative actions \(relative_dims\)"):
-        convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_keypoint_backbone_has_no_place_in_lerobot() -> None:
-    with pytest.raises(ValueError, match="siglip_gemma"):
-        to_lerobot("backbone.vision.convs.0.weight")
 
 
 def test_a_loaded_model_is_ready_to_train(source: Path) -> None:
