@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
@@ -26,7 +25,7 @@ from pi05_lightning.models.heads.subtask import SubtaskHead
 from pi05_lightning.models.lora import Lora, add_adapters
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
-from pi05_lightning.precision import PureHalf
+from pi05_lightning.precision import replaced
 from pi05_lightning.pretrained import config_at, load_into
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch
@@ -135,8 +134,7 @@ class Pi05Module(LightningModule):
         if stage == "fit" and self.flex_attention and strategy.root_device.type == "cpu":
             raise ValueError("flex_attention trains on GPUs only: leave model.flex_attention out on this machine")
         self.processor = datamodule_of(self.trainer).processor
-        if type(self.trainer.precision_plugin) is HalfPrecision:
-            self.trainer.strategy.precision_plugin = PureHalf(self.trainer.precision_plugin.precision)
+        strategy.precision_plugin = replaced(self.trainer.precision_plugin)
 
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in both of its stages."""

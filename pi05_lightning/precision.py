@@ -1,4 +1,4 @@
-"""Pure bf16 for Lightning. fp32 (`32-true`) and bf16 over fp32 weights (`bf16-mixed`) are Lightning's own."""
+"""Pure bf16, and bf16 over fp32 weights, for Lightning; fp32 (`32-true`) is Lightning's own."""
 
 from __future__ import annotations
 
@@ -6,14 +6,25 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.plugins import HalfPrecision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from torch.optim import Optimizer
+
+
+def replaced(plugin: Precision) -> Precision:
+    """What `Pi05Module` trains with in the place of Lightning's plugin; the plugin itself where that is right."""
+    if type(plugin) is HalfPrecision:
+        return PureHalf(plugin.precision)
+    if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
+        return Unscaled("bf16-mixed", plugin.device)
+    return plugin
 
 
 class PureHalf(HalfPrecision):
     """Weights, gradients and optimizer state in 16 bits; data as they are, so that targets are not rounded.
 
-    `Pi05Module` puts it in the place of Lightning's own, which also casts the actions of a batch, to 8 bits of
-    precision, before noise is added to them. The model casts where it computes.
+    Lightning's own also casts the actions of a batch, to 8 bits of precision, before noise is added to them. The model
+    casts where it computes.
     """
 
     def convert_input(self, data: Any) -> Any:
@@ -22,3 +33,18 @@ class PureHalf(HalfPrecision):
     @contextmanager
     def forward_context(self) -> Generator[None]:
         yield
+
+
+class Unscaled(MixedPrecision):
+    """Autocast to bf16, whose gradients nothing scales, so that they can be clipped for every optimizer.
+
+    Lightning's own refuses to for fused ones, which would unscale the gradients of fp16 only after they were clipped.
+    """
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        clip_val: int | float = 0.0,
+        gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
+    ) -> None:
+        Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)

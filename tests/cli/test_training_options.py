@@ -57,7 +57,10 @@ def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: py
     assert not torch.equal(merged, expected)
 
 
-def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(videos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
+    precision: str, videos: Path, tmp_path: Path
+) -> None:
     start = Pi05(ModelConfig.preset("debug"))
     start.reset_parameters()
     save_model(tmp_path / "start", start)
@@ -69,6 +72,7 @@ def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(videos: Pat
         "data.num_workers": "0",
         "stages.posttrain_steps": "2",
         "trainer.accelerator": "cpu",
+        "trainer.precision": precision,
         "run": str(tmp_path / "run"),
     }
     main(["fit", "-c", "configs/finetune.yaml", *(w for k, v in flags.items() for w in (f"--{k}", v))])

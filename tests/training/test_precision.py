@@ -10,6 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
+
+from pi05_lightning.module import default_optimizer
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -62,3 +65,23 @@ def test_flex_attention_without_what_it_needs_is_refused(train: Train) -> None:
         train(module_options={"flex_attention": True})
     with pytest.raises(ValueError, match="flex_attention trains on GPUs only"):
         train(module_options={"flex_attention": True, "compile": True})
+
+
+class NormsOfSteps(Callback):
+    """The norm of all gradients that an optimizer step was taken with."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        grads = [p.grad.float() for p in pl_module.parameters() if p.grad is not None]
+        self.norms += [torch.nn.utils.get_total_norm(grads).item()] if grads else []
+
+
+@pytest.mark.parametrize("precision", WEIGHTS)
+def test_gradients_are_clipped_for_the_default_optimizer_which_is_fused(train: Train, precision: str) -> None:
+    steps = NormsOfSteps()
+    train(steps, precision=precision, gradient_clip_val=1e-3, module_options={"optimizer": default_optimizer})
+    assert steps.norms
+    assert max(steps.norms) < 1.01e-3
+    assert max(steps.norms) > 0.9e-3
