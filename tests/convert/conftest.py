@@ -22,23 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.peer import lerobot_sizes, randomize
+from benchmarks.sizes import DEBUG as CONFIG
 from pi05_lightning.convert_command import convert
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 
 EMBED_TOKENS = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 STATE_DIM, ACTION_DIM = 4, 3
 Copy = Callable[[Callable[[dict[str, Tensor]], object]], Path]
 Predict = Callable[[dict, Tensor], tuple[Tensor, Tensor]]
-
-CONFIG = ModelConfig(
-    vision=VisionConfig(image_size=28, patch_size=14, width=72, depth=2, mlp_dim=96, num_heads=1),
-    language=GemmaConfig(width=48, depth=2, mlp_dim=64, num_heads=8, num_kv_heads=1, head_dim=16),
-    expert=GemmaConfig(width=32, depth=2, mlp_dim=40, num_heads=8, num_kv_heads=1, head_dim=16),
-    vocab_size=4096,
-    horizon=6,
-    action_dim=5,
-)
 
 
 @pytest.fixture(scope="module")
