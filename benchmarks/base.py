@@ -107,8 +107,8 @@ def serve(name: str, folder: Path, config: ModelConfig) -> None:
             chunk = lambda: inputs.lerobot_chunk(lerobot)  # noqa: E731
             first = chunk()
     else:
-        from pi05_lightning.models.checkpoint import build
-        from pi05_lightning.models.convert import load_lerobot
+        from pi05_lightning.weights.lerobot import load_lerobot
+        from pi05_lightning.weights.safetensors import build
 
         start = time.perf_counter()
         ours = build(*load_lerobot(folder, dtype=torch.bfloat16)).eval()

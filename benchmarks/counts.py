@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import Options, Row, run_part, share
 from benchmarks.peer import Inputs, build_lerobot, make_inputs
 from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
-from pi05_lightning.models.acceleration import checkpoint_blocks
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.profile_parts import activation_peak
+from pi05_lightning.profiling.parts import activation_peak
 
 
 def counts(options: Options) -> list[Row]:

@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 
 from benchmarks.sizes import Work
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.convert import to_ours
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss, Modality
+from pi05_lightning.types import Batch, Modality, Target
+from pi05_lightning.weights.lerobot import to_ours
 
 
 def lerobot_config(config: ModelConfig, **changes: Any) -> PI05Config:
@@ -151,7 +151,7 @@ def make_inputs(config: ModelConfig, work: Work, device: str = "cpu", seed: int 
         tokens=tokens[:, : work.tokens],
         token_mask=token_mask[:, : work.tokens],
         causal=torch.zeros(rows, work.tokens, dtype=torch.bool),
-        loss_kind=torch.full((rows, work.tokens), Loss.NONE, dtype=torch.uint8),
+        target_kind=torch.full((rows, work.tokens), Target.NONE, dtype=torch.uint8),
         target_index=torch.zeros(0, dtype=torch.long),
         actions=actions,
         action_mask=torch.ones_like(actions, dtype=torch.bool),

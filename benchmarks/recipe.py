@@ -14,7 +14,7 @@ from benchmarks.peer import make_inputs, randomize
 from benchmarks.sizes import BASE, DEBUG, MID, ONE_ROBOT, PART_PRESENT, Work
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss
+from pi05_lightning.types import Batch, Target
 
 TEXT_TOKENS, FAST_TOKENS = 10, 40  # a subtask; a chunk's FAST tokens (published: 20 to 53 for a second)
 DRAWS = 4
@@ -54,7 +54,7 @@ def steps(config: ModelConfig, work: Work, device: str = "cpu") -> tuple[Callabl
 def with_targets(batch: Batch, config: ModelConfig) -> Batch:
     """The batch with a subtask and FAST tokens to predict behind every prompt, and more noise draws."""
     rows, prompt = batch.tokens.shape
-    kinds = torch.tensor([Loss.SUBTASK] * TEXT_TOKENS + [Loss.FAST] * FAST_TOKENS, dtype=torch.uint8)
+    kinds = torch.tensor([Target.SUBTASK] * TEXT_TOKENS + [Target.FAST] * FAST_TOKENS, dtype=torch.uint8)
     added, device = len(kinds), batch.tokens.device
     targets = torch.arange(rows)[:, None] * (prompt + added) + torch.arange(prompt, prompt + added)
     assert batch.noise is not None
@@ -64,7 +64,7 @@ def with_targets(batch: Batch, config: ModelConfig) -> Batch:
         tokens=torch.cat([batch.tokens, torch.randint(2, config.vocab_size, (rows, added)).to(device)], 1),
         token_mask=torch.cat([batch.token_mask, torch.ones(rows, added, dtype=torch.bool, device=device)], 1),
         causal=torch.cat([batch.causal, torch.ones(rows, added, dtype=torch.bool, device=device)], 1),
-        loss_kind=torch.cat([batch.loss_kind, kinds.expand(rows, -1).to(device)], 1),
+        target_kind=torch.cat([batch.target_kind, kinds.expand(rows, -1).to(device)], 1),
         target_index=targets.flatten().to(device),
         noise=batch.noise.expand(-1, DRAWS, -1, -1) * 1.0,
         time=batch.time.expand(-1, DRAWS) * 1.0,

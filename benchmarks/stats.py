@@ -15,7 +15,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.scripts.augment_dataset_quantile_stats import compute_quantile_stats_for_dataset
 
 from benchmarks.harness import Options, Row, alternate, run_part, speed_up
-from pi05_lightning.data.stats import compute
+from pi05_lightning.data.statistics import compute
 
 KEYS = ("observation.state", "action")
 WIDTH = 14

@@ -23,8 +23,8 @@ from benchmarks.harness import (
 )
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
-from pi05_lightning.models.acceleration import checkpoint_blocks
-from pi05_lightning.models.convert import to_ours
+from pi05_lightning.models.parallelize import checkpoint_blocks
+from pi05_lightning.weights.lerobot import to_ours
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pi05_lightning.callbacks.stages import StageSwitch
     from pi05_lightning.data.datamodule import Pi05DataModule
     from pi05_lightning.module import Pi05Module
     from pi05_lightning.policy import Pi05Policy
+    from pi05_lightning.training.callbacks.stages import StageSwitch
 
 __version__ = "0.1.0"
 __all__ = ["Pi05DataModule", "Pi05Module", "Pi05Policy", "StageSwitch"]
@@ -16,7 +16,7 @@ _HOME = {
     "Pi05DataModule": "data.datamodule",
     "Pi05Module": "module",
     "Pi05Policy": "policy",
-    "StageSwitch": "callbacks.stages",
+    "StageSwitch": "training.callbacks.stages",
 }
 
 

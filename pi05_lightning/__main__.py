@@ -1,3 +1,3 @@
-from pi05_lightning.cli import main
+from pi05_lightning.cli.main import main
 
 main()

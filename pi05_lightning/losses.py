@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pi05_lightning.models.pi05 import Outputs
 from pi05_lightning.recipe import LossWeights
-from pi05_lightning.types import Batch, Loss
+from pi05_lightning.types import Batch, Target
 
-TOKEN_TERMS = {"text": Loss.TEXT, "subtask": Loss.SUBTASK, "fast": Loss.FAST}
+TOKEN_TERMS = {"text": Target.TEXT, "subtask": Target.SUBTASK, "fast": Target.FAST}
 TERMS = (*TOKEN_TERMS, "location", "flow")
 
 
@@ -53,7 +53,7 @@ def loss_terms(out: Outputs, batch: Batch) -> dict[str, Tensor]:
     """
     masked: dict[str, tuple[Tensor, Tensor]] = {}
     if out.tokens is not None:
-        kind = batch.loss_kind.flatten()[batch.target_index]
+        kind = batch.target_kind.flatten()[batch.target_index]
         masked = {name: (out.tokens.nll, kind == loss) for name, loss in TOKEN_TERMS.items()}
     if out.distance is not None:
         masked["location"] = (out.distance, torch.ones_like(out.distance))

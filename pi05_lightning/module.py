@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,22 +13,20 @@ from torch import Tensor
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.evaluation.metrics import Evaluator, Measured, ModalityMetrics, compute_all
 from pi05_lightning.losses import draw_noise, loss_terms, total_loss
-from pi05_lightning.metrics import Evaluator, Measured, ModalityMetrics, compute_all
-from pi05_lightning.models.acceleration import checkpoint_blocks, compile_calls
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
-from pi05_lightning.models.lora import Lora, add_adapters
+from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
-from pi05_lightning.precision import replaced
-from pi05_lightning.pretrained import config_at, load_into
 from pi05_lightning.recipe import Recipe
+from pi05_lightning.training.precision import replaced
 from pi05_lightning.types import Batch
-from pi05_lightning.vision_cache import cache_features, is_tower
+from pi05_lightning.weights.pretrained import config_at, load_into
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -50,9 +47,6 @@ class Pi05Module(LightningModule):
         lora: train adapters beside the linear layers instead of the layers.
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
         compile: compile backbone and flow head for training steps.
-        flex_attention: the compiled steps attend with FlexAttention; needs `compile` and a GPU.
-        vision_cache: a folder in which the features of images are kept while SigLIP is frozen, see `cache_features`;
-            needs data without augmentation.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
         flow_draws: noise draws per observation and step; they share one backbone pass.
         rtc_max_delay: training-time real-time chunking: the first 0 to this many actions of a draw are given, not
@@ -72,8 +66,6 @@ class Pi05Module(LightningModule):
         lora: Lora | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
-        flex_attention: bool = False,
-        vision_cache: str | None = None,
         flow_draws: int = 1,
         rtc_max_delay: int = 0,
         knowledge_insulation: bool = False,
@@ -87,9 +79,6 @@ class Pi05Module(LightningModule):
         self.config = config or config_at(str(init_from))
         self.init_from, self.lora, self.make_optimizer = init_from, lora, optimizer
         self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
-        if flex_attention and not compile:
-            raise ValueError("flex_attention is slow where it is not compiled: set model.compile too, or leave it out")
-        self.flex_attention, self.vision_cache = flex_attention, vision_cache
         if not 0 <= rtc_max_delay < self.config.horizon:
             raise ValueError(f"rtc_max_delay {rtc_max_delay} is not within 0 and the horizon of {self.config.horizon}")
         self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay
@@ -131,8 +120,6 @@ class Pi05Module(LightningModule):
                 f"trainer.strategy {type(strategy).__name__} shards the weights, which the tied embedding, the stages'"
                 " freezing and the averaged weights need whole: use ddp, with LoRA or bf16-true where memory is short"
             )
-        if stage == "fit" and self.flex_attention and strategy.root_device.type == "cpu":
-            raise ValueError("flex_attention trains on GPUs only: leave model.flex_attention out on this machine")
         self.processor = datamodule_of(self.trainer).processor
         strategy.precision_plugin = replaced(self.trainer.precision_plugin)
 
@@ -156,19 +143,7 @@ class Pi05Module(LightningModule):
         if self.activation_checkpointing:
             checkpoint_blocks(self.model)
         if self.compile_model:
-            compile_calls(self.model, self.flex_attention)
-        if self.vision_cache:
-            cache_features(self.model, Path(self.vision_cache).expanduser())
-
-    def _check_vision_cache(self) -> None:
-        if datamodule_of(self.trainer).augmentation is not None:
-            raise ValueError("vision_cache finds no image again that is augmented: set data.augmentation to null")
-        tower = [name for name, _ in self.model.named_parameters() if is_tower(name)]
-        if not any(all(stage.freezes(name) for name in tower) for stage in self.recipe.stages):
-            raise ValueError(
-                "vision_cache needs a stage in which SigLIP is frozen: add 'backbone\\.vision' to a stage's freeze, or"
-                " leave vision_cache out"
-            )
+            compile_calls(self.model)
 
     def _begin(self) -> None:
         if self.init_from is not None:
@@ -185,8 +160,6 @@ class Pi05Module(LightningModule):
         # what no stage trains is left out of DDP's buckets; what one stage freezes is frozen by `StageSwitch`, later
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = self.recipe.trains(name)
-        if self.vision_cache:
-            self._check_vision_cache()
         optimizer = self.make_optimizer(param_groups(self.model.named_parameters(), self.recipe))
         return [optimizer], [{"scheduler": stage_schedule(optimizer, self.recipe), "interval": "step"}]
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning import checkpoint
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
+from pi05_lightning.weights import training_checkpoint as checkpoint
 
 Observation = Mapping[str, Any]
 """{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1]."""

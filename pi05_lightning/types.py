@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 
-class Loss(IntEnum):
-    """Which cross-entropy a token's prediction belongs to; NONE marks a token that is given, not predicted."""
+class Target(IntEnum):
+    """What a token is a target of; NONE marks a token that is given, not predicted."""
 
     NONE = 0
     TEXT = 1
@@ -94,7 +94,7 @@ class Segment:
 
     text: str | None = None
     tokens: tuple[int, ...] | None = None
-    loss: Loss = Loss.NONE
+    loss: Target = Target.NONE
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ class Point:
 class Sample:
     """One training example, ready to collate: images u8[3 H W] of the model's size, normalised actions f32[T D].
 
-    tokens: i64[L], of all its segments;  loss_kind: u8[L], `Loss` of predicting each.
+    tokens: i64[L], of all its segments;  target_kind: u8[L], `Target` of predicting each.
     action_mask: bool[T D], False on padded steps and padded dims.  key seeds this draw's noise and flow time.
     """
 
     tokens: np.ndarray
-    loss_kind: np.ndarray
+    target_kind: np.ndarray
     modality: Modality
     images: dict[str, np.ndarray] = field(default_factory=dict)
     actions: np.ndarray | None = None
@@ -149,7 +149,7 @@ class Batch:
     image_mask   bool[B C]     slots in use
     tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: sees only what is before it
                                (from a row's first token with a loss on: without `target_index` nothing is causal)
-    loss_kind    u8[B L]       `Loss` of predicting this token
+    target_kind  u8[B L]       `Target` of predicting this token
     target_index i64[N]        row * L + column of every token with a loss
     actions      f32[R T D]    action_mask bool[R T D]
     fast_actions f32[F T D]    fast_action_mask bool[F T D]: what the rows with FAST tokens say, for metrics only
@@ -170,7 +170,7 @@ class Batch:
     tokens: Tensor
     token_mask: Tensor
     causal: Tensor
-    loss_kind: Tensor
+    target_kind: Tensor
     target_index: Tensor
     actions: Tensor
     action_mask: Tensor

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi05_lightning import checkpoint
-from pi05_lightning.models.checkpoint import save_model
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights import training_checkpoint as checkpoint
+from pi05_lightning.weights.safetensors import save_model
 
 
 class Harmful:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning.demo import Part, Progress, demo, parts, run_command, write_json, write_summary
+from pi05_lightning.cli.demo import Part, Progress, demo, parts, run_command, write_json, write_summary
 
 PART = Part("stats", ("stats", "data"))
 
@@ -97,7 +97,7 @@ def test_summary_holds_seconds_metrics_and_success(tmp_path: Path) -> None:
 
 def test_interrupt_reaches_the_command_that_runs(tmp_path: Path) -> None:
     script = (
-        f"from pi05_lightning.demo import demo; from pathlib import Path; demo(Path({str(tmp_path)!r}), quick=True)"
+        f"from pi05_lightning.cli.demo import demo; from pathlib import Path; demo(Path({str(tmp_path)!r}), quick=True)"
     )
     process = subprocess.Popen([sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -10,14 +10,14 @@ import torch
 from huggingface_hub import constants
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.convert_command import convert
+from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.hub import local_folder
-from pi05_lightning.models.checkpoint import save_tensors
+from pi05_lightning.files.hub import local_folder
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.convert import lerobot_tensors
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.pretrained import config_at, load_into
+from pi05_lightning.weights.lerobot import lerobot_tensors
+from pi05_lightning.weights.pretrained import config_at, load_into
+from pi05_lightning.weights.safetensors import save_tensors
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pi05_lightning.cli.profile import Plan, profile, read_config
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.profile_command import Plan, profile, read_config
-from pi05_lightning.profile_parts import PARTS, Book, Clock, Work, parameters_of, training_step
+from pi05_lightning.profiling.parts import PARTS, Book, Clock, Work, parameters_of, training_step
 from tests.models.small import small_config, small_model
 
 WORK = Work(batch_size=2, cameras=2, prompt_tokens=5, target_tokens=4, draws=2)

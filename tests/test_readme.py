@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import yaml
 
-from pi05_lightning import Pi05DataModule, checkpoint, cli
+from pi05_lightning import Pi05DataModule
+from pi05_lightning.cli import main as cli
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights import training_checkpoint as checkpoint
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])

@@ -20,9 +20,9 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pi05_lightning.demo import run_command, write_json
-from pi05_lightning.report.plots import COLORS
-from pi05_lightning.report.run import read_json
+from pi05_lightning.cli.demo import run_command, write_json
+from pi05_lightning.evaluation.report.plots import COLORS
+from pi05_lightning.evaluation.report.run import read_json
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 BASE, RECIPE = "configs/tiny.yaml", "001_metaworld"

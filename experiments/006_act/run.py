@@ -26,9 +26,9 @@ from rich.console import Console
 
 from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import View
-from pi05_lightning.sim.metaworld import MetaWorld
+from pi05_lightning.sim.metaworld.environment import MetaWorld
+from pi05_lightning.sim.metaworld.tasks import task_of_sentence
 from pi05_lightning.sim.summary import summarise, tables
-from pi05_lightning.sim.tasks import task_of_sentence
 from pi05_lightning.sim.trials import Clock, Pace, Trial, run_baseline, run_policy
 from pi05_lightning.types import Frame
 

@@ -19,7 +19,7 @@ from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.tokenizer import TextTokenizer, text_to_boxes
 from pi05_lightning.data.transforms import AbsoluteActions, Group, Normalize, Quantiles, RelativeActions, Unnormalize
-from pi05_lightning.types import Answer, Batch, Frame, Loss, Modality, Point, Sample, Segment, Shapes
+from pi05_lightning.types import Answer, Batch, Frame, Modality, Point, Sample, Segment, Shapes, Target
 
 OUTLIER = 1e3  # a normalised value so far from -1..1 is a broken sensor, or a range that the statistics did not see
 
@@ -227,12 +227,12 @@ class Processor:
         tokens = self.fast.encode(actions[None])[0]
         ids = self.fast.to_vocab(tokens, self.shapes.vocab_size, self.shapes.fast_skip_tokens)
         closing = [*self.tokenizer.encode(prompts.fast_closing), self.tokenizer.eos_id]
-        return Segment(tokens=(*self.tokenizer.encode(prompts.fast_opening), *ids, *closing), loss=Loss.FAST)
+        return Segment(tokens=(*self.tokenizer.encode(prompts.fast_opening), *ids, *closing), loss=Target.FAST)
 
     def _encode(self, segments: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids i64[L] and the `Loss` of each, u8[L]; predicted text ends with <eos>. BadFrame for too many."""
+        """Token ids i64[L] and the `Target` of each, u8[L]; predicted text ends with <eos>. BadFrame for too many."""
         ids = [self.tokenizer.bos_id]
-        kinds = [int(Loss.NONE)]
+        kinds = [int(Target.NONE)]
         for segment in segments:
             piece = list(segment.tokens) if segment.tokens is not None else self.tokenizer.encode(segment.text or "")
             if segment.loss and segment.tokens is None:
@@ -260,7 +260,7 @@ class Processor:
         token_mask = np.zeros((rows, length), dtype=bool)
         for row, sample in enumerate(samples):
             text = slice(len(sample.tokens))
-            tokens[row, text], kinds[row, text], token_mask[row, text] = sample.tokens, sample.loss_kind, True
+            tokens[row, text], kinds[row, text], token_mask[row, text] = sample.tokens, sample.target_kind, True
 
         slots = max(len(sample.images) for sample in samples)
         image_mask = np.zeros((rows, slots), dtype=bool)
@@ -292,7 +292,7 @@ class Processor:
             token_mask=torch.from_numpy(token_mask),
             # causal from the first predicted token on: an answer must not see the question after it
             causal=torch.from_numpy(np.maximum.accumulate(kinds > 0, axis=1) & token_mask),
-            loss_kind=torch.from_numpy(kinds),
+            target_kind=torch.from_numpy(kinds),
             target_index=torch.from_numpy(np.flatnonzero(kinds)),
             actions=actions,
             action_mask=action_mask,

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from pi05_lightning.types import Answer, Frame, Loss, Segment
+from pi05_lightning.types import Answer, Frame, Segment, Target
 
 ConditionOn = Literal["subtask", "task", "both"]
 
@@ -89,7 +89,7 @@ class Prompts:
         return [self.fill(self.task, frame)]
 
     def say_subtask(self, subtask: str) -> Segment:
-        return Segment(self.subtask.format(subtask=subtask), loss=Loss.SUBTASK)
+        return Segment(self.subtask.format(subtask=subtask), loss=Target.SUBTASK)
 
     def low_level(self, frame: Frame, subtask: str | None, condition_on: ConditionOn, *, fast: bool) -> list[Segment]:
         """What actions are conditioned on; without a subtask, the task alone.
@@ -104,4 +104,4 @@ class Prompts:
 
     def ask(self, answer: Answer) -> list[Segment]:
         """A question and its answer as target."""
-        return [Segment(self.question.format(question=answer.question)), Segment(answer.answer, loss=Loss.TEXT)]
+        return [Segment(self.question.format(question=answer.question)), Segment(answer.answer, loss=Target.TEXT)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from pi05_lightning.hub import local_folder
+from pi05_lightning.files.hub import local_folder
 from pi05_lightning.types import NUM_LOC, NUM_SEG, Box
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]

@@ -19,13 +19,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from pi05_lightning.models.attention import Mask, block_mask
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.siglip import Siglip
-from pi05_lightning.types import Batch, Loss, Prefix
+from pi05_lightning.types import Batch, Prefix, Target
 
 
 @dataclass
@@ -70,7 +69,6 @@ class Backbone(nn.Module):
         width = config.language.width
         stems: dict[str, type[Siglip | KeypointStem]] = {"siglip_gemma": Siglip, "keypoint_gemma": KeypointStem}
         self.head_dim = config.language.head_dim
-        self.flex_attention = False
         self.vision = stems[config.backbone_type](config.vision, width)
         self.embed_tokens = Embedding(config.vocab_size, width)
         blocks = (Block(config.language) for _ in range(config.language.depth))
@@ -85,25 +83,21 @@ class Backbone(nn.Module):
         """
         x, mask, causal, keypoints = self.embed(batch)
         flow_mask = mask.clone()
-        given = (batch.loss_kind == Loss.NONE) | (batch.loss_kind == Loss.SUBTASK)
+        given = (batch.target_kind == Target.NONE) | (batch.target_kind == Target.SUBTASK)
         flow_mask[:, -batch.tokens.shape[1] :] &= given
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
         # what nobody predicts is one block: every query sees the same
         seen = prefix_mask(mask, causal) if len(batch.target_index) else mask[:, None, None]
         columns, tokens = x.shape[1], batch.tokens.shape[1]
-        attend: Mask = seen
-        attend_last: Mask = seen[:, :, -tokens:]
-        if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
-            attend, attend_last = block_mask(seen, columns), block_mask(seen[:, :, -tokens:], tokens)
 
         kv: list[KV] = []
         for layer in self.layers[:-1]:
-            x, layer_kv = layer(x, rope, attend)
+            x, layer_kv = layer(x, rope, seen)
             kv.append(layer_kv)
         last = self.layers[-1]
         if not need_hidden:
             return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask, keypoints)
-        x, layer_kv = last(x, rope, attend_last, columns - tokens)
+        x, layer_kv = last(x, rope, seen[:, :, -tokens:], columns - tokens)
         return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask, keypoints)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pi05_lightning.shipped import ROOT
+from pi05_lightning.files.shipped import ROOT
 from pi05_lightning.types import Shapes
 
 

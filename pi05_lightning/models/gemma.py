@@ -10,16 +10,13 @@ Numerics (RMSNorm in fp32 with 1 + weight, GeGLU with tanh-gelu, RoPE base 10 00
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pi05_lightning.models.attention import Mask, attend
 from pi05_lightning.models.config import GemmaConfig
-from pi05_lightning.models.linear import Linear, linear_gelu
+from pi05_lightning.models.kernels import Linear, attend, geglu
 
 KV = tuple[Tensor, Tensor]
 Rope = tuple[Tensor, Tensor]
@@ -121,25 +118,10 @@ class Attention(nn.Module):
         v = rearrange(self.v_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
         return rotate(k, rope), v
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask, kv: KV) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
         q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
-
-
-class GeGLU(torch.autograd.Function):
-    """gelu_tanh(gate) · up, which keeps its two inputs for the backward pass and not gelu's output beside them."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.gelu(gate, approximate="tanh").mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-        return grad_gate, F.gelu(gate, approximate="tanh").mul_(grad)
 
 
 class MLP(nn.Module):
@@ -152,13 +134,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(mlp_dim, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up_proj(x)
-        if not up.requires_grad:
-            return self.down_proj(linear_gelu(self.gate_proj, x).mul_(up))
-        gate = self.gate_proj(x)
-        if torch.compiler.is_compiling():  # an in-place product in an autograd.Function would lose its gradient
-            return self.down_proj(F.gelu(gate, approximate="tanh") * up)
-        return self.down_proj(GeGLU.apply(gate, up))
+        return self.down_proj(geglu(self.gate_proj, self.up_proj, x))
 
 
 class Block(nn.Module):
@@ -175,14 +151,14 @@ class Block(nn.Module):
         """What the layer lets others attend to, [B H_kv S head_dim] each; all that is needed of the last layer."""
         return self.self_attn.keys_values(self.input_layernorm(x)[0], rope)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Mask, first: int = 0) -> tuple[Tensor, KV]:
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor, first: int = 0) -> tuple[Tensor, KV]:
         """Output of the columns from `first` on, for which the mask is, and keys and values of all."""
         y, _ = self.input_layernorm(x)
         kv = self.self_attn.keys_values(y, rope)
         cos, sin = rope
         return self.mix(x[:, first:], y[:, first:], (cos[:, :, first:], sin[:, :, first:]), mask, kv), kv
 
-    def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Mask, kv: KV) -> Tensor:
+    def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
         """The layer's output for tokens x (normed: after the first norm) that attend to kv."""
         x = x + self.self_attn(normed, rope, mask, kv)
         return x + self.mlp(self.post_attention_layernorm(x)[0])
@@ -200,7 +176,7 @@ class Context:
     kv: list[KV]
     draws: int
     has_room: bool
-    mask: Mask
+    mask: Tensor
     rope: Rope
 
 

@@ -6,11 +6,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pi05_lightning.models.attention import attend
 from pi05_lightning.models.config import VisionConfig
 from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import compute_dtype
-from pi05_lightning.models.linear import Linear, linear_gelu
+from pi05_lightning.models.kernels import Linear, attend, linear_gelu
 
 
 class LayerNorm(nn.LayerNorm):

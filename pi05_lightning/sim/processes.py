@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
-from pi05_lightning.sim.metaworld import import_metaworld
+from pi05_lightning.sim.metaworld.environment import import_metaworld
 
 
 @contextmanager

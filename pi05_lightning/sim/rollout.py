@@ -17,7 +17,7 @@ import numpy as np
 from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv as LeRobotEnv  # known to --env by its name
 from pi05_lightning.sim.libero import Libero as Libero
-from pi05_lightning.sim.metaworld import MetaWorld
+from pi05_lightning.sim.metaworld.environment import MetaWorld
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import MODES, POLICY_MODES, Clock, Mode, Pace, Trial, run_baseline, run_policy
 
@@ -161,8 +161,8 @@ def rollout(
     from rich.console import Console
     from tqdm import tqdm
 
-    from pi05_lightning.checkpoint import load
     from pi05_lightning.sim import summary, video
+    from pi05_lightning.weights.training_checkpoint import load
 
     if min(episodes, lanes) < 1:
         raise ValueError("episodes and lanes: at least 1")

@@ -10,7 +10,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from pi05_lightning.report.statistics import wilson_interval
+from pi05_lightning.evaluation.statistics import wilson_interval
 from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Clock, Mode, Trial
 
 ALL = "all tasks"

@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
-from pi05_lightning.callbacks.dashboard import Dashboard, layout
-from pi05_lightning.callbacks.examples import ValidationExamples
-from pi05_lightning.callbacks.provenance import Provenance, commit
-from pi05_lightning.callbacks.throughput import Throughput, matmul_rate
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.training.callbacks.dashboard import Dashboard, layout
+from pi05_lightning.training.callbacks.examples import ValidationExamples
+from pi05_lightning.training.callbacks.provenance import Provenance, commit
+from pi05_lightning.training.callbacks.throughput import Throughput, matmul_rate
 
 SWITCH, STEPS = 3, 8
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pi05_lightning.cli import main
+from pi05_lightning.cli.main import main
 
 STEPS = 4
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi05_lightning.cli import COMMANDS, TRAINER_COMMANDS, load, main
-from pi05_lightning.shipped import shipped_configs
+from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS, load, main
+from pi05_lightning.files.shipped import shipped_configs
 
 
 def rejected(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -36,7 +36,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    script = "import sys; from pi05_lightning.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    script = "import sys; from pi05_lightning.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
-from pi05_lightning.cli import main
-from pi05_lightning.lightning_cli import find_checkpoint
+from pi05_lightning.cli.main import main
+from pi05_lightning.cli.run import find_checkpoint
 
 from .conftest import STEPS
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from pi05_lightning.checkpoint import load
-from pi05_lightning.cli import main
-from pi05_lightning.lightning_cli import find_checkpoint
-from pi05_lightning.models.checkpoint import save_model
+from pi05_lightning.cli.main import main
+from pi05_lightning.cli.run import find_checkpoint
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.safetensors import save_model
+from pi05_lightning.weights.training_checkpoint import load
 
 from .conftest import STEPS
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.peer import lerobot_sizes, randomize
 from benchmarks.sizes import DEBUG as CONFIG
-from pi05_lightning.convert_command import convert
+from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.tokenizer import TextTokenizer
 
 EMBED_TOKENS = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pi05_lightning.convert_command import convert
-from pi05_lightning.models.checkpoint import build
-from pi05_lightning.models.convert import (
+from pi05_lightning.cli.convert import convert
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     LM_HEAD,
     PREFIX,
@@ -23,7 +23,7 @@ from pi05_lightning.models.convert import (
     to_lerobot,
     to_ours,
 )
-from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.weights.safetensors import build
 
 from .conftest import ACTION_DIM, CONFIG, EMBED_TOKENS, STATE_DIM, Copy, Predict, between_processors, open_lerobot
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pi05_lightning.convert_command import convert
+from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.transforms import RelativeActions
-from pi05_lightning.models.convert import (
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     PREFIX,
     load_lerobot,
     to_lerobot,
 )
-from pi05_lightning.policy import Pi05Policy
 
 from .conftest import Copy
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pi05_lightning.cli import main
+from pi05_lightning.cli.main import main
 from pi05_lightning.data.fast import FastTokenizer
-from pi05_lightning.data.sources.lerobot_files import LeRobotFiles
-from pi05_lightning.data.stats import CACHE, Relative, compute, load_or_compute
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.statistics import CACHE, Relative, compute, load_or_compute
 
 # five episodes, so one is held out; their states move more like actions than their actions, which count frames
 SMALL = ("--horizon", "4", "--val_fraction", "0.2", "--action_keys", "[observation.state]")
@@ -20,7 +20,7 @@ SMALL = ("--horizon", "4", "--val_fraction", "0.2", "--action_keys", "[observati
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pi05_lightning.data.commands.console.width", 200)
+    monkeypatch.setattr("pi05_lightning.cli.tokenizer.console.width", 200)
 
 
 def test_stats_shows_every_dim_by_name(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,10 +14,10 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
-from pi05_lightning.data.sources.lerobot_files import find_dataset
-from pi05_lightning.data.sources.split import held_out
+from pi05_lightning.data.split import held_out
 from pi05_lightning.types import Answer, Modality, Shapes
 
 HORIZON = 8

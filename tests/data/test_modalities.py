@@ -17,7 +17,7 @@ from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.samples import Samples
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.types import Loss, Modality
+from pi05_lightning.types import Modality, Target
 
 SHAPES = ModelConfig.preset("debug").shapes
 
@@ -70,7 +70,7 @@ def test_one_mixture_yields_all_five(parsed: tuple[Samples, Recipe]) -> None:
     draws = mixture.batch(0, mixture.weights(recipe.pretrain))
     batch = samples.collate([samples[draw] for draw in draws])
     assert Counter(batch.modality.tolist()) == dict.fromkeys(range(len(Modality)), 4)
-    assert {int(kind) for kind in batch.loss_kind.unique()} == {int(kind) for kind in Loss}
+    assert {int(kind) for kind in batch.target_kind.unique()} == {int(kind) for kind in Target}
     assert len(batch.actions) == 4
 
 
@@ -83,11 +83,11 @@ def test_one_frame_is_its_subtask_its_fast_chunk_and_its_continuous_chunk(parsed
             made[Modality(name.removeprefix("robot/"))] = samples[
                 samples.names.index(name), int(np.flatnonzero(indices == frame)[0]), 0
             ]
-    kinds = {modality: set(sample.loss_kind.tolist()) - {0} for modality, sample in made.items()}
+    kinds = {modality: set(sample.target_kind.tolist()) - {0} for modality, sample in made.items()}
     assert kinds == {
-        Modality.QA: {Loss.TEXT},
-        Modality.HL_SUBTASK: {Loss.SUBTASK},
-        Modality.FAST: {Loss.FAST},
+        Modality.QA: {Target.TEXT},
+        Modality.HL_SUBTASK: {Target.SUBTASK},
+        Modality.FAST: {Target.FAST},
         Modality.CONTINUOUS: set(),
     }
     np.testing.assert_array_equal(made[Modality.FAST].actions, made[Modality.CONTINUOUS].actions)

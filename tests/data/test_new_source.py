@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi05_lightning.cli import main
+from pi05_lightning.cli.main import main
 
 PAGE = Path(__file__).parents[2] / "docs" / "bring-your-dataset.md"
 

@@ -196,7 +196,7 @@ def test_episodes_with_bad_frames_are_left_out_of_the_statistics(videos_copy: Pa
 
 def test_statistics_are_computed_once_and_kept(videos_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_source(videos_copy).robot()
-    monkeypatch.setattr("pi05_lightning.data.stats.compute", None)
+    monkeypatch.setattr("pi05_lightning.data.statistics.compute", None)
     again = open_source(videos_copy).robot()
     assert first is not None
     assert again is not None

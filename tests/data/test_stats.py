@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.data.errors import BadSample
-from pi05_lightning.data.sources.lerobot_files import LeRobotFiles
-from pi05_lightning.data.stats import CACHE, Relative, Stats, compute, load_or_compute, vector_keys
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.statistics import CACHE, Relative, Stats, compute, load_or_compute, vector_keys
 
 KEYS = ["observation.state", "observation.gripper", "action"]
 

@@ -11,9 +11,9 @@ import pytest
 from transformers import GemmaTokenizer
 
 from pi05_lightning.data.fast import FastTokenizer
-from pi05_lightning.data.make_tokenizer import make
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.tokenizer import LOCATIONS, SEGMENTS, TextTokenizer, box_to_text, text_to_boxes
+from tools.make_tokenizer import make
 
 TEXTS = [
     "Task: pick up the red block, State: 3 128 255;\nAction: ",

@@ -11,7 +11,7 @@ import torch
 from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.metrics import Evaluator, ModalityMetrics, compute_all
+from pi05_lightning.evaluation.metrics import Evaluator, ModalityMetrics, compute_all
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch

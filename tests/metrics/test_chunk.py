@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pi05_lightning.data.transforms import Quantiles
-from pi05_lightning.metrics.chunk import CHUNK_METRICS, chunk_errors
-from pi05_lightning.metrics.modality import values_of
-from pi05_lightning.metrics.weighted_mean import Sums, WeightedMean
+from pi05_lightning.evaluation.metrics.chunk import CHUNK_METRICS, chunk_errors
+from pi05_lightning.evaluation.metrics.modality import values_of
+from pi05_lightning.evaluation.metrics.weighted_mean import Sums, WeightedMean
 
 TRUTH = torch.tensor([[[0.0, 0.0, 0.0], [1.0, -1.0, 0.0]]])
 SAID = torch.tensor([[[0.1, 0.4, 9.0], [0.8, -1.0, 9.0]]])

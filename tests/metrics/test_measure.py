@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pi05_lightning import Pi05DataModule
+from pi05_lightning.evaluation.metrics import Evaluator
+from pi05_lightning.evaluation.metrics.measure import FLOW_TIMES, NOISE_SEED, without_targets
 from pi05_lightning.losses import draw_noise
-from pi05_lightning.metrics import Evaluator
-from pi05_lightning.metrics.measure import FLOW_TIMES, NOISE_SEED, without_targets
-from pi05_lightning.types import Batch, Loss
+from pi05_lightning.types import Batch, Target
 
 from .conftest import batches, values
 
@@ -100,9 +100,9 @@ def test_perplexity_of_an_indifferent_model_is_its_vocabulary(
     assert found["perplexity"] == pytest.approx(vocabulary, rel=1e-4)
 
 
-def truth(batch: Batch, kind: Loss) -> tuple[torch.Tensor, torch.Tensor]:
+def truth(batch: Batch, kind: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """The true tokens of a kind, left-aligned as a head writes them, and which are valid."""
-    rows = [ids[of == kind] for ids, of in zip(batch.tokens, batch.loss_kind, strict=True)]
+    rows = [ids[of == kind] for ids, of in zip(batch.tokens, batch.target_kind, strict=True)]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     return padded, torch.arange(padded.shape[1]) < lengths[:, None]
@@ -112,7 +112,7 @@ def test_exact_match_counts_texts_that_are_generated_as_they_should(
     evaluator: Evaluator, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (batch, *_) = batches(data, SUBTASK)
-    tokens, valid = truth(batch, Loss.SUBTASK)
+    tokens, valid = truth(batch, Target.SUBTASK)
     tokens[0, 0] = tokens[0, 1]
     monkeypatch.setattr(evaluator.model.subtask_head, "generate", lambda *_, **__: (tokens, valid, None))
     assert values(evaluator, SUBTASK, batch)["exact_match"] == 1 - 1 / len(batch)
@@ -126,7 +126,7 @@ def test_box_iou_counts_answers_with_boxes_alone(
     frame = samples.sources["robot"][int(samples.indices[entry][0])]
     asked = [data.processor.sample(frame, data._validation.of(QA)[1], "robot", key) for key in range(8)]
     batch = data.processor.collate(asked)
-    tokens, valid = truth(batch, Loss.TEXT)
+    tokens, valid = truth(batch, Target.TEXT)
     monkeypatch.setattr(evaluator.model.subtask_head, "generate", lambda *_, **__: (tokens, valid, None))
     found = values(evaluator, QA, batch)
     assert found["box_iou"] == pytest.approx(1)
@@ -180,10 +180,10 @@ def test_action_error_of_true_tokens_is_what_fast_loses(
 
 def test_subtask_that_actions_follow_is_not_hidden_with_the_actions(evaluator: Evaluator, data: Pi05DataModule) -> None:
     (batch, *_) = batches(data, FAST)
-    batch.loss_kind[:, 3] = Loss.SUBTASK
+    batch.target_kind[:, 3] = Target.SUBTASK
     hidden = batch.token_mask & ~without_targets(batch).token_mask
-    assert (batch.loss_kind[hidden] == Loss.FAST).all()
-    assert hidden.sum() == (batch.loss_kind == Loss.FAST).sum()
+    assert (batch.target_kind[hidden] == Target.FAST).all()
+    assert hidden.sum() == (batch.target_kind == Target.FAST).sum()
 
 
 def test_example_of_a_chunk_has_draws_in_real_units_without_padded_steps(

@@ -1,6 +1,6 @@
 import pytest
 
-from pi05_lightning.metrics.text import box_iou
+from pi05_lightning.evaluation.metrics.text import box_iou
 
 
 def test_iou_of_shifted_boxes_is_what_it_is_by_hand() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from pi05_lightning.metrics.weighted_mean import WeightedMean
+from pi05_lightning.evaluation.metrics.weighted_mean import WeightedMean
 
 
 def test_mean_of_two_updates_is_weighted_by_what_each_counted() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 
 from pi05_lightning import Pi05DataModule, Pi05Module
-from pi05_lightning.callbacks.examples import ValidationExamples
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.report.metrics import write_metrics
+from pi05_lightning.training.callbacks.examples import ValidationExamples
 
 
 def main(dataset: str, fast: str, run: str) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch, Loss, Modality
+from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch, Modality, Target
 
-KINDS = {"p": Loss.NONE, "t": Loss.TEXT, "s": Loss.SUBTASK, "f": Loss.FAST}
+KINDS = {"p": Target.NONE, "t": Target.TEXT, "s": Target.SUBTASK, "f": Target.FAST}
 
 
 def small_config(depth: int = 2, **changes: object) -> ModelConfig:
@@ -80,7 +80,7 @@ def make_batch(config: ModelConfig, rows: Sequence[str], *, acting: int = 0, dra
         tokens=tokens,
         token_mask=mask,
         causal=kind > 0,
-        loss_kind=kind,
+        target_kind=kind,
         target_index=kind.flatten().nonzero()[:, 0],
         actions=first(actions),
         action_mask=torch.ones_like(first(actions), dtype=torch.bool),

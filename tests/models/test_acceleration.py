@@ -11,14 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._higher_order_ops.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi05_lightning.models.acceleration import checkpoint_blocks, compile_calls
 from pi05_lightning.models.config import ModelConfig, VisionConfig
-from pi05_lightning.models.lora import Lora, add_adapters
+from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Prefix
+from pi05_lightning.types import Batch
 
 from .small import make_batch, small_config, small_model
 
@@ -184,33 +182,6 @@ def test_counting_the_flops_of_the_first_step_leaves_the_next_ones_compiled(
     assert flops.get_total_flops() > 0
     step(model, batch)
     assert traced["unique_graphs"] == 2
-
-
-@torch.no_grad()
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("rows", [["iippss", "iptt", "pff"], ["iip", "ippp"]], ids=["predicting", "prompts"])
-@pytest.mark.parametrize("draws", [1, 3])
-def test_flex_attention_gives_the_same_velocity_and_hidden_states(rows: list[str], draws: int) -> None:
-    config = small_config()
-    batch = make_batch(config, rows, acting=2, draws=draws)
-    model = small_model(config)
-
-    def outputs(backbone: Callable[..., Prefix], flow_head: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        prefix = backbone(batch)
-        hidden = prefix.hidden[batch.token_mask]
-        return hidden, flow_head(batch.noise, model.flow_head.modulate(batch.time), prefix.rows(2))
-
-    expected = outputs(model.backbone, model.flow_head)
-    model.backbone.flex_attention = model.flow_head.flex_attention = True
-    graphs: list[torch.fx.GraphModule] = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
-
-    found = outputs(torch.compile(model.backbone, backend=keep), torch.compile(model.flow_head, backend=keep))
-    assert [sum(node.target is flex_attention for node in graph.graph.nodes) for graph in graphs] == [2, 2]
-    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.usefixtures("traced")

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi05_lightning.models.attention import attend, block_mask
-from pi05_lightning.models.gemma import MLP, GeGLU
+from pi05_lightning.models.gemma import MLP
+from pi05_lightning.models.kernels import GeGLU, attend
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -55,13 +55,3 @@ def test_mlp_without_gradients_gives_the_same() -> None:
     expected = mlp(x)
     with torch.no_grad():
         assert torch.equal(mlp(x), expected)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("mask", [MASKS["the same for every query"], MASKS["of each query"]])
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_flex_attention_is_the_formula(mask, kv_heads) -> None:
-    q, k, v = (torch.randn(2, heads, n, 16) for heads, n in ((6, 5), (kv_heads, 7), (kv_heads, 7)))
-    found = attend(q, k, v, block_mask(mask(), queries=5))
-    torch.testing.assert_close(found, formula(q, k, v, mask()).float())

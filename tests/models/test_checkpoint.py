@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi05_lightning.models.checkpoint import (
+from pi05_lightning.models.config import GemmaConfig, VisionConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.lerobot import lerobot_tensors
+from pi05_lightning.weights.safetensors import (
     build,
     load_model,
     map_tensors,
@@ -20,9 +23,6 @@ from pi05_lightning.models.checkpoint import (
     save_model,
     save_tensors,
 )
-from pi05_lightning.models.config import GemmaConfig, VisionConfig
-from pi05_lightning.models.convert import lerobot_tensors
-from pi05_lightning.models.pi05 import Pi05
 
 from .small import make_batch, small_config, small_model
 
@@ -162,7 +162,7 @@ def test_an_interrupted_save_leaves_the_old_file(file: Path, monkeypatch: pytest
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pi05_lightning.models.checkpoint.save_file", interrupted)
+    monkeypatch.setattr("pi05_lightning.weights.safetensors.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_tensors({"x": torch.zeros(1)}, file)
     assert file.read_bytes() == before
@@ -172,8 +172,8 @@ MEASURE = """
 import resource, sys
 import torch
 from pathlib import Path
-from pi05_lightning.models.checkpoint import build, load_model
-from pi05_lightning.models.convert import load_lerobot
+from pi05_lightning.weights.safetensors import build, load_model
+from pi05_lightning.weights.lerobot import load_lerobot
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

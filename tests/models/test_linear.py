@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi05_lightning.models import linear as module
-from pi05_lightning.models.linear import Linear, linear, linear_gelu
+from pi05_lightning.models import kernels as module
+from pi05_lightning.models.kernels import Linear, linear, linear_gelu
 
 pytestmark = pytest.mark.skipif(not module.DTYPES, reason="oneDNN's products are for x86 processors")
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from pi05_lightning.models.lora import Lora, add_adapters, build_merged, merge_adapters
+from pi05_lightning.models.parallelize import Lora, add_adapters, merge_adapters
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
+from pi05_lightning.weights.training_checkpoint import build_merged
 
 from .small import make_batch, small_config, small_model
 

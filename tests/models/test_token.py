@@ -12,7 +12,7 @@ from torch import Tensor
 from pi05_lightning.models.heads import token
 from pi05_lightning.models.heads.token import generate, score_tokens
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss, Prefix
+from pi05_lightning.types import Batch, Prefix, Target
 
 from .small import make_batch, small_config, small_model
 
@@ -140,7 +140,7 @@ def recompute(model: Pi05, batch: Batch, steps: int, temperature: float = 0, see
     return said
 
 
-def with_tokens(batch: Batch, said: Tensor, kind: Loss = Loss.SUBTASK) -> Batch:
+def with_tokens(batch: Batch, said: Tensor, kind: Target = Target.SUBTASK) -> Batch:
     """The batch with predicted tokens behind each row's last one."""
     count, more = batch.token_mask.sum(1), said.shape[1]
     tokens = F.pad(batch.tokens, (0, more))
@@ -152,7 +152,7 @@ def with_tokens(batch: Batch, said: Tensor, kind: Loss = Loss.SUBTASK) -> Batch:
         tokens=tokens,
         token_mask=F.pad(batch.token_mask, (0, more)) | predicted,
         causal=predicted,
-        loss_kind=predicted.to(torch.uint8) * int(kind),
+        target_kind=predicted.to(torch.uint8) * int(kind),
         target_index=predicted.flatten().nonzero()[:, 0],
     )
 

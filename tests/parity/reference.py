@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.peer import randomize, resized
-from pi05_lightning.models.checkpoint import build
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.convert import load_lerobot
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss, Modality
+from pi05_lightning.types import Batch, Modality, Target
+from pi05_lightning.weights.lerobot import load_lerobot
+from pi05_lightning.weights.safetensors import build
 
 
 def any_number_of_heads() -> AbstractContextManager[object]:
@@ -79,7 +79,7 @@ def make_inputs(
         tokens=tokens[:, :longest],
         token_mask=token_mask[:, :longest],
         causal=torch.zeros(rows, longest, dtype=torch.bool),
-        loss_kind=torch.full((rows, longest), Loss.NONE, dtype=torch.uint8),
+        target_kind=torch.full((rows, longest), Target.NONE, dtype=torch.uint8),
         target_index=torch.zeros(0, dtype=torch.long),
         actions=actions,
         action_mask=torch.ones_like(actions, dtype=torch.bool),

@@ -12,10 +12,10 @@ from lerobot.policies.pi0_fast.modeling_pi0_fast import PI0FastPytorch
 from torch import Tensor
 
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.convert import LM_HEAD, to_ours
 from pi05_lightning.models.heads.token import generate
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Loss
+from pi05_lightning.types import Batch, Target
+from pi05_lightning.weights.lerobot import LM_HEAD, to_ours
 
 from .reference import Inputs, build_lerobot_fast, make_inputs, relative_error
 
@@ -73,13 +73,17 @@ def with_segment(x: Inputs, segment: Tensor, mask: Tensor, *, causal: bool) -> B
     token_mask = column < start + mask.sum(1, keepdim=True)
     after = token_mask & (column >= start)
     # <bos>, the segment's first, is given
-    kind = torch.where(after & (column > start), int(Loss.FAST), int(Loss.NONE)) if causal else torch.zeros_like(tokens)
+    kind = (
+        torch.where(after & (column > start), int(Target.FAST), int(Target.NONE))
+        if causal
+        else torch.zeros_like(tokens)
+    )
     return replace(
         x.batch,
         tokens=tokens,
         token_mask=token_mask,
         causal=after & causal,
-        loss_kind=kind.to(torch.uint8),
+        target_kind=kind.to(torch.uint8),
         target_index=kind.flatten().nonzero()[:, 0],
         actions=x.actions[:0],
     )

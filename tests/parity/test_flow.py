@@ -7,10 +7,10 @@ import torch
 from lerobot.policies.pi05.modeling_pi05 import PI05Pytorch
 from torch import Tensor
 
-from pi05_lightning.models import linear
+from pi05_lightning.models import kernels
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.convert import to_ours
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.lerobot import to_ours
 
 from .reference import Inputs, make_inputs, relative_error
 
@@ -35,10 +35,10 @@ BATCHES = {
 }
 
 
-@pytest.fixture(params=[linear.MIN_MULTIPLICATIONS, 1], ids=["pytorch", "onednn"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[kernels.MIN_MULTIPLICATIONS, 1], ids=["pytorch", "onednn"], autouse=True)
+def every_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """These sizes are all below what goes to oneDNN."""
-    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", request.param)
+    monkeypatch.setattr(kernels, "MIN_MULTIPLICATIONS", request.param)
 
 
 @pytest.fixture(params=BATCHES.values(), ids=BATCHES.keys())

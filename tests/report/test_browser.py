@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from pi05_lightning.callbacks.dashboard import layout
-from pi05_lightning.report.page import report
+from pi05_lightning.evaluation.report.page import report
+from pi05_lightning.training.callbacks.dashboard import layout
 
 TOOL = Path(__file__).parents[2] / "tools" / "browser.py"
 spec = importlib.util.spec_from_file_location("browser", TOOL)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pi05_lightning.report.metrics import number, ordered, write_metrics
-from pi05_lightning.report.tables import metrics_table
+from pi05_lightning.evaluation.report.metrics import number, ordered, write_metrics
+from pi05_lightning.evaluation.report.tables import metrics_table
 
 RESULTS = {
     "web/qa": {"samples": 4, "exact_match": 0.5},

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning.report.page import overall, poster, report
-from pi05_lightning.report.plots import switch_step
-from pi05_lightning.report.run import Curve, read_curves, read_run
+from pi05_lightning.evaluation.report.page import overall, poster, report
+from pi05_lightning.evaluation.report.plots import switch_step
+from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
 
 from .conftest import SUCCESS, SWITCH
 

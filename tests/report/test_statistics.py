@@ -1,6 +1,6 @@
 import pytest
 
-from pi05_lightning.report.statistics import wilson_interval
+from pi05_lightning.evaluation.statistics import wilson_interval
 
 
 def test_wilson_interval_equals_the_formula() -> None:

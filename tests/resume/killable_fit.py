@@ -18,10 +18,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from pi05_lightning import lightning_cli  # noqa: F401 - imported once, in the server that all processes fork from
-from pi05_lightning.callbacks.ema import WeightAverage
-from pi05_lightning.checkpoint_io import AtomicCheckpointIO
-from pi05_lightning.cli import main
+from pi05_lightning.cli.main import main
+from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.types import Batch
 
 KILL_AT_BATCH, KILL_AT_FILE_EVENT = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT"

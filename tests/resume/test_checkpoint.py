@@ -11,8 +11,8 @@ import pytest
 import torch
 from killable_fit import KILL_AT_FILE_EVENT, fit, start_saving
 
-from pi05_lightning.checkpoint import find_checkpoint
-from pi05_lightning.checkpoint_io import AtomicCheckpointIO
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
+from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 
 def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning import Pi05DataModule, Pi05Policy, checkpoint
+from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights import training_checkpoint as checkpoint
 
 
 @pytest.fixture(scope="session")

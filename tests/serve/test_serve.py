@@ -17,8 +17,8 @@ from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
 from aiohttp.test_utils import TestServer
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.serve import PolicyServer, Reader
-from pi05_lightning.serve_format import pack, unpack
+from pi05_lightning.serving.server import PolicyServer, Reader
+from pi05_lightning.serving.wire import pack, unpack
 
 PICTURE = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
 OBSERVATION = {

@@ -6,7 +6,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from pi05_lightning.serve_format import pack, unpack
+from pi05_lightning.serving.wire import pack, unpack
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning.sim.collect import collect
-from pi05_lightning.sim.config import CollectConfig
+from pi05_lightning.sim.metaworld.collect import collect
+from pi05_lightning.sim.metaworld.config import CollectConfig
 
 TASKS = ("reach-v3", "drawer-open-v3")
 
@@ -23,10 +23,11 @@ def collected(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def untrained(collected, tmp_path_factory) -> Path:
     """An exported policy for the collected data, as chance made it."""
-    from pi05_lightning import Pi05DataModule, checkpoint
+    from pi05_lightning import Pi05DataModule
     from pi05_lightning.data.sources.lerobot import LeRobotConfig
     from pi05_lightning.models.config import ModelConfig
     from pi05_lightning.models.pi05 import Pi05
+    from pi05_lightning.weights import training_checkpoint as checkpoint
 
     sizes = ModelConfig.preset("debug")
     data = Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, shapes=sizes.shapes)

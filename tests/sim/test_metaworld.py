@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pi05_lightning.sim.metaworld import MetaWorldEnv, import_metaworld, task_names
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnv, import_metaworld, task_names
+from pi05_lightning.sim.metaworld.tasks import LANGUAGE, task_language, task_of_sentence
 from pi05_lightning.sim.splits import split_seeds
-from pi05_lightning.sim.tasks import LANGUAGE, task_language, task_of_sentence
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_missing_simulator_names_the_extra(monkeypatch):
 
 def test_closed_environment_leaves_the_interpreter_in_silence():
     program = (
-        "from pi05_lightning.sim.metaworld import MetaWorldEnv\n"
+        "from pi05_lightning.sim.metaworld.environment import MetaWorldEnv\n"
         "with MetaWorldEnv('reach-v3') as env:\n    env.reset(0); env.render()\n"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
-from pi05_lightning.callbacks.ema import WeightAverage
-from pi05_lightning.callbacks.rollout import PeriodicRollout
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 
 STAGES = {
     "pretrain": Stage(LossWeights(subtask=1), {"robot/hl_subtask": 1.0}),

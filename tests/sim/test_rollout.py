@@ -15,7 +15,7 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv
 from pi05_lightning.sim.libero import Libero
-from pi05_lightning.sim.metaworld import MetaWorld
+from pi05_lightning.sim.metaworld.environment import MetaWorld
 from pi05_lightning.sim.rollout import RolloutConfig, available_modes, plan, rollout
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Pace, Trial, run_policy
 

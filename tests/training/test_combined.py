@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.callbacks.ema import WeightAverage
-from pi05_lightning.models.lora import Lora
+from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.training.callbacks.ema import WeightAverage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.callbacks.ema import WeightAverage
-from pi05_lightning.convert_command import convert
+from pi05_lightning.cli.convert import convert
 from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.training.callbacks.ema import WeightAverage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning import Pi05Module, Pi05Policy
-from pi05_lightning.callbacks.ema import WeightAverage
-from pi05_lightning.models.checkpoint import save_model, save_tensors
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.convert import lerobot_tensors
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.lerobot import lerobot_tensors
+from pi05_lightning.weights.safetensors import save_model, save_tensors
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 

@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pi05_lightning.callbacks.ema import WeightAverage
-from pi05_lightning.lightning_cli import default_callbacks
-from pi05_lightning.models.lora import Lora
+from pi05_lightning.cli.run import default_callbacks
+from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.training.callbacks.ema import WeightAverage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 

@@ -60,13 +60,6 @@ def test_both_stages_validation_and_prediction_run(train: Train, tmp_path: Path,
     assert all(chunk.dtype == torch.float32 and chunk.isfinite().all() for loader in chunks for chunk in loader)
 
 
-def test_flex_attention_without_what_it_needs_is_refused(train: Train) -> None:
-    with pytest.raises(ValueError, match=r"flex_attention is slow .* set model\.compile"):
-        train(module_options={"flex_attention": True})
-    with pytest.raises(ValueError, match="flex_attention trains on GPUs only"):
-        train(module_options={"flex_attention": True, "compile": True})
-
-
 class NormsOfSteps(Callback):
     """The norm of all gradients that an optimizer step was taken with."""
 

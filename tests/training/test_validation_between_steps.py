@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pi05_lightning.callbacks.examples import ValidationExamples
+from pi05_lightning.training.callbacks.examples import ValidationExamples
 
 
 class Losses(Callback):

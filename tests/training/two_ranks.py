@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
-from pi05_lightning.callbacks.ema import WeightAverage
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.training.callbacks.ema import WeightAverage
 
 
 def main(dataset: str, folder: str, *freeze: str) -> None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.errors import Rejects
+from pi05_lightning.data.lerobot_files import LeRobotFiles, vectors
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
@@ -19,7 +20,6 @@ from pi05_lightning.data.sources.language import (
     question_answers,
     read_language,
 )
-from pi05_lightning.data.sources.lerobot_files import LeRobotFiles, vectors
 from pi05_lightning.types import Answer
 
 

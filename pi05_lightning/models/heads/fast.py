@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.heads.token import Allowed, generate
-from pi05_lightning.types import Loss, Prefix
+from pi05_lightning.types import Prefix, Target
 
 
 class FastHead(nn.Module):
     """Reads the backbone's tied embedding; owns the token ids vocab − 1 − skip − token."""
 
-    kinds = (Loss.FAST,)
+    kinds = (Target.FAST,)
 
     def __init__(self, vocab_size: int, fast_vocab_size: int, fast_skip_tokens: int) -> None:
         super().__init__()

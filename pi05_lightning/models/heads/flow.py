@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from pi05_lightning.models.attention import Mask, block_mask
 from pi05_lightning.models.backbone import initialize
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import AdaRMSNorm, Context, ExpertBlock, compute_dtype, rope_table, with_room
@@ -51,7 +50,6 @@ class FlowHead(nn.Module):
         width = config.expert.width
         self.horizon, self.action_dim = config.horizon, config.action_dim
         self.width, self.head_dim = width, config.expert.head_dim
-        self.flex_attention = False
         self.action_in_proj = nn.Linear(config.action_dim, width)
         self.action_out_proj = nn.Linear(width, config.action_dim)
         self.time_mlp_in = nn.Linear(width, width)
@@ -82,11 +80,8 @@ class FlowHead(nn.Module):
         if has_room:
             dtype = compute_dtype(self.layers[0].self_attn.k_proj.weight)
             kv = [(with_room(k, self.horizon, dtype, draws), with_room(v, self.horizon, dtype, draws)) for k, v in kv]
-        mask: Mask = seen
-        if self.flex_attention and torch.compiler.is_compiling():  # as it is, it is slower than what it replaces
-            mask = block_mask(seen, self.horizon)
         step = torch.arange(self.horizon, device=start.device)
-        return Context(kv, draws, has_room, mask, rope_table(start[:, None] + step, self.head_dim))
+        return Context(kv, draws, has_room, seen, rope_table(start[:, None] + step, self.head_dim))
 
     def velocity(self, x_t: Tensor, modulations: Modulations, context: Context) -> Tensor:
         """As `forward`, in a context that serves many calls."""

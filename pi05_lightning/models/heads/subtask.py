@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.heads.token import generate
-from pi05_lightning.types import Loss, Prefix
+from pi05_lightning.types import Prefix, Target
 
 
 class SubtaskHead(nn.Module):
     """Reads the backbone's tied embedding; its tokens are all of the vocabulary except FAST's."""
 
-    kinds = (Loss.TEXT, Loss.SUBTASK)
+    kinds = (Target.TEXT, Target.SUBTASK)
 
     def __init__(self, vocab_size: int, fast_ids: range, eos_id: int = 1) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.models.backbone import Backbone, Cache
-from pi05_lightning.models.linear import linear
+from pi05_lightning.models.kernels import linear
 from pi05_lightning.types import Prefix
 
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time: 260 positions of π0.5's vocabulary

@@ -1,0 +1,198 @@
+"""`pi05 demo`: the main job end to end, as the commands that a user would type, one after the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+
+from pi05_lightning.evaluation.report.metrics import Metrics
+from pi05_lightning.evaluation.report.run import read_json
+from pi05_lightning.evaluation.report.tables import metrics_table, success_table
+
+OUT = Path("runs/demo")
+HORIZON = 8  # of configs/model/tiny.yaml
+CONFIGS = ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml")
+console = Console()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One `pi05` command of the demo."""
+
+    name: str
+    command: tuple[str, ...]
+    resume: tuple[str, ...] | None = None
+    """What continues it after an interruption, once `resume_from` exists; the command itself otherwise."""
+    resume_from: Path = Path()
+
+    @property
+    def next_command(self) -> tuple[str, ...]:
+        return self.resume if self.resume and self.resume_from.exists() else self.command
+
+
+def demo(out: Path = OUT, seed: int = 0, quick: bool = False) -> None:
+    """Data, statistics, tokenizer, training through both stages, validation, rollouts and a page about it.
+
+    Interrupted and started again it goes on with the first part that is not done.
+
+    Args:
+        out: the directory of everything that is made.
+        seed: of the training; the data and the initial states of the rollouts are the same for every seed.
+        quick: the smallest amount of everything: shows that all parts run, not how good the policy is.
+
+    Raises ValueError when `out` holds a demo with other arguments, SystemExit with a part's status when one fails.
+    """
+    todo = parts(out, seed, quick)
+    for number, part in enumerate(todo, start=1):
+        done = Progress(out / "parts" / f"{part.name}.json", part)
+        if done.finished:
+            console.print(f"[dim]{number}/{len(todo)} {part.name}: done before, in {done.seconds:.0f} s")
+            continue
+        console.rule(f"{number}/{len(todo)} {part.name}", align="left")
+        console.print(f"$ {shlex.join(('pi05', *part.next_command))}", style="bold", soft_wrap=True, highlight=False)
+        with done.timed():
+            run_command(part.next_command)
+        write_summary(out, todo, seed)
+    print_result(out)
+
+
+def parts(out: Path, seed: int, quick: bool) -> list[Part]:
+    """The demo's commands, in order."""
+    data, fast, run = out / "data", out / "fast", out / "fit"
+    robot, web = str(data / "robot"), str(data / "web")
+    configs = [word for config in CONFIGS for word in ("-c", config)]
+    paths = {"--data.sources.robot.path": robot, "--data.sources.web.path": web, "--data.fast": str(fast)}
+    elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
+    collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
+    fit = ["--stages.pretrain_steps=4", "--stages.posttrain_steps=4", "--data.val_samples=8"] if quick else []
+    rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else ["--execution_horizon", "1", "--noise_scale", "0"]
+    return [
+        # a directory whose part is not marked as done may be whole all the same
+        Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),
+        Part("stats", ("stats", robot)),
+        Part("tokenizer", ("tokenizer", robot, "--out", str(fast), "--horizon", str(HORIZON))),
+        Part(
+            "fit",
+            ("fit", *configs, "--run", str(run), "--seed_everything", str(seed), *elsewhere, *fit),
+            resume=("fit", "--ckpt_path", str(run)),
+            resume_from=run / "checkpoints" / "last.ckpt",
+        ),
+        Part("validate", ("validate", str(run))),
+        Part("rollout", ("rollout", str(run), *rollout)),
+        Part("page", ("report", str(run), "--out", str(out / "index.html"), "--summary", str(out / "summary.json"))),
+    ]
+
+
+class Progress:
+    """What a part's marker file says: which command it was, the seconds it took so far, and whether it is done."""
+
+    def __init__(self, file: Path, part: Part) -> None:
+        self.file = file
+        self.command = list(part.command)
+        marker = read_json(file)
+        if marker and marker["command"] != self.command:
+            raise ValueError(
+                f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
+                " give another --out, or delete the directory of the earlier demo"
+            )
+        self.finished: bool = marker.get("done", False)
+        self.seconds: float = marker.get("seconds", 0.0)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Adds the time spent inside, also when it ends early, and marks the part done when it does not."""
+        start = monotonic()
+        try:
+            yield
+            self.finished = True
+        finally:
+            self.seconds += monotonic() - start
+            marker = {"command": self.command, "seconds": round(self.seconds, 1), "done": self.finished}
+            write_json(self.file, marker)
+
+
+def run_command(command: tuple[str, ...]) -> None:
+    """Run a `pi05` command in a process of its own; raises SystemExit with its status when that is not 0.
+
+    Ctrl-C reaches it once and we wait for it, so that training can save before everything ends.
+    """
+    process: subprocess.Popen[bytes] | None = None
+    early: list[int] = []  # signals that came before there was a process to send them to
+
+    def forward(number: int, _: object) -> None:
+        if process is None:
+            early.append(number)
+        else:
+            os.killpg(process.pid, number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
+        for number in early:
+            forward(number, None)
+        status = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if status:
+        console.print(f"pi05 {command[0]} ended with status {status}; the same command again goes on from here.")
+        raise SystemExit(status if status > 0 else 128 - status)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a file that is there as a whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    partial.replace(file)
+
+
+def write_summary(out: Path, todo: list[Part], seed: int) -> None:
+    """summary.json: the seconds of every part done so far, the metrics per modality, the success per mode and task."""
+    markers = {part.name: read_json(out / "parts" / f"{part.name}.json") for part in todo}
+    summary = {
+        "seed": seed,
+        "seconds": {name: marker["seconds"] for name, marker in markers.items() if marker},
+        "metrics": by_modality(read_json(out / "fit" / "metrics.json")),
+        "success": read_json(out / "fit" / "rollout" / "rollout.json").get("success", {}),
+    }
+    write_json(out / "summary.json", summary)
+
+
+def by_modality(metrics: Metrics) -> Metrics:
+    """modality -> metric -> mean over the sources that have both; `robot/qa` and `web/qa` become `qa`.
+
+    Without what is measured per dim and step, and what validation itself measured over all sources.
+    """
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for name, by_metric in metrics.items():
+        source, _, modality = name.rpartition("/")
+        for metric, value in by_metric.items():
+            if source and value is not None and "/" not in metric:
+                values[modality][metric].append(value)
+    return {
+        name: {metric: fmean(found) for metric, found in metric_values.items()}
+        for name, metric_values in values.items()
+    }
+
+
+def print_result(out: Path) -> None:
+    """The table, the page's path and TensorBoard's command."""
+    summary = read_json(out / "summary.json")
+    console.print(metrics_table(read_json(out / "fit" / "metrics.json")), success_table(summary["success"]))
+    console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)

@@ -1,0 +1,123 @@
+"""The `pi05` command: a table of commands, each imported only when it is chosen: `--help` waits for no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+
+from pi05_lightning.files.shipped import PACKAGE
+
+TRAINER_COMMANDS = {
+    "fit": "train a policy through its stages, or resume a run",
+    "validate": "measure a checkpoint on the validation data, per modality",
+    "test": "the same as Lightning's test loop, on the same data",
+    "predict": "run a checkpoint over the data",
+}
+# what it does, and where the function is whose signature is its command line
+COMMANDS = {
+    "demo": ("the main job end to end: data, training, evaluation, a page", "pi05_lightning.cli.demo:demo"),
+    "collect": (
+        "record scripted experts in the simulator as a LeRobot dataset",
+        "pi05_lightning.sim.metaworld.collect:collect",
+    ),
+    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.tokenizer:stats"),
+    "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.cli.tokenizer:tokenizer"),
+    "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "pi05_lightning.cli.profile:profile"),
+    "report": ("a run on one self-contained page", "pi05_lightning.evaluation.report.page:report"),
+    "convert": ("checkpoints of LeRobot and openpi to ours and back", "pi05_lightning.cli.convert:convert"),
+    "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.sim.rollout:rollout"),
+    "serve": ("a policy server that openpi's clients talk to", "pi05_lightning.serving.server:serve"),
+}
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
+
+
+class Parser(ArgumentParser):
+    """An argument parser that takes no abbreviations, and whose errors are short and name the key that was meant."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = {action.dest for action in parser._actions}
+        hints = "".join(suggestion(key, known) for key in rejected_keys(message))
+        print(f"{parser.prog}: {message}{hints}\nEvery option: {parser.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def rejected_keys(message: str) -> list[str]:
+    """The dotted keys that a message of jsonargparse says are unknown."""
+    in_group = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    return (
+        [f"{group}.{option}" for group, option in in_group]
+        + re.findall(r"^Option '([\w.]+)'", message)
+        + (re.findall(r"--([\w.-]+)", message) if message.startswith("unrecognized arguments") else [])
+    )
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)` with the nearest known name, or nothing where none is near."""
+    nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
+
+
+def overview() -> str:
+    """What `pi05 --help` prints."""
+    rows = [*TRAINER_COMMANDS.items(), *((name, text) for name, (text, _) in COMMANDS.items())]
+    lines = [f"  {name:<10} {text}" for name, text in rows]
+    return "\n".join(["usage: pi05 COMMAND [options]", "", *lines, "", "Options of one: pi05 COMMAND --help"])
+
+
+def load(address: str) -> Callable[..., Any]:
+    """The function at `package.module:name`."""
+    module, name = address.split(":")
+    return getattr(import_module(module), name)
+
+
+def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
+    """Call a function with its parameters read from the command line, or with its one dataclass made from there."""
+    hints = get_type_hints(function)
+    types: list[Any] = [hints[name] for name in signature(function).parameters]
+    if len(types) == 1 and is_dataclass(types[0]):
+        return function(auto_cli(types, args=args, prog=prog, parser_class=Parser, return_instance=True))
+    return auto_cli(function, args=args, prog=prog, parser_class=Parser)
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether this package raised the error itself: its message is all that helps then, and a traceback hides it."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(PACKAGE)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one `pi05` command. args: those of the process when None.
+
+    Exits with 2 on a mistake in the arguments, with 1 when the command refuses to go on.
+    """
+    command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    try:
+        if command in ("-h", "--help"):
+            print(overview())
+        elif command in TRAINER_COMMANDS:
+            load("pi05_lightning.cli.run:run")(command, rest)
+        elif command in COMMANDS:
+            call(load(COMMANDS[command][1]), rest, prog=f"pi05 {command}")
+        else:
+            hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
+            print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)
+            sys.exit(2)
+    except (ValueError, OSError) as error:
+        if not is_for_the_user(error):
+            raise
+        sys.exit(f"pi05 {command}: {error}")

@@ -1,0 +1,278 @@
+"""`pi05 fit | validate | test | predict`: LightningCLI, one parser for the four, and what is particular to a run.
+
+A run is a directory: config.yaml, checkpoints/ and TensorBoard's event files. Every checkpoint carries the
+configuration it was trained with, so that its path alone is enough to validate it or to train on.
+
+    1. `-c FILE …` given: the configuration is these files, merged in order, and the flags
+    2. otherwise a checkpoint given: the configuration is the checkpoint's own, and the flags
+    3. otherwise: the defaults and the flags
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import Namespace, dict_to_namespace
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+
+from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser
+from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.evaluation.report.metrics import write_metrics
+from pi05_lightning.evaluation.report.tables import metrics_table
+from pi05_lightning.files.shipped import find_config
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
+from pi05_lightning.training.callbacks.dashboard import Dashboard
+from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.examples import ValidationExamples
+from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps
+from pi05_lightning.training.callbacks.mixture import MixtureLog
+from pi05_lightning.training.callbacks.predictions import PredictionsFile
+from pi05_lightning.training.callbacks.progress import ProgressLines
+from pi05_lightning.training.callbacks.provenance import Provenance
+from pi05_lightning.training.callbacks.stages import StageSwitch
+from pi05_lightning.training.callbacks.throughput import Throughput
+from pi05_lightning.weights.pretrained import config_at
+from pi05_lightning.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+
+RUNS = Path("runs")
+TRAINER_DEFAULTS = {
+    # the data is an endless stream indexed by step, which each rank reads its own part of
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+}
+CHECKPOINT_DEFAULTS = {
+    "filename": "{step:08d}",
+    "auto_insert_metric_name": False,
+    "every_n_train_steps": 1000,
+    "save_last": "link",
+    "enable_version_counter": False,
+    "save_on_exception": True,
+}
+
+
+# Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
+NOISE = (
+    "💡 Tip",
+    "TPU available: False",
+    r"`isinstance\(treespec, LeafSpec\)`",
+    "skip_none parameter was deprecated",
+    "The dirpath has changed from",  # a run's directory may be moved
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run's does
+    "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
+    ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
+)
+
+
+def default_callbacks() -> list[Callback]:
+    """What every run has, beside the callbacks that its configuration names."""
+    return [
+        PredictionsFile(),
+        Provenance(),
+        Dashboard(),
+        Throughput(),
+        MixtureLog(),
+        ValidationExamples(),
+        InterruptBetweenSteps(),  # last, so that all have taken note of the step that it stops after
+    ]
+
+
+class RunParser(Parser, LightningArgumentParser):
+    """Lightning's parser with this package's error messages."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "Not a valid subclass of SourceConfig" in message and "Got value: {'init_args." in message:
+            message = (
+                "a flag --data.sources.NAME.init_args… names a source that the configuration does not have. The last -c"
+                " file with data.sources replaces those before it as a whole: name one of its sources, or give the"
+                " source's class_path too"
+            )
+        super().error(message, ex)
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the resolved configuration as the run's config.yaml and inside every checkpoint, under `config`.
+
+    Where the run lies and what it resumed from are left out: the text can start another run as it is.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
+        what = config.clone()
+        what.run = what.ckpt_path = None
+        super().__init__(parser, what, overwrite=True, **kwargs)
+
+    @cached_property
+    def text(self) -> str:
+        return self.parser.dump(self.config, skip_unset=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.text
+
+
+class Pi05CLI(LightningCLI):
+    """Parses a run's configuration and builds its trainer, model and data; `run` then does what the command says."""
+
+    def __init__(self, command: str, args: list[str]) -> None:
+        self.command = command
+        super().__init__(
+            Pi05Module,
+            Pi05DataModule,
+            save_config_callback=RunConfig,
+            trainer_defaults=TRAINER_DEFAULTS | {"callbacks": default_callbacks()},
+            seed_everything_default=0,
+            parser_class=RunParser,
+            parser_kwargs={"prog": f"pi05 {command}", "description": TRAINER_COMMANDS[command]},
+            auto_configure_optimizers=False,
+            args=args,
+            run=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # upstream warns whenever args are given and the process has some of its own, which is how `pi05` works
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str | None, help="The run's directory (default: runs/ and the time).")
+        parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
+        # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
+        parser.add_lightning_class_args(StageSwitch, "stages")
+        parser.add_lightning_class_args(WeightAverage, "ema")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config
+        if self.command != "fit" and config.ckpt_path is None:
+            self.parser.error("no checkpoint: give its path, or that of a run's directory")
+        if config.model.config is None and config.model.init_from is None:
+            self.parser.error("no model: give its dimensions as model.config, or weights as model.init_from")
+        if config.model.config is None:
+            # into the configuration that is saved: the run's checkpoints need no other file
+            config.model.config = dict_to_namespace(config_at(config.model.init_from).to_dict())
+        config.run = config.run or str(run_of(config.ckpt_path))
+        if self.command == "fit" and config.ckpt_path is None and any(Path(config.run).glob("checkpoints/*.ckpt")):
+            self.parser.error(f"{config.run} holds a run: resume it with --ckpt_path last, or give another --run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        kwargs["default_root_dir"] = self.config.run
+        if self.config_init.trainer.logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
+        trainer = self.config_init.trainer
+        if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
+            kwargs["precision"] = "bf16-mixed"
+        if trainer.enable_progress_bar is None:
+            kwargs["enable_progress_bar"] = True
+            if not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in as_list(trainer.callbacks)):
+                kwargs["callbacks"] = [*as_list(trainer.callbacks), ProgressLines()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def as_list(value: Any) -> list[Any]:
+    """What Lightning takes as one, as several or as None."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def run_of(checkpoint: str | None) -> Path:
+    """The directory of the run that a checkpoint belongs to; a new one, named by the time, when there is none."""
+    if checkpoint is None:
+        return RUNS / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = Path(checkpoint).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def last_run() -> Path:
+    """The run with the newest checkpoint. Raises ValueError when there is none."""
+    found = [path for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()]
+    if not found:
+        raise ValueError(f"there is no checkpoint under {RUNS}/ to go on from")
+    return run_of(str(max(found, key=lambda path: path.stat().st_mtime)))
+
+
+def checkpoint_config(path: Path) -> str:
+    """The configuration, as YAML, that a checkpoint was trained with. Raises ValueError when it carries none."""
+    checkpoint = read_training_checkpoint(path)
+    if "config" not in checkpoint:
+        raise ValueError(f"{path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE")
+    return checkpoint["config"]
+
+
+def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
+    """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
+
+    Raises ValueError for a file that does not exist.
+    """
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("-c", "--config", action="append", default=[])
+    given.add_argument("--ckpt_path")
+    given.add_argument("--run")
+    known, rest = given.parse_known_args(args)
+    if command != "fit" and rest and not rest[0].startswith("-"):
+        known.ckpt_path = rest.pop(0)
+
+    configs = [str(find_config(name)) for name in known.config]
+    complete = []
+    if known.run is not None:
+        complete += ["--run", known.run]
+    if known.ckpt_path is not None:
+        where = Path(known.run or last_run()) if known.ckpt_path == "last" else Path(known.ckpt_path)
+        checkpoint = find_checkpoint(where)
+        complete += ["--ckpt_path", str(checkpoint)]
+        if not configs:
+            (folder / "config.yaml").write_text(checkpoint_config(checkpoint))
+            configs = [str(folder / "config.yaml")]
+    return [*(word for config in configs for word in ("--config", config)), *complete, *rest]
+
+
+def silence_noise() -> None:
+    """Keep NOISE from the terminal."""
+    pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
+    warnings.filterwarnings("ignore", pattern.pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not pattern.match(record.getMessage())
+    )
+
+
+def run(command: str, args: list[str]) -> None:
+    """Do what `pi05 fit | validate | test | predict` with these arguments says."""
+    silence_noise()
+    with tempfile.TemporaryDirectory() as folder:
+        cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
+    cli.model.will_be_restored = cli.config.ckpt_path is not None
+    # what Lightning prints by itself has a column per loader, all of them full
+    quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
+    try:
+        getattr(cli.trainer, command)(
+            cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
+        )
+        if command in ("validate", "test") and cli.trainer.is_global_zero:
+            report_metrics(cli.model.results, Path(cli.config.run))
+    finally:
+        if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
+            print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)
+
+
+def report_metrics(results: Mapping[str, Mapping[str, float]], folder: Path) -> None:
+    """Print validation's metrics as a table, and write them to the run's metrics.json and metrics.csv."""
+    Console().print(metrics_table(write_metrics(results, folder)))

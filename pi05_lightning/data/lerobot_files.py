@@ -1,0 +1,226 @@
+"""The files of a LeRobot v3 dataset, read with pyarrow: metadata, episodes, tasks, numeric columns.
+
+meta/info.json                      fps, features, path templates, splits
+meta/tasks.parquet                  sentence -> task_index
+meta/subtasks.parquet               sentence -> subtask_index (older datasets)
+meta/episodes/*/*.parquet           per episode: length, data file, and per video its file and start in it
+data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pi05_lightning.data.sources.base import Split
+from pi05_lightning.data.split import held_out
+
+log = logging.getLogger(__name__)
+
+
+def find_dataset(path: str) -> Path:
+    """The folder of a dataset: `path` itself, LeRobot's copy of that Hub id, or a download of it.
+
+    Raises ValueError when there is neither a folder nor such a dataset on the Hub.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise ValueError(f"{path}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name.")
+    import httpx
+    from huggingface_hub import snapshot_download
+    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
+
+    if (HF_LEROBOT_HOME / path / "meta" / "info.json").exists():
+        return HF_LEROBOT_HOME / path
+    try:
+        revision = LeRobotDatasetMetadata(path).revision
+        return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
+    except (httpx.HTTPError, OSError) as error:
+        raise ValueError(
+            f"{path} is no folder here, and the Hub does not give it ({error}): correct the path, check the "
+            "connection, or log in if it is private"
+        ) from error
+
+
+@dataclass(frozen=True)
+class LeRobotFiles:
+    """One dataset's folder and what its metadata says."""
+
+    root: Path
+    info: dict[str, Any]
+    episodes: pa.Table
+    """One row per episode, by episode_index, without the per-episode statistics."""
+
+    @classmethod
+    def open(cls, root: Path) -> LeRobotFiles:
+        """Raises ValueError when the folder is no LeRobot v3 dataset, or its metadata is damaged."""
+        try:
+            info = json.loads((root / "meta" / "info.json").read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{root / 'meta' / 'info.json'} is damaged ({error}): restore it from its origin"
+            ) from error
+        version = str(info.get("codebase_version"))
+        if not version.startswith("v3."):
+            raise ValueError(
+                f"{root} has LeRobot's format {version}, and v3 is needed: convert it with "
+                "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+            )
+        parts = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+        if not parts:
+            raise ValueError(f"{root} has no meta/episodes: it was not finalised, record it again or restore it")
+        episodes = pa.concat_tables([_read_episodes(part) for part in parts], promote_options="default")
+        return cls(root, info, episodes.sort_by("episode_index"))
+
+    @property
+    def fps(self) -> float:
+        return float(self.info["fps"])
+
+    @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        return self.info["features"]
+
+    @cached_property
+    def tasks(self) -> dict[int, str]:
+        """Task sentences by task_index; empty when the dataset has none."""
+        return self.sentences("tasks", "task")
+
+    def sentences(self, table: str, column: str) -> dict[int, str]:
+        """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file."""
+        path = self.root / "meta" / f"{table}.parquet"
+        if not path.exists():
+            return {}
+        rows = pq.read_table(path)
+        # the sentences are the table's pandas index, whose column has had several names
+        texts = next(
+            field.name
+            for field in rows.schema
+            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        )
+        return dict(zip(rows[f"{column}_index"].to_pylist(), rows[texts].to_pylist(), strict=True))
+
+    def cameras(self) -> list[str]:
+        """Keys of the colour image features, in the dataset's order."""
+        return [
+            key
+            for key, feature in self.features.items()
+            if feature["dtype"] in ("video", "image") and not _is_depth(feature)
+        ]
+
+    def column(self, name: str) -> np.ndarray:
+        """One column of the episode table."""
+        return self.episodes.column(name).to_numpy()
+
+    def video_column(self, key: str, name: str) -> np.ndarray:
+        """What the episode table says of a camera's videos, f64 per episode; NaN where it says nothing."""
+        column = f"videos/{key}/{name}"
+        if column not in self.episodes.column_names:
+            return np.full(len(self.episodes), np.nan)
+        return self.episodes.column(column).cast(pa.float64()).to_numpy()
+
+    def data_path(self, chunk: int, file: int) -> Path:
+        return self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
+
+    def video_path(self, key: str, chunk: int, file: int) -> Path:
+        return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+
+    def choose(self, split: Split, val_fraction: float, only: list[int] | str | None) -> np.ndarray:
+        """The episodes of a split that pass a filter, i64 ascending.
+
+        The split follows info.json when that names a validation split ("val" or "validation"), else `held_out`.
+        only: episode numbers, or an SQL condition on the episode table, such as "length >= 50 AND success".
+        Validation may be left without any, with a warning.  Raises ValueError when training is, a number does not
+        exist or the condition is no SQL.
+        """
+        episodes = self.column("episode_index").astype(np.int64)
+        in_val = self._validation_split(episodes)
+        if in_val is None:
+            in_val = held_out(episodes, val_fraction)
+        chosen = in_val if split == "val" else ~in_val
+        if not chosen.any() and split == "train":
+            raise ValueError(
+                f"{self.root}: none of its {len(episodes)} episodes is left to train on; "
+                f"change val_fraction, which is {val_fraction}, or `splits` in meta/info.json"
+            )
+        if isinstance(only, str):
+            chosen &= np.isin(episodes, self._matching(only))
+        elif only is not None:
+            unknown = np.setdiff1d(only, episodes).tolist()
+            if unknown:
+                raise ValueError(f"{self.root} has no episodes {unknown}: it has {len(episodes)}; correct `episodes`")
+            chosen &= np.isin(episodes, only)
+        if not chosen.any() and split == "train":
+            raise ValueError(f"{self.root}: `episodes`: {only!r} leaves none in the {split} split; widen it")
+        if not chosen.any() and val_fraction:
+            log.warning("%s: no episode is held out, so there is no validation on it", self.root)
+        return episodes[chosen]
+
+    def _validation_split(self, episodes: np.ndarray) -> np.ndarray | None:
+        splits = self.info.get("splits") or {}
+        ranges = splits.get("val") or splits.get("validation")
+        if ranges is None:
+            return None
+        try:
+            first, end = (int(bound) for bound in ranges.split(":"))
+        except ValueError as error:
+            raise ValueError(f"{self.root}/meta/info.json: split {ranges!r} is not first:end, as in 80:100") from error
+        return (episodes >= first) & (episodes < end)
+
+    def _matching(self, condition: str) -> np.ndarray:
+        with duckdb.connect() as connection:
+            connection.execute("SET enable_external_access = false")
+            connection.register("episodes", self.episodes)
+            try:
+                found = connection.execute(f"SELECT episode_index FROM episodes WHERE {condition}").fetchnumpy()
+            except duckdb.Error as error:
+                columns = ", ".join(self.episodes.column_names)
+                raise ValueError(
+                    f"episodes: {condition!r} is no SQL condition ({str(error).splitlines()[0]}). Columns: {columns}"
+                ) from error
+        return np.asarray(found["episode_index"])
+
+
+def vectors(table: pa.Table, key: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """A numeric column (numbers, or lists of `width` numbers) as f32[N width], and every row's number of values i64[N].
+
+    What is null becomes NaN, and so do rows with more or fewer values.
+    """
+    column = table.column(key).combine_chunks()
+    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+        numbers = column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
+        return (numbers if width == 1 else np.full((len(column), width), np.nan, np.float32)), np.ones(len(column), int)
+    found = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    right = found == width
+    values = np.full((len(column), width), np.nan, dtype=np.float32)
+    flat = column.filter(pa.array(right)).flatten().to_numpy(zero_copy_only=False)
+    values[right] = flat.astype(np.float32).reshape(-1, width)
+    return values, found
+
+
+def _read_episodes(path: Path) -> pa.Table:
+    try:
+        names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+        return pq.read_table(path, columns=names)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it from its origin") from error
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    info = feature.get("info") or feature.get("video_info") or {}
+    return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))

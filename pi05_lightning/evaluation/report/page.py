@@ -1,0 +1,189 @@
+"""`pi05 report`: a run on one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import mimetypes
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import av
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pi05_lightning import __version__
+from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
+from pi05_lightning.evaluation.report.plots import MODE_LABELS, error_panels, success_bars, switch_step, topic_panels
+from pi05_lightning.evaluation.report.run import EXAMPLES, Run, Success, read_json, read_run
+from pi05_lightning.evaluation.statistics import wilson_interval
+
+HEADLINES = (
+    ("action_accuracy", "action values within the threshold"),
+    ("box_iou", "box IoU"),
+    ("exact_match", "exactly right"),
+    ("token_accuracy", "tokens right"),
+)
+"""metric, what it says: the first one that a row of the table has is its headline."""
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A share of what could be right."""
+
+    name: str
+    label: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+def report(run: Path, out: Path | None = None, summary: Path | None = None) -> Path:
+    """Write a page with what was trained, its curves, its metrics, its success in the simulator and its videos.
+
+    Args:
+        run: a run's directory, as `pi05 fit` writes it.
+        out: the page; by default report.html in the run's directory.
+        summary: summary.json of `pi05 demo`, for the seconds that each part took.
+
+    Raises ValueError when `run` is not a run's directory.
+    """
+    out = out or run / "report.html"
+    page = render(read_run(run), read_json(summary).get("seconds", {}) if summary else {})
+    out.write_text(page, encoding="utf-8")
+    print(f"page: {out}")
+    return out
+
+
+def render(run: Run, seconds: dict[str, float]) -> str:
+    """The page's HTML, with every figure, image and video inside it."""
+    environment = Environment(
+        loader=PackageLoader("pi05_lightning.evaluation.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption, poster=poster, percent=percent
+    )
+    switch = switch_step(run.curves)
+    return environment.get_template("page.html.j2").render(
+        run=run,
+        facts=facts(run, switch),
+        config=yaml.safe_load(run.config),
+        seconds=seconds,
+        brief=brief(run, switch),
+        glance=glance(run),
+        overall=overall(run.success),
+        bars=success_bars(run.success) if run.success else None,
+        labels=MODE_LABELS,
+        sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},
+        empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
+        errors={name: error_panels(values) for name, values in run.metrics.items() if "action_mae/step_00" in values},
+        curves=topic_panels(run.curves, switch),
+        examples={name: run.examples[name] for name in ordered(run.examples)},
+        folder=(run.folder / EXAMPLES).parent,
+        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        version=__version__,
+    )
+
+
+def facts(run: Run, switch: int | None) -> dict[str, Any]:
+    """What was trained, in a few words each."""
+    config = yaml.safe_load(run.config)
+    source = run.provenance
+    last = max((curve.steps[-1] for curve in run.curves.values() if curve.steps), default=None)
+    parameters = source.get("parameters")
+    commit = source.get("commit")
+    found = {
+        "run": str(run.folder),
+        "trained": source.get("started"),
+        "commit": commit[:12] + ("+" if commit.endswith("+") else "") if commit else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in source.get("versions", {}).items()),
+        "seed": config.get("seed_everything"),
+        "parameters": f"{parameters / 1e6:.4g} M" if parameters else None,
+        "hardware": source.get("hardware"),
+        "last logged step": last,
+        "second stage from step": switch,
+        "batch size": config.get("data", {}).get("batch_size"),
+        "command": source.get("command"),
+    }
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def brief(run: Run, switch: int | None) -> list[str]:
+    """One line: which steps, on which data, from which commit."""
+    found = facts(run, switch)
+    sources = yaml.safe_load(run.config).get("data", {}).get("sources", {})
+    parts = [
+        f"{found['last logged step'] + 1} steps" if "last logged step" in found else "",
+        f"second stage from {switch}" if switch else "",
+        f"data: {', '.join(sources)}" if sources else "",
+        f"seed {found['seed']}" if "seed" in found else "",
+        f"commit {found['commit']}" if "commit" in found else "",
+        f"{found['parameters']} parameters" if "parameters" in found else "",
+    ]
+    return [part for part in parts if part]
+
+
+def glance(run: Run) -> list[Glance]:
+    """One number in [0, 1] per task and per row of the metric table: what is learned, and what is not."""
+    rows = []
+    policy = next(iter(run.success.items()), None)
+    if policy is not None:
+        mode, by_task = policy
+        rows = [
+            Glance(
+                task, f"success, {MODE_LABELS.get(mode, mode)}", successes / trials, wilson_interval(successes, trials)
+            )
+            for task, (successes, trials) in by_task.items()
+        ]
+    for name in ordered(run.metrics):
+        for metric, label in HEADLINES:
+            value = run.metrics[name].get(metric)
+            if value is not None:
+                rows.append(Glance(name, label, value))
+                break
+    return rows
+
+
+def overall(success: Success) -> dict[str, dict[str, float]]:
+    """mode -> successes, trials, rate and Wilson interval over all tasks."""
+    table = {}
+    for mode, by_task in success.items():
+        successes, trials = (sum(column) for column in zip(*by_task.values(), strict=True))
+        low, high = wilson_interval(successes, trials)
+        table[mode] = {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
+    return table
+
+
+# --- filters of the template
+
+
+def data_uri(file: Path) -> str:
+    """The file itself as an address, so that the page needs no other file."""
+    kind = mimetypes.guess_type(file.name)[0]
+    return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
+
+
+def poster(video: Path) -> str:
+    """A video's last frame, as the address of a PNG: what is seen before it plays, and in print."""
+    with av.open(str(video)) as container:
+        *_, last = container.decode(video=0)
+    buffer = io.BytesIO()
+    last.to_image().save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def svg_uri(svg: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def caption(file: Path) -> str:
+    return file.stem.replace("_", " ")

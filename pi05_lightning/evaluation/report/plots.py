@@ -1,0 +1,180 @@
+"""Figures of the page, as SVG text."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pi05_lightning.evaluation.report.run import Curve, Success
+from pi05_lightning.evaluation.statistics import wilson_interval
+
+# Okabe and Ito's palette, told apart with any colour vision
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+MODE_LABELS = {
+    "policy": "policy, subtask first",
+    "flat": "policy, task only",
+    "mean_replay": "mean trajectory",
+    "random": "random actions",
+    "expert": "scripted expert",
+}
+
+
+def success_bars(success: Success) -> str:
+    """Success rate per task and mode with its 95 % Wilson interval, and over all tasks."""
+    tasks = list(next(iter(success.values())))
+    groups = [*tasks, "all tasks"]
+    figure = Figure(figsize=(max(7.0, 1.6 * len(groups)), 3.4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(success)
+    for number, (mode, by_task) in enumerate(success.items()):
+        counts = [tuple(by_task[task]) for task in tasks]
+        counts.append((sum(s for s, _ in counts), sum(n for _, n in counts)))
+        rates = np.array([successes / trials for successes, trials in counts])
+        intervals = np.array([wilson_interval(*count) for count in counts])
+        error = np.abs(intervals.T - rates)
+        place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
+        color = COLORS[number % len(COLORS)]
+        axes.bar(
+            place, rates, 0.9 * width, yerr=error, color=color, label=MODE_LABELS.get(mode, mode), ecolor="#444444"
+        )
+    axes.axvline(len(tasks) - 0.5, color="#cccccc", linewidth=1)
+    axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
+    axes.set_ylim(0, 1.05)
+    axes.set_ylabel("success rate")
+    figure.legend(loc="outside upper center", ncols=len(success), frameon=False, fontsize=8)
+    return as_svg(figure)
+
+
+SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
+TOPICS = {
+    "losses": r"loss/",
+    "validation": r"val/",
+    "closed loop": r"rollout/",
+    "learning rates": r"lr",
+    "gradient norms": r"grad_norm/",
+    "speed": r"throughput/",
+    "mixture drawn": r"mixture/",
+    "bad samples": r"data/",
+    "memory": r"memory/",
+}
+"""Topic -> what its tags begin with, in the order of the page."""
+
+
+def topic_panels(curves: Mapping[str, Curve], switch: int | None = None) -> dict[str, str]:
+    """Topic -> figure of all its curves that have more than one point."""
+    figures = {}
+    for topic, start in TOPICS.items():
+        found = {tag: curve for tag, curve in curves.items() if re.match(start, tag) and len(curve.steps) > 1}
+        if found:
+            figures[topic] = curve_panels(found, switch)
+    return figures
+
+
+def curve_panels(curves: Mapping[str, Curve], switch: int | None = None, columns: int = 3) -> str:
+    """One panel per group of scalars (`a/x` and `a/y` are group `a`); a dashed line marks the stage switch.
+
+    Scalars that differ by more than a hundredfold have panels of their own.
+    """
+    panels_of = _panels(curves)
+    columns = min(columns, len(panels_of))
+    rows = -(-len(panels_of) // columns)
+    figure = Figure(figsize=(max(4.2 * columns, 6.0), 2.4 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, lines) in zip(panels, panels_of.items(), strict=False):
+        for number, (name, curve) in enumerate(lines.items()):
+            marker = "o" if len(curve.steps) < 8 else None
+            color = COLORS[number % len(COLORS)]
+            values = curve.values
+            if len(values) > SMOOTHED_FROM:
+                axes.plot(curve.steps, values, color=color, linewidth=0.8, alpha=0.3)
+                values = smoothed(values)
+            axes.plot(curve.steps, values, color=color, label=name, linewidth=1.2, marker=marker, markersize=3)
+        if switch is not None:
+            axes.axvline(switch, color="#888888", linewidth=0.8, linestyle="--")
+        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=7)
+        if len(lines) > 1:
+            axes.legend(fontsize=7, frameon=False, loc="upper right")
+    for axes in panels[len(panels_of) :]:
+        axes.set_axis_off()
+    return as_svg(figure)
+
+
+def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+    """Exponential moving average without bias at its start; gaps where values are no numbers."""
+    out, total, norm = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, norm = weight * total + value, weight * norm + 1
+        out.append(total / norm if norm and math.isfinite(value) else math.nan)
+    return out
+
+
+def _panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """Panel title -> label -> curve."""
+    groups: dict[str, dict[str, Curve]] = defaultdict(dict)
+    for tag, curve in curves.items():
+        group, _, name = tag.rpartition("/")
+        groups[group or name][name] = curve
+    panels: dict[str, dict[str, Curve]] = {}
+    for group, lines in sorted(groups.items(), key=lambda item: (min(c.steps[0] for c in item[1].values()), item[0])):
+        heights = [max(map(abs, curve.values)) for curve in lines.values()]
+        alike = len(lines) <= len(COLORS) and max(heights) <= 100 * max(min(heights), 1e-12)
+        if alike and len(lines) > 1:
+            panels[group] = lines
+        else:
+            panels |= {name if name == group else f"{group}/{name}": {name: curve} for name, curve in lines.items()}
+    return panels
+
+
+def switch_step(curves: dict[str, Curve]) -> int | None:
+    """The first step of the second stage, from the `stage` scalar that StageSwitch logs (0, then 1)."""
+    stage = curves.get("stage")
+    if stage is None:
+        return None
+    changes = zip(pairwise(stage.values), stage.steps[1:], strict=True)
+    return next((step for (before, after), step in changes if before < after), None)
+
+
+def as_svg(figure: Figure) -> str:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    return buffer.getvalue()
+
+
+def draw_horizon(values: Mapping[str, float | None]) -> Figure:
+    """Mean absolute error and accuracy of an action over the steps of the horizon, and per dim, normalised."""
+    figure = Figure(figsize=(9.6, 2.5), layout="constrained")
+    kinds = (("action_mae", "step"), ("action_accuracy", "step"), ("action_mae", "dim"))
+    for axes, (metric, kind), color in zip(figure.subplots(1, len(kinds)), kinds, COLORS, strict=False):
+        points = {
+            int(name.rpartition("_")[2]): np.nan if value is None else value
+            for name, value in values.items()
+            if name.startswith(f"{metric}/{kind}_")
+        }
+        if kind == "step":
+            axes.plot(list(points), list(points.values()), color=color, marker="o", markersize=3, linewidth=1.2)
+        else:
+            axes.bar(list(points), list(points.values()), color=color)
+        axes.set_title(metric, fontsize=9, loc="left")
+        axes.set_xlabel("step of the horizon" if kind == "step" else "action dim", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylim(bottom=0)
+        axes.tick_params(labelsize=7)
+    return figure
+
+
+def error_panels(values: Mapping[str, float | None]) -> str:
+    """`draw_horizon` as SVG."""
+    return as_svg(draw_horizon(values))

@@ -1,0 +1,99 @@
+"""What a run's directory holds, read once for whoever shows it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+
+from pi05_lightning.evaluation.report.metrics import Metrics
+
+Success = dict[str, dict[str, tuple[int, int]]]
+"""mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A scalar over optimizer steps."""
+
+    steps: list[int]
+    values: list[float]
+
+
+EXAMPLES = Path("validation", "examples.json")
+"""Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
+
+
+PROVENANCE = Path("provenance.json")
+"""Within a run: commit, command, versions, hardware and data that it was trained with."""
+Group = Literal["worst", "first"]
+
+
+@dataclass(frozen=True)
+class ExampleFile:
+    """A picture of one validation sample, and what is in it as text."""
+
+    file: str
+    group: Group
+    key: int
+    said: str = ""
+    truth: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies on disk; what it has not got (yet) is empty."""
+
+    folder: Path
+    config: str = ""
+    metrics: Metrics = field(default_factory=dict)
+    success: Success = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict)
+    examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    videos: list[Path] = field(default_factory=list)
+    frames: list[Path] = field(default_factory=list)
+
+
+def read_run(folder: Path) -> Run:
+    """Read what `pi05 fit`, `validate` and `rollout` left in a run's directory.
+
+    Raises ValueError when it is not one.
+    """
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise ValueError(f"{folder} is not a run's directory: it has no config.yaml (`pi05 fit` writes it)")
+    rollout = folder / "rollout"
+    return Run(
+        folder=folder,
+        config=config.read_text(encoding="utf-8"),
+        metrics=read_json(folder / "metrics.json"),
+        success=read_json(rollout / "rollout.json").get("success", {}),
+        curves=read_curves(folder),
+        examples={
+            name: [ExampleFile(**shown) for shown in files] for name, files in read_json(folder / EXAMPLES).items()
+        },
+        provenance=read_json(folder / PROVENANCE),
+        videos=sorted(rollout.glob("*.mp4")),
+        frames=sorted(rollout.glob("*.png")),
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The file's content, or nothing where there is no such file."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def read_curves(folder: Path) -> dict[str, Curve]:
+    """Every scalar in the folder's TensorBoard event files; of steps that a resumed run repeated, the later ones."""
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    events.Reload()
+    curves = {}
+    for tag in events.Tags()["scalars"]:
+        points = {event.step: event.value for event in events.Scalars(tag)}
+        steps = sorted(points)
+        curves[tag] = Curve(steps, [points[step] for step in steps])
+    return curves

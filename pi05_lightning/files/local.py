@@ -1,0 +1,67 @@
+"""Local files: written as a whole or not at all, and JSON that says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new path beside `path`, for a file or a folder, that takes its place once the block has ended without error.
+
+    Whoever reads `path` sees the old content or the new one, never a part, whenever the process is killed. What is left
+    of a block that failed is removed. A folder can only take a place that is free.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(part)
+    try:
+        yield part
+        if part.is_file():
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())  # else the name may reach the disk before the content does
+        part.replace(path)
+    finally:
+        _remove(part)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole; makes the folders above it."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file as a whole; makes the folders above it."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file.  default: what a missing file gives.
+
+    ValueError if the file is missing and there is no default, or is damaged (with the line), or holds no object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if default is not None:
+            return default
+        raise ValueError(f"{path} does not exist: name the folder that holds {path.name}") from error
+    except ValueError as error:  # of json, or no UTF-8
+        raise ValueError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}")
+    return values
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

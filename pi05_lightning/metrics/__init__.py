@@ -1,6 +1,0 @@
-"""How good a model is, per dataset and modality: sums and counts, so that ranks and batch sizes do not matter."""
-
-from pi05_lightning.metrics.measure import Evaluator, Measured
-from pi05_lightning.metrics.modality import ModalityMetrics, compute_all
-
-__all__ = ["Evaluator", "Measured", "ModalityMetrics", "compute_all"]

@@ -1,0 +1,246 @@
+"""`pi05 serve`: a policy behind a websocket, as openpi's clients expect it.
+
+The server sends its metadata first. Then every binary message is an observation and is answered by
+{"actions": f32[T A], "subtask": str, "server_timing": {…}}, or by text, which says what was wrong with it.
+Every client has a policy of its own over shared weights: subtask, noise and a client's mistakes concern no other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from aiohttp import WSMsgType, web
+
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.serving.wire import pack, unpack
+
+MAX_MESSAGE_BYTES = 256 * 2**20
+TASK_KEYS = ("prompt", "task")
+
+logger = logging.getLogger(__name__)
+
+
+def serve(
+    checkpoint: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    cameras: dict[str, str] | None = None,
+    state_keys: list[str] | None = None,
+    execution_horizon: int | None = None,
+    hierarchical: bool = True,
+    replan_subtask_every: int = 1,
+    num_steps: int = 10,
+    device: str = "cpu",
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    seed: int = 0,
+) -> None:
+    """Serve a checkpoint to openpi's clients until it is interrupted.
+
+    An observation is a dictionary with images uint8[H W 3] or [3 H W], a state, and the instruction under `prompt` or
+    `task`. Images and state are found by the last part of their key: `observation/image` is the camera `image`,
+    `observation/state` the state; a dictionary `images` names its cameras itself. `reset: true` begins a new episode,
+    as a new connection does.
+
+    Args:
+        checkpoint: a .ckpt file, a run's directory or an exported folder.
+        host: address to listen at; 0.0.0.0 listens to the network, where anybody may ask.
+        port: 0 takes a free one.
+        cameras: the policy's cameras, each with its key in the observation, where that has another name.
+        state_keys: keys of the observation that are concatenated to the state.
+        execution_horizon: actions of a chunk that are sent; by default all.
+        hierarchical: the predicted subtask conditions the actions; otherwise the task alone does.
+        replan_subtask_every: chunks that a predicted subtask lasts.
+        num_steps: Euler steps per chunk.
+        device: where the model runs.
+        dtype: what the weights are cast to; by default they stay as they are.
+        seed: of every client's noise.
+
+    Raises ValueError when there is no policy at `checkpoint`, and OSError when the port is taken.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    policy = Pi05Policy.from_pretrained(
+        checkpoint,
+        pred_horizon=execution_horizon,
+        hierarchical=hierarchical,
+        replan_subtask_every=replan_subtask_every,
+        num_steps=num_steps,
+        device=device,
+        dtype=None if dtype is None else getattr(torch, dtype),
+    )
+    server = PolicyServer(policy, Reader(policy.processor.cameras, cameras or {}, state_keys), seed, str(checkpoint))
+    server.warm_up()
+    with suppress(KeyboardInterrupt):
+        asyncio.run(server.run(host, port))
+
+
+class Reader:
+    """Finds what a policy needs in an openpi observation.
+
+    cameras: the policy's;  named: the policy's cameras with their keys in the observation, where those differ;
+    state_keys: keys that make up the state, by default the one whose last part is `state`.
+    """
+
+    def __init__(self, cameras: tuple[str, ...], named: Mapping[str, str], state_keys: list[str] | None) -> None:
+        unknown = sorted(set(named) - set(cameras))
+        if unknown:
+            raise ValueError(f"cameras: the policy has no {', '.join(unknown)}; it has {', '.join(cameras)}")
+        self.keys = {named.get(camera, camera): camera for camera in cameras}
+        self.state_keys = state_keys
+
+    def __call__(self, message: Any) -> dict[str, Any]:
+        """An observation for `Pi05Policy`. Raises ValueError that says what is missing and what there is."""
+        if not isinstance(message, dict):
+            raise ValueError(f"an observation is a dictionary, not a {type(message).__name__}")
+        found = _flat(message)
+        images = {
+            camera: _channels_first(found[key], key)
+            for key, camera in ((_match(wanted, found), camera) for wanted, camera in self.keys.items())
+            if key is not None
+        }
+        if not images:
+            raise ValueError(f"no image: expected one of {', '.join(self.keys)}, got {', '.join(found) or 'nothing'}")
+        task = next((found[key] for key in TASK_KEYS if key in found), None)
+        if not isinstance(task, str):
+            raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
+        return {"image": images, "state": self._state(found), "task": task}
+
+    def _state(self, found: Mapping[str, Any]) -> np.ndarray | None:
+        if self.state_keys is None:
+            key = _match("state", found)
+            return None if key is None else np.asarray(found[key], np.float32).reshape(-1)
+        missing = [key for key in self.state_keys if key not in found]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)} for the state: got {', '.join(found)}")
+        return np.concatenate([np.asarray(found[key], np.float32).reshape(-1) for key in self.state_keys])
+
+
+class PolicyServer:
+    """Answers any number of clients.
+
+    policy: whose weights all clients share;  read: makes its observations of theirs;  seed: of every client's noise;
+    name: what the metadata calls the policy.
+    """
+
+    def __init__(self, policy: Pi05Policy, read: Reader, seed: int = 0, name: str = "") -> None:
+        self.policy, self.read, self.seed = policy, read, seed
+        robot = policy.processor.robots[policy.robot]
+        self.metadata = {
+            "policy": "pi05_lightning",
+            "checkpoint": name,
+            "cameras": list(read.keys),
+            "action_horizon": policy.execution_horizon,
+            "action_dim": len(robot.normalize.action.q01),
+            "fps": robot.fps,
+            "tasks": list(robot.tasks),
+        }
+
+    def warm_up(self) -> None:
+        """Answer once, so that the first client does not wait for what a first call sets up."""
+        size, robot = self.policy.processor.shapes.image_size, self.policy.processor.robots[self.policy.robot]
+        self._session().predict_chunk(
+            {
+                "image": {camera: np.zeros((3, size, size), np.uint8) for camera in self.policy.processor.cameras},
+                "state": np.asarray(robot.normalize.state.q01, np.float32),
+                "task": robot.tasks[0] if robot.tasks else "",
+            }
+        )
+
+    def _session(self) -> Pi05Policy:
+        policy = copy.copy(self.policy)
+        policy.generator = torch.Generator().manual_seed(self.seed)
+        policy.reset()
+        return policy
+
+    async def run(self, host: str, port: int) -> None:
+        """Serve until cancelled."""
+        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        try:
+            site = web.TCPSite(runner, host, port)
+            await site.start()
+            address, bound = runner.addresses[0][:2]
+            logger.info("serving at ws://%s:%d", address, bound)
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+    def app(self) -> web.Application:
+        app = web.Application()
+        app.router.add_get("/healthz", self._health)
+        app.router.add_get("/", self._client)
+        return app
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(text="OK\n")
+
+    async def _client(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False)
+        await socket.prepare(request)
+        logger.info("%s connected", request.remote)
+        policy = self._session()
+        await socket.send_bytes(pack(self.metadata))
+        total: float | None = None
+        async for message in socket:
+            if message.type is not WSMsgType.BINARY:
+                await socket.send_str(f"an observation is a binary message, not {message.type.name.lower()}")
+                continue
+            start = perf_counter()
+            try:
+                answer = await asyncio.to_thread(self._answer, policy, message.data)
+            except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
+                logger.warning("%s: %s", request.remote, error, exc_info=not isinstance(error, ValueError))
+                await socket.send_str(f"{type(error).__name__}: {error}")
+                continue
+            if total is not None:
+                answer["server_timing"]["prev_total_ms"] = 1e3 * total
+            await socket.send_bytes(pack(answer))
+            total = perf_counter() - start
+        logger.info("%s disconnected", request.remote)
+        return socket
+
+    def _answer(self, policy: Pi05Policy, data: bytes) -> dict[str, Any]:
+        message = unpack(data)
+        observation = self.read(message)
+        if message.get("reset"):
+            policy.reset()
+        start = perf_counter()
+        actions = policy.predict_chunk(observation)[: policy.execution_horizon]
+        answer: dict[str, Any] = {"actions": actions, "server_timing": {"infer_ms": 1e3 * (perf_counter() - start)}}
+        return answer if policy.subtask is None else answer | {"subtask": policy.subtask}
+
+
+def _flat(message: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested dictionaries with their keys joined by slashes."""
+    found: dict[str, Any] = {}
+    for key, value in message.items():
+        name = f"{above}{key}"
+        found |= _flat(value, f"{name}/") if isinstance(value, dict) else {name: value}
+    return found
+
+
+def _match(wanted: str, found: Mapping[str, Any]) -> str | None:
+    """The key that is `wanted`, or the only one whose last part is. Raises ValueError when several are."""
+    if wanted in found:
+        return wanted
+    keys = [key for key in found if key.replace(".", "/").rpartition("/")[2] == wanted]
+    if len(keys) > 1:
+        raise ValueError(f"{' and '.join(keys)} could both be {wanted!r}: send one, or name it when the server starts")
+    return keys[0] if keys else None
+
+
+def _channels_first(image: Any, key: str) -> np.ndarray:
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[2] == 3 and array.shape[0] != 3:
+        return array.transpose(2, 0, 1)
+    if array.ndim == 3 and array.shape[0] == 3:
+        return array
+    raise ValueError(f"image {key!r} has the shape {list(array.shape)}: expected [H W 3] or [3 H W]")

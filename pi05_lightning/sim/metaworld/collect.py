@@ -1,0 +1,120 @@
+"""`pi05 collect`: demonstrations of MetaWorld's scripted experts as a LeRobot v3 dataset, with language."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.environment import check_task
+from pi05_lightning.sim.metaworld.episodes import BlockSpec, record_block
+from pi05_lightning.sim.metaworld.scenes import SceneSpec, record_scenes, write_scenes
+from pi05_lightning.sim.processes import simulator_processes
+
+ROBOT, WEB = "robot", "web"
+_BLOCK_SIZE = 25  # initial states in a piece of work: some seconds
+
+logger = logging.getLogger(__name__)
+
+
+def collect(config: CollectConfig) -> Path:
+    """Make the dataset and return its directory.
+
+    `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
+    `meta/info.json`). `out/web` holds single frames with captions and questions, for `datasets.load_from_disk`.
+
+    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there.
+    Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
+    tasks or cameras and when an expert fails too often.
+    """
+    for task in config.tasks:
+        check_task(task)
+    out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
+    if out.exists() and not config.overwrite:
+        raise FileExistsError(f"{out} already exists. Delete it, choose another out, or set overwrite: true.")
+    if out.exists() and not (out / ROBOT / "meta" / "info.json").exists():
+        raise FileExistsError(f"{out} is not a dataset of pi05 collect, so it is not overwritten: choose another out.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in (partial, replaced):
+        if left.exists():
+            logger.warning("removing %s, left by an interrupted collect", left)
+            shutil.rmtree(left)
+    try:
+        _make(partial, config)
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+    finally:
+        for left in (partial, replaced):
+            shutil.rmtree(left, ignore_errors=True)
+    return out
+
+
+def _beside(out: Path, purpose: str) -> Path:
+    return out.with_name(f".{out.name}.{purpose}")
+
+
+def _make(root: Path, config: CollectConfig) -> None:
+    root.mkdir()
+    episodes = {"train": config.episodes, "val": config.val_episodes}
+    scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
+    with simulator_processes(config.num_workers or os.cpu_count() or 1) as pool:
+        from pi05_lightning.sim.metaworld.lerobot_writer import (  # slow: while the workers import theirs
+            video_path,
+            write_dataset,
+        )
+
+        blocks: list[BlockSpec] = []
+        for split, task, first, count in _pieces(config.tasks, episodes):
+            videos = {camera: video_path(root / ROBOT, camera, len(blocks)) for camera in config.cameras}
+            blocks.append(BlockSpec(config, task, split, first, count, videos))
+        pictures = [SceneSpec(config, task, split, *rest) for split, task, *rest in _pieces(config.tasks, scenes)]
+        total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
+        with tqdm(total=total, unit=" initial states") as bar:
+            write_dataset(root / ROBOT, config, _run(pool, record_block, blocks, bar), _split_ranges(config))
+            rows: dict[str, list[dict[str, Any]]] = {split: [] for split in scenes}
+            for spec, made in zip(pictures, _run(pool, record_scenes, pictures, bar), strict=True):
+                rows[spec.split] += made
+            if pictures:
+                write_scenes(root / WEB, rows)
+
+
+def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str, str, int, int]]:
+    """(split, task, first, count) of every piece of work, in the order of the dataset."""
+    for split, total in counts.items():
+        for task in tasks:
+            for first in range(0, total, _BLOCK_SIZE):
+                yield split, task, first, min(_BLOCK_SIZE, total - first)
+
+
+def _split_ranges(config: CollectConfig) -> dict[str, str]:
+    train, val = config.episodes * len(config.tasks), config.val_episodes * len(config.tasks)
+    return {"train": f"0:{train}", **({"val": f"{train}:{train + val}"} if val else {})}
+
+
+def _run[Spec: (BlockSpec, SceneSpec), Result](
+    pool: ProcessPoolExecutor, function: Callable[[Spec], Result], specs: Iterable[Spec], bar: tqdm, ahead: int = 64
+) -> Iterator[Result]:
+    """Results in order; a few pieces ahead of what is taken, so that memory does not grow with the dataset."""
+    pending: deque[tuple[Spec, Future[Result]]] = deque()
+
+    def finish() -> Result:
+        spec, future = pending.popleft()
+        result = future.result()
+        bar.update(spec.count)
+        return result
+
+    for spec in specs:
+        pending.append((spec, pool.submit(function, spec)))
+        if len(pending) > ahead:
+            yield finish()
+    while pending:
+        yield finish()

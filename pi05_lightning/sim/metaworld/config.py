@@ -1,0 +1,61 @@
+"""What `pi05 collect` makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi05_lightning.sim.metaworld.environment import CONTROL_HZ, POLICY_CAMERAS
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Demonstrations of MetaWorld's scripted experts, as a LeRobot v3 dataset with language."""
+
+    out: Path
+    """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
+    tasks: tuple[str, ...] = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "faucet-close-v3")
+    """MetaWorld tasks by name."""
+    episodes: int = 300
+    """Training episodes per task, each from an initial state of its own."""
+    val_episodes: int = 10
+    """Validation episodes per task; the last episodes of the dataset."""
+    scenes: int = 250
+    """Initial states per task for the single frames, four of each, and a tenth more for validation; 0 for none."""
+    seed: int = 0
+    """Decides every initial state, push and scene; other seeds share none of them."""
+    noise_share: float = 0.5
+    """Share of the episodes in which the arm is pushed off its way; the actions stay the expert's."""
+    action_repeat: int = 8
+    """Control steps of 1/80 s that an action lasts: frames per second are 80 / action_repeat."""
+    cameras: tuple[str, ...] = POLICY_CAMERAS
+    """MetaWorld cameras to film with."""
+    image_size: int = 64
+    """Height and width of the images in pixels."""
+    answers_every: int = 2
+    """Frames from one with questions and boxes to the next."""
+    max_frames: int = 60
+    """Frames after which an unsolved episode is given up and replaced by the next initial state."""
+    tail_frames: int = 2
+    """Frames kept after success."""
+    num_workers: int | None = None
+    """Processes; as many as processors when not given. Changes nothing but the time."""
+    overwrite: bool = False
+    """Replace `out` when it exists."""
+
+    def __post_init__(self) -> None:
+        if CONTROL_HZ % self.action_repeat:
+            raise ValueError(
+                f"action_repeat: {self.action_repeat} does not divide {CONTROL_HZ} Hz; use 1, 2, 4, 5, 8 or 10"
+            )
+        if self.episodes < 1 or self.val_episodes < 0 or self.scenes < 0:
+            raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
+        if not 0 <= self.noise_share <= 1:
+            raise ValueError(f"noise_share: {self.noise_share} is a share, give it between 0 and 1")
+        if self.image_size % 2:
+            raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")
+
+    @property
+    def fps(self) -> int:
+        """Frames, and actions, per second."""
+        return CONTROL_HZ // self.action_repeat

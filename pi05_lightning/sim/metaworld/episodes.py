@@ -1,0 +1,118 @@
+"""Simulated episodes: the scripted expert from one initial state, its pushes, its words; made in blocks by any process.
+
+A block is a pure function of the configuration, the task, the split and its place in it, so the number of
+processes decides nothing but the time. Only MuJoCo and the video encoder are imported here: workers start quickly.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from pi05_lightning.sim.encoding import encode_video
+from pi05_lightning.sim.metaworld import questions
+from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
+from pi05_lightning.sim.splits import split_seeds
+from pi05_lightning.types import Answer, Frame
+
+ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all
+PUSH_STEPS = 5  # control steps that a push lasts at most (6 cm): a policy that saw the way back finds it
+PUSH_CHANCE = 0.3  # of a push after a frame
+STATS_STRIDE = 4  # every fourth pixel is plenty for the statistics of an image
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What happened, one entry per frame.
+
+    state, action: f32[N 4];  images: {camera: uint8[N h w 3]};  subtasks: the expert's phase;  answers: on the frame.
+    """
+
+    task: str
+    state: np.ndarray
+    action: np.ndarray
+    images: dict[str, np.ndarray]
+    subtasks: list[str]
+    answers: list[tuple[Answer, ...]]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """`count` episodes of a split of a task, from the `first` on; `videos` says where each camera's film goes."""
+
+    config: CollectConfig
+    task: str
+    split: str
+    first: int
+    count: int
+    videos: Mapping[str, Path]
+
+
+def record_block(spec: BlockSpec) -> list[Episode]:
+    """Make a block, encode its films, and return the episodes with images of every `STATS_STRIDE`-th pixel only.
+
+    Raises ValueError when the expert solves too few of the initial states.
+    """
+    config = spec.config
+    seeds = split_seeds(spec.split, spec.count * ATTEMPTS, config.seed, start=spec.first * ATTEMPTS)
+    episodes: list[Episode] = []
+    with MetaWorldEnv(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
+        for seed in seeds:
+            episode = record_episode(env, seed, config)
+            if episode is not None:
+                episodes.append(episode)
+            if len(episodes) == spec.count:
+                break
+        else:
+            raise ValueError(
+                f"the expert of {spec.task} solved {len(episodes)} of {len(seeds)} initial states and {spec.count} "
+                "episodes are wanted: leave the task out, give it more max_frames, or lower noise_share"
+            )
+    for camera, path in spec.videos.items():
+        encode_video(path, np.concatenate([episode.images[camera] for episode in episodes]), config.fps)
+    thin = slice(None, None, STATS_STRIDE)
+    return [replace(e, images={name: film[:, thin, thin] for name, film in e.images.items()}) for e in episodes]
+
+
+def record_episode(env: MetaWorldEnv, seed: int, config: CollectConfig) -> Episode | None:
+    """The expert from initial state `seed` until `tail_frames` after success, or None where it does not succeed.
+
+    A frame's action is the mean of what the expert does, closed loop, until the next one: held that long, it brings
+    the hand to the same place. Pushes happen between frames and are not recorded, so every action is a clean label.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
+    push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
+    env.reset(seed)
+    frames: list[Frame] = []
+    actions, subtasks, answers = [], [], []
+    solved, end = False, config.max_frames
+    while len(frames) < end:
+        answers.append(questions.answers(env, env.boxes()) if len(frames) % config.answers_every == 0 else ())
+        subtasks.append(env.subtask())
+        frames.append(env.observation())
+        taken, succeeded = [], False
+        for _ in range(env.action_repeat):
+            taken.append(env.expert_action())
+            succeeded |= env.control_step(taken[-1])
+        actions.append(np.mean(taken, 0, dtype=np.float32))
+        if succeeded and not solved:
+            solved, end = True, len(frames) + config.tail_frames
+        if not solved and rng.random() < push_chance:
+            push = np.append(rng.uniform(-1.0, 1.0, 3), taken[-1][3])
+            for _ in range(rng.integers(1, PUSH_STEPS + 1)):
+                env.control_step(push)
+    if not solved:
+        return None
+    return Episode(
+        task=env.language.sentence,
+        state=np.stack([frame.state for frame in frames if frame.state is not None]),
+        action=np.stack(actions),
+        images={name: np.stack([frame.images[name].transpose(1, 2, 0) for frame in frames]) for name in env.cameras},
+        subtasks=subtasks,
+        answers=answers,
+    )

@@ -1,0 +1,137 @@
+"""Writes simulated episodes as a LeRobot v3 dataset.
+
+LeRobot's recorder is made for one robot in real time: for every episode it starts an encoder, appends to files and
+updates image histograms frame by frame (120 ms for an episode of 16 frames of 64 px). Here a block of episodes is one
+film per camera, encoded where it was simulated, and one parquet file, language included. Metadata, schema and
+statistics are LeRobot's own code, and stock `LeRobotDataset(repo_id, root=…)` reads the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from lerobot.configs.video import RGBEncoderConfig
+from lerobot.datasets.compute_stats import get_feature_stats
+from lerobot.datasets.dataset_metadata import LeRobotDatasetMetadata
+from lerobot.datasets.io_utils import write_info, write_table_one_row_group_per_episode
+from lerobot.datasets.language import LANGUAGE_EVENTS, LANGUAGE_PERSISTENT, language_feature_info
+from lerobot.datasets.utils import DEFAULT_CHUNK_SIZE, DEFAULT_DATA_PATH, DEFAULT_VIDEO_PATH
+
+from pi05_lightning.sim import encoding
+from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.environment import ACTION_NAMES, STATE_NAMES
+from pi05_lightning.sim.metaworld.episodes import Episode
+from pi05_lightning.types import Answer
+
+_TOOL_CALLS = ("tool_calls", pa.list_(pa.string()))
+_EVENT = [("role", pa.string()), ("content", pa.string()), ("style", pa.string()), ("camera", pa.string()), _TOOL_CALLS]
+_EVENTS = pa.list_(pa.struct(_EVENT))
+_PERSISTENT = pa.list_(pa.struct([*_EVENT[:3], ("timestamp", pa.float32()), *_EVENT[3:]]))
+
+
+def image_key(camera: str) -> str:
+    """LeRobot's feature name of a camera."""
+    return f"observation.images.{camera}"
+
+
+def video_path(root: Path, camera: str, block: int) -> Path:
+    """Where the film of a block of episodes belongs."""
+    return root / DEFAULT_VIDEO_PATH.format(video_key=image_key(camera), **_place(block))
+
+
+def write_dataset(
+    root: Path, config: CollectConfig, blocks: Iterable[Sequence[Episode]], splits: dict[str, str]
+) -> None:
+    """Write tables and metadata under `root` (new), beside the films that are or will be at `video_path`.
+
+    blocks: in order, their images thinned out, for statistics only;  splits: {name: "first:last" episodes}.
+    """
+    size = config.image_size
+    image = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
+    features: dict[str, Any] = {image_key(camera): image for camera in config.cameras}
+    features["observation.state"] = {"dtype": "float32", "shape": (4,), "names": list(STATE_NAMES)}
+    features["action"] = {"dtype": "float32", "shape": (4,), "names": list(ACTION_NAMES)}
+    meta = LeRobotDatasetMetadata.create(
+        repo_id=config.out.name,
+        fps=config.fps,
+        features=features | language_feature_info(),
+        robot_type="sawyer",
+        root=root,
+        metadata_buffer_size=1000,
+    )
+    for number, block in enumerate(blocks):
+        _write_block(meta, number, block)
+    for key in meta.video_keys:
+        meta.update_video_info(key, RGBEncoderConfig(**encoding.SETTINGS))
+    meta.info.splits = splits
+    write_info(meta.info, meta.root)
+    meta.finalize()
+
+
+def _place(block: int) -> dict[str, int]:
+    return {"chunk_index": block // DEFAULT_CHUNK_SIZE, "file_index": block % DEFAULT_CHUNK_SIZE}
+
+
+def _write_block(meta: LeRobotDatasetMetadata, number: int, block: Sequence[Episode]) -> None:
+    place, tables, start = _place(number), [], 0
+    for episode in block:
+        meta.save_episode_tasks([episode.task])
+        columns = _columns(meta, episode)
+        tables.append(_table(columns, episode, meta.fps))
+        stats = {key: get_feature_stats(column, axis=0, keepdims=column.ndim == 1) for key, column in columns.items()}
+        stats |= {image_key(camera): _image_stats(images) for camera, images in episode.images.items()}
+        stop = start + len(episode.state)
+        where: dict[str, Any] = {f"data/{name}": value for name, value in place.items()}
+        for key in meta.video_keys:
+            where |= {f"videos/{key}/{name}": value for name, value in place.items()}
+            where |= {f"videos/{key}/from_timestamp": start / meta.fps, f"videos/{key}/to_timestamp": stop / meta.fps}
+        meta.save_episode(meta.total_episodes, len(episode.state), [episode.task], stats, where)
+        start = stop
+    path = meta.root / DEFAULT_DATA_PATH.format(**place)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table_one_row_group_per_episode(pa.concat_tables(tables), path)
+
+
+def _columns(meta: LeRobotDatasetMetadata, episode: Episode) -> dict[str, np.ndarray]:
+    frames = np.arange(len(episode.state))
+    return {
+        "observation.state": episode.state,
+        "action": episode.action,
+        "timestamp": (frames / meta.fps).astype(np.float32),
+        "frame_index": frames,
+        "episode_index": np.full_like(frames, meta.total_episodes),
+        "index": meta.total_frames + frames,
+        "task_index": np.full_like(frames, meta.get_task_index(episode.task)),
+    }
+
+
+def _table(columns: dict[str, np.ndarray], episode: Episode, fps: int) -> pa.Table:
+    arrays = {key: pa.array(list(column) if column.ndim > 1 else column) for key, column in columns.items()}
+    begins = [i for i, text in enumerate(episode.subtasks) if i == 0 or text != episode.subtasks[i - 1]]
+    subtasks = [_row("assistant", episode.subtasks[i], "subtask", None, timestamp=i / fps) for i in begins]
+    arrays[LANGUAGE_PERSISTENT] = pa.array([subtasks] * len(episode.subtasks), _PERSISTENT)
+    arrays[LANGUAGE_EVENTS] = pa.array([_events(answers) for answers in episode.answers], _EVENTS)
+    return pa.table(arrays)
+
+
+def _events(answers: Iterable[Answer]) -> list[dict[str, Any]]:
+    rows = []
+    for answer in answers:
+        camera = image_key(answer.camera) if answer.camera else None
+        rows.append(_row("user", answer.question, "vqa", camera))
+        rows.append(_row("assistant", answer.answer, "vqa", camera))
+    return rows
+
+
+def _row(role: str, content: str, style: str, camera: str | None, **more: float) -> dict[str, Any]:
+    return {"role": role, "content": content, "style": style, "camera": camera, "tool_calls": None, **more}
+
+
+def _image_stats(images: np.ndarray) -> dict[str, np.ndarray]:
+    """LeRobot's statistics of the images of an episode, uint8[N h w 3], in [0, 1]."""
+    stats = get_feature_stats(images.transpose(0, 3, 1, 2), axis=(0, 2, 3), keepdims=True)
+    return {name: value if name == "count" else np.squeeze(value / 255.0, axis=0) for name, value in stats.items()}

@@ -1,0 +1,77 @@
+"""Single frames with captions and questions: where things are, without anybody having to do anything with them.
+
+A frame costs a twentieth of an episode, and what a policy most needs from pre-training is to find things in images
+it has not seen. A row is an image with its caption and all its questions.
+"""
+
+from __future__ import annotations
+
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pi05_lightning.sim.metaworld import questions
+from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
+from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
+
+FRAMES_PER_SCENE = 4
+_FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
+
+
+@dataclass(frozen=True)
+class SceneSpec:
+    """`count` initial states of a split of a task, from the `first` on."""
+
+    config: CollectConfig
+    task: str
+    split: str
+    first: int
+    count: int
+
+
+def record_scenes(spec: SceneSpec) -> list[dict[str, Any]]:
+    """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns."""
+    config, rows = spec.config, []
+    with MetaWorldEnv(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
+        for seed in split_seeds(spec.split, spec.count, config.seed, start=_FIRST_SCENE + spec.first):
+            rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
+            env.reset(seed)
+            for number in range(FRAMES_PER_SCENE):
+                env.place_hand(rng.uniform(*env.workspace), effort=rng.choice([-1.0, 1.0]))
+                rows.append(_row(env, env.cameras[number % len(env.cameras)]))
+    return rows
+
+
+def write_scenes(path: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """A folder that `datasets.load_from_disk` opens, one part per split."""
+    import datasets
+
+    text, texts = datasets.Value("string"), datasets.List(datasets.Value("string"))
+    features = datasets.Features(
+        image=datasets.Image(), camera=text, task=text, caption=text, question=texts, answer=texts
+    )
+    parts = {split: datasets.Dataset.from_list(rows, features=features) for split, rows in splits.items() if rows}
+    datasets.disable_progress_bars()
+    datasets.DatasetDict(parts).save_to_disk(path)
+    datasets.enable_progress_bars()
+
+
+def _row(env: MetaWorldEnv, camera: str) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.fromarray(env.render([camera])[camera].transpose(1, 2, 0)).save(buffer, "PNG")
+    boxes = env.boxes([camera])
+    asked = questions.answers(env, boxes)
+    return {
+        "image": {"bytes": buffer.getvalue()},
+        "camera": camera,
+        "task": env.language.sentence,
+        "caption": questions.caption(boxes[camera]),
+        "question": [answer.question for answer in asked],
+        "answer": [answer.answer for answer in asked],
+    }

@@ -1,0 +1,58 @@
+"""When a run is saved, and that what is saved can be resumed exactly whenever the run is killed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint for runs that may be killed at any moment.
+
+    Upstream leaves out the steps after the last multiple of `every_n_train_steps`; saves between two batches whose
+    gradients are accumulated, which a resumed run cannot go on from exactly; for a moment has no `last.ckpt`; and, when
+    one of several ranks fails, waits for the others to save with it.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
+        return super()._should_skip_saving_checkpoint(trainer) or within_step(trainer)
+
+    def _should_save_on_exception(self, trainer: Trainer) -> bool:
+        alone = trainer.world_size == 1
+        return alone and not within_step(trainer) and super()._should_save_on_exception(trainer)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        if self.save_last == "link":  # before upstream removes the checkpoint that it points to
+            last = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+            self._link_checkpoint(trainer, filepath, last)
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero and filepath != linkpath:
+            new = Path(f"{linkpath}.part")
+            new.unlink(missing_ok=True)
+            new.symlink_to(os.path.relpath(filepath, new.parent))
+            new.replace(linkpath)
+        trainer.strategy.barrier()
+
+
+def within_step(trainer: Any) -> bool:
+    """Whether gradients have been accumulated that no optimizer step has used."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.processed % trainer.accumulate_grad_batches != 0

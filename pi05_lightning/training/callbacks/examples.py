@@ -1,0 +1,134 @@
+"""What validation looks like: samples drawn for TensorBoard, and the worst of each modality kept for the report."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from pi05_lightning.data.datamodule import datamodule_of
+from pi05_lightning.evaluation.report.examples import Example, draw_example, readable
+from pi05_lightning.evaluation.report.plots import draw_horizon
+from pi05_lightning.evaluation.report.run import EXAMPLES, ExampleFile, Group
+
+DPI = 110
+
+
+class ValidationExamples(Callback):
+    """Shows the first and the worst samples of every `source/modality`.
+
+    TensorBoard gets figures and texts of the first ones, the same at every validation, and the error over the horizon;
+    `pi05 validate` also leaves PNG files in the run's validation/ folder, worst first, for `pi05 report`.
+
+    Args:
+        first: samples that are shown at every validation.
+        worst: samples that are kept because the model is worst at them.
+    """
+
+    def __init__(self, first: int = 2, worst: int = 3) -> None:
+        self.first, self.worst = first, worst
+        self.fixed: dict[str, list[Example]] = {}
+        self.worse: dict[str, list[Example]] = {}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fixed, self.worse = defaultdict(list), defaultdict(list)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.sanity_checking:
+            return
+        name, measured = datamodule_of(trainer).validation_names[dataloader_idx], outputs["measured"]
+        badness = measured.badness.nan_to_num(nan=torch.inf)
+        first = list(range(min(self.first, len(badness)))) if batch_idx == 0 else []
+        worst = badness.topk(min(self.worst, len(badness))).indices.tolist()
+        with torch.no_grad():
+            examples = measured.examples([*first, *worst])
+        self.fixed[name] += examples[: len(first)]
+        kept = [
+            *self.worse[name],
+            *(replace(e, badness=float(badness[r])) for e, r in zip(examples[len(first) :], worst, strict=True)),
+        ]
+        self.worse[name] = self._worst(kept)
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+
+    def _worst(self, examples: Sequence[Example]) -> list[Example]:
+        return sorted(examples, key=lambda example: (-example.badness, example.key))[: self.worst]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not at the epoch's end, which comes to callbacks before it comes to the module and its results
+        if trainer.sanity_checking:
+            return
+        validating = trainer.state.fn != "fit"
+        if validating and trainer.world_size > 1:
+            self._gather()
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                self._log(logger.experiment, pl_module, trainer.global_step)
+        if validating:
+            self._write(Path(trainer.default_root_dir))
+
+    on_test_end = on_validation_end
+
+    def _gather(self) -> None:
+        """The worst of all ranks, on every rank."""
+        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, dict(self.worse))
+        for name in {name for worse in everywhere for name in worse}:
+            self.worse[name] = self._worst([example for worse in everywhere for example in worse.get(name, [])])
+
+    def _log(self, writer: Any, pl_module: Any, step: int) -> None:
+        for name, examples in self.fixed.items():
+            for number, example in enumerate(examples):
+                writer.add_figure(f"{name}/{number}", draw_example(example), step)
+            said = [e for e in examples if e.said or e.truth]
+            if said:
+                writer.add_text(name, text_table(said), step)
+        for name, values in pl_module.results.items():
+            if any(metric.startswith("action_mae/step_") for metric in values):
+                writer.add_figure(f"{name}/error_over_horizon", draw_horizon(values), step)
+
+    def _write(self, run: Path) -> None:
+        folder = run / EXAMPLES.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("*.png"):
+            old.unlink()
+        index: dict[str, list[ExampleFile]] = {}
+        groups: dict[Group, dict[str, list[Example]]] = {"worst": self.worse, "first": self.fixed}
+        for group, by_name in groups.items():
+            for name, examples in by_name.items():
+                for number, example in enumerate(examples):
+                    file = folder / f"{name.replace('/', '-')}-{group}-{number}.png"
+                    draw_example(example).savefig(file, dpi=DPI)
+                    shown = ExampleFile(file.name, group, example.key, readable(example.said), readable(example.truth))
+                    index.setdefault(name, []).append(shown)
+        content = {name: [vars(shown) for shown in files] for name, files in index.items()}
+        (run / EXAMPLES).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def text_table(examples: Sequence[Example]) -> str:
+    """Prompt, what was said and what is true, as Markdown."""
+    rows = [f"| {cell(e.prompt)} | {cell(e.said)} | {cell(e.truth)} |" for e in examples]
+    return "\n".join(["| prompt | said | true |", "|---|---|---|", *rows])
+
+
+def cell(text: str) -> str:
+    return readable(text).replace("|", "\\|").replace("\n", " ")

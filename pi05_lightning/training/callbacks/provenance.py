@@ -1,0 +1,74 @@
+"""Where a run came from: commit, command, versions, hardware and data, as `pi05 report` shows them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from pi05_lightning import __version__
+from pi05_lightning.data.datamodule import Pi05DataModule, Samples, datamodule_of
+from pi05_lightning.data.sources.base import Split
+from pi05_lightning.evaluation.report.run import PROVENANCE
+from pi05_lightning.files.shipped import ROOT
+
+
+class Provenance(Callback):
+    """Writes provenance.json into the run when training starts; a resumed run's is that of its last start."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined] # leaves nothing behind
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "from step": trainer.global_step,
+            "command": shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "pi05"), *sys.argv[1:]]),
+            "commit": commit(ROOT),
+            "versions": {
+                "pi05_lightning": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "hardware": f"{trainer.world_size} × {device_name(pl_module.device)}",
+            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            "samples": sizes(datamodule_of(trainer)),
+        }
+        (folder / PROVENANCE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def sizes(data: Pi05DataModule) -> dict[str, dict[str, int]]:
+    """`source/modality` -> samples to train on and to validate on."""
+    table: dict[str, dict[str, int]] = {}
+    for split in get_args(Split):
+        for entry in Samples(data.sources(split), data.processor).entries:
+            table.setdefault(entry.name, dict.fromkeys(get_args(Split), 0))[split] = entry.size
+    return table
+
+
+def commit(checkout: Path) -> str | None:
+    """The commit that a checkout is at, with `+` where files differ from it; None for what is no checkout."""
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True).stdout.strip()
+
+    found = git("rev-parse", "HEAD")
+    return found + ("+" if git("status", "--porcelain", "--untracked-files=no") else "") if found else None
+
+
+def device_name(device: torch.device) -> Any:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine() + " " + device.type

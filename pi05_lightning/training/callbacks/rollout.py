@@ -1,0 +1,139 @@
+"""A small rollout now and then during training: is the policy getting anywhere?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.sim import video
+from pi05_lightning.sim.environment import EnvironmentConfig, View
+from pi05_lightning.sim.metaworld.environment import MetaWorld
+from pi05_lightning.sim.trials import Clock, Mode, Pace, Trial, run_policy
+from pi05_lightning.training.callbacks.ema import WeightAverage
+
+FOLDER = "rollouts"
+
+
+class PeriodicRollout(Callback):
+    """Runs the policy in a simulator every `every_n_steps` optimizer steps, on rank 0, while the stage trains actions.
+
+    It logs `rollout/success`, the same per task, and `rollout/seconds`, what that cost; a film of the first episode
+    goes to TensorBoard and to the run's rollouts/. The initial states are those of the validation split, always the
+    same ones. Weights are the average where there is one (`ema`). Training's random numbers are as without it.
+
+    Args:
+        every_n_steps: optimizer steps from one rollout to the next.
+        env: the simulator.
+        tasks: by default those that `pi05 rollout` takes.
+        episodes: per task.
+        mode: policy (the predicted subtask conditions the actions) or flat (the task alone does).
+        execution_horizon: actions of a chunk that are executed before the next is asked for; by default half.
+        max_seconds: simulated time after which an episode has failed; by default the simulator's.
+        lanes: episodes that are stepped together.
+        seed: of the initial states and the noise.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        env: EnvironmentConfig = MetaWorld(),  # noqa: B008 - frozen
+        tasks: list[str] | None = None,
+        episodes: int = 4,
+        mode: Mode = "policy",
+        execution_horizon: int | None = None,
+        max_seconds: float | None = None,
+        lanes: int = 8,
+        seed: int = 0,
+    ) -> None:
+        if min(every_n_steps, episodes, lanes) < 1:
+            raise ValueError("every_n_steps, episodes and lanes: at least 1")
+        self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
+        self.mode, self.execution_horizon, self.max_seconds = mode, execution_horizon, max_seconds
+        self.lanes, self.seed = lanes, seed
+        self._last = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        step, self._last = self._last, trainer.global_step
+        due = trainer.global_step != step and trainer.global_step % self.every_n_steps == 0
+        if due and pl_module.recipe.loss_weights(step).flow:
+            self._roll_out(trainer, pl_module)
+
+    @rank_zero_only
+    def _roll_out(self, trainer: Trainer, module: Pi05Module) -> None:
+        start = perf_counter()
+        with isolate_rng(), self._policy(trainer, module) as policy:
+            by_task = self.run(policy)
+        trials = [trial for done in by_task.values() for trial in done]
+        metrics = {f"rollout/success/{task}": _success(done) for task, done in by_task.items()}
+        metrics |= {"rollout/success": _success(trials), "rollout/seconds": perf_counter() - start}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
+        self._show(trainer, trials[0])
+
+    def run(self, policy: Pi05Policy) -> dict[str, list[Trial]]:
+        """Every task's episodes, over; the first one is filmed."""
+        robot = policy.processor.robots[policy.robot]
+        shapes = policy.processor.shapes
+        view = View(policy.processor.cameras, shapes.image_size, robot.fps)
+        horizon = self.execution_horizon or max(1, shapes.horizon // 2)
+        pace = Pace(horizon, max_seconds=self.max_seconds, seed=self.seed)
+        by_task = {}
+        for number, task in enumerate(self.tasks or self.env.tasks(robot)):
+            seeds = self.env.seeds(number, self.episodes, self.seed, split="val")
+            trials = [Trial(self.mode, task, seed, record=number == i == 0) for i, seed in enumerate(seeds)]
+            envs = []
+            try:
+                for _ in range(min(self.lanes, self.episodes)):
+                    envs.append(self.env.open(task, view))
+                for first in range(0, self.episodes, self.lanes):
+                    batch = trials[first : first + self.lanes]
+                    run_policy(policy, list(zip(envs, batch, strict=False)), pace, Clock())
+            finally:
+                for env in envs:
+                    env.close()
+            by_task[task] = trials
+        return by_task
+
+    @contextmanager
+    def _policy(self, trainer: Trainer, module: Pi05Module) -> Iterator[Pi05Policy]:
+        """The policy that a checkpoint of this moment would give; the module trains on as before afterwards."""
+        average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), WeightAverage())  # type: ignore[attr-defined]
+        assert module.processor is not None
+        training = {name: part.training for name, part in module.model.named_modules()}
+        with average.applied(module), trainer.precision_plugin.val_step_context():
+            try:
+                yield Pi05Policy((module.model, module.processor), device=module.device)
+            finally:
+                for name, part in module.model.named_modules():
+                    part.training = training[name]
+
+    def _show(self, trainer: Trainer, trial: Trial) -> None:
+        fps = 10
+        folder = Path(trainer.default_root_dir, FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
+        video.write(folder / f"step-{trainer.global_step:08d}.mp4", trial, fps)
+        height, width = video.frames(trial)[0].shape[:2]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video.gif(trial, fps))
+        summary = Summary(value=[Summary.Value(tag=f"rollout/{trial.task}", image=image)])
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
+
+
+def _success(trials: list[Trial]) -> float:
+    return sum(trial.success for trial in trials) / len(trials)

@@ -1,0 +1,338 @@
+"""The weights of LeRobot's and openpi's π0.5 as ours, and back: names, dimensions, and an account of every key.
+
+Both keep the same names (openpi without the `model.` prefix). Two of their tensors no loss of π0.5 reads: the language
+model's head, which π0.5 ties to the embedding, and the expert's. They are handed back apart, for the way back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.safetensors import CONFIG, check_keys, map_weights, read_json, read_weights, weight_files
+
+_PALIGEMMA = "paligemma_with_expert.paligemma"
+_VISION = f"{_PALIGEMMA}.model.vision_tower.vision_model"
+_EXPERT = "paligemma_with_expert.gemma_expert"
+
+NAMES = (
+    (f"{_VISION}.embeddings.patch_embedding.*", "backbone.vision.patch_embedding.*"),
+    (f"{_VISION}.embeddings.position_embedding.*", "backbone.vision.position_embedding.*"),
+    (f"{_VISION}.encoder.layers.#.mlp.fc1.*", "backbone.vision.layers.#.fc1.*"),
+    (f"{_VISION}.encoder.layers.#.mlp.fc2.*", "backbone.vision.layers.#.fc2.*"),
+    (f"{_VISION}.encoder.layers.#.*", "backbone.vision.layers.#.*"),
+    (f"{_VISION}.post_layernorm.*", "backbone.vision.post_layernorm.*"),
+    (f"{_PALIGEMMA}.model.multi_modal_projector.linear.*", "backbone.vision.projector.*"),
+    (f"{_PALIGEMMA}.model.language_model.embed_tokens.*", "backbone.embed_tokens.*"),
+    (f"{_PALIGEMMA}.model.language_model.layers.#.*", "backbone.layers.#.*"),
+    (f"{_PALIGEMMA}.model.language_model.norm.*", "backbone.norm.*"),
+    (f"{_EXPERT}.model.layers.#.*", "flow_head.layers.#.*"),
+    (f"{_EXPERT}.model.norm.*", "flow_head.norm.*"),
+    ("action_in_proj.*", "flow_head.action_in_proj.*"),
+    ("action_out_proj.*", "flow_head.action_out_proj.*"),
+    ("time_mlp_in.*", "flow_head.time_mlp_in.*"),
+    ("time_mlp_out.*", "flow_head.time_mlp_out.*"),
+    # π0's names, found in early ports of π0.5; they are not written
+    ("action_time_mlp_in.*", "flow_head.time_mlp_in.*"),
+    ("action_time_mlp_out.*", "flow_head.time_mlp_out.*"),
+)
+"""LeRobot's key without its prefix, and ours; # is a layer's number, * the rest. The first match counts, either way."""
+
+PREFIX = "model."
+LM_HEAD = f"{_PALIGEMMA}.lm_head.weight"
+EXPERT_LM_HEAD = f"{_EXPERT}.lm_head.weight"
+EMBEDDING = "backbone.embed_tokens.weight"
+_EMBED_TOKENS = f"{_PALIGEMMA}.model.language_model.embed_tokens.weight"
+UNREAD = (LM_HEAD, EXPERT_LM_HEAD)
+"""Tensors that the network has no use for, but LeRobot's class has a place for."""
+DROPPED = "state_proj."
+"""π0's; LeRobot's class has no place for it and would load nothing at all."""
+
+SIGLIP_HEAD_DIM = 72  # So400m: 1152 / 16
+SIGLIP_HEADS = 16  # what LeRobot's code builds, whatever the width
+
+
+def _compile(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
+    return [
+        (
+            re.compile(re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")),
+            re.sub(r"[#*]", "{}", target),
+        )
+        for source, target in pairs
+    ]
+
+
+_TO_OURS = _compile(NAMES)
+_TO_LEROBOT = _compile((ours, theirs) for theirs, ours in NAMES)
+
+
+def _rename(key: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, template in table:
+        if match := pattern.fullmatch(key):
+            return template.format(*match.groups())
+    return None
+
+
+def to_ours(key: str) -> str | None:
+    """Our name of a LeRobot or openpi key, None if π0.5 has no such tensor."""
+    return _rename(key.removeprefix(PREFIX), _TO_OURS)
+
+
+def to_lerobot(key: str) -> str:
+    """LeRobot's name of one of our keys."""
+    renamed = _rename(key, _TO_LEROBOT)
+    if renamed is None:
+        raise ValueError(f"{key} has no place in LeRobot's π0.5: only backbone_type siglip_gemma can be written so")
+    return PREFIX + renamed
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A foreign checkpoint: its dimensions, its tensors under our names, what no loss reads, where all came from."""
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    unread: dict[str, Tensor]
+    """Under LeRobot's names."""
+    dropped: dict[str, Tensor]
+    """Under the file's names."""
+    source: dict[str, str]
+    """Our key: the key in the file."""
+    notes: tuple[str, ...]
+    """What neither the weights nor their config say, and what was taken for it."""
+
+    def report(self) -> str:
+        """Every key of the file and what became of it."""
+        rows = [(theirs, self.tensors[ours], f"-> {ours}") for ours, theirs in self.source.items()]
+        rows += [(theirs, tensor, "no loss reads it: kept aside") for theirs, tensor in self.unread.items()]
+        rows += [(theirs, tensor, "π0's, which π0.5 does not have: dropped") for theirs, tensor in self.dropped.items()]
+        total = (
+            f"{len(rows)} keys: {len(self.source)} read, {len(self.unread)} kept aside, {len(self.dropped)} dropped,"
+            " none left over"
+        )
+        return "\n".join([*summarize(rows), total, *self.notes])
+
+
+def summarize(rows: Iterable[tuple[str, Tensor, str]]) -> list[str]:
+    """(key, its tensor, what became of it) per tensor, as lines; layers with the same fate share one."""
+    groups: dict[tuple[str, ...], int] = {}
+    for key, tensor, fate in sorted(rows, key=lambda row: row[0]):
+        every = re.sub(r"layers\.\d+", "layers.*", key), re.sub(r"layers\.\d+", "layers.*", fate)
+        line = every[0], str(list(tensor.shape)), every[1]
+        groups[line] = groups.get(line, 0) + 1
+    return [f"{count:3} × {' '.join(line)}" for line, count in groups.items()]
+
+
+def is_foreign(source: Path) -> bool:
+    """Whether a folder is LeRobot's or openpi's; ours says what backbone it has."""
+    if not weight_files(source):
+        return False
+    return not (source / CONFIG).is_file() or "backbone_type" not in read_json(source / CONFIG)
+
+
+def load_lerobot(
+    path: Path | str, *, vision_heads: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """A LeRobot or openpi checkpoint's dimensions and the tensors that the model needs, under our names.
+
+    Each is read once, into memory of its own, cast to `dtype` on the way; the heads that no loss reads are left out.
+    Arguments and errors as `map_foreign`.
+    """
+    mapped = map_foreign(path, vision_heads=vision_heads)
+    tensors = read_weights(Path(path), set(mapped.source.values()), dtype)
+    return mapped.config, {ours: tensors[theirs] for ours, theirs in mapped.source.items()}
+
+
+def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign:
+    """A folder with LeRobot's or openpi's (PyTorch) `model.safetensors` and `config.json`, mapped from the disk.
+
+    vision_heads: attention heads of SigLIP, which no file tells; 72 dimensions each if the width divides, else 16.
+    ValueError that lists every missing, unexpected or misshaped key and every contradiction of config.json; also for a
+    truncated file. The embedding is `embed_tokens`; only where it is missing (openpi ties them), `lm_head`.
+    """
+    path = Path(path)
+    found: dict[str, tuple[str, Tensor]] = {}
+    unknown: dict[str, tuple[int, ...]] = {}
+    for theirs, tensor in map_weights(path).items():
+        if theirs.removeprefix(PREFIX) in found:  # with and without the prefix
+            unknown[theirs] = tuple(tensor.shape)
+        found.setdefault(theirs.removeprefix(PREFIX), (theirs, tensor))
+    if _EMBED_TOKENS not in found and LM_HEAD in found:
+        found[_EMBED_TOKENS] = found.pop(LM_HEAD)
+    unread = {PREFIX + key: found.pop(key)[1] for key in UNREAD if key in found}
+    dropped = dict(found.pop(key) for key in list(found) if key.startswith(DROPPED))
+    tensors: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    for key, (theirs, tensor) in found.items():
+        ours = to_ours(key)
+        if ours is None or ours in tensors:
+            unknown[theirs] = tuple(tensor.shape)
+        else:
+            tensors[ours], source[ours] = tensor, theirs
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    values = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    config, notes = config_of(shapes, values, vision_heads)
+    with torch.device("meta"):
+        expected = {key: tuple(tensor.shape) for key, tensor in Pi05(config).state_dict().items()}
+    names = {ours: to_lerobot(ours) for ours in expected} | source
+    heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
+    expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
+    shapes |= {key: tuple(tensor.shape) for key, tensor in unread.items()}
+    check_keys(shapes | unknown, expected, names, path)
+    return Foreign(config, tensors, unread, dropped, source, tuple(notes))
+
+
+def lerobot_tensors(tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under LeRobot's names, whole: the heads that no loss reads are there too.
+
+    unread: those of the checkpoint that the model came from; else the embedding stands for the language model's head
+    (π0.5 ties them) and zeros for the expert's.
+    """
+    out = {to_lerobot(key): tensor for key, tensor in tensors.items()} | dict(unread)
+    embedding, narrow = tensors[EMBEDDING], tensors["flow_head.action_in_proj.weight"]
+    if PREFIX + LM_HEAD not in out:
+        out[PREFIX + LM_HEAD] = embedding.clone()  # safetensors does not write one tensor under two names
+    if PREFIX + EXPERT_LM_HEAD not in out:
+        out[PREFIX + EXPERT_LM_HEAD] = embedding.new_zeros(embedding.shape[0], narrow.shape[0])
+    return out
+
+
+# --- dimensions
+
+
+def config_of(
+    shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any], vision_heads: int | None
+) -> tuple[ModelConfig, list[str]]:
+    """Dimensions from the tensors' shapes (our names); of config.json (`values`) only what the tensors do not tell.
+
+    ValueError when a tensor that tells a dimension is missing, or when config.json says otherwise than the tensors.
+    """
+    sizes = _Sizes(shapes)
+    notes = []
+    width, channels, patch = sizes.of("backbone.vision.patch_embedding.weight", 0, 1, 2)
+    positions = sizes.of("backbone.vision.position_embedding.weight", 0)[0]
+    action_dim = sizes.of("flow_head.action_in_proj.weight", 1)[0]
+    vision_mlp = sizes.of("backbone.vision.layers.#.fc1.weight", 0)[0]
+    vocab_size = sizes.of(EMBEDDING, 0)[0]
+    # the expert attends to the language model's keys layer by layer, so what they share is said once
+    depth = max(sizes.depth("backbone"), sizes.depth("flow_head"))
+    language = sizes.gemma("backbone", depth)
+    expert = replace(
+        sizes.gemma("flow_head", depth), num_heads=language.num_heads, head_dim=language.head_dim, num_kv_heads=1
+    )
+    sizes.raise_if_missing()
+    assert channels
+
+    if vision_heads is None:
+        vision_heads = width // SIGLIP_HEAD_DIM if width % SIGLIP_HEAD_DIM == 0 else SIGLIP_HEADS
+        notes.append(f"SigLIP's heads are in neither file: taken as {vision_heads} for its width of {width}")
+    if width % vision_heads:
+        raise ValueError(f"SigLIP's width of {width} is not a multiple of {vision_heads} heads: give vision_heads")
+    image_size = values.get("image_resolution", [round(positions**0.5) * patch])[0]
+    horizon = values.get("chunk_size", values.get("action_horizon"))
+    if horizon is None:
+        horizon = ModelConfig.horizon
+        notes.append(f"the horizon is in neither file: taken as π0.5's {horizon}")
+    _check_config(values, action_dim, positions, image_size, patch, language, expert)
+    config = ModelConfig(
+        vision=VisionConfig(image_size, patch, width, sizes.depth("backbone.vision"), vision_mlp, vision_heads),
+        language=language,
+        expert=expert,
+        vocab_size=vocab_size,
+        horizon=horizon,
+        action_dim=action_dim,
+    )
+    return config, notes
+
+
+_VARIANT_WIDTH = {"gemma_2b": 2048, "gemma_300m": 1024}
+_LEROBOT_CONSTANTS = {"min_period": 4e-3, "max_period": 4.0}  # of the time features; no tensor tells them
+
+
+def _check_config(
+    values: Mapping[str, Any],
+    action_dim: int,
+    positions: int,
+    image_size: int,
+    patch: int,
+    language: GemmaConfig,
+    expert: GemmaConfig,
+) -> None:
+    problems = []
+    if (kind := values.get("type", "pi05")) != "pi05":
+        problems.append(f"type is {kind!r}, not 'pi05'")
+    for name in ("max_action_dim", "action_dim"):
+        if values.get(name, action_dim) != action_dim:
+            problems.append(f"{name} is {values[name]}, but action_in_proj takes {action_dim}")
+    if len(set(values.get("image_resolution", []))) > 1:
+        problems.append(f"image_resolution is {values['image_resolution']}, but the position embeddings are a square's")
+    if (image_size // patch) ** 2 != positions:
+        problems.append(
+            f"image_resolution {image_size} with patches of {patch} makes {(image_size // patch) ** 2} of them, but"
+            f" there are {positions} position embeddings"
+        )
+    actions = (values.get("output_features") or {}).get("action", {}).get("shape", [0])[0]
+    if actions > action_dim:
+        problems.append(f"output_features has {actions} action dimensions, but action_in_proj takes {action_dim}")
+    for name, default in _LEROBOT_CONSTANTS.items():
+        if values.get(name, default) != default:
+            problems.append(f"{name} is {values[name]}, but π0.5's is {default}")
+    variants = {"paligemma": values.get("paligemma_variant"), "action_expert": values.get("action_expert_variant")}
+    if variants["paligemma"] and len(set(variants.values())) == 1 and language != expert:
+        problems.append(f"paligemma and the action expert are both {variants['paligemma']}, but their weights differ")
+    for name, gemma in (("paligemma", language), ("action_expert", expert)):
+        variant = variants[name]
+        stated = _VARIANT_WIDTH.get(variant or "")
+        # a width that is no variant's was built by changing LeRobot's constants: the name says nothing then
+        if stated is not None and gemma.width in _VARIANT_WIDTH.values() and stated != gemma.width:
+            problems.append(f"{name}_variant is {variant} of width {stated}, but the weights' width is {gemma.width}")
+    if problems:
+        raise ValueError("config.json contradicts the weights:\n  " + "\n  ".join(problems))
+
+
+class _Sizes:
+    """Dimensions by key; of a layer's tensor, what most layers say, so that one odd layer is named as the odd one."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.missing: list[str] = []
+
+    def of(self, key: str, *axes: int) -> tuple[int, ...]:
+        pattern = re.compile(re.escape(key).replace(r"\#", r"\d+"))
+        votes = Counter(
+            tuple(shape[axis] for axis in axes)
+            for name, shape in self.shapes.items()
+            if pattern.fullmatch(name) and len(shape) > max(axes)
+        )
+        if not votes:
+            self.missing.append(key)
+            return (1,) * len(axes)
+        return votes.most_common(1)[0][0]
+
+    def depth(self, tower: str) -> int:
+        numbers = [re.match(rf"{re.escape(tower)}\.layers\.(\d+)\.", key) for key in self.shapes]
+        return 1 + max((int(match[1]) for match in numbers if match), default=0)
+
+    def gemma(self, tower: str, depth: int) -> GemmaConfig:
+        # π0.5's attention is multi-query: the one key head's rows are the head's width
+        head_dim, width = self.of(f"{tower}.layers.#.self_attn.k_proj.weight", 0, 1)
+        query = self.of(f"{tower}.layers.#.self_attn.q_proj.weight", 0)[0]
+        mlp = self.of(f"{tower}.layers.#.mlp.gate_proj.weight", 0)[0]
+        if self.missing:
+            return GemmaConfig()
+        return GemmaConfig(width, depth, mlp, query // head_dim, 1, head_dim)
+
+    def raise_if_missing(self) -> None:
+        if self.missing:
+            keys = [to_lerobot(key.replace("#", "0")) for key in self.missing]
+            raise ValueError("dimensions cannot be read, these keys are missing:\n  " + "\n  ".join(keys))

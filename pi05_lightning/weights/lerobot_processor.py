@@ -1,0 +1,194 @@
+"""LeRobot's policy processors (and openpi's statistics) as a `Processor` of ours, and back.
+
+Both ask for actions with the prompt `Task: …, State: …;`, and normalise by what their checkpoint carries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi05_lightning.data.processor import Language, Processor, Robot
+from pi05_lightning.data.prompt import Prompts
+from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.weights.safetensors import map_tensors, read_json
+
+IMAGE, STATE, ACTION = "observation.images.", "observation.state", "action"
+OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+PALIGEMMA = "google/paligemma-3b-pt-224"
+FPS = 50.0  # π0.5's low level
+ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
+
+_RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10": ("q10", "q90")}
+
+
+def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Processor, list[str]]:
+    """The processor of a LeRobot or openpi checkpoint, and notes on what it does not say.
+
+    ValueError for what is not converted: LeRobot's relative actions, statistics that are incomplete.
+    """
+    values = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    if values.get("use_relative_actions"):
+        raise ValueError(f"{folder}: LeRobot's relative actions (use_relative_actions) are not converted")
+    stats, notes = read_stats(folder, values, config)
+    processor = Processor(
+        config.shapes,
+        tokenizer,
+        cameras(values),
+        {name: Robot(normalize, FPS) for name, normalize in stats.items()},
+        # unclipped, as both of them were trained
+        Language(prompts=Prompts(clip_state=False), condition_on="task"),
+    )
+    return processor, [*notes, f"the control rate is in no file: taken as {FPS:g} per second"]
+
+
+def cameras(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of a LeRobot policy's cameras, in its order; openpi's where the config has none."""
+    features = values.get("input_features") or {}
+    names = [key.removeprefix(IMAGE) for key, feature in features.items() if feature["type"] == "VISUAL"]
+    return tuple(name for name in names if not name.startswith("empty_camera_")) or OPENPI_CAMERAS
+
+
+def tokenizer_name(folder: Path) -> str:
+    """What the checkpoint's preprocessor tokenizes with; PaliGemma's tokenizer where nothing is said."""
+    path = folder / "policy_preprocessor.json"
+    steps = read_json(path)["steps"] if path.exists() else []
+    names = [step["config"].get("tokenizer_name") for step in steps if "tokenizer" in step.get("registry_name", "")]
+    return next((name for name in names if name), PALIGEMMA)
+
+
+# --- statistics
+
+
+def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Normalize], list[str]]:
+    """What state and actions are normalised with, by robot: LeRobot's safetensors, or openpi's norm_stats.json."""
+    assets = {path: read_json(path) for path in sorted(folder.glob("assets/**/norm_stats.json"))}
+    if assets:
+        return {
+            str(path.parent.relative_to(folder / "assets")): Normalize(
+                _openpi_quantiles(stats, "state", path), _openpi_quantiles(stats, "actions", path)
+            )
+            for path, stats in assets.items()
+        }, []
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("policy_preprocessor*.safetensors")):
+        tensors |= map_tensors(file)
+    modes = values.get("normalization_mapping") or {}
+    features = {**(values.get("input_features") or {}), **(values.get("output_features") or {})}
+
+    def quantiles(key: str, kind: str) -> Quantiles:
+        stats = {
+            name.removeprefix(f"{key}."): tensor.double().numpy()
+            for name, tensor in tensors.items()
+            if name.startswith(f"{key}.")
+        }
+        dims = features[key]["shape"][0] if key in features else config.action_dim
+        found = _lerobot_quantiles(stats, modes.get(kind, "QUANTILES"), key, dims)
+        if key in features and len(found.q01) != dims:
+            raise ValueError(
+                f"{folder}: config.json gives {key} {dims} dimensions, but its statistics have {len(found.q01)}"
+            )
+        return found
+
+    normalize = Normalize(quantiles(STATE, "STATE"), quantiles(ACTION, "ACTION"))
+    notes = [] if tensors else [f"no statistics in {folder}: state and actions are taken as they are, as LeRobot does"]
+    return {ROBOT: normalize}, notes
+
+
+def _lerobot_quantiles(stats: Mapping[str, np.ndarray], mode: str, key: str, dims: int) -> Quantiles:
+    """Every mode of LeRobot's is a linear map, and so a pair of values that go to -1 and 1."""
+    if mode == "IDENTITY" or not stats:
+        return Quantiles(np.full(dims, -1.0), np.ones(dims))
+    needed = ("mean", "std") if mode == "MEAN_STD" else _RANGES[mode]
+    if missing := [name for name in needed if name not in stats]:
+        raise ValueError(f"{key} is normalised by {mode}, but its statistics lack {' and '.join(missing)}")
+    first, second = (stats[name] for name in needed)
+    return Quantiles(first - second, first + second) if mode == "MEAN_STD" else Quantiles(first, second)
+
+
+def _openpi_quantiles(stats: Mapping[str, Any], key: str, path: Path) -> Quantiles:
+    values = stats.get("norm_stats", stats).get(key, {})
+    if not values.get("q01") or not values.get("q99"):
+        raise ValueError(f"{path}: {key} has no q01 and q99; π0.5 normalises by quantiles")
+    return Quantiles(np.array(values["q01"], dtype=np.float64), np.array(values["q99"], dtype=np.float64))
+
+
+# --- to LeRobot
+
+
+def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype: torch.dtype) -> list[str]:
+    """LeRobot's config.json and both processors with their statistics; returns notes on what it cannot express.
+
+    Raises ValueError for a policy of relative actions, or of none.
+    """
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+    from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
+    from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
+    from lerobot.processor.factory import make_policy_processor_pipelines
+
+    acting = {name: robot for name, robot in processor.robots.items() if robot.acts}
+    if not acting:
+        raise ValueError("the policy was trained on no robot's actions: LeRobot's π0.5 is nothing but actions")
+    name, robot = next(iter(acting.items()))
+    if robot.relative is not None:
+        raise ValueError(f"{name}: a policy of relative actions (relative_dims) cannot be written as LeRobot's")
+    normalize = robot.normalize
+    size = config.vision.image_size
+    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}
+    lerobot_config = PI05Config(
+        input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (len(normalize.state.q01),))},
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (len(normalize.action.q01),))},
+        device="cpu",
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        chunk_size=config.horizon,
+        n_action_steps=config.horizon,
+        max_action_dim=config.action_dim,
+        image_resolution=(size, size),
+    )
+    lerobot_config._save_pretrained(folder)
+    stats = {
+        key: {name: torch.from_numpy(getattr(quantiles, name)).float() for name in ("q01", "q99")}
+        for key, quantiles in ((STATE, normalize.state), (ACTION, normalize.action))
+    }
+    steps = make_default_policy_processor_steps(lerobot_config, stats)
+    # the step takes any object; only its name is written, and PaliGemma's own need not be at hand for that
+    tokenize = TokenizerProcessorStep(
+        tokenizer=object(), max_length=lerobot_config.tokenizer_max_length, padding_side="right", padding="max_length"
+    )
+    pipelines = make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            steps.normalize,
+            Pi05PrepareStateTokenizerProcessorStep(max_state_dim=lerobot_config.max_state_dim),
+            tokenize,
+            steps.to_device,
+        ],
+        output_steps=[steps.unnormalize, steps.to_cpu],
+    )
+    for pipeline in pipelines:
+        pipeline.save_pretrained(folder)
+    path = folder / "policy_preprocessor.json"
+    saved = read_json(path)
+    for step in saved["steps"]:
+        if step["registry_name"] == "tokenizer_processor":
+            step["config"]["tokenizer_name"] = PALIGEMMA
+    path.write_text(json.dumps(saved, indent=2), encoding="utf-8")
+
+    notes = []
+    if processor.predicts_subtasks(name):
+        notes.append("LeRobot has no subtasks: give it the subtask as the task, or train with condition_on: task")
+    if others := list(acting)[1:]:
+        notes.append(f"LeRobot has statistics of one robot: {name} is written, not {', '.join(others)}")
+    if processor.tokenizer.vocab_size < config.vocab_size or config.vocab_size != ModelConfig.vocab_size:
+        notes.append(f"the export names {PALIGEMMA}; the policy was trained with another tokenizer: name that one")
+    return notes
