@@ -27,7 +27,7 @@ from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.samples import Samples
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.types import Batch, Modality, Shapes
+from pi05_lightning.types import Batch, Modality, Shapes, Subset
 
 FPS, SIDE, DIM, HORIZON, BATCH, WORKERS = 30, 256, 7, 50, 8, 2
 CAMERAS = ("top", "wrist")
@@ -113,7 +113,7 @@ class Peer:
 def our_loader(module: Pi05DataModule, order: list[int]) -> DataLoader[Any]:
     """Our samples of the same frames in the same order."""
     samples = Samples(module.sources("train"), module.processor)
-    entry = samples.names.index(f"robot/{Modality.CONTINUOUS}")
+    entry = samples.subsets.index(Subset("robot", Modality.CONTINUOUS))
     draws = [(entry, index, index) for index in order]
     return DataLoader(
         samples,

@@ -64,7 +64,7 @@ def measure(config: ModelConfig, work: Work, draws: int = 1) -> tuple[float, int
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        flow = model(batch, tokens=False).flow
+        flow = model(batch, ["flow"])["flow"].values
         assert flow is not None
         flow.mean().backward()
 

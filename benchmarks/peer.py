@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from benchmarks.sizes import Work
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Modality, Target
+from pi05_lightning.types import Batch, Target, index_targets
 from pi05_lightning.weights.lerobot import to_ours
 
 
@@ -122,7 +122,7 @@ class Inputs:
         return model.sample_actions(*arguments, noise=self.noise, num_steps=10)
 
     def our_loss(self, model: Pi05, insulate: bool = False) -> Tensor:
-        flow = model(self.batch, tokens=False, insulate=insulate).flow
+        flow = model(self.batch, ["flow"], insulate=insulate)["flow"].values
         assert flow is not None
         return flow[:, 0]
 
@@ -152,11 +152,9 @@ def make_inputs(config: ModelConfig, work: Work, device: str = "cpu", seed: int 
         token_mask=token_mask[:, : work.tokens],
         causal=torch.zeros(rows, work.tokens, dtype=torch.bool),
         target_kind=torch.full((rows, work.tokens), Target.NONE, dtype=torch.uint8),
-        target_index=torch.zeros(0, dtype=torch.long),
+        target_index=index_targets(torch.zeros(0, dtype=torch.uint8)),
         actions=actions,
         action_mask=torch.ones_like(actions, dtype=torch.bool),
-        modality=torch.full((rows,), Modality.CONTINUOUS.id),
-        source=torch.zeros(rows, dtype=torch.long),
         key=torch.arange(rows),
         noise=noise[:, None],
         time=time[:, None],

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Options, Row, alternate, run_part, share
@@ -14,7 +13,7 @@ from benchmarks.peer import make_inputs, randomize
 from benchmarks.sizes import BASE, DEBUG, MID, ONE_ROBOT, PART_PRESENT, Work
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Target
+from pi05_lightning.types import Batch, Target, index_targets
 
 TEXT_TOKENS, FAST_TOKENS = 10, 40  # a subtask; a chunk's FAST tokens (published: 20 to 53 for a second)
 DRAWS = 4
@@ -40,15 +39,12 @@ def steps(config: ModelConfig, work: Work, device: str = "cpu") -> tuple[Callabl
     batch = make_inputs(config, work, device).batch
     everything = with_targets(batch, config)
 
-    def run(batch: Batch, tokens: bool) -> None:
+    def run(batch: Batch, weights: dict[str, float]) -> None:
         model.zero_grad(set_to_none=True)
-        out = model(batch, tokens=tokens)
-        loss: Tensor = out.flow.mean()
-        if tokens:
-            loss = 10 * loss + out.tokens.nll.mean()
-        loss.backward()
+        terms = model(batch, weights)
+        sum(weight * terms[name].values.mean() for name, weight in weights.items()).backward()
 
-    return lambda: run(batch, False), lambda: run(everything, True)
+    return lambda: run(batch, {"flow": 1.0}), lambda: run(everything, {"flow": 10.0, "subtask": 1.0, "fast": 1.0})
 
 
 def with_targets(batch: Batch, config: ModelConfig) -> Batch:
@@ -56,7 +52,7 @@ def with_targets(batch: Batch, config: ModelConfig) -> Batch:
     rows, prompt = batch.tokens.shape
     kinds = torch.tensor([Target.SUBTASK] * TEXT_TOKENS + [Target.FAST] * FAST_TOKENS, dtype=torch.uint8)
     added, device = len(kinds), batch.tokens.device
-    targets = torch.arange(rows)[:, None] * (prompt + added) + torch.arange(prompt, prompt + added)
+    target_kind = torch.cat([torch.full((rows, prompt), Target.NONE, dtype=torch.uint8), kinds.expand(rows, -1)], 1)
     assert batch.noise is not None
     assert batch.time is not None
     return replace(
@@ -64,8 +60,8 @@ def with_targets(batch: Batch, config: ModelConfig) -> Batch:
         tokens=torch.cat([batch.tokens, torch.randint(2, config.vocab_size, (rows, added)).to(device)], 1),
         token_mask=torch.cat([batch.token_mask, torch.ones(rows, added, dtype=torch.bool, device=device)], 1),
         causal=torch.cat([batch.causal, torch.ones(rows, added, dtype=torch.bool, device=device)], 1),
-        target_kind=torch.cat([batch.target_kind, kinds.expand(rows, -1).to(device)], 1),
-        target_index=targets.flatten().to(device),
+        target_kind=target_kind.to(device),
+        target_index={target: index.to(device) for target, index in index_targets(target_kind).items()},
         noise=batch.noise.expand(-1, DRAWS, -1, -1) * 1.0,
         time=batch.time.expand(-1, DRAWS) * 1.0,
     )

@@ -1,18 +1,26 @@
-"""Loss terms and their random numbers: which token counts for what, which action steps count, and noise by key."""
+"""Loss terms to one loss: means over all ranks, weighted and summed by name. And the random numbers of flow matching.
+
+What a term is, its formula and its name, is its head's business (models/heads/).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pi05_lightning.models.pi05 import Outputs
-from pi05_lightning.recipe import LossWeights
-from pi05_lightning.types import Batch, Target
+from pi05_lightning.models.heads.base import Terms
 
-TOKEN_TERMS = {"text": Target.TEXT, "subtask": Target.SUBTASK, "fast": Target.FAST}
-TERMS = (*TOKEN_TERMS, "location", "flow")
+# Flow time: t = SCALE · Beta(ALPHA, 1) + OFFSET (π0, arXiv 2410.24164, eq. 4); the offset keeps t above 0.
+TIME_ALPHA, TIME_SCALE, TIME_OFFSET = 1.5, 0.999, 0.001
+
+
+def flow_time_quantile(probability: float) -> float:
+    """The flow time below which a share of all draws lies; of Beta(α, 1) it is p^(1/α)."""
+    return TIME_SCALE * probability ** (1 / TIME_ALPHA) + TIME_OFFSET
 
 
 def draw_noise(
@@ -20,7 +28,6 @@ def draw_noise(
 ) -> tuple[Tensor, Tensor]:
     """Noise f32[R K T D] and flow time f32[R K] for keys i64[R] on the CPU; row r depends on seed and key[r] alone.
 
-    t ~ 0.999 · Beta(1.5, 1) + 0.001 (π0, eq. 4, which keeps t above 0).
     With max_delay, time is f32[R K T] and 0 for the first d actions of a draw, d uniform in 0..max_delay: these are
     given, as they are to a robot that executes them while the chunk is computed (arXiv 2512.05964).
     """
@@ -30,7 +37,7 @@ def draw_noise(
     for row, k in enumerate(key.tolist()):
         rng = np.random.Generator(np.random.Philox(key=[seed % 2**63, k % 2**63]))
         noise[row] = rng.standard_normal((draws, horizon, action_dim), dtype=np.float32)
-        time[row, :, 0] = 0.999 * rng.beta(1.5, 1.0, draws) + 0.001
+        time[row, :, 0] = TIME_SCALE * rng.beta(TIME_ALPHA, 1.0, draws) + TIME_OFFSET
         if max_delay:
             delay[row] = rng.integers(max_delay + 1, size=draws)
     if not max_delay:
@@ -39,54 +46,42 @@ def draw_noise(
     return torch.from_numpy(noise), torch.from_numpy(np.where(is_given, np.float32(0), time))
 
 
-def flow_mask(batch: Batch) -> Tensor:
-    """Which elements of the velocity count, bool[R K|1 T D]: neither padding nor actions that were given (t = 0)."""
-    assert batch.time is not None
-    mask = batch.action_mask[:, None]
-    return mask & (batch.time > 0)[..., None] if batch.time.ndim == 3 else mask
+def mean_terms(terms: Terms, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """The mean of each term over what counts.
 
-
-def loss_terms(out: Outputs, batch: Batch) -> dict[str, Tensor]:
-    """The unweighted terms that a forward pass computed: means over tokens of a kind, over unpadded action elements.
-
-    With several ranks the means are over all of them together, see `mean_over_ranks`; every rank must call this.
+    With several ranks the means are over all of them together, see `mean_over_ranks`; every rank must call this, with
+    the same `names` of all terms that any of them may have.
     """
-    masked: dict[str, tuple[Tensor, Tensor]] = {}
-    if out.tokens is not None:
-        kind = batch.target_kind.flatten()[batch.target_index]
-        masked = {name: (out.tokens.nll, kind == loss) for name, loss in TOKEN_TERMS.items()}
-    if out.distance is not None:
-        masked["location"] = (out.distance, torch.ones_like(out.distance))
-    if out.flow is not None:
-        masked["flow"] = (out.flow, flow_mask(batch).expand_as(out.flow))
-    sums = {name: (values * mask).sum() for name, (values, mask) in masked.items()}
-    counts = {name: mask.sum().float() for name, (_, mask) in masked.items()}
+    sums = {name: (term.values * term.mask).sum() for name, term in terms.items()}
+    counts = {name: term.mask.sum().float() for name, term in terms.items()}
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return mean_over_ranks(sums, counts, batch.tokens.device)
+        return mean_over_ranks(sums, counts, list(names), device)
     return {name: sums[name] / counts[name].clamp(min=1) for name in sums}
 
 
-def mean_over_ranks(sums: dict[str, Tensor], counts: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Means of all TERMS over the elements of all ranks, with one small all-reduce and no host synchronisation.
+def mean_over_ranks(
+    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], names: list[str], device: torch.device
+) -> dict[str, Tensor]:
+    """Means over the elements of all ranks, with one small all-reduce and no host synchronisation.
 
     A mean of the ranks' own means would weigh an element by how few others its rank has. Values are the same on every
     rank; gradients are such that their mean over ranks, which data-parallel strategies take, is the gradient of it.
     """
     zero = torch.zeros((), device=device)
-    mine = torch.stack([sums.get(name, zero) for name in TERMS])
-    everyone = torch.stack([mine.detach(), torch.stack([counts.get(name, zero) for name in TERMS])])
+    mine = torch.stack([sums.get(name, zero) for name in names])
+    everyone = torch.stack([mine.detach(), torch.stack([counts.get(name, zero) for name in names])])
     dist.all_reduce(everyone)
     total, count = everyone[0], everyone[1].clamp(min=1)
     mine = dist.get_world_size() * mine / count
-    return dict(zip(TERMS, (mine + (total / count - mine).detach()).unbind(), strict=True))
+    return dict(zip(names, (mine + (total / count - mine).detach()).unbind(), strict=True))
 
 
-def total_loss(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
-    """Σ weight · term over the terms that count."""
-    used = [getattr(weights, name) * term for name, term in terms.items() if getattr(weights, name)]
+def total_loss(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Σ weight · mean over the terms that have a weight. Raises ValueError where the batch has none of them."""
+    used = [weights[name] * mean for name, mean in means.items() if name in weights]
     if not used:
         raise ValueError(
-            f"this batch has nothing that the stage trains on: its loss weights are {weights}; give one of them data in"
-            " the stage's mixture, or a weight to what the mixture draws"
+            f"this batch has nothing that the stage trains on: its loss weights are {dict(weights)}; give one of them"
+            " data in the stage's mixture, or a weight to what the mixture draws"
         )
     return torch.stack(used).sum()

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.evaluation.metrics import Evaluator, Measured, ModalityMetrics, compute_all
-from pi05_lightning.losses import draw_noise, loss_terms, total_loss
+from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
+from pi05_lightning.losses import draw_noise, mean_terms, total_loss
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
@@ -25,7 +26,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.training.precision import replaced
-from pi05_lightning.types import Batch
+from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.pretrained import config_at, load_into
 
 
@@ -38,12 +39,14 @@ class Pi05Module(LightningModule):
 
     What a step trains is the recipe's business (`StageSwitch`); without one, it is the posttrain stage throughout.
 
-    The weights come, in this order, from 1. the checkpoint that is resumed, 2. `init_from`, 3. chance.
+    The weights come, in this order, from 1. the checkpoint that is resumed, 2. `init_from`, 3. random initialisation.
 
     Args:
         config: the model's dimensions; by default those of `init_from`.
         init_from: weights to begin with: a checkpoint, a run or a folder of ours, LeRobot's or openpi's folder, or the
             Hub id of a folder.
+        heads: auxiliary heads of your own by name, each a subclass of `Head` by its import path (docs/add-a-loss.md).
+            They are trained beside the others; policies and exports leave them out.
         lora: train adapters beside the linear layers instead of the layers.
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
         compile: compile backbone and flow head for training steps.
@@ -63,6 +66,7 @@ class Pi05Module(LightningModule):
         config: ModelConfig | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         init_from: str | None = None,
+        heads: dict[str, HeadFactory] | None = None,
         lora: Lora | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
@@ -84,12 +88,12 @@ class Pi05Module(LightningModule):
         self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay
         self.knowledge_insulation = knowledge_insulation
         self.num_steps, self.accuracy_threshold, self.seed = num_steps, accuracy_threshold, seed
-        self.follow(Recipe(pretrain_steps=0))
         self.processor: Processor | None = None
-        self.metrics: dict[str, ModalityMetrics] = {}
+        self.metrics: dict[Subset, SubsetMetrics] = {}
         self.results: dict[str, dict[str, float]] = {}
         with torch.device("meta"):
-            self.model = Pi05(self.config)
+            self.model = Pi05(self.config, heads)
+        self.follow(Recipe.of(pretrain_steps=0))
         self.will_be_restored = False
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
         self._configured = False
@@ -124,7 +128,11 @@ class Pi05Module(LightningModule):
         strategy.precision_plugin = replaced(self.trainer.precision_plugin)
 
     def follow(self, recipe: Recipe) -> None:
-        """Train by a recipe; what LoRA leaves alone is frozen in both of its stages."""
+        """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.
+
+        Raises ValueError for losses that no head of the model has.
+        """
+        recipe.check_terms(self.model.terms)
         self.recipe = recipe if self.lora is None else recipe.freezing(self.lora.frozen)
 
     def configure_model(self) -> None:
@@ -181,19 +189,12 @@ class Pi05Module(LightningModule):
             # dropout draws from torch's own generator, which no checkpoint holds
             place = self.trainer.global_rank, self.trainer.fit_loop.total_batch_idx
             torch.manual_seed(hash((self.seed, *place)) % 2**63)
-        weights = self.recipe.loss_weights(self.global_step)
-        out = self.model(
-            batch,
-            tokens=bool(weights.text or weights.subtask or weights.fast),
-            actions=bool(weights.flow),
-            points=bool(weights.location),
-            insulate=self.knowledge_insulation,
-        )
-        terms = loss_terms(out, batch)
-        loss = total_loss(terms, weights)
-        stage = self.recipe.stage_at(self.global_step)
-        used = {f"loss/{stage}/{name}": term.detach() for name, term in terms.items() if getattr(weights, name)}
-        self._terms = used | {"loss/total": loss.detach()}
+        stage = self.recipe.at(self.global_step)
+        terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation)
+        means = mean_terms(terms, stage.weights, self.device)
+        loss = total_loss(means, stage.weights)
+        self._terms = {f"loss/{stage.name}/{name}": mean.detach() for name, mean in means.items()}
+        self._terms["loss/total"] = loss.detach()
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -215,15 +216,15 @@ class Pi05Module(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         data = datamodule_of(self.trainer)
-        names = [*data.validation_names, *data.empty_names]
-        self.metrics = {name: ModalityMetrics(name, self.config, self.device) for name in names}
+        subsets = [*data.validation_subsets, *data.empty_subsets]
+        self.metrics = {subset: SubsetMetrics(subset, self.model, self.device) for subset in subsets}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
         assert self.processor is not None
-        name = datamodule_of(self.trainer).validation_names[dataloader_idx]
+        subset = datamodule_of(self.trainer).validation_subsets[dataloader_idx]
         evaluator = Evaluator(self.model, self.processor, self.num_steps, self.accuracy_threshold)
-        measured = evaluator.measure(batch, name)
-        self.metrics[name].update(measured)
+        measured = evaluator.measure(batch, subset)
+        self.metrics[subset].update(measured)
         return {"measured": measured}
 
     def on_validation_epoch_end(self) -> None:

@@ -19,18 +19,18 @@ NO_DECAY = r"(^|\.)bias$|norm|embed_tokens|position_embedding|identity$"
 
 
 def param_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], recipe: Recipe) -> list[dict[str, Any]]:
-    """Groups of parameters that share their decay and their learning-rate factors in both stages; they partition all.
+    """Groups of parameters that share their decay and their learning-rate factor in every stage; they partition all.
 
-    A group carries `name`, `pretrain` and `posttrain` (factors), and `weight_decay` 0 where nothing is to decay.
+    A group carries `name`, `lr_factors` (one per stage), and `weight_decay` 0 where nothing is to decay.
     """
-    groups: dict[tuple[bool, float, float], dict[str, Any]] = {}
+    groups: dict[tuple[bool, tuple[float, ...]], dict[str, Any]] = {}
     for name, parameter in named_parameters:
         decays = parameter.ndim > 1 and not re.search(NO_DECAY, name)
-        pretrain, posttrain = recipe.pretrain.lr_factor(name), recipe.posttrain.lr_factor(name)
-        key = (decays, pretrain, posttrain)
+        factors = tuple(stage.lr_factor(name) for stage in recipe.stages)
+        key = (decays, factors)
         if key not in groups:
-            label = f"{'decay' if decays else 'no_decay'}_x{pretrain:g}_x{posttrain:g}"
-            groups[key] = {"name": label, "params": [], "pretrain": pretrain, "posttrain": posttrain}
+            label = "_".join(["decay" if decays else "no_decay", *(f"x{factor:g}" for factor in factors)])
+            groups[key] = {"name": label, "params": [], "lr_factors": factors}
             if not decays:
                 groups[key]["weight_decay"] = 0.0
         groups[key]["params"].append(parameter)
@@ -41,12 +41,17 @@ def stage_schedule(optimizer: Optimizer, recipe: Recipe) -> LambdaLR:
     """Each group's learning rate as a pure function of the step: its stage's factor × warm-up and cosine."""
 
     def factor(group: dict[str, Any]):
-        return lambda step: group[recipe.stage_at(step)] * recipe.schedule(step)
+        return lambda step: group["lr_factors"][recipe.number(step)] * recipe.schedule(step)
 
     return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])
 
 
-PARTS = {"vision": r"^backbone\.vision\.", "language": r"^backbone\.(?!vision\.)", "flow": r"^flow_head\."}
+PARTS = {
+    "vision": r"^backbone\.vision\.",
+    "language": r"^backbone\.(?!vision\.)",
+    "flow": r"^flow_head\.",
+    "auxiliary": r"^auxiliary\.",
+}
 """What gradient norms are told apart by; the subtask and FAST heads have no parameters of their own."""
 
 

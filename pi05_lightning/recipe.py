@@ -1,22 +1,25 @@
-"""The two-stage recipe: what counts, from which data, at which rate, as pure functions of the step.
+"""The recipe: stages in a list; what counts, from which data, at which rate, as pure functions of the step.
 
-Stage 1, pretrain:   L = CE(text) + CE(FAST), where text is captions, answers with boxes, and subtasks
-Stage 2, posttrain:  L = CE(subtask) + flow_alpha · flow MSE            (π0.5, arXiv 2504.16054, eq. 1)
+π0.5's own two (arXiv 2504.16054, §IV-D and eq. 1) are what the default words make:
+
+    pretrain    L = CE(text) + CE(subtask) + CE(FAST)       text: captions, answers, boxes
+    posttrain   L = CE(subtask) + flow_alpha · flow MSE
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 
-StageName = Literal["pretrain", "posttrain"]
+FLOW_ALPHA = 10.0  # π0.5 §IV-D
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of every term; 0 leaves the term out of the computation altogether."""
+    """Weight of every loss term; 0 leaves the term out of the computation altogether."""
 
     text: float = 0.0
     """Captions, answers, boxes."""
@@ -27,17 +30,25 @@ class LossWeights:
     centre. Of the keypoint stem only, and not in π0.5: beside the boxes' cross-entropy, it is how a small model learns
     where things are."""
     flow: float = 0.0
-    """Flow matching; in the posttrain stage this is multiplied by flow_alpha."""
+    """Flow matching; multiplied by the stage's flow_alpha."""
+    others: dict[str, float] = field(default_factory=dict)
+    """Weights of the terms that `model.heads` add, by name."""
 
     def __post_init__(self) -> None:
-        for name, weight in vars(self).items():
+        for name, weight in self.used.items():
             if weight < 0:
                 raise ValueError(f"loss weight {name} is {weight}: it cannot be negative")
 
+    @property
+    def used(self) -> dict[str, float]:
+        """The weights that are not 0, by the name of the term."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
+        return {name: weight for name, weight in (own | self.others).items() if weight}
+
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of training."""
+class StageOptions:
+    """What a stage trains, on which data and at which rates."""
 
     losses: LossWeights = field(default_factory=LossWeights)
     mixture: dict[str, float] = field(default_factory=dict)
@@ -74,48 +85,96 @@ class Stage:
         return next((f for pattern, f in self.lr_factors.items() if re.search(pattern, name)), 1.0)
 
 
-PRETRAIN = Stage(losses=LossWeights(text=1.0, subtask=1.0, fast=1.0))
-POSTTRAIN = Stage(losses=LossWeights(subtask=1.0, flow=1.0))
+@dataclass(frozen=True, kw_only=True)
+class Stage(StageOptions):
+    """One stage of training."""
+
+    name: str
+    """What curves, tables and messages call it."""
+    steps: int
+    """Optimizer steps; 0 leaves the stage out."""
+    flow_alpha: float = FLOW_ALPHA
+    """Factor on the weight of the flow loss."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"a stage's name is {self.name!r}: use letters, digits, _, - and . for it")
+        if self.steps < 0:
+            raise ValueError(f"stage {self.name} has {self.steps} steps: 0 leaves it out, fewer cannot be")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights that are not 0, by the name of the term, flow_alpha applied."""
+        return {
+            name: weight * (self.flow_alpha if name == "flow" else 1.0)
+            for name, weight in self.losses.used.items()
+            if name != "flow" or self.flow_alpha
+        }
+
+
+PRETRAIN = StageOptions(losses=LossWeights(text=1.0, subtask=1.0, fast=1.0))
+POSTTRAIN = StageOptions(losses=LossWeights(subtask=1.0, flow=1.0))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Both stages and when one follows the other; steps are optimizer steps."""
+    """Stages, one after the other; steps are optimizer steps, counted from the beginning of the run."""
 
-    pretrain: Stage = PRETRAIN
-    posttrain: Stage = POSTTRAIN
-    pretrain_steps: int = 280_000
-    posttrain_steps: int = 80_000
-    flow_alpha: float = 10.0
+    stages: tuple[Stage, ...]
 
     def __post_init__(self) -> None:
-        if self.pretrain_steps < 0 or self.posttrain_steps < 0 or not self.total_steps:
-            raise ValueError(
-                f"pretrain_steps {self.pretrain_steps} and posttrain_steps {self.posttrain_steps}: no steps"
-            )
+        names = [stage.name for stage in self.stages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two stages are called {', '.join(twice)}: give each a name of its own")
+        if not self.total_steps:
+            raise ValueError(f"the stages {', '.join(names) or '(none)'} have no steps")
+
+    @classmethod
+    def of(
+        cls,
+        pretrain_steps: int = 280_000,
+        posttrain_steps: int = 80_000,
+        flow_alpha: float = FLOW_ALPHA,
+        pretrain: StageOptions = PRETRAIN,
+        posttrain: StageOptions = POSTTRAIN,
+        then: Collection[Stage] = (),
+    ) -> Recipe:
+        """π0.5's two stages, and what comes after them. In the first, a flow loss would count as it is weighed."""
+        first = Stage(**vars(pretrain), name="pretrain", steps=pretrain_steps, flow_alpha=1.0)
+        second = Stage(**vars(posttrain), name="posttrain", steps=posttrain_steps, flow_alpha=flow_alpha)
+        return cls((first, second, *then))
 
     @property
     def total_steps(self) -> int:
-        return self.pretrain_steps + self.posttrain_steps
+        return sum(stage.steps for stage in self.stages)
 
-    def stage_at(self, step: int) -> StageName:
-        """Steps 0 .. pretrain_steps - 1 are the first stage's."""
-        return "pretrain" if step < self.pretrain_steps else "posttrain"
+    @property
+    def reached(self) -> list[Stage]:
+        """The stages that have steps."""
+        return [stage for stage in self.stages if stage.steps]
+
+    def first_step(self, stage: Stage) -> int:
+        """The step that a stage begins with."""
+        return sum(earlier.steps for earlier in self.stages[: self.stages.index(stage)])
 
     def at(self, step: int) -> Stage:
-        return self.pretrain if self.stage_at(step) == "pretrain" else self.posttrain
+        """The stage of a step: the first one's are steps 0 .. its steps - 1; past the end it stays the last one's."""
+        left = step
+        for stage in self.reached:
+            if left < stage.steps:
+                return stage
+            left -= stage.steps
+        return self.reached[-1]
 
-    def loss_weights(self, step: int) -> LossWeights:
-        """Weights at a step, flow_alpha applied."""
-        weights = self.at(step).losses
-        alpha = self.flow_alpha if self.stage_at(step) == "posttrain" else 1.0
-        return replace(weights, flow=alpha * weights.flow)
+    def number(self, step: int) -> int:
+        """The place of a step's stage in the list, from 0."""
+        return self.stages.index(self.at(step))
 
     def progress(self, step: int) -> tuple[int, int]:
         """How many steps of its stage come before a step, and how many the stage has."""
-        if self.stage_at(step) == "pretrain":
-            return step, self.pretrain_steps
-        return step - self.pretrain_steps, self.posttrain_steps
+        stage = self.at(step)
+        return step - self.first_step(stage), stage.steps
 
     def schedule(self, step: int) -> float:
         """Warm-up and cosine decay of the stage that the step is in: a factor on the learning rate."""
@@ -126,17 +185,26 @@ class Recipe:
         progress = min(1.0, (done - stage.warmup_steps) / max(1, length - stage.warmup_steps))
         return stage.final_lr_factor + (1 - stage.final_lr_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-    @property
-    def stages(self) -> list[Stage]:
-        """Those that have steps."""
-        stages = (self.pretrain, self.pretrain_steps), (self.posttrain, self.posttrain_steps)
-        return [stage for stage, steps in stages if steps]
-
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained in any stage that has steps."""
-        return any(not stage.freezes(name) for stage in self.stages)
+        return any(not stage.freezes(name) for stage in self.reached)
 
     def freezing(self, *patterns: str) -> Recipe:
-        """The same recipe with more frozen parts, in both stages."""
-        pretrain, posttrain = (replace(s, freeze=(*s.freeze, *patterns)) for s in (self.pretrain, self.posttrain))
-        return replace(self, pretrain=pretrain, posttrain=posttrain)
+        """The same recipe with more frozen parts, in every stage."""
+        return replace(self, stages=tuple(replace(s, freeze=(*s.freeze, *patterns)) for s in self.stages))
+
+    def trained(self, done: int) -> dict[str, int]:
+        """Stage -> how many of its steps are among the first `done`, for those that have begun."""
+        begun = {stage.name: min(stage.steps, done - self.first_step(stage)) for stage in self.reached}
+        return {name: steps for name, steps in begun.items() if steps > 0}
+
+    def check_terms(self, known: Collection[str]) -> None:
+        """Raises ValueError for a loss weight of a term that none of the model's heads has."""
+        for stage in self.stages:
+            for name in stage.losses.used.keys() - set(known):
+                near = get_close_matches(name, known, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ValueError(
+                    f"stage {stage.name}: no head of this model has the loss {name!r}{hint}; it has {', '.join(known)}."
+                    " Others come with `model.heads`, and location with backbone_type keypoint_gemma"
+                )

@@ -2,13 +2,16 @@
 
 Axis letters, the same everywhere: B batch, C cameras, L tokens, S prefix length (image tokens + L), T action horizon,
 A action dims of a dataset, D action dims of the model (A padded), W model width, H heads, K noise draws, N targets,
-P images present in a batch, R rows of a batch that carry actions, Q points that a batch asks for.
+P images present in a batch, R rows of a batch that carry actions.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,9 +36,25 @@ class Modality(StrEnum):
     FAST = "fast_robot_actions"
     CONTINUOUS = "continuous_robot_actions"
 
-    @property
-    def id(self) -> int:
-        return list(Modality).index(self)
+
+@dataclass(frozen=True, order=True)
+class Subset:
+    """A source's data as one modality: what mixtures draw from, and what metrics and tables have a row for.
+
+    As text `source/modality`; without a source, `modality`, it is what all sources have of it.
+    """
+
+    source: str
+    modality: Modality
+
+    @classmethod
+    def parse(cls, name: str) -> Subset:
+        """The inverse of `str`. Raises ValueError for an unknown modality."""
+        source, _, modality = name.rpartition("/")
+        return cls(source, Modality(modality))
+
+    def __str__(self) -> str:
+        return f"{self.source}/{self.modality}" if self.source else str(self.modality)
 
 
 NUM_LOC, NUM_SEG = 1024, 128
@@ -43,6 +62,25 @@ NUM_LOC, NUM_SEG = 1024, 128
 
 Box = tuple[float, float, float, float]
 """ymin, xmin, ymax, xmax as shares of the image's height and width."""
+
+_BOX = re.compile(r"<loc(\d{4})>" * 4)
+
+
+def box_to_text(box: Box) -> str:
+    """`<locYYYY>` for ymin, xmin, ymax, xmax in [0, 1], in 1024 steps over the image (PaliGemma's convention).
+
+    Raises ValueError for a box that is not inside the image, or inside out.
+    """
+    ymin, xmin, ymax, xmax = box
+    if not (0 <= ymin <= ymax <= 1 and 0 <= xmin <= xmax <= 1):
+        raise ValueError(f"the box {box} (ymin, xmin, ymax, xmax) is not inside the image, whose edges are 0 and 1")
+    return "".join(f"<loc{min(int(edge * NUM_LOC), NUM_LOC - 1):04d}>" for edge in box)
+
+
+def text_to_boxes(text: str) -> list[Box]:
+    """The boxes (ymin, xmin, ymax, xmax) in [0, 1] that a text names, in its order; at the middle of their steps."""
+    edges = [[(int(edge) + 0.5) / NUM_LOC for edge in match.groups()] for match in _BOX.finditer(text)]
+    return [(top, left, bottom, right) for top, left, bottom, right in edges]
 
 
 @dataclass(frozen=True)
@@ -97,13 +135,23 @@ class Segment:
     loss: Target = Target.NONE
 
 
-@dataclass(frozen=True)
-class Point:
-    """Something that a box names: its question and its centre (y, x) in [0, 1] of one camera's image."""
+class TargetMaker(Protocol):
+    """Makes a head's targets, where they are neither tokens nor actions, in the loader's workers."""
 
-    camera: str
-    query: str
-    centre: tuple[float, float]
+    def make(self, frame: Frame) -> Any:
+        """Of one frame, whose images are those that the sample shows, state and actions normalised; None for none."""
+        ...
+
+    def images(self, target: Any) -> set[str]:
+        """Cameras in whose images the target is a place: augmentation leaves their geometry as it is."""
+        ...
+
+    def collate(
+        self, targets: Sequence[Any], images: Sequence[Mapping[str, int]], encode: Callable[[str], list[int]]
+    ) -> dict[str, Tensor]:
+        """What the batch carries. targets: of each row, None where it has none;  images: of each row {camera: number of
+        its image in the batch};  encode: a text's token ids."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -116,12 +164,12 @@ class Sample:
 
     tokens: np.ndarray
     target_kind: np.ndarray
-    modality: Modality
+    subset: Subset
     images: dict[str, np.ndarray] = field(default_factory=dict)
     actions: np.ndarray | None = None
     action_mask: np.ndarray | None = None
-    points: tuple[Point, ...] = ()
-    source: int = 0
+    targets: dict[str, Any] = field(default_factory=dict)
+    """What target makers made of it, by the head's name."""
     key: int = 0
     skipped: tuple[str, ...] = ()
     """What was wrong with the samples in whose place this one is."""
@@ -148,14 +196,14 @@ class Batch:
     camera       i64[P]        which of the data's cameras took it
     image_mask   bool[B C]     slots in use
     tokens       i64[B L]      token_mask bool[B L]: valid;  causal bool[B L]: sees only what is before it
-                               (from a row's first token with a loss on: without `target_index` nothing is causal)
-    target_kind  u8[B L]       `Target` of predicting this token
-    target_index i64[N]        row * L + column of every token with a loss
+                               (from a row's first target on: without targets nothing is causal)
+    target_kind  u8[B L]       `Target` that this token is
+    target_index {Target: i64[N]}   row * L + column of every token that is one
     actions      f32[R T D]    action_mask bool[R T D]
     fast_actions f32[F T D]    fast_action_mask bool[F T D]: what the rows with FAST tokens say, for metrics only
-    modality     i64[B]        `Modality.id`;  source i64[B];  key i64[B]
-    point_image  i64[Q]        image of a point;  point_tokens i64[Q M], point_token_mask bool[Q M]: what it is called
-    point_target f32[Q 2]      where it is: (y, x) in [0, 1]
+    key          i64[B]        seeds a sample's noise and flow time
+    auxiliary    {head: {name: tensor}}  targets that a head's `TargetMaker` made
+    fixed_image  bool[P]       images in which a target is a place: their geometry stays
     augmentation f64[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
                                brightness, contrast, saturation; stays on the host. None: images are left as they are
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
@@ -171,41 +219,47 @@ class Batch:
     token_mask: Tensor
     causal: Tensor
     target_kind: Tensor
-    target_index: Tensor
+    target_index: dict[Target, Tensor]
     actions: Tensor
     action_mask: Tensor
-    modality: Tensor
-    source: Tensor
     key: Tensor
     fast_actions: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0))
     fast_action_mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.bool))
-    point_image: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    point_tokens: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
-    point_token_mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    point_target: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    auxiliary: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    fixed_image: Tensor | None = None
     augmentation: np.ndarray | None = None
     noise: Tensor | None = None
     time: Tensor | None = None
     drawn: Drawn | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        pinned = {
-            f.name: getattr(self, f.name).pin_memory()
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with a function applied to all of its tensors."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: _map(value, function) for name, value in values.items() if isinstance(value, Tensor | dict)}
+        return replace(self, **changed)
+
+    @property
+    def has_token_targets(self) -> bool:
+        return any(len(index) for index in self.target_index.values())
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    return {key: _map(inner, function) for key, inner in value.items()} if isinstance(value, dict) else function(value)
+
+
+def index_targets(target_kind: Tensor) -> dict[Target, Tensor]:
+    """`Batch.target_index` of kinds u8[B L]."""
+    flat = target_kind.flatten()
+    return {target: (flat == target).nonzero()[:, 0] for target in Target if target is not Target.NONE}
 
 
 @dataclass
@@ -215,7 +269,7 @@ class Prefix:
     hidden     [B L W] of the tokens, the last L of the S columns, after the last norm; None when only the flow head
                reads the prefix
     kv         one (K, V) per layer, each [B H_kv S head_dim], K rotated
-    keypoints  f32[P K 2] (y, x) of the keypoint stem; None with SigLIP
+    vision     what the vision stem hands to auxiliary heads, by name
     mask       bool[B S] valid;  flow_mask bool[B S]: what the flow head may see (images, prompt, subtask; never FAST)
     """
 
@@ -223,7 +277,7 @@ class Prefix:
     kv: list[tuple[Tensor, Tensor]]
     mask: Tensor
     flow_mask: Tensor
-    keypoints: Tensor | None = None
+    vision: dict[str, Tensor] = field(default_factory=dict)
 
     def rows(self, n: int) -> Prefix:
         """The first n rows, which are those that carry actions, for the flow head (views)."""

@@ -14,7 +14,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, StageOptions
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pi0
     """A module after two steps, its data, and its checkpoint."""
     module = Pi05Module(ModelConfig.preset("debug"))
     data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
-    act = Stage(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
+    act = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,

@@ -2,25 +2,24 @@ import pytest
 import torch
 
 from pi05_lightning.optim import param_groups, stage_schedule
-from pi05_lightning.recipe import LossWeights, Recipe, Stage
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 
 
 def test_stage_changes_at_exactly_the_threshold() -> None:
-    recipe = Recipe(pretrain_steps=3, posttrain_steps=2)
-    assert [recipe.stage_at(step) for step in range(5)] == ["pretrain"] * 3 + ["posttrain"] * 2
+    recipe = Recipe.of(pretrain_steps=3, posttrain_steps=2)
+    assert [recipe.at(step).name for step in range(5)] == ["pretrain"] * 3 + ["posttrain"] * 2
 
 
 def test_flow_alpha_scales_the_flow_term_of_the_posttrain_stage_only() -> None:
-    joint = Stage(losses=LossWeights(fast=1.0, flow=0.5))
-    recipe = Recipe(joint, joint, pretrain_steps=1, posttrain_steps=1, flow_alpha=10.0)
-    assert recipe.loss_weights(0).flow == 0.5
-    assert recipe.loss_weights(1).flow == 5.0
-    assert recipe.loss_weights(1).fast == 1.0
+    joint = StageOptions(losses=LossWeights(fast=1.0, flow=0.5))
+    recipe = Recipe.of(1, 1, flow_alpha=10.0, pretrain=joint, posttrain=joint)
+    assert recipe.at(0).weights == {"fast": 1.0, "flow": 0.5}
+    assert recipe.at(1).weights == {"fast": 1.0, "flow": 5.0}
 
 
 def test_each_stage_warms_up_and_decays_by_itself() -> None:
-    stage = Stage(warmup_steps=2, final_lr_factor=0.1)
-    recipe = Recipe(stage, stage, pretrain_steps=10, posttrain_steps=10)
+    stage = StageOptions(warmup_steps=2, final_lr_factor=0.1)
+    recipe = Recipe.of(10, 10, pretrain=stage, posttrain=stage)
     factors = [recipe.schedule(step) for step in range(20)]
     assert factors[:10] == factors[10:]
     assert factors[0] == 0.5
@@ -30,7 +29,7 @@ def test_each_stage_warms_up_and_decays_by_itself() -> None:
 
 def test_a_recipe_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="no steps"):
-        Recipe(pretrain_steps=0, posttrain_steps=0)
+        Recipe.of(pretrain_steps=0, posttrain_steps=0)
 
 
 def test_negative_loss_weight_is_refused_by_name() -> None:
@@ -46,21 +45,22 @@ def network() -> torch.nn.Module:
 
 
 def test_groups_partition_the_parameters(network: torch.nn.Module) -> None:
-    recipe = Recipe(Stage(freeze=("backbone",)), Stage(lr_factors={"head": 0.5}))
+    recipe = Recipe.of(pretrain=StageOptions(freeze=("backbone",)), posttrain=StageOptions(lr_factors={"head": 0.5}))
     grouped = [p for group in param_groups(network.named_parameters(), recipe) for p in group["params"]]
     assert len(grouped) == len(set(map(id, grouped))) == len(list(network.parameters()))
 
 
 def test_norms_and_biases_do_not_decay(network: torch.nn.Module) -> None:
-    groups = param_groups(network.named_parameters(), Recipe())
+    groups = param_groups(network.named_parameters(), Recipe.of())
     undecayed = {id(p) for group in groups if group.get("weight_decay") == 0.0 for p in group["params"]}
     expected = {id(p) for name, p in network.named_parameters() if name.endswith("bias") or "norm" in name}
     assert undecayed == expected
 
 
 def test_learning_rate_follows_each_groups_factor_of_the_stage(network: torch.nn.Module) -> None:
-    stages = Stage(freeze=("head",), final_lr_factor=1.0), Stage(lr_factors={"head": 0.5}, final_lr_factor=1.0)
-    recipe = Recipe(*stages, pretrain_steps=1, posttrain_steps=2)
+    pretrain = StageOptions(freeze=("head",), final_lr_factor=1.0)
+    posttrain = StageOptions(lr_factors={"head": 0.5}, final_lr_factor=1.0)
+    recipe = Recipe.of(1, 2, pretrain=pretrain, posttrain=posttrain)
     optimizer = torch.optim.SGD(param_groups(network.named_parameters(), recipe), lr=1.0)
     schedule = stage_schedule(optimizer, recipe)
 

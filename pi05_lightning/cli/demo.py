@@ -22,6 +22,7 @@ from rich.console import Console
 from pi05_lightning.evaluation.report.metrics import Metrics
 from pi05_lightning.evaluation.report.run import read_json
 from pi05_lightning.evaluation.report.tables import metrics_table, success_table
+from pi05_lightning.types import Subset
 
 OUT = Path("runs/demo")
 HORIZON = 8  # of configs/model/tiny.yaml
@@ -180,10 +181,10 @@ def by_modality(metrics: Metrics) -> Metrics:
     """
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, by_metric in metrics.items():
-        source, _, modality = name.rpartition("/")
+        subset = Subset.parse(name)
         for metric, value in by_metric.items():
-            if source and value is not None and "/" not in metric:
-                values[modality][metric].append(value)
+            if subset.source and value is not None and "/" not in metric:
+                values[str(subset.modality)][metric].append(value)
     return {
         name: {metric: fmean(found) for metric, found in metric_values.items()}
         for name, metric_values in values.items()

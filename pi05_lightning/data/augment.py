@@ -46,18 +46,18 @@ class Augmentation:
         """The batch with `augmentation` drawn, on the host: f64[P 7], see `Batch`.
 
         cameras: names by the numbers in `batch.camera`.  Images with a box or a point among what the row says
-        (loc_ids) keep their geometry, since that would no longer be where it says.
+        (loc_ids), or among its targets, keep their geometry, since that would no longer be where it says.
         """
         row = (batch.image_index // max(batch.image_mask.shape[1], 1)).tolist()
         told = ((batch.tokens >= loc_ids.start) & (batch.tokens < loc_ids.stop)).any(dim=1).tolist()
-        pointed = set(batch.point_image.tolist())
+        fixed = [False] * len(row) if batch.fixed_image is None else batch.fixed_image.tolist()
         keys, names = batch.key.tolist(), [cameras[camera] for camera in batch.camera.tolist()]
         drawn = np.empty((len(row), 7))
         for image, (r, name) in enumerate(zip(row, names, strict=True)):
             # one stream per sample and camera: an image's fate does not hang on what else is in the batch
             rng = np.random.Generator(np.random.Philox(key=[keys[r] % 2**63, 16 + list(cameras).index(name)]))
             angle, right, down, brightness, contrast, saturation = rng.uniform(-1, 1, 6)
-            moves = not (told[r] or image in pointed)
+            moves = not (told[r] or fixed[image])
             turns = moves and not any(word in name for word in self.not_rotated)
             margin = (1 / self.crop - 1) / 2  # of the image's size, once the crop is scaled up
             drawn[image] = (

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from itertools import batched
 from typing import Any, Literal, get_args
 
-from pi05_lightning.data.tokenizer import LOCATIONS, box_to_text
-from pi05_lightning.types import NUM_LOC, Box
+from pi05_lightning.data.tokenizer import LOCATIONS
+from pi05_lightning.types import NUM_LOC, Box, box_to_text
 
 BoxOrder = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 """Corners (x or y first), the top left corner with width and height, or the centre with them."""

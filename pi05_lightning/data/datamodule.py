@@ -20,7 +20,7 @@ from pi05_lightning.data.samples import BadSampleCount, Samples, TrainLoader
 from pi05_lightning.data.sources.base import Source, SourceConfig, Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.types import Batch, Modality, Shapes
+from pi05_lightning.types import Batch, Modality, Shapes, Subset
 
 
 def datamodule_of(trainer: Trainer) -> Pi05DataModule:
@@ -89,12 +89,17 @@ class Pi05DataModule(LightningDataModule):
         self._batches_seen = 0
 
     @property
+    def _model(self) -> Any:
+        """The model that is trained on it, None without a trainer."""
+        return None if self.trainer is None else cast("Any", self.trainer.lightning_module).model
+
+    @property
     def shapes(self) -> Shapes:
         if self._shapes is not None:
             return self._shapes
-        if self.trainer is None:
+        if self._model is None:
             raise ValueError("Pi05DataModule without a trainer needs `shapes`, e.g. shapes=config.shapes")
-        return cast("Any", self.trainer.lightning_module).config.shapes
+        return self._model.config.shapes
 
     def sources(self, split: Split) -> dict[str, Source]:
         """The sources of a split, opened on first use."""
@@ -115,6 +120,7 @@ class Pi05DataModule(LightningDataModule):
             robots=dict(sorted(robots.items(), key=lambda item: not item[1].acts)),  # a policy acts as the first
             language=self.language,
             fast=FastTokenizer.load(self.fast_path) if self.fast_path else None,
+            target_makers=self._model.target_makers if self._model else {},
         )
 
     def prepare_data(self) -> None:
@@ -135,8 +141,8 @@ class Pi05DataModule(LightningDataModule):
         samples = Samples(self.sources("train"), self.processor, questions, self.augmentation)
         entries = samples.entries_with_lengths() if self.length_window > 1 else samples.entries
         sampler = MixtureSampler(
-            Mixture(entries, self.batch_size, self.seed, self.length_window),
-            self.recipe or Recipe(pretrain_steps=0),
+            Mixture(entries, self._model.terms, self.batch_size, self.seed, self.length_window),
+            self.recipe or Recipe.of(pretrain_steps=0),
             num_batches=trainer.max_steps * accumulate,
             start=self._batches_seen,
             batches_per_step=accumulate,
@@ -176,17 +182,17 @@ class Pi05DataModule(LightningDataModule):
         return Samples(self.sources("val"), self.processor)
 
     @property
-    def validation_names(self) -> list[str]:
-        """`source/modality` of each validation loader."""
-        return self._validation.names
+    def validation_subsets(self) -> list[Subset]:
+        """What each validation loader is of."""
+        return self._validation.subsets
 
     @property
-    def empty_names(self) -> list[str]:
-        """`source/modality` of what there is training but no validation data of, and modalities that no source has."""
-        train = Samples(self.sources("train"), self.processor).names
-        found = {*train, *self.validation_names}
-        absent = [str(m) for m in Modality if not any(name.endswith(f"/{m}") for name in found)]
-        return [*(name for name in train if name not in self.validation_names), *absent]
+    def empty_subsets(self) -> list[Subset]:
+        """What there is training but no validation data of, and modalities that no source has."""
+        train = Samples(self.sources("train"), self.processor).subsets
+        found = {subset.modality for subset in (*train, *self.validation_subsets)}
+        absent = [Subset("", modality) for modality in Modality if modality not in found]
+        return [*(subset for subset in train if subset not in self.validation_subsets), *absent]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         loaders = []

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from pi05_lightning.recipe import LossWeights, Recipe, Stage
-from pi05_lightning.types import Modality
+from pi05_lightning.recipe import Recipe, StageOptions
+from pi05_lightning.types import Modality, Subset
 
-TRAINED_BY = {
-    Modality.WEB_CAPTION: {"text", "location"},
-    Modality.QA: {"text", "location"},
-    Modality.HL_SUBTASK: {"subtask", "location"},
-    Modality.FAST: {"fast", "subtask", "location"},
-    Modality.CONTINUOUS: {"flow", "subtask", "location"},
-}
-"""The losses that may have a term in a sample."""
+TrainedBy = Mapping[str, Collection[Modality]]
+"""Loss term -> the modalities whose samples may have it; see `Head.terms`."""
 
 Draw = tuple[int, int, int]
 """(entry, index within the entry, key)."""
@@ -27,10 +21,9 @@ Draw = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Entry:
-    """Something to draw from: a source as one modality."""
+    """Something to draw from."""
 
-    name: str
-    """`source/modality`."""
+    subset: Subset
     size: int
     images: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     """i64[size], or [1] where all are alike: images of each sample."""
@@ -53,42 +46,53 @@ class Mixture:
     Within a window shares are exact to one sample (systematic sampling), an entry's samples are drawn equally often,
     and a batch holds samples with as many images and similar text, which differ if there are enough of that kind. Ranks
     see disjoint parts of a batch, whose union is what one rank with a larger batch would see.
+
+    trained_by: what may be learned from which modality.
     """
 
-    def __init__(self, entries: Sequence[Entry], batch_size: int, seed: int = 0, window: int = 1) -> None:
+    def __init__(
+        self, entries: Sequence[Entry], trained_by: TrainedBy, batch_size: int, seed: int = 0, window: int = 1
+    ) -> None:
         if not entries:
             raise ValueError("there is nothing to draw from: no source has a sample of any modality")
         for entry in entries:
             if not entry.size:
-                raise ValueError(f"{entry.name} has no samples")
+                raise ValueError(f"{entry.subset} has no samples")
+        self.trained_by = trained_by
         self.entries, self.batch_size, self.seed, self.window = list(entries), batch_size, seed, window
         self._last: tuple[object, Window] | None = None
 
-    def weights(self, stage: Stage) -> np.ndarray:
+    def weights(self, stage: StageOptions) -> np.ndarray:
         """Probabilities f64[entries]: a stage's share of each, × size ** temperature.
 
         Without shares all are equal that the stage's losses train. Raises ValueError for unknown names, for those that
         nothing is learned from, for negative shares, and when nothing is left to draw.
         """
-        names, shares = [entry.name for entry in self.entries], stage.mixture
+        names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
+        learned = [self._is_learned_from(entry.subset, stage) for entry in self.entries]
         for name in shares:
             if name not in names:
                 near = get_close_matches(name, names, 1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ValueError(f"mixture: unknown {name!r}{hint}; the data has {names}")
-            if shares[name] and not _trains(name, stage.losses):
+            if shares[name] and not learned[names.index(name)]:
                 raise ValueError(
-                    f"mixture: nothing is learned from {name} in this stage, whose losses are {stage.losses}"
+                    f"mixture: nothing is learned from {name} in this stage, whose losses are {stage.losses.used}"
                 )
-        plain = np.array([shares.get(n, 0.0) if shares else _trains(n, stage.losses) for n in names], dtype=np.float64)
+        plain = np.array([shares.get(name, 0.0) for name in names] if shares else learned, dtype=np.float64)
         weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
         if not shares and not weights.sum():
             raise ValueError(
-                f"mixture: nothing is learned from any of {names} in a stage whose losses are {stage.losses}"
+                f"mixture: nothing is learned from any of {names} in a stage whose losses are {stage.losses.used}"
             )
         if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
             raise ValueError(f"mixture: a share is a positive number, or 0 for some; got {dict(shares)}")
         return weights / weights.sum()
+
+    def _is_learned_from(self, subset: Subset, stage: StageOptions) -> bool:
+        """Whether any loss of a stage has a term in a subset's samples; a stage without losses is not refused here."""
+        used = stage.losses.used
+        return not used or any(subset.modality in self.trained_by.get(term, ()) for term in used)
 
     def batch(self, k: int, weights: np.ndarray, rank: int = 0, world: int = 1, first: int = 0) -> list[Draw]:
         """The draws of batch k on a rank. first: the stage's first batch, where its first window begins."""
@@ -118,12 +122,6 @@ class Mixture:
         # neither does the order of batches follow their length, nor the ranks of a batch
         order = rng.permuted(order[rng.permutation(self.window)], axis=1)
         return Window(chosen[order], index[order], start * total + order)
-
-
-def _trains(name: str, losses: LossWeights) -> bool:
-    """Whether a stage with these losses learns from an entry; one without any is a recipe's business."""
-    used = {term for term, weight in vars(losses).items() if weight}
-    return not used or bool(used & TRAINED_BY[Modality(name.rpartition("/")[2])])
 
 
 def _evenly(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
@@ -166,16 +164,16 @@ class MixtureSampler(Sampler[list[Draw]]):
         self.mixture, self.recipe = mixture, recipe
         self.num_batches, self.start, self.batches_per_step = num_batches, start, batches_per_step
         self.rank, self.world = rank, world
-        self.switch = recipe.pretrain_steps * batches_per_step
-        # made here, so that a wrong name fails before the first step and not at the stage switch
-        reached = {"pretrain": self.switch > 0, "posttrain": num_batches > self.switch}
-        self.weights = {stage: mixture.weights(getattr(recipe, stage)) for stage, used in reached.items() if used}
+        # made here, so that a wrong name fails before the first step and not when its stage begins
+        self.first = {stage.name: recipe.first_step(stage) * batches_per_step for stage in recipe.reached}
+        self.weights = {
+            stage.name: mixture.weights(stage) for stage in recipe.reached if self.first[stage.name] < num_batches
+        }
 
     def __len__(self) -> int:
         return self.num_batches  # of the whole run, also when it starts later: Lightning counts from 0
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for k in range(self.start, self.num_batches):
-            stage = self.recipe.stage_at(k // self.batches_per_step)
-            first = 0 if stage == "pretrain" else self.switch
-            yield self.mixture.batch(k, self.weights[stage], self.rank, self.world, first)
+            stage = self.recipe.at(k // self.batches_per_step).name
+            yield self.mixture.batch(k, self.weights[stage], self.rank, self.world, self.first[stage])

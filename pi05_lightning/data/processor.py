@@ -11,15 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
-from pi05_lightning.data.tokenizer import TextTokenizer, text_to_boxes
+from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.data.transforms import AbsoluteActions, Group, Normalize, Quantiles, RelativeActions, Unnormalize
-from pi05_lightning.types import Answer, Batch, Frame, Modality, Point, Sample, Segment, Shapes, Target
+from pi05_lightning.types import (
+    Answer,
+    Batch,
+    Frame,
+    Modality,
+    Sample,
+    Segment,
+    Shapes,
+    Subset,
+    Target,
+    TargetMaker,
+    index_targets,
+)
 
 OUTLIER = 1e3  # a normalised value so far from -1..1 is a broken sensor, or a range that the statistics did not see
 
@@ -83,6 +94,7 @@ class Processor:
 
     cameras: the names, in the order in which their tokens come.  robots: by the name of the source.
     fast: the FAST tokenizer, needed for `fast_robot_actions` only.
+    target_makers: by the name of the head whose targets they make; for training, and not kept in checkpoints.
     """
 
     def __init__(
@@ -93,6 +105,7 @@ class Processor:
         robots: Mapping[str, Robot],
         language: Language | None = None,
         fast: FastTokenizer | None = None,
+        target_makers: Mapping[str, TargetMaker] | None = None,
     ) -> None:
         if tokenizer.vocab_size != shapes.vocab_size:
             raise ValueError(
@@ -111,19 +124,18 @@ class Processor:
             )
         self.shapes, self.tokenizer, self.cameras = shapes, tokenizer, tuple(cameras)
         self.robots, self.language, self.fast = dict(robots), language or Language(), fast
+        self.target_makers = dict(target_makers or {})
         self.transforms = {name: robot.transforms for name, robot in robots.items()}
 
     # --- frames to samples
 
-    def sample(
-        self, frame: Frame, modality: Modality, source: str = "", key: int = 0, index: int = 0, max_questions: int = 1
-    ) -> Sample:
-        """A training or validation sample. key chooses questions, hides subtasks, and seeds the noise.
+    def sample(self, frame: Frame, subset: Subset, key: int = 0, max_questions: int = 1) -> Sample:
+        """A training or validation sample of a subset. key chooses questions, hides subtasks, and seeds the noise.
 
         Raises ValueError when the frame lacks what the modality needs, and BadFrame when it must not be trained on.
         """
         rng = np.random.Generator(np.random.Philox(key=[key % 2**63, 1]))
-        frame = self.normalize(frame, source)
+        frame, modality = self.normalize(frame, subset.source), subset.modality
         _reject_outliers(frame)
         images = frame.images
         prompts, language = self.language.prompts, self.language
@@ -147,14 +159,11 @@ class Processor:
             if is_fast:
                 segments.append(self._fast_segment(frame.actions))
             actions, mask = self._pad(frame.actions, frame.action_is_pad)
-        points = tuple(
-            Point(answer.camera, answer.question, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
-            for answer in frame.answers
-            if answer.camera in images
-            for box in text_to_boxes(answer.answer)[:1]
-        )
+        shown = replace(frame, images=images)
+        made = {name: maker.make(shown) for name, maker in self.target_makers.items()}
+        targets = {name: target for name, target in made.items() if target is not None}
         tokens, kinds = self._encode(segments)
-        return Sample(tokens, kinds, modality, self._resize(images), actions, mask, points, index, key)
+        return Sample(tokens, kinds, subset, self._resize(images), actions, mask, targets, key)
 
     @staticmethod
     def _choose_questions(answers: Sequence[Answer], rng: np.random.Generator, most: int) -> list[Answer]:
@@ -176,7 +185,7 @@ class Processor:
         modality = Modality.HL_SUBTASK if high_level else Modality.CONTINUOUS
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
-        return Sample(*self._encode(segments), modality, self._resize(images))
+        return Sample(*self._encode(segments), Subset(source, modality), self._resize(images))
 
     def predicts_subtasks(self, source: str) -> bool:
         """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""
@@ -251,7 +260,7 @@ class Processor:
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch of samples, rows with actions first; as many camera slots and tokens as its largest sample needs."""
-        samples = sorted(samples, key=lambda sample: sample.modality is not Modality.CONTINUOUS)
+        samples = sorted(samples, key=lambda sample: sample.subset.modality is not Modality.CONTINUOUS)
         rows = len(samples)
         length = max(len(sample.tokens) for sample in samples)
         length = few_lengths(length)
@@ -267,22 +276,20 @@ class Processor:
         pixels: list[np.ndarray] = []
         image_index: list[int] = []
         camera: list[int] = []
-        points: list[tuple[int, Point]] = []
+        fixed: list[bool] = []
+        numbers: list[dict[str, int]] = []
         for row, sample in enumerate(samples):
+            numbers.append({name: len(pixels) + place for place, name in enumerate(sample.images)})
+            places = {c for name, target in sample.targets.items() for c in self.target_makers[name].images(target)}
             for place, (name, image) in enumerate(sample.images.items()):
-                points += [(len(pixels), point) for point in sample.points if point.camera == name]
                 image_mask[row, place] = True
+                fixed.append(name in places)
                 pixels.append(image)
                 image_index.append(row * slots + place)
                 camera.append(self.cameras.index(name))
         size = self.shapes.image_size
-        queries = pad_sequence(
-            [torch.tensor(self.tokenizer.encode(point.query)) for _, point in points] or [torch.zeros(0).long()],
-            batch_first=True,
-            padding_value=self.tokenizer.pad_id,
-        )[: len(points)]
-        actions, action_mask = self._stack_actions([s for s in samples if s.modality is Modality.CONTINUOUS])
-        fast_actions, fast_action_mask = self._stack_actions([s for s in samples if s.modality is Modality.FAST])
+        actions, action_mask = self._stack_actions(samples, Modality.CONTINUOUS)
+        fast_actions, fast_action_mask = self._stack_actions(samples, Modality.FAST)
         return Batch(
             pixels=torch.from_numpy(np.stack(pixels) if pixels else np.zeros((0, 3, size, size), np.uint8)),
             image_index=torch.tensor(image_index, dtype=torch.long),
@@ -293,25 +300,25 @@ class Processor:
             # causal from the first predicted token on: an answer must not see the question after it
             causal=torch.from_numpy(np.maximum.accumulate(kinds > 0, axis=1) & token_mask),
             target_kind=torch.from_numpy(kinds),
-            target_index=torch.from_numpy(np.flatnonzero(kinds)),
+            target_index=index_targets(torch.from_numpy(kinds)),
             actions=actions,
             action_mask=action_mask,
             fast_actions=fast_actions,
             fast_action_mask=fast_action_mask,
-            modality=torch.tensor([sample.modality.id for sample in samples]),
-            source=torch.tensor([sample.source for sample in samples]),
             key=torch.tensor([sample.key for sample in samples]),
-            point_image=torch.tensor([image for image, _ in points], dtype=torch.long),
-            point_tokens=queries,
-            point_token_mask=queries != self.tokenizer.pad_id,
-            point_target=torch.tensor([point.centre for _, point in points]).reshape(-1, 2),
+            auxiliary={
+                name: maker.collate([sample.targets.get(name) for sample in samples], numbers, self.tokenizer.encode)
+                for name, maker in self.target_makers.items()
+            },
+            fixed_image=torch.tensor(fixed, dtype=torch.bool),
         )
 
-    def _stack_actions(self, samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Chunks f32[R T D] and masks bool[R T D] of the samples that have them."""
+    def _stack_actions(self, samples: Sequence[Sample], modality: Modality) -> tuple[torch.Tensor, torch.Tensor]:
+        """Chunks f32[R T D] and masks bool[R T D] of the samples of a modality that have them."""
         chunk = (self.shapes.horizon, self.shapes.action_dim)
-        actions = [sample.actions for sample in samples if sample.actions is not None]
-        masks = [sample.action_mask for sample in samples if sample.action_mask is not None]
+        own = [sample for sample in samples if sample.subset.modality is modality]
+        actions = [sample.actions for sample in own if sample.actions is not None]
+        masks = [sample.action_mask for sample in own if sample.action_mask is not None]
         return (
             torch.from_numpy(np.stack(actions) if actions else np.zeros((0, *chunk), np.float32)),
             torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *chunk), bool)),

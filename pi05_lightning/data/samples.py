@@ -16,7 +16,7 @@ from pi05_lightning.data.errors import BadFrame, BadSample
 from pi05_lightning.data.mixture import Draw, Entry
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.base import Source
-from pi05_lightning.types import Batch, Drawn, Modality, Sample
+from pi05_lightning.types import Batch, Drawn, Modality, Sample, Subset
 
 REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
 FIRST_DRAWS = 200  # a share of fewer draws says little
@@ -36,29 +36,24 @@ class Samples(Dataset[Sample]):
     ) -> None:
         self.sources, self.processor, self.max_questions = sources, processor, max_questions
         self.augmentation = augmentation
-        self.names = [
-            f"{name}/{modality}"
+        self.subsets = [
+            Subset(name, modality)
             for name, source in sources.items()
             for modality in Modality
             if len(source.indices(modality)) and not (modality is Modality.FAST and processor.fast is None)
         ]
-        self.indices = [self.sources[self.of(name)[0]].indices(self.of(name)[1]) for name in self.names]
-
-    @staticmethod
-    def of(name: str) -> tuple[str, Modality]:
-        source, _, modality = name.rpartition("/")
-        return source, Modality(modality)
+        self.indices = [sources[subset.source].indices(subset.modality) for subset in self.subsets]
 
     @property
     def entries(self) -> list[Entry]:
-        return [Entry(name, len(indices)) for name, indices in zip(self.names, self.indices, strict=True)]
+        return [Entry(subset, len(indices)) for subset, indices in zip(self.subsets, self.indices, strict=True)]
 
     def entries_with_lengths(self) -> list[Entry]:
         """The entries with their samples' lengths, from the sources' tables: no image is read for it."""
         return [self._with_lengths(entry) for entry in self.entries]
 
     def _with_lengths(self, entry: Entry) -> Entry:
-        source, modality = self.of(entry.name)
+        source, modality = entry.subset.source, entry.subset.modality
         sizes, condition_on = self.sources[source].sizes(modality), self.processor.language.condition_on
         text = np.asarray(sizes.task) + sizes.answers
         if modality is Modality.HL_SUBTASK or condition_on == "both":
@@ -80,7 +75,7 @@ class Samples(Dataset[Sample]):
                 sample = self._read(entry, index, key)
                 return replace(sample, skipped=tuple(skipped)) if skipped else sample
             except BadSample as error:
-                if self.sources[self.of(self.names[entry])[0]].on_bad_sample != "skip":
+                if self.sources[self.subsets[entry].source].on_bad_sample != "skip":
                     raise BadSample(f"{error}, or leave such data out with on_bad_sample: skip") from error
                 skipped.append(str(error))
                 if len(skipped) == REPLACEMENTS:
@@ -88,11 +83,10 @@ class Samples(Dataset[Sample]):
             index = int(others.integers(len(self.indices[entry])))
 
     def _read(self, entry: int, index: int, key: int) -> Sample:
-        name, modality = self.of(self.names[entry])
-        source, number = self.sources[name], list(self.sources).index(name)
-        frame = int(self.indices[entry][index])
+        subset, frame = self.subsets[entry], int(self.indices[entry][index])
+        source = self.sources[subset.source]
         try:
-            return self.processor.sample(source[frame], modality, name, key, number, self.max_questions)
+            return self.processor.sample(source[frame], subset, key, self.max_questions)
         except BadSample:
             raise  # it carries its address
         except BadFrame as error:
@@ -103,9 +97,8 @@ class Samples(Dataset[Sample]):
     def collate(self, samples: Sequence[Sample]) -> Batch:
         """A batch, what the host may know of it, and what is to be done to its images."""
         batch = self.processor.collate(samples)
-        sources = list(self.sources)
         batch.drawn = Drawn(
-            names=dict(Counter(f"{sources[sample.source]}/{sample.modality}" for sample in samples)),
+            names=dict(Counter(str(sample.subset) for sample in samples)),
             text_tokens=sum(len(sample.tokens) for sample in samples),
             skipped=tuple(problem for sample in samples for problem in sample.skipped),
         )

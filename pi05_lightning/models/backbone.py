@@ -81,13 +81,13 @@ class Backbone(nn.Module):
         Of the last layer, the flow head reads keys and values, of all columns; what else it computes is for predicting
         tokens, and done for these alone, or without `need_hidden` for none.
         """
-        x, mask, causal, keypoints = self.embed(batch)
+        x, mask, causal, vision = self.embed(batch)
         flow_mask = mask.clone()
         given = (batch.target_kind == Target.NONE) | (batch.target_kind == Target.SUBTASK)
         flow_mask[:, -batch.tokens.shape[1] :] &= given
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
         # what nobody predicts is one block: every query sees the same
-        seen = prefix_mask(mask, causal) if len(batch.target_index) else mask[:, None, None]
+        seen = prefix_mask(mask, causal) if batch.has_token_targets else mask[:, None, None]
         columns, tokens = x.shape[1], batch.tokens.shape[1]
 
         kv: list[KV] = []
@@ -96,17 +96,17 @@ class Backbone(nn.Module):
             kv.append(layer_kv)
         last = self.layers[-1]
         if not need_hidden:
-            return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask, keypoints)
+            return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask, vision)
         x, layer_kv = last(x, rope, seen[:, :, -tokens:], columns - tokens)
-        return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask, keypoints)
+        return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask, vision)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """-> embeddings [B S W], valid bool[B S], causal bool[B S], keypoints; images first, then tokens."""
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """-> embeddings [B S W], valid bool[B S], causal bool[B S], images first, then tokens; `Prefix.vision`."""
         rows, cameras = batch.image_mask.shape
         text = self.embed_text(batch.tokens)
         if not cameras:
-            return text, batch.token_mask, batch.causal, None
-        features, keypoints = self.encode_images(batch)
+            return text, batch.token_mask, batch.causal, {}
+        features, vision = self.encode_images(batch)
         slots = features.new_zeros(rows * cameras, *features.shape[1:])
         slots = slots.index_copy(0, batch.image_index, features)
         images = rearrange(slots, "(b c) n w -> b (c n) w", b=rows)
@@ -115,21 +115,13 @@ class Backbone(nn.Module):
             torch.cat([images.to(text.dtype), text], dim=1),
             torch.cat([image_mask, batch.token_mask], dim=1),
             torch.cat([torch.zeros_like(image_mask), batch.causal], dim=1),
-            keypoints,
+            vision,
         )
 
-    def encode_images(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """u8[P 3 H W] -> tokens [P N W] and keypoints; all present images of all cameras in one call."""
+    def encode_images(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """u8[P 3 H W] -> tokens [P N W] and `Prefix.vision`; all present images of all cameras in one call."""
         dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
         return self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
-
-    def point(self, batch: Batch, prefix: Prefix) -> Tensor:
-        """Where the keypoint stem sees what the batch's points are called, f32[Q 2]."""
-        if not isinstance(self.vision, KeypointStem) or prefix.keypoints is None:
-            raise ValueError("the location loss is the keypoint stem's: use backbone_type keypoint_gemma, or weight 0")
-        words = self.embed_text(batch.point_tokens) * batch.point_token_mask[..., None]
-        query = words.sum(1) / batch.point_token_mask.sum(1, keepdim=True)
-        return self.vision.point(query, prefix.keypoints[batch.point_image], batch.camera[batch.point_image])
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5

@@ -64,14 +64,15 @@ class KeypointStem(nn.Module):
         grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
         return heat @ grid
 
-    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
-        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W] and keypoints f32[P K 2]."""
+    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and `keypoints` f32[P K 2] for heads."""
         keypoints = self.keypoints(images, camera)
         features = fourier_features(keypoints, self.octaves)
         features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_tokens)
         # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
         own = F.one_hot(camera, self.num_cameras).to(features.dtype)
-        return torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection) + self.identity[camera], keypoints
+        tokens = torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection) + self.identity[camera]
+        return tokens, {"keypoints": keypoints}
 
     def point(self, query: Tensor, keypoints: Tensor, camera: Tensor) -> Tensor:
         """Where what a query names is: it selects among the image's keypoints, and an offset from them.

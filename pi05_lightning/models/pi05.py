@@ -1,78 +1,92 @@
-"""π0.5 as one `nn.Module`: the backbone and the three heads that read it. No Lightning, no data, no robot."""
+"""π0.5 as one `nn.Module`: the backbone and the heads that read it. No Lightning, no data, no robot.
+
+What differs from the paper (arXiv 2504.16054):
+- The backbone never attends to the action expert, so the joint transformer is two calls, which is exact: the backbone,
+  whose keys and values are kept, and the flow head, which attends to them. Training and inference run the same two.
+- Several noise draws of an observation share one prefix; absent cameras and padding are not computed.
+- The flow loss leaves out steps past the episode's end, which openpi and LeRobot train on.
+- FAST tokens have ids below `<loc>`, where openpi puts them among the `<loc>` tokens (`fast_skip_tokens`).
+- Laptop-size models see keypoints instead of SigLIP's patches (models/keypoints.py), and learn to point
+  (models/heads/location.py).
+- Where the paper says nothing: the templates of subtasks (data/prompt.py), random initialisation (`reset_parameters`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.base import ByModality, Head, HeadFactory, Terms
 from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
+from pi05_lightning.models.heads.location import NAME as LOCATION
+from pi05_lightning.models.heads.location import LocationHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
-from pi05_lightning.models.heads.token import TokenScores, score_tokens
-from pi05_lightning.types import Batch
-
-
-@dataclass
-class Outputs:
-    """What one forward pass gives the losses and the metrics.
-
-    tokens: scores of the N target tokens, in the order of `Batch.target_index`; None if not asked for.
-    flow f32[R K T D]: squared error of the velocity; None if not asked for.
-    distance f32[Q]: mean of |y| and |x| between where the keypoints point and the truth, as a share of the image.
-    """
-
-    tokens: TokenScores | None = None
-    flow: Tensor | None = None
-    distance: Tensor | None = None
+from pi05_lightning.types import Batch, TargetMaker
 
 
 class Pi05(nn.Module):
-    """Backbone, subtask head, FAST head, flow head."""
+    """Backbone, subtask head, FAST head, flow head; and auxiliary heads, which policies do without.
 
-    def __init__(self, config: ModelConfig) -> None:
+    heads: further auxiliary heads by name.  Raises ValueError where two heads have a term of the same name.
+    """
+
+    def __init__(self, config: ModelConfig, heads: Mapping[str, HeadFactory] | None = None) -> None:
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
         self.fast_head = FastHead(config.vocab_size, config.fast_vocab_size, config.fast_skip_tokens)
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
         self.flow_head = FlowHead(config)
+        self.auxiliary = nn.ModuleDict({name: make(config) for name, make in (heads or {}).items()})
+        if config.backbone_type == "keypoint_gemma":
+            self.auxiliary[LOCATION] = LocationHead()
+        names = [term for head in self.heads.values() for term in head.terms]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two heads have the loss {', '.join(twice)}: give one of them another name")
 
-    def forward(
-        self, batch: Batch, *, tokens: bool = True, actions: bool = True, points: bool = False, insulate: bool = False
-    ) -> Outputs:
-        """Token losses, flow loss and pointing error of a batch, from one backbone pass.
+    @property
+    def heads(self) -> dict[str, Head]:
+        """All heads by name."""
+        auxiliary: dict[str, Head] = dict(self.auxiliary.items())  # type: ignore[arg-type]
+        return {"subtask": self.subtask_head, "fast": self.fast_head, "flow": self.flow_head, **auxiliary}
 
-        tokens, actions, points: which of them to compute.  insulate: the flow loss gives the backbone no gradient
-        (knowledge insulation, arXiv 2505.23705).  With `actions`, the batch needs its noise and time.
+    @property
+    def terms(self) -> ByModality:
+        """All loss terms, each with the modalities whose samples may have it."""
+        return {term: modalities for head in self.heads.values() for term, modalities in head.terms.items()}
+
+    @property
+    def target_makers(self) -> dict[str, TargetMaker]:
+        """What makes the heads' targets from frames, by the head's name."""
+        return {name: head.target_maker for name, head in self.heads.items() if head.target_maker is not None}
+
+    def forward(self, batch: Batch, terms: Collection[str] | None = None, *, insulate: bool = False) -> Terms:
+        """Loss terms of a batch, from one backbone pass; those that it has no target for are not there.
+
+        terms: names of those to compute, by default all.  insulate: the flow loss gives the backbone no gradient
+        (knowledge insulation, arXiv 2505.23705).  The flow term needs the batch's noise and time.
         """
-        tokens = tokens and len(batch.target_index) > 0
-        actions = actions and len(batch.actions) > 0
-        prefix = self.backbone(batch, need_hidden=tokens)
-        out = Outputs()
-        if tokens:
-            assert prefix.hidden is not None
-            text = prefix.hidden.flatten(0, 1)
-            targets = batch.tokens.flatten()[batch.target_index]
-            # position l - 1 predicts token l
-            out.tokens = score_tokens(text[batch.target_index - 1], self.backbone.embed_tokens.weight, targets)
-        if points and len(batch.point_target):
-            out.distance = (self.backbone.point(batch, prefix) - batch.point_target).abs().mean(-1)
-        if actions:
-            assert batch.noise is not None
-            assert batch.time is not None
-            seen = prefix.rows(len(batch.actions))
-            seen = seen.detach() if insulate else seen
-            out.flow = self.flow_head.loss(seen, batch.actions, batch.noise, batch.time)
-        return out
+        heads = [
+            head
+            for head in self.heads.values()
+            if (terms is None or not set(terms).isdisjoint(head.terms)) and head.has_targets(batch)
+        ]
+        prefix = self.backbone(batch, need_hidden=any(head.reads_hidden for head in heads))
+        found: Terms = {}
+        for head in heads:
+            found |= head.loss(batch, prefix.detach() if insulate and head.is_insulated else prefix, self.backbone)
+        return {name: term for name, term in found.items() if terms is None or name in terms}
 
     def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
-        """Initialise from scratch; see `Backbone.reset_parameters`."""
+        """Random initialisation; see `Backbone.reset_parameters`."""
         self.backbone.reset_parameters(ordinal_ids)
-        self.flow_head.reset_parameters()
+        for head in self.heads.values():
+            head.reset_parameters()
 
     @property
     def device(self) -> torch.device:

@@ -61,13 +61,9 @@ class Siglip(nn.Module):
         self.post_layernorm = LayerNorm(config.width, eps=1e-6)
         self.projector = Linear(config.width, out_width)
 
-    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, None]:
-        """images f32[P 3 H W] in [-1, 1] -> tokens [P N W]; no keypoints. SigLIP treats all cameras alike."""
-        return self.projector(self.features(images)), None
-
-    def features(self, images: Tensor) -> Tensor:
-        """images f32[P 3 H W] in [-1, 1] -> [P N width]: the tower without the projector."""
+    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """images f32[P 3 H W] in [-1, 1] -> tokens [P N W], nothing for heads. SigLIP treats all cameras alike."""
         x = rearrange(self.patch_embedding(images), "p w h v -> p (h v) w") + self.position_embedding.weight
         for layer in self.layers:
             x = layer(x)
-        return self.post_layernorm(x)
+        return self.projector(self.post_layernorm(x)), {}

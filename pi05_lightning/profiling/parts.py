@@ -23,9 +23,8 @@ from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.heads.token import score_tokens
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Modality, Prefix, Target
+from pi05_lightning.types import Batch, Prefix, Target, index_targets
 
 PARTS = ("vision", "language model", "logits", "action expert")
 
@@ -47,6 +46,7 @@ class Work:
         rows, length, size = self.batch_size, self.prompt_tokens + self.target_tokens, config.vision.image_size
         is_target = torch.arange(length) >= self.prompt_tokens
         camera = torch.arange(self.cameras).repeat(rows)
+        target_kind = (is_target * int(Target.FAST)).to(torch.uint8).expand(rows, -1)
         actions = torch.randn(rows, config.horizon, config.action_dim)
         batch = Batch(
             pixels=torch.randint(0, 256, (rows * self.cameras, 3, size, size), dtype=torch.uint8),
@@ -56,12 +56,10 @@ class Work:
             tokens=torch.randint(config.vocab_size, (rows, length)),
             token_mask=torch.ones(rows, length, dtype=torch.bool),
             causal=is_target.expand(rows, -1),
-            target_kind=(is_target * int(Target.FAST)).to(torch.uint8).expand(rows, -1),
-            target_index=(torch.arange(rows)[:, None] * length + torch.arange(self.prompt_tokens, length)).flatten(),
+            target_kind=target_kind,
+            target_index=index_targets(target_kind),
             actions=actions,
             action_mask=torch.ones_like(actions, dtype=torch.bool),
-            modality=torch.full((rows,), Modality.CONTINUOUS.id),
-            source=torch.zeros(rows, dtype=torch.long),
             key=torch.arange(rows),
             noise=torch.randn(rows, self.draws, config.horizon, config.action_dim),
             time=torch.rand(rows, self.draws),
@@ -147,12 +145,10 @@ def training_step(model: Pi05, batch: Batch, work: Work, book: Book) -> None:
     )
     if prefix.hidden is not None:
         with book.part("logits"):
-            text = prefix.hidden.flatten(0, 1)[batch.target_index - 1]
-            targets = batch.tokens.flatten()[batch.target_index]
-            score_tokens(text, model.backbone.embed_tokens.weight, targets).nll.mean().backward()
+            model.fast_head.loss(batch, prefix, model.backbone)["fast"].values.mean().backward()
     with book.part("action expert"):
         seen = prefix.detach() if work.insulate else prefix
-        model.flow_head.loss(seen, batch.actions, batch.noise, batch.time).mean().backward()
+        model.flow_head.loss(batch, seen, model.backbone)["flow"].values.mean().backward()
     with book.part("language model"):
         language.backward()
     with book.part("vision"):

@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.training.callbacks.dashboard import Dashboard, layout
 from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.provenance import Provenance, commit
@@ -34,8 +34,8 @@ def run(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     stages = StageSwitch(
         SWITCH,
         STEPS - SWITCH,
-        pretrain=Stage(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}),
-        posttrain=Stage(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
+        pretrain=StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}),
+        posttrain=StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
     )
     data = Pi05DataModule(
         {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0, val_samples=4
@@ -69,7 +69,7 @@ def test_every_chart_for_what_was_logged_finds_its_tags(events: EventAccumulator
     tags = events.Tags()["scalars"]
     found = {
         topic
-        for topic, charts in layout().items()
+        for topic, charts in layout(Recipe.of()).items()
         if any(
             re.match(tag, name) for title, (_, of) in charts.items() if title != "stage" for tag in of for name in tags
         )
@@ -82,7 +82,7 @@ def test_every_chart_for_what_was_logged_finds_its_tags(events: EventAccumulator
 def test_layout_is_in_the_run(events: EventAccumulator) -> None:
     (event,) = events.Tensors("custom_scalars__config__")
     written = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    assert [category.title for category in written.category] == list(layout())
+    assert [category.title for category in written.category] == list(layout(Recipe.of()))
     assert all(category.chart[0].title == "stage" for category in written.category)
 
 

@@ -10,8 +10,8 @@ import torch
 
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.tokenizer import TextTokenizer, box_to_text
-from pi05_lightning.types import Answer, Batch, Frame, Modality, Shapes
+from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.types import Answer, Batch, Frame, Modality, Shapes, Subset, box_to_text
 
 TOKENIZER = TextTokenizer.load("tiny")
 CAMERAS = ("top", "left_wrist")
@@ -25,7 +25,7 @@ def batch(*answers: str, first_key: int = 0) -> Batch:
     images = {camera: rng.integers(0, 256, (3, 32, 32), dtype=np.uint8) for camera in CAMERAS}
     frames = [Frame(images=images, answers=(Answer("what?", answer),)) for answer in answers]
     return PROCESSOR.collate(
-        [PROCESSOR.sample(frame, Modality.QA, key=first_key + i) for i, frame in enumerate(frames)]
+        [PROCESSOR.sample(frame, Subset("", Modality.QA), key=first_key + i) for i, frame in enumerate(frames)]
     )
 
 
@@ -91,7 +91,7 @@ def test_a_batch_that_drew_nothing_is_left_as_it_is() -> None:
 
 
 def test_a_batch_of_text_alone_is_left_as_it_is() -> None:
-    text = PROCESSOR.collate([PROCESSOR.sample(Frame(answers=(Answer("what?", "that"),)), Modality.QA)])
+    text = PROCESSOR.collate([PROCESSOR.sample(Frame(answers=(Answer("what?", "that"),)), Subset("", Modality.QA))])
     assert len(augment(draw(text)).pixels) == 0
 
 

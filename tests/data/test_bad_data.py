@@ -21,7 +21,7 @@ from pi05_lightning.data.samples import Samples
 from pi05_lightning.data.sources.base import Source
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.types import Modality, Shapes
+from pi05_lightning.types import Modality, Shapes, Subset
 
 from .test_lerobot_source import HORIZON, LENGTHS, data_file, edit_info, open_source, rewrite, truncate
 
@@ -38,7 +38,7 @@ def samples(source: Source) -> Samples:
 
 def draw(source: Source, modality: Modality, index: int = 0):
     made = samples(source)
-    return made[made.names.index(f"robot/{modality}"), index, 0]
+    return made[made.subsets.index(Subset("robot", modality)), index, 0]
 
 
 # --- videos

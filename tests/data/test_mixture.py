@@ -1,12 +1,25 @@
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pi05_lightning.data.mixture import Draw, Entry, Mixture, MixtureSampler
-from pi05_lightning.recipe import LossWeights, Recipe, Stage
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
+from pi05_lightning.types import Modality, Subset
 
-ENTRIES = [Entry("robot/qa", 100), Entry("robot/continuous_robot_actions", 300), Entry("web/qa", 50)]
+TRAINED_BY = {"text": {Modality.QA}, "flow": {Modality.CONTINUOUS}}
+
+
+def entry(name: str, *sizes: Any, **lengths: Any) -> Entry:
+    return Entry(Subset.parse(name), *sizes, **lengths)
+
+
+def mixture_of(entries: list[Entry], batch_size: int, **options: int) -> Mixture:
+    return Mixture(entries, TRAINED_BY, batch_size, **options)
+
+
+ENTRIES = [entry("robot/qa", 100), entry("robot/continuous_robot_actions", 300), entry("web/qa", 50)]
 
 
 def shares(drawn: list[Draw]) -> np.ndarray:
@@ -15,52 +28,54 @@ def shares(drawn: list[Draw]) -> np.ndarray:
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_batch_is_a_function_of_seed_and_index(window: int) -> None:
-    one, other = Mixture(ENTRIES, 8, seed=1, window=window), Mixture(ENTRIES, 8, seed=1, window=window)
-    weights = one.weights(Stage())
+    one, other = mixture_of(ENTRIES, 8, seed=1, window=window), mixture_of(ENTRIES, 8, seed=1, window=window)
+    weights = one.weights(StageOptions())
     for k in range(12):  # one goes through them in order, the other begins anew
-        assert one.batch(k, weights) == Mixture(ENTRIES, 8, seed=1, window=window).batch(k, weights)
+        assert one.batch(k, weights) == mixture_of(ENTRIES, 8, seed=1, window=window).batch(k, weights)
     assert other.batch(7, weights) != other.batch(8, weights)
-    assert other.batch(7, weights) != Mixture(ENTRIES, 8, seed=2, window=window).batch(7, weights)
+    assert other.batch(7, weights) != mixture_of(ENTRIES, 8, seed=2, window=window).batch(7, weights)
 
 
 def test_shares_hold_in_every_batch_of_a_window_of_one() -> None:
-    mixture = Mixture(ENTRIES, 40)
-    weights = mixture.weights(Stage(mixture={"robot/qa": 1.0, "web/qa": 3.0}))
+    mixture = mixture_of(ENTRIES, 40)
+    weights = mixture.weights(StageOptions(mixture={"robot/qa": 1.0, "web/qa": 3.0}))
     for k in range(20):
         np.testing.assert_allclose(shares(mixture.batch(k, weights)), [0.25, 0, 0.75], atol=1 / 40)
 
 
 def test_shares_hold_in_every_window_to_one_sample() -> None:
-    mixture = Mixture(ENTRIES, 8, window=5)
-    weights = mixture.weights(Stage(mixture={"robot/qa": 0.22, "robot/continuous_robot_actions": 0.67, "web/qa": 0.11}))
+    mixture = mixture_of(ENTRIES, 8, window=5)
+    weights = mixture.weights(
+        StageOptions(mixture={"robot/qa": 0.22, "robot/continuous_robot_actions": 0.67, "web/qa": 0.11})
+    )
     for start in range(0, 30, 5):
         drawn = [draw for k in range(start, start + 5) for draw in mixture.batch(k, weights)]
         np.testing.assert_allclose(shares(drawn), [0.22, 0.67, 0.11], atol=1 / 40)
 
 
 def test_temperature_weighs_by_size() -> None:
-    mixture = Mixture(ENTRIES, 8)
-    np.testing.assert_allclose(mixture.weights(Stage()), [1 / 3, 1 / 3, 1 / 3])
-    np.testing.assert_allclose(mixture.weights(Stage(mixture_temperature=1)), np.array([100, 300, 50]) / 450)
+    mixture = mixture_of(ENTRIES, 8)
+    np.testing.assert_allclose(mixture.weights(StageOptions()), [1 / 3, 1 / 3, 1 / 3])
+    np.testing.assert_allclose(mixture.weights(StageOptions(mixture_temperature=1)), np.array([100, 300, 50]) / 450)
     roots = np.sqrt([100, 300, 50])
-    np.testing.assert_allclose(mixture.weights(Stage(mixture_temperature=0.5)), roots / roots.sum())
+    np.testing.assert_allclose(mixture.weights(StageOptions(mixture_temperature=0.5)), roots / roots.sum())
 
 
 def test_temperature_multiplies_the_shares_that_are_given() -> None:
-    stage = Stage(mixture={"robot/qa": 1, "web/qa": 4}, mixture_temperature=1)
-    np.testing.assert_allclose(Mixture(ENTRIES, 8).weights(stage), [1 / 3, 0, 2 / 3])
+    stage = StageOptions(mixture={"robot/qa": 1, "web/qa": 4}, mixture_temperature=1)
+    np.testing.assert_allclose(mixture_of(ENTRIES, 8).weights(stage), [1 / 3, 0, 2 / 3])
 
 
 def test_without_shares_all_are_drawn_that_the_losses_train() -> None:
-    mixture = Mixture(ENTRIES, 8)
-    np.testing.assert_allclose(mixture.weights(Stage(LossWeights(flow=1))), [0, 1, 0])
-    np.testing.assert_allclose(mixture.weights(Stage(LossWeights(text=1))), [0.5, 0, 0.5])
+    mixture = mixture_of(ENTRIES, 8)
+    np.testing.assert_allclose(mixture.weights(StageOptions(LossWeights(flow=1))), [0, 1, 0])
+    np.testing.assert_allclose(mixture.weights(StageOptions(LossWeights(text=1))), [0.5, 0, 0.5])
 
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_two_ranks_see_disjoint_samples_whose_union_is_one_larger_batch(window: int) -> None:
-    small, large = Mixture(ENTRIES, 8, window=window), Mixture(ENTRIES, 16, window=window)
-    weights = small.weights(Stage())
+    small, large = mixture_of(ENTRIES, 8, window=window), mixture_of(ENTRIES, 16, window=window)
+    weights = small.weights(StageOptions())
     for k in range(6):
         ranks = [small.batch(k, weights, rank, 2) for rank in range(2)]
         samples = [{draw[:2] for draw in rank} for rank in ranks]
@@ -71,48 +86,48 @@ def test_two_ranks_see_disjoint_samples_whose_union_is_one_larger_batch(window: 
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_keys_never_repeat(window: int) -> None:
-    mixture = Mixture(ENTRIES, 8, window=window)
-    weights = mixture.weights(Stage())
+    mixture = mixture_of(ENTRIES, 8, window=window)
+    weights = mixture.weights(StageOptions())
     keys = [key for k in range(50) for rank in range(2) for _, _, key in mixture.batch(k, weights, rank, 2)]
     assert len(keys) == len(set(keys))
 
 
 def test_samples_of_an_entry_are_drawn_equally_often_in_a_window() -> None:
-    mixture = Mixture([Entry("a/qa", 20)], 8, window=8)
-    weights = mixture.weights(Stage())
+    mixture = mixture_of([entry("a/qa", 20)], 8, window=8)
+    weights = mixture.weights(StageOptions())
     drawn = np.bincount([index for k in range(8) for _, index, _ in mixture.batch(k, weights)])
     assert set(drawn) == {3, 4}
 
 
 def test_batch_holds_no_sample_twice_though_its_window_does() -> None:
     for text in (np.zeros(1), np.arange(60), np.arange(60) % 3):
-        mixture = Mixture([Entry("a/qa", 1000), Entry("b/qa", 60, np.ones(1), text)], 8, window=64)
-        weights = mixture.weights(Stage())
+        mixture = mixture_of([entry("a/qa", 1000), entry("b/qa", 60, np.ones(1), text)], 8, window=64)
+        weights = mixture.weights(StageOptions())
         for k in range(64):
             assert len({draw[:2] for draw in mixture.batch(k, weights)}) == 8
 
 
 def test_entry_smaller_than_its_part_of_a_batch_repeats_its_samples() -> None:
-    mixture = Mixture([Entry("a/qa", 3)], 8, window=64)
-    assert len(mixture.batch(0, mixture.weights(Stage()))) == 8
+    mixture = mixture_of([entry("a/qa", 3)], 8, window=64)
+    assert len(mixture.batch(0, mixture.weights(StageOptions()))) == 8
 
 
 def test_batches_hold_samples_with_as_many_images() -> None:
-    entries = [Entry(f"{cameras}/qa", 40, np.full(1, cameras)) for cameras in range(3)]
-    mixture = Mixture(entries, 8, window=64)
-    weights = mixture.weights(Stage())
-    kinds = [{entry for entry, _, _ in mixture.batch(k, weights)} for k in range(64)]
+    entries = [entry(f"{cameras}/qa", 40, np.full(1, cameras)) for cameras in range(3)]
+    mixture = mixture_of(entries, 8, window=64)
+    weights = mixture.weights(StageOptions())
+    kinds = [{number for number, _, _ in mixture.batch(k, weights)} for k in range(64)]
     assert sum(len(kind) > 1 for kind in kinds) == 2  # where one kind ends and the next begins
 
 
 def test_batches_of_a_window_hold_samples_of_similar_length() -> None:
     rng = np.random.default_rng(0)
     lengths = [rng.integers(10, 1000, entry.size) for entry in ENTRIES]
-    entries = [Entry(e.name, e.size, text=length) for e, length in zip(ENTRIES, lengths, strict=True)]
+    entries = [Entry(e.subset, e.size, text=length) for e, length in zip(ENTRIES, lengths, strict=True)]
 
     def padding(window: int) -> float:
-        mixture = Mixture(entries, 8, window=window)
-        weights = mixture.weights(Stage())
+        mixture = mixture_of(entries, 8, window=window)
+        weights = mixture.weights(StageOptions())
         rows = [[lengths[e][i] for e, i, _ in mixture.batch(k, weights)] for k in range(60)]
         return 1 - sum(map(sum, rows)) / sum(8 * max(row) for row in rows)
 
@@ -123,39 +138,41 @@ def test_batches_of_a_window_hold_samples_of_similar_length() -> None:
 @pytest.mark.parametrize(
     ("stage", "named"),
     [
-        (Stage(mixture={"robot/qq": 1.0}), r"'robot/qq' \(did you mean robot/qa\?\); the data has .*web/qa"),
-        (Stage(mixture={"robot/qa": -1.0}), r"robot/qa': -1.0"),
-        (Stage(mixture={"robot/qa": 0.0}), r"robot/qa': 0.0"),
-        (Stage(mixture={"robot/qa": float("nan")}), "nan"),
-        (Stage(LossWeights(flow=1), {"robot/qa": 1.0}), "nothing is learned from robot/qa"),
+        (StageOptions(mixture={"robot/qq": 1.0}), r"'robot/qq' \(did you mean robot/qa\?\); the data has .*web/qa"),
+        (StageOptions(mixture={"robot/qa": -1.0}), r"robot/qa': -1.0"),
+        (StageOptions(mixture={"robot/qa": 0.0}), r"robot/qa': 0.0"),
+        (StageOptions(mixture={"robot/qa": float("nan")}), "nan"),
+        (StageOptions(LossWeights(flow=1), {"robot/qa": 1.0}), "nothing is learned from robot/qa"),
     ],
 )
-def test_wrong_shares_are_named(stage: Stage, named: str) -> None:
+def test_wrong_shares_are_named(stage: StageOptions, named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        Mixture(ENTRIES, 8).weights(stage)
+        mixture_of(ENTRIES, 8).weights(stage)
 
 
 @pytest.mark.parametrize(
-    ("entries", "named"), [([], "nothing to draw from"), ([Entry("a/qa", 0)], "a/qa has no samples")]
+    ("entries", "named"), [([], "nothing to draw from"), ([entry("a/qa", 0)], "a/qa has no samples")]
 )
 def test_empty_data_are_named(entries: list[Entry], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        Mixture(entries, 8)
+        mixture_of(entries, 8)
 
 
 @pytest.mark.parametrize("window", [1, 64])
 def test_stage_of_a_batch_is_decided_by_its_index(window: int) -> None:
-    recipe = Recipe(Stage(mixture={"robot/qa": 1.0}), Stage(mixture={"web/qa": 1.0}), 2, 2)
-    sampler = MixtureSampler(Mixture(ENTRIES, 4, window=window), recipe, num_batches=8, batches_per_step=2)
-    assert [{entry for entry, _, _ in batch} for batch in sampler] == [{0}] * 4 + [{2}] * 4
+    recipe = Recipe.of(
+        2, 2, pretrain=StageOptions(mixture={"robot/qa": 1.0}), posttrain=StageOptions(mixture={"web/qa": 1.0})
+    )
+    sampler = MixtureSampler(mixture_of(ENTRIES, 4, window=window), recipe, num_batches=8, batches_per_step=2)
+    assert [{number for number, _, _ in batch} for batch in sampler] == [{0}] * 4 + [{2}] * 4
 
 
 @pytest.mark.parametrize("window", [1, 3])
 def test_a_sampler_that_starts_later_goes_on_where_the_other_was(window: int) -> None:
-    recipe = Recipe(pretrain_steps=4, posttrain_steps=5)
+    recipe = Recipe.of(pretrain_steps=4, posttrain_steps=5)
 
     def sampler(start: int) -> MixtureSampler:
-        return MixtureSampler(Mixture(ENTRIES, 4, window=window), recipe, num_batches=9, start=start)
+        return MixtureSampler(mixture_of(ENTRIES, 4, window=window), recipe, num_batches=9, start=start)
 
     for start in range(9):
         assert list(sampler(start)) == list(islice(sampler(0), start, None))

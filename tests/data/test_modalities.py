@@ -17,7 +17,8 @@ from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.samples import Samples
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.types import Modality, Target
+from pi05_lightning.training.callbacks.stages import StageSwitch
+from pi05_lightning.types import Modality, Subset, Target
 
 SHAPES = ModelConfig.preset("debug").shapes
 
@@ -59,17 +60,21 @@ recipe:
 def parsed(config: str) -> tuple[Samples, Recipe]:
     parser = ArgumentParser()
     parser.add_class_arguments(Pi05DataModule, "data")
-    parser.add_class_arguments(Recipe, "recipe")
+    parser.add_class_arguments(StageSwitch, "recipe")
     made = parser.instantiate(parser.parse_string(config))
-    return Samples(made.data.sources("train"), made.data.processor), made.recipe
+    return Samples(made.data.sources("train"), made.data.processor), made.recipe.recipe
 
 
 def test_one_mixture_yields_all_five(parsed: tuple[Samples, Recipe]) -> None:
     samples, recipe = parsed
-    mixture = Mixture(samples.entries, batch_size=20)
-    draws = mixture.batch(0, mixture.weights(recipe.pretrain))
+    mixture = Mixture(samples.entries, {}, batch_size=20)
+    draws = mixture.batch(0, mixture.weights(recipe.at(0)))
     batch = samples.collate([samples[draw] for draw in draws])
-    assert Counter(batch.modality.tolist()) == dict.fromkeys(range(len(Modality)), 4)
+    assert batch.drawn is not None
+    drawn: Counter[Modality] = Counter()
+    for name, count in batch.drawn.names.items():
+        drawn[Subset.parse(name).modality] += count
+    assert drawn == dict.fromkeys(Modality, 4)
     assert {int(kind) for kind in batch.target_kind.unique()} == {int(kind) for kind in Target}
     assert len(batch.actions) == 4
 
@@ -78,11 +83,9 @@ def test_one_frame_is_its_subtask_its_fast_chunk_and_its_continuous_chunk(parsed
     samples, _ = parsed
     frame = 3  # with subtask, questions and actions
     made = {}
-    for name, indices in zip(samples.names, samples.indices, strict=True):
-        if name.startswith("robot/"):
-            made[Modality(name.removeprefix("robot/"))] = samples[
-                samples.names.index(name), int(np.flatnonzero(indices == frame)[0]), 0
-            ]
+    for number, (subset, indices) in enumerate(zip(samples.subsets, samples.indices, strict=True)):
+        if subset.source == "robot":
+            made[subset.modality] = samples[number, int(np.flatnonzero(indices == frame)[0]), 0]
     kinds = {modality: set(sample.target_kind.tolist()) - {0} for modality, sample in made.items()}
     assert kinds == {
         Modality.QA: {Target.TEXT},

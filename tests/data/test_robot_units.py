@@ -13,7 +13,7 @@ from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotSource
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.types import Modality, Shapes
+from pi05_lightning.types import Modality, Shapes, Subset
 
 from .test_lerobot_source import HORIZON, data_file, open_source, rewrite
 
@@ -118,7 +118,7 @@ def test_prompts_name_embodiment_and_control_mode(videos: Path) -> None:
     source = open_source(videos, embodiment="so101", control_mode="joints")
     prompts = Prompts(action="{embodiment}, {control_mode}: {task};\nAction: ")
     made = processor(source, Language(prompts=prompts, condition_on="task"))
-    sample = made.sample(source[0], Modality.CONTINUOUS, "robot")
+    sample = made.sample(source[0], Subset("robot", Modality.CONTINUOUS))
     assert TOKENIZER.decode(sample.tokens) == "so101, joints: close the drawer;\nAction: "
     asked = made.prompt(source[0], "robot")
     np.testing.assert_array_equal(asked.tokens, sample.tokens)
@@ -179,9 +179,9 @@ def test_a_value_that_no_statistics_explain_is_bad_data(videos_copy: Path) -> No
     source = open_source(videos_copy, **GRIPPER, on_bad_sample="skip")
     made = processor(source)
     source.columns.state[4, 3] = 0.9
-    made.sample(source[3], Modality.CONTINUOUS, "robot")
+    made.sample(source[3], Subset("robot", Modality.CONTINUOUS))
     with pytest.raises(BadFrame, match=r"dimension 3 of its state is 8e\+07 when normalised.*min_range"):
-        made.sample(source[4], Modality.CONTINUOUS, "robot")
+        made.sample(source[4], Subset("robot", Modality.CONTINUOUS))
 
 
 def test_episodes_with_bad_frames_are_left_out_of_the_statistics(videos_copy: Path) -> None:

@@ -20,7 +20,7 @@ from pi05_lightning.data.sources.base import SourceConfig
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, Recipe, Stage
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.types import Drawn
 
 BAD = (3, 4, 11)
@@ -135,8 +135,8 @@ def test_padding_is_below_five_percent_on_a_mixture_of_cameras_and_text(
     }
     data = Pi05DataModule(sources, batch_size=4, num_workers=0, shapes=ModelConfig.preset("debug").shapes)
     robots = {f"{name}/continuous_robot_actions": share for name, share in (("one", 5), ("three", 3), ("none", 1.7))}
-    stage = Stage(LossWeights(text=1, flow=1), mixture={**robots, "web/web_caption": 1})
-    data.recipe = Recipe(pretrain_steps=0, posttrain=stage)
+    stage = StageOptions(LossWeights(text=1, flow=1), mixture={**robots, "web/web_caption": 1})
+    data.recipe = Recipe.of(pretrain_steps=0, posttrain=stage)
     data.trainer = Trainer(max_steps=64, accelerator="cpu", logger=False, enable_progress_bar=False)
     drawn: Counter[str] = Counter()
     valid = positions = 0

@@ -12,7 +12,8 @@ from transformers import GemmaTokenizer
 
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.prompt import Prompts
-from pi05_lightning.data.tokenizer import LOCATIONS, SEGMENTS, TextTokenizer, box_to_text, text_to_boxes
+from pi05_lightning.data.tokenizer import LOCATIONS, SEGMENTS, TextTokenizer
+from pi05_lightning.types import box_to_text, text_to_boxes
 from tools.make_tokenizer import make
 
 TEXTS = [

@@ -11,10 +11,10 @@ import torch
 from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.evaluation.metrics import Evaluator, ModalityMetrics, compute_all
+from pi05_lightning.evaluation.metrics import Evaluator, SubsetMetrics, compute_all
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch
+from pi05_lightning.types import Batch, Subset
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -45,12 +45,13 @@ def evaluator(data: Pi05DataModule) -> Evaluator:
 
 
 def batches(data: Pi05DataModule, name: str) -> list[Batch]:
-    return list(data.val_dataloader()[data.validation_names.index(name)])
+    return list(data.val_dataloader()[data.validation_subsets.index(Subset.parse(name))])
 
 
 def values(evaluator: Evaluator, name: str, *given: Batch) -> dict[str, float]:
     """The metrics of some batches."""
-    metrics = ModalityMetrics(name, evaluator.model.config)
+    subset = Subset.parse(name)
+    metrics = SubsetMetrics(subset, evaluator.model)
     for batch in given:
-        metrics.update(evaluator.measure(batch, name))
-    return compute_all({name: metrics})[name]
+        metrics.update(evaluator.measure(batch, subset))
+    return compute_all({subset: metrics})[name]

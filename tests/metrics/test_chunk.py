@@ -6,7 +6,7 @@ import torch
 
 from pi05_lightning.data.transforms import Quantiles
 from pi05_lightning.evaluation.metrics.chunk import CHUNK_METRICS, chunk_errors
-from pi05_lightning.evaluation.metrics.modality import values_of
+from pi05_lightning.evaluation.metrics.subset import values_of
 from pi05_lightning.evaluation.metrics.weighted_mean import Sums, WeightedMean
 
 TRUTH = torch.tensor([[[0.0, 0.0, 0.0], [1.0, -1.0, 0.0]]])

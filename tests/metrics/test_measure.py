@@ -12,7 +12,7 @@ from pi05_lightning import Pi05DataModule
 from pi05_lightning.evaluation.metrics import Evaluator
 from pi05_lightning.evaluation.metrics.measure import FLOW_TIMES, NOISE_SEED, without_targets
 from pi05_lightning.losses import draw_noise
-from pi05_lightning.types import Batch, Target
+from pi05_lightning.types import Batch, Subset, Target
 
 from .conftest import batches, values
 
@@ -122,9 +122,9 @@ def test_box_iou_counts_answers_with_boxes_alone(
     evaluator: Evaluator, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = data._validation
-    entry = samples.names.index(QA)
+    entry = samples.subsets.index(Subset.parse(QA))
     frame = samples.sources["robot"][int(samples.indices[entry][0])]
-    asked = [data.processor.sample(frame, data._validation.of(QA)[1], "robot", key) for key in range(8)]
+    asked = [data.processor.sample(frame, Subset.parse(QA), key) for key in range(8)]
     batch = data.processor.collate(asked)
     tokens, valid = truth(batch, Target.TEXT)
     monkeypatch.setattr(evaluator.model.subtask_head, "generate", lambda *_, **__: (tokens, valid, None))
@@ -170,7 +170,9 @@ def test_action_error_of_true_tokens_is_what_fast_loses(
     fast = data.processor.fast
     assert fast is not None
     frames = [
-        data._validation.sources["robot"][int(data._validation.indices[data._validation.names.index(FAST)][k])]
+        data._validation.sources["robot"][
+            int(data._validation.indices[data._validation.subsets.index(Subset.parse(FAST))][k])
+        ]
         for k in batch.key
     ]
     chunks = torch.stack([torch.from_numpy(data.processor.normalize(f, "robot").actions) for f in frames])

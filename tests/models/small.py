@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
+from pi05_lightning.models.heads.base import Terms
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch, Modality, Target
+from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch, Target, index_targets
 
 KINDS = {"p": Target.NONE, "t": Target.TEXT, "s": Target.SUBTASK, "f": Target.FAST}
 
@@ -81,15 +82,18 @@ def make_batch(config: ModelConfig, rows: Sequence[str], *, acting: int = 0, dra
         token_mask=mask,
         causal=kind > 0,
         target_kind=kind,
-        target_index=kind.flatten().nonzero()[:, 0],
+        target_index=index_targets(kind),
         actions=first(actions),
         action_mask=torch.ones_like(first(actions), dtype=torch.bool),
-        modality=torch.full((len(rows),), Modality.CONTINUOUS.id),
-        source=torch.zeros(len(rows), dtype=torch.long),
         key=torch.arange(len(rows)),
         noise=first(noise),
         time=first(time),
     )
+
+
+def token_nll(terms: Terms) -> Tensor:
+    """Cross-entropy of every target token, f32[N], kind by kind."""
+    return torch.cat([terms[name].values for name in ("text", "subtask", "fast") if name in terms])
 
 
 def change_column(batch: Batch, column: int, row: int = 0) -> Batch:

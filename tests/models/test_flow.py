@@ -11,7 +11,7 @@ from pi05_lightning.models.heads.flow import interpolate, time_features
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
 
-from .small import make_batch, small_model
+from .small import make_batch, small_model, token_nll
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def model() -> Pi05:
 
 def gradients(model: Pi05, batch: Batch, **options: bool) -> dict[str, torch.Tensor | None]:
     model.zero_grad()
-    out = model(batch, tokens=False, **options).flow
+    out = model(batch, ["flow"], **options)["flow"].values
     assert out is not None
     out.mean().backward()
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -45,12 +45,12 @@ def test_k_draws_are_the_mean_of_k_passes(model: Pi05) -> None:
     batch = make_batch(model.config, ["iipps", "ip", "pptt"], acting=2, draws=3)
     assert batch.noise is not None
     assert batch.time is not None
-    together = model(batch, tokens=False).flow
+    together = model(batch, ["flow"])["flow"].values
     grads = gradients(model, batch)
     losses, separate = [], []
     for k in range(3):
         one = replace(batch, noise=batch.noise[:, k : k + 1], time=batch.time[:, k : k + 1])
-        losses.append(model(one, tokens=False).flow)
+        losses.append(model(one, ["flow"])["flow"].values)
         separate.append(gradients(model, one))
     torch.testing.assert_close(together, torch.cat(losses, 1))
     for name, grad in grads.items():
@@ -63,7 +63,7 @@ def test_time_per_step_equals_time_per_row_where_all_steps_share_it(model: Pi05)
     batch = make_batch(model.config, ["ip", "iip"], acting=2, draws=2)
     assert batch.time is not None
     per_step = replace(batch, time=batch.time[..., None].expand(-1, -1, model.config.horizon))
-    torch.testing.assert_close(model(per_step, tokens=False).flow, model(batch, tokens=False).flow)
+    torch.testing.assert_close(model(per_step, ["flow"])["flow"].values, model(batch, ["flow"])["flow"].values)
 
 
 def test_time_per_step_modulates_each_step_by_its_own(model: Pi05) -> None:
@@ -116,5 +116,5 @@ def test_insulation_stops_only_the_flow_loss(model: Pi05) -> None:
     batch = make_batch(model.config, ["iippss"], acting=1)
     model.zero_grad()
     out = model(batch, insulate=True)
-    (out.tokens.nll.mean() + out.flow.mean()).backward()
+    (token_nll(out).mean() + out["flow"].values.mean()).backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -13,7 +13,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
 from pi05_lightning.weights.training_checkpoint import build_merged
 
-from .small import make_batch, small_config, small_model
+from .small import make_batch, small_config, small_model, token_nll
 
 WHOLE = ("time_mlp_in", "time_mlp_out", "action_in_proj", "action_out_proj", "projector")
 
@@ -31,7 +31,7 @@ def batch(model: Pi05) -> Batch:
 @torch.no_grad()
 def outputs(model: Pi05, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     out = model(batch)
-    return out.tokens.nll, out.flow
+    return token_nll(out), out["flow"].values
 
 
 def trained_adapters(model: Pi05) -> Pi05:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
 
-from .small import change_column, make_batch, small_config, small_model
+from .small import change_column, make_batch, small_config, small_model, token_nll
 
 # rows attend to columns; the flow head's row is last
 DRAWINGS = {
@@ -58,15 +58,11 @@ DRAWINGS = {
 
 
 def flow(model: Pi05, batch: Batch) -> Tensor:
-    out = model(batch, tokens=False).flow
-    assert out is not None
-    return out
+    return model(batch, ["flow"])["flow"].values
 
 
 def nll(model: Pi05, batch: Batch) -> Tensor:
-    tokens = model(batch, actions=False).tokens
-    assert tokens is not None
-    return tokens.nll
+    return token_nll(model(batch, ["text", "subtask", "fast"]))
 
 
 @pytest.mark.parametrize("drawing", DRAWINGS.values(), ids=DRAWINGS.keys())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.peer import randomize, resized
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Modality, Target
+from pi05_lightning.types import Batch, Target, index_targets
 from pi05_lightning.weights.lerobot import load_lerobot
 from pi05_lightning.weights.safetensors import build
 
@@ -80,11 +80,9 @@ def make_inputs(
         token_mask=token_mask[:, :longest],
         causal=torch.zeros(rows, longest, dtype=torch.bool),
         target_kind=torch.full((rows, longest), Target.NONE, dtype=torch.uint8),
-        target_index=torch.zeros(0, dtype=torch.long),
+        target_index=index_targets(torch.zeros(0, dtype=torch.uint8)),
         actions=actions,
         action_mask=torch.ones_like(actions, dtype=torch.bool),
-        modality=torch.full((rows,), Modality.CONTINUOUS.id),
-        source=torch.zeros(rows, dtype=torch.long),
         key=torch.arange(rows),
         noise=noise[:, None],
         time=time[:, None],

@@ -14,7 +14,7 @@ from torch import Tensor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.token import generate
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Target
+from pi05_lightning.types import Batch, Target, index_targets
 from pi05_lightning.weights.lerobot import LM_HEAD, to_ours
 
 from .reference import Inputs, build_lerobot_fast, make_inputs, relative_error
@@ -84,7 +84,7 @@ def with_segment(x: Inputs, segment: Tensor, mask: Tensor, *, causal: bool) -> B
         token_mask=token_mask,
         causal=after & causal,
         target_kind=kind.to(torch.uint8),
-        target_index=kind.flatten().nonzero()[:, 0],
+        target_index=index_targets(kind),
         actions=x.actions[:0],
     )
 
@@ -151,6 +151,6 @@ def test_logits_are_of_the_tied_embedding(ours_fast: Pi05, inputs: Inputs, fast_
         out = ours_fast(batch)
     assert hidden is not None
     logits = F.linear(hidden, ours_fast.backbone.embed_tokens.weight).flatten(0, 1)
-    targets = batch.tokens.flatten()[batch.target_index]
-    expected = F.cross_entropy(logits[batch.target_index - 1], targets, reduction="none")
-    torch.testing.assert_close(out.tokens.nll, expected)
+    targets = batch.tokens.flatten()[batch.target_index[Target.FAST]]
+    expected = F.cross_entropy(logits[batch.target_index[Target.FAST] - 1], targets, reduction="none")
+    torch.testing.assert_close(out["fast"].values, expected)

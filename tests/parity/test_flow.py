@@ -54,7 +54,7 @@ def lerobot_loss(model: PI05Pytorch, x: Inputs) -> Tensor:
 def test_flow_loss_is_lerobots_element_by_element(lerobot: PI05Pytorch, ours: Pi05, inputs: Inputs) -> None:
     with torch.no_grad():
         expected = lerobot_loss(lerobot, inputs)
-        flow = ours(inputs.batch, tokens=False).flow
+        flow = ours(inputs.batch, ["flow"])["flow"].values
     assert flow is not None
     assert relative_error(flow[:, 0], expected) < TOLERANCE
 
@@ -63,7 +63,7 @@ def test_every_gradient_is_lerobots(lerobot: PI05Pytorch, ours: Pi05, inputs: In
     lerobot.zero_grad()
     ours.zero_grad()
     lerobot_loss(lerobot, inputs).mean().backward()
-    flow = ours(inputs.batch, tokens=False).flow
+    flow = ours(inputs.batch, ["flow"])["flow"].values
     assert flow is not None
     flow.mean().backward()
     expected = {to_ours(name): p.grad for name, p in lerobot.named_parameters() if to_ours(name)}

@@ -15,6 +15,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from pi05_lightning.evaluation.report.page import report
+from pi05_lightning.recipe import Recipe
 from pi05_lightning.training.callbacks.dashboard import layout
 
 TOOL = Path(__file__).parents[2] / "tools" / "browser.py"
@@ -58,7 +59,7 @@ def test_missing_image_is_noticed(tmp_path: Path) -> None:
 def tensorboard(run: Path) -> Iterator[str]:
     """TensorBoard's address, with our layout over the run."""
     with SummaryWriter(str(run)) as writer:
-        writer.add_custom_scalars(layout())
+        writer.add_custom_scalars(layout(Recipe.of()))
         writer.add_scalar("lr/decay", 1e-3, 1)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--port", "0", "--host", "127.0.0.1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -80,5 +81,5 @@ def tensorboard(run: Path) -> Iterator[str]:
 def test_tensorboard_shows_the_topics_of_our_layout(tensorboard: str) -> None:
     visited = asyncio.run(browser.visit(f"{tensorboard}#custom_scalars", seconds=15))
     assert [error for error in visited.errors if "favicon" not in error] == []
-    for topic in layout():
+    for topic in layout(Recipe.of()):
         assert topic in visited.text

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pi05_lightning.evaluation.report.page import overall, poster, report
-from pi05_lightning.evaluation.report.plots import switch_step
+from pi05_lightning.evaluation.report.plots import switch_steps
 from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
 
 from .conftest import SUCCESS, SWITCH
@@ -102,11 +102,11 @@ def test_curves_hold_every_logged_step(run: Path) -> None:
 
 
 def test_stage_switch_is_found_in_the_curves(run: Path) -> None:
-    assert switch_step(read_curves(run)) == SWITCH
+    assert switch_steps(read_curves(run)) == [SWITCH]
 
 
 def test_run_of_one_stage_has_no_switch() -> None:
-    assert switch_step({"stage": Curve([0], [1.0])}) is None
+    assert switch_steps({"stage": Curve([0], [1.0])}) == []
 
 
 def test_overall_success_counts_all_tasks() -> None:

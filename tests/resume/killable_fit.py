@@ -62,7 +62,7 @@ class Record(Callback):
             "batch": batch_idx,
             "step": trainer.global_step,
             "keys": batch.key.tolist(),
-            "targets": len(batch.target_index),
+            "targets": sum(map(len, batch.target_index.values())),
             "pixels": digest(batch.pixels),
             "noise": digest([batch.noise, batch.time]),
             "everything": digest(batch),

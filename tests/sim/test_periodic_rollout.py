@@ -14,13 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 
 STAGES = {
-    "pretrain": Stage(LossWeights(subtask=1), {"robot/hl_subtask": 1.0}),
-    "posttrain": Stage(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
+    "pretrain": StageOptions(LossWeights(subtask=1), {"robot/hl_subtask": 1.0}),
+    "posttrain": StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
 }
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.models.parallelize import Lora
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
@@ -20,8 +20,8 @@ from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]
 STAGES_WITH_FREEZING = {
-    "pretrain": Stage(STAGES["pretrain"].losses, STAGES["pretrain"].mixture, freeze=(r"backbone\.vision",)),
-    "posttrain": Stage(
+    "pretrain": StageOptions(STAGES["pretrain"].losses, STAGES["pretrain"].mixture, freeze=(r"backbone\.vision",)),
+    "posttrain": StageOptions(
         LossWeights(subtask=1, flow=1),
         STAGES["posttrain"].mixture,
         freeze=(r"backbone\.layers\.0\.",),

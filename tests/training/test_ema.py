@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.convert import convert
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
@@ -82,8 +82,8 @@ def test_average_of_a_resumed_run_is_that_of_one_that_was_not_stopped(train: Tra
 
 def test_parts_that_no_stage_trains_have_no_average(train: Train, tmp_path: Path) -> None:
     frozen = {
-        "pretrain": Stage(STAGES["pretrain"].losses, STAGES["pretrain"].mixture, freeze=(r"backbone\.vision",)),
-        "posttrain": Stage(LossWeights(flow=1), STAGES["posttrain"].mixture, freeze=(r"backbone\.",)),
+        "pretrain": StageOptions(STAGES["pretrain"].losses, STAGES["pretrain"].mixture, freeze=(r"backbone\.vision",)),
+        "posttrain": StageOptions(LossWeights(flow=1), STAGES["posttrain"].mixture, freeze=(r"backbone\.",)),
     }
     train(WeightAverage(0.9), stages=frozen)
     names = {name.removeprefix("model.") for name in load(tmp_path, TOTAL)["state_dict"]}

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import PARTS, gradient_norms, param_groups
-from pi05_lightning.recipe import Recipe, Stage
+from pi05_lightning.recipe import Recipe, StageOptions
 from tests.models.small import make_batch, small_config, small_model
 
-RECIPE = Recipe(
-    Stage(freeze=(r"backbone\.vision",), lr_factors={r"layers\.0\.": 0.1, "backbone": 0.5}),
-    Stage(lr_factors={"flow_head": 2.0}),
+RECIPE = Recipe.of(
+    pretrain=StageOptions(freeze=(r"backbone\.vision",), lr_factors={r"layers\.0\.": 0.1, "backbone": 0.5}),
+    posttrain=StageOptions(lr_factors={"flow_head": 2.0}),
 )
 
 
@@ -79,7 +79,7 @@ def backward_flops(*frozen: str, insulate: bool = False) -> int:
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not name.startswith(frozen)
     batch = make_batch(model.config, ["iipp", "ipp"], acting=2)
-    loss = model(batch, tokens=False, insulate=insulate).flow.mean()
+    loss = model(batch, ["flow"], insulate=insulate)["flow"].values.mean()
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     return counter.get_total_flops()

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, StageOptions
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 
@@ -73,7 +73,7 @@ def test_run_resumed_around_the_switch_ends_with_the_same_weights(train: Train, 
 
 
 def test_frozen_parts_of_a_stage_keep_their_weights(train: Train, tmp_path: Path) -> None:
-    frozen = Stage(LossWeights(subtask=1, flow=1), STAGES["posttrain"].mixture, freeze=("backbone",))
+    frozen = StageOptions(LossWeights(subtask=1, flow=1), STAGES["posttrain"].mixture, freeze=("backbone",))
     train(stages=STAGES | {"posttrain": frozen})
     before, after = (
         torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)["state_dict"] for step in (PRETRAIN_STEPS, TOTAL)

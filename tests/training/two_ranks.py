@@ -12,15 +12,17 @@ from lightning.pytorch import Trainer, seed_everything
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 
 
 def main(dataset: str, folder: str, *freeze: str) -> None:
     """Train 2 + 2 steps and leave each rank's weights, average and last gradients in `FOLDER/RANK.pt`."""
     seed_everything(0)
-    pretrain = Stage(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}, freeze=freeze)
-    posttrain = Stage(LossWeights(subtask=1, flow=1), {"robot/hl_subtask": 0.5, "robot/continuous_robot_actions": 0.5})
+    pretrain = StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}, freeze=freeze)
+    posttrain = StageOptions(
+        LossWeights(subtask=1, flow=1), {"robot/hl_subtask": 0.5, "robot/continuous_robot_actions": 0.5}
+    )
     average = WeightAverage(0.9)
     module = Pi05Module(ModelConfig.preset("debug"), partial(torch.optim.AdamW, lr=1e-3))
     trainer = Trainer(

@@ -10,35 +10,32 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.tokenizer import text_to_boxes
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
 from pi05_lightning.evaluation.report.examples import Example
-from pi05_lightning.losses import draw_noise
-from pi05_lightning.models.keypoints import KeypointStem
+from pi05_lightning.losses import draw_noise, flow_time_quantile
+from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Modality, Prefix, Target
+from pi05_lightning.types import Batch, Modality, Prefix, Subset, Target, text_to_boxes
 
 NOISE_SEED = 0  # not the run's: runs of any seed are measured with the same noise
-FLOW_TIMES = tuple(0.999 * ((k + 0.5) / 8) ** (2 / 3) + 0.001 for k in range(8))
-"""Flow times of the flow loss: middles of eight equally likely parts of 0.999 · Beta(1.5, 1) + 0.001, so that its mean
-estimates the loss that is trained."""
+FLOW_TIMES = tuple(flow_time_quantile((k + 0.5) / 8) for k in range(8))
+"""Flow times of the flow loss: middles of eight equally likely parts of what training draws, so that its mean estimates
+the loss that is trained."""
 SHOWN_DRAWS = 8
 EXTRA_TOKENS = 4  # that a generated text may be longer than the true one
-
-Values = dict[str, tuple[Tensor, Tensor]]
-"""metric -> values and weights, of one shape."""
 
 
 @dataclass
 class Measured:
     """A batch, measured.
 
-    values: per metric.  badness: f32[B], higher is worse.  examples: rows of the batch as something to look at.
+    values: per metric.  error: f32[B], by which the worst samples are found.  examples: rows of the batch as something
+    to look at.
     """
 
-    values: Values
-    badness: Tensor
+    values: Terms
+    error: Tensor
     examples: Callable[[Sequence[int]], list[Example]]
 
 
@@ -54,20 +51,39 @@ class Evaluator:
     """Largest error of an action value that counts as right, as a share of the normalised range [-1, 1]."""
 
     @torch.no_grad()
-    def measure(self, batch: Batch, name: str) -> Measured:
-        """Measure a batch of `source/modality`, on the model's device."""
-        source, _, modality = name.rpartition("/")
-        if modality == Modality.CONTINUOUS:
-            return self._chunks(batch, name, source)
-        if modality == Modality.FAST:
-            return self._fast(batch, name, source)
-        return self._text(batch, name)
+    def measure(self, batch: Batch, subset: Subset) -> Measured:
+        """Measure a batch of a subset, on the model's device."""
+        match subset.modality:
+            case Modality.CONTINUOUS:
+                return self._chunks(batch, subset)
+            case Modality.FAST:
+                return self._fast(batch, subset)
+            case _:
+                return self._text(batch, subset)
+
+    def _measures(self, head: Head, subset: Subset) -> bool:
+        """Whether a head has a metric of this modality."""
+        return any(subset.modality in modalities for modalities in head.metrics.values())
+
+    def _of_heads(self, batch: Batch, subset: Subset, prefix: Prefix) -> Terms:
+        """What the heads themselves measure; of several that have a metric of one name, all values together."""
+        found: dict[str, list[Term]] = {}
+        for head in self.model.heads.values():
+            if self._measures(head, subset) and head.has_targets(batch):
+                for name, term in head.measure(batch, prefix, self.model.backbone).items():
+                    found.setdefault(name, []).append(term)
+        return {
+            name: Term(*(torch.cat([x.flatten() for x in part]) for part in zip(*terms, strict=True)))
+            for name, terms in found.items()
+        }
 
     # --- text: captions, answers, boxes, subtasks
 
-    def _text(self, batch: Batch, name: str) -> Measured:
-        kind = Target.SUBTASK if name.endswith(Modality.HL_SUBTASK) else Target.TEXT
-        values, nll = self._tokens(batch)
+    def _text(self, batch: Batch, subset: Subset) -> Measured:
+        kind = Target.SUBTASK if subset.modality is Modality.HL_SUBTASK else Target.TEXT
+        whole = self.model.backbone(batch)
+        values = self._of_heads(batch, subset, whole)
+        nll = self._mean_nll(batch, whole, kind)
         tokenizer, model = self.processor.tokenizer, self.model
         longest = int((batch.target_kind == kind).sum(1).max())
         tokens, valid, _ = model.subtask_head.generate(
@@ -81,17 +97,17 @@ class Evaluator:
             tokenizer.decode(row[k == kind].tolist()) for row, k in zip(batch.tokens, batch.target_kind, strict=True)
         ]
         exact = torch.tensor([a == b for a, b in zip(said, truth, strict=True)], device=nll.device)
-        values["exact_match"] = (exact, torch.ones_like(exact))
+        values["exact_match"] = Term(exact, torch.ones_like(exact))
         boxes = [(text_to_boxes(a), text_to_boxes(b)) for a, b in zip(said, truth, strict=True)]
         ious = torch.tensor([box_iou(*pair) if pair[1] else 0.0 for pair in boxes])
-        values["box_iou"] = (ious, torch.tensor([bool(true) for _, true in boxes]))
+        values["box_iou"] = Term(ious, torch.tensor([bool(true) for _, true in boxes]))
         # wrong before right, then by how unlikely the model found the truth
-        badness = nll + 1e3 * (~exact)
+        error = nll + 1e3 * (~exact)
 
         def examples(rows: Sequence[int]) -> list[Example]:
             return [
                 replace(
-                    self._example(batch, row, name, badness),
+                    self._example(batch, row, subset, error),
                     said=said[row],
                     truth=truth[row],
                     said_boxes=tuple(boxes[row][0]),
@@ -100,38 +116,33 @@ class Evaluator:
                 for row in rows
             ]
 
-        return Measured(values, badness, examples)
+        return Measured(values, error, examples)
 
-    def _tokens(self, batch: Batch) -> tuple[Values, Tensor]:
-        """Cross-entropy and accuracy of next tokens given the true ones before, and each row's mean cross-entropy."""
-        out = self.model(batch, actions=False, points=isinstance(self.model.backbone.vision, KeypointStem))
-        assert out.tokens is not None
-        ones = torch.ones_like(out.tokens.nll)
-        values = {"cross_entropy": (out.tokens.nll, ones), "token_accuracy": (out.tokens.correct, ones)}
-        if out.distance is not None:
-            values["pointing_error"] = (out.distance, torch.ones_like(out.distance))
-        row = batch.target_index // batch.tokens.shape[1]
-        zeros = out.tokens.nll.new_zeros(len(batch))
-        nll = zeros.index_add(0, row, out.tokens.nll) / zeros.index_add(0, row, ones).clamp(min=1)
-        return values, nll
+    def _mean_nll(self, batch: Batch, prefix: Prefix, kind: Target) -> Tensor:
+        """Mean cross-entropy of each row's tokens of a kind, f32[B]."""
+        scores = self.model.subtask_head.score(batch, prefix, self.model.backbone, kind)
+        row = batch.target_index[kind] // batch.tokens.shape[1]
+        zeros = scores.nll.new_zeros(len(batch))
+        count = zeros.index_add(0, row, torch.ones_like(scores.nll))
+        return zeros.index_add(0, row, scores.nll) / count.clamp(min=1)
 
     # --- actions as FAST tokens
 
-    def _fast(self, batch: Batch, name: str, source: str) -> Measured:
-        values, _ = self._tokens(batch)
-        chunk, decoded = self.decode_fast(batch, source)
-        values["decode_success"] = (decoded, torch.ones_like(decoded))
+    def _fast(self, batch: Batch, subset: Subset) -> Measured:
+        values = self._of_heads(batch, subset, self.model.backbone(batch))
+        chunk, decoded = self.decode_fast(batch, subset.source)
+        values["decode_success"] = Term(decoded, torch.ones_like(decoded))
         mask = batch.fast_action_mask
-        values["chunk"] = self._chunk_errors(chunk, batch.fast_actions, mask, source)
-        badness = row_mean((chunk - batch.fast_actions).abs(), mask)
+        values["chunk"] = self._chunk_errors(chunk, batch.fast_actions, mask, subset.source)
+        error = row_mean((chunk - batch.fast_actions).abs(), mask)
 
         def examples(rows: Sequence[int]) -> list[Example]:
             return [
-                self._chunk_example(batch, row, name, badness, batch.fast_actions, mask, chunk[row][None])
+                self._chunk_example(batch, row, subset, error, batch.fast_actions, mask, chunk[row][None])
                 for row in rows
             ]
 
-        return Measured(values, badness, examples)
+        return Measured(values, error, examples)
 
     def decode_fast(self, batch: Batch, source: str) -> tuple[Tensor, Tensor]:
         """Chunks f32[B T D] that a policy would run, and whether the tokens decode by themselves, bool[B].
@@ -165,18 +176,19 @@ class Evaluator:
 
     # --- actions by flow matching
 
-    def _chunks(self, batch: Batch, name: str, source: str) -> Measured:
+    def _chunks(self, batch: Batch, subset: Subset) -> Measured:
         mask = batch.action_mask
-        prefix = self.model.backbone(batch, need_hidden=False)
+        measuring = [head for head in self.model.heads.values() if self._measures(head, subset)]
+        prefix = self.model.backbone(batch, need_hidden=any(head.reads_hidden for head in measuring))
         noise = self._noise(batch, len(FLOW_TIMES))
         times = torch.tensor(FLOW_TIMES, device=noise.device).expand(len(noise), -1)
-        flow = self.model.flow_head.loss(prefix, batch.actions, noise, times).permute(0, 2, 3, 1)
+        flow = self.model.flow_head.squared_error(prefix, batch.actions, noise, times).permute(0, 2, 3, 1)
         chunk = self.model.flow_head.sample(prefix, noise[:, :1], self.num_steps)[:, 0]
-        values = {
-            "flow_loss": (flow, mask[..., None].expand_as(flow)),
-            "chunk": self._chunk_errors(chunk, batch.actions, mask, source),
+        values = self._of_heads(batch, subset, prefix) | {
+            "flow_loss": Term(flow, mask[..., None].expand_as(flow)),
+            "chunk": self._chunk_errors(chunk, batch.actions, mask, subset.source),
         }
-        badness = row_mean((chunk - batch.actions).abs(), mask)
+        error = row_mean((chunk - batch.actions).abs(), mask)
 
         def examples(rows: Sequence[int]) -> list[Example]:
             chosen = torch.tensor(rows, device=noise.device)
@@ -185,11 +197,11 @@ class Evaluator:
             )
             draws = self.model.flow_head.sample(seen, noise[chosen, :SHOWN_DRAWS], self.num_steps)
             return [
-                self._chunk_example(batch, row, name, badness, batch.actions, mask, draws[i])
+                self._chunk_example(batch, row, subset, error, batch.actions, mask, draws[i])
                 for i, row in enumerate(rows)
             ]
 
-        return Measured(values, badness, examples)
+        return Measured(values, error, examples)
 
     def _noise(self, batch: Batch, draws: int) -> Tensor:
         """Noise f32[R K T D] that depends on each sample's key alone."""
@@ -202,9 +214,9 @@ class Evaluator:
     def _dims(self, source: str) -> int:
         return len(self.processor.robots[source].normalize.action.q01)
 
-    def _chunk_errors(self, chunk: Tensor, truth: Tensor, mask: Tensor, source: str) -> tuple[Tensor, Tensor]:
+    def _chunk_errors(self, chunk: Tensor, truth: Tensor, mask: Tensor, source: str) -> Term:
         quantiles = self.processor.robots[source].normalize.action
-        return chunk_errors(chunk, truth, mask, quantiles, self.accuracy_threshold)
+        return Term(*chunk_errors(chunk, truth, mask, quantiles, self.accuracy_threshold))
 
     def _real(self, chunk: Tensor, source: str) -> np.ndarray:
         """Actions of a source in its own units and dimensions."""
@@ -212,17 +224,16 @@ class Evaluator:
         return quantiles.unnormalize(chunk[..., : self._dims(source)].cpu().numpy())
 
     def _chunk_example(
-        self, batch: Batch, row: int, name: str, badness: Tensor, truth: Tensor, mask: Tensor, draws: Tensor
+        self, batch: Batch, row: int, subset: Subset, error: Tensor, truth: Tensor, mask: Tensor, draws: Tensor
     ) -> Example:
-        source = name.rpartition("/")[0]
         steps = int(mask[row].any(-1).sum())  # the others are after the episode's end
         return replace(
-            self._example(batch, row, name, badness),
-            actions=self._real(truth[row, :steps], source),
-            draws=self._real(draws[:, :steps], source),
+            self._example(batch, row, subset, error),
+            actions=self._real(truth[row, :steps], subset.source),
+            draws=self._real(draws[:, :steps], subset.source),
         )
 
-    def _example(self, batch: Batch, row: int, name: str, badness: Tensor) -> Example:
+    def _example(self, batch: Batch, row: int, subset: Subset, error: Tensor) -> Example:
         """What the model was given in a row: its images and its prompt."""
         slots = batch.image_mask.shape[1]
         images = {
@@ -233,10 +244,10 @@ class Evaluator:
         given = (
             batch.token_mask[row] & (batch.target_kind[row] != Target.FAST) & (batch.target_kind[row] != Target.TEXT)
         )
-        if name.endswith(Modality.HL_SUBTASK):
+        if subset.modality is Modality.HL_SUBTASK:
             given = given & (batch.target_kind[row] == Target.NONE)
         prompt = self.processor.tokenizer.decode(batch.tokens[row][given].tolist())
-        return Example(name, int(batch.key[row]), float(badness[row]), images, prompt.strip())
+        return Example(subset, int(batch.key[row]), float(error[row]), images, prompt.strip())
 
 
 def without_targets(batch: Batch) -> Batch:

@@ -11,25 +11,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pi05_lightning.types import Box, Subset
+
 TRUTH, SAID = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion, told apart with any colour vision
 DRAWN_DIMS = 8  # panels of a chunk; a humanoid's other thirty are in the metrics
-
-Box = tuple[float, float, float, float]
-"""ymin, xmin, ymax, xmax as shares of the image's height and width."""
 
 
 @dataclass(frozen=True)
 class Example:
     """A validation sample and what the model made of it; what its modality has not got is empty.
 
-    entry: `source/modality`.  key: its number within that.  badness: higher is worse, comparable within an entry.
+    key: its number within its subset.  error: higher is worse, comparable within a subset.
     images: {camera: u8[H W 3]} as the model saw them.  actions: f32[T A] in real units, without padded steps;
     draws: f32[K T A], what the model would do from K different noises.
     """
 
-    entry: str
+    subset: Subset
     key: int
-    badness: float
+    error: float
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     prompt: str = ""
     said: str = ""
@@ -39,10 +38,6 @@ class Example:
     actions: np.ndarray | None = None
     draws: np.ndarray | None = None
 
-    @property
-    def modality(self) -> str:
-        return self.entry.rpartition("/")[2]
-
 
 def draw_example(example: Example) -> Figure:
     """The sample's frames with its text and boxes; for actions, beside them, the chunk per dim."""
@@ -51,7 +46,7 @@ def draw_example(example: Example) -> Figure:
 
 def _draw_text(example: Example) -> Figure:
     figure = Figure(figsize=(4.4, 3.5), layout="constrained")
-    figure.suptitle(_wrap(example.prompt or example.entry, 60), fontsize=9, x=0.02, ha="left")
+    figure.suptitle(_wrap(example.prompt or str(example.subset), 60), fontsize=9, x=0.02, ha="left")
     columns = max(1, len(example.images))
     grid = figure.add_gridspec(2, columns, height_ratios=(5, 1.3))
     for place, (camera, image) in enumerate(example.images.items()):

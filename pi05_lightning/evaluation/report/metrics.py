@@ -8,10 +8,14 @@ import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pi05_lightning.types import Modality, Subset
+
 Metrics = dict[str, dict[str, float | None]]
 """source/modality -> metric -> value, None where it is no number"""
 
-MODALITIES = ("continuous_robot_actions", "fast_robot_actions", "hl_subtask", "qa", "web_caption")
+ROBOT_ACTIONS = (Modality.CONTINUOUS, Modality.FAST)
+MODALITIES = (*ROBOT_ACTIONS, Modality.HL_SUBTASK, Modality.QA, Modality.WEB_CAPTION)
+"""In the order of the table."""
 
 SECTIONS: dict[str, dict[str, str]] = {
     "actions": {
@@ -36,21 +40,12 @@ SECTIONS: dict[str, dict[str, str]] = {
 """Part of the table -> metric -> heading; FAST tokens, which are actions and tokens, stand in both."""
 
 
-def modality_of(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
-def dataset_of(name: str) -> str:
-    return name.rpartition("/")[0] or "all"
-
-
 def ordered(names: Iterable[str]) -> list[str]:
     """The names of the rows: by modality, each modality's datasets before what they make together."""
 
     def place(name: str) -> tuple[int, bool, str]:
-        modality = modality_of(name)
-        known = MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES)
-        return known, "/" not in name, name
+        subset = Subset.parse(name)
+        return MODALITIES.index(subset.modality), not subset.source, name
 
     return sorted(names, key=place)
 
@@ -58,12 +53,11 @@ def ordered(names: Iterable[str]) -> list[str]:
 def section_rows(metrics: Mapping[str, Mapping[str, float | None]], section: str) -> list[str]:
     """The rows of a part of the table; what has no samples stands in both parts that it could be in."""
     columns = set(SECTIONS[section]) - {"samples"}
-    with_actions = ("continuous_robot_actions", "fast_robot_actions")
     return [
         name
         for name in ordered(metrics)
         if columns & set(metrics[name])
-        or (is_empty(metrics[name]) and (modality_of(name) in with_actions) == (section == "actions"))
+        or (is_empty(metrics[name]) and (Subset.parse(name).modality in ROBOT_ACTIONS) == (section == "actions"))
     ]
 
 
@@ -97,5 +91,6 @@ def write_metrics(results: Mapping[str, Mapping[str, float]], run: Path) -> Metr
         table.writerow(["modality", "dataset", *columns])
         for name, values in metrics.items():
             cells = ["nan" if values.get(column, "") is None else values.get(column, "") for column in columns]
-            table.writerow([modality_of(name), dataset_of(name), *cells])
+            subset = Subset.parse(name)
+            table.writerow([str(subset.modality), subset.source or "all", *cells])
     return metrics

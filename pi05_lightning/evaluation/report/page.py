@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import mimetypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi05_lightning import __version__
 from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
-from pi05_lightning.evaluation.report.plots import MODE_LABELS, error_panels, success_bars, switch_step, topic_panels
+from pi05_lightning.evaluation.report.plots import MODE_LABELS, error_panels, success_bars, switch_steps, topic_panels
 from pi05_lightning.evaluation.report.run import EXAMPLES, Run, Success, read_json, read_run
 from pi05_lightning.evaluation.statistics import wilson_interval
 
@@ -68,13 +69,13 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     environment.filters.update(
         data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption, poster=poster, percent=percent
     )
-    switch = switch_step(run.curves)
+    switches = switch_steps(run.curves)
     return environment.get_template("page.html.j2").render(
         run=run,
-        facts=facts(run, switch),
+        facts=facts(run, switches),
         config=yaml.safe_load(run.config),
         seconds=seconds,
-        brief=brief(run, switch),
+        brief=brief(run, switches),
         glance=glance(run),
         overall=overall(run.success),
         bars=success_bars(run.success) if run.success else None,
@@ -82,7 +83,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},
         empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
         errors={name: error_panels(values) for name, values in run.metrics.items() if "action_mae/step_00" in values},
-        curves=topic_panels(run.curves, switch),
+        curves=topic_panels(run.curves, switches),
         examples={name: run.examples[name] for name in ordered(run.examples)},
         folder=(run.folder / EXAMPLES).parent,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -90,7 +91,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     )
 
 
-def facts(run: Run, switch: int | None) -> dict[str, Any]:
+def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
     """What was trained, in a few words each."""
     config = yaml.safe_load(run.config)
     source = run.provenance
@@ -106,20 +107,20 @@ def facts(run: Run, switch: int | None) -> dict[str, Any]:
         "parameters": f"{parameters / 1e6:.4g} M" if parameters else None,
         "hardware": source.get("hardware"),
         "last logged step": last,
-        "second stage from step": switch,
+        "next stage from step": ", ".join(map(str, switches)),
         "batch size": config.get("data", {}).get("batch_size"),
         "command": source.get("command"),
     }
     return {name: value for name, value in found.items() if value not in (None, "")}
 
 
-def brief(run: Run, switch: int | None) -> list[str]:
+def brief(run: Run, switches: Sequence[int]) -> list[str]:
     """One line: which steps, on which data, from which commit."""
-    found = facts(run, switch)
+    found = facts(run, switches)
     sources = yaml.safe_load(run.config).get("data", {}).get("sources", {})
     parts = [
         f"{found['last logged step'] + 1} steps" if "last logged step" in found else "",
-        f"second stage from {switch}" if switch else "",
+        f"next stage from {found['next stage from step']}" if switches else "",
         f"data: {', '.join(sources)}" if sources else "",
         f"seed {found['seed']}" if "seed" in found else "",
         f"commit {found['commit']}" if "commit" in found else "",

@@ -68,18 +68,18 @@ TOPICS = {
 """Topic -> what its tags begin with, in the order of the page."""
 
 
-def topic_panels(curves: Mapping[str, Curve], switch: int | None = None) -> dict[str, str]:
+def topic_panels(curves: Mapping[str, Curve], switches: Sequence[int] = ()) -> dict[str, str]:
     """Topic -> figure of all its curves that have more than one point."""
     figures = {}
     for topic, start in TOPICS.items():
         found = {tag: curve for tag, curve in curves.items() if re.match(start, tag) and len(curve.steps) > 1}
         if found:
-            figures[topic] = curve_panels(found, switch)
+            figures[topic] = curve_panels(found, switches)
     return figures
 
 
-def curve_panels(curves: Mapping[str, Curve], switch: int | None = None, columns: int = 3) -> str:
-    """One panel per group of scalars (`a/x` and `a/y` are group `a`); a dashed line marks the stage switch.
+def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int] = (), columns: int = 3) -> str:
+    """One panel per group of scalars (`a/x` and `a/y` are group `a`); dashed lines mark where a stage begins.
 
     Scalars that differ by more than a hundredfold have panels of their own.
     """
@@ -97,7 +97,7 @@ def curve_panels(curves: Mapping[str, Curve], switch: int | None = None, columns
                 axes.plot(curve.steps, values, color=color, linewidth=0.8, alpha=0.3)
                 values = smoothed(values)
             axes.plot(curve.steps, values, color=color, label=name, linewidth=1.2, marker=marker, markersize=3)
-        if switch is not None:
+        for switch in switches:
             axes.axvline(switch, color="#888888", linewidth=0.8, linestyle="--")
         axes.set_title(title, fontsize=9, loc="left")
         axes.set_xlabel("step", fontsize=8)
@@ -136,13 +136,13 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
     return panels
 
 
-def switch_step(curves: dict[str, Curve]) -> int | None:
-    """The first step of the second stage, from the `stage` scalar that StageSwitch logs (0, then 1)."""
+def switch_steps(curves: Mapping[str, Curve]) -> list[int]:
+    """The first step of each stage after the first, from the `stage` scalar that StageSwitch logs (0, 1, …)."""
     stage = curves.get("stage")
     if stage is None:
-        return None
+        return []
     changes = zip(pairwise(stage.values), stage.steps[1:], strict=True)
-    return next((step for (before, after), step in changes if before < after), None)
+    return [step for (before, after), step in changes if before < after]
 
 
 def as_svg(figure: Figure) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.heads.token import Allowed, generate
-from pi05_lightning.types import Prefix, Target
+from pi05_lightning.models.heads.token import Allowed, TokenHead, generate
+from pi05_lightning.types import Modality, Prefix, Target
 
 
-class FastHead(nn.Module):
+class FastHead(TokenHead):
     """Reads the backbone's tied embedding; owns the token ids vocab − 1 − skip − token."""
 
-    kinds = (Target.FAST,)
+    kinds: ClassVar = {"fast": Target.FAST}
+    terms: ClassVar = {"fast": frozenset({Modality.FAST})}
 
     def __init__(self, vocab_size: int, fast_vocab_size: int, fast_skip_tokens: int) -> None:
         super().__init__()

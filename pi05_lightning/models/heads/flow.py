@@ -9,16 +9,18 @@ Real-time chunking: a chunk's first steps may be given, because the robot execut
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor, nn
 
-from pi05_lightning.models.backbone import initialize
+from pi05_lightning.models.backbone import Backbone, initialize
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import AdaRMSNorm, Context, ExpertBlock, compute_dtype, rope_table, with_room
-from pi05_lightning.types import Prefix
+from pi05_lightning.models.heads.base import Head, Term, Terms
+from pi05_lightning.types import Batch, Modality, Prefix
 
 Modulations = list[Tensor]
 """What adaRMS needs of the flow time: one [R K t 3W] per norm, two a layer and the last."""
@@ -42,8 +44,14 @@ def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: f
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
-class FlowHead(nn.Module):
-    """The action expert: velocity of noisy actions, given a prefix."""
+class FlowHead(Head):
+    """The action expert: velocity of noisy actions, given a prefix.
+
+    Loss term `flow`: mean squared error of the velocity, over actions that are neither padding nor given.
+    """
+
+    terms: ClassVar = {"flow": frozenset({Modality.CONTINUOUS})}
+    is_insulated = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,7 +102,20 @@ class FlowHead(nn.Module):
         x, _ = self.norm(x, modulations[-1])
         return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float().view_as(x_t)
 
-    def loss(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def has_targets(self, batch: Batch) -> bool:
+        return len(batch.actions) > 0
+
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        """The batch needs its noise and time."""
+        assert batch.noise is not None
+        assert batch.time is not None
+        error = self.squared_error(prefix.rows(len(batch.actions)), batch.actions, batch.noise, batch.time)
+        mask = batch.action_mask[:, None]
+        if batch.time.ndim == 3:
+            mask = mask & (batch.time > 0)[..., None]
+        return {"flow": Term(error, mask.expand_as(error))}
+
+    def squared_error(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).
 
         prefix of the R rows that have actions f32[R T D]; noise f32[R K T D]; t f32[R K] or f32[R K T].

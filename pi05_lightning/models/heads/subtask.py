@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.heads.token import generate
-from pi05_lightning.types import Prefix, Target
+from pi05_lightning.models.heads.base import ROBOT_ACTIONS
+from pi05_lightning.models.heads.token import TokenHead, generate
+from pi05_lightning.types import Modality, Prefix, Target
 
 
-class SubtaskHead(nn.Module):
+class SubtaskHead(TokenHead):
     """Reads the backbone's tied embedding; its tokens are all of the vocabulary except FAST's."""
 
-    kinds = (Target.TEXT, Target.SUBTASK)
+    kinds: ClassVar = {"text": Target.TEXT, "subtask": Target.SUBTASK}
+    terms: ClassVar = {
+        "text": frozenset({Modality.WEB_CAPTION, Modality.QA}),
+        "subtask": frozenset({Modality.HL_SUBTASK, *ROBOT_ACTIONS}),
+    }
 
     def __init__(self, vocab_size: int, fast_ids: range, eos_id: int = 1) -> None:
         super().__init__()

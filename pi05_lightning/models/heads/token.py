@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.models.backbone import Backbone, Cache
+from pi05_lightning.models.heads.base import PREDICTS_TOKENS, Head, Term, Terms
 from pi05_lightning.models.kernels import linear
-from pi05_lightning.types import Prefix
+from pi05_lightning.types import Batch, Prefix, Target
 
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time: 260 positions of π0.5's vocabulary
 
@@ -43,6 +44,40 @@ def _score(hidden: Tensor, embedding: Tensor, targets: Tensor) -> TokenScores:
     logits = linear(hidden, embedding).float()
     nll = F.cross_entropy(logits, targets, reduction="none")
     return TokenScores(nll, logits.detach().argmax(-1) == targets)
+
+
+class TokenHead(Head):
+    """A head that predicts tokens of some kinds, each with a loss term: mean cross-entropy of the next token.
+
+    kinds: term -> the kind of token that it is about.
+    """
+
+    kinds: ClassVar[Mapping[str, Target]] = {}
+    metrics: ClassVar = {"cross_entropy": PREDICTS_TOKENS, "token_accuracy": PREDICTS_TOKENS}
+    reads_hidden = True
+
+    def has_targets(self, batch: Batch) -> bool:
+        return any(len(batch.target_index[kind]) for kind in self.kinds.values())
+
+    def score(self, batch: Batch, prefix: Prefix, backbone: Backbone, kind: Target) -> TokenScores:
+        """Of the batch's tokens of a kind, in the order of `Batch.target_index`."""
+        assert prefix.hidden is not None
+        index = batch.target_index[kind]
+        hidden = prefix.hidden.flatten(0, 1)[index - 1]  # position l - 1 predicts token l
+        return score_tokens(hidden, backbone.embed_tokens.weight, batch.tokens.flatten()[index])
+
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        scores = {term: self.score(batch, prefix, backbone, kind) for term, kind in self._present(batch).items()}
+        return {term: Term(found.nll, torch.ones_like(found.correct)) for term, found in scores.items()}
+
+    def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        scores = [self.score(batch, prefix, backbone, kind) for kind in self._present(batch).values()]
+        nll, correct = (torch.cat(part) for part in zip(*scores, strict=True))
+        ones = torch.ones_like(correct)
+        return {"cross_entropy": Term(nll, ones), "token_accuracy": Term(correct, ones)}
+
+    def _present(self, batch: Batch) -> dict[str, Target]:
+        return {term: kind for term, kind in self.kinds.items() if len(batch.target_index[kind])}
 
 
 Allowed = Callable[[Tensor, int], Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.recipe import LossWeights
+from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Modality
 
 Layout = dict[str, dict[str, list[Any]]]
@@ -29,16 +30,17 @@ METRICS = {
 class Dashboard(Callback):
     """Lays out the CUSTOM SCALARS page of TensorBoard and writes the run's config.yaml under TEXT.
 
-    `stage` (0 pretrain, 1 posttrain) is logged at every logging interval and is the first chart of every category, so
-    that the boundary is where it is in the curves below it.
+    `stage` (0 pretrain, 1 posttrain, and so on) is logged at every logging interval and is the first chart of every
+    category, so that the boundaries are where they are in the curves below it.
     """
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
         config = Path(trainer.default_root_dir, "config.yaml")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(layout())
+                logger.experiment.add_custom_scalars(layout(pl_module.recipe))
                 if config.is_file():
                     lines = config.read_text(encoding="utf-8").splitlines()
                     # four spaces make it code in Markdown
@@ -49,20 +51,19 @@ class Dashboard(Callback):
         done = trainer.global_step
         if done and done % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             step = done - 1  # the one that was trained
-            stage = float(pl_module.recipe.stage_at(step) == "posttrain")
+            stage = float(pl_module.recipe.number(step))
             for logger in trainer.loggers:
                 logger.log_metrics({"stage": stage}, step)
 
 
-def layout() -> Layout:
+def layout(recipe: Recipe) -> Layout:
     """Charts by topic; what a run does not log stays empty."""
-    parts = list(LossWeights.__dataclass_fields__)
+    terms = list(dict.fromkeys(term for stage in recipe.reached for term in stage.weights))
     topics: dict[str, dict[str, list[str]]] = {
         "losses": {
             "total": ["loss/total"],
-            "stage 1, by part": ["loss/pretrain/"],
-            "stage 2, by part": ["loss/posttrain/"],
-            **{part: [f"loss/(pretrain|posttrain)/{part}$"] for part in parts},
+            **{f"{stage.name}, by term": [f"loss/{re.escape(stage.name)}/"] for stage in recipe.reached},
+            **{term: [f"loss/[^/]+/{term}$"] for term in terms},
         },
         **{
             f"validation: {modality}": {metric: [f"val/(.*/)?{modality}/{metric}$"] for metric in metrics}

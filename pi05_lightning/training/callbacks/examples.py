@@ -52,16 +52,17 @@ class ValidationExamples(Callback):
     ) -> None:
         if trainer.sanity_checking:
             return
-        name, measured = datamodule_of(trainer).validation_names[dataloader_idx], outputs["measured"]
-        badness = measured.badness.nan_to_num(nan=torch.inf)
-        first = list(range(min(self.first, len(badness)))) if batch_idx == 0 else []
-        worst = badness.topk(min(self.worst, len(badness))).indices.tolist()
+        subset, measured = datamodule_of(trainer).validation_subsets[dataloader_idx], outputs["measured"]
+        name = str(subset)
+        error = measured.error.nan_to_num(nan=torch.inf)
+        first = list(range(min(self.first, len(error)))) if batch_idx == 0 else []
+        worst = error.topk(min(self.worst, len(error))).indices.tolist()
         with torch.no_grad():
             examples = measured.examples([*first, *worst])
         self.fixed[name] += examples[: len(first)]
         kept = [
             *self.worse[name],
-            *(replace(e, badness=float(badness[r])) for e, r in zip(examples[len(first) :], worst, strict=True)),
+            *(replace(e, error=float(error[r])) for e, r in zip(examples[len(first) :], worst, strict=True)),
         ]
         self.worse[name] = self._worst(kept)
 
@@ -69,7 +70,7 @@ class ValidationExamples(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def _worst(self, examples: Sequence[Example]) -> list[Example]:
-        return sorted(examples, key=lambda example: (-example.badness, example.key))[: self.worst]
+        return sorted(examples, key=lambda example: (-example.error, example.key))[: self.worst]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # not at the epoch's end, which comes to callbacks before it comes to the module and its results

@@ -54,7 +54,7 @@ def sizes(data: Pi05DataModule) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for split in get_args(Split):
         for entry in Samples(data.sources(split), data.processor).entries:
-            table.setdefault(entry.name, dict.fromkeys(get_args(Split), 0))[split] = entry.size
+            table.setdefault(str(entry.subset), dict.fromkeys(get_args(Split), 0))[split] = entry.size
     return table
 
 

@@ -70,7 +70,7 @@ class PeriodicRollout(Callback):
         assert isinstance(pl_module, Pi05Module)
         step, self._last = self._last, trainer.global_step
         due = trainer.global_step != step and trainer.global_step % self.every_n_steps == 0
-        if due and pl_module.recipe.loss_weights(step).flow:
+        if due and "flow" in pl_module.recipe.at(step).weights:
             self._roll_out(trainer, pl_module)
 
     @rank_zero_only

@@ -1,8 +1,9 @@
-"""The stage switch: training moves from the pretrain to the posttrain stage at exactly `pretrain_steps`."""
+"""The stage switch: training moves from stage to stage at exactly the steps that the recipe says."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -11,34 +12,36 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Recipe, Stage
+from pi05_lightning.recipe import FLOW_ALPHA, POSTTRAIN, PRETRAIN, Recipe, Stage, StageOptions
 
 log = logging.getLogger(__name__)
 
 
 class StageSwitch(Callback):
-    """Gives module and data their two-stage recipe, freezes what a stage freezes, and marks the switch.
+    """Gives module and data their recipe, freezes what a stage freezes, and marks where a stage begins.
 
-    All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of the
-    switch continues as it would have. Without `max_steps` the trainer stops after both stages.
+    All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of a
+    switch continues as it would have. Without `max_steps` the trainer stops after the last stage.
 
     Args:
         pretrain_steps: optimizer steps of stage 1, CE(text) + CE(subtask) + CE(FAST).
         posttrain_steps: optimizer steps of stage 2, CE(subtask) + flow_alpha · flow matching.
-        flow_alpha: weight of the flow loss in stage 2.
+        flow_alpha: factor on the weight of the flow loss in stage 2.
         pretrain: loss weights, mixture, learning rates and frozen parts of stage 1.
         posttrain: the same of stage 2.
+        then: further stages, in order, each with a `name` and `steps` beside what the first two have.
     """
 
     def __init__(
         self,
         pretrain_steps: int = 280_000,
         posttrain_steps: int = 80_000,
-        flow_alpha: float = 10.0,
-        pretrain: Stage = PRETRAIN,
-        posttrain: Stage = POSTTRAIN,
+        flow_alpha: float = FLOW_ALPHA,
+        pretrain: StageOptions = PRETRAIN,
+        posttrain: StageOptions = POSTTRAIN,
+        then: Sequence[Stage] = (),
     ) -> None:
-        self.recipe = Recipe(pretrain, posttrain, pretrain_steps, posttrain_steps, flow_alpha)
+        self.recipe = Recipe.of(pretrain_steps, posttrain_steps, flow_alpha, pretrain, posttrain, then)
         self._entered: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -47,7 +50,7 @@ class StageSwitch(Callback):
         pl_module.follow(self.recipe)
         datamodule_of(trainer).recipe = self.recipe
         if isinstance(trainer.strategy, DDPStrategy):
-            # stage 1 leaves the expert out of the loss, and any stage may freeze parts; the user's own choice stays
+            # a stage may leave the expert out of the loss, and any may freeze parts; the user's own choice stays
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit" and trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
@@ -62,20 +65,18 @@ class StageSwitch(Callback):
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
         step = trainer.global_step
-        name = self.recipe.stage_at(step)
-        if name == self._entered:
-            return
-        self._entered = name
         stage = pl_module.recipe.at(step)
+        if stage.name == self._entered:
+            return
+        self._entered = stage.name
         for parameter_name, parameter in pl_module.model.named_parameters():
             parameter.requires_grad = not stage.freezes(parameter_name)
-        self._announce(trainer, name, step)
+        self._announce(trainer, stage, step)
 
     @rank_zero_only
-    def _announce(self, trainer: Trainer, name: str, step: int) -> None:
-        weights = {term: weight for term, weight in vars(self.recipe.loss_weights(step)).items() if weight}
-        log.info("step %d: %s stage, loss weights %s", step, name, weights)
+    def _announce(self, trainer: Trainer, stage: Stage, step: int) -> None:
+        log.info("step %d: %s stage, loss weights %s", step, stage.name, stage.weights)
         for logger in trainer.loggers:
-            logger.log_metrics({"stage": float(name == "posttrain")}, step)
+            logger.log_metrics({"stage": float(self.recipe.number(step))}, step)
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("stage", f"{name} from step {step}: {weights}", step)
+                logger.experiment.add_text("stage", f"{stage.name} from step {step}: {stage.weights}", step)

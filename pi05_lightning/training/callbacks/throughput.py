@@ -55,7 +55,7 @@ class Throughput(Callback):
         assert isinstance(pl_module, Pi05Module)
         if self.count is None:
             self.count = Count(time.perf_counter(), trainer.global_step)
-        stage = pl_module.recipe.stage_at(trainer.global_step)
+        stage = pl_module.recipe.at(trainer.global_step).name
         if stage != self.stage:
             self.stage = stage
             self.counter = FlopCounterMode(display=False)

@@ -1,4 +1,4 @@
-"""The metrics of every `source/modality`, and of every modality over its sources."""
+"""The metrics of every subset, and of every modality over its sources."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import torch
 from pi05_lightning.evaluation.metrics.chunk import CHUNK_METRICS
 from pi05_lightning.evaluation.metrics.measure import FLOW_TIMES, Measured
 from pi05_lightning.evaluation.metrics.weighted_mean import Sums, WeightedMean
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.types import Modality
-
-TOKEN_METRICS = ("cross_entropy", "token_accuracy", "pointing_error")
-TEXT_METRICS = (*TOKEN_METRICS, "exact_match", "box_iou")
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Modality, Subset
 
 
-class ModalityMetrics:
-    """Sums of one `source/modality`. Every rank has the same ones, whatever its batches held, so that they can sync."""
+class SubsetMetrics:
+    """Sums of one subset. Every rank has the same ones, whatever its batches held, so that they can sync."""
 
-    def __init__(self, name: str, config: ModelConfig, device: torch.device | str = "cpu") -> None:
-        modality = Modality(name.rpartition("/")[2])
-        chunk = (len(CHUNK_METRICS), config.horizon, config.action_dim)
+    def __init__(self, subset: Subset, model: Pi05, device: torch.device | str = "cpu") -> None:
+        chunk = (len(CHUNK_METRICS), model.config.horizon, model.config.action_dim)
         shapes: dict[str, tuple[int, ...]] = {"samples": ()}
-        if modality is Modality.CONTINUOUS:
-            shapes |= {"flow_loss": (len(FLOW_TIMES),), "chunk": chunk}
-        elif modality is Modality.FAST:
-            shapes |= {**dict.fromkeys((*TOKEN_METRICS, "decode_success"), ()), "chunk": chunk}
-        else:
-            shapes |= dict.fromkeys(TEXT_METRICS, ())
+        for head in model.heads.values():
+            shapes |= {name: () for name, modalities in head.metrics.items() if subset.modality in modalities}
+        match subset.modality:
+            case Modality.CONTINUOUS:
+                shapes |= {"flow_loss": (len(FLOW_TIMES),), "chunk": chunk}
+            case Modality.FAST:
+                shapes |= {"decode_success": (), "chunk": chunk}
+            case _:
+                shapes |= {"exact_match": (), "box_iou": ()}
         self.means = {key: WeightedMean(*shape).to(device) for key, shape in shapes.items()}
         for mean in self.means.values():
             mean.update(mean.total, mean.weight)  # nothing: to have counted nothing is a result, not an oversight
@@ -36,24 +35,24 @@ class ModalityMetrics:
     def update(self, measured: Measured) -> None:
         for key, (values, weights) in measured.values.items():
             self.means[key].update(values, weights)
-        self.means["samples"].update(measured.badness, torch.ones_like(measured.badness))
+        self.means["samples"].update(measured.error, torch.ones_like(measured.error))
 
     def sums(self) -> dict[str, Sums]:
         """What all ranks counted."""
         return {key: mean.sums() for key, mean in self.means.items()}
 
 
-def compute_all(metrics: Mapping[str, ModalityMetrics]) -> dict[str, dict[str, float]]:
+def compute_all(metrics: Mapping[Subset, SubsetMetrics]) -> dict[str, dict[str, float]]:
     """`source/modality` -> metric -> value, and `modality` -> metric -> value where several sources have it.
 
     `samples` is always there. A metric that nothing was counted for is not, and NaN is a value that is no number.
     Per dim, step and flow time a metric has names such as `action_mae/dim_00`. Across sources, which differ in robots
     and units, there are means alone, and none in real units.
     """
-    sums = {name: metric.sums() for name, metric in metrics.items()}
-    table = {name: values_of(by_key, details=True) for name, by_key in sums.items()}
+    sums = {subset: metric.sums() for subset, metric in metrics.items()}
+    table = {str(subset): values_of(by_key, details=True) for subset, by_key in sums.items()}
     for modality in Modality:
-        parts = [by_key for name, by_key in sums.items() if name.endswith(f"/{modality}")]
+        parts = [by_key for subset, by_key in sums.items() if subset.source and subset.modality is modality]
         if len(parts) > 1:
             pooled = {key: sum((part[key] for part in parts[1:]), start=parts[0][key]) for key in parts[0]}
             values = values_of(pooled, details=False)

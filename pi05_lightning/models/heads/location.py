@@ -1,0 +1,103 @@
+"""The location head: points at what a box names, with the keypoint stem. Not in π0.5; for laptop-size models.
+
+Where a question asks for a box, its words select among the image's keypoints, and the loss is the L1 distance to the
+box's centre. It has no parameters of its own: the pointer is part of the stem.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from pi05_lightning.models.backbone import Backbone
+from pi05_lightning.models.heads.base import PREDICTS_TOKENS, Head, Term, Terms
+from pi05_lightning.models.keypoints import KeypointStem
+from pi05_lightning.types import Batch, Frame, Modality, Prefix, text_to_boxes
+
+NAME = "location"
+
+
+@dataclass(frozen=True)
+class Point:
+    """Something that a box names: its question and its centre (y, x) in [0, 1] of one camera's image."""
+
+    camera: str
+    query: str
+    centre: tuple[float, float]
+
+
+class Points:
+    """The centres of the boxes that a frame's answers name.
+
+    In a batch: image i64[Q] of each point;  tokens i64[Q M], token_mask bool[Q M]: what it is called;
+    centre f32[Q 2]: where it is, (y, x) in [0, 1].
+    """
+
+    def make(self, frame: Frame) -> tuple[Point, ...]:
+        """Of the answers about images that the frame has; the first box of each."""
+        return tuple(
+            Point(answer.camera, answer.question, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+            for answer in frame.answers
+            if answer.camera in frame.images
+            for box in text_to_boxes(answer.answer)[:1]
+        )
+
+    def images(self, target: tuple[Point, ...]) -> set[str]:
+        return {point.camera for point in target}
+
+    def collate(
+        self,
+        targets: Sequence[tuple[Point, ...] | None],
+        images: Sequence[Mapping[str, int]],
+        encode: Callable[[str], list[int]],
+    ) -> dict[str, Tensor]:
+        points = [
+            (numbers[point.camera], point)
+            for row, numbers in zip(targets, images, strict=True)
+            for camera in numbers
+            for point in row or ()
+            if point.camera == camera
+        ]
+        words = [torch.tensor(encode(point.query), dtype=torch.long) for _, point in points]
+        empty = torch.zeros(0, 0, dtype=torch.long)
+        return {
+            "image": torch.tensor([image for image, _ in points], dtype=torch.long),
+            "tokens": pad_sequence(words, batch_first=True) if words else empty,
+            "token_mask": pad_sequence([torch.ones_like(w, dtype=torch.bool) for w in words], batch_first=True)
+            if words
+            else empty.bool(),
+            "centre": torch.tensor([point.centre for _, point in points]).reshape(-1, 2),
+        }
+
+
+class LocationHead(Head):
+    """Loss term `location`: mean of |y| and |x| between where the stem points and the truth, a share of the image."""
+
+    terms: ClassVar = {NAME: frozenset(Modality)}
+    metrics: ClassVar = {"pointing_error": PREDICTS_TOKENS}
+    target_maker = Points()
+
+    def has_targets(self, batch: Batch) -> bool:
+        return NAME in batch.auxiliary and len(batch.auxiliary[NAME]["image"]) > 0
+
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        distance = self.distance(batch, prefix, backbone)
+        return {NAME: Term(distance, torch.ones_like(distance, dtype=torch.bool))}
+
+    def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        return {"pointing_error": self.loss(batch, prefix, backbone)[NAME]}
+
+    def distance(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Tensor:
+        """f32[Q] of the batch's points."""
+        assert isinstance(backbone.vision, KeypointStem)
+        asked = batch.auxiliary[NAME]
+        words = backbone.embed_text(asked["tokens"]) * asked["token_mask"][..., None]
+        query = words.sum(1) / asked["token_mask"].sum(1, keepdim=True)
+        image = asked["image"]
+        pointed = backbone.vision.point(query, prefix.vision["keypoints"][image], batch.camera[image])
+        return (pointed - asked["centre"]).abs().mean(-1)
