@@ -25,7 +25,6 @@ from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blo
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.training.precision import replaced
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.pretrained import config_at, load_into
 
@@ -125,7 +124,6 @@ class Pi05Module(LightningModule):
                 " freezing and the averaged weights need whole: use ddp, with LoRA or bf16-true where memory is short"
             )
         self.processor = datamodule_of(self.trainer).processor
-        strategy.precision_plugin = replaced(self.trainer.precision_plugin)
 
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.

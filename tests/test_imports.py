@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from configparser import ConfigParser
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -13,39 +14,48 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pi05_lightning"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-# A module may import from its own layer and from those before it.
+# From the ground up. A module may import from its own layer and from those before it.
 LAYERS = (
-    {"types", "recipe", "shipped", "hub", "report"},
-    {"models", "data"},
-    {
-        "losses",
-        "metrics",
-        "optim",
-        "profile_parts",
-        "checkpoint",
-        "pretrained",
-        "lerobot_processor",
-        "policy",
-        "vision_cache",
-    },
-    {"module", "precision", "sim"},
-    {"callbacks"},
-    {"cli", "lightning_cli", "convert_command", "demo", "profile_command", "serve", "serve_format", "__main__"},
+    ("files",),
+    ("types",),
+    ("recipe",),
+    ("models.config",),
+    ("models.embedding", "models.kernels"),
+    ("models.gemma", "models.keypoints", "models.siglip"),
+    ("models.backbone",),
+    ("models.heads",),
+    ("models.pi05",),
+    ("models.parallelize",),
+    ("data.errors", "data.images", "data.tokenizer", "data.fast", "data.transforms", "data.split", "data.prompt"),
+    ("data.boxes", "data.robot", "data.frames", "data.lerobot_files"),
+    ("data.frame_cache",),
+    ("data.statistics",),
+    ("data.sources",),
+    ("data.augment", "data.mixture", "data.processor"),
+    ("data.samples",),
+    ("data.datamodule",),
+    ("weights",),
+    ("losses",),
+    ("optim",),
+    ("inference",),
+    ("policy",),
+    ("profiling",),
+    ("evaluation",),
+    ("module",),
+    ("sim",),
+    ("serving",),
+    ("training",),
+    ("cli",),
+    ("__init__",),
+    ("__main__",),
 )
-LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+ROOT_MODULES = {"types", "recipe", "losses", "optim", "inference", "policy", "module", "__init__", "__main__"}
 
 
 def imports(file: Path) -> set[str]:
-    """Absolute names of the modules that a file imports at run time, anywhere in it."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for_checkers = {
-        node
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
-        for node in ast.walk(branch)
-    }
+    """Absolute names of all that a file imports, anywhere in it, for the type checker too."""
     names: set[str] = set()
-    for node in set(ast.walk(tree)) - for_checkers:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -55,15 +65,32 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def part(file: Path) -> str:
-    """The layer part a module belongs to: `data` for data/sources/lerobot.py."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+def name_of(file: Path) -> str:
+    """`data.sources.lerobot`; a package's own file has the package's name, the root's is `__init__`."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def own_parts(file: Path) -> set[str]:
-    """The parts of this package that a module imports."""
-    names = {name.split(".")[1] for name in imports(file) if name.startswith("pi05_lightning.")}
-    return names & LAYER.keys()
+NAMES = {name_of(file): file for file in MODULES}
+
+
+def layers_of(name: str) -> list[int]:
+    return [
+        number
+        for number, layer in enumerate(LAYERS)
+        if any(name == member or name.startswith(f"{member}.") for member in layer)
+    ]
+
+
+def own_imports(file: Path) -> set[str]:
+    """The modules of this package that a module imports."""
+    names = {name.removeprefix("pi05_lightning.") for name in imports(file) if name.startswith("pi05_lightning.")}
+    return {name for name in names if name in NAMES} - {name_of(file)}
+
+
+def folders(name: str) -> str:
+    """The room that a module is in: its folder at the top; a module at the top is a room of its own."""
+    return name.partition(".")[0]
 
 
 def normalized(distribution: str) -> str:
@@ -78,25 +105,51 @@ def imports_of(file: Path, package: str) -> set[str]:
     return {name for name in imports(file) if name == package or name.startswith(f"{package}.")}
 
 
-@pytest.mark.parametrize("file", [f for f in MODULES if part(f) != "__init__"], ids=module_id)
-def test_module_imports_only_from_its_own_layer_and_those_below(file: Path) -> None:
-    assert {name for name in own_parts(file) if LAYER[name] > LAYER[part(file)]} == set()
+def test_only_the_heart_is_in_the_root() -> None:
+    assert {file.stem for file in PACKAGE.glob("*.py")} == ROOT_MODULES
 
 
-@pytest.mark.parametrize("file", [f for f in MODULES if part(f) == "data"], ids=module_id)
-def test_data_imports_nothing_of_the_models(file: Path) -> None:
-    assert "models" not in own_parts(file)
+@pytest.mark.parametrize("name", [n for n in NAMES if "." in n or n in ROOT_MODULES])
+def test_every_module_has_one_layer_and_imports_only_from_it_and_those_below(name: str) -> None:
+    (own,) = layers_of(name)
+    above = {other for other in own_imports(NAMES[name]) if (layers_of(other) or [own])[0] > own}
+    assert above == set()
 
 
-@pytest.mark.parametrize("file", [f for f in MODULES if part(f) == "models"], ids=module_id)
-def test_models_import_nothing_of_the_data(file: Path) -> None:
-    assert "data" not in own_parts(file)
+def test_no_circle_of_modules() -> None:
+    # a package's own file is what its modules are reached by
+    graph = {name: own_imports(file) for name, file in NAMES.items() if name != "__init__"}
+    list(TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("file", [f for f in MODULES if part(f) == "models" and f.stem != "convert"], ids=module_id)
-@pytest.mark.parametrize("package", ["lightning", "lerobot"])
-def test_models_are_pure_pytorch(file: Path, package: str) -> None:
-    assert imports_of(file, package) == set()
+def test_no_circle_of_folders() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, file in NAMES.items():
+        room = folders(name)
+        graph.setdefault(room, set()).update({folders(other) for other in own_imports(file)} - {room})
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_only_metaworlds_folder_imports_metaworld() -> None:
+    importing = {name for name, file in NAMES.items() if {"metaworld", "mujoco"} & imports(file)}
+    assert importing == {"sim.metaworld.environment"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("models")])
+@pytest.mark.parametrize("package", ["lightning", "lerobot", "pi05_lightning.data"])
+def test_models_are_pure_pytorch(name: str, package: str) -> None:
+    assert imports_of(NAMES[name], package) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("data")])
+def test_data_imports_nothing_of_the_models(name: str) -> None:
+    assert imports_of(NAMES[name], "pi05_lightning.models") == set()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "aiohttp", "metaworld", "lerobot"])
+def test_importing_the_module_does_not_import(package: str) -> None:
+    check = f"import sys, pi05_lightning.module; sys.exit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("file", MODULES, ids=module_id)

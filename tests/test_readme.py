@@ -95,7 +95,11 @@ def test_python_runs_as_written(
 
 
 @pytest.mark.parametrize("page", pages_with("yaml"))
-def test_yaml_is_a_valid_configuration(page: Path, tmp_path: Path) -> None:
+def test_yaml_is_a_valid_configuration(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for code in blocks(page, "python"):
+        if name := re.match(r"# (\w+\.py)\n", code):
+            (tmp_path / name[1]).write_text(code, encoding="utf-8")
     for number, text in enumerate(blocks(page, "yaml")):
         file = tmp_path / f"{number}.yaml"
         file.write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 from PIL import Image
@@ -16,6 +17,7 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.samples import Samples
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.types import Modality, Subset, Target
@@ -67,7 +69,9 @@ def parsed(config: str) -> tuple[Samples, Recipe]:
 
 def test_one_mixture_yields_all_five(parsed: tuple[Samples, Recipe]) -> None:
     samples, recipe = parsed
-    mixture = Mixture(samples.entries, {}, batch_size=20)
+    with torch.device("meta"):
+        trained_by = Pi05(ModelConfig.preset("debug")).terms
+    mixture = Mixture(samples.entries, trained_by, batch_size=20)
     draws = mixture.batch(0, mixture.weights(recipe.at(0)))
     batch = samples.collate([samples[draw] for draw in draws])
     assert batch.drawn is not None

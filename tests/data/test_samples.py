@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from pi05_lightning import Pi05DataModule
+from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.samples import BadSampleCount, Samples
 from pi05_lightning.data.sources.base import SourceConfig
@@ -138,6 +138,7 @@ def test_padding_is_below_five_percent_on_a_mixture_of_cameras_and_text(
     stage = StageOptions(LossWeights(text=1, flow=1), mixture={**robots, "web/web_caption": 1})
     data.recipe = Recipe.of(pretrain_steps=0, posttrain=stage)
     data.trainer = Trainer(max_steps=64, accelerator="cpu", logger=False, enable_progress_bar=False)
+    data.trainer.strategy.connect(Pi05Module(ModelConfig.preset("debug")))
     drawn: Counter[str] = Counter()
     valid = positions = 0
     for batch in data.train_dataloader():

@@ -192,7 +192,7 @@ def test_example_of_a_chunk_has_draws_in_real_units_without_padded_steps(
     still: Evaluator, data: Pi05DataModule
 ) -> None:
     batch = batches(data, CONTINUOUS)[-1]
-    (example,) = still.measure(batch, CONTINUOUS).examples([len(batch) - 1])
+    (example,) = still.measure(batch, Subset.parse(CONTINUOUS)).examples([len(batch) - 1])
     steps = int(batch.action_mask[-1].any(-1).sum())
     quantiles = data.processor.robots["robot"].normalize.action
     assert example.actions is not None
@@ -206,7 +206,7 @@ def test_example_shows_what_was_asked_and_the_pictures_it_was_asked_about(
     evaluator: Evaluator, data: Pi05DataModule
 ) -> None:
     (batch, *_) = batches(data, SUBTASK)
-    (example,) = evaluator.measure(batch, SUBTASK).examples([0])
+    (example,) = evaluator.measure(batch, Subset.parse(SUBTASK)).examples([0])
     assert example.prompt.startswith("Task: ")
     assert example.truth.startswith("Subtask: ")
     assert len(example.images) == 2

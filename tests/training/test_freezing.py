@@ -12,7 +12,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import PARTS, gradient_norms, param_groups
 from pi05_lightning.recipe import Recipe, StageOptions
-from tests.models.small import make_batch, small_config, small_model
+from tests.models.small import make_batch, small_config, small_model, token_nll
 
 RECIPE = Recipe.of(
     pretrain=StageOptions(freeze=(r"backbone\.vision",), lr_factors={r"layers\.0\.": 0.1, "backbone": 0.5}),
@@ -44,7 +44,7 @@ def test_norms_biases_and_embeddings_do_not_decay_and_all_else_does(model: Pi05)
 
 def test_first_matching_pattern_gives_the_factor(model: Pi05) -> None:
     groups = param_groups(model.named_parameters(), RECIPE)
-    factor = {id(p): (group["pretrain"], group["posttrain"]) for group in groups for p in group["params"]}
+    factor = {id(p): group["lr_factors"] for group in groups for p in group["params"]}
     names = dict(model.named_parameters())
     assert factor[id(names["backbone.layers.0.mlp.up_proj.weight"])] == (0.1, 1.0)
     assert factor[id(names["backbone.layers.1.mlp.up_proj.weight"])] == (0.5, 1.0)
@@ -60,7 +60,7 @@ def test_gradient_norms_are_those_of_the_parts() -> None:
     model = small_model()
     batch = make_batch(model.config, ["iippss", "ptt"], acting=1)
     out = model(batch)
-    (out.tokens.nll.mean() + out.flow.mean()).backward()
+    (token_nll(out).mean() + out["flow"].values.mean()).backward()
     norms = gradient_norms(model.named_parameters())
 
     def by_hand(*prefixes: str) -> torch.Tensor:

@@ -13,12 +13,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import FLOW_ALPHA, POSTTRAIN, PRETRAIN, Recipe, Stage, StageOptions
+from pi05_lightning.training.precision import replaced
 
 log = logging.getLogger(__name__)
 
 
 class StageSwitch(Callback):
-    """Gives module and data their recipe, freezes what a stage freezes, and marks where a stage begins.
+    """Gives module and data their recipe and their precision, freezes what a stage freezes, marks where a stage begins.
 
     All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of a
     switch continues as it would have. Without `max_steps` the trainer stops after the last stage.
@@ -48,6 +49,7 @@ class StageSwitch(Callback):
         if not isinstance(pl_module, Pi05Module):
             raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
         pl_module.follow(self.recipe)
+        trainer.strategy.precision_plugin = replaced(trainer.precision_plugin)
         datamodule_of(trainer).recipe = self.recipe
         if isinstance(trainer.strategy, DDPStrategy):
             # a stage may leave the expert out of the loss, and any may freeze parts; the user's own choice stays

@@ -1,0 +1,183 @@
+"""A head from outside the package: one class and one line of configuration, trained, measured, resumed, left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from pi05_lightning import Pi05Module, Pi05Policy
+from pi05_lightning.cli.main import main
+from pi05_lightning.models.backbone import Backbone
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.base import Head, Term, Terms
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
+from pi05_lightning.types import Batch, Frame, Modality, Prefix
+
+from .conftest import PRETRAIN_STEPS, STAGES
+
+ACTIONS = frozenset({Modality.CONTINUOUS})
+
+
+class GripperTargets:
+    """Whether a chunk's first action closes the gripper, its last dim."""
+
+    def make(self, frame: Frame) -> bool | None:
+        return None if frame.actions is None else bool(frame.actions[0, -1] > 0)
+
+    def images(self, target: bool) -> set[str]:
+        return set()
+
+    def collate(
+        self, targets: Sequence[bool | None], images: Sequence[Mapping[str, int]], encode: Callable[[str], list[int]]
+    ) -> dict[str, Tensor]:
+        rows = [row for row, target in enumerate(targets) if target is not None]
+        closes = [float(targets[row]) for row in rows]  # type: ignore[arg-type]
+        return {"row": torch.tensor(rows, dtype=torch.long), "closes": torch.tensor(closes)}
+
+
+class GripperHead(Head):
+    """Says from the last token's hidden state whether the gripper closes next."""
+
+    terms: ClassVar = {"gripper": ACTIONS}
+    metrics: ClassVar = {"gripper_accuracy": ACTIONS}
+    reads_hidden = True
+    target_maker = GripperTargets()
+
+    def __init__(self, config: ModelConfig, width: int = 8) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(config.language.width, width), nn.ReLU(), nn.Linear(width, 1))
+
+    def has_targets(self, batch: Batch) -> bool:
+        return len(batch.auxiliary["gripper"]["row"]) > 0
+
+    def logits(self, batch: Batch, prefix: Prefix) -> Tensor:
+        assert prefix.hidden is not None
+        row = batch.auxiliary["gripper"]["row"]
+        last = batch.token_mask[row].sum(1) - 1
+        return self.layers(prefix.hidden[row, last])[:, 0]
+
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        nll = F.binary_cross_entropy_with_logits(
+            self.logits(batch, prefix), batch.auxiliary["gripper"]["closes"], reduction="none"
+        )
+        return {"gripper": Term(nll, torch.ones_like(nll, dtype=torch.bool))}
+
+    def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        right = (self.logits(batch, prefix) > 0) == (batch.auxiliary["gripper"]["closes"] > 0.5)
+        return {"gripper_accuracy": Term(right, torch.ones_like(right))}
+
+    def reset_parameters(self) -> None:
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+
+
+WITH_GRIPPER = STAGES | {
+    "posttrain": StageOptions(LossWeights(flow=1, others={"gripper": 0.5}), STAGES["posttrain"].mixture)
+}
+OPTIONS = {"heads": {"gripper": partial(GripperHead, width=4)}}
+
+
+@pytest.fixture
+def trained(train: Callable[..., Trainer]) -> Trainer:
+    return train(stages=WITH_GRIPPER, module_options=OPTIONS, limit_val_batches=1)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_own_head_learns_from_the_step_at_which_its_term_has_a_weight(trained: Trainer, tmp_path: Path) -> None:
+    before, after = weights(tmp_path / f"step={PRETRAIN_STEPS}.ckpt"), weights(tmp_path / "step=6.ckpt")
+    own = [name for name in after if name.startswith("model.auxiliary.gripper.")]
+    assert own
+    assert torch.equal(before[own[0]], weights(tmp_path / "step=1.ckpt")[own[0]])
+    assert not any(torch.equal(before[name], after[name]) for name in own)
+
+
+def test_own_head_is_measured_on_its_modality(trained: Trainer) -> None:
+    trained.validate(trained.lightning_module, trained.datamodule, verbose=False)
+    results = trained.lightning_module.results
+    assert 0 <= results["robot/continuous_robot_actions"]["gripper_accuracy"] <= 1
+    assert [name for name, values in results.items() if "gripper_accuracy" in values] == [
+        "robot/continuous_robot_actions"
+    ]
+
+
+def test_resumed_run_with_an_own_head_ends_with_the_same_weights(
+    trained: Trainer, train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    expected = weights(tmp_path / "step=6.ckpt")
+    (tmp_path / "step=6.ckpt").unlink()
+    train(stages=WITH_GRIPPER, module_options=OPTIONS, ckpt_path=tmp_path / "step=4.ckpt")
+    found = weights(tmp_path / "step=6.ckpt")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_policy_leaves_the_own_head_out(trained: Trainer, tmp_path: Path) -> None:
+    policy = Pi05Policy(tmp_path / "step=6.ckpt")
+    assert not list(policy.model.auxiliary)
+
+
+def test_training_with_an_own_head_starts_from_weights_without_it(trained: Trainer, tmp_path: Path) -> None:
+    module = Pi05Module(init_from=str(tmp_path / "step=6.ckpt"), **OPTIONS)
+    module.configure_model()
+    found, before = module.state_dict(), weights(tmp_path / "step=6.ckpt")
+    assert all(value.isfinite().all() for value in found.values())
+    assert all(torch.equal(found[name], before[name]) for name in found if "auxiliary" not in name)
+
+
+def test_term_that_no_head_has_is_named_with_the_nearest_one() -> None:
+    module = Pi05Module(ModelConfig.preset("debug"), **OPTIONS)
+    stage = StageOptions(LossWeights(others={"griper": 1.0}))
+    with pytest.raises(ValueError, match=r"stage posttrain: no head .* 'griper' \(did you mean gripper\?\)"):
+        module.follow(Recipe.of(posttrain=stage))
+    with pytest.raises(ValueError, match="location with backbone_type keypoint_gemma"):
+        module.follow(Recipe.of(posttrain=StageOptions(LossWeights(location=1.0))))
+
+
+def test_two_heads_with_one_term_are_refused() -> None:
+    with pytest.raises(ValueError, match="two heads have the loss gripper"):
+        Pi05Module(ModelConfig.preset("debug"), heads={"gripper": GripperHead, "other": GripperHead})
+
+
+def test_own_head_is_one_line_of_yaml(videos: Path, tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        "model": {
+            "config": ModelConfig.preset("debug").to_dict(),
+            "heads": {"gripper": {"class_path": f"{__name__}.GripperHead", "init_args": {"width": 4}}},
+        },
+        "data": {
+            "sources": {
+                "robot": {
+                    "class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig",
+                    "init_args": {"path": str(videos), "val_fraction": 0.2},
+                }
+            },
+            "batch_size": 4,
+            "num_workers": 0,
+        },
+        "stages": {
+            "pretrain_steps": 0,
+            "posttrain_steps": 2,
+            "posttrain": {
+                "losses": {"subtask": 0, "flow": 1, "others": {"gripper": 0.5}},
+                "mixture": {"robot/continuous_robot_actions": 1.0},
+            },
+        },
+        "trainer": {"accelerator": "cpu", "limit_val_batches": 1, "enable_progress_bar": False},
+    }
+    config, run = tmp_path / "own.yaml", tmp_path / "run"
+    config.write_text(yaml.safe_dump(content))
+    main(["fit", "-c", str(config), "--run", str(run)])
+    main(["fit", "--ckpt_path", str(run), "--stages.posttrain_steps", "3"])
+    assert any("auxiliary.gripper" in name for name in weights(run / "checkpoints" / "last.ckpt"))
