@@ -96,7 +96,8 @@ class Pi05Module(LightningModule):
         self.will_be_restored = False
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
         self._configured = False
-        self._terms: dict[str, Tensor] = {}
+        self._losses: dict[str, list[Tensor]] = {}
+        """Of the step under way, one value per accumulated batch that has the term."""
 
     @property
     def backbone(self) -> Backbone:
@@ -191,17 +192,19 @@ class Pi05Module(LightningModule):
         terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation)
         means = mean_terms(terms, stage.weights, self.device)
         loss = total_loss(means, stage.weights)
-        self._terms = {f"loss/{stage.name}/{name}": mean.detach() for name, mean in means.items()}
-        self._terms["loss/total"] = loss.detach()
+        for name, value in ({f"{stage.name}/{term}": mean for term, mean in means.items()} | {"total": loss}).items():
+            self._losses.setdefault(f"loss/{name}", []).append(value.detach())
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """At logging intervals, and only there, bring losses and gradient norms (before clipping) to the host."""
+        losses, self._losses = self._losses, {}
         interval = cast("Any", self.trainer).log_every_n_steps
         if not interval or (self.global_step + 1) % interval:
             return
         norms = gradient_norms(self.model.named_parameters())
-        values = self._terms | {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        values = {name: torch.stack(found).mean() for name, found in losses.items()}
+        values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
         scalars = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         for logger in self.loggers:

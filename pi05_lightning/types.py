@@ -266,8 +266,7 @@ def index_targets(target_kind: Tensor) -> dict[Target, Tensor]:
 class Prefix:
     """What the backbone computed, once, for everything that reads it.
 
-    hidden     [B L W] of the tokens, the last L of the S columns, after the last norm; None when only the flow head
-               reads the prefix
+    hidden     [B L W] of the tokens, the last L of the S columns, after the last norm; None where no head reads it
     kv         one (K, V) per layer, each [B H_kv S head_dim], K rotated
     vision     what the vision stem hands to auxiliary heads, by name
     mask       bool[B S] valid;  flow_mask bool[B S]: what the flow head may see (images, prompt, subtask; never FAST)
@@ -285,4 +284,9 @@ class Prefix:
 
     def detach(self) -> Prefix:
         """The same prefix without gradient: knowledge insulation is this and nothing else."""
-        return replace(self, kv=[(k.detach(), v.detach()) for k, v in self.kv])
+        return replace(
+            self,
+            hidden=None if self.hidden is None else self.hidden.detach(),
+            kv=[(k.detach(), v.detach()) for k, v in self.kv],
+            vision={name: x.detach() for name, x in self.vision.items()},
+        )
