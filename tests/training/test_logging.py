@@ -27,7 +27,9 @@ Train = Callable[..., Trainer]
 @pytest.fixture
 def events(train: Train, tmp_path: Path) -> EventAccumulator:
     logger = TensorBoardLogger(tmp_path, name="", version="")
-    train(logger=logger, log_every_n_steps=1, accumulate_grad_batches=2, gradient_clip_val=1e-3)
+    # shares hold in every batch, so that every term has targets in each
+    mixed = {"length_window": 1}
+    train(logger=logger, log_every_n_steps=1, accumulate_grad_batches=2, gradient_clip_val=1e-3, data_options=mixed)
     accumulator = EventAccumulator(str(tmp_path))
     accumulator.Reload()
     return accumulator
