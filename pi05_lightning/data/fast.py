@@ -11,7 +11,6 @@ our own fits merge across the whole chunk, where the public one first cuts it in
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
+
+from pi05_lightning.files.local import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -110,23 +111,18 @@ class FastTokenizer:
 
         Raises FastDecodeError when they do not expand to exactly T·A coefficients.
         """
-        horizon, dim = horizon or self.horizon, dim or self.dim
-        if horizon is None or dim is None:
-            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
-        return self._from_coefficients(self._coefficients(tokens, horizon, dim)[None])[0]
+        return self._from_coefficients(self._coefficients(tokens, *self._size(horizon, dim))[None])[0]
 
     def decode_batch(
         self, tokens: Sequence[Sequence[int]], horizon: int | None = None, dim: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `decode` for many: f32[N T A] and bool[N], which sequences decoded; the others are NaN."""
-        horizon, dim = horizon or self.horizon, dim or self.dim
-        if horizon is None or dim is None:
-            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
-        actions = np.full((len(tokens), horizon, dim), np.nan, dtype=np.float32)
+        size = self._size(horizon, dim)
+        actions = np.full((len(tokens), *size), np.nan, dtype=np.float32)
         ok = np.zeros(len(tokens), dtype=bool)
         for row, sequence in enumerate(tokens):
             try:
-                actions[row] = self.decode(sequence, horizon, dim)
+                actions[row] = self.decode(sequence, *size)
                 ok[row] = True
             except FastDecodeError:
                 continue
@@ -135,6 +131,12 @@ class FastTokenizer:
     def reconstruct(self, chunks: np.ndarray) -> np.ndarray:
         """What decoding the encoded chunks gives, f32[N T A], without the way through tokens."""
         return self._from_coefficients(self.quantize(chunks)[0])
+
+    def _size(self, horizon: int | None, dim: int | None) -> tuple[int, int]:
+        horizon, dim = horizon or self.horizon, dim or self.dim
+        if horizon is None or dim is None:
+            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
+        return horizon, dim
 
     def _coefficients(self, tokens: Sequence[int], horizon: int, dim: int) -> np.ndarray:
         unknown = [token for token in tokens if not 0 <= token < len(self._bytes)]
@@ -213,8 +215,7 @@ class FastTokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the public processor's folder: `AutoProcessor` reads it (its code comes from the hub), and so do we."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.bpe.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.bpe.to_str(pretty=True))
         processor = "UniversalActionProcessor"
         files: dict[str, dict[str, Any]] = {
             "processor_config.json": {
@@ -234,7 +235,7 @@ class FastTokenizer:
             "special_tokens_map.json": {},
         }
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / name, content)
 
     @classmethod
     def load(cls, folder: Path | str) -> FastTokenizer:
@@ -246,7 +247,7 @@ class FastTokenizer:
         for name in ("processor_config.json", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is no FAST tokenizer, it has no {name}: make one with `pi05 tokenizer`")
-        config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "processor_config.json")
         missing = {"scale", "min_token", "vocab_size"} - set(config)
         if missing:
             raise ValueError(f"{folder / 'processor_config.json'} does not say {', '.join(sorted(missing))}")

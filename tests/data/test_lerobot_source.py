@@ -98,7 +98,7 @@ def test_data_without_actions_has_its_state_normalised(videos: Path) -> None:
     robot = open_source(videos, action_keys=[]).robot()
     assert robot is not None
     assert not robot.acts
-    assert len(robot.normalize.state.q01) == 3
+    assert robot.state_dim == 3
 
 
 def test_horizon_in_seconds_pads_the_rest_of_the_chunk(videos: Path) -> None:

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 
 from pi05_lightning.data.errors import OnBadSample, Rejects
-from pi05_lightning.data.processor import Robot
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.types import Frame, Modality, Shapes
 
 Split = Literal["train", "val"]

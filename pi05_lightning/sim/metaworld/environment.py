@@ -25,7 +25,7 @@ from pi05_lightning.sim.metaworld.tasks import GRIPPER, Part, task_language, tas
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
-    from pi05_lightning.data.processor import Robot
+    from pi05_lightning.data.robot import Robot
 
 CONTROL_HZ = 80  # MetaWorld: 5 MuJoCo steps of 2.5 ms
 STATE_NAMES = ("x", "y", "z", "gripper_opening")
