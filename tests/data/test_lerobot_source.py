@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.lerobot_files import find_dataset
-from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
-from pi05_lightning.data.split import held_out
+from pi05_lightning.data.split import Split, held_out
 from pi05_lightning.types import Answer, Modality, Shapes
 
 HORIZON = 8
@@ -387,7 +386,7 @@ def test_an_empty_episode_is_an_error(videos_copy: Path) -> None:
     ("damage", "message"),
     [
         (lambda root: (root / "meta/info.json").unlink(), "no meta/info.json"),
-        (lambda root: (root / "meta/info.json").write_text("{"), "info.json is damaged"),
+        (lambda root: (root / "meta/info.json").write_text("{"), "info.json is not valid JSON"),
         (lambda root: edit_info(root, codebase_version="v2.1"), "format v2.1.*convert"),
         (lambda root: next((root / "meta/episodes").glob("*/*")).unlink(), "not finalised"),
         (lambda root: truncate(next((root / "meta/episodes").glob("*/*"))), "restore it"),

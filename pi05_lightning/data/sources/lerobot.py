@@ -17,8 +17,9 @@ from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.robot import Robot
-from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig, Split
+from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns
+from pi05_lightning.data.split import Split
 from pi05_lightning.data.statistics import Relative, load_or_compute
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame, Modality, Shapes

@@ -16,8 +16,8 @@ import pyarrow as pa
 from pi05_lightning.data.boxes import BoxOrder, detections, misplaced, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
-from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig, Split
-from pi05_lightning.data.split import held_out, held_out_groups
+from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
+from pi05_lightning.data.split import Split, held_out, held_out_groups
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
