@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pi05_lightning.types import Box
+
 TRUTH, SAID = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion, told apart with any colour vision
 DRAWN_DIMS = 8  # panels of a chunk; a humanoid's other thirty are in the metrics
-
-Box = tuple[float, float, float, float]
-"""ymin, xmin, ymax, xmax as shares of the image's height and width."""
 
 
 @dataclass(frozen=True)
