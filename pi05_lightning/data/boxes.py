@@ -1,4 +1,4 @@
-"""Boxes as datasets write them, as numbers or in text, to PaliGemma's coordinate tokens.
+"""Boxes as datasets write them, as numbers or in text, to PaliGemma's coordinate tokens, and boxes out of these.
 
 `<locYYYY>` four times is ymin, xmin, ymax, xmax in 1024 steps over the image; twice, a point's y and x.
 """
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import batched
 from typing import Any, Literal, get_args
 
-from pi05_lightning.data.tokenizer import LOCATIONS, box_to_text
+from pi05_lightning.data.tokenizer import LOCATIONS
 from pi05_lightning.types import NUM_LOC, Box
 
 BoxOrder = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
@@ -20,6 +20,7 @@ BoxOrder = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 NOTHING = "none"  # the answer where nothing was detected: an empty one would look like a mistake
 _LOCATION = re.compile(r"<loc(\d+)>")
 _RUN = re.compile(r"(?:<loc\d+>)+")
+_BOX = re.compile(r"<loc(\d{4})>" * 4)
 
 
 def to_box(values: Sequence[float], order: BoxOrder, height: float, width: float) -> Box:
@@ -48,6 +49,23 @@ def to_box(values: Sequence[float], order: BoxOrder, height: float, width: float
             f"the box {list(values)} ({order}) is not inside the image, {width:g} wide and {height:g} high"
         )
     return ymin, xmin, ymax, xmax
+
+
+def box_to_text(box: Box) -> str:
+    """`<locYYYY>` for ymin, xmin, ymax, xmax in [0, 1], in 1024 steps over the image (PaliGemma's convention).
+
+    Raises ValueError for a box that is not inside the image, or inside out.
+    """
+    ymin, xmin, ymax, xmax = box
+    if not (0 <= ymin <= ymax <= 1 and 0 <= xmin <= xmax <= 1):
+        raise ValueError(f"the box {box} (ymin, xmin, ymax, xmax) is not inside the image, whose edges are 0 and 1")
+    return _spelled(*box)
+
+
+def text_to_boxes(text: str) -> list[Box]:
+    """The boxes (ymin, xmin, ymax, xmax) in [0, 1] that a text names, in its order; at the middle of their steps."""
+    edges = [[(int(edge) + 0.5) / NUM_LOC for edge in match.groups()] for match in _BOX.finditer(text)]
+    return [(top, left, bottom, right) for top, left, bottom, right in edges]
 
 
 def detections(boxes: Sequence[Box], labels: Sequence[str | None]) -> str:
@@ -80,7 +98,7 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
             raise ValueError(f"the point {point} ({order}) is not two numbers as xy or yx")
         x, y = point if order == "xy" else reversed(point)
         top, left, *_ = to_box((x, y, x, y), "xyxy", height, width)
-        spelled = "".join(LOCATIONS[min(int(edge * NUM_LOC), NUM_LOC - 1)] for edge in (top, left))
+        spelled = _spelled(top, left)
         return f"{spelled} {found['label']}" if found.get("label") else spelled
     return answer
 
@@ -96,3 +114,7 @@ def misplaced(text: str) -> str | None:
             if len(edges) == 4 and (edges[0] > edges[2] or edges[1] > edges[3]):
                 return f"the box {run.group()} is inside out: the order is ymin, xmin, ymax, xmax"
     return None
+
+
+def _spelled(*edges: float) -> str:
+    return "".join(LOCATIONS[min(int(edge * NUM_LOC), NUM_LOC - 1)] for edge in edges)

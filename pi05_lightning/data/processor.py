@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from pi05_lightning.data.boxes import text_to_boxes
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import Robot
-from pi05_lightning.data.tokenizer import TextTokenizer, text_to_boxes
+from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.types import Answer, Batch, Frame, Modality, Point, Sample, Segment, Shapes, Target
 
 OUTLIER = 1e3  # a normalised value so far from -1..1 is a broken sensor, or a range that the statistics did not see

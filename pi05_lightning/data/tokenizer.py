@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +13,12 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from pi05_lightning.files.hub import local_folder
-from pi05_lightning.types import NUM_LOC, NUM_SEG, Box
+from pi05_lightning.types import NUM_LOC, NUM_SEG
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]
 SEGMENTS = [f"<seg{i:03d}>" for i in range(NUM_SEG)]
 SHIPPED = "tiny"
 GEMMA_SIZE = 256_000  # ids of Gemma's text, which PaliGemma's <loc> tokens follow
-_BOX = re.compile(r"<loc(\d{4})>" * 4)
 
 
 class TextTokenizer:
@@ -111,20 +109,3 @@ def with_coordinates(tokenizer: Tokenizer) -> Tokenizer:
     for tokens in (LOCATIONS, SEGMENTS):
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
     return tokenizer
-
-
-def box_to_text(box: Box) -> str:
-    """`<locYYYY>` for ymin, xmin, ymax, xmax in [0, 1], in 1024 steps over the image (PaliGemma's convention).
-
-    Raises ValueError for a box that is not inside the image, or inside out.
-    """
-    ymin, xmin, ymax, xmax = box
-    if not (0 <= ymin <= ymax <= 1 and 0 <= xmin <= xmax <= 1):
-        raise ValueError(f"the box {box} (ymin, xmin, ymax, xmax) is not inside the image, whose edges are 0 and 1")
-    return "".join(LOCATIONS[min(int(edge * NUM_LOC), NUM_LOC - 1)] for edge in box)
-
-
-def text_to_boxes(text: str) -> list[Box]:
-    """The boxes (ymin, xmin, ymax, xmax) in [0, 1] that a text names, in its order; at the middle of their steps."""
-    edges = [[(int(edge) + 0.5) / NUM_LOC for edge in match.groups()] for match in _BOX.finditer(text)]
-    return [(top, left, bottom, right) for top, left, bottom, right in edges]

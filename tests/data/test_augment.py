@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from pi05_lightning.data.augment import Augmentation, augment
+from pi05_lightning.data.boxes import box_to_text
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.tokenizer import TextTokenizer, box_to_text
+from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.types import Answer, Batch, Frame, Modality, Shapes
 
 TOKENIZER = TextTokenizer.load("tiny")

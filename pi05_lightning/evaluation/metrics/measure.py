@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.data.boxes import text_to_boxes
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.tokenizer import text_to_boxes
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
 from pi05_lightning.evaluation.report.examples import Example
