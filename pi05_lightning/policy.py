@@ -94,12 +94,12 @@ class Pi05Policy:
         if not acting:
             raise ValueError(f"{model_path} was trained on no robot's data: it has no actions to predict")
         self.robot = acting[0]
-        normalize = self.processor.robots[self.robot].normalize
+        robot = self.processor.robots[self.robot]
         expected = {
             "policy_type": (policy_type, "pi0.5"),
             "backbone_type": (backbone_type, model.config.backbone_type),
-            "obs_dim": (obs_dim, len(normalize.state.q01)),
-            "action_dim": (action_dim, len(normalize.action.q01)),
+            "obs_dim": (obs_dim, robot.state_dim),
+            "action_dim": (action_dim, robot.action_dim),
             "image_dim's channels": (image_dim[0] if image_dim else None, 3),
         }
         for name, (wanted, found) in expected.items():
@@ -272,7 +272,7 @@ class Pi05Policy:
     def _given_actions(self, frames: Sequence[Frame], prefix_actions: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Normalised and padded to chunks f32[B T D], and how many of each are given, i64[B]."""
         config = self.model.config
-        dims = len(self.processor.robots[self.robot].normalize.action.q01)
+        dims = self.processor.robots[self.robot].action_dim
         given = torch.zeros(len(frames), config.horizon, config.action_dim)
         for row, (frame, actions) in enumerate(zip(frames, prefix_actions, strict=True)):
             if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= config.horizon:
@@ -293,7 +293,7 @@ class Pi05Policy:
         """
         fast, tokenizer, prompts = self.processor.fast, self.processor.tokenizer, self.processor.language.prompts
         assert fast is not None
-        horizon, dims = self.model.config.horizon, len(self.processor.robots[self.robot].normalize.action.q01)
+        horizon, dims = self.model.config.horizon, self.processor.robots[self.robot].action_dim
         device = self.model.device
         tokens, valid = self.model.fast_head.generate(
             self.model.backbone,

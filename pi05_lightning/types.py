@@ -8,7 +8,7 @@ P images present in a batch, R rows of a batch that carry actions.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
 from typing import Any, Protocol
@@ -66,6 +66,11 @@ Box = tuple[float, float, float, float]
 _BOX = re.compile(r"<loc(\d{4})>" * 4)
 
 
+def edges_to_text(edges: Iterable[float]) -> str:
+    """Coordinate tokens of shares of the image's height or width, in [0, 1]."""
+    return "".join(f"<loc{min(int(edge * NUM_LOC), NUM_LOC - 1):04d}>" for edge in edges)
+
+
 def box_to_text(box: Box) -> str:
     """`<locYYYY>` for ymin, xmin, ymax, xmax in [0, 1], in 1024 steps over the image (PaliGemma's convention).
 
@@ -74,7 +79,7 @@ def box_to_text(box: Box) -> str:
     ymin, xmin, ymax, xmax = box
     if not (0 <= ymin <= ymax <= 1 and 0 <= xmin <= xmax <= 1):
         raise ValueError(f"the box {box} (ymin, xmin, ymax, xmax) is not inside the image, whose edges are 0 and 1")
-    return "".join(f"<loc{min(int(edge * NUM_LOC), NUM_LOC - 1):04d}>" for edge in box)
+    return edges_to_text(box)
 
 
 def text_to_boxes(text: str) -> list[Box]:

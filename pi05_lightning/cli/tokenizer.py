@@ -19,8 +19,8 @@ from rich.table import Table
 
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.split import Split
 from pi05_lightning.data.statistics import CACHE, FeatureStats, Relative, load_or_compute, vector_keys
 from pi05_lightning.data.transforms import Quantiles
 from pi05_lightning.files.shipped import find_config

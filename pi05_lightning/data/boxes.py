@@ -13,7 +13,7 @@ from itertools import batched
 from typing import Any, Literal, get_args
 
 from pi05_lightning.data.tokenizer import LOCATIONS
-from pi05_lightning.types import NUM_LOC, Box, box_to_text
+from pi05_lightning.types import NUM_LOC, Box, box_to_text, edges_to_text
 
 BoxOrder = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 """Corners (x or y first), the top left corner with width and height, or the centre with them."""
@@ -80,7 +80,7 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
             raise ValueError(f"the point {point} ({order}) is not two numbers as xy or yx")
         x, y = point if order == "xy" else reversed(point)
         top, left, *_ = to_box((x, y, x, y), "xyxy", height, width)
-        spelled = "".join(LOCATIONS[min(int(edge * NUM_LOC), NUM_LOC - 1)] for edge in (top, left))
+        spelled = edges_to_text((top, left))
         return f"{spelled} {found['label']}" if found.get("label") else spelled
     return answer
 

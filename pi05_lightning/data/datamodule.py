@@ -17,7 +17,8 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.samples import BadSampleCount, Samples, TrainLoader
-from pi05_lightning.data.sources.base import Source, SourceConfig, Split
+from pi05_lightning.data.sources.base import Source, SourceConfig
+from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch, Modality, Shapes, Subset

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class BadSample(ValueError):
-    """Data that must not be trained on; its message names dataset, episode, frame and key, and how to mend it."""
+    """Data that must not be trained on; its message names dataset, episode, frame and key, and how to fix it."""
 
 
 class BadFrame(ValueError):
@@ -29,10 +29,10 @@ class Rejects:
         self.dataset, self.policy = dataset, policy
         self.frames = 0
 
-    def add(self, where: str, problem: str, mend: str, frames: int) -> None:
+    def add(self, where: str, problem: str, remedy: str, frames: int) -> None:
         """Record that `frames` frames are bad, the first at `where`; raises BadSample unless they are skipped."""
         message = f"dataset {self.dataset!r}, {where}: {problem}"
         if self.policy == "error":
-            raise BadSample(f"{message}. {mend}, or leave such data out with on_bad_sample: skip")
+            raise BadSample(f"{message}. {remedy}, or leave such data out with on_bad_sample: skip")
         self.frames += frames
         log.warning("%s%s", message, f". Left out: {frames} frames" if frames else "")

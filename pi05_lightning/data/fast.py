@@ -11,29 +11,22 @@ our own fits merge across the whole chunk, where the public one first cuts it in
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
-if TYPE_CHECKING:
-    from pi05_lightning.data.bpe import BatchBPE
+from pi05_lightning.files.local import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 CHARACTERS = 2048  # code points looked at, the ones that UTF-8 spells in at most two bytes
 MARGIN = 1.25  # range of coefficients that a fit prepares for, relative to what it sees
-BATCH = 512  # chunks that one thread encodes at a time
 
 
 class FastDecodeError(ValueError):
@@ -65,13 +58,13 @@ class FastTokenizer:
         self._bytes = _token_bytes(bpe)
         self.lengths = np.array([_count_characters(token) for token in self._bytes], dtype=np.int64)
         """i64[V]: coefficients that a token expands to; 0 for a part of a character, which never decodes by itself."""
-        spelled = np.array(sorted(_spelling(bpe)))
+        spelled = np.array(_spelled(bpe))
         if not len(spelled):
             raise ValueError(
                 "the FAST tokenizer's vocabulary spells no coefficient at all: its tokenizer.json is damaged"
             )
         distance = np.abs(np.arange(spelled[-1] + 1)[:, None] - spelled[None, :])
-        self._nearest = spelled[distance.argmin(1)].astype(np.int32)
+        self._nearest = spelled[distance.argmin(1)].astype("<u4")
 
     # --- actions to tokens
 
@@ -80,37 +73,26 @@ class FastTokenizer:
 
         Raises ValueError for another number of axes and for values that are not finite.
         """
-        batches = [chunks[start : start + BATCH] for start in range(0, len(chunks), BATCH)]
-        if len(batches) > 1 and self._batch_bpe is not None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                encoded = list(pool.map(self._encode, batches))
-        else:
-            encoded = [self._encode(batch) for batch in batches]
-        self._count_clipped(sum(clipped for _, clipped in encoded), np.size(chunks))
-        return [row for tokens, _ in encoded for row in tokens]
+        characters, clipped = self._characters(chunks)
+        self._count_clipped(np.count_nonzero(clipped), clipped.size)
+        texts = [chunk.tobytes().decode("utf-32-le") for chunk in characters]
+        return [encoding.ids for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
     def quantize(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The rounded coefficients that tokens will carry, i32[N T A], and where they were clipped, bool[N T A]."""
+        """The rounded coefficients that tokens will carry, i64[N T A], and where they were clipped, bool[N T A]."""
+        characters, clipped = self._characters(chunks)
+        return characters.astype(np.int64) + self.min_token, clipped
+
+    def _characters(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The code points that tokens will carry, u32[N T A], and where they are not the coefficients' own."""
         chunks = np.asarray(chunks)
         if chunks.ndim != 3:
             raise ValueError(f"expected action chunks [N T A], got shape {list(chunks.shape)}")
         if not np.isfinite(chunks).all():
             raise ValueError("an action chunk holds NaN or infinite values: look for them with `pi05 stats`")
         wanted = quantized_dct(chunks, self.scale) - self.min_token
-        limit = len(self._nearest) - 1
-        characters = self._nearest[wanted.clip(0, limit).astype(np.int32)]
-        return characters + np.int32(self.min_token), characters != wanted
-
-    def _encode(self, chunks: np.ndarray) -> tuple[list[list[int]], int]:
-        coefficients, clipped = self.quantize(chunks)
-        characters = (coefficients - self.min_token).reshape(len(chunks), -1)
-        if self._batch_bpe is None:
-            texts = [row.astype("<u4").tobytes().decode("utf-32-le") for row in characters]
-            encodings = self.bpe.encode_batch_fast(texts, add_special_tokens=False)
-            return [encoding.ids for encoding in encodings], int(clipped.sum())
-        ids, ends = self._batch_bpe(characters)
-        flat, bounds = ids.tolist(), [0, *ends.tolist()]
-        return [flat[start:end] for start, end in pairwise(bounds)], int(clipped.sum())
+        characters = self._nearest[wanted.clip(0, len(self._nearest) - 1).astype(np.intp)]
+        return characters, characters != wanted
 
     def _count_clipped(self, clipped: int, total: int) -> None:
         if clipped and not self.clipped:
@@ -122,18 +104,6 @@ class FastTokenizer:
             )
         self.clipped += clipped
 
-    @cached_property
-    def _batch_bpe(self) -> BatchBPE | None:
-        from pi05_lightning.data.bpe import BatchBPE  # numba takes a second to import
-
-        spelling = _spelling(self.bpe)
-        anything = next(iter(spelling.values()))
-        try:
-            return BatchBPE(self.bpe, [spelling.get(c, anything) for c in range(len(self._nearest))])
-        except ValueError as reason:
-            log.info("encoding FAST tokens with `tokenizers`, which is slower: %s", reason)
-            return None
-
     # --- tokens to actions
 
     def decode(self, tokens: Sequence[int], horizon: int | None = None, dim: int | None = None) -> np.ndarray:
@@ -141,23 +111,18 @@ class FastTokenizer:
 
         Raises FastDecodeError when they do not expand to exactly T·A coefficients.
         """
-        horizon, dim = horizon or self.horizon, dim or self.dim
-        if horizon is None or dim is None:
-            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
-        return self._from_coefficients(self._coefficients(tokens, horizon, dim)[None])[0]
+        return self._from_coefficients(self._coefficients(tokens, *self._size(horizon, dim))[None])[0]
 
     def decode_batch(
         self, tokens: Sequence[Sequence[int]], horizon: int | None = None, dim: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `decode` for many: f32[N T A] and bool[N], which sequences decoded; the others are NaN."""
-        horizon, dim = horizon or self.horizon, dim or self.dim
-        if horizon is None or dim is None:
-            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
-        actions = np.full((len(tokens), horizon, dim), np.nan, dtype=np.float32)
+        size = self._size(horizon, dim)
+        actions = np.full((len(tokens), *size), np.nan, dtype=np.float32)
         ok = np.zeros(len(tokens), dtype=bool)
         for row, sequence in enumerate(tokens):
             try:
-                actions[row] = self.decode(sequence, horizon, dim)
+                actions[row] = self.decode(sequence, *size)
                 ok[row] = True
             except FastDecodeError:
                 continue
@@ -166,6 +131,12 @@ class FastTokenizer:
     def reconstruct(self, chunks: np.ndarray) -> np.ndarray:
         """What decoding the encoded chunks gives, f32[N T A], without the way through tokens."""
         return self._from_coefficients(self.quantize(chunks)[0])
+
+    def _size(self, horizon: int | None, dim: int | None) -> tuple[int, int]:
+        horizon, dim = horizon or self.horizon, dim or self.dim
+        if horizon is None or dim is None:
+            raise ValueError("this FAST tokenizer was made for chunks of several sizes: pass horizon and dim")
+        return horizon, dim
 
     def _coefficients(self, tokens: Sequence[int], horizon: int, dim: int) -> np.ndarray:
         unknown = [token for token in tokens if not 0 <= token < len(self._bytes)]
@@ -195,11 +166,6 @@ class FastTokenizer:
         skip: 1152 stays below PaliGemma's `<loc>` and `<seg>` tokens; openpi and LeRobot's pi0_fast use 128.
         """
         return [vocab_size - 1 - skip - token for token in tokens]
-
-    @staticmethod
-    def from_vocab(ids: Sequence[int], vocab_size: int, skip: int = 1152) -> list[int]:
-        """The inverse of `to_vocab`."""
-        return FastTokenizer.to_vocab(ids, vocab_size, skip)
 
     # --- fitting and storing
 
@@ -249,8 +215,7 @@ class FastTokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the public processor's folder: `AutoProcessor` reads it (its code comes from the hub), and so do we."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.bpe.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", self.bpe.to_str(pretty=True))
         processor = "UniversalActionProcessor"
         files: dict[str, dict[str, Any]] = {
             "processor_config.json": {
@@ -270,7 +235,7 @@ class FastTokenizer:
             "special_tokens_map.json": {},
         }
         for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / name, content)
 
     @classmethod
     def load(cls, folder: Path | str) -> FastTokenizer:
@@ -282,7 +247,7 @@ class FastTokenizer:
         for name in ("processor_config.json", "tokenizer.json"):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} is no FAST tokenizer, it has no {name}: make one with `pi05 tokenizer`")
-        config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "processor_config.json")
         missing = {"scale", "min_token", "vocab_size"} - set(config)
         if missing:
             raise ValueError(f"{folder / 'processor_config.json'} does not say {', '.join(sorted(missing))}")
@@ -348,15 +313,13 @@ def _token_bytes(bpe: Tokenizer) -> list[bytes]:
     return [bytes(letters[c] for c in token) if set(token) <= set(letters) else token.encode() for token in tokens]
 
 
-def _spelling(bpe: Tokenizer) -> dict[int, list[int]]:
-    """The token ids that BPE starts from for each character that the vocabulary can spell."""
-    if _is_byte_level(bpe):
-        letter = {byte: letter for letter, byte in _byte_letters().items()}
-        words = {code: [letter[byte] for byte in chr(code).encode()] for code in range(CHARACTERS)}
-    else:
-        words = {code: [chr(code)] for code in range(CHARACTERS)}
+def _spelled(bpe: Tokenizer) -> list[int]:
+    """The characters that the vocabulary can spell, ascending."""
     vocab = bpe.get_vocab()
-    return {code: [vocab[c] for c in word] for code, word in words.items() if all(c in vocab for c in word)}
+    if not _is_byte_level(bpe):
+        return [code for code in range(CHARACTERS) if chr(code) in vocab]
+    known = {byte for letter, byte in _byte_letters().items() if letter in vocab}
+    return [code for code in range(CHARACTERS) if known.issuperset(chr(code).encode())]
 
 
 def _count_characters(token: bytes) -> int:

@@ -9,11 +9,9 @@ data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.sources.base import Split
-from pi05_lightning.data.split import held_out
+from pi05_lightning.data.split import Split, held_out
+from pi05_lightning.files.local import read_json
 
 log = logging.getLogger(__name__)
 
@@ -68,14 +66,9 @@ class LeRobotFiles:
     @classmethod
     def open(cls, root: Path) -> LeRobotFiles:
         """Raises ValueError when the folder is no LeRobot v3 dataset, or its metadata is damaged."""
-        try:
-            info = json.loads((root / "meta" / "info.json").read_text())
-        except FileNotFoundError as error:
-            raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{root / 'meta' / 'info.json'} is damaged ({error}): restore it from its origin"
-            ) from error
+        if not (root / "meta" / "info.json").exists():
+            raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
+        info = read_json(root / "meta" / "info.json")
         version = str(info.get("codebase_version"))
         if not version.startswith("v3."):
             raise ValueError(
@@ -95,11 +88,6 @@ class LeRobotFiles:
     @property
     def features(self) -> dict[str, dict[str, Any]]:
         return self.info["features"]
-
-    @cached_property
-    def tasks(self) -> dict[int, str]:
-        """Task sentences by task_index; empty when the dataset has none."""
-        return self.sentences("tasks", "task")
 
     def sentences(self, table: str, column: str) -> dict[int, str]:
         """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file."""

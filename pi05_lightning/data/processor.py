@@ -16,8 +16,8 @@ from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.data.transforms import AbsoluteActions, Group, Normalize, Quantiles, RelativeActions, Unnormalize
 from pi05_lightning.types import (
     Answer,
     Batch,
@@ -52,41 +52,6 @@ class Language:
     def __post_init__(self) -> None:
         if not 0 <= self.task_only_share <= 1:
             raise ValueError(f"task_only_share is {self.task_only_share}: it is a share, 0 to 1")
-
-
-@dataclass(frozen=True)
-class Robot:
-    """What a policy must know of the robot that a source's data came from."""
-
-    normalize: Normalize
-    """Quantiles of the training part's state and actions."""
-    fps: float
-    """Observations, and so actions, per second."""
-    tasks: tuple[str, ...] = ()
-    """The instructions that it was trained on."""
-    dataset: str = ""
-    """Where the demonstrations were."""
-    relative: RelativeActions | None = None
-    """Dims of the action that are trained on, and predicted, relative to the state."""
-    embodiment: str = ""
-    """What `{embodiment}` in a prompt stands for."""
-    control_mode: str = ""
-    """What `{control_mode}` in a prompt stands for."""
-    has_subtasks: bool = True
-    """Whether its data says what to do next."""
-
-    @property
-    def acts(self) -> bool:
-        """Whether its data holds actions; a policy acts as the first robot that does."""
-        return len(self.normalize.action.q01) > 0
-
-    @property
-    def transforms(self) -> Group:
-        """The robot's units to the model's, and back."""
-        group = Group()
-        if self.relative is not None:
-            group = group.push(self.relative, AbsoluteActions(self.relative))
-        return group.push(self.normalize, Unnormalize(self.normalize.action))
 
 
 class Processor:
@@ -201,7 +166,7 @@ class Processor:
 
     def real_actions(self, actions: np.ndarray, frame: Frame, source: str) -> np.ndarray:
         """Model actions f32[... T D] to the robot's units and dimensions, f32[... T A]."""
-        dims = len(self.robots[source].normalize.action.q01)
+        dims = self.robots[source].action_dim
         return self.transforms[source].on_actions(actions[..., :dims], frame)
 
     def _resize(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -334,7 +299,7 @@ class Processor:
             "cameras": list(self.cameras),
             "language": asdict(self.language),
             "fast": self.fast.to_dict() if self.fast else None,
-            "robots": {name: _robot_to_dict(robot) for name, robot in self.robots.items()},
+            "robots": {name: robot.to_dict() for name, robot in self.robots.items()},
         }
 
     @classmethod
@@ -344,7 +309,7 @@ class Processor:
             shapes=Shapes(**values["shapes"]),
             tokenizer=TextTokenizer.from_dict(values["tokenizer"]),
             cameras=values["cameras"],
-            robots={name: _robot_from_dict(robot) for name, robot in values["robots"].items()},
+            robots={name: Robot.from_dict(robot) for name, robot in values["robots"].items()},
             language=Language(**language),
             fast=FastTokenizer.from_dict(values["fast"]) if values["fast"] else None,
         )
@@ -366,32 +331,3 @@ def _reject_outliers(frame: Frame) -> None:
                 f"dimension {dim} of its {name} is {worst[dim]:.3g} when normalised, and -1 to 1 is usual: the value is"
                 " wrong, or this dimension hardly ever changes. Correct it, leave the episode out, or set `min_range`"
             )
-
-
-def _robot_to_dict(robot: Robot) -> dict[str, Any]:
-    quantiles = {"state": robot.normalize.state, "action": robot.normalize.action}
-    return {
-        "fps": robot.fps,
-        "tasks": list(robot.tasks),
-        "dataset": robot.dataset,
-        "quantiles": {part: {"q01": q.q01.tolist(), "q99": q.q99.tolist()} for part, q in quantiles.items()},
-        "relative": None if robot.relative is None else {k: list(v) for k, v in asdict(robot.relative).items()},
-        "embodiment": robot.embodiment,
-        "control_mode": robot.control_mode,
-        "has_subtasks": robot.has_subtasks,
-    }
-
-
-def _robot_from_dict(values: Mapping[str, Any]) -> Robot:
-    quantiles = {part: Quantiles(np.array(q["q01"]), np.array(q["q99"])) for part, q in values["quantiles"].items()}
-    relative = values.get("relative")
-    return Robot(
-        normalize=Normalize(**quantiles),
-        fps=values["fps"],
-        tasks=tuple(values["tasks"]),
-        dataset=values["dataset"],
-        relative=RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
-        embodiment=values.get("embodiment", ""),
-        control_mode=values.get("control_mode", ""),
-        has_subtasks=values.get("has_subtasks", True),
-    )

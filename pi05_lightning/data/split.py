@@ -1,11 +1,14 @@
-"""Which part of a dataset is held out for validation."""
+"""The two parts of a dataset, and which of its episodes or rows are held out for validation."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
+
+Split = Literal["train", "val"]
 
 # Fractional part of the golden ratio: the multiples of the number hardest to approximate by fractions fill [0, 1)
 # evenly, whatever the period with which tasks alternate over the episodes.

@@ -25,6 +25,7 @@ from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.frame_cache import cache_folder
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.files.local import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -111,15 +112,6 @@ class Stats:
         """The inverse of `to_dict`."""
         return cls({key: FeatureStats.from_dict(feature) for key, feature in values.items()})
 
-    def save(self, path: Path) -> None:
-        """Write as JSON; a reader sees the old file or the new one, never a part."""
-        _write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: Path) -> Stats:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
 
 def compute(
     root: Path,
@@ -159,7 +151,7 @@ def load_or_compute(
         return Stats.from_dict(entries[request])
     stats = compute(root, keys, episodes, relative)
     try:
-        _write_json(cache, {"version": 1, "entries": {**entries, request: stats.to_dict()}})
+        write_json(cache, {"version": 1, "entries": {**entries, request: stats.to_dict()}}, indent=None)
     except OSError as error:
         log.warning("statistics are not kept, %s cannot be written (%s)", cache, error)
     return stats
@@ -325,22 +317,10 @@ def _request(
 
 def _read_cache(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["entries"]
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, KeyError) as error:
+        return read_json(path, default={"entries": {}})["entries"]
+    except (ValueError, KeyError) as error:
         log.warning("%s is damaged (%s) and is written anew", path, error)
         return {}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _name(key: str) -> str:

@@ -92,6 +92,10 @@ class Quantiles:
         for name in ("q01", "q99"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float32))
 
+    def __len__(self) -> int:
+        """Dimensions."""
+        return len(self.q01)
+
     @property
     def span(self) -> np.ndarray:
         span = self.q99 - self.q01
@@ -127,9 +131,9 @@ class Normalize:
 
     @staticmethod
     def _checked(name: str, x: np.ndarray, quantiles: Quantiles) -> np.ndarray:
-        if x.shape[-1] != len(quantiles.q01):
+        if x.shape[-1] != len(quantiles):
             raise ValueError(
-                f"{name} has {x.shape[-1]} dimensions, but the statistics have {len(quantiles.q01)}: they belong to"
+                f"{name} has {x.shape[-1]} dimensions, but the statistics have {len(quantiles)}: they belong to"
                 " another dataset or robot"
             )
         return quantiles.normalize(x)

@@ -54,7 +54,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
             return default
         raise ValueError(f"{path} does not exist: name the folder that holds {path.name}") from error
     except ValueError as error:  # of json, or no UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
+        raise ValueError(f"{path} is not valid JSON ({error}): correct or restore it") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}")
     return values

@@ -138,7 +138,7 @@ class PolicyServer:
             "checkpoint": name,
             "cameras": list(read.keys),
             "action_horizon": policy.execution_horizon,
-            "action_dim": len(robot.normalize.action.q01),
+            "action_dim": robot.action_dim,
             "fps": robot.fps,
             "tasks": list(robot.tasks),
         }

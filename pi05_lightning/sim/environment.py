@@ -15,7 +15,7 @@ from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:  # processes that only simulate need not wait for it
-    from pi05_lightning.data.processor import Robot
+    from pi05_lightning.data.robot import Robot
 
 
 class NoSuchEnvironment(ValueError):

@@ -19,7 +19,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment,
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
-    from pi05_lightning.data.processor import Robot
+    from pi05_lightning.data.robot import Robot
 
 _IMAGES = ("observation.image", "observation.images.")
 _DEFAULT_STEPS = 500  # of an episode, for environments that set no limit

@@ -17,7 +17,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment,
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
 
 if TYPE_CHECKING:
-    from pi05_lightning.data.processor import Robot
+    from pi05_lightning.data.robot import Robot
 
 
 @dataclass(frozen=True)

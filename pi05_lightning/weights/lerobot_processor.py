@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.data.processor import Language, Processor, Robot
+from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import Prompts
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.models.config import ModelConfig
@@ -92,9 +93,9 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
         }
         dims = features[key]["shape"][0] if key in features else config.action_dim
         found = _lerobot_quantiles(stats, modes.get(kind, "QUANTILES"), key, dims)
-        if key in features and len(found.q01) != dims:
+        if key in features and len(found) != dims:
             raise ValueError(
-                f"{folder}: config.json gives {key} {dims} dimensions, but its statistics have {len(found.q01)}"
+                f"{folder}: config.json gives {key} {dims} dimensions, but its statistics have {len(found)}"
             )
         return found
 
@@ -145,8 +146,8 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     size = config.vision.image_size
     images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}
     lerobot_config = PI05Config(
-        input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (len(normalize.state.q01),))},
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (len(normalize.action.q01),))},
+        input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (robot.state_dim,))},
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (robot.action_dim,))},
         device="cpu",
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         chunk_size=config.horizon,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pi05_lightning.data.boxes import detections, from_lerobot, misplaced, to_box
+from pi05_lightning.types import Box, box_to_text, text_to_boxes
 
 IN_PIXELS = (0.25, 0.125, 0.75, 0.5)  # ymin, xmin, ymax, xmax of the box below
 
@@ -79,3 +80,29 @@ def test_tokens_that_name_no_box_in_the_image_are_found(text: str, problem: str)
 
 def test_boxes_points_and_plain_text_are_fine() -> None:
     assert misplaced("a <loc0001><loc0002><loc0003><loc0004> cup ; <loc0009><loc0001> tip; done") is None
+
+
+# --- to tokens and back
+
+
+def test_boxes_come_back_within_a_step() -> None:
+    boxes = [(0.0, 0.25, 0.5, 1.0), (0.1, 0.2, 0.3, 0.4)]
+    back = text_to_boxes("; ".join(f"{box_to_text(box)} thing" for box in boxes))
+    for box, found in zip(boxes, back, strict=True):
+        assert found == pytest.approx(box, abs=1 / 2048 + 1e-9)
+
+
+def test_the_images_edges_are_the_first_and_last_location() -> None:
+    assert box_to_text((0.0, 0.0, 1.0, 1.0)) == "<loc0000><loc0000><loc1023><loc1023>"
+
+
+@pytest.mark.parametrize(
+    "box", [(-0.1, 0, 1, 1), (0, 0, 1.1, 1), (0.5, 0, 0.4, 1), (0, 0.5, 1, 0.4), (float("nan"), 0, 1, 1)]
+)
+def test_a_box_that_is_not_in_the_image_has_no_tokens(box: Box) -> None:
+    with pytest.raises(ValueError, match="not inside the image"):
+        box_to_text(box)
+
+
+def test_an_unfinished_box_is_left_out() -> None:
+    assert text_to_boxes("<loc0001><loc0002><loc0003> handle") == []

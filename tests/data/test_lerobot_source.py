@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader
 
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.lerobot_files import find_dataset
-from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
-from pi05_lightning.data.split import held_out
+from pi05_lightning.data.split import Split, held_out
 from pi05_lightning.types import Answer, Modality, Shapes
 
 HORIZON = 8
@@ -98,7 +97,7 @@ def test_data_without_actions_has_its_state_normalised(videos: Path) -> None:
     robot = open_source(videos, action_keys=[]).robot()
     assert robot is not None
     assert not robot.acts
-    assert len(robot.normalize.state.q01) == 3
+    assert robot.state_dim == 3
 
 
 def test_horizon_in_seconds_pads_the_rest_of_the_chunk(videos: Path) -> None:
@@ -387,7 +386,7 @@ def test_an_empty_episode_is_an_error(videos_copy: Path) -> None:
     ("damage", "message"),
     [
         (lambda root: (root / "meta/info.json").unlink(), "no meta/info.json"),
-        (lambda root: (root / "meta/info.json").write_text("{"), "info.json is damaged"),
+        (lambda root: (root / "meta/info.json").write_text("{"), "info.json is not valid JSON"),
         (lambda root: edit_info(root, codebase_version="v2.1"), "format v2.1.*convert"),
         (lambda root: next((root / "meta/episodes").glob("*/*")).unlink(), "not finalised"),
         (lambda root: truncate(next((root / "meta/episodes").glob("*/*"))), "restore it"),

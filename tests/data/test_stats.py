@@ -185,10 +185,9 @@ def test_an_unknown_episode_is_an_error(pictures: Path) -> None:
 # --- keeping
 
 
-def test_saving_keeps_every_digit(pictures: Path, tmp_path: Path) -> None:
+def test_json_keeps_every_digit(pictures: Path) -> None:
     stats = compute(pictures, KEYS)
-    stats.save(tmp_path / "stats.json")
-    assert Stats.load(tmp_path / "stats.json").to_dict() == stats.to_dict()
+    assert Stats.from_dict(json.loads(json.dumps(stats.to_dict()))).to_dict() == stats.to_dict()
 
 
 def test_the_names_are_lerobots(pictures: Path) -> None:
@@ -249,4 +248,4 @@ def test_a_dataset_that_cannot_be_written_to_still_has_statistics(
     monkeypatch.setattr(os, "replace", read_only)  # chmod does not stop root, as which tests may run
     assert load_or_compute(pictures_copy, KEYS)["action"].count == 54
     assert "read-only file system" in caplog.text
-    assert not list((pictures_copy / CACHE).parent.glob(f"{CACHE.name}*"))
+    assert not list((pictures_copy / CACHE).parent.glob(f"*{CACHE.name}*"))

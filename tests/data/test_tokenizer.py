@@ -1,4 +1,4 @@
-"""Text tokenizers: the shipped one's layout, PaliGemma's coordinate tokens, boxes as text."""
+"""Text tokenizers: the shipped one's layout, PaliGemma's coordinate tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from transformers import GemmaTokenizer
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.tokenizer import LOCATIONS, SEGMENTS, TextTokenizer
-from pi05_lightning.types import box_to_text, text_to_boxes
 from tools.make_tokenizer import make
 
 TEXTS = [
@@ -150,29 +149,3 @@ def test_another_models_tokenizer_is_rejected(tmp_path: Path) -> None:
 def test_an_absent_tokenizer_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="local folder"):
         TextTokenizer.load(tmp_path / "nothing")
-
-
-# --- boxes
-
-
-def test_boxes_come_back_within_a_step() -> None:
-    boxes = [(0.0, 0.25, 0.5, 1.0), (0.1, 0.2, 0.3, 0.4)]
-    back = text_to_boxes("; ".join(f"{box_to_text(box)} thing" for box in boxes))
-    for box, found in zip(boxes, back, strict=True):
-        assert found == pytest.approx(box, abs=1 / 2048 + 1e-9)
-
-
-def test_the_images_edges_are_the_first_and_last_location() -> None:
-    assert box_to_text((0.0, 0.0, 1.0, 1.0)) == "<loc0000><loc0000><loc1023><loc1023>"
-
-
-@pytest.mark.parametrize(
-    "box", [(-0.1, 0, 1, 1), (0, 0, 1.1, 1), (0.5, 0, 0.4, 1), (0, 0.5, 1, 0.4), (float("nan"), 0, 1, 1)]
-)
-def test_a_box_that_is_not_in_the_image_is_an_error(box: tuple[float, float, float, float]) -> None:
-    with pytest.raises(ValueError, match="not inside the image"):
-        box_to_text(box)
-
-
-def test_an_unfinished_box_is_left_out() -> None:
-    assert text_to_boxes("<loc0001><loc0002><loc0003> handle") == []

@@ -11,8 +11,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pi05_lightning.data.errors import BadSample
-from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.vision_text import VisionTextConfig, VisionTextSource
+from pi05_lightning.data.split import Split
 from pi05_lightning.types import Answer, Modality, Shapes
 
 SHAPES = Shapes(image_size=32, horizon=4, action_dim=4, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)

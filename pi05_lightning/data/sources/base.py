@@ -6,15 +6,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from pi05_lightning.data.errors import OnBadSample, Rejects
-from pi05_lightning.data.processor import Robot
+from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.split import Split
 from pi05_lightning.types import Frame, Modality, Shapes
-
-Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.data.processor import Robot
-from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig, Split
+from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns
+from pi05_lightning.data.split import Split
 from pi05_lightning.data.statistics import Relative, load_or_compute
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame, Modality, Shapes
@@ -303,12 +304,12 @@ class LeRobotSource(Source):
     def _reject_values(self) -> None:
         """Frames without a task, and frames whose state or action chunk holds NaN or infinity."""
         columns, add = self.columns, self.rejects.add
-        untold = np.flatnonzero(self._task.codes < 0)
-        if len(untold):
-            where = f"{columns.address(untold[0])}, task_index"
-            add(where, "it has no task sentence", "Add it to meta/tasks.parquet or give `task`", len(untold))
+        without_task = np.flatnonzero(self._task.codes < 0)
+        if len(without_task):
+            where = f"{columns.address(without_task[0])}, task_index"
+            add(where, "it has no task sentence", "Add it to meta/tasks.parquet or give `task`", len(without_task))
         bad_state, bad_action = (~np.isfinite(values).all(axis=1) for values in (columns.state, columns.action))
-        mend = "Correct the data or leave the episode out with `episodes`"
+        remedy = "Correct the data or leave the episode out with `episodes`"
         # a chunk is bad when a bad step lies between its frame and its end
         bad_until = np.concatenate([[0], np.cumsum(bad_action)])
         stop = np.minimum(np.arange(len(bad_action)) + self._steps, columns.end)
@@ -321,7 +322,7 @@ class LeRobotSource(Source):
                 row = int(np.argmax(bad_row))
                 dim = int(np.argmin(np.isfinite(values[row])))
                 where = f"{columns.address(row)}, {' + '.join(keys)}"
-                add(where, f"value {dim} is {values[row, dim]}", mend, int(bad_frame.sum()))
+                add(where, f"value {dim} is {values[row, dim]}", remedy, int(bad_frame.sum()))
         self._kept &= (self._task.codes >= 0) & ~bad_state & ~bad_chunk
 
     # Images.
@@ -358,8 +359,8 @@ class LeRobotSource(Source):
     def _reject_rows(self, rows: np.ndarray, key: str, problem: str) -> None:
         if rows.any():
             where = f"{self.columns.address(int(np.argmax(rows)))}, {key}"
-            mend = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
-            self.rejects.add(where, problem, mend, int(rows.sum()))
+            remedy = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
+            self.rejects.add(where, problem, remedy, int(rows.sum()))
             self._kept &= ~rows
 
     @property
@@ -372,8 +373,8 @@ class LeRobotSource(Source):
             rows = rows[self._kept[rows]]
             if len(rows):
                 where = f"{self.columns.address(rows[0])}, {camera}"
-                mend = "Restore the file or leave its episodes out with `episodes`"
-                self.rejects.add(where, cache.problem(rows[0]), mend, len(rows))
+                remedy = "Restore the file or leave its episodes out with `episodes`"
+                self.rejects.add(where, cache.problem(rows[0]), remedy, len(rows))
                 self._kept[rows] = False
         self._rows = np.flatnonzero(self._kept)
 

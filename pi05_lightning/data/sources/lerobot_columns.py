@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.errors import Rejects
+from pi05_lightning.data.errors import BadFrame, Rejects
 from pi05_lightning.data.lerobot_files import LeRobotFiles, vectors
 from pi05_lightning.data.sources.language import (
     EVENTS,
@@ -41,8 +41,8 @@ class Wanted:
 class Columns:
     """N frames in the dataset's order.
 
-    episode, frame i64[N];  timestamp f64[N], from the episode's start;  first, end i64[N]: rows where the frame's
-    episode begins and ends;  file i32[N], into files, and file_row i64[N] in it;  state f32[N S], action f32[N A].
+    episode, frame i64[N];  timestamp f64[N], from the episode's start;  end i64[N]: the row where the frame's episode
+    ends;  file i32[N], into files, and file_row i64[N] in it;  state f32[N S], action f32[N A].
     """
 
     files: list[Path]
@@ -51,13 +51,33 @@ class Columns:
     episode: np.ndarray
     frame: np.ndarray
     timestamp: np.ndarray
-    first: np.ndarray
     end: np.ndarray
     state: np.ndarray
     action: np.ndarray
     task: TextColumn
     subtask: TextColumn
     answers: AnswerColumn
+
+    def address(self, row: int) -> str:
+        return f"episode {self.episode[row]}, frame {self.frame[row]}"
+
+
+@dataclass(frozen=True)
+class _File:
+    """One data file, M rows.
+
+    begins: i64, the rows where an episode begins.  persistent, events: its language rows, see `read_language`.
+    """
+
+    path: Path
+    table: pa.Table
+    episode: np.ndarray
+    frame: np.ndarray
+    timestamp: np.ndarray
+    begins: np.ndarray
+    subtask_key: str | None
+    persistent: dict[int, list[dict]]
+    events: dict[int, list[dict]]
 
     def address(self, row: int) -> str:
         return f"episode {self.episode[row]}, frame {self.frame[row]}"
@@ -99,83 +119,60 @@ def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, reje
 def _read_file(
     files: LeRobotFiles, path: Path, lengths: dict[int, int], wanted: Wanted, rejects: Rejects
 ) -> _Part | None:
-    where, total = f"episodes {min(lengths)} to {max(lengths)}", sum(lengths.values())
-    restore = f"Restore {path} from its origin"
+    """The rows of the episodes in `lengths`, {number: frames}; None for a file that cannot be used."""
+    where = f"episodes {min(lengths)} to {max(lengths)}"
     try:
-        present = pq.read_schema(path).names
-        names = ["episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action]
-        subtask_key = _subtask_column(wanted.subtask_key, present)
-        if subtask_key not in (None, PERSISTENT):
-            names.append(subtask_key)
-        images = [key for key in wanted.cameras if files.features[key]["dtype"] == "image"]
-        absent = sorted({*names, *images} - set(present))
-        if absent:
-            rejects.add(where, f"{path} has no columns {absent}", restore, total)
-            return None
-        table = pq.read_table(path, columns=sorted(set(names)))
-        episode = table.column("episode_index").to_numpy()
-        frame = table.column("frame_index").to_numpy()
-        begins = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
-        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, subtask_key)]
-        persistent, events = read_language(path, language, begins) if language else ({}, {})
-    except FileNotFoundError:
-        rejects.add(where, f"{path} is missing", restore, total)
+        file = _open(files, path, wanted)
+    except BadFrame as error:
+        rejects.add(where, str(error), f"Restore {path} from its origin", sum(lengths.values()))
         return None
-    except (pa.ArrowException, OSError) as error:
-        rejects.add(where, f"{path} is damaged ({error})", restore, total)
-        return None
-
-    keep = np.isin(episode, list(lengths))
-    in_order = frame == np.arange(len(frame)) - np.repeat(begins, np.diff(begins, append=len(frame)))
-    for number, length in lengths.items():
-        rows = episode == number
-        if rows.sum() != length or not in_order[rows].all():
-            found = (
-                f"{path} has {rows.sum()} of its {length} frames"
-                if rows.sum() != length
-                else "its frames are out of order"
-            )
-            rejects.add(f"episode {number}", found, restore, length)
-            keep &= ~rows
-
-    def address(row: int) -> str:
-        return f"episode {episode[row]}, frame {frame[row]}"
-
-    numbers = {}
-    for key, width in (wanted.state | wanted.action).items():
-        values, sizes = vectors(table, key, width)
-        numbers[key] = values[keep]
-        wrong = np.flatnonzero((sizes != width) & keep)
-        if len(wrong):  # NaN now, so that the frames are left out with those that held NaN
-            problem = f"{sizes[wrong[0]]} values where meta/info.json says {width}"
-            rejects.add(f"{address(wrong[0])}, {key}", problem, f"Correct the shape or {path}", 0)
-    timestamp = table.column("timestamp").to_numpy().astype(np.float64)
-    answers: list[tuple[int, Answer]] = []
-    rank = np.cumsum(keep) - 1
-    for row, rows in events.items():
-        if keep[row]:
-            try:
-                asked = question_answers(rows, wanted.cameras, wanted.box_range)
-                answers += [(int(rank[row]), answer) for answer in asked]
-            except ValueError as error:
-                rejects.add(f"{address(row)}, {EVENTS}", str(error), f"Correct {path}", 0)
+    keep = _complete(file, lengths, rejects)
+    numbers = {key: _numbers(file, key, width, keep, rejects) for key, width in (wanted.state | wanted.action).items()}
+    answers = _answers(file, keep, wanted, rejects)
     kept = int(keep.sum())
     try:
-        subtask = _subtasks(files, subtask_key, table, persistent, begins, timestamp, keep)
+        subtask = _subtasks(files, file, keep)
     except ValueError as error:
-        rejects.add(f"{where}, {subtask_key}", str(error), "Restore it, or name another column as `subtask_key`", 0)
+        problem, remedy = str(error), "Restore it, or name another column as `subtask_key`"
+        rejects.add(f"{where}, {file.subtask_key}", problem, remedy, 0)
         subtask = [None] * kept
+    none = np.empty((kept, 0), np.float32)
     return _Part(
         file_row=np.flatnonzero(keep),
-        episode=episode[keep].astype(np.int64),
-        frame=frame[keep].astype(np.int64),
-        timestamp=timestamp[keep],
-        state=np.concatenate([numbers[key] for key in wanted.state] or [np.empty((kept, 0), np.float32)], axis=1),
-        action=np.concatenate([numbers[key] for key in wanted.action] or [np.empty((kept, 0), np.float32)], axis=1),
-        task=table.column("task_index").to_numpy()[keep],
+        episode=file.episode[keep].astype(np.int64),
+        frame=file.frame[keep].astype(np.int64),
+        timestamp=file.timestamp[keep],
+        state=np.concatenate([none, *(numbers[key] for key in wanted.state)], axis=1),
+        action=np.concatenate([none, *(numbers[key] for key in wanted.action)], axis=1),
+        task=file.table.column("task_index").to_numpy()[keep],
         subtask=subtask,
         answers=answers,
     )
+
+
+def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
+    """The wanted columns of a file; raises BadFrame for one that is missing, damaged, or lacks a column."""
+    try:
+        present = pq.read_schema(path).names
+        subtask_key = _subtask_column(wanted.subtask_key, present)
+        names = {"episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action}
+        if subtask_key not in (None, PERSISTENT):
+            names.add(subtask_key)
+        images = {key for key in wanted.cameras if files.features[key]["dtype"] == "image"}
+        absent = sorted((names | images) - set(present))
+        if absent:
+            raise BadFrame(f"{path} has no columns {absent}")
+        table = pq.read_table(path, columns=sorted(names))
+        episode = table.column("episode_index").to_numpy()
+        begins = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
+        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, subtask_key)]
+        persistent, events = read_language(path, language, begins) if language else ({}, {})
+    except FileNotFoundError as error:
+        raise BadFrame(f"{path} is missing") from error
+    except (pa.ArrowException, OSError) as error:
+        raise BadFrame(f"{path} is damaged ({error})") from error
+    frame, timestamp = table.column("frame_index").to_numpy(), table.column("timestamp").to_numpy().astype(np.float64)
+    return _File(path, table, episode, frame, timestamp, begins, subtask_key, persistent, events)
 
 
 def _subtask_column(key: str | None, present: list[str]) -> str | None:
@@ -184,25 +181,61 @@ def _subtask_column(key: str | None, present: list[str]) -> str | None:
     return next((name for name in (PERSISTENT, "subtask_index") if name in present), None)
 
 
-def _subtasks(
-    files: LeRobotFiles,
-    key: str | None,
-    table: pa.Table,
-    persistent: dict[int, list[dict]],
-    begins: np.ndarray,
-    timestamp: np.ndarray,
-    keep: np.ndarray,
-) -> list[str | None]:
+def _complete(file: _File, lengths: dict[int, int], rejects: Rejects) -> np.ndarray:
+    """bool[M]: rows of wanted episodes that have all their frames, in order; the others are rejects."""
+    rows_before = np.repeat(file.begins, np.diff(file.begins, append=len(file.frame)))
+    in_order = file.frame == np.arange(len(file.frame)) - rows_before
+    keep = np.isin(file.episode, list(lengths))
+    for number, length in lengths.items():
+        rows = file.episode == number
+        problem = None
+        if rows.sum() != length:
+            problem = f"{file.path} has {rows.sum()} of its {length} frames"
+        elif not in_order[rows].all():
+            problem = "its frames are out of order"
+        if problem:
+            rejects.add(f"episode {number}", problem, f"Restore {file.path} from its origin", length)
+            keep &= ~rows
+    return keep
+
+
+def _numbers(file: _File, key: str, width: int, keep: np.ndarray, rejects: Rejects) -> np.ndarray:
+    """A feature's kept rows, f32[N width]. Rows of another width are NaN: their frames are left out with NaN's."""
+    values, sizes = vectors(file.table, key, width)
+    wrong = np.flatnonzero((sizes != width) & keep)
+    if len(wrong):
+        problem = f"{sizes[wrong[0]]} values where meta/info.json says {width}"
+        rejects.add(f"{file.address(wrong[0])}, {key}", problem, f"Correct the shape or {file.path}", 0)
+    return values[keep]
+
+
+def _answers(file: _File, keep: np.ndarray, wanted: Wanted, rejects: Rejects) -> list[tuple[int, Answer]]:
+    """Answers by their frame's place among the kept rows."""
+    answers: list[tuple[int, Answer]] = []
+    place = np.cumsum(keep) - 1
+    for row, rows in file.events.items():
+        if keep[row]:
+            try:
+                found = question_answers(rows, wanted.cameras, wanted.box_range)
+                answers += [(int(place[row]), answer) for answer in found]
+            except ValueError as error:
+                rejects.add(f"{file.address(row)}, {EVENTS}", str(error), f"Correct {file.path}", 0)
+    return answers
+
+
+def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> list[str | None]:
+    """The kept rows' subtasks; ValueError for a column that holds neither texts nor numbers that stand for some."""
+    key = file.subtask_key
     if key is None:
         return [None] * int(keep.sum())
     if key == PERSISTENT:
-        ends = np.append(begins[1:], len(timestamp))
+        ends = np.append(file.begins[1:], len(file.timestamp))
         texts: list[str | None] = []
-        for begin, end in zip(begins, ends, strict=True):
+        for begin, end in zip(file.begins, ends, strict=True):
             if keep[begin]:
-                texts += active_subtasks(persistent[begin], timestamp[begin:end])
+                texts += active_subtasks(file.persistent[begin], file.timestamp[begin:end])
         return texts
-    values = table.column(key).filter(keep)
+    values = file.table.column(key).filter(keep)
     if pa.types.is_integer(values.type):
         sentences = files.sentences("subtasks", "subtask")
         if not sentences:
@@ -230,7 +263,6 @@ def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[_Part], wan
         episode=episode,
         frame=joined("frame", none),
         timestamp=joined("timestamp", np.empty(0)),
-        first=np.repeat(begins, lengths),
         end=np.repeat(begins + lengths, lengths),
         state=joined("state", np.empty((0, sum(wanted.state.values())), np.float32)),
         action=joined("action", np.empty((0, sum(wanted.action.values())), np.float32)),

@@ -16,8 +16,8 @@ import pyarrow as pa
 from pi05_lightning.data.boxes import BoxOrder, detections, misplaced, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
-from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig, Split
-from pi05_lightning.data.split import held_out, held_out_groups
+from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
+from pi05_lightning.data.split import Split, held_out, held_out_groups
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
@@ -131,13 +131,13 @@ class VisionTextSource(Source):
 
     def sizes(self, modality: Modality) -> Sizes:
         """By the characters of the row's text of this kind."""
-        said = np.zeros(len(self), dtype=np.int64)
+        length = np.zeros(len(self), dtype=np.int64)
         for kind, names in enumerate(self.config.texts.values()):
             frames = np.flatnonzero(self._kind == kind)
             for name in names if len(frames) else ():
                 column = self._data[name][:]
-                said[frames] += [sum(len(str(text)) for text in _texts(column[row])) for row in self._rows[frames]]
-        return Sizes(images=1, answers=said[self.indices(modality)])
+                length[frames] += [sum(len(str(text)) for text in _texts(column[row])) for row in self._rows[frames]]
+        return Sizes(images=1, answers=length[self.indices(modality)])
 
     def address(self, index: int) -> str:
         """The frame in words: "dataset 'x', row 17, caption"."""
@@ -156,8 +156,8 @@ class VisionTextSource(Source):
             return list(zip(_texts(row[kind]), _texts(row[config.answer_column]), strict=True))
         height, width = (config.box_range,) * 2 if config.box_range else image.shape[1:]
         boxes, labels = _boxes(row[kind]), _texts(row[config.labels_column])
-        said = detections([to_box(box, config.box_order, height, width) for box in boxes], labels)
-        return [(config.box_prompt.format(labels=" ; ".join(dict.fromkeys(labels))), said)]
+        answer = detections([to_box(box, config.box_order, height, width) for box in boxes], labels)
+        return [(config.box_prompt.format(labels=" ; ".join(dict.fromkeys(labels))), answer)]
 
     def _part(self, parts: dict[str, datasets.Dataset], split: Split) -> tuple[datasets.Dataset, np.ndarray]:
         """The dataset to read for the split, and its rows i64 that belong to it."""

@@ -20,7 +20,7 @@ def chunk_errors(
     error that counts as right, as a share of the normalised range.
     """
     error = chunk - truth
-    dims = len(quantiles.q01)
+    dims = len(quantiles)
     real = torch.zeros_like(error)
     said, true = (quantiles.unnormalize(x[..., :dims].cpu().numpy()) for x in (chunk, truth))
     real[..., :dims] = torch.from_numpy(said - true).to(error.device)

@@ -212,7 +212,7 @@ class Evaluator:
     # --- what both kinds of actions share
 
     def _dims(self, source: str) -> int:
-        return len(self.processor.robots[source].normalize.action.q01)
+        return self.processor.robots[source].action_dim
 
     def _chunk_errors(self, chunk: Tensor, truth: Tensor, mask: Tensor, source: str) -> Term:
         quantiles = self.processor.robots[source].normalize.action

@@ -22,10 +22,10 @@ import numpy as np
 
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.metaworld.tasks import GRIPPER, Part, task_language, task_of_sentence
-from pi05_lightning.types import Frame
+from pi05_lightning.types import Box, Frame
 
 if TYPE_CHECKING:
-    from pi05_lightning.data.processor import Robot
+    from pi05_lightning.data.robot import Robot
 
 CONTROL_HZ = 80  # MetaWorld: 5 MuJoCo steps of 2.5 ms
 STATE_NAMES = ("x", "y", "z", "gripper_opening")
@@ -33,8 +33,6 @@ ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
 _PLACING_STEPS = 100  # MuJoCo steps in which the hand follows wherever it is sent
 _VISIBLE_PIXELS = 4  # fewer of an object are a sliver behind something else
 _HIDDEN_GROUP = 5  # a geom group that MuJoCo does not draw
-
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)

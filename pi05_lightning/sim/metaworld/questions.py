@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pi05_lightning.sim.metaworld.environment import Box, MetaWorldEnv
-from pi05_lightning.types import Answer
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
+from pi05_lightning.types import Answer, Box
 
 _CLOSED = 0.7  # of the gripper's opening in [0, 1]; closed on nothing it is 0.5, open 1.0
 _BESIDE = 0.02  # metres within which two things are at the same place along an axis

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning import __version__
 from pi05_lightning.data.datamodule import Pi05DataModule, Samples, datamodule_of
-from pi05_lightning.data.sources.base import Split
+from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.report.run import PROVENANCE
 from pi05_lightning.files.shipped import ROOT
 
