@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pi05_lightning.sim.metaworld.collect import collect as record
+from pi05_lightning.sim.metaworld.collect import record_dataset
 from pi05_lightning.sim.metaworld.config import CollectConfig
 
 
 def collect(config: CollectConfig) -> Path:
-    """Make the dataset and return its directory, as `sim.metaworld.collect` says."""
-    return record(config)
+    """Make the dataset and return its directory, see `record_dataset`."""
+    return record_dataset(config)

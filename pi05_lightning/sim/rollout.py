@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import MODES, POLICY_MODES, Clock, Mode, Trial, run_baseline, run_policy
@@ -210,4 +209,6 @@ def _policy(checkpoint: str, acting: Acting, device: str) -> Pi05Policy:
 
 @cache
 def _mean_trajectory(dataset: str, task: str) -> np.ndarray:
+    from pi05_lightning.sim.baselines import mean_trajectory  # pandas takes a second, and other modes need none
+
     return mean_trajectory(Path(dataset), task)

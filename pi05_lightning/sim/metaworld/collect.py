@@ -25,7 +25,7 @@ _BLOCK_SIZE = 25  # initial states in a piece of work: some seconds
 logger = logging.getLogger(__name__)
 
 
-def collect(config: CollectConfig) -> Path:
+def record_dataset(config: CollectConfig) -> Path:
     """Make the dataset and return its directory.
 
     `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
