@@ -307,6 +307,7 @@ def test_float_image_out_of_range_is_clipped_with_a_warning(trained) -> None:
         {"pred_horizon": 99},
         {"pred_horizon": 0},
         {"pred_horizon": 7, "inference_delay": 2},
+        {"execution_horizon": 3, "pred_horizon": 4},
         {"inference_delay": 8},
         {"num_steps": 0},
         {"replan_subtask_every": 0},
@@ -321,6 +322,17 @@ def test_checkpoint_other_than_expected_is_refused_by_name(trained, wrong: dict)
 def test_fast_tokens_need_a_fast_tokenizer(trained) -> None:
     with pytest.raises(ValueError, match="no FAST tokenizer"):
         Pi05Policy(trained[2], use_flow_matching=False)
+
+
+def test_session_shares_the_weights_and_nothing_that_happens(trained) -> None:
+    _, data, path = trained
+    policy = Pi05Policy(path, inference_delay=1, execution_horizon=2, seed=3)
+    policy.predict(observation(data))
+    session = policy.session(seed=3)
+    assert session.model is policy.model
+    assert session.subtask is None
+    assert np.array_equal(session.predict(observation(data)), Pi05Policy(path, seed=3).predict(observation(data)))
+    assert policy.session(seed=4).predict(observation(data)).tolist() != session.predict(observation(data)).tolist()
 
 
 def test_path_without_a_policy_says_what_was_expected(tmp_path: Path) -> None:

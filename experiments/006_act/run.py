@@ -24,12 +24,13 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from rich.console import Console
 
+from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.metaworld.environment import MetaWorld
 from pi05_lightning.sim.metaworld.tasks import task_of_sentence
 from pi05_lightning.sim.summary import summarise, tables
-from pi05_lightning.sim.trials import Clock, Pace, Trial, run_baseline, run_policy
+from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
 from pi05_lightning.types import Frame
 
 CONFIG = Path(__file__).with_name("train.yaml")
@@ -86,10 +87,11 @@ def train(source: Path, run: Path, seed: int = 0, flags: tuple[str, ...] = ()) -
     subprocess.run(command, check=True)
 
 
-class Act:
+class Act(Inference):
     """ACT as `run_policy` asks for chunks."""
 
-    noise_scale = 0.0
+    execution_horizon, hierarchical = 1, False
+    acting = Acting(execution_horizon, hierarchical=hierarchical, noise_scale=0.0)
 
     def __init__(self, run: Path) -> None:
         checkpoint = run / "lerobot" / "checkpoints" / "last" / "pretrained_model"
@@ -118,7 +120,7 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
         episodes: initial states per task.
         seed: of the initial states.
     """
-    policy, env, pace, view = Act(run), MetaWorld(), Pace(execution_horizon=1, seed=seed), view_of(source)
+    policy, env, view = Act(run), MetaWorld(), view_of(source)
     trials, clocks = [], {"flat": Clock(), "mean_replay": Clock()}
     for number, sentence in enumerate(sorted(pd.read_parquet(source / "meta" / "tasks.parquet").index)):
         task, states = task_of_sentence(sentence), env.seeds(number, episodes, seed)
@@ -126,12 +128,12 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
         with ExitStack() as stack:
             lanes = [stack.enter_context(env.open(task, view)) for _ in range(min(LANES, episodes))]
             for some in batched(states, LANES):
-                started = [Trial("flat", task, state) for state in some]
-                run_policy(policy, list(zip(lanes, started, strict=False)), pace, clocks["flat"])
+                started = [Trial("flat", task, state, noise_seed=seed) for state in some]
+                run_policy(policy, list(zip(lanes, started, strict=False)), clocks["flat"])
                 trials += started
             for state in states:
-                trials.append(Trial("mean_replay", task, state))
-                run_baseline(lanes[0], trials[-1], pace, clocks["mean_replay"], replay)
+                trials.append(Trial("mean_replay", task, state, noise_seed=seed))
+                run_baseline(lanes[0], trials[-1], clocks["mean_replay"], replay)
     result = summarise(trials, clocks) | {"execution_horizon": 1, "env": str(env), "seed": seed}
     (run / "rollout").mkdir(exist_ok=True)
     (run / "rollout" / "rollout.json").write_text(json.dumps(result, indent=2))

@@ -26,17 +26,14 @@ TRAINER_COMMANDS = {
 # what it does, and where the function is whose signature is its command line
 COMMANDS = {
     "demo": ("the main job end to end: data, training, evaluation, a page", "pi05_lightning.cli.demo:demo"),
-    "collect": (
-        "record scripted experts in the simulator as a LeRobot dataset",
-        "pi05_lightning.sim.metaworld.collect:collect",
-    ),
+    "collect": ("record scripted experts in the simulator as a LeRobot dataset", "pi05_lightning.cli.collect:collect"),
     "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.tokenizer:stats"),
     "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.cli.tokenizer:tokenizer"),
     "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "pi05_lightning.cli.profile:profile"),
     "report": ("a run on one self-contained page", "pi05_lightning.evaluation.report.page:report"),
     "convert": ("checkpoints of LeRobot and openpi to ours and back", "pi05_lightning.cli.convert:convert"),
-    "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.sim.rollout:rollout"),
-    "serve": ("a policy server that openpi's clients talk to", "pi05_lightning.serving.server:serve"),
+    "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.cli.rollout:rollout"),
+    "serve": ("a policy server that openpi's clients talk to", "pi05_lightning.cli.serve:serve"),
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help

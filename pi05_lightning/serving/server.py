@@ -1,4 +1,4 @@
-"""`pi05 serve`: a policy behind a websocket, as openpi's clients expect it.
+"""A policy behind a websocket, as openpi's clients expect it.
 
 The server sends its metadata first. Then every binary message is an observation and is answered by
 {"actions": f32[T A], "subtask": str, "server_timing": {…}}, or by text, which says what was wrong with it.
@@ -8,16 +8,12 @@ Every client has a policy of its own over shared weights: subtask, noise and a c
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from aiohttp import WSMsgType, web
 
 from pi05_lightning.policy import Pi05Policy
@@ -27,59 +23,6 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 TASK_KEYS = ("prompt", "task")
 
 logger = logging.getLogger(__name__)
-
-
-def serve(
-    checkpoint: Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    cameras: dict[str, str] | None = None,
-    state_keys: list[str] | None = None,
-    execution_horizon: int | None = None,
-    hierarchical: bool = True,
-    replan_subtask_every: int = 1,
-    num_steps: int = 10,
-    device: str = "cpu",
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    seed: int = 0,
-) -> None:
-    """Serve a checkpoint to openpi's clients until it is interrupted.
-
-    An observation is a dictionary with images uint8[H W 3] or [3 H W], a state, and the instruction under `prompt` or
-    `task`. Images and state are found by the last part of their key: `observation/image` is the camera `image`,
-    `observation/state` the state; a dictionary `images` names its cameras itself. `reset: true` begins a new episode,
-    as a new connection does.
-
-    Args:
-        checkpoint: a .ckpt file, a run's directory or an exported folder.
-        host: address to listen at; 0.0.0.0 listens to the network, where anybody may ask.
-        port: 0 takes a free one.
-        cameras: the policy's cameras, each with its key in the observation, where that has another name.
-        state_keys: keys of the observation that are concatenated to the state.
-        execution_horizon: actions of a chunk that are sent; by default all.
-        hierarchical: the predicted subtask conditions the actions; otherwise the task alone does.
-        replan_subtask_every: chunks that a predicted subtask lasts.
-        num_steps: Euler steps per chunk.
-        device: where the model runs.
-        dtype: what the weights are cast to; by default they stay as they are.
-        seed: of every client's noise.
-
-    Raises ValueError when there is no policy at `checkpoint`, and OSError when the port is taken.
-    """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    policy = Pi05Policy.from_pretrained(
-        checkpoint,
-        pred_horizon=execution_horizon,
-        hierarchical=hierarchical,
-        replan_subtask_every=replan_subtask_every,
-        num_steps=num_steps,
-        device=device,
-        dtype=None if dtype is None else getattr(torch, dtype),
-    )
-    server = PolicyServer(policy, Reader(policy.processor.cameras, cameras or {}, state_keys), seed, str(checkpoint))
-    server.warm_up()
-    with suppress(KeyboardInterrupt):
-        asyncio.run(server.run(host, port))
 
 
 class Reader:
@@ -146,19 +89,13 @@ class PolicyServer:
     def warm_up(self) -> None:
         """Answer once, so that the first client does not wait for what a first call sets up."""
         size, robot = self.policy.processor.shapes.image_size, self.policy.processor.robots[self.policy.robot]
-        self._session().predict_chunk(
+        self.policy.session(self.seed).predict_chunk(
             {
                 "image": {camera: np.zeros((3, size, size), np.uint8) for camera in self.policy.processor.cameras},
                 "state": np.asarray(robot.normalize.state.q01, np.float32),
                 "task": robot.tasks[0] if robot.tasks else "",
             }
         )
-
-    def _session(self) -> Pi05Policy:
-        policy = copy.copy(self.policy)
-        policy.generator = torch.Generator().manual_seed(self.seed)
-        policy.reset()
-        return policy
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled."""
@@ -186,7 +123,7 @@ class PolicyServer:
         socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False)
         await socket.prepare(request)
         logger.info("%s connected", request.remote)
-        policy = self._session()
+        policy = self.policy.session(self.seed)
         await socket.send_bytes(pack(self.metadata))
         total: float | None = None
         async for message in socket:

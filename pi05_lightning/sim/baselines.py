@@ -1,16 +1,17 @@
 """What a policy has to beat: replay of the mean demonstration, which looks at nothing.
 
-The other two baselines need no data: uniformly random actions, and the scripted expert (`MetaWorldEnv.expert_action`).
+The other two baselines need no data: uniformly random actions, and the scripted expert (`ExpertEnvironment`).
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow.dataset as ds
+
+from pi05_lightning.files.local import read_json
 
 
 def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
@@ -22,7 +23,7 @@ def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
     tasks = pd.read_parquet(dataset / "meta" / "tasks.parquet")
     if task not in tasks.index:
         raise ValueError(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks.index))}")
-    splits = json.loads((dataset / "meta" / "info.json").read_text())["splits"]
+    splits = read_json(dataset / "meta" / "info.json")["splits"]
     first, last = map(int, splits["train"].split(":"))
     episode = ds.field("episode_index")
     rows = ds.dataset(dataset / "data").to_table(

@@ -92,6 +92,9 @@ class EnvironmentConfig(ABC):
     def open(self, task: str, view: View) -> Environment:
         """Raises NoSuchEnvironment for an unknown task, cameras that are not there, a package that is missing."""
 
+    def warm_up(self) -> None:  # noqa: B027 - by default there is nothing to do
+        """Import what `open` needs: a process does it while others still plan."""
+
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         """Seeds of a task's initial states; number: the task's place among those that run."""
         return split_seeds(split, episodes, seed, start=number * episodes)

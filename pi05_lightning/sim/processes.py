@@ -6,21 +6,19 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
-from pi05_lightning.sim.metaworld.environment import import_metaworld
-
 
 @contextmanager
-def simulator_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that have the simulator imported; ended at once when something goes wrong or the user interrupts."""
+def simulator_processes(count: int, warm_up: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
+    """Processes, each of which calls `warm_up`; ended at once when something goes wrong or the user interrupts."""
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
     try:
         for _ in range(count):
-            pool.submit(_warm_up)
+            pool.submit(warm_up)
         yield pool
         pool.shutdown()
     except BaseException:
@@ -29,10 +27,6 @@ def simulator_processes(count: int) -> Iterator[ProcessPoolExecutor]:
             worker.terminate()
             worker.join()
         raise
-
-
-def _warm_up() -> None:
-    import_metaworld()
 
 
 def _start_worker() -> None:

@@ -18,7 +18,7 @@ import torch
 from pi05_lightning.sim.environment import Environment, ExpertEnvironment
 
 if TYPE_CHECKING:
-    from pi05_lightning.policy import Pi05Policy
+    from pi05_lightning.inference import Inference
 
 Mode = Literal["policy", "flat", "mean_replay", "random", "expert"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -31,32 +31,7 @@ _REASON_LENGTH = 160  # of the message of whatever a policy raised
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How often a policy is asked, and what its draws depend on beside the episode."""
-
-    execution_horizon: int
-    """Actions of a chunk that are executed before the next is asked for."""
-    replan_subtask_every: int = 1
-    """Chunks that a predicted subtask lasts."""
-    max_seconds: float | None = None
-    """Simulated time after which an episode has failed; None: what the environment says."""
-    seed: int = 0
-    """Of the noise and of random actions."""
-
-    def __post_init__(self) -> None:
-        if self.replan_subtask_every < 1:
-            raise ValueError(f"replan_subtask_every: {self.replan_subtask_every}, and it is at least 1")
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise ValueError(f"max_seconds: {self.max_seconds} leaves no time for an action")
-
-    def limit(self, env: Environment) -> int:
-        """Actions after which an episode has failed."""
-        seconds = env.max_seconds if self.max_seconds is None else self.max_seconds
-        return max(1, round(seconds * env.fps))
-
-
-@dataclass(frozen=True)
-class Shot:
+class FilmFrame:
     """What a film shows of one action: u8[h w 3], all cameras side by side; the chunk f32[T A] that it is from."""
 
     image: np.ndarray
@@ -68,20 +43,29 @@ class Shot:
 
 @dataclass
 class Trial:
-    """One episode: how it went and ended."""
+    """One episode: what decides how it goes beside the policy, and how it went and ended."""
 
     mode: Mode
     task: str
     seed: int
+    """Of the initial state."""
     record: bool = False
+    """Whether it is filmed."""
+    max_seconds: float | None = None
+    """Simulated time after which it has failed; None: what the environment says."""
+    noise_seed: int = 0
+    """Of the policy's noise and of random actions."""
     success: bool = False
     reason: str = ""
     """Why it ended without success; empty while it runs, and after success."""
     decisions: int = 0
     """Actions taken."""
-    max_seconds: float = 0.0
     subtask: str | None = None
-    shots: list[Shot] = field(default_factory=list)
+    film: list[FilmFrame] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(f"max_seconds: {self.max_seconds} leaves no time for an action")
 
     @property
     def over(self) -> bool:
@@ -114,48 +98,54 @@ class Clock:
 Lane = tuple[Environment, Trial]
 
 
-def run_policy(policy: Pi05Policy, lanes: Sequence[Lane], pace: Pace, clock: Clock) -> None:
+def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     """Reset the environments and step them together until each succeeds, fails or runs out of time."""
     for env, trial in lanes:
-        _begin(env, trial, pace)
+        _begin(env, trial)
     running, number = list(lanes), 0
     while running:
         start = perf_counter()
-        chunks = _decide(policy, running, number, pace)
+        chunks = _decide(policy, running, number)
         clock.decisions.append(perf_counter() - start)
         clock.lanes.append(len(running))
         for (env, trial), chunk in zip(running, chunks, strict=True):
             if isinstance(chunk, str):
                 trial.reason = chunk
                 continue
-            for place, action in enumerate(chunk[: pace.execution_horizon]):
-                _take(env, trial, partial(env.step, action), pace, clock, chunk, place)
+            for place, action in enumerate(chunk[: policy.execution_horizon]):
+                _take(env, trial, partial(env.step, action), clock, chunk, place)
                 if trial.over:
                     break
         running = [(env, trial) for env, trial in running if not trial.over]
         number += 1
 
 
-def run_baseline(env: Environment, trial: Trial, pace: Pace, clock: Clock, replay: np.ndarray | None = None) -> None:
+def run_baseline(env: Environment, trial: Trial, clock: Clock, replay: np.ndarray | None = None) -> None:
     """One episode of the scripted expert, of uniformly random actions, or of the trajectory `replay` f32[N A]."""
-    _begin(env, trial, pace)
-    rng = np.random.default_rng([pace.seed, trial.seed])
+    _begin(env, trial)
+    rng = np.random.default_rng([trial.noise_seed, trial.seed])
     while not trial.over:
         if trial.mode == "expert":
-            _take(env, trial, cast("ExpertEnvironment", env).expert_step, pace, clock)
+            _take(env, trial, cast("ExpertEnvironment", env).expert_step, clock)
         else:
-            _take(env, trial, partial(env.step, _baseline_action(env, trial, rng, replay)), pace, clock)
+            _take(env, trial, partial(env.step, _baseline_action(env, trial, rng, replay)), clock)
+
+
+def _begin(env: Environment, trial: Trial) -> None:
+    env.reset(trial.seed)
+    seconds = env.max_seconds if trial.max_seconds is None else trial.max_seconds
+    trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
 
 
 def _take(
     env: Environment,
     trial: Trial,
     step: Callable[[], bool],
-    pace: Pace,
     clock: Clock,
     chunk: np.ndarray | None = None,
     place: int = 0,
 ) -> None:
+    assert trial.max_seconds is not None
     start = perf_counter()
     trial.success = step()
     clock.steps.append(perf_counter() - start)
@@ -163,35 +153,30 @@ def _take(
     if not trial.success:
         if env.ended:
             trial.reason = ENDED
-        elif trial.decisions >= pace.limit(env):
+        elif trial.decisions >= round(trial.max_seconds * env.fps):
             trial.reason = OUT_OF_TIME
     if trial.record:
         image = np.concatenate([image.transpose(1, 2, 0) for image in env.observation().images.values()], axis=1)
-        trial.shots.append(Shot(image, trial.subtask or env.sentence, chunk, place))
+        trial.film.append(FilmFrame(image, trial.subtask or env.sentence, chunk, place))
 
 
-def _begin(env: Environment, trial: Trial, pace: Pace) -> None:
-    env.reset(trial.seed)
-    trial.max_seconds = pace.limit(env) / env.fps
-
-
-def _decide(policy: Pi05Policy, lanes: Sequence[Lane], number: int, pace: Pace) -> list[np.ndarray | str]:
+def _decide(policy: Inference, lanes: Sequence[Lane], number: int) -> list[np.ndarray | str]:
     """For every lane chunk `number` f32[T A], or why there is none.
 
     When a batch fails, each lane is asked for by itself: the others' episodes go on.
     """
     frames, trials = [env.observation() for env, _ in lanes], [trial for _, trial in lanes]
     try:
-        if trials[0].mode == "policy" and policy.hierarchical and number % pace.replan_subtask_every == 0:
+        if trials[0].mode == "policy" and policy.replans(number):
             for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
                 trial.subtask = subtask
-        noise = _noise(trials, number, policy, pace)
+        noise = _noise(trials, number, policy)
         chunks = policy.predict_chunks(frames, [trial.subtask for trial in trials], noise)
         if len(chunks) != len(lanes):
             raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
-            return [_decide(policy, [lane], number, pace)[0] for lane in lanes]
+            return [_decide(policy, [lane], number)[0] for lane in lanes]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]
     return [_checked(np.asarray(chunk), env) for chunk, (env, _) in zip(chunks, lanes, strict=True)]
 
@@ -203,11 +188,12 @@ def _checked(chunk: np.ndarray, env: Environment) -> np.ndarray | str:
     return chunk if np.isfinite(chunk).all() else NOT_FINITE
 
 
-def _noise(trials: Sequence[Trial], number: int, policy: Pi05Policy, pace: Pace) -> torch.Tensor:
+def _noise(trials: Sequence[Trial], number: int, policy: Inference) -> torch.Tensor:
+    """f32[B T D], of each trial's seeds and the chunk's number alone."""
     shape = policy.model.config.horizon, policy.model.config.action_dim
-    rngs = [np.random.Generator(np.random.Philox(key=[pace.seed, (trial.seed << 12) + number])) for trial in trials]
-    draws = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
-    return policy.noise_scale * torch.from_numpy(draws)
+    keys = [[trial.noise_seed, (trial.seed << 12) + number] for trial in trials]
+    draws = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32) for key in keys]
+    return policy.acting.noise_scale * torch.from_numpy(np.stack(draws))
 
 
 def _baseline_action(env: Environment, trial: Trial, rng: np.random.Generator, replay: np.ndarray | None) -> np.ndarray:

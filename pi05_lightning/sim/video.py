@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from pi05_lightning.sim.trials import FilmFrame, Trial
 
 CAMERA_HEIGHT = 256  # pixels that a camera image is scaled to
 CAPTION_HEIGHT = 48
@@ -19,46 +19,20 @@ _COLOURS = {True: "#1a7f37", False: "#57606a"}
 _CURVES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2", "#FFFFFF")
 
 
-class Shot(Protocol):
-    """What is shown of one action: u8[h w 3]; the chunk f32[T A] it is from, if any, and its place there."""
-
-    @property
-    def image(self) -> np.ndarray: ...
-    @property
-    def caption(self) -> str: ...
-    @property
-    def chunk(self) -> np.ndarray | None: ...
-    @property
-    def place(self) -> int: ...
-
-
-class Episode(Protocol):
-    """A film's episode; the outcome is written on its last frame."""
-
-    success: bool
-
-    @property
-    def shots(self) -> Sequence[Shot]: ...
-    @property
-    def title(self) -> str: ...
-    @property
-    def outcome(self) -> str: ...
-
-
-def frames(episode: Episode) -> list[np.ndarray]:
+def frames(trial: Trial) -> list[np.ndarray]:
     """The film's frames u8[H W 3], H and W even."""
-    last = len(episode.shots) - 1
-    chunks = [shot.chunk for shot in episode.shots if shot.chunk is not None]
+    last = len(trial.film) - 1
+    chunks = [frame.chunk for frame in trial.film if frame.chunk is not None]
     bounds = (np.min([c.min(0) for c in chunks], 0), np.max([c.max(0) for c in chunks], 0)) if chunks else None
     return [
-        _frame(shot, episode.title, episode.outcome if i == last else "", episode.success and i == last, bounds)
-        for i, shot in enumerate(episode.shots)
+        _frame(frame, trial.title, trial.outcome if i == last else "", trial.success and i == last, bounds)
+        for i, frame in enumerate(trial.film)
     ]
 
 
-def write(path: Path, episode: Episode, fps: int) -> None:
+def write(path: Path, trial: Trial, fps: int) -> None:
     """An mp4 that browsers play (H.264, 4:2:0), its last frame held for a second, and a PNG of its middle frame."""
-    shown = frames(episode)
+    shown = frames(trial)
     Image.fromarray(shown[len(shown) // 2]).save(path.with_suffix(".png"))
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", fps)
@@ -69,9 +43,9 @@ def write(path: Path, episode: Episode, fps: int) -> None:
         container.mux(stream.encode())
 
 
-def gif(episode: Episode, fps: int) -> bytes:
+def gif(trial: Trial, fps: int) -> bytes:
     """The film as an animated GIF that goes on for ever, its last frame held for a second: what TensorBoard plays."""
-    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(episode)]
+    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(trial)]
     buffer = io.BytesIO()
     durations = [1000 // fps] * len(rest) + [1000]
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
@@ -79,19 +53,19 @@ def gif(episode: Episode, fps: int) -> bytes:
 
 
 def _frame(
-    shot: Shot, title: str, outcome: str, success: bool, bounds: tuple[np.ndarray, np.ndarray] | None
+    shown: FilmFrame, title: str, outcome: str, success: bool, bounds: tuple[np.ndarray, np.ndarray] | None
 ) -> np.ndarray:
-    scale = CAMERA_HEIGHT / shot.image.shape[0]
-    width = 2 * round(shot.image.shape[1] * scale / 2)
-    picture = Image.fromarray(shot.image).resize((width, CAMERA_HEIGHT), Image.Resampling.BICUBIC)
+    scale = CAMERA_HEIGHT / shown.image.shape[0]
+    width = 2 * round(shown.image.shape[1] * scale / 2)
+    picture = Image.fromarray(shown.image).resize((width, CAMERA_HEIGHT), Image.Resampling.BICUBIC)
     height = CAMERA_HEIGHT + CAPTION_HEIGHT + (CHUNK_HEIGHT if bounds else 0)
     canvas = Image.new("RGB", (width, height), _COLOURS[success])
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    for number, line in enumerate((f"{title}  {outcome}".rstrip(), shot.caption)):
+    for number, line in enumerate((f"{title}  {outcome}".rstrip(), shown.caption)):
         draw.text((8, CAMERA_HEIGHT + 4 + 20 * number), line, fill="white", font=ImageFont.load_default(15))
-    if bounds is not None and shot.chunk is not None:
-        _draw_chunk(draw, shot.chunk, shot.place, bounds, top=CAMERA_HEIGHT + CAPTION_HEIGHT, width=width)
+    if bounds is not None and shown.chunk is not None:
+        _draw_chunk(draw, shown.chunk, shown.place, bounds, top=CAMERA_HEIGHT + CAPTION_HEIGHT, width=width)
     return np.asarray(canvas)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pi05_lightning.sim.metaworld.collect import collect
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
+from pi05_lightning.cli.collect import collect
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.metaworld.episodes import record_episode
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
 from pi05_lightning.sim.splits import split_seeds
@@ -33,7 +33,7 @@ def stock(collected):
 
 @pytest.fixture(scope="module")
 def first_episode(collected):
-    with MetaWorldEnv(TASKS[0]) as env:
+    with MetaWorldEnvironment(TASKS[0]) as env:
         return record_episode(env, split_seeds("train", 1)[0], config(collected))
 
 
@@ -65,7 +65,7 @@ def test_stock_lerobot_decodes_the_images_that_were_rendered(stock, first_episod
 
 def test_later_episodes_of_a_film_decode_to_their_own_frames(stock, collected):
     train = split_seeds("train", 3 * 4)
-    with MetaWorldEnv(TASKS[1]) as env:
+    with MetaWorldEnvironment(TASKS[1]) as env:
         episode = record_episode(env, train[2], config(collected))
     row = stock.meta.episodes[5]["dataset_from_index"]
     assert stock.meta.episodes[5]["length"] == len(episode.state)
@@ -114,7 +114,7 @@ def test_statistics_are_those_of_the_columns(collected):
 
 def test_pushes_leave_the_actions_the_experts():
     quiet, pushed = (config(Path("unused"), noise_share=share, action_repeat=5) for share in (0.0, 1.0))
-    with MetaWorldEnv("drawer-open-v3", action_repeat=5) as env:
+    with MetaWorldEnvironment("drawer-open-v3", action_repeat=5) as env:
         seed = split_seeds("train", 1)[0]
         clean, noisy = record_episode(env, seed, quiet), record_episode(env, seed, pushed)
     frames = min(len(noisy.state), len(clean.state))
@@ -127,7 +127,7 @@ def test_pushes_leave_the_actions_the_experts():
 
 
 def test_held_actions_of_an_episode_bring_the_same_success():
-    with MetaWorldEnv("drawer-open-v3") as env:
+    with MetaWorldEnvironment("drawer-open-v3") as env:
         seed = split_seeds("val", 1)[0]
         episode = record_episode(env, seed, config(Path("unused"), noise_share=0.0))
         env.reset(seed)
@@ -141,7 +141,7 @@ def test_number_of_processes_changes_no_byte_of_states_and_actions(collected, tm
 
 
 def test_another_seed_gives_other_initial_states():
-    with MetaWorldEnv(TASKS[1]) as env:
+    with MetaWorldEnvironment(TASKS[1]) as env:
         there = []
         for base in (0, 1):
             env.reset(split_seeds("train", 1, base)[0])
@@ -187,7 +187,7 @@ def test_action_repeat_that_gives_no_whole_rate_is_rejected(tmp_path):
 
 PROGRAM = """
 from pathlib import Path
-from pi05_lightning.sim.metaworld.collect import collect
+from pi05_lightning.cli.collect import collect
 from pi05_lightning.sim.metaworld.config import CollectConfig
 if __name__ == "__main__":
     collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=100, num_workers=1, overwrite=True))

@@ -7,20 +7,20 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnv, import_metaworld, task_names
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment, import_metaworld, task_names
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE, task_language, task_of_sentence
 from pi05_lightning.sim.splits import split_seeds
 
 
 @pytest.fixture(scope="module")
 def drawer():
-    with MetaWorldEnv("drawer-open-v3") as env:
+    with MetaWorldEnvironment("drawer-open-v3") as env:
         yield env
 
 
 @pytest.fixture(scope="module")
 def reach():
-    with MetaWorldEnv("reach-v3") as env:
+    with MetaWorldEnvironment("reach-v3") as env:
         yield env
 
 
@@ -111,7 +111,7 @@ def test_box_encloses_exactly_the_pixels_that_change_with_the_object(reach):
 
 
 def test_what_a_camera_does_not_see_has_no_box():
-    with MetaWorldEnv("window-open-v3") as env:
+    with MetaWorldEnvironment("window-open-v3") as env:
         env.reset(0)
         boxes = env.boxes()
     assert "window handle" in boxes["topview"]
@@ -119,7 +119,7 @@ def test_what_a_camera_does_not_see_has_no_box():
 
 
 def test_corner2_is_upright():
-    with MetaWorldEnv("reach-v3", cameras=("corner2",)) as env:
+    with MetaWorldEnvironment("reach-v3", cameras=("corner2",)) as env:
         env.reset(0)
         tops = []
         for height in (0.1, 0.3):
@@ -130,7 +130,7 @@ def test_corner2_is_upright():
 
 @pytest.mark.parametrize("task", LANGUAGE)
 def test_expert_goes_through_the_phases_of_a_described_task(task):
-    with MetaWorldEnv(task) as env:
+    with MetaWorldEnvironment(task) as env:
         env.reset(0)
         objects = set(env.boxes()["topview"])
         phases, solved = [], False
@@ -153,7 +153,7 @@ def test_sentences_lead_back_to_their_tasks():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", import_metaworld() and task_names())
 def test_every_task_runs(task):
-    with MetaWorldEnv(task) as env:
+    with MetaWorldEnvironment(task) as env:
         env.reset(0)
         env.step(env.expert_action())
         frame = env.observation()
@@ -163,12 +163,12 @@ def test_every_task_runs(task):
 
 def test_unknown_task_is_named():
     with pytest.raises(ValueError, match=r"no task 'drawer-open-v2'.*drawer-open-v3"):
-        MetaWorldEnv("drawer-open-v2")
+        MetaWorldEnvironment("drawer-open-v2")
 
 
 def test_unknown_camera_is_named():
     with pytest.raises(ValueError, match=r"no camera 'wrist'.*gripperPOV"):
-        MetaWorldEnv("reach-v3", cameras=("wrist",))
+        MetaWorldEnvironment("reach-v3", cameras=("wrist",))
 
 
 def test_missing_simulator_names_the_extra(monkeypatch):
@@ -179,8 +179,8 @@ def test_missing_simulator_names_the_extra(monkeypatch):
 
 def test_closed_environment_leaves_the_interpreter_in_silence():
     program = (
-        "from pi05_lightning.sim.metaworld.environment import MetaWorldEnv\n"
-        "with MetaWorldEnv('reach-v3') as env:\n    env.reset(0); env.render()\n"
+        "from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment\n"
+        "with MetaWorldEnvironment('reach-v3') as env:\n    env.reset(0); env.render()\n"
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
     assert run.stderr == ""

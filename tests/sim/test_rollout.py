@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pi05_lightning import Pi05Policy
+from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
-from pi05_lightning.sim.lerobot_env import LeRobotEnv
-from pi05_lightning.sim.libero import Libero
-from pi05_lightning.sim.metaworld.environment import MetaWorld
-from pi05_lightning.sim.rollout import RolloutConfig, available_modes, plan, rollout
-from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Pace, Trial, run_policy
+from pi05_lightning.sim.rollout import Plan, available_modes
+from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld
+from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_policy
 
 needs_libero = pytest.mark.skipif(
     importlib.util.find_spec("libero") is None, reason="the extra `libero` is not installed (1.2 GB)"
@@ -78,12 +77,12 @@ def test_policy_that_gives_nan_is_in_the_table_and_the_run_goes_on(untrained, tm
 
 def last_states(policy: Pi05Policy, lanes: int) -> np.ndarray:
     """Where the hand is at the end of three episodes."""
-    trials = [Trial("policy", "reach-v3", seed) for seed in range(3)]
+    trials = [Trial("policy", "reach-v3", seed, max_seconds=0.4) for seed in range(3)]
     envs = [MetaWorld().open("reach-v3", VIEW) for _ in range(lanes)]
     states = []
     for first in range(0, 3, lanes):
         pairs = list(zip(envs, trials[first : first + lanes], strict=False))
-        run_policy(policy, pairs, Pace(2, max_seconds=0.4), Clock())
+        run_policy(policy, pairs, Clock())
         states += [env.state for env, _ in pairs]
     for env in envs:
         env.close()
@@ -91,7 +90,7 @@ def last_states(policy: Pi05Policy, lanes: int) -> np.ndarray:
 
 
 def test_episodes_depend_on_their_seed_and_not_on_the_lanes(untrained):
-    policy = Pi05Policy(untrained)
+    policy = Pi05Policy(untrained, execution_horizon=2)
     np.testing.assert_array_equal(last_states(policy, 1), last_states(policy, 1))
     np.testing.assert_allclose(last_states(policy, 3), last_states(policy, 1), atol=1e-4)
 
@@ -114,14 +113,14 @@ def test_mistake_is_named(untrained, tmp_path, options, message):
 
 
 def test_modes_that_cannot_be_are_left_out():
-    config = RolloutConfig("", None, LeRobotEnv("metaworld"), VIEW, Pace(1))
-    assert available_modes(config, None) == ("policy", "flat", "random")
-    assert available_modes(config, None, subtasks=False) == ("policy", "random")
-    assert available_modes(config, ("flat",), subtasks=False) == ("flat",)
+    env = LeRobotEnv("metaworld")
+    assert available_modes(env, None, None) == ("policy", "flat", "random")
+    assert available_modes(env, None, None, subtasks=False) == ("policy", "random")
+    assert available_modes(env, None, ("flat",), subtasks=False) == ("flat",)
 
 
 def test_every_mode_gets_the_same_initial_states_and_no_task_shares_them():
-    jobs = list(plan(RolloutConfig("", "", MetaWorld(), VIEW, Pace(1)), ["a", "b"], 3, ("policy", "random"), 8, 0))
+    jobs = list(Plan(MetaWorld(), ["a", "b"], ("policy", "random"), episodes=3).jobs())
     seeds = {(job.trials[0].mode, job.trials[0].task): [trial.seed for trial in job.trials] for job in jobs}
     assert seeds["policy", "a"] == seeds["random", "a"]
     assert not set(seeds["policy", "a"]) & set(seeds["policy", "b"])

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.sim.summary import milliseconds, summarise
-from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Pace, Trial, run_baseline, run_policy
+from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_baseline, run_policy
 from pi05_lightning.types import Frame
 
 HORIZON = 4
@@ -36,13 +37,15 @@ class Walk:
     def close(self) -> None: ...
 
 
-class Stub:
+class Stub(Inference):
     """A policy whose actions are `act(seed)`, everywhere the same; `calls` are the seeds it was asked for together."""
 
-    hierarchical, noise_scale = True, 1.0
+    hierarchical = True
     model = SimpleNamespace(config=SimpleNamespace(horizon=HORIZON, action_dim=1))
 
-    def __init__(self, act) -> None:
+    def __init__(self, act, **acting) -> None:
+        self.acting = Acting(**acting)
+        self.execution_horizon = self.acting.executed(HORIZON)
         self.act, self.calls, self.noise = act, [], []
 
     def predict_subtasks(self, frames):
@@ -54,10 +57,10 @@ class Stub:
         return [self.act(int(frame.state[1])) for frame in frames]
 
 
-def run(act, seeds=(0, 1, 2), record=False, **pace) -> tuple[list[Trial], Stub, Clock]:
-    policy, clock = Stub(act), Clock()
-    trials = [Trial("policy", "walk", seed, record=record) for seed in seeds]
-    run_policy(policy, [(Walk(), trial) for trial in trials], Pace(pace.pop("execution_horizon", 2), **pace), clock)
+def run(act, seeds=(0, 1, 2), record=False, max_seconds=None, **acting) -> tuple[list[Trial], Stub, Clock]:
+    policy, clock = Stub(act, **acting), Clock()
+    trials = [Trial("policy", "walk", seed, record, max_seconds) for seed in seeds]
+    run_policy(policy, [(Walk(), trial) for trial in trials], clock)
     return trials, policy, clock
 
 
@@ -109,7 +112,7 @@ def test_too_few_chunks_are_a_failure():
     policy, clock = Stub(chunk), Clock()
     policy.predict_chunks = lambda *_: []
     trial = Trial("flat", "walk", 0)
-    run_policy(policy, [(Walk(), trial)], Pace(1), clock)
+    run_policy(policy, [(Walk(), trial)], clock)
     assert trial.reason == "the policy raised ValueError: 0 chunks for 1 observations"
 
 
@@ -121,7 +124,7 @@ def test_execution_horizon_is_the_actions_from_one_chunk_to_the_next(execution_h
 
 def test_subtask_lasts_as_many_chunks_as_told():
     trials, _, _ = run(lambda seed: chunk(0.1), seeds=[0], record=True, execution_horizon=2, replan_subtask_every=2)
-    captions = [shot.caption for shot in trials[0].shots]
+    captions = [frame.caption for frame in trials[0].film]
     assert captions == ["subtask 0.0"] * 4 + ["subtask 0.4"] * 4 + ["subtask 0.8"] * 2
 
 
@@ -137,8 +140,8 @@ def test_environment_may_end_an_episode():
 
 def test_film_shows_chunk_and_place_of_every_action():
     trials, _, _ = run(lambda seed: chunk(0.25), seeds=[0], record=True, execution_horizon=3)
-    assert [shot.place for shot in trials[0].shots] == [0, 1, 2, 0]
-    assert all(shot.chunk.shape == (HORIZON, 1) for shot in trials[0].shots)
+    assert [frame.place for frame in trials[0].film] == [0, 1, 2, 0]
+    assert all(frame.chunk.shape == (HORIZON, 1) for frame in trials[0].film)
 
 
 def test_random_actions_stay_within_the_bounds_and_depend_on_the_seed():
@@ -150,7 +153,7 @@ def test_random_actions_stay_within_the_bounds_and_depend_on_the_seed():
             return False
 
     for seed in (0, 0, 1):
-        run_baseline(Watched(), Trial("random", "walk", seed), Pace(1), Clock())
+        run_baseline(Watched(), Trial("random", "walk", seed), Clock())
     first, again, other = np.split(np.array(taken), 3)
     assert np.abs(first).max() <= 0.5
     np.testing.assert_array_equal(first, again)
@@ -161,13 +164,12 @@ def test_unbounded_actions_have_no_random_mode():
     env = Walk()
     env.action_high = np.array([np.inf])
     with pytest.raises(ValueError, match="leave out the mode random"):
-        run_baseline(env, Trial("random", "walk", 0), Pace(1), Clock())
+        run_baseline(env, Trial("random", "walk", 0), Clock())
 
 
-@pytest.mark.parametrize("wrong", [{"max_seconds": 0}, {"replan_subtask_every": 0}])
-def test_pace_that_allows_nothing_is_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        Pace(1, **wrong)
+def test_trial_without_time_for_an_action_is_refused():
+    with pytest.raises(ValueError, match="max_seconds"):
+        Trial("policy", "walk", 0, max_seconds=0)
 
 
 def test_summary_counts_successes_and_reasons_per_task():
@@ -200,9 +202,8 @@ def test_every_call_of_the_policy_and_every_step_is_timed():
 
 def test_noise_is_scaled_as_the_policy_says() -> None:
     def first_noise(scale: float) -> torch.Tensor:
-        policy = Stub(lambda seed: np.zeros((HORIZON, 1), dtype=np.float32))
-        policy.noise_scale = scale
-        run_policy(policy, [(Walk(), Trial("policy", "walk", 0))], Pace(2), Clock())
+        policy = Stub(lambda seed: np.zeros((HORIZON, 1), dtype=np.float32), noise_scale=scale)
+        run_policy(policy, [(Walk(), Trial("policy", "walk", 0))], Clock())
         return policy.noise[0]
 
     assert torch.equal(first_noise(0.5), 0.5 * first_noise(1.0))

@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 
 from pi05_lightning.sim import video
-from pi05_lightning.sim.trials import Shot, Trial
+from pi05_lightning.sim.trials import FilmFrame, Trial
 
 CHUNK = np.linspace(-1, 1, 8, dtype=np.float32).reshape(4, 2)
 
 
 def episode(success: bool = True, caption: str = "open it", chunk: np.ndarray | None = CHUNK) -> Trial:
-    shots = [Shot(np.full((32, 63, 3), 9, np.uint8), caption, chunk, place) for place in range(3)]
-    return Trial("policy", "walk", 0, success=success, reason="" if success else "out of time", shots=shots)
+    film = [FilmFrame(np.full((32, 63, 3), 9, np.uint8), caption, chunk, place) for place in range(3)]
+    return Trial("policy", "walk", 0, success=success, reason="" if success else "out of time", film=film)
 
 
 def test_caption_and_chunk_are_drawn():

@@ -13,6 +13,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
 from pi05_lightning.evaluation.report.examples import Example
+from pi05_lightning.inference import generate_fast, generate_texts
 from pi05_lightning.losses import draw_noise, flow_time_quantile
 from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
@@ -86,13 +87,13 @@ class Evaluator:
         nll = self._mean_nll(batch, whole, kind)
         tokenizer, model = self.processor.tokenizer, self.model
         longest = int((batch.target_kind == kind).sum(1).max())
-        tokens, valid, _ = model.subtask_head.generate(
-            model.backbone,
-            model.backbone(without_targets(batch)),
+        said = generate_texts(
+            model,
+            self.processor,
+            without_targets(batch),
             max_tokens=longest + EXTRA_TOKENS,
             is_subtask=kind == Target.SUBTASK,
         )
-        said = [tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, valid, strict=True)]
         truth = [
             tokenizer.decode(row[k == kind].tolist()) for row, k in zip(batch.tokens, batch.target_kind, strict=True)
         ]
@@ -152,24 +153,16 @@ class Evaluator:
         """
         model, processor, fast = self.model, self.processor, self.processor.fast
         assert fast is not None
-        prompts, tokenizer = processor.language.prompts, processor.tokenizer
         horizon, dims = processor.shapes.horizon, self._dims(source)
         device = batch.tokens.device
-        lengths = torch.from_numpy(fast.lengths).to(device)
-        forced = torch.tensor(tokenizer.encode(prompts.fast_opening), dtype=torch.long, device=device)
-        closing = [*tokenizer.encode(prompts.fast_closing), tokenizer.eos_id][0]
         prefix = model.backbone(without_targets(batch))
 
-        def write(closing_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-            tokens, valid = model.fast_head.generate(
-                model.backbone, prefix, lengths, horizon * dims, forced, closing_id=closing_id
-            )
-            rows = [row[mask].tolist() for row, mask in zip(tokens, valid, strict=True)]
-            return fast.decode_batch(rows, horizon, dims)
+        def write(constrain: bool) -> tuple[np.ndarray, np.ndarray]:
+            return fast.decode_batch(generate_fast(model, processor, prefix, dims, constrain=constrain), horizon, dims)
 
-        chunk, decoded = write(closing)
+        chunk, decoded = write(constrain=False)
         if not decoded.all():
-            chunk = np.where(decoded[:, None, None], chunk, write(None)[0])
+            chunk = np.where(decoded[:, None, None], chunk, write(constrain=True)[0])
         padded = np.zeros((len(batch), horizon, processor.shapes.action_dim), dtype=np.float32)
         padded[..., :dims] = chunk
         return torch.from_numpy(padded).to(device), torch.from_numpy(decoded).to(device)

@@ -1,4 +1,4 @@
-"""`pi05 collect`: demonstrations of MetaWorld's scripted experts as a LeRobot v3 dataset, with language."""
+"""Records demonstrations of MetaWorld's scripted experts as a LeRobot v3 dataset, with language."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pi05_lightning.sim.metaworld.config import CollectConfig
-from pi05_lightning.sim.metaworld.environment import check_task
+from pi05_lightning.sim.metaworld.environment import MetaWorld, check_task
 from pi05_lightning.sim.metaworld.episodes import BlockSpec, record_block
 from pi05_lightning.sim.metaworld.scenes import SceneSpec, record_scenes, write_scenes
 from pi05_lightning.sim.processes import simulator_processes
@@ -25,7 +25,7 @@ _BLOCK_SIZE = 25  # initial states in a piece of work: some seconds
 logger = logging.getLogger(__name__)
 
 
-def collect(config: CollectConfig) -> Path:
+def record_dataset(config: CollectConfig) -> Path:
     """Make the dataset and return its directory.
 
     `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
@@ -66,7 +66,7 @@ def _make(root: Path, config: CollectConfig) -> None:
     root.mkdir()
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
-    with simulator_processes(config.num_workers or os.cpu_count() or 1) as pool:
+    with simulator_processes(config.num_workers or os.cpu_count() or 1, MetaWorld().warm_up) as pool:
         from pi05_lightning.sim.metaworld.lerobot_writer import (  # slow: while the workers import theirs
             video_path,
             write_dataset,

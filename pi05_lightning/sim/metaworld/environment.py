@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
-from pi05_lightning.sim.metaworld.tasks import GRIPPER, Part, task_language, task_of_sentence
+from pi05_lightning.sim.metaworld.tasks import GRIPPER, ModelPart, task_language, task_of_sentence
 from pi05_lightning.types import Box, Frame
 
 if TYPE_CHECKING:
@@ -82,20 +82,23 @@ class MetaWorld(EnvironmentConfig):
 
     has_expert = True
 
+    def warm_up(self) -> None:
+        import_metaworld()
+
     def tasks(self, robot: Robot) -> list[str]:
         """Those that the policy was trained on, from their instructions."""
         return [task_of_sentence(sentence) for sentence in robot.tasks]
 
-    def open(self, task: str, view: View) -> MetaWorldEnv:
+    def open(self, task: str, view: View) -> MetaWorldEnvironment:
         if CONTROL_HZ % view.fps:
             raise NoSuchEnvironment(
                 f"the policy was trained at {view.fps} frames per second, which does not divide MetaWorld's"
                 f" {CONTROL_HZ} Hz: name the simulator that it was trained in with --env"
             )
-        return MetaWorldEnv(task, view.image_size, view.cameras, round(CONTROL_HZ / view.fps))
+        return MetaWorldEnvironment(task, view.image_size, view.cameras, round(CONTROL_HZ / view.fps))
 
 
-class MetaWorldEnv:
+class MetaWorldEnvironment:
     """One MetaWorld task.
 
     Args:
@@ -259,7 +262,7 @@ class MetaWorldEnv:
                 boxes[name] = (rows[0] / size, columns[0] / size, (rows[-1] + 1) / size, (columns[-1] + 1) / size)
         return boxes
 
-    def _ids(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
+    def _ids(self, part: ModelPart) -> tuple[np.ndarray, np.ndarray]:
         """Geom and site ids of a part."""
         model = self._env.model
         bodies = {model.body(name).id for name in part.bodies}
@@ -295,7 +298,7 @@ class MetaWorldEnv:
         self._renderer.close()
         self._env.close()
 
-    def __enter__(self) -> MetaWorldEnv:
+    def __enter__(self) -> MetaWorldEnvironment:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from pi05_lightning.sim.encoding import encode_video
 from pi05_lightning.sim.metaworld import questions
 from pi05_lightning.sim.metaworld.config import CollectConfig
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.types import Answer, Frame
 
@@ -61,7 +61,7 @@ def record_block(spec: BlockSpec) -> list[Episode]:
     config = spec.config
     seeds = split_seeds(spec.split, spec.count * ATTEMPTS, config.seed, start=spec.first * ATTEMPTS)
     episodes: list[Episode] = []
-    with MetaWorldEnv(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
+    with MetaWorldEnvironment(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
         for seed in seeds:
             episode = record_episode(env, seed, config)
             if episode is not None:
@@ -79,7 +79,7 @@ def record_block(spec: BlockSpec) -> list[Episode]:
     return [replace(e, images={name: film[:, thin, thin] for name, film in e.images.items()}) for e in episodes]
 
 
-def record_episode(env: MetaWorldEnv, seed: int, config: CollectConfig) -> Episode | None:
+def record_episode(env: MetaWorldEnvironment, seed: int, config: CollectConfig) -> Episode | None:
     """The expert from initial state `seed` until `tail_frames` after success, or None where it does not succeed.
 
     A frame's action is the mean of what the expert does, closed loop, until the next one: held that long, it brings

@@ -6,21 +6,21 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
-from pi05_lightning.types import Answer, Box
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.types import Answer, Box, box_to_text
 
 _CLOSED = 0.7  # of the gripper's opening in [0, 1]; closed on nothing it is 0.5, open 1.0
 _BESIDE = 0.02  # metres within which two things are at the same place along an axis
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
 
 
-def answers(env: MetaWorldEnv, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[Answer, ...]:
+def answers(env: MetaWorldEnvironment, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[Answer, ...]:
     """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper.
 
     boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them.
     """
     asked = [
-        Answer(f"detect the {name}", box_text(box), camera)
+        Answer(f"detect the {name}", box_to_text(box), camera)
         for camera, seen in boxes.items()
         for name, box in seen.items()
         if (name, camera) != ("gripper", _WRIST_CAMERA)
@@ -30,11 +30,6 @@ def answers(env: MetaWorldEnv, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[
         asked.append(Answer(f"where is the {name}?", direction(places[name] - places["gripper"]), camera))
     asked.append(Answer("is the gripper closed?", "yes" if env.state[3] < _CLOSED else "no", camera))
     return tuple(asked)
-
-
-def box_text(box: Box) -> str:
-    """`<locYYYY>` for ymin, xmin, ymax, xmax, in 1024 steps over the image (PaliGemma's convention)."""
-    return "".join(f"<loc{min(int(edge * 1024), 1023):04d}>" for edge in box)
 
 
 def direction(offset: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from pi05_lightning.sim.metaworld import questions
 from pi05_lightning.sim.metaworld.config import CollectConfig
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnv
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
 
 FRAMES_PER_SCENE = 4
@@ -38,7 +38,7 @@ class SceneSpec:
 def record_scenes(spec: SceneSpec) -> list[dict[str, Any]]:
     """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns."""
     config, rows = spec.config, []
-    with MetaWorldEnv(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
+    with MetaWorldEnvironment(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
         for seed in split_seeds(spec.split, spec.count, config.seed, start=_FIRST_SCENE + spec.first):
             rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
             env.reset(seed)
@@ -62,7 +62,7 @@ def write_scenes(path: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
     datasets.enable_progress_bars()
 
 
-def _row(env: MetaWorldEnv, camera: str) -> dict[str, Any]:
+def _row(env: MetaWorldEnvironment, camera: str) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(env.render([camera])[camera].transpose(1, 2, 0)).save(buffer, "PNG")
     boxes = env.boxes([camera])

@@ -16,7 +16,7 @@ Parsed = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """Where a named thing is in the MuJoCo model: the geoms of some bodies, of a material, or both; geoms; sites."""
 
     bodies: tuple[str, ...] = ()
@@ -35,13 +35,13 @@ class TaskLanguage:
     """
 
     sentence: str
-    objects: Mapping[str, Part] = field(default_factory=dict)
+    objects: Mapping[str, ModelPart] = field(default_factory=dict)
     phase: Callable[[Parsed], str] | None = None
 
 
-GRIPPER = Part(bodies=("right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad"))
-_GOAL = Part(sites=("goal",))
-_PUCK = Part(geoms=("objGeom",))
+GRIPPER = ModelPart(bodies=("right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad"))
+_GOAL = ModelPart(sites=("goal",))
+_PUCK = ModelPart(geoms=("objGeom",))
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -110,8 +110,8 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "window-open-v3": TaskLanguage(
         "open the window",
         {
-            "window handle": Part(bodies=("windowb_a",), material="window_white"),
-            "window": Part(bodies=("windowb_a", "windowb_b")),
+            "window handle": ModelPart(bodies=("windowb_a",), material="window_white"),
+            "window": ModelPart(bodies=("windowb_a", "windowb_b")),
         },
         _approach(
             "wndw_pos",
@@ -124,8 +124,8 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "window-close-v3": TaskLanguage(
         "close the window",
         {
-            "window handle": Part(bodies=("windowb_a",), material="window_white"),
-            "window": Part(bodies=("windowb_a", "windowb_b")),
+            "window handle": ModelPart(bodies=("windowb_a",), material="window_white"),
+            "window": ModelPart(bodies=("windowb_a", "windowb_b")),
         },
         _approach(
             "wndw_pos",
@@ -137,7 +137,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "drawer-open-v3": TaskLanguage(
         "open the drawer",
-        {"drawer handle": _PUCK, "drawer": Part(bodies=("drawer_link", "drawercase_link"))},
+        {"drawer handle": _PUCK, "drawer": ModelPart(bodies=("drawer_link", "drawercase_link"))},
         _approach(
             "drwr_pos",
             (0.0, 0.0, -0.02),
@@ -148,17 +148,17 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "button-press-topdown-v3": TaskLanguage(
         "press the button from above",
-        {"button": Part(bodies=("button",)), "button box": Part(bodies=("buttonbox",))},
+        {"button": ModelPart(bodies=("button",)), "button box": ModelPart(bodies=("buttonbox",))},
         _press_topdown,
     ),
     "button-press-v3": TaskLanguage(
         "press the button",
-        {"button": Part(bodies=("button",)), "button box": Part(bodies=("buttonbox",))},
+        {"button": ModelPart(bodies=("button",)), "button box": ModelPart(bodies=("buttonbox",))},
         _press,
     ),
     "dial-turn-v3": TaskLanguage(
         "turn the dial",
-        {"dial": Part(material="dial_metal")},
+        {"dial": ModelPart(material="dial_metal")},
         _approach(
             "dial_pos",
             (0.05, 0.02, 0.09),
@@ -169,7 +169,10 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "faucet-close-v3": TaskLanguage(
         "close the faucet",
-        {"faucet handle": Part(bodies=("faucet_link2",)), "faucet": Part(bodies=("faucet_link", "faucet_link2"))},
+        {
+            "faucet handle": ModelPart(bodies=("faucet_link2",)),
+            "faucet": ModelPart(bodies=("faucet_link", "faucet_link2")),
+        },
         _approach(
             "faucet_pos",
             (0.04, 0.0, 0.03),
@@ -184,7 +187,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "coffee-push-v3": TaskLanguage(
         "push the mug under the coffee machine",
-        {"mug": Part(bodies=("mug",)), "coffee machine": Part(bodies=("cm_link",))},
+        {"mug": ModelPart(bodies=("mug",)), "coffee machine": ModelPart(bodies=("cm_link",))},
         _approach(
             "mug_pos",
             (0.01, 0.0, 0.05),
@@ -195,7 +198,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "lever-pull-v3": TaskLanguage(
         "pull the lever up",
-        {"lever": Part(bodies=("lever_link1",))},
+        {"lever": ModelPart(bodies=("lever_link1",))},
         _approach(
             "lever_pos",
             (0.0, -0.055, 0.0),

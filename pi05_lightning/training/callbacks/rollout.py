@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,12 +15,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from pi05_lightning.inference import Acting
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
-from pi05_lightning.sim.environment import EnvironmentConfig, View
-from pi05_lightning.sim.metaworld.environment import MetaWorld
-from pi05_lightning.sim.trials import Clock, Mode, Pace, Trial, run_policy
+from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.rollout import Lanes, Plan, run_policy_job, view_of
+from pi05_lightning.sim.simulators import MetaWorld
+from pi05_lightning.sim.trials import Mode, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
 
 FOLDER = "rollouts"
@@ -38,10 +41,10 @@ class PeriodicRollout(Callback):
         tasks: by default those that `pi05 rollout` takes.
         episodes: per task.
         mode: policy (the predicted subtask conditions the actions) or flat (the task alone does).
-        execution_horizon: actions of a chunk that are executed before the next is asked for; by default half.
         max_seconds: simulated time after which an episode has failed; by default the simulator's.
         lanes: episodes that are stepped together.
         seed: of the initial states and the noise.
+        acting: how the policy acts, see `Acting`.
     """
 
     def __init__(
@@ -51,16 +54,16 @@ class PeriodicRollout(Callback):
         tasks: list[str] | None = None,
         episodes: int = 4,
         mode: Mode = "policy",
-        execution_horizon: int | None = None,
         max_seconds: float | None = None,
         lanes: int = 8,
         seed: int = 0,
+        **acting: Any,
     ) -> None:
         if min(every_n_steps, episodes, lanes) < 1:
             raise ValueError("every_n_steps, episodes and lanes: at least 1")
         self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
-        self.mode, self.execution_horizon, self.max_seconds = mode, execution_horizon, max_seconds
-        self.lanes, self.seed = lanes, seed
+        self.mode, self.max_seconds, self.lanes, self.seed = mode, max_seconds, lanes, seed
+        self.acting = Acting(hierarchical=True, inference_delay=0, **acting)  # the mode decides; the simulator waits
         self._last = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,26 +90,23 @@ class PeriodicRollout(Callback):
 
     def run(self, policy: Pi05Policy) -> dict[str, list[Trial]]:
         """Every task's episodes, over; the first one is filmed."""
-        robot = policy.processor.robots[policy.robot]
-        shapes = policy.processor.shapes
-        view = View(policy.processor.cameras, shapes.image_size, robot.fps)
-        horizon = self.execution_horizon or max(1, shapes.horizon // 2)
-        pace = Pace(horizon, max_seconds=self.max_seconds, seed=self.seed)
-        by_task = {}
-        for number, task in enumerate(self.tasks or self.env.tasks(robot)):
-            seeds = self.env.seeds(number, self.episodes, self.seed, split="val")
-            trials = [Trial(self.mode, task, seed, record=number == i == 0) for i, seed in enumerate(seeds)]
-            envs = []
-            try:
-                for _ in range(min(self.lanes, self.episodes)):
-                    envs.append(self.env.open(task, view))
-                for first in range(0, self.episodes, self.lanes):
-                    batch = trials[first : first + self.lanes]
-                    run_policy(policy, list(zip(envs, batch, strict=False)), pace, Clock())
-            finally:
-                for env in envs:
-                    env.close()
-            by_task[task] = trials
+        tasks = self.tasks or self.env.tasks(policy.processor.robots[policy.robot])
+        plan = Plan(
+            self.env,
+            tasks,
+            [self.mode],
+            self.episodes,
+            split="val",
+            lanes=self.lanes,
+            max_seconds=self.max_seconds,
+            seed=self.seed,
+        )
+        jobs = list(plan.jobs())
+        jobs[0].trials[0].record = True
+        by_task: dict[str, list[Trial]] = {task: [] for task in tasks}
+        with closing(Lanes(self.env, view_of(policy))) as lanes:
+            for job in jobs:
+                by_task[job.task] += run_policy_job(job, policy, lanes).trials
         return by_task
 
     @contextmanager
@@ -117,7 +117,7 @@ class PeriodicRollout(Callback):
         training = {name: part.training for name, part in module.model.named_modules()}
         with average.applied(module), trainer.precision_plugin.val_step_context():
             try:
-                yield Pi05Policy((module.model, module.processor), device=module.device)
+                yield Pi05Policy((module.model, module.processor), device=module.device, **asdict(self.acting))
             finally:
                 for name, part in module.model.named_modules():
                     part.training = training[name]

@@ -1,0 +1,122 @@
+"""`pi05 rollout`: closed-loop success on held-out initial states, beside baselines on the same states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from pi05_lightning.files.local import write_json
+from pi05_lightning.inference import Acting
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.sim import video
+from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.rollout import Done, Plan, Worker, available_modes, run_in_processes, view_of
+from pi05_lightning.sim.simulators import MetaWorld
+from pi05_lightning.sim.summary import summarise, tables
+from pi05_lightning.sim.trials import Clock, Mode, Trial
+
+
+def rollout(
+    checkpoint: Path,
+    tasks: list[str] | None = None,
+    env: EnvironmentConfig = MetaWorld(),  # noqa: B008 - frozen
+    episodes: int = 25,
+    modes: tuple[Mode, ...] | None = None,
+    out: Path | None = None,
+    dataset: Path | None = None,
+    max_seconds: float | None = None,
+    videos: int = 1,
+    lanes: int = 8,
+    num_workers: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    **acting: Any,
+) -> dict[str, Any]:
+    """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
+
+    Args:
+        checkpoint: a .ckpt file, a run's directory or an exported folder.
+        tasks: the simulator's names of tasks; by default those that the checkpoint was trained on (MetaWorld), all of
+            `--env.suites` (Libero), the default of the environment (LeRobotEnv).
+        env: the simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        episodes: initial states per task, the same for every mode.
+        modes: policy (the predicted subtask conditions the actions), flat (the task alone does), and the baselines
+            mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
+            default all that the simulator and the data allow.
+        out: folder for rollout.json, videos and frames; by default `rollout` beside the checkpoint.
+        dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
+        max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld, LeRobot's in others.
+        videos: episodes per task and policy mode that are filmed.
+        lanes: episodes that a process steps together.
+        num_workers: processes; by default one per core.
+        seed: of the initial states and the noise.
+        device: where the policy runs; the simulator is on the CPU, but for what it renders.
+        acting: how the policy acts, see `Acting`.
+
+    Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
+    Raises ValueError for tasks, cameras and modes that the simulator does not have.
+    """
+    how = Acting(hierarchical=True, inference_delay=0, **acting)  # the modes decide; the simulator waits
+    policy = Pi05Policy.from_pretrained(checkpoint, **asdict(how))
+    robot = policy.processor.robots[policy.robot]
+    demonstrations = dataset or Path(robot.dataset)
+    found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
+    modes = available_modes(env, found, modes, policy.hierarchical)
+    plan = Plan(
+        env, tasks or env.tasks(robot), modes, episodes, films=videos, lanes=lanes, max_seconds=max_seconds, seed=seed
+    )
+    how = replace(how, execution_horizon=policy.execution_horizon)
+    worker = Worker(env, view_of(policy), str(checkpoint), how, device, found)
+    del policy  # maybe gigabytes: every process loads its own
+    out = out or default_folder(checkpoint)
+    out.mkdir(parents=True, exist_ok=True)
+    done: list[Done] = []
+    with (
+        closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
+        tqdm(total=len(plan.tasks) * episodes * len(modes), unit="episode", desc="rollout") as bar,
+    ):
+        for one in results:
+            write_films(out, one.trials, round(robot.fps))
+            done.append(one)
+            bar.update(len(one.trials))
+    result = measured(done, modes) | {
+        "execution_horizon": how.execution_horizon,
+        "noise_scale": how.noise_scale,
+        "env": str(env),
+        "seed": seed,
+        "checkpoint": str(checkpoint),
+    }
+    write_json(out / "rollout.json", result)
+    Console().print(*tables(result))
+    return result
+
+
+def default_folder(checkpoint: Path) -> Path:
+    """`rollout` in the run's directory, wherever in it the checkpoint is."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "rollout"
+
+
+def write_films(folder: Path, trials: Iterable[Trial], fps: int) -> None:
+    """An mp4 and a PNG of each trial that was filmed, which then forgets its film."""
+    for trial in trials:
+        if trial.film:
+            video.write(folder / f"{trial.mode}-{trial.task.replace('/', '-')}-{trial.seed}.mp4", trial, fps)
+            trial.film.clear()
+
+
+def measured(done: Iterable[Done], modes: Iterable[Mode]) -> dict[str, Any]:
+    """What the jobs came to, in all, and the seconds of processes that each mode took."""
+    trials: list[Trial] = []
+    clocks, seconds = {mode: Clock() for mode in modes}, dict.fromkeys(modes, 0.0)
+    for one in done:
+        trials += one.trials
+        clocks[one.mode].add(one.clock)
+        seconds[one.mode] += one.seconds
+    return summarise(trials, clocks) | {"process_seconds": {mode: round(s, 1) for mode, s in seconds.items()}}

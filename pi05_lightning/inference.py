@@ -1,0 +1,228 @@
+"""From observations to actions: what a policy, a rollout, a server and the evaluation ask of a model, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Batch, Frame, Prefix
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How a policy acts: the same options with the same defaults for a robot, a rollout and a server."""
+
+    execution_horizon: int | None = None
+    """Actions of a chunk that are executed before the next chunk; by default half of the model's horizon."""
+    inference_delay: int = 0
+    """Actions that are still executed while the next chunk is computed in the background. They are given to the flow
+    head, so that the next chunk goes on from them (real-time chunking); train with `rtc_max_delay` of at least as
+    many."""
+    hierarchical: bool = True
+    """A subtask is predicted from the task and conditions the actions; otherwise the task alone does, as it always does
+    for a policy that was trained on tasks alone, or on data without subtasks."""
+    replan_subtask_every: int = 1
+    """Chunks that a predicted subtask lasts."""
+    use_flow_matching: bool = True
+    """Sample actions with the flow head; otherwise decode them from FAST tokens."""
+    num_steps: int = 10
+    """Euler steps per chunk of the flow head."""
+    noise_scale: float = 1.0
+    """Of the noise that a chunk's flow starts from; 0 starts from its mean, which draws nothing."""
+    temperature: float = 0.0
+    """Of subtask and FAST tokens; 0 takes the likeliest."""
+    constrain_fast: bool = True
+    """FAST tokens are chosen among those that can still become a chunk, so that they always decode."""
+    on_failed_decode: Literal["raise", "count"] = "raise"
+    """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them and return NaN."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("inference_delay", 0),
+            ("replan_subtask_every", 1),
+            ("num_steps", 1),
+            ("noise_scale", 0),
+            ("temperature", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+        if self.inference_delay and not self.use_flow_matching:
+            raise ValueError("inference_delay needs the flow head: FAST tokens cannot be made to go on from actions")
+
+    def executed(self, horizon: int) -> int:
+        """Actions that are executed of a chunk of `horizon`. Raises ValueError when a chunk does not hold as many."""
+        if self.inference_delay >= horizon:
+            raise ValueError(f"inference_delay {self.inference_delay} is not below the model's horizon of {horizon}")
+        most = horizon - self.inference_delay
+        if self.execution_horizon is None:
+            return min(max(1, horizon // 2), most)
+        if not 1 <= self.execution_horizon <= most:
+            raise ValueError(
+                f"execution_horizon: {self.execution_horizon} (pred_horizon in Python) is not within 1 and {most}: the"
+                f" model's {horizon} actions less {self.inference_delay} of inference_delay"
+            )
+        return self.execution_horizon
+
+
+class Inference:
+    """A model and its processor: frames in, subtasks and action chunks out, for any number of robots at once.
+
+    It acts as the first robot that its data had actions of. Noise and sampled tokens come from `generator`.
+    Raises ValueError when there is no such robot, or not what `acting` needs.
+    """
+
+    def __init__(self, model: Pi05, processor: Processor, acting: Acting, seed: int = 0) -> None:
+        self.model, self.processor, self.acting = model.eval(), processor, acting
+        robots = [name for name, robot in processor.robots.items() if robot.acts]
+        if not robots:
+            raise ValueError("the policy was trained on no robot's data: it has no actions to predict")
+        self.robot = robots[0]
+        self.action_dim = processor.robots[self.robot].action_dim
+        self.execution_horizon = acting.executed(model.config.horizon)
+        self.hierarchical = acting.hierarchical and processor.predicts_subtasks(self.robot)
+        if not acting.use_flow_matching and processor.fast is None:
+            raise ValueError("the policy has no FAST tokenizer: set use_flow_matching, or train with data.fast")
+        self.generator = torch.Generator().manual_seed(seed)
+        self.failed_decodes = 0
+
+    def replans(self, chunk: int) -> bool:
+        """Whether a new subtask is predicted before chunk number `chunk` of an episode."""
+        return self.hierarchical and chunk % self.acting.replan_subtask_every == 0
+
+    def predict_subtasks(self, frames: Sequence[Frame]) -> list[str]:
+        """What to do next, for each frame."""
+        prompts = [self.processor.prompt(frame, self.robot, high_level=True) for frame in frames]
+        batch = self.processor.collate(prompts).to(self.model.device)
+        options = {"temperature": self.acting.temperature, "generator": self.generator}
+        opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
+        said = generate_texts(self.model, self.processor, batch, **options)
+        # what may come before the opening are boxes
+        return [(text.rpartition(opening)[2] if opening else text).strip() for text in said]
+
+    @torch.no_grad()
+    def predict_chunks(
+        self,
+        frames: Sequence[Frame],
+        subtasks: Sequence[str | None],
+        noise: Tensor | None = None,
+        prefix_actions: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """One chunk per frame, f32[B T A] in the robot's units, each conditioned on its subtask (None: on the task).
+
+        noise f32[B T D] makes it reproducible.  prefix_actions: per frame f32[d A] in the robot's units, what it will
+        do in the chunk's first d steps whatever comes out; d may differ. The chunk begins with them and goes on from
+        them.
+        """
+        fast = not self.acting.use_flow_matching
+        batch = self.processor.collate(
+            [
+                self.processor.prompt(frame, self.robot, subtask, fast=fast)
+                for frame, subtask in zip(frames, subtasks, strict=True)
+            ]
+        ).to(self.model.device)
+        if fast:
+            if prefix_actions is not None:
+                raise ValueError("prefix_actions need the flow head: leave them out, or set use_flow_matching")
+            chunks = self._decode_fast(batch)
+        else:
+            given = None if prefix_actions is None else self._given_actions(frames, prefix_actions)
+            chunks = self._sample_flow(batch, noise, given)
+        real = [self.processor.real_actions(a, f, self.robot) for a, f in zip(chunks, frames, strict=True)]
+        for chunk, first in zip(real, prefix_actions or (), strict=False):
+            chunk[: len(first)] = first  # as they are, not normalised and back
+        return np.stack(real)
+
+    # --- normalised actions of a batch
+
+    def _sample_flow(self, batch: Batch, noise: Tensor | None, given: tuple[Tensor, Tensor] | None) -> np.ndarray:
+        """f32[B T D]; noise f32[B T D], and given actions as `FlowHead.sample` takes them."""
+        config, device = self.model.config, self.model.device
+        shape = len(batch), config.horizon, config.action_dim
+        if noise is None:
+            noise = self.acting.noise_scale * torch.randn(shape, generator=self.generator)
+        elif noise.shape != shape:
+            raise ValueError(f"noise has shape {list(noise.shape[1:])}: expected [T D] = {list(shape[1:])}")
+        prefix = self.model.backbone(batch, need_hidden=False)
+        actions, count = (x.to(device) for x in given) if given else (None, None)
+        sampled = self.model.flow_head.sample(prefix, noise[:, None].to(device), self.acting.num_steps, actions, count)
+        return sampled[:, 0].cpu().numpy()
+
+    def _given_actions(self, frames: Sequence[Frame], prefix_actions: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Normalised and padded to chunks f32[B T D], and how many of each are given, i64[B]."""
+        horizon, dims = self.model.config.horizon, self.action_dim
+        given = torch.zeros(len(frames), horizon, self.model.config.action_dim)
+        for row, (frame, actions) in enumerate(zip(frames, prefix_actions, strict=True)):
+            if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= horizon:
+                raise ValueError(
+                    f"prefix_actions has shape {list(actions.shape)}: expected [d {dims}] with d below the chunk's"
+                    f" {horizon} steps"
+                )
+            normalized = self.processor.normalize(replace(frame, actions=actions), self.robot).actions
+            assert normalized is not None
+            given[row, : len(actions), :dims] = torch.from_numpy(normalized)
+        return given, torch.tensor([len(actions) for actions in prefix_actions])
+
+    def _decode_fast(self, batch: Batch) -> np.ndarray:
+        """f32[B T A]; tokens that are no chunk raise FastDecodeError, or are NaN and counted, as configured."""
+        fast, horizon = self.processor.fast, self.model.config.horizon
+        assert fast is not None
+        tokens = generate_fast(
+            self.model,
+            self.processor,
+            self.model.backbone(batch),
+            self.action_dim,
+            constrain=self.acting.constrain_fast,
+            temperature=self.acting.temperature,
+            generator=self.generator,
+        )
+        if self.acting.on_failed_decode == "raise":
+            return np.stack([fast.decode(row, horizon, self.action_dim) for row in tokens])
+        chunks, decoded = fast.decode_batch(tokens, horizon, self.action_dim)
+        self.failed_decodes += int((~decoded).sum())
+        return chunks
+
+
+@torch.no_grad()
+def generate_texts(model: Pi05, processor: Processor, batch: Batch, **options: Any) -> list[str]:
+    """What the model says after each row of a batch on its device; options as `SubtaskHead.generate`."""
+    tokens, valid, _ = model.subtask_head.generate(model.backbone, model.backbone(batch), **options)
+    return [processor.tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, valid, strict=True)]
+
+
+@torch.no_grad()
+def generate_fast(
+    model: Pi05,
+    processor: Processor,
+    prefix: Prefix,
+    action_dim: int,
+    *,
+    constrain: bool,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """FAST tokens that the model writes after each row of a prefix, for chunks of the model's horizon.
+
+    constrain: only tokens that can still become a chunk are written; otherwise any, up to the closing of the prompts.
+    """
+    fast, tokenizer, prompts = processor.fast, processor.tokenizer, processor.language.prompts
+    assert fast is not None
+    device = prefix.mask.device
+    closing = [*tokenizer.encode(prompts.fast_closing), tokenizer.eos_id]  # as trained; the prompt's may be empty
+    tokens, valid = model.fast_head.generate(
+        model.backbone,
+        prefix,
+        torch.from_numpy(fast.lengths).to(device),
+        model.config.horizon * action_dim,
+        torch.tensor(tokenizer.encode(prompts.fast_opening), dtype=torch.long, device=device),
+        closing_id=None if constrain else closing[0],
+        temperature=temperature,
+        generator=generator,
+    )
+    return [row[mask].tolist() for row, mask in zip(tokens, valid, strict=True)]
