@@ -18,7 +18,9 @@ from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
-from pi05_lightning.weights import training_checkpoint as checkpoint
+from pi05_lightning.weights.abilities import UNKNOWN
+from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.locate import locate
 
 Observation = Mapping[str, Any]
 """{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1]."""
@@ -84,16 +86,16 @@ class Pi05Policy:
         tokenizer: str | None = None,
         averaged: bool = True,
     ) -> None:
-        model, self.processor = (
-            model_path
-            if isinstance(model_path, tuple)
-            else checkpoint.load(model_path, dtype=dtype, tokenizer=tokenizer, averaged=averaged)
-        )
+        if isinstance(model_path, tuple):
+            (model, self.processor), self.trained = model_path, UNKNOWN
+        else:
+            weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
+            self.processor, self.trained = weights.processor(), weights.trained
+            model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
         self.model = model.to(device).eval()
-        acting = [name for name, robot in self.processor.robots.items() if robot.acts]
-        if not acting:
+        if not self.processor.acting:
             raise ValueError(f"{model_path} was trained on no robot's data: it has no actions to predict")
-        self.robot = acting[0]
+        self.robot = self.processor.acting[0]
         normalize = self.processor.robots[self.robot].normalize
         expected = {
             "policy_type": (policy_type, "pi0.5"),
@@ -144,7 +146,7 @@ class Pi05Policy:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export weights, dimensions and processor into a folder that `from_pretrained` reads."""
-        checkpoint.save(folder, self.model, self.processor)
+        save(folder, self.model, self.processor, self.trained)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
         self.model.to(device)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ import pyarrow.parquet as pq
 
 from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.split import held_out
+from pi05_lightning.files.hub import is_hub_id
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def find_dataset(path: str) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not is_hub_id(path):
         raise ValueError(f"{path}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name.")
     import httpx
     from huggingface_hub import snapshot_download

@@ -66,7 +66,7 @@ class Robot:
 
     @property
     def acts(self) -> bool:
-        """Whether its data holds actions; a policy acts as the first robot that does."""
+        """Whether its data holds actions."""
         return len(self.normalize.action.q01) > 0
 
     @property
@@ -177,6 +177,11 @@ class Processor:
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
         return Sample(*self._encode(segments), modality, self._resize(images))
+
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Names of the robots whose data held actions; a policy acts as the first."""
+        return tuple(name for name, robot in self.robots.items() if robot.acts)
 
     def predicts_subtasks(self, source: str) -> bool:
         """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""

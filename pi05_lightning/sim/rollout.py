@@ -162,18 +162,17 @@ def rollout(
     from tqdm import tqdm
 
     from pi05_lightning.sim import summary, video
-    from pi05_lightning.weights.training_checkpoint import load
+    from pi05_lightning.weights.locate import locate
 
     if min(episodes, lanes) < 1:
         raise ValueError("episodes and lanes: at least 1")
-    _, processor = load(checkpoint)
+    processor = locate(checkpoint).processor()
     horizon = processor.shapes.horizon
     if execution_horizon is not None and not 1 <= execution_horizon <= horizon:
         raise ValueError(f"execution_horizon: {execution_horizon} is not within 1 and the model's {horizon}")
-    name = next((name for name, robot in processor.robots.items() if robot.acts), None)
-    if name is None:
+    if not processor.acting:
         raise ValueError(f"{checkpoint} was trained on no robot's data: there is nothing to roll out")
-    robot = processor.robots[name]
+    robot = processor.robots[processor.acting[0]]
     tasks = tasks or env.tasks(robot)
     demonstrations = dataset or Path(robot.dataset)
     config = RolloutConfig(
@@ -186,7 +185,7 @@ def rollout(
         noise_scale=noise_scale,
         device=device,
     )
-    modes = available_modes(config, modes, processor.predicts_subtasks(name))
+    modes = available_modes(config, modes, processor.predicts_subtasks(processor.acting[0]))
     out = out or default_folder(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     jobs = list(plan(config, tasks, episodes, modes, lanes, videos))
