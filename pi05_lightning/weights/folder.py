@@ -50,10 +50,10 @@ class ExportedFolder(Weights):
 
 
 def save(folder: str | Path, model: Pi05, processor: Processor | None = None, trained: Trained = UNKNOWN) -> None:
-    """Export: model.safetensors, config.json (dimensions), processor.json (tokenizers, statistics, prompts), and
-    trained.json.
+    """Export a folder: model.safetensors, config.json (dimensions), processor.json (tokenizers, statistics, prompts).
 
-    Without a processor it is weights to begin a training with, not a policy.
+    trained.json says what the weights were trained on.  Without a processor they are no policy, but weights to begin a
+    training with.
     """
     folder = Path(folder)
     write_json(folder / CONFIG, model.config.to_dict())
