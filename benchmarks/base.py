@@ -107,11 +107,10 @@ def serve(name: str, folder: Path, config: ModelConfig) -> None:
             chunk = lambda: inputs.lerobot_chunk(lerobot)  # noqa: E731
             first = chunk()
     else:
-        from pi05_lightning.weights.lerobot import load_lerobot
-        from pi05_lightning.weights.safetensors import build
+        from pi05_lightning.weights.locate import locate
 
         start = time.perf_counter()
-        ours = build(*load_lerobot(folder, dtype=torch.bfloat16)).eval()
+        ours = locate(folder).model(torch.bfloat16).eval()
         chunk = lambda: inputs.our_chunk(ours)  # noqa: E731
         first = chunk()
     report = {"first_chunk": time.perf_counter() - start}

@@ -80,10 +80,9 @@ class Inference:
 
     def __init__(self, model: Pi05, processor: Processor, acting: Acting, seed: int = 0) -> None:
         self.model, self.processor, self.acting = model.eval(), processor, acting
-        robots = [name for name, robot in processor.robots.items() if robot.acts]
-        if not robots:
+        if not processor.acting:
             raise ValueError("the policy was trained on no robot's data: it has no actions to predict")
-        self.robot = robots[0]
+        self.robot = processor.acting[0]
         self.action_dim = processor.robots[self.robot].action_dim
         self.execution_horizon = acting.executed(model.config.horizon)
         self.hierarchical = acting.hierarchical and processor.predicts_subtasks(self.robot)

@@ -26,7 +26,9 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch, Subset
-from pi05_lightning.weights.pretrained import config_at, load_into
+from pi05_lightning.weights.abilities import Trained, trained
+from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.safetensors import fill
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -79,7 +81,7 @@ class Pi05Module(LightningModule):
         super().__init__()
         if config is None and init_from is None:
             raise ValueError("a model needs its dimensions: give model.config, or model.init_from")
-        self.config = config or config_at(str(init_from))
+        self.config = config or locate(str(init_from)).config()
         self.init_from, self.lora, self.make_optimizer = init_from, lora, optimizer
         self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
         if not 0 <= rtc_max_delay < self.config.horizon:
@@ -95,6 +97,8 @@ class Pi05Module(LightningModule):
         self.follow(Recipe.of(pretrain_steps=0))
         self.will_be_restored = False
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
+        self._trained, self._trained_at = Trained(complete=True), 0
+        """What the weights were trained on before this step."""
         self._configured = False
         self._losses: dict[str, list[Tensor]] = {}
         """Of the step under way, one value per accumulated batch that has the term."""
@@ -154,7 +158,14 @@ class Pi05Module(LightningModule):
 
     def _begin(self) -> None:
         if self.init_from is not None:
-            load_into(self.model, self.init_from, torch.get_default_dtype())
+            weights = locate(self.init_from)
+            tensors = weights.tensors(torch.get_default_dtype())
+            # no weights have the auxiliary heads
+            auxiliary = self.model.auxiliary.to_empty(device=torch.get_default_device())
+            for name in auxiliary:
+                self.model.heads[name].reset_parameters()
+            fill(self.model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=self.init_from)
+            self._trained = weights.trained
         else:
             self.model.to_empty(device=torch.get_default_device())
             self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
@@ -253,10 +264,15 @@ class Pi05Module(LightningModule):
     # --- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts."""
+        """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities."""
         assert self.processor is not None
         checkpoint["pi05"] = {
             "model": self.config.to_dict(),
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
+            "trained": asdict(self._trained + trained(self.recipe, self._trained_at, self.global_step)),
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._trained = Trained(**checkpoint["pi05"].get("trained", {}))
+        self._trained_at = checkpoint["global_step"]

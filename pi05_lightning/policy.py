@@ -18,7 +18,9 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
-from pi05_lightning.weights import training_checkpoint as checkpoint
+from pi05_lightning.weights.abilities import UNKNOWN
+from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.locate import locate
 
 Observation = Mapping[str, Any]
 """{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1]."""
@@ -67,9 +69,11 @@ class Pi05Policy(Inference):
         **acting: Any,
     ) -> None:
         if isinstance(model_path, tuple):
-            model, processor = model_path
+            (model, processor), self.trained = model_path, UNKNOWN
         else:
-            model, processor = checkpoint.load(model_path, dtype=dtype, tokenizer=tokenizer, averaged=averaged)
+            weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
+            processor, self.trained = weights.processor(), weights.trained
+            model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
         horizon = _one_horizon(execution_horizon, pred_horizon)
         super().__init__(model.to(device), processor, Acting(execution_horizon=horizon, **acting), seed)
         if use_fast_tokens and processor.fast is None:
@@ -94,7 +98,7 @@ class Pi05Policy(Inference):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Export weights, dimensions and processor into a folder that `from_pretrained` reads."""
-        checkpoint.save(folder, self.model, self.processor)
+        save(folder, self.model, self.processor, self.trained)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
         self.model.to(device)

@@ -193,11 +193,6 @@ class Recipe:
         """The same recipe with more frozen parts, in every stage."""
         return replace(self, stages=tuple(replace(s, freeze=(*s.freeze, *patterns)) for s in self.stages))
 
-    def trained(self, done: int) -> dict[str, int]:
-        """Stage -> how many of its steps are among the first `done`, for those that have begun."""
-        begun = {stage.name: min(stage.steps, done - self.first_step(stage)) for stage in self.reached}
-        return {name: steps for name, steps in begun.items() if steps > 0}
-
     def check_terms(self, known: Collection[str]) -> None:
         """Raises ValueError for a loss weight of a term that none of the model's heads has."""
         for stage in self.stages:

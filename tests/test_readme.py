@@ -18,7 +18,7 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights import training_checkpoint as checkpoint
+from pi05_lightning.weights.folder import save
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
@@ -63,7 +63,7 @@ def checkpoint_like_the_demos(dataset: Path, tmp_path_factory: pytest.TempPathFa
     model = Pi05(config)
     model.reset_parameters()
     folder = tmp_path_factory.mktemp("policy")
-    checkpoint.save(folder, model, data.processor)
+    save(folder, model, data.processor)
     return folder
 
 

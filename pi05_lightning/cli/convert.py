@@ -9,29 +9,20 @@ from typing import Literal
 import torch
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.files.hub import local_folder
+from pi05_lightning.files.local import replacing
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.weights import training_checkpoint as checkpoint
-from pi05_lightning.weights.lerobot import (
-    EMBEDDING,
-    EXPERT_LM_HEAD,
-    LM_HEAD,
-    PREFIX,
-    is_foreign,
-    lerobot_tensors,
-    map_foreign,
-    summarize,
-)
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.folder import PROCESSOR, save
+from pi05_lightning.weights.lerobot import EMBEDDING, EXPERT_LM_HEAD, LM_HEAD, PREFIX, lerobot_tensors
 from pi05_lightning.weights.lerobot import to_lerobot as to_lerobot_key
-from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name, write_lerobot
+from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder, summarize
+from pi05_lightning.weights.lerobot_processor import read_processor, write_lerobot
+from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import (
     WEIGHTS,
     build,
-    load_model,
     map_tensors,
     read_metadata,
-    save_model,
     save_tensors,
     weight_files,
 )
@@ -64,44 +55,44 @@ def convert(
     """
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
-    source = local_folder(source)
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        if format == "ours":
-            report = to_ours(source, part, tokenizer, vision_heads, averaged)
-        else:
-            report = to_lerobot(source, part, averaged)
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    weights = locate(source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads)
+    with replacing(target) as folder:
+        folder.mkdir()
+        report = to_ours(weights, folder) if format == "ours" else to_lerobot(weights, folder)
     print("\n".join([*report, f"written to {target}"]))
 
 
-def to_ours(source: Path, folder: Path, tokenizer: str | None, vision_heads: int | None, averaged: bool) -> list[str]:
+def to_ours(weights: Weights, folder: Path) -> list[str]:
+    """Write a folder of ours; returns the report."""
+    if isinstance(weights, LeRobotFolder):
+        return from_lerobot(weights, folder)
+    processor, model = weights.processor(), weights.model()
+    save(folder, model, processor, weights.trained)
+    return summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items())
+
+
+def from_lerobot(weights: LeRobotFolder, folder: Path) -> list[str]:
     """Write a folder of ours, of LeRobot's or openpi's tensor by tensor from disk to disk; returns the report."""
-    if not is_foreign(source):
-        model, processor = checkpoint.load(source, averaged=averaged)
-        checkpoint.save(folder, model, processor)
-        return summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items())
-    foreign = map_foreign(source, vision_heads=vision_heads)
-    model = build(foreign.config, foreign.tensors)
+    foreign = weights.mapped
+    processor: Processor | None = None
     try:
-        text = TextTokenizer.load(tokenizer or tokenizer_name(source))
+        text = weights.text_tokenizer()
     except ValueError as error:
-        if tokenizer is not None:
+        if weights.tokenizer is not None:
             raise
-        save_model(folder, model)
         notes = [
-            f"written without {checkpoint.PROCESSOR}, as the tokenizer cannot be had: the weights are whole, a policy"
-            f" needs the tokenizer too; convert again with --tokenizer FOLDER ({error})"
+            f"written without {PROCESSOR}, as the tokenizer cannot be had: the weights are whole, a policy needs the"
+            f" tokenizer too; convert again with --tokenizer FOLDER ({error})"
         ]
     else:
-        processor, notes = read_processor(source, foreign.config, text)
-        checkpoint.save(folder, model, processor)
+        processor, notes = read_processor(weights.path, foreign.config, text)
+    save(folder, build(foreign.config, foreign.tensors), processor)
+    keep_origin(weights.path, foreign, folder / ORIGIN)
+    return [foreign.report(), *notes]
 
-    origin = folder / ORIGIN
+
+def keep_origin(source: Path, foreign: Foreign, origin: Path) -> None:
+    """Keep LeRobot's own files, and of the tensors that no loss reads those that nothing else tells."""
     origin.mkdir()
     for pattern in LEROBOT_FILES:
         for file in source.glob(pattern):
@@ -113,24 +104,22 @@ def to_ours(source: Path, folder: Path, tokenizer: str | None, vision_heads: int
         if key != PREFIX + LM_HEAD or not torch.equal(tensor, foreign.tensors[EMBEDDING])
     }
     save_tensors(drifted, origin / UNREAD, read_metadata(weight_files(source)[0]))
-    return [foreign.report(), *notes]
 
 
-def to_lerobot(source: Path, folder: Path, averaged: bool) -> list[str]:
+def to_lerobot(weights: Weights, folder: Path) -> list[str]:
     """Write a folder that LeRobot's `PI05Policy.from_pretrained` opens; returns the report."""
-    if is_foreign(source):
-        raise ValueError(f"{source} is no checkpoint of ours: convert it to ours first, then to lerobot")
-    origin = source / ORIGIN
-    processor: Processor | None = None
-    if origin.is_dir() and not (source / checkpoint.PROCESSOR).exists():
-        model = load_model(source)
-    else:
-        model, processor = checkpoint.load(source, averaged=averaged)
-    unread = map_tensors(origin / UNREAD) if origin.is_dir() else {}
+    if isinstance(weights, LeRobotFolder):
+        raise ValueError(f"{weights.path} is no checkpoint of ours: convert it to ours first, then to lerobot")
+    origin = weights.path / ORIGIN
+    came = origin.is_dir()
+    # what came without a tokenizer goes as it came
+    processor = None if came and not (weights.path / PROCESSOR).is_file() else weights.processor()
+    model = weights.model()
+    unread = map_tensors(origin / UNREAD) if came else {}
     tensors = lerobot_tensors(model.state_dict(), unread)
-    save_tensors(tensors, folder / WEIGHTS, read_metadata(origin / UNREAD) if origin.is_dir() else None)
+    save_tensors(tensors, folder / WEIGHTS, read_metadata(origin / UNREAD) if came else None)
     notes: list[str] = []
-    if processor is not None and not (origin.is_dir() and same_statistics(origin, model.config, processor)):
+    if processor is not None and not (came and same_statistics(origin, model.config, processor)):
         notes = write_lerobot(folder, model.config, processor, model.backbone.embed_tokens.weight.dtype)
     else:
         for file in origin.iterdir():

@@ -47,8 +47,7 @@ from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.callbacks.throughput import Throughput
-from pi05_lightning.weights.pretrained import config_at
-from pi05_lightning.weights.training_checkpoint import find_checkpoint, read_training_checkpoint
+from pi05_lightning.weights.locate import locate, locate_run
 
 RUNS = Path("runs")
 TRAINER_DEFAULTS = {
@@ -170,7 +169,7 @@ class Pi05CLI(LightningCLI):
             self.parser.error("no model: give its dimensions as model.config, or weights as model.init_from")
         if config.model.config is None:
             # into the configuration that is saved: the run's checkpoints need no other file
-            config.model.config = dict_to_namespace(config_at(config.model.init_from).to_dict())
+            config.model.config = dict_to_namespace(locate(config.model.init_from).config().to_dict())
         config.run = config.run or str(run_of(config.ckpt_path))
         if self.command == "fit" and config.ckpt_path is None and any(Path(config.run).glob("checkpoints/*.ckpt")):
             self.parser.error(f"{config.run} holds a run: resume it with --ckpt_path last, or give another --run")
@@ -210,14 +209,6 @@ def last_run() -> Path:
     return run_of(str(max(found, key=lambda path: path.stat().st_mtime)))
 
 
-def checkpoint_config(path: Path) -> str:
-    """The configuration, as YAML, that a checkpoint was trained with. Raises ValueError when it carries none."""
-    checkpoint = read_training_checkpoint(path)
-    if "config" not in checkpoint:
-        raise ValueError(f"{path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE")
-    return checkpoint["config"]
-
-
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
     """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
 
@@ -237,10 +228,10 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
         complete += ["--run", known.run]
     if known.ckpt_path is not None:
         where = Path(known.run or last_run()) if known.ckpt_path == "last" else Path(known.ckpt_path)
-        checkpoint = find_checkpoint(where)
-        complete += ["--ckpt_path", str(checkpoint)]
+        checkpoint = locate_run(where)
+        complete += ["--ckpt_path", str(checkpoint.path)]
         if not configs:
-            (folder / "config.yaml").write_text(checkpoint_config(checkpoint))
+            (folder / "config.yaml").write_text(checkpoint.run_config())
             configs = [str(folder / "config.yaml")]
     return [*(word for config in configs for word in ("--config", config)), *complete, *rest]
 

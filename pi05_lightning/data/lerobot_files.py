@@ -10,7 +10,6 @@ data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.split import Split, held_out
+from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def find_dataset(path: str) -> Path:
     local = Path(path).expanduser()
     if local.is_dir():
         return local
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if not is_hub_id(path):
         raise ValueError(f"{path}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name.")
     import httpx
     from huggingface_hub import snapshot_download

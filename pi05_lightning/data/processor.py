@@ -152,6 +152,11 @@ class Processor:
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
         return Sample(*self._encode(segments), Subset(source, modality), self._resize(images))
 
+    @property
+    def acting(self) -> tuple[str, ...]:
+        """Names of the robots whose data held actions; a policy acts as the first."""
+        return tuple(name for name, robot in self.robots.items() if robot.acts)
+
     def predicts_subtasks(self, source: str) -> bool:
         """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""
         return self.language.condition_on != "task" and self.robots[source].has_subtasks

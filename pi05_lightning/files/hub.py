@@ -12,6 +12,11 @@ FILES = ("*.json", "*.safetensors", "*.model")
 """All that is downloaded: nothing of it can execute code."""
 
 
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name has the form `organisation/name`."""
+    return _ID.fullmatch(str(name)) is not None
+
+
 def local_folder(name: str | Path) -> Path:
     """The path itself; for `organisation/name`, unless there is such a folder here, where the Hub's files were put.
 
@@ -19,7 +24,7 @@ def local_folder(name: str | Path) -> Path:
     ValueError when the Hub cannot be reached, has no such repository or does not give it to this account.
     """
     path = Path(name)
-    if path.exists() or path.parent.exists() or not _ID.fullmatch(str(name)):
+    if path.exists() or path.parent.exists() or not is_hub_id(name):
         return path
     from huggingface_hub import snapshot_download
 

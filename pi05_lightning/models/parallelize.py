@@ -31,7 +31,7 @@ class Lora:
     dropout: float = 0.0
     targets: str = ""
     """Regular expression over the names of linear layers; empty: all of them."""
-    train: tuple[str, ...] = ("time_mlp", "action_in_proj", "action_out_proj", "projector")
+    train: tuple[str, ...] = ("time_mlp", "action_in_proj", "action_out_proj", "projector", "auxiliary")
     """Regular expressions: parameters that are trained whole. All others but the adapters are frozen."""
 
     def __post_init__(self) -> None:

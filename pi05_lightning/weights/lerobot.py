@@ -1,4 +1,4 @@
-"""The weights of LeRobot's and openpi's π0.5 as ours, and back: names, dimensions, and an account of every key.
+"""Names and dimensions of LeRobot's and openpi's π0.5: theirs as ours, and back.
 
 Both keep the same names (openpi without the `model.` prefix). Two of their tensors no loss of π0.5 reads: the language
 model's head, which π0.5 ties to the embedding, and the expert's. They are handed back apart, for the way back.
@@ -9,16 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
-from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.safetensors import CONFIG, check_keys, map_weights, read_json, read_weights, weight_files
 
 _PALIGEMMA = "paligemma_with_expert.paligemma"
 _VISION = f"{_PALIGEMMA}.model.vision_tower.vision_model"
@@ -51,7 +47,7 @@ PREFIX = "model."
 LM_HEAD = f"{_PALIGEMMA}.lm_head.weight"
 EXPERT_LM_HEAD = f"{_EXPERT}.lm_head.weight"
 EMBEDDING = "backbone.embed_tokens.weight"
-_EMBED_TOKENS = f"{_PALIGEMMA}.model.language_model.embed_tokens.weight"
+EMBED_TOKENS = f"{_PALIGEMMA}.model.language_model.embed_tokens.weight"
 UNREAD = (LM_HEAD, EXPERT_LM_HEAD)
 """Tensors that the network has no use for, but LeRobot's class has a place for."""
 DROPPED = "state_proj."
@@ -93,103 +89,6 @@ def to_lerobot(key: str) -> str:
     if renamed is None:
         raise ValueError(f"{key} has no place in LeRobot's π0.5: only backbone_type siglip_gemma can be written so")
     return PREFIX + renamed
-
-
-@dataclass(frozen=True)
-class Foreign:
-    """A foreign checkpoint: its dimensions, its tensors under our names, what no loss reads, where all came from."""
-
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    unread: dict[str, Tensor]
-    """Under LeRobot's names."""
-    dropped: dict[str, Tensor]
-    """Under the file's names."""
-    source: dict[str, str]
-    """Our key: the key in the file."""
-    notes: tuple[str, ...]
-    """What neither the weights nor their config say, and what was taken for it."""
-
-    def report(self) -> str:
-        """Every key of the file and what became of it."""
-        rows = [(theirs, self.tensors[ours], f"-> {ours}") for ours, theirs in self.source.items()]
-        rows += [(theirs, tensor, "no loss reads it: kept aside") for theirs, tensor in self.unread.items()]
-        rows += [(theirs, tensor, "π0's, which π0.5 does not have: dropped") for theirs, tensor in self.dropped.items()]
-        total = (
-            f"{len(rows)} keys: {len(self.source)} read, {len(self.unread)} kept aside, {len(self.dropped)} dropped,"
-            " none left over"
-        )
-        return "\n".join([*summarize(rows), total, *self.notes])
-
-
-def summarize(rows: Iterable[tuple[str, Tensor, str]]) -> list[str]:
-    """(key, its tensor, what became of it) per tensor, as lines; layers with the same fate share one."""
-    groups: dict[tuple[str, ...], int] = {}
-    for key, tensor, fate in sorted(rows, key=lambda row: row[0]):
-        every = re.sub(r"layers\.\d+", "layers.*", key), re.sub(r"layers\.\d+", "layers.*", fate)
-        line = every[0], str(list(tensor.shape)), every[1]
-        groups[line] = groups.get(line, 0) + 1
-    return [f"{count:3} × {' '.join(line)}" for line, count in groups.items()]
-
-
-def is_foreign(source: Path) -> bool:
-    """Whether a folder is LeRobot's or openpi's; ours says what backbone it has."""
-    if not weight_files(source):
-        return False
-    return not (source / CONFIG).is_file() or "backbone_type" not in read_json(source / CONFIG)
-
-
-def load_lerobot(
-    path: Path | str, *, vision_heads: int | None = None, dtype: torch.dtype | None = None
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """A LeRobot or openpi checkpoint's dimensions and the tensors that the model needs, under our names.
-
-    Each is read once, into memory of its own, cast to `dtype` on the way; the heads that no loss reads are left out.
-    Arguments and errors as `map_foreign`.
-    """
-    mapped = map_foreign(path, vision_heads=vision_heads)
-    tensors = read_weights(Path(path), set(mapped.source.values()), dtype)
-    return mapped.config, {ours: tensors[theirs] for ours, theirs in mapped.source.items()}
-
-
-def map_foreign(path: Path | str, *, vision_heads: int | None = None) -> Foreign:
-    """A folder with LeRobot's or openpi's (PyTorch) `model.safetensors` and `config.json`, mapped from the disk.
-
-    vision_heads: attention heads of SigLIP, which no file tells; 72 dimensions each if the width divides, else 16.
-    ValueError that lists every missing, unexpected or misshaped key and every contradiction of config.json; also for a
-    truncated file. The embedding is `embed_tokens`; only where it is missing (openpi ties them), `lm_head`.
-    """
-    path = Path(path)
-    found: dict[str, tuple[str, Tensor]] = {}
-    unknown: dict[str, tuple[int, ...]] = {}
-    for theirs, tensor in map_weights(path).items():
-        if theirs.removeprefix(PREFIX) in found:  # with and without the prefix
-            unknown[theirs] = tuple(tensor.shape)
-        found.setdefault(theirs.removeprefix(PREFIX), (theirs, tensor))
-    if _EMBED_TOKENS not in found and LM_HEAD in found:
-        found[_EMBED_TOKENS] = found.pop(LM_HEAD)
-    unread = {PREFIX + key: found.pop(key)[1] for key in UNREAD if key in found}
-    dropped = dict(found.pop(key) for key in list(found) if key.startswith(DROPPED))
-    tensors: dict[str, Tensor] = {}
-    source: dict[str, str] = {}
-    for key, (theirs, tensor) in found.items():
-        ours = to_ours(key)
-        if ours is None or ours in tensors:
-            unknown[theirs] = tuple(tensor.shape)
-        else:
-            tensors[ours], source[ours] = tensor, theirs
-
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    values = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
-    config, notes = config_of(shapes, values, vision_heads)
-    with torch.device("meta"):
-        expected = {key: tuple(tensor.shape) for key, tensor in Pi05(config).state_dict().items()}
-    names = {ours: to_lerobot(ours) for ours in expected} | source
-    heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
-    expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
-    shapes |= {key: tuple(tensor.shape) for key, tensor in unread.items()}
-    check_keys(shapes | unknown, expected, names, path)
-    return Foreign(config, tensors, unread, dropped, source, tuple(notes))
 
 
 def lerobot_tensors(tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor]) -> dict[str, Tensor]:

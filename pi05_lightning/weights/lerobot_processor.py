@@ -5,10 +5,9 @@ Both ask for actions with the prompt `Task: …, State: …;`, and normalise by 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,11 +18,16 @@ from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.weights.safetensors import map_tensors, read_json
+from pi05_lightning.weights.safetensors import CONFIG, map_tensors
+
+if TYPE_CHECKING:
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 IMAGE, STATE, ACTION = "observation.images.", "observation.state", "action"
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+PREPROCESSOR = "policy_preprocessor.json"
 PALIGEMMA = "google/paligemma-3b-pt-224"
 FPS = 50.0  # π0.5's low level
 ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
@@ -36,7 +40,7 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
 
     ValueError for what is not converted: LeRobot's relative actions, statistics that are incomplete.
     """
-    values = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    values = read_json(folder / CONFIG, default={})
     if values.get("use_relative_actions"):
         raise ValueError(f"{folder}: LeRobot's relative actions (use_relative_actions) are not converted")
     stats, notes = read_stats(folder, values, config)
@@ -60,8 +64,7 @@ def cameras(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 def tokenizer_name(folder: Path) -> str:
     """What the checkpoint's preprocessor tokenizes with; PaliGemma's tokenizer where nothing is said."""
-    path = folder / "policy_preprocessor.json"
-    steps = read_json(path)["steps"] if path.exists() else []
+    steps = read_json(folder / PREPROCESSOR, default={"steps": []})["steps"]
     names = [step["config"].get("tokenizer_name") for step in steps if "tokenizer" in step.get("registry_name", "")]
     return next((name for name in names if name), PALIGEMMA)
 
@@ -130,24 +133,28 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
 
     Raises ValueError for a policy of relative actions, or of none.
     """
-    from lerobot.configs import FeatureType, PolicyFeature
-    from lerobot.policies.pi05.configuration_pi05 import PI05Config
-    from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
-    from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
-    from lerobot.processor.factory import make_policy_processor_pipelines
-
-    acting = {name: robot for name, robot in processor.robots.items() if robot.acts}
-    if not acting:
+    if not processor.acting:
         raise ValueError("the policy was trained on no robot's actions: LeRobot's π0.5 is nothing but actions")
-    name, robot = next(iter(acting.items()))
+    name = processor.acting[0]
+    robot = processor.robots[name]
     if robot.relative is not None:
         raise ValueError(f"{name}: a policy of relative actions (relative_dims) cannot be written as LeRobot's")
-    normalize = robot.normalize
+    lerobot_config = policy_config(config, processor.cameras, robot.normalize, dtype)
+    lerobot_config._save_pretrained(folder)
+    save_pipelines(folder, lerobot_config, robot.normalize)
+    return inexpressible(config, processor)
+
+
+def policy_config(config: ModelConfig, cameras: Sequence[str], normalize: Normalize, dtype: torch.dtype) -> PI05Config:
+    """LeRobot's configuration of a policy with these dimensions."""
+    from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
     size = config.vision.image_size
-    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}
-    lerobot_config = PI05Config(
-        input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (robot.state_dim,))},
-        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (robot.action_dim,))},
+    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in cameras}
+    return PI05Config(
+        input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (len(normalize.state),))},
+        output_features={ACTION: PolicyFeature(FeatureType.ACTION, (len(normalize.action),))},
         device="cpu",
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         chunk_size=config.horizon,
@@ -155,22 +162,29 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
         max_action_dim=config.action_dim,
         image_resolution=(size, size),
     )
-    lerobot_config._save_pretrained(folder)
+
+
+def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> None:
+    """Write LeRobot's processors, before and after the policy, with their statistics."""
+    from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
+    from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
+    from lerobot.processor.factory import make_policy_processor_pipelines
+
     stats = {
         key: {name: torch.from_numpy(getattr(quantiles, name)).float() for name in ("q01", "q99")}
         for key, quantiles in ((STATE, normalize.state), (ACTION, normalize.action))
     }
-    steps = make_default_policy_processor_steps(lerobot_config, stats)
+    steps = make_default_policy_processor_steps(config, stats)
     # the step takes any object; only its name is written, and PaliGemma's own need not be at hand for that
     tokenize = TokenizerProcessorStep(
-        tokenizer=object(), max_length=lerobot_config.tokenizer_max_length, padding_side="right", padding="max_length"
+        tokenizer=object(), max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
     )
     pipelines = make_policy_processor_pipelines(
         input_steps=[
             steps.rename_observations,
             steps.add_batch_dim,
             steps.normalize,
-            Pi05PrepareStateTokenizerProcessorStep(max_state_dim=lerobot_config.max_state_dim),
+            Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim),
             tokenize,
             steps.to_device,
         ],
@@ -178,17 +192,20 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     )
     for pipeline in pipelines:
         pipeline.save_pretrained(folder)
-    path = folder / "policy_preprocessor.json"
-    saved = read_json(path)
+    saved = read_json(folder / PREPROCESSOR)
     for step in saved["steps"]:
         if step["registry_name"] == "tokenizer_processor":
             step["config"]["tokenizer_name"] = PALIGEMMA
-    path.write_text(json.dumps(saved, indent=2), encoding="utf-8")
+    write_json(folder / PREPROCESSOR, saved)
 
+
+def inexpressible(config: ModelConfig, processor: Processor) -> list[str]:
+    """Notes on what LeRobot's files do not say of a policy."""
+    name, *others = processor.acting
     notes = []
     if processor.predicts_subtasks(name):
         notes.append("LeRobot has no subtasks: give it the subtask as the task, or train with condition_on: task")
-    if others := list(acting)[1:]:
+    if others:
         notes.append(f"LeRobot has statistics of one robot: {name} is written, not {', '.join(others)}")
     if processor.tokenizer.vocab_size < config.vocab_size or config.vocab_size != ModelConfig.vocab_size:
         notes.append(f"the export names {PALIGEMMA}; the policy was trained with another tokenizer: name that one")

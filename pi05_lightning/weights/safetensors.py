@@ -1,19 +1,18 @@
-"""Weights on disk and in memory: strict loading into a model that is built on the meta device, and atomic saving."""
+"""Tensors on disk and in memory: reading, mapping, saving, and strict loading into a model on the meta device."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from pi05_lightning.files.local import read_json, replacing
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 
@@ -109,52 +108,30 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
     An interruption leaves the old file or none, never half of one.
     """
-    part = path.with_name(path.name + ".part")
-    save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
-    os.replace(part, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ValueError if it is missing, or with the line if it is damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist: name the folder that holds {path.name}") from error
-    except ValueError as error:  # of json, or no UTF-8
-        raise ValueError(f"{path} is not valid JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}")
-    return values
+    with replacing(path) as part:
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
 
 
 def build(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Pi05:
-    """A model that takes over `tensors` as they are: nothing is copied, nothing is initialised to be thrown away.
-
-    ValueError that lists every missing, unexpected and misshaped key.
-    """
+    """A model of `tensors`: see `fill`."""
     with torch.device("meta"):
         model = Pi05(config)
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    check_keys({key: tuple(tensor.shape) for key, tensor in tensors.items()}, expected)
-    model.load_state_dict(tensors, assign=True)
+    fill(model, tensors)
     return model
 
 
-def save_model(folder: Path, model: Pi05) -> None:
-    """Weights and dimensions, as model.safetensors and config.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")
-    save_tensors(model.state_dict(), folder / WEIGHTS)
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: Path | str = "the weights") -> None:
+    """Let a model on the meta device take over tensors as they are: nothing is copied, nothing is initialised in vain.
+
+    ValueError that lists every missing, unexpected and misshaped key; nothing is loaded by half.
+    """
+    check_keys(sizes_of(tensors), sizes_of(model.state_dict()), where=where)
+    model.load_state_dict(tensors, assign=True)
 
 
-def load_model(folder: Path, dtype: torch.dtype | None = None) -> Pi05:
-    """What `save_model` wrote; ValueError when weights and dimensions do not fit, or either file is damaged."""
-    values = read_json(folder / CONFIG)
-    try:
-        config = ModelConfig.from_dict(values)
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG} does not describe a model of pi05_lightning ({error})") from error
-    return build(config, read_weights(folder, dtype=dtype))
+def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def check_keys(

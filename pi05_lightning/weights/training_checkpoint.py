@@ -1,10 +1,9 @@
-"""A policy on disk: a training checkpoint, a run's directory, a folder of ours, of LeRobot's or of openpi's."""
+"""Training checkpoints: the file that a run wrote, found, read, and turned into a plain model's tensors."""
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,86 +11,72 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.files.hub import local_folder
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora, add_adapters, merge_adapters
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.lerobot import is_foreign, load_lerobot
-from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name
-from pi05_lightning.weights.safetensors import (
-    WEIGHTS,
-    build,
-    check_keys,
-    load_model,
-    read_json,
-    save_model,
-    weight_files,
-)
+from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.safetensors import WEIGHTS, fill
 
-PROCESSOR = "processor.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
-def save(folder: str | Path, model: Pi05, processor: Processor) -> None:
-    """Export: model.safetensors, config.json (dimensions) and processor.json (tokenizers, statistics, prompts)."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROCESSOR).write_text(json.dumps(processor.to_dict()), encoding="utf-8")
-    save_model(folder, model)
+class TrainingCheckpoint(Weights):
+    """A Lightning checkpoint of ours, which `Pi05Module` wrote.
 
-
-def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, tokenizer: str | None = None, averaged: bool = True
-) -> tuple[Pi05, Processor]:
-    """Model and processor from a `.ckpt` file, a run's directory (its newest checkpoint), a folder or a Hub id.
-
-    The folder is one of ours, or LeRobot's or openpi's: then `tokenizer` says where PaliGemma's text tokenizer is, if
-    not where the folder says.  Weights are cast to `dtype` while they are read; a training checkpoint's are the
-    averaged ones if it has any and `averaged` is left on.
-    Raises ValueError for anything else, and when weights and configuration do not fit; nothing is loaded by half.
+    averaged: take the averaged weights if it has any.
     """
-    path = local_folder(path)
-    if is_foreign(path):
-        text = TextTokenizer.load(tokenizer or tokenizer_name(path))
-        model = build(*load_lerobot(path, dtype=dtype))
-        return model, read_processor(path, model.config, text)[0]
-    if weight_files(path):
-        if not (path / PROCESSOR).is_file():
+
+    def __init__(self, path: Path, averaged: bool = True) -> None:
+        super().__init__(path)
+        self.averaged = averaged
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """All that it holds, tensors mapped from the file; executes nothing that it may contain.
+
+        ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
+        """
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(
-                f"{path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert it again with"
-                " --tokenizer FOLDER"
+                f"{self.path} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"
+                f" ({str(error).splitlines()[0]})"
+            ) from error
+        if not isinstance(content, dict) or "pi05" not in content:
+            raise ValueError(f"{self.path} is a checkpoint of something else: it has no `pi05` entry")
+        return content
+
+    def config(self) -> ModelConfig:
+        return ModelConfig.from_dict(self.content["pi05"]["model"])
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        average = self.content.get("ema", {}) if self.averaged else {}
+        tensors = {}
+        for name, own in self.content["state_dict"].items():
+            key = name.removeprefix("model.")
+            if key.startswith("auxiliary."):  # heads that only training has
+                continue
+            # mapped from a file that may be replaced, they would be read from it page by page while training
+            tensors[key] = average.get(key, own).to(dtype or own.dtype, copy=dtype is not None)
+        lora = self.content["pi05"].get("lora")
+        return tensors if lora is None else merge(self.config(), Lora(**lora), tensors)
+
+    def processor(self) -> Processor:
+        return Processor.from_dict(self.content["pi05"]["processor"])
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(**self.content["pi05"].get("trained", {}))
+
+    def run_config(self) -> str:
+        """The configuration, as YAML, that it was trained with. ValueError when it carries none."""
+        if "config" not in self.content:
+            raise ValueError(
+                f"{self.path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE"
             )
-        processor = Processor.from_dict(read_json(path / PROCESSOR))
-        return load_model(path, dtype), processor
-    checkpoint = read_training_checkpoint(find_checkpoint(path))
-    model = trained_model(checkpoint, dtype=dtype, averaged=averaged)
-    return model, Processor.from_dict(checkpoint["pi05"]["processor"])
-
-
-def trained_model(checkpoint: Mapping[str, Any], *, dtype: torch.dtype | None = None, averaged: bool = True) -> Pi05:
-    """The model of a training checkpoint: averaged weights if there are any and they are wanted, adapters merged."""
-    weights: dict[str, Tensor] = {key.removeprefix("model."): x for key, x in checkpoint["state_dict"].items()}
-    average: Mapping[str, Tensor] = checkpoint.get("ema", {}) if averaged else {}
-    weights = {key: average.get(key, tensor).to(dtype or tensor.dtype) for key, tensor in weights.items()}
-    config, lora = ModelConfig.from_dict(checkpoint["pi05"]["model"]), checkpoint["pi05"].get("lora")
-    return build(config, weights) if lora is None else build_merged(config, Lora(**lora), weights)
-
-
-def build_merged(config: ModelConfig, lora: Lora, tensors: Mapping[str, Tensor]) -> Pi05:
-    """The plain model that a checkpoint with adapters amounts to; takes over `tensors` and adds the adapters into them.
-
-    ValueError that lists every missing, unexpected and misshaped key.
-    """
-    with torch.device("meta"):
-        model = Pi05(config)
-    add_adapters(model, lora)
-    check_keys(
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-    )
-    model.load_state_dict(tensors, assign=True)
-    return merge_adapters(model)
+        return self.content["config"]
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -114,18 +99,13 @@ def find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A Lightning checkpoint of ours, tensors mapped from the file; executes nothing that it may contain.
+def merge(config: ModelConfig, lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the plain model that those of a model with adapters amount to; the adapters are added in place.
 
-    ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
+    ValueError that lists every missing, unexpected and misshaped key.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{path} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"
-            f" ({str(error).splitlines()[0]})"
-        ) from error
-    if not isinstance(checkpoint, dict) or "pi05" not in checkpoint:
-        raise ValueError(f"{path} is a checkpoint of something else: it has no `pi05` entry")
-    return checkpoint
+    with torch.device("meta"):
+        model = Pi05(config)
+    add_adapters(model, lora)
+    fill(model, tensors)
+    return merge_adapters(model).state_dict()

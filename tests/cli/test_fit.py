@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from pi05_lightning.cli.main import main
-from pi05_lightning.cli.run import find_checkpoint
+from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 from .conftest import STEPS
 

@@ -7,11 +7,11 @@ import torch
 import yaml
 
 from pi05_lightning.cli.main import main
-from pi05_lightning.cli.run import find_checkpoint
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.safetensors import save_model
-from pi05_lightning.weights.training_checkpoint import load
+from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 from .conftest import STEPS
 
@@ -30,7 +30,7 @@ def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: py
     torch.manual_seed(0)
     start = Pi05(ModelConfig.preset("debug"))
     start.reset_parameters()
-    save_model(tmp_path / "start", start)
+    save(tmp_path / "start", start)
     run = tmp_path / "run"
     flags = {
         "model.init_from": str(tmp_path / "start"),
@@ -53,7 +53,7 @@ def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: py
     frozen = "backbone.layers.0.mlp.up_proj.base_layer.weight"
     expected = start.state_dict()["backbone.layers.0.mlp.up_proj.weight"]
     assert torch.equal(checkpoint["state_dict"][f"model.{frozen}"], expected)
-    merged = load(run)[0].get_parameter("backbone.layers.0.mlp.up_proj.weight")
+    merged = locate(run).model().get_parameter("backbone.layers.0.mlp.up_proj.weight")
     assert not torch.equal(merged, expected)
 
 
@@ -63,7 +63,7 @@ def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
 ) -> None:
     start = Pi05(ModelConfig.preset("debug"))
     start.reset_parameters()
-    save_model(tmp_path / "start", start)
+    save(tmp_path / "start", start)
     flags = {
         "model.init_from": str(tmp_path / "start"),
         "data.tokenizer": "tiny",
@@ -76,9 +76,9 @@ def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
         "run": str(tmp_path / "run"),
     }
     main(["fit", "-c", "configs/finetune.yaml", *(w for k, v in flags.items() for w in (f"--{k}", v))])
-    policy, processor = load(tmp_path / "run")
-    assert processor.language.condition_on == "task"
-    trained = {name for name, value in policy.state_dict().items() if not torch.equal(value, start.state_dict()[name])}
+    weights = locate(tmp_path / "run")
+    assert weights.processor().language.condition_on == "task"
+    trained = {name for name, value in weights.tensors().items() if not torch.equal(value, start.state_dict()[name])}
     assert any(name.startswith("flow_head.layers") for name in trained)
     assert any(name.startswith("backbone.layers") for name in trained)
 

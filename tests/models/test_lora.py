@@ -11,7 +11,8 @@ from torch import nn
 from pi05_lightning.models.parallelize import Lora, add_adapters, merge_adapters
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
-from pi05_lightning.weights.training_checkpoint import build_merged
+from pi05_lightning.weights.safetensors import build
+from pi05_lightning.weights.training_checkpoint import merge
 
 from .small import make_batch, small_config, small_model, token_nll
 
@@ -73,15 +74,15 @@ def test_merged_model_computes_what_the_adapters_did(model: Pi05, batch: Batch) 
 def test_merged_model_is_built_from_a_checkpoints_tensors(model: Pi05, batch: Batch) -> None:
     tensors = trained_adapters(model).state_dict()
     adapted = outputs(model, batch)
-    built = build_merged(model.config, Lora(rank=2, alpha=4), {name: x.clone() for name, x in tensors.items()})
-    torch.testing.assert_close(outputs(built, batch), adapted)
+    merged = merge(model.config, Lora(rank=2, alpha=4), {name: x.clone() for name, x in tensors.items()})
+    torch.testing.assert_close(outputs(build(model.config, merged), batch), adapted)
 
 
 def test_missing_adapter_is_named(model: Pi05) -> None:
     tensors = trained_adapters(model).state_dict()
     lost = tensors.popitem()[0]
     with pytest.raises(ValueError, match=re.escape(f"missing: {lost}")):
-        build_merged(model.config, Lora(rank=2, alpha=4), tensors)
+        merge(model.config, Lora(rank=2, alpha=4), tensors)
 
 
 def test_targets_choose_the_layers(model: Pi05) -> None:

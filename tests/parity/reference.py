@@ -20,8 +20,7 @@ from benchmarks.peer import randomize, resized
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Target, index_targets
-from pi05_lightning.weights.lerobot import load_lerobot
-from pi05_lightning.weights.safetensors import build
+from pi05_lightning.weights.locate import locate
 
 
 def any_number_of_heads() -> AbstractContextManager[object]:
@@ -128,9 +127,9 @@ def save_lerobot(model: nn.Module, config: ModelConfig, folder: Path, prefix: st
 
 def convert(model: nn.Module, config: ModelConfig, folder: Path) -> Pi05:
     """Our model with LeRobot's weights, by way of the disk."""
-    read, tensors = load_lerobot(save_lerobot(model, config, folder))
-    assert read == config
-    return build(read, tensors)
+    ours = locate(save_lerobot(model, config, folder)).model()
+    assert ours.config == config
+    return ours
 
 
 def relative_error(ours: Tensor, reference: Tensor) -> float:

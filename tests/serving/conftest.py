@@ -10,7 +10,7 @@ from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights import training_checkpoint as checkpoint
+from pi05_lightning.weights.folder import save
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def served(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = Pi05(sizes)
     model.reset_parameters()
     folder = tmp_path_factory.mktemp("served")
-    checkpoint.save(folder, model, data.processor)
+    save(folder, model, data.processor)
     return folder
 
 

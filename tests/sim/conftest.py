@@ -27,12 +27,12 @@ def untrained(collected, tmp_path_factory) -> Path:
     from pi05_lightning.data.sources.lerobot import LeRobotConfig
     from pi05_lightning.models.config import ModelConfig
     from pi05_lightning.models.pi05 import Pi05
-    from pi05_lightning.weights import training_checkpoint as checkpoint
+    from pi05_lightning.weights.folder import save
 
     sizes = ModelConfig.preset("debug")
     data = Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, shapes=sizes.shapes)
     model = Pi05(sizes)
     model.reset_parameters()
     folder = tmp_path_factory.mktemp("untrained")
-    checkpoint.save(folder, model, data.processor)
+    save(folder, model, data.processor)
     return folder

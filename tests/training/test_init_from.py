@@ -16,8 +16,9 @@ from pi05_lightning import Pi05Module, Pi05Policy
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import lerobot_tensors
-from pi05_lightning.weights.safetensors import save_model, save_tensors
+from pi05_lightning.weights.safetensors import save_tensors
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -49,7 +50,7 @@ def model() -> Pi05:
 def test_weights_and_dimensions_come_from_a_folder(train: Train, tmp_path: Path, model: Pi05, kind: str) -> None:
     folder = tmp_path / kind
     if kind == "ours":
-        save_model(folder, model)
+        save(folder, model)
     else:
         folder.mkdir()
         tensors = lerobot_tensors(model.state_dict(), {})
@@ -76,7 +77,7 @@ def test_weights_come_from_a_checkpoint_averaged_if_it_has_an_average(train: Tra
 
 
 def test_resuming_comes_first(train: Train, tmp_path: Path, model: Pi05) -> None:
-    save_model(tmp_path / "other", model)
+    save(tmp_path / "other", model)
     train()
     start = Begin()
     file = tmp_path / "step=2.ckpt"
@@ -86,7 +87,7 @@ def test_resuming_comes_first(train: Train, tmp_path: Path, model: Pi05) -> None
 
 
 def test_weights_that_do_not_fit_are_refused_with_their_names(train: Train, tmp_path: Path, model: Pi05) -> None:
-    save_model(tmp_path / "other", model)
+    save(tmp_path / "other", model)
     wider = replace(model.config, action_dim=7)
     with pytest.raises(ValueError, match=re.escape("misshaped: flow_head.action_in_proj.weight")):
         train(module_options={"config": wider, "init_from": str(tmp_path / "other")}, max_steps=1)

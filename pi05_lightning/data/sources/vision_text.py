@@ -18,6 +18,7 @@ from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.split import Split, held_out, held_out_groups
+from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
@@ -257,7 +258,7 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
             folders = list(dict.fromkeys([*folders, *(file.parent for part in files.values() for file in part)]))
             names = {part: [str(file) for file in group] for part, group in files.items()}
             found = datasets.load_dataset(builder, data_files=names, streaming=streaming)
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", config.path):
+        elif is_hub_id(config.path):
             found = datasets.load_dataset(config.path, config.subset, streaming=streaming)
         else:
             raise ValueError(f"{config.path}: no such file or folder. Name one, or a Hub id as owner/name.")

@@ -11,8 +11,8 @@ import torch
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights import training_checkpoint as checkpoint
-from pi05_lightning.weights.safetensors import save_model
+from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.locate import locate
 
 
 class Harmful:
@@ -30,7 +30,7 @@ def test_code_in_a_checkpoint_is_not_run(write, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write({"pi05": {}, "state_dict": {}, "callbacks": Harmful(tmp_path / "made")}, path)
     with pytest.raises(ValueError, match=r"last\.ckpt is truncated, or no checkpoint of tensors and plain types"):
-        checkpoint.load(path)
+        locate(path).processor()
     assert not (tmp_path / "made").exists()
 
 
@@ -40,19 +40,19 @@ def test_a_truncated_checkpoint_is_refused_by_name(keep: int, tmp_path: Path) ->
     torch.save({"pi05": {}, "state_dict": {"weight": torch.zeros(1000)}}, path)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"last\.ckpt"):
-        checkpoint.load(tmp_path)
+        locate(tmp_path).processor()
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match="no `pi05` entry"):
-        checkpoint.load(tmp_path)
+        locate(tmp_path).processor()
 
 
 def test_weights_without_a_processor_say_what_is_missing(tmp_path: Path) -> None:
-    save_model(tmp_path, Pi05(ModelConfig.preset("debug")))
+    save(tmp_path, Pi05(ModelConfig.preset("debug")))
     with pytest.raises(ValueError, match=r"no processor\.json.*--tokenizer"):
-        checkpoint.load(tmp_path)
+        locate(tmp_path).processor()
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "policy.pth"])
@@ -60,5 +60,5 @@ def test_a_folder_of_pickled_weights_is_refused_by_name(name: str, tmp_path: Pat
     (tmp_path / "config.json").write_text('{"type": "pi05"}')
     torch.save({"weight": Harmful(tmp_path / "made")}, tmp_path / name)
     with pytest.raises(ValueError, match=rf"only pickled weights \({name}\), which are not read"):
-        checkpoint.load(tmp_path)
+        locate(tmp_path).processor()
     assert not (tmp_path / "made").exists()

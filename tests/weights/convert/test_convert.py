@@ -18,12 +18,11 @@ from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     LM_HEAD,
     PREFIX,
-    load_lerobot,
-    map_foreign,
     to_lerobot,
     to_ours,
 )
-from pi05_lightning.weights.safetensors import build
+from pi05_lightning.weights.lerobot_folder import LeRobotFolder
+from pi05_lightning.weights.locate import locate
 
 from .conftest import ACTION_DIM, CONFIG, EMBED_TOKENS, STATE_DIM, Copy, Predict, between_processors, open_lerobot
 
@@ -39,13 +38,13 @@ def test_every_key_of_lerobots_policy_has_its_place_and_comes_back(source: Path)
 
 
 def test_report_counts_every_key(source: Path) -> None:
-    report = map_foreign(source).report()
+    report = LeRobotFolder(source).mapped.report()
     counts = [int(line.split(" × ")[0]) for line in report.splitlines() if " × " in line]
     assert sum(counts) == len(load_file(source / "model.safetensors"))
 
 
 def test_dimensions_are_read_from_the_tensors(source: Path) -> None:
-    assert load_lerobot(source)[0] == CONFIG
+    assert locate(source).config() == CONFIG
 
 
 # --- round trip
@@ -221,11 +220,10 @@ def test_openpis_names_give_the_same_model(source: Path, copy: Copy, tmp_path: P
     (folder / "assets" / "lab" / "arm").mkdir(parents=True)
     (folder / "assets" / "lab" / "arm" / "norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
 
-    config, tensors = load_lerobot(folder)
-    expected = load_lerobot(source)
-    assert config == expected[0]
-    assert tensors.keys() == expected[1].keys()
-    assert all(torch.equal(tensors[key], expected[1][key]) for key in tensors)
+    assert locate(folder).config() == locate(source).config()
+    tensors, expected = locate(folder).tensors(), locate(source).tensors()
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in tensors)
     convert(source=folder, target=tmp_path / "ours", tokenizer="tiny")
     robots = Pi05Policy.from_pretrained(tmp_path / "ours").processor.robots
     assert list(robots) == ["lab/arm"]
@@ -245,7 +243,7 @@ def split(folder: Path) -> Path:
 
 def test_weights_in_several_files_are_read_as_one(source: Path, copy: Copy, tmp_path: Path) -> None:
     folder = split(copy(lambda tensors: None))
-    found, expected = load_lerobot(folder)[1], load_lerobot(source)[1]
+    found, expected = locate(folder).tensors(), locate(source).tensors()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     convert(source=folder, target=tmp_path / "ours")
@@ -266,14 +264,14 @@ def test_a_tensor_in_two_of_several_files_is_named(source: Path, copy: Copy) -> 
     tensors = load_file(source / "model.safetensors")
     save_file(tensors, folder / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match=r"holds what another file .* holds too: model\."):
-        load_lerobot(folder)
+        locate(folder).tensors()
 
 
 def test_an_index_that_points_elsewhere_is_refused(copy: Copy, tmp_path: Path) -> None:
     folder = split(copy(lambda tensors: None))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../other.safetensors"}}))
     with pytest.raises(ValueError, match="has no weight_map of tensors to files beside it"):
-        load_lerobot(folder)
+        locate(folder).tensors()
 
 
 def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy: Copy) -> None:
@@ -283,9 +281,9 @@ def test_pi0s_names_of_the_time_mlp_are_understood(source: Path, copy: Copy) -> 
         tensors["model.state_proj.weight"] = torch.zeros(3, 3)
 
     folder = copy(rename)
-    found, expected = load_lerobot(folder)[1], load_lerobot(source)[1]
+    found, expected = locate(folder).tensors(), locate(source).tensors()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert re.search(r"state_proj\.weight \[3, 3\] .*dropped", map_foreign(folder).report())
+    assert re.search(r"state_proj\.weight \[3, 3\] .*dropped", LeRobotFolder(folder).mapped.report())
 
 
 def test_pi0s_state_projection_is_not_exported_where_lerobot_would_stumble_on_it(
@@ -315,5 +313,5 @@ def test_a_bf16_checkpoint_with_fp32_parts_predicts_in_every_dtype(source: Path,
 
 
 def test_a_loaded_model_is_ready_to_train(source: Path) -> None:
-    model = build(*load_lerobot(source))
+    model = locate(source).model()
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in model.parameters())

@@ -17,9 +17,9 @@ from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     PREFIX,
-    load_lerobot,
     to_lerobot,
 )
+from pi05_lightning.weights.locate import locate
 
 from .conftest import Copy
 
@@ -34,7 +34,7 @@ def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy
         tensors["model.paligemma_with_expert.lora_A.weight"] = torch.zeros(2)
 
     with pytest.raises(ValueError, match="4 keys do not fit") as error:
-        load_lerobot(copy(damage))
+        locate(copy(damage)).tensors()
     for expected in (
         f"missing: {layer}.1.mlp.up_proj.weight [64, 48]",
         "missing: model.paligemma_with_expert.gemma_expert.model.norm.dense.bias [96]",
@@ -52,24 +52,24 @@ def test_every_key_of_a_missing_layer_is_listed(copy: Copy) -> None:
             del tensors[key]
 
     with pytest.raises(ValueError, match="11 keys do not fit") as error:
-        load_lerobot(copy(cut))
+        locate(copy(cut)).tensors()
     assert str(error.value).count(f"missing: {last}") == 11
 
 
 def test_a_key_with_and_without_its_prefix_is_listed(copy: Copy) -> None:
     with pytest.raises(ValueError, match=r"unexpected: .*time_mlp_in\.bias"):
-        load_lerobot(copy(lambda tensors: tensors.update({"time_mlp_in.bias": torch.zeros(32)})))
+        locate(copy(lambda tensors: tensors.update({"time_mlp_in.bias": torch.zeros(32)}))).tensors()
 
 
 def test_a_misshaped_head_is_listed_though_nothing_reads_it(copy: Copy) -> None:
     with pytest.raises(ValueError, match=r"lm_head\.weight is \[7, 32\], expected \[4096, 32\]"):
-        load_lerobot(copy(lambda tensors: tensors.update({PREFIX + EXPERT_LM_HEAD: torch.zeros(7, 32)})))
+        locate(copy(lambda tensors: tensors.update({PREFIX + EXPERT_LM_HEAD: torch.zeros(7, 32)}))).tensors()
 
 
 def test_a_missing_tensor_that_tells_a_dimension_is_listed(copy: Copy) -> None:
     key = "model.action_in_proj.weight"
     with pytest.raises(ValueError, match=key):
-        load_lerobot(copy(lambda tensors: tensors.pop(key)))
+        locate(copy(lambda tensors: tensors.pop(key))).tensors()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_config_that_contradicts_the_weights_is_refused(copy: Copy, name: str,
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, name: value}))
     with pytest.raises(ValueError, match=message):
-        load_lerobot(folder)
+        locate(folder).tensors()
 
 
 def test_a_truncated_checkpoint_leaves_no_target(source: Path, tmp_path: Path) -> None:

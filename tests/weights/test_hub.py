@@ -9,14 +9,14 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from pi05_lightning import Pi05Policy
+from pi05_lightning import Pi05Module, Pi05Policy
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.files.hub import local_folder
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import lerobot_tensors
-from pi05_lightning.weights.pretrained import config_at, load_into
+from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
 
 
@@ -50,19 +50,17 @@ def test_policy_of_a_hub_id_is_that_of_the_folder(lerobot: Path) -> None:
 
 
 def test_training_begins_with_a_hub_ids_weights() -> None:
-    config = config_at("lab/arm")
-    with torch.device("meta"):
-        model = Pi05(config)
-    load_into(model, "lab/arm", torch.float32)
-    assert model.backbone.embed_tokens.weight.device.type == "cpu"
+    module = Pi05Module(init_from="lab/arm")
+    module.configure_model()
+    assert module.model.backbone.embed_tokens.weight.device.type == "cpu"
 
 
 def test_hub_id_is_converted(lerobot: Path, tmp_path: Path) -> None:
     convert(source=Path("lab/arm"), target=tmp_path / "ours", tokenizer="tiny")
-    assert config_at(tmp_path / "ours") == config_at(lerobot)
+    assert locate(tmp_path / "ours").config() == locate(lerobot).config()
 
 
-@pytest.mark.parametrize("open", [Pi05Policy.from_pretrained, config_at, TextTokenizer.load])
+@pytest.mark.parametrize("open", [Pi05Policy.from_pretrained, locate, TextTokenizer.load])
 def test_what_the_hub_does_not_give_is_refused_by_name(open) -> None:
     with pytest.raises(ValueError, match="lab/leg") as error:
         open("lab/leg")

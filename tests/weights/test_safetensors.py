@@ -11,20 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from pi05_lightning.files.local import read_json
 from pi05_lightning.models.config import GemmaConfig, VisionConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.folder import ExportedFolder, save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.safetensors import (
     build,
-    load_model,
     map_tensors,
-    read_json,
     read_tensors,
-    save_model,
     save_tensors,
 )
-
-from .small import make_batch, small_config, small_model, token_nll
+from tests.models.small import make_batch, small_config, small_model, token_nll
 
 
 @pytest.fixture
@@ -121,7 +119,7 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path) -> None:
 def test_a_config_with_unknown_dimensions_is_refused(file: Path) -> None:
     (file.parent / "config.json").write_text('{"horizon": 3, "wings": 2}')
     with pytest.raises(ValueError, match="wings"):
-        load_model(file.parent)
+        ExportedFolder(file.parent).model()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
@@ -171,15 +169,13 @@ def test_an_interrupted_save_leaves_the_old_file(file: Path, monkeypatch: pytest
 MEASURE = """
 import resource, sys
 import torch
-from pathlib import Path
-from pi05_lightning.weights.safetensors import build, load_model
-from pi05_lightning.weights.lerobot import load_lerobot
+from pi05_lightning.weights.locate import locate
 
 def peak():
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 before = peak()
-model = build(*load_lerobot(sys.argv[1])) if sys.argv[2] == "lerobot" else load_model(Path(sys.argv[1]))
+model = locate(sys.argv[1]).model()
 touched = sum(parameter.sum() for parameter in model.parameters())
 # a second of imports, which torch does when it is asked for random numbers on the meta device
 assert "torch._dynamo" not in sys.modules
@@ -197,11 +193,11 @@ def test_loading_takes_no_more_memory_than_the_file(format: str, tmp_path: Path)
     )
     model = Pi05(config)
     if format == "ours":
-        save_model(tmp_path, model)
+        save(tmp_path, model)
     else:
         save_tensors(lerobot_tensors(model.state_dict(), {}), tmp_path / "model.safetensors")
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(tmp_path), format], capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", MEASURE, str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
     )
     size = (tmp_path / "model.safetensors").stat().st_size
     assert size > 80e6

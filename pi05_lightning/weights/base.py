@@ -1,0 +1,52 @@
+"""What every kind of weights on disk can be asked."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.abilities import Abilities, Trained
+from pi05_lightning.weights.safetensors import build
+
+
+class Weights(ABC):
+    """Weights at a path, read as far as they are asked for. Every question raises ValueError for what is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @abstractmethod
+    def config(self) -> ModelConfig:
+        """The model's dimensions."""
+
+    @abstractmethod
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The model's tensors under our names, of a model without adapters.
+
+        With a dtype, each is cast to it on the way, into memory of its own. Without one they are as they are, and may
+        be mapped from the file.  `build` and `fill` check that they are a model's, all of them and no others.
+        """
+
+    @abstractmethod
+    def processor(self) -> Processor:
+        """What stands between the model and a robot."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> Trained:
+        """What the weights were trained on, as far as it is known."""
+
+    @property
+    def abilities(self) -> Abilities:
+        """What a policy with these weights can do."""
+        return Abilities.of(self.processor(), self.trained)
+
+    def model(self, dtype: torch.dtype | None = None) -> Pi05:
+        """The model itself; dtype as for `tensors`. ValueError when dimensions and tensors do not fit."""
+        return build(self.config(), self.tensors(dtype))

@@ -1,0 +1,63 @@
+"""Exported weights: a folder with tensors, dimensions, processor, and what they were trained on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.abilities import UNKNOWN, Trained
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, read_weights, save_tensors
+
+PROCESSOR, TRAINED = "processor.json", "trained.json"
+
+
+class ExportedFolder(Weights):
+    """What `save` wrote."""
+
+    def config(self) -> ModelConfig:
+        values = read_json(self.path / CONFIG)
+        try:
+            return ModelConfig.from_dict(values)
+        except TypeError as error:
+            raise ValueError(f"{self.path / CONFIG} does not describe a model of pi05_lightning ({error})") from error
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        return read_weights(self.path, dtype=dtype)
+
+    @property
+    def has_processor(self) -> bool:
+        return (self.path / PROCESSOR).is_file()
+
+    def processor(self) -> Processor:
+        if not self.has_processor:
+            raise ValueError(
+                f"{self.path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert it again"
+                " with --tokenizer FOLDER"
+            )
+        return Processor.from_dict(read_json(self.path / PROCESSOR))
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(**read_json(self.path / TRAINED, default={}))
+
+
+def save(folder: str | Path, model: Pi05, processor: Processor | None = None, trained: Trained = UNKNOWN) -> None:
+    """Export a folder: model.safetensors, config.json (dimensions), processor.json (tokenizers, statistics, prompts).
+
+    trained.json says what the weights were trained on.  Without a processor they are no policy, but weights to begin a
+    training with.
+    """
+    folder = Path(folder)
+    write_json(folder / CONFIG, model.config.to_dict())
+    if processor is not None:
+        write_json(folder / PROCESSOR, processor.to_dict(), indent=None)
+    write_json(folder / TRAINED, asdict(trained))
+    save_tensors(model.state_dict(), folder / WEIGHTS)

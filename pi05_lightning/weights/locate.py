@@ -1,0 +1,40 @@
+"""Weights by their path or Hub id: the one place that decides what is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pi05_lightning.files.hub import local_folder
+from pi05_lightning.files.local import read_json
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.folder import ExportedFolder
+from pi05_lightning.weights.lerobot_folder import LeRobotFolder
+from pi05_lightning.weights.safetensors import CONFIG, weight_files
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, find_checkpoint
+
+
+def locate(
+    path: str | Path, *, averaged: bool = True, tokenizer: str | None = None, vision_heads: int | None = None
+) -> Weights:
+    """The weights at a path: of a `.ckpt` file, a run's directory (its newest checkpoint), a folder or a Hub id.
+
+    The folder is one that we exported, or LeRobot's or openpi's (PyTorch).
+
+    averaged: a training checkpoint's averaged weights, if it has any.
+    tokenizer: of LeRobot's and openpi's: where PaliGemma's text tokenizer is, if not where the folder says.
+    vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
+        each if the width divides, else 16.
+    ValueError when there are no weights.
+    """
+    folder = local_folder(path)
+    if not weight_files(folder):
+        return TrainingCheckpoint(find_checkpoint(folder), averaged)
+    # ours says what backbone it has
+    if "backbone_type" in read_json(folder / CONFIG, default={}):
+        return ExportedFolder(folder)
+    return LeRobotFolder(folder, tokenizer, vision_heads)
+
+
+def locate_run(path: Path) -> TrainingCheckpoint:
+    """What training goes on from: a checkpoint file, or the newest of a run's directory. ValueError for none."""
+    return TrainingCheckpoint(find_checkpoint(path))
