@@ -30,7 +30,7 @@ COMMANDS = {
         "record scripted experts in the simulator as a LeRobot dataset",
         "pi05_lightning.sim.metaworld.collect:collect",
     ),
-    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.tokenizer:stats"),
+    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.stats:stats"),
     "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.cli.tokenizer:tokenizer"),
     "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "pi05_lightning.cli.profile:profile"),
     "report": ("a run on one self-contained page", "pi05_lightning.evaluation.report.page:report"),
