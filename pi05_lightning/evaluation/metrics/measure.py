@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import text_to_boxes
+from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
-from pi05_lightning.evaluation.report.examples import Example
 from pi05_lightning.losses import draw_noise
 from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05

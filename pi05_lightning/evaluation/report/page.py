@@ -1,4 +1,4 @@
-"""`pi05 report`: a run on one self-contained HTML page."""
+"""A run on one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pi05_lightning import __version__
 from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
 from pi05_lightning.evaluation.report.plots import MODE_LABELS, error_panels, success_bars, switch_step, topic_panels
-from pi05_lightning.evaluation.report.run import EXAMPLES, Run, Success, read_json, read_run
-from pi05_lightning.evaluation.statistics import wilson_interval
+from pi05_lightning.evaluation.report.run import EXAMPLES, Run
+from pi05_lightning.evaluation.statistics import overall, wilson_interval
 
 HEADLINES = (
     ("action_accuracy", "action values within the threshold"),
@@ -37,23 +37,6 @@ class Glance:
     label: str
     value: float
     interval: tuple[float, float] | None = None
-
-
-def report(run: Path, out: Path | None = None, summary: Path | None = None) -> Path:
-    """Write a page with what was trained, its curves, its metrics, its success in the simulator and its videos.
-
-    Args:
-        run: a run's directory, as `pi05 fit` writes it.
-        out: the page; by default report.html in the run's directory.
-        summary: summary.json of `pi05 demo`, for the seconds that each part took.
-
-    Raises ValueError when `run` is not a run's directory.
-    """
-    out = out or run / "report.html"
-    page = render(read_run(run), read_json(summary).get("seconds", {}) if summary else {})
-    out.write_text(page, encoding="utf-8")
-    print(f"page: {out}")
-    return out
 
 
 def render(run: Run, seconds: dict[str, float]) -> str:
@@ -147,16 +130,6 @@ def glance(run: Run) -> list[Glance]:
                 rows.append(Glance(name, label, value))
                 break
     return rows
-
-
-def overall(success: Success) -> dict[str, dict[str, float]]:
-    """mode -> successes, trials, rate and Wilson interval over all tasks."""
-    table = {}
-    for mode, by_task in success.items():
-        successes, trials = (sum(column) for column in zip(*by_task.values(), strict=True))
-        low, high = wilson_interval(successes, trials)
-        table[mode] = {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
-    return table
 
 
 # --- filters of the template

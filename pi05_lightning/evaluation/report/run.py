@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +9,8 @@ from typing import Any, Literal
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from pi05_lightning.evaluation.report.metrics import Metrics
-
-Success = dict[str, dict[str, tuple[int, int]]]
-"""mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
+from pi05_lightning.evaluation.statistics import Success
+from pi05_lightning.files.local import read_json
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,17 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         config=config.read_text(encoding="utf-8"),
-        metrics=read_json(folder / "metrics.json"),
-        success=read_json(rollout / "rollout.json").get("success", {}),
+        metrics=read_json(folder / "metrics.json", default={}),
+        success=read_json(rollout / "rollout.json", default={}).get("success", {}),
         curves=read_curves(folder),
         examples={
-            name: [ExampleFile(**shown) for shown in files] for name, files in read_json(folder / EXAMPLES).items()
+            name: [ExampleFile(**shown) for shown in files]
+            for name, files in read_json(folder / EXAMPLES, default={}).items()
         },
-        provenance=read_json(folder / PROVENANCE),
+        provenance=read_json(folder / PROVENANCE, default={}),
         videos=sorted(rollout.glob("*.mp4")),
         frames=sorted(rollout.glob("*.png")),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The file's content, or nothing where there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

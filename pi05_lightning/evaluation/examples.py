@@ -1,0 +1,36 @@
+"""Single validation samples, with what the model made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pi05_lightning.types import Box
+
+
+@dataclass(frozen=True)
+class Example:
+    """A validation sample and what the model made of it; what its modality has not got is empty.
+
+    entry: `source/modality`.  key: its number within that.  badness: higher is worse, comparable within an entry.
+    images: {camera: u8[H W 3]} as the model saw them.  actions: f32[T A] in real units, without padded steps;
+    draws: f32[K T A], what the model would do from K different noises.
+    """
+
+    entry: str
+    key: int
+    badness: float
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    prompt: str = ""
+    said: str = ""
+    truth: str = ""
+    said_boxes: tuple[Box, ...] = ()
+    true_boxes: tuple[Box, ...] = ()
+    actions: np.ndarray | None = None
+    draws: np.ndarray | None = None
+
+    @property
+    def modality(self) -> str:
+        return self.entry.rpartition("/")[2]
