@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow  # imports Lightning
 def test_the_module_needs_no_matplotlib() -> None:
     # Lightning's own dependency torchmetrics imports it, so what it imported is taken away after that
     script = (

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi05_lightning import __version__
@@ -55,7 +54,6 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     return environment.get_template("page.html.j2").render(
         run=run,
         facts=facts(run, switch),
-        config=yaml.safe_load(run.config),
         seconds=seconds,
         brief=brief(run, switch),
         glance=glance(run),
@@ -75,7 +73,6 @@ def render(run: Run, seconds: dict[str, float]) -> str:
 
 def facts(run: Run, switch: int | None) -> dict[str, Any]:
     """What was trained, in a few words each."""
-    config = yaml.safe_load(run.config)
     source = run.provenance
     last = max((curve.steps[-1] for curve in run.curves.values() if curve.steps), default=None)
     parameters = source.get("parameters")
@@ -85,12 +82,12 @@ def facts(run: Run, switch: int | None) -> dict[str, Any]:
         "trained": source.get("started"),
         "commit": commit[:12] + ("+" if commit.endswith("+") else "") if commit else None,
         "versions": ", ".join(f"{name} {version}" for name, version in source.get("versions", {}).items()),
-        "seed": config.get("seed_everything"),
+        "seed": run.config.get("seed_everything"),
         "parameters": f"{parameters / 1e6:.4g} M" if parameters else None,
         "hardware": source.get("hardware"),
         "last logged step": last,
         "second stage from step": switch,
-        "batch size": config.get("data", {}).get("batch_size"),
+        "batch size": run.config.get("data", {}).get("batch_size"),
         "command": source.get("command"),
     }
     return {name: value for name, value in found.items() if value not in (None, "")}
@@ -99,7 +96,7 @@ def facts(run: Run, switch: int | None) -> dict[str, Any]:
 def brief(run: Run, switch: int | None) -> list[str]:
     """One line: which steps, on which data, from which commit."""
     found = facts(run, switch)
-    sources = yaml.safe_load(run.config).get("data", {}).get("sources", {})
+    sources = run.config.get("data", {}).get("sources", {})
     parts = [
         f"{found['last logged step'] + 1} steps" if "last logged step" in found else "",
         f"second stage from {switch}" if switch else "",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from pi05_lightning.evaluation.report.metrics import Metrics
@@ -46,7 +47,8 @@ class Run:
     """A run as it lies on disk; what it has not got (yet) is empty."""
 
     folder: Path
-    config: str = ""
+    config_yaml: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     success: Success = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -64,10 +66,12 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no config.yaml (`pi05 fit` writes it)")
+    config_yaml = config.read_text(encoding="utf-8")
     rollout = folder / "rollout"
     return Run(
         folder=folder,
-        config=config.read_text(encoding="utf-8"),
+        config_yaml=config_yaml,
+        config=yaml.safe_load(config_yaml),
         metrics=read_json(folder / "metrics.json", default={}),
         success=read_json(rollout / "rollout.json", default={}).get("success", {}),
         curves=read_curves(folder),
