@@ -29,7 +29,7 @@ def read_configuration(files: Sequence[str], keys: Mapping[str, Any]) -> Namespa
     parser.of_interest = [*keys]
     args = []
     for path in map(find_config, files):
-        args += ["--model.config" if is_model(path) else "--config", str(path)]
+        args += ["--model.config" if "model.config" in keys and is_model(path) else "--config", str(path)]
     try:
         return parser.instantiate(parser.chosen(parser.parse_args(args)))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -44,7 +44,7 @@ def is_model(path: Path) -> bool:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no configuration: expected the YAML of a run or of a model")
-    return values.keys() <= {field.name for field in fields(ModelConfig)}
+    return bool(values) and values.keys() <= {field.name for field in fields(ModelConfig)}
 
 
 class RunKeys(ArgumentParser):
