@@ -144,6 +144,20 @@ def test_unknown_size_is_told_the_known_ones() -> None:
         read_run(["huge"])
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"batch_size": 0}, "batch_size, prompt_tokens and draws are at least 1"),
+        ({"num_steps": 0}, "num_steps is 0"),
+        ({"cameras": 3}, "cameras is 3, and this model was made for 2 at most"),
+        ({"utilization": 40}, "it is a share"),
+    ],
+)
+def test_sizes_that_make_no_step_are_refused(options: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        profile("tiny", **options)
+
+
 def test_command_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:
     profile("debug", batch_size=1)
     printed = capsys.readouterr().out

@@ -70,33 +70,30 @@ def profile(
 
     Raises ValueError for configurations that cannot be read, and sizes that make no step.
     """
-    counts = [n for n in (batch_size, prompt_tokens, draws, num_steps) if n is not None]
-    if min(cameras, target_tokens) < 0 or min(counts) < 1:
-        raise ValueError("batch_size, prompt_tokens, draws and num_steps are at least 1, cameras and target_tokens 0")
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization is {utilization}: it is a share, above 0 and at most 1")
     config, settings = read_run([configuration] if isinstance(configuration, str) else configuration)
-    if config.backbone_type == "keypoint_gemma" and cameras > config.vision.max_cameras:
-        raise ValueError(f"cameras is {cameras}, and this model was made for {config.vision.max_cameras} at most")
-    if precision is None:
-        precision = "bf16" if "bf16" in str(settings["trainer.precision"]) else "fp32"
-    if activation_checkpointing is None:
-        activation_checkpointing = settings["model.activation_checkpointing"] or False
+    shape = StepShape(
+        batch_size=first(batch_size, settings["data.batch_size"], 1),
+        cameras=cameras,
+        prompt_tokens=prompt_tokens,
+        target_tokens=target_tokens,
+        draws=first(draws, settings["model.flow_draws"], 1),
+    )
     work = Workload(
         config,
-        StepShape(
-            batch_size=batch_size or settings["data.batch_size"] or 1,
-            cameras=cameras,
-            prompt_tokens=prompt_tokens,
-            target_tokens=target_tokens,
-            draws=draws or settings["model.flow_draws"] or 1,
-        ),
+        shape,
         num_steps=num_steps,
-        insulate=settings["model.knowledge_insulation"] or False,
-        checkpointing=activation_checkpointing,
-        dtype=DTYPES[precision],
+        insulate=first(settings["model.knowledge_insulation"], False),
+        checkpointing=first(activation_checkpointing, settings["model.activation_checkpointing"], False),
+        dtype=DTYPES[precision or ("bf16" if "bf16" in str(settings["trainer.precision"]) else "fp32")],
     )
     show(work, accelerator, utilization, measure)
+
+
+def first(*values: Any) -> Any:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
 
 
 def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:

@@ -77,9 +77,8 @@ def tokenizer(
     held_out = {name: chunks["val" if len(chunks["val"].actions) else "train"] for name, chunks in datasets.items()}
     results = [measure(fast, name, chunks) for name, chunks in held_out.items()]
     console.print(quality_table(results))
-    write_json(
-        out / "report.json", {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
-    )
+    report = {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
+    write_json(out / "report.json", report)
     draw(fast, held_out, results, out / "reconstruction.png")
     if max_rmse is not None:
         check_error(results, max_rmse, scale, out)

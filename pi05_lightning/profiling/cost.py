@@ -1,8 +1,10 @@
 """What a training step and a chunk cost, component by component: FLOPs and bytes counted, seconds measured.
 
 The model's own code runs. In the forward pass, hooks on its modules say whose turn it is. In the backward pass, each
-node of the graph says so: it belongs to the component whose output leads to it first. Counting runs on the meta device,
-where no size of model needs memory.
+node of the graph does: it belongs to the first component, in the order of the forward pass, whose output leads back to
+it. Modules alone would not do: PyTorch's `FlopCounterMode` and `ModuleTracker` take a module whose input needs no
+gradient for running until the end of the backward pass. Counting runs on the meta device, where no size of model needs
+memory.
 """
 
 from __future__ import annotations
@@ -86,14 +88,11 @@ def measure_training_step(model: Pi05, batch: Batch, insulate: bool, meter: Mete
     with _following(model, meter) as outputs:
         meter.enter("logits")
         loss = training_loss(model, batch, insulate)
-        hooks = [
+        meter.enter(None)
+        for component, node in _nodes(outputs, loss):
             node.register_prehook(lambda _, component=component: meter.enter(component))
-            for component, node in _nodes(outputs, loss)
-        ]
         loss.backward()
         meter.enter(None)
-    for hook in hooks:
-        hook.remove()
 
 
 @torch.no_grad()
@@ -114,16 +113,14 @@ Outputs = dict[str, list[Tensor]]
 @contextmanager
 def _following(model: Pi05, meter: Meter) -> Iterator[Outputs]:
     """Within it the meter is told of every module that begins, and of the components that end."""
-    owner: dict[nn.Module, str] = {}
-    modules = (
-        ("vision", model.backbone.vision),
-        ("language model", model.backbone),
-        ("action expert", model.flow_head),
-    )
-    for component, module in modules:
-        owner = dict.fromkeys(module.modules(), component) | owner
-    after = {model.backbone.vision: "language model", model.backbone: "logits", model.flow_head: "logits"}
-    outputs: Outputs = {component: [] for component, _ in modules}
+    backbone, expert = model.backbone, model.flow_head
+    owner: dict[nn.Module, str] = {
+        **dict.fromkeys(backbone.modules(), "language model"),
+        **dict.fromkeys(backbone.vision.modules(), "vision"),
+        **dict.fromkeys(expert.modules(), "action expert"),
+    }
+    after: dict[nn.Module, str] = {backbone.vision: "language model", backbone: "logits", expert: "logits"}
+    outputs: Outputs = {"vision": [], "language model": [], "action expert": []}  # in the order of `_nodes`
 
     def begin(module: nn.Module, args: Any) -> None:
         if module in owner:
@@ -144,7 +141,7 @@ def _following(model: Pi05, meter: Meter) -> Iterator[Outputs]:
 
 
 def _nodes(outputs: Outputs, loss: Tensor) -> Iterator[tuple[str, Node]]:
-    """Every node of a loss's graph with its component: what a component's output leads to, and no earlier one's."""
+    """Every node of a loss's graph with its component, the first one whose output leads back to it."""
     seen: set[Node] = set()
     for component, tensors in (*outputs.items(), ("logits", [loss])):
         waiting = [x.grad_fn for x in tensors if x.grad_fn is not None]

@@ -22,6 +22,10 @@ class StepShape:
     target_tokens: int = 0
     draws: int = 1
 
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.prompt_tokens, self.draws) < 1 or min(self.cameras, self.target_tokens) < 0:
+            raise ValueError("batch_size, prompt_tokens and draws are at least 1, cameras and target_tokens 0")
+
     @property
     def for_chunk(self) -> StepShape:
         """A robot asks for one chunk at a time, and there is nothing to predict."""

@@ -39,6 +39,13 @@ class Workload:
     dtype: torch.dtype = torch.float32
     """What matrix products are computed in, over fp32 weights."""
 
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps is {self.num_steps}: a chunk takes at least 1")
+        cameras, most = self.shape.cameras, self.config.shapes.max_cameras
+        if most is not None and cameras > most:
+            raise ValueError(f"cameras is {cameras}, and this model was made for {most} at most")
+
     @property
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
