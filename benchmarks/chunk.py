@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import TOLERANCE, Options, Row, alternate, check_equal, matmul_rate, run_part, share, speed_up
+from benchmarks.harness import TOLERANCE, Options, Row, alternate, check_equal, run_part, share, speed_up
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
+from pi05_lightning.profiling.rate import matmul_rate
 
 
 def chunk(options: Options) -> list[Row]:

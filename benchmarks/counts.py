@@ -15,7 +15,7 @@ from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.profiling.parts import activation_peak
+from pi05_lightning.profiling.memory import activation_peak
 
 
 def counts(options: Options) -> list[Row]:

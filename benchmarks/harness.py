@@ -111,18 +111,6 @@ def _row(name: str, goal: str, unit: str, peer: Sequence[float], ours: Sequence[
     return row
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 2048, repeats: int = 7) -> float:
-    """FLOP/s of a plain square matrix product on this machine, the median of a few."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    a @ b
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds)
-
-
 def check_equal(name: str, ours: torch.Tensor, peer: torch.Tensor, tolerance: float) -> None:
     """Print the largest difference, relative to the largest value; AssertionError above the tolerance."""
     error = ((ours.float() - peer.float()).abs().max() / peer.float().abs().max()).item()

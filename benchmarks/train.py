@@ -16,7 +16,6 @@ from benchmarks.harness import (
     alternate,
     autocast,
     check_equal,
-    matmul_rate,
     run_part,
     share,
     speed_up,
@@ -24,6 +23,7 @@ from benchmarks.harness import (
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
 from pi05_lightning.models.parallelize import checkpoint_blocks
+from pi05_lightning.profiling.rate import matmul_rate
 from pi05_lightning.weights.lerobot import to_ours
 
 

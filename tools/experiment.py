@@ -20,9 +20,9 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pi05_lightning.cli.demo import run_command, write_json
+from pi05_lightning.cli.demo import run_command
 from pi05_lightning.evaluation.report.plots import COLORS
-from pi05_lightning.evaluation.report.run import read_json
+from pi05_lightning.files.local import read_json, write_json, write_text
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 BASE, RECIPE = "configs/tiny.yaml", "001_metaworld"
@@ -87,7 +87,7 @@ def commands(name: str, seed: int, demo: Path, run: Path) -> dict[str, tuple[str
 
 def run_part(marker: Path, command: tuple[str, ...]) -> None:
     """Run a command with one thread unless its marker says that it is done; the marker holds its CPU seconds."""
-    before = read_json(marker)
+    before = read_json(marker, default={})
     if before.get("done"):
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other would count as work
@@ -119,7 +119,7 @@ def gather(name: str, out: Path) -> None:
     """Write results.json and plot.png of an experiment from its runs, and the tables into its README."""
     results = {run.name.removeprefix("seed"): read_result(run) for run in sorted((out / name).glob("seed*"))}
     write_json(EXPERIMENTS / name / "results.json", {seed: result for seed, result in results.items() if result})
-    arms = {arm: read_json(EXPERIMENTS / arm / "results.json") for arm in dict.fromkeys((RECIPE, name))}
+    arms = {arm: read_json(EXPERIMENTS / arm / "results.json", default={}) for arm in dict.fromkeys((RECIPE, name))}
     arms = {arm: found for arm, found in arms.items() if found}
     plot(arms).savefig(EXPERIMENTS / name / "plot.png", dpi=120)
     tables = "\n".join([*seed_table(arms), "", *task_table(arms)])
@@ -132,19 +132,19 @@ def fill(readme: Path, content: str) -> None:
     text = readme.read_text(encoding="utf-8")
     first, mark, rest = text.partition(MARKS[0])
     if mark:
-        readme.write_text(f"{first}{mark}\n\n{content}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+        write_text(readme, f"{first}{mark}\n\n{content}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 def read_result(run: Path) -> Result:
     """What a seed's rollout and validation measured; nothing before it was rolled out."""
-    success = read_json(run / "rollout" / "rollout.json").get("success")
+    success = read_json(run / "rollout" / "rollout.json", default={}).get("success")
     if not success:
         return {}
-    measured = read_json(run / "metrics.json").get("robot/continuous_robot_actions", {})
+    measured = read_json(run / "metrics.json", default={}).get("robot/continuous_robot_actions", {})
     return {
         "success": success,
         "validation": {metric: measured[metric] for metric in METRICS if metric in measured},
-        "cpu_seconds": read_json(run / "parts" / "fit.json").get("cpu_seconds"),
+        "cpu_seconds": read_json(run / "parts" / "fit.json", default={}).get("cpu_seconds"),
     }
 
 

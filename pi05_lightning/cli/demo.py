@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -15,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
-from typing import Any
 
 from rich.console import Console
 
 from pi05_lightning.evaluation.report.metrics import Metrics
-from pi05_lightning.evaluation.report.run import read_json
 from pi05_lightning.evaluation.report.tables import metrics_table, success_table
+from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.types import Subset
 
 OUT = Path("runs/demo")
@@ -104,7 +102,7 @@ class Progress:
     def __init__(self, file: Path, part: Part) -> None:
         self.file = file
         self.command = list(part.command)
-        marker = read_json(file)
+        marker = read_json(file, default={})
         if marker and marker["command"] != self.command:
             raise ValueError(
                 f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
@@ -154,22 +152,14 @@ def run_command(command: tuple[str, ...]) -> None:
         raise SystemExit(status if status > 0 else 128 - status)
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there as a whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    partial.replace(file)
-
-
 def write_summary(out: Path, todo: list[Part], seed: int) -> None:
     """summary.json: the seconds of every part done so far, the metrics per modality, the success per mode and task."""
-    markers = {part.name: read_json(out / "parts" / f"{part.name}.json") for part in todo}
+    markers = {part.name: read_json(out / "parts" / f"{part.name}.json", default={}) for part in todo}
     summary = {
         "seed": seed,
         "seconds": {name: marker["seconds"] for name, marker in markers.items() if marker},
-        "metrics": by_modality(read_json(out / "fit" / "metrics.json")),
-        "success": read_json(out / "fit" / "rollout" / "rollout.json").get("success", {}),
+        "metrics": by_modality(read_json(out / "fit" / "metrics.json", default={})),
+        "success": read_json(out / "fit" / "rollout" / "rollout.json", default={}).get("success", {}),
     }
     write_json(out / "summary.json", summary)
 
@@ -194,6 +184,7 @@ def by_modality(metrics: Metrics) -> Metrics:
 def print_result(out: Path) -> None:
     """The table, the page's path and TensorBoard's command."""
     summary = read_json(out / "summary.json")
-    console.print(metrics_table(read_json(out / "fit" / "metrics.json")), success_table(summary["success"]))
+    metrics = read_json(out / "fit" / "metrics.json", default={})
+    console.print(metrics_table(metrics), success_table(summary["success"]))
     console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)

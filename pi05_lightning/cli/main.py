@@ -27,10 +27,10 @@ TRAINER_COMMANDS = {
 COMMANDS = {
     "demo": ("the main job end to end: data, training, evaluation, a page", "pi05_lightning.cli.demo:demo"),
     "collect": ("record scripted experts in the simulator as a LeRobot dataset", "pi05_lightning.cli.collect:collect"),
-    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.tokenizer:stats"),
+    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.stats:stats"),
     "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.cli.tokenizer:tokenizer"),
     "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "pi05_lightning.cli.profile:profile"),
-    "report": ("a run on one self-contained page", "pi05_lightning.evaluation.report.page:report"),
+    "report": ("a run on one self-contained page", "pi05_lightning.cli.report:report"),
     "convert": ("checkpoints of LeRobot and openpi to ours and back", "pi05_lightning.cli.convert:convert"),
     "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.cli.rollout:rollout"),
     "serve": ("a policy server that openpi's clients talk to", "pi05_lightning.cli.serve:serve"),

@@ -1,109 +1,28 @@
-"""`pi05 stats` and `pi05 tokenizer`: what there is to know about a dataset before training on it."""
+"""`pi05 tokenizer`: fit a FAST action tokenizer, and see what it does to episodes that it was not fitted on."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
-import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.data.fast import FastTokenizer
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.sources.base import SourceConfig
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.split import Split
-from pi05_lightning.data.statistics import CACHE, FeatureStats, Relative, load_or_compute, vector_keys
-from pi05_lightning.data.transforms import Quantiles
-from pi05_lightning.files.shipped import find_config
+from pi05_lightning.evaluation.fast import Chunks, Quality, measure, read_chunks
+from pi05_lightning.files.local import write_json
 
 console = Console()
-
-
-def stats(
-    dataset: str,
-    keys: list[str] | None = None,
-    val_fraction: float = 0.1,
-    episodes: str | None = None,
-    relative_dims: list[int] | None = None,
-    horizon: int = 50,
-) -> None:
-    """Exact statistics of a LeRobot dataset's states and actions, per dimension, over its training episodes.
-
-    Args:
-        dataset: folder or Hub id.
-        keys: features to look at; by default all vectors of floating-point numbers.
-        val_fraction: share of episodes held out, as in training.
-        episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
-        relative_dims: dims of the action to take relative to the state at the chunk's first step.
-        horizon: steps of a chunk, for relative dims.
-    """
-    files = LeRobotFiles.open(find_dataset(dataset))
-    chosen = files.choose("train", val_fraction, episodes)
-    keys = keys or vector_keys(files)
-    relative = Relative(horizon, tuple(relative_dims)) if relative_dims else None
-    found = load_or_compute(files.root, keys, chosen.tolist(), relative)
-    for key in keys:
-        console.print(_feature_table(key, found[key], _dim_names(files, key)))
-    console.print(f"{len(chosen)} training episodes. Written to {files.root / CACHE}", soft_wrap=True, highlight=False)
-
-
-def _dim_names(files: LeRobotFiles, key: str) -> list[str]:
-    names = files.features[key].get("names") or []
-    if isinstance(names, dict):
-        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    width = files.features[key]["shape"][0]
-    return [str(name) for name in names] if len(names) == width else [""] * width
-
-
-def _feature_table(key: str, feature: FeatureStats, names: Sequence[str]) -> Table:
-    table = Table(title=f"{key}: {feature.count} frames", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("dim")
-    for heading in ("mean", "std", "min", "q01", "q99", "max", "outside"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("note")
-    normalized = Quantiles(feature.q01, feature.q99)
-    furthest = np.abs([normalized.normalize(feature.min), normalized.normalize(feature.max)]).max(0)
-    for dim, name in enumerate(names):
-        numbers = [getattr(feature, part)[dim] for part in ("mean", "std", "min", "q01", "q99", "max")]
-        share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count:.1%})"
-        note = _note(feature, dim, furthest[dim])
-        table.add_row(f"{dim} {name}", *(f"{number:.4g}" for number in numbers), share, note)
-    return table
-
-
-def _note(feature: FeatureStats, dim: int, furthest: float) -> str:
-    if feature.constant[dim]:
-        return "constant"
-    if feature.zero_range[dim]:
-        return "q01 = q99: its rare values explode when normalised"
-    return f"reaches {furthest:.1f} when normalised" if furthest > 3 else ""  # 3: far from the -1..1 that models learn
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What a FAST tokenizer does to a dataset's chunks. RMSE is in normalised units, where most actions are -1..1."""
-
-    dataset: str
-    chunks: int
-    naive_tokens: int
-    """One token per action value."""
-    mean_tokens: float
-    p99_tokens: float
-    rmse: list[float]
-    """Per dimension, over steps inside the episode."""
-    rmse_real: list[float]
-    """The same in the dataset's own units."""
-    coverage: float
-    """Share of the DCT coefficients that the vocabulary spells; the others are clipped."""
 
 
 def tokenizer(
@@ -152,50 +71,43 @@ def tokenizer(
         min_range=min_range,
         val_fraction=val_fraction,
     )
-    configs = _mixture([dataset] if isinstance(dataset, str) else dataset, given)
-    with ThreadPoolExecutor() as pool:  # most of it is in libraries that let go of the interpreter
-        read = partial(_read_chunks, horizon=horizon, max_chunks=max_chunks)
-        each = track(pool.map(read, configs.values()), "reading", len(configs), console=console, transient=True)
-        parts = dict(zip(configs, each, strict=True))
+    datasets = read_datasets([dataset] if isinstance(dataset, str) else dataset, given, horizon, max_chunks)
     fast = FastTokenizer.fit(
-        [part.train.actions for part in parts.values()], vocab_size, scale, coverage, console.is_terminal
+        [chunks["train"].actions for chunks in datasets.values()], vocab_size, scale, coverage, console.is_terminal
     )
-    held_out = {name: part.val if len(part.val.actions) else part.train for name, part in parts.items()}
-    results = [_quality(fast, name, chunks) for name, chunks in held_out.items()]
-    console.print(_quality_table(results))
-    out.mkdir(parents=True, exist_ok=True)
+    held_out = {name: chunks["val" if len(chunks["val"].actions) else "train"] for name, chunks in datasets.items()}
+    results = [measure(fast, name, chunks) for name, chunks in held_out.items()]
+    console.print(quality_table(results))
     report = {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    _plot(fast, held_out, results, out / "reconstruction.png")
-    worst = max(results, key=lambda result: max(result.rmse))
-    error = max(worst.rmse)
-    if max_rmse is not None and error > max_rmse:
-        raise ValueError(
-            f"the largest reconstruction error is {error:.4f} ({worst.dataset}, dim {worst.rmse.index(error)}), above"
-            f" max_rmse {max_rmse:g} (see"
-            f" {out / 'reconstruction.png'}): raise scale, which is {scale:g}, or fit on more episodes"
-            " where coverage is below 100 %. No tokenizer was written"
-        )
+    write_json(out / "report.json", report)
+    draw(fast, held_out, results, out / "reconstruction.png")
+    if max_rmse is not None:
+        check_error(results, max_rmse, scale, out)
     fast.save(out)
     console.print(f"{fast.bpe.get_vocab_size()} tokens. Written to {out}", soft_wrap=True, highlight=False)
 
 
-def _mixture(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotConfig]:
+def read_datasets(
+    paths: Sequence[str], given: LeRobotConfig, horizon: int, max_chunks: int
+) -> dict[str, dict[Split, Chunks]]:
+    """Chunks of every dataset by its name, several read at a time."""
+    configs = sources_of(paths, given)
+    with ThreadPoolExecutor() as pool:  # most of it is in libraries that let go of the interpreter
+        read = partial(read_chunks, horizon=horizon, max_chunks=max_chunks)
+        each = track(pool.map(read, configs.values()), "reading", len(configs), console=console, transient=True)
+        return dict(zip(configs, each, strict=True))
+
+
+def sources_of(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotConfig]:
     """What to read, by name: datasets with the keys that were given, or a YAML file's sources with their own."""
     found: dict[str, LeRobotConfig] = {}
     for path in paths:
         if not path.endswith((".yaml", ".yml")):
             found[path] = replace(given, path=path)
             continue
-        content = yaml.safe_load(find_config(path).read_text(encoding="utf-8")) or {}
-        for name, source in (content.get("data", {}).get("sources") or {}).items():
-            if not str(source.get("class_path")).endswith("LeRobotConfig"):
-                continue
-            try:
-                config = LeRobotConfig(**source.get("init_args", {}))
-            except TypeError as error:
-                raise ValueError(f"{path}, data.sources.{name}: {error}") from error
-            if config.action_keys:
+        sources = read_configuration([path], {"data.sources": dict[str, SourceConfig]})["data.sources"] or {}
+        for name, config in sources.items():
+            if isinstance(config, LeRobotConfig) and config.action_keys:
                 state_keys = config.state_keys if config.relative_dims else []
                 found[name] = replace(config, cameras={}, state_keys=state_keys)
     if not found:
@@ -203,56 +115,20 @@ def _mixture(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotCon
     return found
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """actions: normalised f32[N T A].  is_pad: bool[N T].  span: f64[A], real units per two normalised ones."""
-
-    actions: np.ndarray
-    is_pad: np.ndarray
-    span: np.ndarray
-
-
-@dataclass(frozen=True)
-class _Parts:
-    train: _Chunks
-    val: _Chunks
+def check_error(results: Sequence[Quality], max_rmse: float, scale: float, out: Path) -> None:
+    """ValueError where a dimension's error is above max_rmse, with what to do."""
+    worst = max(results, key=lambda result: max(result.rmse))
+    error = max(worst.rmse)
+    if error > max_rmse:
+        raise ValueError(
+            f"the largest reconstruction error is {error:.4f} ({worst.dataset}, dim {worst.rmse.index(error)}), above"
+            f" max_rmse {max_rmse:g} (see"
+            f" {out / 'reconstruction.png'}): raise scale, which is {scale:g}, or fit on more episodes"
+            " where coverage is below 100 %. No tokenizer was written"
+        )
 
 
-def _read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> _Parts:
-    train, val = (
-        LeRobotSource(config, Path(config.path).name, split, horizon, image_size=(0, 0)) for split in get_args(Split)
-    )
-    robot = train.robot()
-    if robot is None or not robot.acts:
-        raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
-
-    def chunks(source: LeRobotSource) -> _Chunks:
-        chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
-        frames = [robot.transforms.on_frame(source[int(i)]) for i in chosen]
-        actions = [frame.actions for frame in frames if frame.actions is not None]
-        is_pad = np.array([frame.action_is_pad for frame in frames])
-        return _Chunks(np.array(actions, dtype=np.float32), is_pad, robot.normalize.action.span)
-
-    return _Parts(chunks(train), chunks(val))
-
-
-def _quality(fast: FastTokenizer, path: str, chunks: _Chunks) -> Quality:
-    tokens = np.array([len(row) for row in fast.encode(chunks.actions)])
-    squared = (fast.reconstruct(chunks.actions) - chunks.actions)[~chunks.is_pad] ** 2
-    rmse = np.sqrt(squared.mean(0))
-    return Quality(
-        dataset=path,
-        chunks=len(tokens),
-        naive_tokens=int(np.prod(chunks.actions.shape[1:])),
-        mean_tokens=float(tokens.mean()),
-        p99_tokens=float(np.quantile(tokens, 0.99)),
-        rmse=rmse.tolist(),
-        rmse_real=(rmse * chunks.span / 2).tolist(),
-        coverage=float(1 - fast.quantize(chunks.actions)[1].mean()),
-    )
-
-
-def _quality_table(results: Sequence[Quality]) -> Table:
+def quality_table(results: Sequence[Quality]) -> Table:
     title = "FAST on held-out episodes; where there are none, on training episodes"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ("chunks", "values", "tokens", "p99", "shorter", "RMSE", "worst dim", "coverage")
@@ -275,7 +151,7 @@ def _quality_table(results: Sequence[Quality]) -> Table:
     return table
 
 
-def _plot(fast: FastTokenizer, chunks: dict[str, _Chunks], results: Sequence[Quality], path: Path) -> None:
+def draw(fast: FastTokenizer, chunks: Mapping[str, Chunks], results: Sequence[Quality], path: Path) -> None:
     """One chunk of each dataset, as it is and as it comes back, beside the error of each dimension."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

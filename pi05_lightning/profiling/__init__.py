@@ -1,1 +1,1 @@
-"""What a model costs."""
+"""What a model costs: FLOPs and bytes counted, memory tracked, seconds measured."""

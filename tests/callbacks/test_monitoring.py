@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +20,7 @@ from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.training.callbacks.dashboard import Dashboard, layout
 from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.provenance import Provenance, commit
-from pi05_lightning.training.callbacks.throughput import Throughput, matmul_rate
+from pi05_lightning.training.callbacks.throughput import Throughput
 
 SWITCH, STEPS = 3, 8
 
@@ -150,9 +149,3 @@ def test_provenance_names_command_hardware_and_data(run: Path) -> None:
 
 def test_folder_that_is_no_checkout_has_no_commit(tmp_path: Path) -> None:
     assert commit(tmp_path) is None
-
-
-def test_matrix_products_are_timed_without_random_numbers() -> None:
-    before = torch.get_rng_state()
-    assert matmul_rate(torch.device("cpu"), torch.float32) > 1e8
-    assert torch.equal(torch.get_rng_state(), before)

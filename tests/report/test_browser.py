@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from pi05_lightning.evaluation.report.page import report
+from pi05_lightning.cli.report import report
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.training.callbacks.dashboard import layout
 

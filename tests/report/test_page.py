@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning.evaluation.report.page import overall, poster, report
+from pi05_lightning.cli.report import report
+from pi05_lightning.evaluation.report.page import poster
 from pi05_lightning.evaluation.report.plots import switch_steps
 from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
+from pi05_lightning.evaluation.statistics import overall
 
 from .conftest import SUCCESS, SWITCH
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
-from pi05_lightning.evaluation.report.examples import Example
 from pi05_lightning.inference import generate_fast, generate_texts
 from pi05_lightning.losses import draw_noise, flow_time_quantile
 from pi05_lightning.models.heads.base import Head, Term, Terms

@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pi05_lightning.types import Box, Subset
+from pi05_lightning.evaluation.examples import Example
+from pi05_lightning.types import Box
 
 TRUTH, SAID = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion, told apart with any colour vision
 DRAWN_DIMS = 8  # panels of a chunk; a humanoid's other thirty are in the metrics
-
-
-@dataclass(frozen=True)
-class Example:
-    """A validation sample and what the model made of it; what its modality has not got is empty.
-
-    key: its number within its subset.  error: higher is worse, comparable within a subset.
-    images: {camera: u8[H W 3]} as the model saw them.  actions: f32[T A] in real units, without padded steps;
-    draws: f32[K T A], what the model would do from K different noises.
-    """
-
-    subset: Subset
-    key: int
-    error: float
-    images: Mapping[str, np.ndarray] = field(default_factory=dict)
-    prompt: str = ""
-    said: str = ""
-    truth: str = ""
-    said_boxes: tuple[Box, ...] = ()
-    true_boxes: tuple[Box, ...] = ()
-    actions: np.ndarray | None = None
-    draws: np.ndarray | None = None
 
 
 def draw_example(example: Example) -> Figure:

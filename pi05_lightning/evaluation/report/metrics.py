@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from pi05_lightning.files.local import replacing, write_json
 from pi05_lightning.types import Modality, Subset
 
 Metrics = dict[str, dict[str, float | None]]
@@ -84,9 +84,9 @@ def write_metrics(results: Mapping[str, Mapping[str, float]], run: Path) -> Metr
         name: {metric: value if math.isfinite(value) else None for metric, value in results[name].items()}
         for name in ordered(results)
     }
-    (run / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    write_json(run / "metrics.json", metrics)
     columns = list(dict.fromkeys(metric for values in metrics.values() for metric in values))
-    with (run / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+    with replacing(run / "metrics.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["modality", "dataset", *columns])
         for name, values in metrics.items():

@@ -1,4 +1,4 @@
-"""`pi05 report`: a run on one self-contained HTML page."""
+"""A run on one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import av
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi05_lightning import __version__
 from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
 from pi05_lightning.evaluation.report.plots import MODE_LABELS, error_panels, success_bars, switch_steps, topic_panels
-from pi05_lightning.evaluation.report.run import EXAMPLES, Run, Success, read_json, read_run
-from pi05_lightning.evaluation.statistics import wilson_interval
+from pi05_lightning.evaluation.report.run import EXAMPLES, Run
+from pi05_lightning.evaluation.statistics import overall, wilson_interval
 
 HEADLINES = (
     ("action_accuracy", "action values within the threshold"),
@@ -40,23 +39,6 @@ class Glance:
     interval: tuple[float, float] | None = None
 
 
-def report(run: Path, out: Path | None = None, summary: Path | None = None) -> Path:
-    """Write a page with what was trained, its curves, its metrics, its success in the simulator and its videos.
-
-    Args:
-        run: a run's directory, as `pi05 fit` writes it.
-        out: the page; by default report.html in the run's directory.
-        summary: summary.json of `pi05 demo`, for the seconds that each part took.
-
-    Raises ValueError when `run` is not a run's directory.
-    """
-    out = out or run / "report.html"
-    page = render(read_run(run), read_json(summary).get("seconds", {}) if summary else {})
-    out.write_text(page, encoding="utf-8")
-    print(f"page: {out}")
-    return out
-
-
 def render(run: Run, seconds: dict[str, float]) -> str:
     """The page's HTML, with every figure, image and video inside it."""
     environment = Environment(
@@ -73,7 +55,6 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     return environment.get_template("page.html.j2").render(
         run=run,
         facts=facts(run, switches),
-        config=yaml.safe_load(run.config),
         seconds=seconds,
         brief=brief(run, switches),
         glance=glance(run),
@@ -93,7 +74,6 @@ def render(run: Run, seconds: dict[str, float]) -> str:
 
 def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
     """What was trained, in a few words each."""
-    config = yaml.safe_load(run.config)
     source = run.provenance
     last = max((curve.steps[-1] for curve in run.curves.values() if curve.steps), default=None)
     parameters = source.get("parameters")
@@ -103,12 +83,12 @@ def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
         "trained": source.get("started"),
         "commit": commit[:12] + ("+" if commit.endswith("+") else "") if commit else None,
         "versions": ", ".join(f"{name} {version}" for name, version in source.get("versions", {}).items()),
-        "seed": config.get("seed_everything"),
+        "seed": run.config.get("seed_everything"),
         "parameters": f"{parameters / 1e6:.4g} M" if parameters else None,
         "hardware": source.get("hardware"),
         "last logged step": last,
         "next stage from step": ", ".join(map(str, switches)),
-        "batch size": config.get("data", {}).get("batch_size"),
+        "batch size": run.config.get("data", {}).get("batch_size"),
         "command": source.get("command"),
     }
     return {name: value for name, value in found.items() if value not in (None, "")}
@@ -117,7 +97,7 @@ def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
 def brief(run: Run, switches: Sequence[int]) -> list[str]:
     """One line: which steps, on which data, from which commit."""
     found = facts(run, switches)
-    sources = yaml.safe_load(run.config).get("data", {}).get("sources", {})
+    sources = run.config.get("data", {}).get("sources", {})
     parts = [
         f"{found['last logged step'] + 1} steps" if "last logged step" in found else "",
         f"next stage from {found['next stage from step']}" if switches else "",
@@ -148,16 +128,6 @@ def glance(run: Run) -> list[Glance]:
                 rows.append(Glance(name, label, value))
                 break
     return rows
-
-
-def overall(success: Success) -> dict[str, dict[str, float]]:
-    """mode -> successes, trials, rate and Wilson interval over all tasks."""
-    table = {}
-    for mode, by_task in success.items():
-        successes, trials = (sum(column) for column in zip(*by_task.values(), strict=True))
-        low, high = wilson_interval(successes, trials)
-        table[mode] = {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
-    return table
 
 
 # --- filters of the template

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pi05_lightning.evaluation.report.run import Curve, Success
-from pi05_lightning.evaluation.statistics import wilson_interval
+from pi05_lightning.evaluation.report.run import Curve
+from pi05_lightning.evaluation.statistics import Success, wilson_interval
 
 # Okabe and Ito's palette, told apart with any colour vision
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from pi05_lightning.evaluation.report.metrics import Metrics
-
-Success = dict[str, dict[str, tuple[int, int]]]
-"""mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
+from pi05_lightning.evaluation.statistics import Success
+from pi05_lightning.files.local import read_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ class Run:
     """A run as it lies on disk; what it has not got (yet) is empty."""
 
     folder: Path
-    config: str = ""
+    config_yaml: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     success: Success = field(default_factory=dict)
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -66,25 +66,23 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     if not config.is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no config.yaml (`pi05 fit` writes it)")
+    config_yaml = config.read_text(encoding="utf-8")
     rollout = folder / "rollout"
     return Run(
         folder=folder,
-        config=config.read_text(encoding="utf-8"),
-        metrics=read_json(folder / "metrics.json"),
-        success=read_json(rollout / "rollout.json").get("success", {}),
+        config_yaml=config_yaml,
+        config=yaml.safe_load(config_yaml),
+        metrics=read_json(folder / "metrics.json", default={}),
+        success=read_json(rollout / "rollout.json", default={}).get("success", {}),
         curves=read_curves(folder),
         examples={
-            name: [ExampleFile(**shown) for shown in files] for name, files in read_json(folder / EXAMPLES).items()
+            name: [ExampleFile(**shown) for shown in files]
+            for name, files in read_json(folder / EXAMPLES, default={}).items()
         },
-        provenance=read_json(folder / PROVENANCE),
+        provenance=read_json(folder / PROVENANCE, default={}),
         videos=sorted(rollout.glob("*.mp4")),
         frames=sorted(rollout.glob("*.png")),
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The file's content, or nothing where there is no such file."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

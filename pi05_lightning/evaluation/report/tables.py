@@ -6,8 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from pi05_lightning.evaluation.report.metrics import SECTIONS, Metrics, is_empty, number, ordered, section_rows
-from pi05_lightning.evaluation.report.page import overall
-from pi05_lightning.evaluation.report.run import Success
+from pi05_lightning.evaluation.statistics import Success, overall
 
 
 def metrics_table(metrics: Metrics) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from pi05_lightning.data.datamodule import datamodule_of
-from pi05_lightning.evaluation.report.examples import Example, draw_example, readable
+from pi05_lightning.evaluation.examples import Example
+from pi05_lightning.evaluation.report.examples import draw_example, readable
 from pi05_lightning.evaluation.report.plots import draw_horizon
 from pi05_lightning.evaluation.report.run import EXAMPLES, ExampleFile, Group
+from pi05_lightning.files.local import write_json
 
 DPI = 110
 
@@ -122,7 +123,7 @@ class ValidationExamples(Callback):
                     shown = ExampleFile(file.name, group, example.key, readable(example.said), readable(example.truth))
                     index.setdefault(name, []).append(shown)
         content = {name: [vars(shown) for shown in files] for name, files in index.items()}
-        (run / EXAMPLES).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json(run / EXAMPLES, content)
 
 
 def text_table(examples: Sequence[Example]) -> str:

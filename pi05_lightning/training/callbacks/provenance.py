@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import shlex
 import shutil
@@ -20,6 +19,7 @@ from pi05_lightning import __version__
 from pi05_lightning.data.datamodule import Pi05DataModule, Samples, datamodule_of
 from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.report.run import PROVENANCE
+from pi05_lightning.files.local import write_json
 from pi05_lightning.files.shipped import ROOT
 
 
@@ -30,8 +30,6 @@ class Provenance(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined] # leaves nothing behind
             return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         content = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "from step": trainer.global_step,
@@ -46,7 +44,7 @@ class Provenance(Callback):
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             "samples": sizes(datamodule_of(trainer)),
         }
-        (folder / PROVENANCE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(trainer.default_root_dir) / PROVENANCE, content)
 
 
 def sizes(data: Pi05DataModule) -> dict[str, dict[str, int]]:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.profiling.rate import matmul_rate
 from pi05_lightning.types import Batch
 
 GB = 2**30
-MATMUL_SIZE = {"cpu": 768, "cuda": 8192}
-MATMUL_TRIALS = 5
+MATMUL_SIZE = {"cpu": 768}  # smaller than `matmul_rate`'s own, which would take seconds of every start
 
 
 @dataclass
@@ -49,7 +49,8 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.stage, self.count = None, None
-        self.matmul_rate = matmul_rate(pl_module.device, training_dtype(pl_module, trainer.precision))
+        device, dtype = pl_module.device, training_dtype(pl_module, trainer.precision)
+        self.matmul_rate = matmul_rate(dtype, device, MATMUL_SIZE.get(device.type))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         assert isinstance(pl_module, Pi05Module)
@@ -122,20 +123,6 @@ def training_dtype(module: LightningModule, precision: str) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product: the fastest of a few, what this device reaches at best."""
-    size = MATMUL_SIZE.get(device.type, 4096)
-    a = torch.linspace(-1, 1, size, device=device).to(dtype).repeat(size, 1)  # draws no random numbers
-    best = float("inf")
-    for _ in range(MATMUL_TRIALS + 1):
-        _wait_for(device)
-        start = time.perf_counter()
-        a @ a
-        _wait_for(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
 def memory(device: torch.device) -> dict[str, float]:
     """GB at the highest point so far: of the process, and on the GPU."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -144,8 +131,3 @@ def memory(device: torch.device) -> dict[str, float]:
         used["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(device) / GB
         used["memory/gpu_reserved_gb"] = torch.cuda.memory_reserved(device) / GB
     return used
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from pi05_lightning.cli.main import main
@@ -20,7 +21,8 @@ SMALL = ("--horizon", "4", "--val_fraction", "0.2", "--action_keys", "[observati
 
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pi05_lightning.cli.tokenizer.console.width", 200)
+    for command in ("stats", "tokenizer"):
+        monkeypatch.setattr(f"pi05_lightning.cli.{command}.console.width", 200)
 
 
 def test_stats_shows_every_dim_by_name(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +81,28 @@ def test_tokenizer_fits_on_several_datasets(pictures: Path, videos: Path, tmp_pa
     main(["tokenizer", f"[{pictures}, {videos}]", "--out", str(tmp_path), *SMALL])
     reports = json.loads((tmp_path / "report.json").read_text())["datasets"]
     assert [report["dataset"] for report in reports] == [str(pictures), str(videos)]
+
+
+def test_tokenizer_takes_the_robots_of_a_runs_yaml(pictures: Path, tmp_path: Path) -> None:
+    robot = {"path": str(pictures), "action_keys": ["observation.state"], "val_fraction": 0.2}
+    sources = {
+        "arm": {"class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig", "init_args": robot},
+        "web": {"class_path": "pi05_lightning.data.sources.vision_text.VisionTextConfig", "init_args": {"path": "web"}},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}, "trainer": {"devices": 1}}))
+    main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path), "--horizon", "4"])
+    (report,) = json.loads((tmp_path / "report.json").read_text())["datasets"]
+    assert (report["dataset"], report["naive_tokens"]) == ("arm", 12)
+
+
+@pytest.mark.parametrize(
+    ("init_args", "named"), [({}, "data.sources.*path"), ({"path": "x", "actoin_keys": []}, "actoin_keys")]
+)
+def test_mistake_in_a_runs_source_is_named(init_args: dict, named: str, tmp_path: Path) -> None:
+    source = {"class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig", "init_args": init_args}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": {"robot": source}}}))
+    with pytest.raises(SystemExit, match=rf"(?s)run\.yaml.*{named}"):
+        main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path)])
 
 
 def test_too_large_an_error_fails_and_writes_no_tokenizer(

@@ -1,0 +1,64 @@
+"""Some keys of a run, read from its YAML as `pi05 fit -c` reads it, for commands that build no trainer."""
+
+from __future__ import annotations
+
+from argparse import ArgumentError
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from pi05_lightning.files.shipped import find_config
+from pi05_lightning.models.config import ModelConfig
+
+
+def read_configuration(files: Sequence[str], keys: Mapping[str, Any]) -> Namespace:
+    """The values of these keys after merging files in order, as `pi05 fit -c … -c …` does; None where no file has one.
+
+    files: paths, or names of shipped configurations; each is the YAML of a run, of which all other keys are left alone,
+    or that of a model, which is then `model.config`.  keys: {dotted key: its type}.
+    ValueError, with the key, for a file that cannot be read and for a value that does not fit its type.
+    """
+    parser = RunKeys(exit_on_error=False)
+    parser.add_argument("--config", action=ActionConfigFile)
+    for key, kind in keys.items():
+        parser.add_argument(f"--{key}", type=kind, sub_configs=True)
+    parser.of_interest = [*keys]
+    args = []
+    for path in map(find_config, files):
+        args += ["--model.config" if "model.config" in keys and is_model(path) else "--config", str(path)]
+    try:
+        return parser.instantiate(parser.chosen(parser.parse_args(args)))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(f"{', '.join(files)}: {error}") from error
+
+
+def is_model(path: Path) -> bool:
+    """Whether a YAML file has a model's dimensions at its top, and not a run's settings."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no configuration: expected the YAML of a run or of a model")
+    return bool(values) and values.keys() <= {field.name for field in fields(ModelConfig)}
+
+
+class RunKeys(ArgumentParser):
+    """A parser of some of a run's keys, which accepts all others unseen; the parsers that it makes do not."""
+
+    of_interest: Sequence[str] | None = None
+
+    def chosen(self, namespace: Namespace) -> Namespace:
+        """The keys of interest, those that are there."""
+        found = Namespace()
+        for key in self.of_interest or ():
+            if key in namespace:
+                found[key] = namespace[key]
+        return found
+
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        super().validate(namespace if self.of_interest is None else self.chosen(namespace), *args, **kwargs)

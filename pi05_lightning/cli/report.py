@@ -1,0 +1,26 @@
+"""`pi05 report`: a run on one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pi05_lightning.evaluation.report.page import render
+from pi05_lightning.evaluation.report.run import read_run
+from pi05_lightning.files.local import read_json, write_text
+
+
+def report(run: Path, out: Path | None = None, summary: Path | None = None) -> Path:
+    """Write a page with what was trained, its curves, its metrics, its success in the simulator and its videos.
+
+    Args:
+        run: a run's directory, as `pi05 fit` writes it.
+        out: the page; by default report.html in the run's directory.
+        summary: summary.json of `pi05 demo`, for the seconds that each part took.
+
+    Raises ValueError when `run` is not a run's directory.
+    """
+    out = out or run / "report.html"
+    seconds = read_json(summary, default={}).get("seconds", {}) if summary else {}
+    write_text(out, render(read_run(run), seconds))
+    print(f"page: {out}")
+    return out

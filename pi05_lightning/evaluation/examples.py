@@ -1,0 +1,32 @@
+"""Single validation samples, with what the model made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pi05_lightning.types import Box, Subset
+
+
+@dataclass(frozen=True)
+class Example:
+    """A validation sample and what the model made of it; what its modality has not got is empty.
+
+    key: its number within its subset.  error: higher is worse, comparable within a subset.
+    images: {camera: u8[H W 3]} as the model saw them.  actions: f32[T A] in real units, without padded steps;
+    draws: f32[K T A], what the model would do from K different noises.
+    """
+
+    subset: Subset
+    key: int
+    error: float
+    images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    prompt: str = ""
+    said: str = ""
+    truth: str = ""
+    said_boxes: tuple[Box, ...] = ()
+    true_boxes: tuple[Box, ...] = ()
+    actions: np.ndarray | None = None
+    draws: np.ndarray | None = None

@@ -1,0 +1,79 @@
+"""What a FAST tokenizer makes of a dataset's action chunks: how many tokens, and how far they are off when decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.sources.base import Split
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """actions: normalised f32[N T A].  is_pad: bool[N T].  span: f64[A], real units per two normalised ones."""
+
+    actions: np.ndarray
+    is_pad: np.ndarray
+    span: np.ndarray
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a FAST tokenizer does to a dataset's chunks. RMSE is in normalised units, where most actions are -1..1."""
+
+    dataset: str
+    chunks: int
+    naive_tokens: int
+    """One token per action value."""
+    mean_tokens: float
+    p99_tokens: float
+    rmse: list[float]
+    """Per dimension, over steps inside the episode."""
+    rmse_real: list[float]
+    """The same in the dataset's own units."""
+    coverage: float
+    """Share of the DCT coefficients that the vocabulary spells; the others are clipped."""
+
+
+def read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> dict[Split, Chunks]:
+    """At most `max_chunks` chunks of each split, evenly spaced, normalised by the training split's statistics.
+
+    ValueError for a dataset without actions, and for what `LeRobotSource` rejects.
+    """
+    train, val = (
+        LeRobotSource(config, Path(config.path).name, split, horizon, image_size=(0, 0)) for split in get_args(Split)
+    )
+    robot = train.robot()
+    if robot is None or not robot.acts:
+        raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
+
+    def chunks(source: LeRobotSource) -> Chunks:
+        chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
+        frames = [robot.transforms.on_frame(source[int(i)]) for i in chosen]
+        actions = [frame.actions for frame in frames if frame.actions is not None]
+        is_pad = np.array([frame.action_is_pad for frame in frames])
+        return Chunks(np.array(actions, dtype=np.float32), is_pad, robot.normalize.action.span)
+
+    return {"train": chunks(train), "val": chunks(val)}
+
+
+def measure(fast: FastTokenizer, dataset: str, chunks: Chunks) -> Quality:
+    """Encode the chunks of a dataset and decode them; steps past an episode's end count for the tokens alone."""
+    tokens = np.array([len(row) for row in fast.encode(chunks.actions)])
+    squared = (fast.reconstruct(chunks.actions) - chunks.actions)[~chunks.is_pad] ** 2
+    rmse = np.sqrt(squared.mean(0))
+    return Quality(
+        dataset=dataset,
+        chunks=len(tokens),
+        naive_tokens=int(np.prod(chunks.actions.shape[1:])),
+        mean_tokens=float(tokens.mean()),
+        p99_tokens=float(np.quantile(tokens, 0.99)),
+        rmse=rmse.tolist(),
+        rmse_real=(rmse * chunks.span / 2).tolist(),
+        coverage=float(1 - fast.quantize(chunks.actions)[1].mean()),
+    )
