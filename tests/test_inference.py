@@ -24,7 +24,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.serving.server import PolicyServer, Reader
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
-from pi05_lightning.types import Modality
+from pi05_lightning.types import Modality, Subset
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -92,7 +92,7 @@ def test_free_fast_tokens_end_where_they_do_in_training(
     processor, closings = data.processor, []
     processor.language = replace(processor.language, prompts=Prompts(fast_closing=""))
     frame = data.sources("val")["robot"][0]
-    sample = processor.sample(frame, Modality.FAST, "robot")
+    sample = processor.sample(frame, Subset("robot", Modality.FAST))
     original = policy.model.fast_head.generate
 
     def generate(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Target, index_targets
+from pi05_lightning.types import Batch, Target
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class StepShape:
         """Random data of this size on a device."""
         rows, length, size = self.batch_size, self.prompt_tokens + self.target_tokens, config.vision.image_size
         is_target = torch.arange(length) >= self.prompt_tokens
+        # by arithmetic: on fake tensors nobody can look where the targets are
+        index = (torch.arange(rows)[:, None] * length + torch.arange(self.prompt_tokens, length)).flatten()
         target_kind = (is_target * int(Target.FAST)).to(torch.uint8).expand(rows, -1)
         actions = torch.randn(rows, config.horizon, config.action_dim)
         batch = Batch(
@@ -46,7 +48,7 @@ class StepShape:
             token_mask=torch.ones(rows, length, dtype=torch.bool),
             causal=is_target.expand(rows, -1),
             target_kind=target_kind,
-            target_index=index_targets(target_kind),
+            target_index={Target.TEXT: index[:0], Target.SUBTASK: index[:0], Target.FAST: index},
             actions=actions,
             action_mask=torch.ones_like(actions, dtype=torch.bool),
             key=torch.arange(rows),
