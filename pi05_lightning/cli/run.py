@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from jsonargparse import Namespace, dict_to_namespace
@@ -250,6 +250,9 @@ def run(command: str, args: list[str]) -> None:
     silence_noise()
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
+    for callback in cast("Any", cli.trainer).callbacks:
+        if isinstance(callback, StageSwitch):  # here, as preparing the data may take long
+            cli.model.follow(callback.recipe)
     cli.model.will_be_restored = cli.config.ckpt_path is not None
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}

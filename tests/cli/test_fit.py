@@ -1,6 +1,7 @@
 """`pi05 fit` and `validate`: a run's directory, its checkpoints, and what can be done with their paths alone."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -58,6 +59,24 @@ def test_fit_refuses_a_directory_that_holds_a_run(config: Path, run: Path, capsy
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(config), "--run", str(run)])
     assert "resume it with --ckpt_path last" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        (["--stages.posttrain.losses.location", "1"], "no head of this model has the loss 'location'"),
+        (["--stages.pretrain.losses.others", "{text2: 1}"], r"'text2' \(did you mean text\?\)"),
+        (["--stages.then", "[{name: pretrain, steps: 2}]"], "two stages are called pretrain"),
+        (["--stages.then", "[{name: more, steps: -2}]"], "stage more has -2 steps"),
+    ],
+)
+def test_recipe_that_cannot_be_followed_is_refused_before_the_data_is_opened(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: list[str], named: str
+) -> None:
+    missing = ["--data.sources.web.init_args.path", str(tmp_path / "missing")]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "-c", str(config), "--run", str(tmp_path / "run"), *flag, *missing])
+    assert re.search(named, f"{ended.value.code} {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("path", ["", "checkpoints/last.ckpt"])
