@@ -20,10 +20,13 @@ from torch.utils.flop_counter import register_flop_formula
 MIN_MULTIPLICATIONS = 1 << 25  # of a product below it, the call costs what the kernel saves
 
 
-def _onednn_dtypes() -> tuple[torch.dtype, ...]:
-    if not torch.backends.mkldnn.is_available() or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+def _onednn_dtypes(operators: Any = torch.ops.mkldnn) -> tuple[torch.dtype, ...]:
+    """What this processor and this PyTorch can multiply in oneDNN; nothing where PyTorch has no operator for it."""
+    has_processor = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if not has_processor or not hasattr(operators, "_linear_pointwise"):
         return ()
-    return (torch.float32, torch.bfloat16) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+    has_bf16 = hasattr(operators, "_is_mkldnn_bf16_supported") and operators._is_mkldnn_bf16_supported()
+    return (torch.float32, torch.bfloat16) if has_bf16 else (torch.float32,)
 
 
 DTYPES = _onednn_dtypes()

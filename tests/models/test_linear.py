@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,3 +134,25 @@ def test_flops_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             layer(x).sum().backward()
         flops.append(counter.get_total_flops())
     assert flops[0] == flops[1] == 3 * 2 * 6 * 6 * 5
+
+
+def test_a_pytorch_without_the_operators_uses_the_public_functions() -> None:
+    assert module._onednn_dtypes(SimpleNamespace()) == ()
+    assert torch.bfloat16 not in module._onednn_dtypes(SimpleNamespace(_linear_pointwise=None))
+
+
+def test_public_functions_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    gate, up, down = Linear(64, 48), Linear(64, 48), Linear(48, 64)
+    x = torch.randn(20, 64)
+    results = []
+    monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", 1)
+    for dtypes in (module.DTYPES, ()):
+        monkeypatch.setattr(module, "DTYPES", dtypes)
+        leaf = x.clone().requires_grad_()
+        out = down(module.geglu(gate, up, leaf))
+        gradients = torch.autograd.grad(out.square().sum(), [leaf, gate.weight, up.weight, down.weight, down.bias])
+        with torch.no_grad():
+            results.append([out.detach(), down(module.geglu(gate, up, x)), linear_gelu(gate, x), *gradients])
+    for onednn, public in zip(*results, strict=True):
+        torch.testing.assert_close(onednn, public)
