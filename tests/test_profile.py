@@ -14,6 +14,7 @@ from pi05_lightning.profiling.cost import COMPONENTS, Stopwatch, measure_chunk, 
 from pi05_lightning.profiling.rate import matmul_rate
 from pi05_lightning.profiling.step import StepShape, training_loss
 from pi05_lightning.profiling.workload import Workload
+from pi05_lightning.weights.folder import save
 from tests.models.small import small_config, small_model
 
 SHAPE = StepShape(batch_size=2, cameras=2, prompt_tokens=5, target_tokens=4, draws=2)
@@ -108,6 +109,13 @@ def test_a_runs_file_gives_dimensions_batch_and_draws() -> None:
 
 def test_a_models_file_is_a_configuration() -> None:
     assert read_run(["configs/model/debug.yaml"])[0] == ModelConfig.preset("debug")
+
+
+def test_weights_give_their_dimensions(tmp_path: Path) -> None:
+    save(tmp_path / "exported", small_model())
+    assert read_run([str(tmp_path / "exported")])[0] == small_config()
+    config, settings = read_run(["configs/tiny.yaml", str(tmp_path / "exported")])
+    assert (config, settings["data.batch_size"]) == (small_config(), 32)
 
 
 def test_later_files_win(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
 from pi05_lightning.profiling.rate import matmul_rate
 from pi05_lightning.profiling.step import StepShape
 from pi05_lightning.profiling.workload import Workload
+from pi05_lightning.weights.locate import locate
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -55,7 +56,8 @@ def profile(
     model fits, with random weights. Options that are left out come from the configuration.
 
     Args:
-        configuration: a model size (`base`), its YAML, or the YAML of a run; several as [a, b], later ones win.
+        configuration: a model size (`base`), its YAML, the YAML of a run, or a checkpoint or run; several as [a, b],
+            later ones win.
         batch_size: samples per step.
         cameras: images per sample.
         prompt_tokens: of each sample.
@@ -99,10 +101,15 @@ def first(*values: Any) -> Any:
 def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:
     """A model's dimensions, and the run's settings around them (`RUN_KEYS`), from files merged in order.
 
-    Each is a shipped model size, the YAML of a model, or that of a run.  Raises ValueError where none names dimensions.
+    Each is a shipped model size, the YAML of a model or that of a run, or weights (see `locate`) for their dimensions.
+    Raises ValueError where none names dimensions.
     """
-    files = [name if name.endswith((".yaml", ".yml")) else f"configs/model/{name}.yaml" for name in names]
+    is_file = {name: name.endswith((".yaml", ".yml")) for name in names}
+    weights = [name for name in names if not is_file[name] and Path(name).exists()]
+    files = [name if is_file[name] else f"configs/model/{name}.yaml" for name in names if name not in weights]
     settings = read_configuration(files, RUN_KEYS)
+    if weights:
+        settings["model.config"] = locate(weights[-1]).config()
     if settings["model.config"] is None:
         raise ValueError(f"{', '.join(names)}: no model.config in it; put a model's size first, as [base, {names[0]}]")
     return settings["model.config"], settings
