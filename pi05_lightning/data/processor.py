@@ -90,7 +90,6 @@ class Processor:
         self.shapes, self.tokenizer, self.cameras = shapes, tokenizer, tuple(cameras)
         self.robots, self.language, self.fast = dict(robots), language or Language(), fast
         self.target_makers = dict(target_makers or {})
-        self.transforms = {name: robot.transforms for name, robot in robots.items()}
 
     # --- frames to samples
 
@@ -167,12 +166,12 @@ class Processor:
             return frame
         robot = self.robots[source]
         named = replace(frame, embodiment=robot.embodiment, control_mode=robot.control_mode)
-        return self.transforms[source].on_frame(named)
+        return robot.to_model(named)
 
     def real_actions(self, actions: np.ndarray, frame: Frame, source: str) -> np.ndarray:
         """Model actions f32[... T D] to the robot's units and dimensions, f32[... T A]."""
-        dims = self.robots[source].action_dim
-        return self.transforms[source].on_actions(actions[..., :dims], frame)
+        robot = self.robots[source]
+        return robot.to_real(actions[..., : robot.action_dim], frame)
 
     def _resize(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         unknown = set(images) - set(self.cameras)
