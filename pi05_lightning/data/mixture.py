@@ -31,15 +31,6 @@ class Entry:
     """The same for the length of its text, in any unit."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """The draws of consecutive batches, in the order of the batches: i64[batches, samples of all ranks] each."""
-
-    entry: np.ndarray
-    index: np.ndarray
-    key: np.ndarray
-
-
 class Mixture:
     """Weighted draws from entries, in windows of batches.
 
@@ -60,7 +51,7 @@ class Mixture:
                 raise ValueError(f"{entry.subset} has no samples")
         self.trained_by = trained_by
         self.entries, self.batch_size, self.seed, self.window = list(entries), batch_size, seed, window
-        self._last: tuple[object, Window] | None = None
+        self._last: tuple[object, np.ndarray] | None = None
 
     def weights(self, stage: StageOptions) -> np.ndarray:
         """Probabilities f64[entries]: a stage's share of each, × size ** temperature.
@@ -100,11 +91,11 @@ class Mixture:
         identity = (start, world, weights.tobytes())
         if self._last is None or self._last[0] != identity:
             self._last = identity, self._draw(start, weights, world)
-        window, mine = self._last[1], (k - start, slice(rank, None, world))
-        drawn = (part[mine].tolist() for part in (window.entry, window.index, window.key))
-        return list(zip(*drawn, strict=True))
+        entry, index, key = self._last[1][:, k - start, rank::world].tolist()
+        return list(zip(entry, index, key, strict=True))
 
-    def _draw(self, start: int, weights: np.ndarray, world: int) -> Window:
+    def _draw(self, start: int, weights: np.ndarray, world: int) -> np.ndarray:
+        """Entry, index and key of a window's draws, batch by batch, i64[3, batches, samples of all ranks]."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**63, start]))
         total = self.batch_size * world
         count = self.window * total
@@ -121,7 +112,7 @@ class Mixture:
         order = np.lexsort((place, text, turn, images)).reshape(self.window, total)
         # neither does the order of batches follow their length, nor the ranks of a batch
         order = rng.permuted(order[rng.permutation(self.window)], axis=1)
-        return Window(chosen[order], index[order], start * total + order)
+        return np.stack([chosen[order], index[order], start * total + order])
 
 
 def _evenly(rng: np.random.Generator, size: int, count: int) -> np.ndarray:

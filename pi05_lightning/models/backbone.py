@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
+from pi05_lightning.models.kernels import Embedding
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Prefix, Target
