@@ -50,7 +50,7 @@ class Robot:
 
     def to_model(self, frame: Frame) -> Frame:
         """The frame in the model's units."""
-        return self.normalize.apply(frame if self.relative is None else self.relative.apply(frame))
+        return self.normalize(frame if self.relative is None else self.relative(frame))
 
     def to_real(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
         """The inverse: model actions f32[... T A], which answer a frame, in the robot's units."""

@@ -17,7 +17,7 @@ class RelativeActions:
     state_dims: tuple[int, ...]
     """Of the state, in the order of `dims`."""
 
-    def apply(self, frame: Frame) -> Frame:
+    def __call__(self, frame: Frame) -> Frame:
         return frame if frame.actions is None else replace(frame, actions=self._shifted(frame.actions, frame, -1))
 
     def undo(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
@@ -78,7 +78,7 @@ class Normalize:
     state: Quantiles
     action: Quantiles
 
-    def apply(self, frame: Frame) -> Frame:
+    def __call__(self, frame: Frame) -> Frame:
         return replace(
             frame,
             state=None if frame.state is None else self._checked("state", frame.state, self.state),
