@@ -16,7 +16,7 @@ from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.recipe import LossWeights, Recipe, Stage
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.weights.abilities import UNKNOWN, Trained, trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import ExportedFolder, save
@@ -26,8 +26,8 @@ from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
-PRETRAIN = Stage(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5})
-POSTTRAIN = Stage(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
+PRETRAIN = StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5})
+POSTTRAIN = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
 CONFIG = ModelConfig.preset("debug")
 Fit = Callable[..., Path]
 
