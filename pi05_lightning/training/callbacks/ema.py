@@ -101,14 +101,12 @@ class WeightAverage(Callback):
         if self.validate:
             self._apply(pl_module)
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self._restore(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _begin
-    on_validation_end = on_test_end = on_predict_end = _end
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore(pl_module)  # before a checkpoint is written of it
+    # an exception's before a checkpoint is written of it
+    on_validation_end = on_test_end = on_predict_end = on_exception = _end
 
     # --- checkpoints
 
