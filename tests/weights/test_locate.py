@@ -198,5 +198,5 @@ def test_run_that_begins_with_weights_of_unknown_training_may_be_able(model: Pi0
 def test_steps_count_for_the_stage_and_the_terms_that_they_train(
     first: int, end: int, stages: dict[str, int], terms: dict[str, int]
 ) -> None:
-    recipe = Recipe(PRETRAIN, POSTTRAIN, pretrain_steps=4, posttrain_steps=3)
+    recipe = Recipe.of(4, 3, pretrain=PRETRAIN, posttrain=POSTTRAIN)
     assert trained(recipe, first, end) == Trained(stages, terms, complete=True)

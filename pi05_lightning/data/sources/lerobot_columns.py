@@ -154,7 +154,8 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
     """The wanted columns of a file; raises BadFrame for one that is missing, damaged, or lacks a column."""
     try:
         present = pq.read_schema(path).names
-        subtask_key = _subtask_column(wanted.subtask_key, present)
+        found = (name for name in (PERSISTENT, "subtask_index") if name in present)
+        subtask_key = next(found, None) if wanted.subtask_key is None else wanted.subtask_key
         names = {"episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action}
         if subtask_key not in (None, PERSISTENT):
             names.add(subtask_key)
@@ -173,12 +174,6 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
         raise BadFrame(f"{path} is damaged ({error})") from error
     frame, timestamp = table.column("frame_index").to_numpy(), table.column("timestamp").to_numpy().astype(np.float64)
     return _File(path, table, episode, frame, timestamp, begins, subtask_key, persistent, events)
-
-
-def _subtask_column(key: str | None, present: list[str]) -> str | None:
-    if key is not None:
-        return key
-    return next((name for name in (PERSISTENT, "subtask_index") if name in present), None)
 
 
 def _complete(file: _File, lengths: dict[int, int], rejects: Rejects) -> np.ndarray:
