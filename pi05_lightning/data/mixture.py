@@ -60,7 +60,9 @@ class Mixture:
         nothing is learned from, for negative shares, and when nothing is left to draw.
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
-        learned = [self._is_learned_from(entry.subset, stage) for entry in self.entries]
+        # of all where a stage has no losses, which is not refused here
+        terms = [self.trained_by.get(term, ()) for term in stage.losses.used] or [tuple(Modality)]
+        learned = [any(entry.subset.modality in modalities for modalities in terms) for entry in self.entries]
         for name in shares:
             if name not in names:
                 near = get_close_matches(name, names, 1)
@@ -79,11 +81,6 @@ class Mixture:
         if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
             raise ValueError(f"mixture: a share is a positive number, or 0 for some; got {dict(shares)}")
         return weights / weights.sum()
-
-    def _is_learned_from(self, subset: Subset, stage: StageOptions) -> bool:
-        """Whether any loss of a stage has a term in a subset's samples; a stage without losses is not refused here."""
-        used = stage.losses.used
-        return not used or any(subset.modality in self.trained_by.get(term, ()) for term in used)
 
     def batch(self, k: int, weights: np.ndarray, rank: int = 0, world: int = 1, first: int = 0) -> list[Draw]:
         """The draws of batch k on a rank. first: the stage's first batch, where its first window begins."""

@@ -171,7 +171,7 @@ class _Frames:
         self, files: LeRobotFiles, episodes: Sequence[int] | None, memory: int, connection: duckdb.DuckDBPyConnection
     ) -> None:
         self.files, self.memory, self.connection = files, memory, connection
-        paths = ", ".join(_quoted(str(path)) for path in _data_paths(files, episodes))
+        paths = ", ".join("'" + str(path).replace("'", "''") + "'" for path in _data_paths(files, episodes))
         self.rows = f"(SELECT * FROM read_parquet([{paths}], filename = true)"
         if episodes is not None:
             self.rows += f" WHERE episode_index IN ({', '.join(str(int(episode)) for episode in episodes)})"
@@ -316,7 +316,3 @@ def _read_cache(path: Path) -> dict[str, Any]:
 
 def _name(key: str) -> str:
     return '"' + key.replace('"', '""').replace("{", "{{").replace("}", "}}") + '"'
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

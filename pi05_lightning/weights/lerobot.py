@@ -116,7 +116,9 @@ def config_of(
     expert = replace(
         sizes.gemma("flow_head", depth), num_heads=language.num_heads, head_dim=language.head_dim, num_kv_heads=1
     )
-    sizes.raise_if_missing()
+    if sizes.missing:
+        keys = [to_lerobot(key.replace("#", "0")) for key in sizes.missing]
+        raise ValueError("dimensions cannot be read, these keys are missing:\n  " + "\n  ".join(keys))
 
     if vision_heads is None:
         vision_heads = width // SIGLIP_HEAD_DIM if width % SIGLIP_HEAD_DIM == 0 else SIGLIP_HEADS
@@ -209,8 +211,3 @@ class _Sizes:
         if self.missing:
             return GemmaConfig()
         return GemmaConfig(width, depth, mlp, query // head_dim, 1, head_dim)
-
-    def raise_if_missing(self) -> None:
-        if self.missing:
-            keys = [to_lerobot(key.replace("#", "0")) for key in self.missing]
-            raise ValueError("dimensions cannot be read, these keys are missing:\n  " + "\n  ".join(keys))

@@ -182,11 +182,7 @@ class VisionTextSource(Source):
                 f"dataset {self.name!r} has no {absent or 'captions, questions with answers, nor boxes with labels'};"
                 f" its columns are {present}: say which of them hold what"
             )
-        wanted = {
-            *needed,
-            *(column for columns in kinds for column in columns),
-            *({config.camera_column} & set(present)),
-        }
+        wanted = {*needed, *({config.camera_column} & set(present))}.union(*kinds)
         return data.select_columns(sorted(wanted)).cast_column(config.image_column, datasets.Image(decode=False))
 
     def _with_text(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
