@@ -6,6 +6,7 @@ uint8, language columns become subtasks and answers, and data that cannot be tra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -188,11 +189,7 @@ class LeRobotSource(Source):
         cameras = self.config.cameras
         if cameras is None:
             cameras = {key: key.rpartition(".")[2] for key in available}
-        for key in cameras:
-            if key not in available:
-                raise ValueError(
-                    f"dataset {self.name!r} has no image feature {key!r}; it has {available}: correct `cameras`"
-                )
+        self._check_known(cameras, available, "image feature", "`cameras`")
         if len(set(cameras.values())) < len(cameras):
             raise ValueError(
                 f"dataset {self.name!r}: two features share a camera name in {cameras}; name them in `cameras`"
@@ -221,12 +218,13 @@ class LeRobotSource(Source):
 
     def _widths(self, keys: list[str]) -> dict[str, int]:
         vectors = {key: f["shape"][0] for key, f in self.files.features.items() if len(f["shape"]) == 1}
-        for key in keys:
-            if key not in vectors:
-                raise ValueError(
-                    f"dataset {self.name!r} has no vector {key!r}; it has {sorted(vectors)}: correct the keys"
-                )
+        self._check_known(keys, sorted(vectors), "vector", "the keys")
         return {key: vectors[key] for key in keys}
+
+    def _check_known(self, keys: Iterable[str], known: list[str], what: str, where: str) -> None:
+        for key in keys:
+            if key not in known:
+                raise ValueError(f"dataset {self.name!r} has no {what} {key!r}; it has {known}: correct {where}")
 
     def _relative_actions(self, state_dims: int, action_dims: int) -> RelativeActions | None:
         dims, others = self.config.relative_dims, self.config.relative_state_dims
