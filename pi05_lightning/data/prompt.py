@@ -68,9 +68,12 @@ class Prompts:
             if unknown:
                 raise ValueError(f"prompts.{name} is {template!r}, and {sorted(unknown)} is none of {sorted(names)}")
 
-    def fill(self, template: str, frame: Frame, subtask: str | None = None) -> Segment:
+    def state(self, frame: Frame) -> str:
         bins = () if frame.state is None else discretize_state(frame.state, clip=self.clip_state)
-        said = {"task": clean_task(frame.task), "state": " ".join(map(str, bins)), "subtask": subtask}
+        return " ".join(map(str, bins))
+
+    def fill(self, template: str, frame: Frame, subtask: str | None = None) -> Segment:
+        said = {"task": clean_task(frame.task), "state": self.state(frame), "subtask": subtask}
         return Segment(template.format(**vars(frame) | said))
 
     def high_level(self, frame: Frame) -> list[Segment]:
