@@ -15,12 +15,8 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
 from pi05_lightning.losses import draw_noise, mean_terms, total_loss
-from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
-from pi05_lightning.models.heads.fast import FastHead
-from pi05_lightning.models.heads.flow import FlowHead
-from pi05_lightning.models.heads.subtask import SubtaskHead
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
@@ -102,22 +98,6 @@ class Pi05Module(LightningModule):
         self._configured = False
         self._losses: dict[str, list[Tensor]] = {}
         """Of the step under way, one value per accumulated batch that has the term."""
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.model.backbone
-
-    @property
-    def subtask_head(self) -> SubtaskHead:
-        return self.model.subtask_head
-
-    @property
-    def fast_head(self) -> FastHead:
-        return self.model.fast_head
-
-    @property
-    def flow_head(self) -> FlowHead:
-        return self.model.flow_head
 
     # --- building
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
@@ -138,9 +138,18 @@ class Recipe:
         flow_alpha: float = FLOW_ALPHA,
         pretrain: StageOptions = PRETRAIN,
         posttrain: StageOptions = POSTTRAIN,
-        then: Collection[Stage] = (),
+        then: Sequence[Stage] = (),
     ) -> Recipe:
-        """π0.5's two stages, and what comes after them. In the first, a flow loss would count as it is weighed."""
+        """π0.5's two stages, and what comes after them. In the first, a flow loss would count as it is weighed.
+
+        Args:
+            pretrain_steps: optimizer steps of stage 1, CE(text) + CE(subtask) + CE(FAST).
+            posttrain_steps: optimizer steps of stage 2, CE(subtask) + flow_alpha · flow matching.
+            flow_alpha: factor on the weight of the flow loss in stage 2.
+            pretrain: loss weights, mixture, learning rates and frozen parts of stage 1.
+            posttrain: the same of stage 2.
+            then: further stages, in order, each with a `name` and `steps` beside what the first two have.
+        """
         first = Stage(**vars(pretrain), name="pretrain", steps=pretrain_steps, flow_alpha=1.0)
         second = Stage(**vars(posttrain), name="posttrain", steps=posttrain_steps, flow_alpha=flow_alpha)
         return cls((first, second, *then))

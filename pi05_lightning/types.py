@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 
 class Target(IntEnum):
@@ -238,16 +239,10 @@ class Batch:
     drawn: Drawn | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        return _mapped(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with a function applied to all of its tensors."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {name: _map(value, function) for name, value in values.items() if isinstance(value, Tensor | dict)}
-        return replace(self, **changed)
+        return _mapped(self, Tensor.pin_memory)
 
     @property
     def has_token_targets(self) -> bool:
@@ -255,10 +250,6 @@ class Batch:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    return {key: _map(inner, function) for key, inner in value.items()} if isinstance(value, dict) else function(value)
 
 
 def index_targets(target_kind: Tensor) -> dict[Target, Tensor]:
@@ -289,9 +280,9 @@ class Prefix:
 
     def detach(self) -> Prefix:
         """The same prefix without gradient: knowledge insulation is this and nothing else."""
-        return replace(
-            self,
-            hidden=None if self.hidden is None else self.hidden.detach(),
-            kv=[(k.detach(), v.detach()) for k, v in self.kv],
-            vision={name: x.detach() for name, x in self.vision.items()},
-        )
+        return _mapped(self, Tensor.detach)
+
+
+def _mapped[T: (Batch, Prefix)](whole: T, function: Callable[[Tensor], Tensor]) -> T:
+    """The same with a function applied to all of its tensors."""
+    return replace(whole, **tree_map_only(Tensor, function, vars(whole)))

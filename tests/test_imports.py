@@ -20,7 +20,7 @@ LAYERS = (
     ("types",),
     ("recipe",),
     ("models.config",),
-    ("models.embedding", "models.kernels"),
+    ("models.kernels",),
     ("models.gemma", "models.keypoints", "models.siglip"),
     ("models.backbone",),
     ("models.heads",),

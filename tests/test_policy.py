@@ -50,8 +50,8 @@ def test_policy_from_checkpoint_predicts_what_the_module_predicts(trained) -> No
     noise = torch.randn(1, module.config.horizon, module.config.action_dim)
     batch = module.processor.collate([module.processor.prompt(frame, "robot")])
     with torch.no_grad():
-        prefix = module.backbone(batch, need_hidden=False)
-        expected = module.flow_head.sample(prefix, noise[:, None])[0, 0].numpy()
+        prefix = module.model.backbone(batch, need_hidden=False)
+        expected = module.model.flow_head.sample(prefix, noise[:, None])[0, 0].numpy()
     policy = Pi05Policy.from_pretrained(path, hierarchical=False)
     found = policy.predict_chunk(observation(data), noise[0])
     np.testing.assert_allclose(found, module.processor.real_actions(expected, frame, "robot"), rtol=1e-5)

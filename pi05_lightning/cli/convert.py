@@ -56,7 +56,7 @@ def convert(
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
     weights = locate(source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads)
-    with replacing(target) as folder:
+    with replacing(target, one_writer=True) as folder:
         folder.mkdir()
         report = to_ours(weights, folder) if format == "ours" else to_lerobot(weights, folder)
     print("\n".join([*report, f"written to {target}"]))

@@ -79,20 +79,12 @@ def augment(batch: Batch) -> Batch:
     """
     if batch.augmentation is None or not len(batch.pixels):
         return batch
-    changed = [_changed(image, *row) for image, row in zip(batch.pixels, batch.augmentation.tolist(), strict=True)]
+    changed = [_changed(image, row) for image, row in zip(batch.pixels, batch.augmentation.tolist(), strict=True)]
     return replace(batch, pixels=torch.stack(changed), augmentation=None)
 
 
-def _changed(
-    image: Tensor,
-    angle: float,
-    scale: float,
-    right: float,
-    down: float,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-) -> Tensor:
+def _changed(image: Tensor, drawn: Sequence[float]) -> Tensor:
+    angle, scale, right, down, brightness, contrast, saturation = drawn
     if angle or scale != 1 or right or down:
         height, width = image.shape[-2:]
         shift = [right * width, down * height]

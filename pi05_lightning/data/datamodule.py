@@ -197,7 +197,8 @@ class Pi05DataModule(LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         loaders = []
-        rank, world = self._validation_shard
+        # its part of the validation samples, of how many
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         for number, entry in enumerate(self._validation.entries):
             chosen = np.linspace(0, entry.size - 1, min(entry.size, self.val_samples)).astype(int)
             draws = [(number, int(index), int(index)) for index in chosen[rank::world]]
@@ -206,13 +207,6 @@ class Pi05DataModule(LightningDataModule):
             options = self._loader_options | {"sampler": draws, "batch_size": self.batch_size, "generator": own}
             loaders.append(DataLoader(self._validation, **options))
         return loaders
-
-    @property
-    def _validation_shard(self) -> tuple[int, int]:
-        """Which part of the validation samples is this rank's, of how many."""
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
 
     test_dataloader = predict_dataloader = val_dataloader
 

@@ -78,8 +78,8 @@ class CachedFrames:
         return np.array(self._pixels[int(self.origin.file[row])][place])
 
     def unreadable(self) -> np.ndarray:
-        """The rows, i64, that have no readable image; RuntimeError before `fill`."""
-        return np.flatnonzero(self._places() < 0)
+        """bool[N]: the frames that have no readable image; RuntimeError before `fill`."""
+        return self._places() < 0
 
     def problem(self, row: int) -> str:
         """Why frame `row` has no image."""

@@ -31,15 +31,6 @@ class Entry:
     """The same for the length of its text, in any unit."""
 
 
-@dataclass(frozen=True)
-class Window:
-    """The draws of consecutive batches, in the order of the batches: i64[batches, samples of all ranks] each."""
-
-    entry: np.ndarray
-    index: np.ndarray
-    key: np.ndarray
-
-
 class Mixture:
     """Weighted draws from entries, in windows of batches.
 
@@ -60,7 +51,7 @@ class Mixture:
                 raise ValueError(f"{entry.subset} has no samples")
         self.trained_by = trained_by
         self.entries, self.batch_size, self.seed, self.window = list(entries), batch_size, seed, window
-        self._last: tuple[object, Window] | None = None
+        self._last: tuple[object, np.ndarray] | None = None
 
     def weights(self, stage: StageOptions) -> np.ndarray:
         """Probabilities f64[entries]: a stage's share of each, × size ** temperature.
@@ -69,7 +60,9 @@ class Mixture:
         nothing is learned from, for negative shares, and when nothing is left to draw.
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
-        learned = [self._is_learned_from(entry.subset, stage) for entry in self.entries]
+        # of all where a stage has no losses, which is not refused here
+        terms = [self.trained_by.get(term, ()) for term in stage.losses.used] or [tuple(Modality)]
+        learned = [any(entry.subset.modality in modalities for modalities in terms) for entry in self.entries]
         for name in shares:
             if name not in names:
                 near = get_close_matches(name, names, 1)
@@ -89,22 +82,17 @@ class Mixture:
             raise ValueError(f"mixture: a share is a positive number, or 0 for some; got {dict(shares)}")
         return weights / weights.sum()
 
-    def _is_learned_from(self, subset: Subset, stage: StageOptions) -> bool:
-        """Whether any loss of a stage has a term in a subset's samples; a stage without losses is not refused here."""
-        used = stage.losses.used
-        return not used or any(subset.modality in self.trained_by.get(term, ()) for term in used)
-
     def batch(self, k: int, weights: np.ndarray, rank: int = 0, world: int = 1, first: int = 0) -> list[Draw]:
         """The draws of batch k on a rank. first: the stage's first batch, where its first window begins."""
         start = first + (k - first) // self.window * self.window
         identity = (start, world, weights.tobytes())
         if self._last is None or self._last[0] != identity:
             self._last = identity, self._draw(start, weights, world)
-        window, mine = self._last[1], (k - start, slice(rank, None, world))
-        drawn = (part[mine].tolist() for part in (window.entry, window.index, window.key))
-        return list(zip(*drawn, strict=True))
+        entry, index, key = self._last[1][:, k - start, rank::world].tolist()
+        return list(zip(entry, index, key, strict=True))
 
-    def _draw(self, start: int, weights: np.ndarray, world: int) -> Window:
+    def _draw(self, start: int, weights: np.ndarray, world: int) -> np.ndarray:
+        """Entry, index and key of a window's draws, batch by batch, i64[3, batches, samples of all ranks]."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**63, start]))
         total = self.batch_size * world
         count = self.window * total
@@ -121,7 +109,7 @@ class Mixture:
         order = np.lexsort((place, text, turn, images)).reshape(self.window, total)
         # neither does the order of batches follow their length, nor the ranks of a batch
         order = rng.permuted(order[rng.permutation(self.window)], axis=1)
-        return Window(chosen[order], index[order], start * total + order)
+        return np.stack([chosen[order], index[order], start * total + order])
 
 
 def _evenly(rng: np.random.Generator, size: int, count: int) -> np.ndarray:

@@ -90,7 +90,6 @@ class Processor:
         self.shapes, self.tokenizer, self.cameras = shapes, tokenizer, tuple(cameras)
         self.robots, self.language, self.fast = dict(robots), language or Language(), fast
         self.target_makers = dict(target_makers or {})
-        self.transforms = {name: robot.transforms for name, robot in robots.items()}
 
     # --- frames to samples
 
@@ -167,12 +166,12 @@ class Processor:
             return frame
         robot = self.robots[source]
         named = replace(frame, embodiment=robot.embodiment, control_mode=robot.control_mode)
-        return self.transforms[source].on_frame(named)
+        return robot.to_model(named)
 
     def real_actions(self, actions: np.ndarray, frame: Frame, source: str) -> np.ndarray:
         """Model actions f32[... T D] to the robot's units and dimensions, f32[... T A]."""
-        dims = self.robots[source].action_dim
-        return self.transforms[source].on_actions(actions[..., :dims], frame)
+        robot = self.robots[source]
+        return robot.to_real(actions[..., : robot.action_dim], frame)
 
     def _resize(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         unknown = set(images) - set(self.cameras)
@@ -232,8 +231,7 @@ class Processor:
         """A batch of samples, rows with actions first; as many camera slots and tokens as its largest sample needs."""
         samples = sorted(samples, key=lambda sample: sample.subset.modality is not Modality.CONTINUOUS)
         rows = len(samples)
-        length = max(len(sample.tokens) for sample in samples)
-        length = few_lengths(length)
+        length = few_lengths(max(len(sample.tokens) for sample in samples))
         tokens = np.full((rows, length), self.tokenizer.pad_id, dtype=np.int64)
         kinds = np.zeros((rows, length), dtype=np.uint8)
         token_mask = np.zeros((rows, length), dtype=bool)
@@ -251,12 +249,11 @@ class Processor:
         for row, sample in enumerate(samples):
             numbers.append({name: len(pixels) + place for place, name in enumerate(sample.images)})
             places = {c for name, target in sample.targets.items() for c in self.target_makers[name].images(target)}
-            for place, (name, image) in enumerate(sample.images.items()):
-                image_mask[row, place] = True
-                fixed.append(name in places)
-                pixels.append(image)
-                image_index.append(row * slots + place)
-                camera.append(self.cameras.index(name))
+            image_mask[row, : len(sample.images)] = True
+            image_index += range(row * slots, row * slots + len(sample.images))
+            pixels += sample.images.values()
+            camera += [self.cameras.index(name) for name in sample.images]
+            fixed += [name in places for name in sample.images]
         size = self.shapes.image_size
         actions, action_mask = self._stack_actions(samples, Modality.CONTINUOUS)
         fast_actions, fast_action_mask = self._stack_actions(samples, Modality.FAST)

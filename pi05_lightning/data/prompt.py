@@ -69,20 +69,12 @@ class Prompts:
                 raise ValueError(f"prompts.{name} is {template!r}, and {sorted(unknown)} is none of {sorted(names)}")
 
     def state(self, frame: Frame) -> str:
-        if frame.state is None:
-            return ""
-        return " ".join(map(str, discretize_state(frame.state, clip=self.clip_state)))
+        bins = () if frame.state is None else discretize_state(frame.state, clip=self.clip_state)
+        return " ".join(map(str, bins))
 
     def fill(self, template: str, frame: Frame, subtask: str | None = None) -> Segment:
-        return Segment(
-            template.format(
-                task=clean_task(frame.task),
-                subtask=subtask,
-                state=self.state(frame),
-                embodiment=frame.embodiment,
-                control_mode=frame.control_mode,
-            )
-        )
+        said = {"task": clean_task(frame.task), "state": self.state(frame), "subtask": subtask}
+        return Segment(template.format(**vars(frame) | said))
 
     def high_level(self, frame: Frame) -> list[Segment]:
         """What the subtask is asked with."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pi05_lightning.data.transforms import AbsoluteActions, Group, Normalize, Quantiles, RelativeActions, Unnormalize
+from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
+from pi05_lightning.types import Frame
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,23 @@ class Robot:
         """Whether its data holds actions; a policy acts as the first robot that does."""
         return self.action_dim > 0
 
-    @property
-    def transforms(self) -> Group:
-        """The robot's units to the model's, and back."""
-        group = Group()
-        if self.relative is not None:
-            group = group.push(self.relative, AbsoluteActions(self.relative))
-        return group.push(self.normalize, Unnormalize(self.normalize.action))
+    def to_model(self, frame: Frame) -> Frame:
+        """The frame in the model's units."""
+        return self.normalize(frame if self.relative is None else self.relative(frame))
+
+    def to_real(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        """The inverse: model actions f32[... T A], which answer a frame, in the robot's units."""
+        actions = self.normalize.action.unnormalize(actions)
+        return actions if self.relative is None else self.relative.undo(actions, frame)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types that a checkpoint can carry."""
         quantiles = {"state": self.normalize.state, "action": self.normalize.action}
-        return {
-            "fps": self.fps,
+        plain = {name: value for name, value in vars(self).items() if name != "normalize"}
+        return plain | {
             "tasks": list(self.tasks),
-            "dataset": self.dataset,
             "quantiles": {part: {"q01": q.q01.tolist(), "q99": q.q99.tolist()} for part, q in quantiles.items()},
             "relative": None if self.relative is None else {k: list(v) for k, v in asdict(self.relative).items()},
-            "embodiment": self.embodiment,
-            "control_mode": self.control_mode,
-            "has_subtasks": self.has_subtasks,
         }
 
     @classmethod
@@ -74,13 +72,8 @@ class Robot:
         """The inverse of `to_dict`; fields that an older checkpoint lacks take their defaults."""
         quantiles = {part: Quantiles(np.array(q["q01"]), np.array(q["q99"])) for part, q in values["quantiles"].items()}
         relative = values.get("relative")
-        return cls(
-            normalize=Normalize(**quantiles),
-            fps=values["fps"],
-            tasks=tuple(values["tasks"]),
-            dataset=values["dataset"],
-            relative=RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
-            embodiment=values.get("embodiment", ""),
-            control_mode=values.get("control_mode", ""),
-            has_subtasks=values.get("has_subtasks", True),
-        )
+        plain = {name: value for name, value in values.items() if name != "quantiles"} | {
+            "tasks": tuple(values["tasks"]),
+            "relative": RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
+        }
+        return cls(Normalize(**quantiles), **plain)

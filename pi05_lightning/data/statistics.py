@@ -88,24 +88,18 @@ class FeatureStats:
         return cls(**arrays, count=int(values["count"]))
 
 
-@dataclass(frozen=True)
-class Stats:
+class Stats(dict[str, FeatureStats]):
     """Statistics by feature key."""
-
-    features: Mapping[str, FeatureStats]
-
-    def __getitem__(self, key: str) -> FeatureStats:
-        return self.features[key]
 
     def quantiles(self, keys: Iterable[str]) -> Quantiles:
         """What normalises features concatenated in this order; of no dimension for no features."""
-        parts = [self.features[key] for key in keys]
+        parts = [self[key] for key in keys]
         q01, q99 = (np.concatenate([np.empty(0), *(getattr(part, q) for part in parts)]) for q in ("q01", "q99"))
         return Quantiles(q01, q99)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain types, as JSON and checkpoints hold them."""
-        return {key: feature.to_dict() for key, feature in self.features.items()}
+        return {key: feature.to_dict() for key, feature in self.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Any]]) -> Stats:
@@ -128,7 +122,11 @@ def compute(
     values and wrong widths.
     """
     files = LeRobotFiles.open(root)
-    with _Frames(files, episodes, memory) as frames:
+    with (
+        tempfile.TemporaryDirectory(prefix="pi05_stats_") as spill,
+        duckdb.connect(config={"temp_directory": spill}) as connection,
+    ):
+        frames = _Frames(files, episodes, memory, connection)
         return frames.statistics(list(dict.fromkeys(keys)), relative)
 
 
@@ -169,23 +167,16 @@ def vector_keys(files: LeRobotFiles) -> list[str]:
 class _Frames:
     """The parquet rows of chosen episodes, read by duckdb a few dimensions at a time."""
 
-    def __init__(self, files: LeRobotFiles, episodes: Sequence[int] | None, memory: int) -> None:
-        self.files, self.memory = files, memory
-        paths = ", ".join(_quoted(str(path)) for path in _data_paths(files, episodes))
+    def __init__(
+        self, files: LeRobotFiles, episodes: Sequence[int] | None, memory: int, connection: duckdb.DuckDBPyConnection
+    ) -> None:
+        self.files, self.memory, self.connection = files, memory, connection
+        paths = ", ".join("'" + str(path).replace("'", "''") + "'" for path in _data_paths(files, episodes))
         self.rows = f"(SELECT * FROM read_parquet([{paths}], filename = true)"
         if episodes is not None:
             self.rows += f" WHERE episode_index IN ({', '.join(str(int(episode)) for episode in episodes)})"
         self.rows += ")"
-        self.spill = tempfile.TemporaryDirectory(prefix="pi05_stats_")
-        self.connection = duckdb.connect(config={"temp_directory": self.spill.name})
         self.connection.execute("SET preserve_insertion_order = false")
-
-    def __enter__(self) -> _Frames:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.connection.close()
-        self.spill.cleanup()
 
     def query(self, sql: str) -> duckdb.DuckDBPyConnection:
         """Raises ValueError for files that are damaged."""
@@ -325,7 +316,3 @@ def _read_cache(path: Path) -> dict[str, Any]:
 
 def _name(key: str) -> str:
     return '"' + key.replace('"', '""').replace("{", "{{").replace("}", "}}") + '"'
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"

@@ -1,80 +1,36 @@
-"""What happens to a frame before the model and to an action after it; what goes in has its inverse beside it."""
+"""What happens to a frame before the model, each with its inverse, which happens to an action after it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from pi05_lightning.types import Frame
 
 
-class FrameTransform(Protocol):
-    """Frame -> Frame."""
-
-    def __call__(self, frame: Frame) -> Frame: ...
-
-
-class ActionTransform(Protocol):
-    """actions f32[... T A] -> f32[... T A], given the frame that they answer."""
-
-    def __call__(self, actions: np.ndarray, frame: Frame) -> np.ndarray: ...
-
-
-@dataclass(frozen=True)
-class Group:
-    """Transforms on the way in, and what undoes them on the way out."""
-
-    inputs: Sequence[FrameTransform] = ()
-    outputs: Sequence[ActionTransform] = ()
-
-    def push(self, inputs: FrameTransform, outputs: ActionTransform | None = None) -> Group:
-        """This group with one more transform: last on the way in, first on the way out."""
-        return Group((*self.inputs, inputs), ((outputs, *self.outputs) if outputs else self.outputs))
-
-    def on_frame(self, frame: Frame) -> Frame:
-        for transform in self.inputs:
-            frame = transform(frame)
-        return frame
-
-    def on_actions(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
-        for transform in self.outputs:
-            actions = transform(actions, frame)
-        return actions
-
-
 @dataclass(frozen=True)
 class RelativeActions:
-    """Chosen dims of the actions as offsets from the state that the chunk starts at; `AbsoluteActions` undoes it."""
+    """Chosen dims of the actions as offsets from the state that the chunk starts at."""
 
     dims: tuple[int, ...]
     state_dims: tuple[int, ...]
     """Of the state, in the order of `dims`."""
 
     def __call__(self, frame: Frame) -> Frame:
-        if frame.actions is None:
-            return frame
-        return replace(frame, actions=self.shifted(frame.actions, frame, -1))
+        return frame if frame.actions is None else replace(frame, actions=self._shifted(frame.actions, frame, -1))
 
-    def shifted(self, actions: np.ndarray, frame: Frame, sign: int) -> np.ndarray:
+    def undo(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        """Actions f32[... T A] that answer a frame, absolute again."""
+        return self._shifted(actions, frame, +1)
+
+    def _shifted(self, actions: np.ndarray, frame: Frame, sign: int) -> np.ndarray:
         """The actions, `sign` times the state added to the chosen dims; ValueError for a frame without a state."""
         if frame.state is None:
             raise ValueError("relative actions need a state, and there is none")
         moved = np.array(actions, dtype=np.float32)
         moved[..., list(self.dims)] += sign * np.asarray(frame.state, np.float32)[list(self.state_dims)]
         return moved
-
-
-@dataclass(frozen=True)
-class AbsoluteActions:
-    """The inverse of `RelativeActions`."""
-
-    relative: RelativeActions
-
-    def __call__(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
-        return self.relative.shifted(actions, frame, +1)
 
 
 @dataclass(frozen=True)
@@ -117,7 +73,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Normalize:
-    """State and actions to quantile-normalised units."""
+    """State and actions in quantile-normalised units."""
 
     state: Quantiles
     action: Quantiles
@@ -137,13 +93,3 @@ class Normalize:
                 " another dataset or robot"
             )
         return quantiles.normalize(x)
-
-
-@dataclass(frozen=True)
-class Unnormalize:
-    """Actions back to real units."""
-
-    action: Quantiles
-
-    def __call__(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
-        return self.action.unnormalize(actions)

@@ -54,7 +54,7 @@ def read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> dict[Sp
 
     def chunks(source: LeRobotSource) -> Chunks:
         chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
-        frames = [robot.transforms.on_frame(source[int(i)]) for i in chosen]
+        frames = [robot.to_model(source[int(i)]) for i in chosen]
         actions = [frame.actions for frame in frames if frame.actions is not None]
         is_pad = np.array([frame.action_is_pad for frame in frames])
         return Chunks(np.array(actions, dtype=np.float32), is_pad, robot.normalize.action.span)

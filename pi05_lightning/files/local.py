@@ -12,14 +12,17 @@ from typing import Any
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
     """A new path beside `path`, for a file or a folder, that takes its place once the block has ended without error.
 
     Whoever reads `path` sees the old content or the new one, never a part, whenever the process is killed. What is left
     of a block that failed is removed. A folder can only take a place that is free.
+
+    one_writer: no two processes write to `path` at a time. The part always has the same name then, so that what a
+    killed process left of it is gone with the next writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part" if one_writer else f".{path.name}.{os.getpid()}.part")
     _remove(part)
     try:
         yield part

@@ -20,8 +20,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
+from pi05_lightning.models.kernels import Embedding
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Prefix, Target
@@ -106,7 +106,9 @@ class Backbone(nn.Module):
         text = self.embed_text(batch.tokens)
         if not cameras:
             return text, batch.token_mask, batch.causal, {}
-        features, vision = self.encode_images(batch)
+        # all present images of all cameras in one call
+        dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
+        features, vision = self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
         slots = features.new_zeros(rows * cameras, *features.shape[1:])
         slots = slots.index_copy(0, batch.image_index, features)
         images = rearrange(slots, "(b c) n w -> b (c n) w", b=rows)
@@ -117,11 +119,6 @@ class Backbone(nn.Module):
             torch.cat([torch.zeros_like(image_mask), batch.causal], dim=1),
             vision,
         )
-
-    def encode_images(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """u8[P 3 H W] -> tokens [P N W] and `Prefix.vision`; all present images of all cameras in one call."""
-        dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
-        return self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5

@@ -32,6 +32,14 @@ def _onednn_dtypes(operators: Any = torch.ops.mkldnn) -> tuple[torch.dtype, ...]
 DTYPES = _onednn_dtypes()
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that draws nothing on the meta device: torch imports its compiler for that, a second or more."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, by way of `linear`."""
 

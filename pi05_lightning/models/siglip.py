@@ -7,9 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import VisionConfig
-from pi05_lightning.models.embedding import Embedding
 from pi05_lightning.models.gemma import compute_dtype
-from pi05_lightning.models.kernels import Linear, attend, linear_gelu
+from pi05_lightning.models.kernels import Embedding, Linear, attend, linear_gelu
 
 
 class LayerNorm(nn.LayerNorm):

@@ -21,5 +21,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if not is_local(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with replacing(Path(path)) as part, part.open("wb") as file:
+        with replacing(Path(path), one_writer=True) as part, part.open("wb") as file:
             torch.save(checkpoint, file)

@@ -32,12 +32,8 @@ class ExportedFolder(Weights):
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         return read_weights(self.path, dtype=dtype)
 
-    @property
-    def has_processor(self) -> bool:
-        return (self.path / PROCESSOR).is_file()
-
     def processor(self) -> Processor:
-        if not self.has_processor:
+        if not (self.path / PROCESSOR).is_file():
             raise ValueError(
                 f"{self.path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert it again"
                 " with --tokenizer FOLDER"

@@ -57,35 +57,22 @@ SIGLIP_HEAD_DIM = 72  # So400m: 1152 / 16
 SIGLIP_HEADS = 16  # what LeRobot's code builds, whatever the width
 
 
-def _compile(pairs: Iterable[tuple[str, str]]) -> list[tuple[re.Pattern[str], str]]:
-    return [
-        (
-            re.compile(re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")),
-            re.sub(r"[#*]", "{}", target),
-        )
-        for source, target in pairs
-    ]
-
-
-_TO_OURS = _compile(NAMES)
-_TO_LEROBOT = _compile((ours, theirs) for theirs, ours in NAMES)
-
-
-def _rename(key: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
-    for pattern, template in table:
-        if match := pattern.fullmatch(key):
-            return template.format(*match.groups())
+def _rename(key: str, names: Iterable[tuple[str, str]]) -> str | None:
+    for source, target in names:
+        pattern = re.escape(source).replace(r"\#", r"(\d+)").replace(r"\*", r"(.+)")
+        if match := re.fullmatch(pattern, key):
+            return re.sub(r"[#*]", "{}", target).format(*match.groups())
     return None
 
 
 def to_ours(key: str) -> str | None:
     """Our name of a LeRobot or openpi key, None if π0.5 has no such tensor."""
-    return _rename(key.removeprefix(PREFIX), _TO_OURS)
+    return _rename(key.removeprefix(PREFIX), NAMES)
 
 
 def to_lerobot(key: str) -> str:
     """LeRobot's name of one of our keys."""
-    renamed = _rename(key, _TO_LEROBOT)
+    renamed = _rename(key, ((ours, theirs) for theirs, ours in NAMES))
     if renamed is None:
         raise ValueError(f"{key} has no place in LeRobot's π0.5: only backbone_type siglip_gemma can be written so")
     return PREFIX + renamed
@@ -118,7 +105,7 @@ def config_of(
     """
     sizes = _Sizes(shapes)
     notes = []
-    width, channels, patch = sizes.of("backbone.vision.patch_embedding.weight", 0, 1, 2)
+    width, patch = sizes.of("backbone.vision.patch_embedding.weight", 0, 2)
     positions = sizes.of("backbone.vision.position_embedding.weight", 0)[0]
     action_dim = sizes.of("flow_head.action_in_proj.weight", 1)[0]
     vision_mlp = sizes.of("backbone.vision.layers.#.fc1.weight", 0)[0]
@@ -129,8 +116,9 @@ def config_of(
     expert = replace(
         sizes.gemma("flow_head", depth), num_heads=language.num_heads, head_dim=language.head_dim, num_kv_heads=1
     )
-    sizes.raise_if_missing()
-    assert channels
+    if sizes.missing:
+        keys = [to_lerobot(key.replace("#", "0")) for key in sizes.missing]
+        raise ValueError("dimensions cannot be read, these keys are missing:\n  " + "\n  ".join(keys))
 
     if vision_heads is None:
         vision_heads = width // SIGLIP_HEAD_DIM if width % SIGLIP_HEAD_DIM == 0 else SIGLIP_HEADS
@@ -142,7 +130,6 @@ def config_of(
     if horizon is None:
         horizon = ModelConfig.horizon
         notes.append(f"the horizon is in neither file: taken as π0.5's {horizon}")
-    _check_config(values, action_dim, positions, image_size, patch, language, expert)
     config = ModelConfig(
         vision=VisionConfig(image_size, patch, width, sizes.depth("backbone.vision"), vision_mlp, vision_heads),
         language=language,
@@ -151,6 +138,7 @@ def config_of(
         horizon=horizon,
         action_dim=action_dim,
     )
+    _check_config(values, config, positions)
     return config, notes
 
 
@@ -158,15 +146,8 @@ _VARIANT_WIDTH = {"gemma_2b": 2048, "gemma_300m": 1024}
 _LEROBOT_CONSTANTS = {"min_period": 4e-3, "max_period": 4.0}  # of the time features; no tensor tells them
 
 
-def _check_config(
-    values: Mapping[str, Any],
-    action_dim: int,
-    positions: int,
-    image_size: int,
-    patch: int,
-    language: GemmaConfig,
-    expert: GemmaConfig,
-) -> None:
+def _check_config(values: Mapping[str, Any], config: ModelConfig, positions: int) -> None:
+    image_size, patch, action_dim = config.vision.image_size, config.vision.patch_size, config.action_dim
     problems = []
     if (kind := values.get("type", "pi05")) != "pi05":
         problems.append(f"type is {kind!r}, not 'pi05'")
@@ -187,9 +168,9 @@ def _check_config(
         if values.get(name, default) != default:
             problems.append(f"{name} is {values[name]}, but π0.5's is {default}")
     variants = {"paligemma": values.get("paligemma_variant"), "action_expert": values.get("action_expert_variant")}
-    if variants["paligemma"] and len(set(variants.values())) == 1 and language != expert:
+    if variants["paligemma"] and len(set(variants.values())) == 1 and config.language != config.expert:
         problems.append(f"paligemma and the action expert are both {variants['paligemma']}, but their weights differ")
-    for name, gemma in (("paligemma", language), ("action_expert", expert)):
+    for name, gemma in (("paligemma", config.language), ("action_expert", config.expert)):
         variant = variants[name]
         stated = _VARIANT_WIDTH.get(variant or "")
         # a width that is no variant's was built by changing LeRobot's constants: the name says nothing then
@@ -230,8 +211,3 @@ class _Sizes:
         if self.missing:
             return GemmaConfig()
         return GemmaConfig(width, depth, mlp, query // head_dim, 1, head_dim)
-
-    def raise_if_missing(self) -> None:
-        if self.missing:
-            keys = [to_lerobot(key.replace("#", "0")) for key in self.missing]
-            raise ValueError("dimensions cannot be read, these keys are missing:\n  " + "\n  ".join(keys))

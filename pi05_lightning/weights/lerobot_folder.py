@@ -70,43 +70,6 @@ def summarize(rows: Iterable[tuple[str, Tensor, str]]) -> list[str]:
     return [f"{count:3} × {' '.join(line)}" for line, count in groups.items()]
 
 
-def map_foreign(path: Path, vision_heads: int | None) -> Foreign:
-    """A folder with LeRobot's or openpi's (PyTorch) `model.safetensors` and `config.json`, mapped from the disk.
-
-    vision_heads: see `LeRobotFolder`.
-    ValueError that lists every missing, unexpected or misshaped key and every contradiction of config.json; also for a
-    truncated file. The embedding is `embed_tokens`; only where it is missing (openpi ties them), `lm_head`.
-    """
-    found: dict[str, tuple[str, Tensor]] = {}
-    unknown: dict[str, tuple[int, ...]] = {}
-    for theirs, tensor in map_weights(path).items():
-        if theirs.removeprefix(PREFIX) in found:  # with and without the prefix
-            unknown[theirs] = tuple(tensor.shape)
-        found.setdefault(theirs.removeprefix(PREFIX), (theirs, tensor))
-    if EMBED_TOKENS not in found and LM_HEAD in found:
-        found[EMBED_TOKENS] = found.pop(LM_HEAD)
-    unread = {PREFIX + key: found.pop(key)[1] for key in UNREAD if key in found}
-    dropped = dict(found.pop(key) for key in list(found) if key.startswith(DROPPED))
-    tensors: dict[str, Tensor] = {}
-    source: dict[str, str] = {}
-    for key, (theirs, tensor) in found.items():
-        ours = to_ours(key)
-        if ours is None or ours in tensors:
-            unknown[theirs] = tuple(tensor.shape)
-        else:
-            tensors[ours], source[ours] = tensor, theirs
-
-    shapes = sizes_of(tensors)
-    config, notes = config_of(shapes, read_json(path / CONFIG, default={}), vision_heads)
-    with torch.device("meta"):
-        expected = sizes_of(Pi05(config).state_dict())
-    names = {ours: to_lerobot(ours) for ours in expected} | source
-    heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
-    expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
-    check_keys(shapes | sizes_of(unread) | unknown, expected, names, path)
-    return Foreign(config, tensors, unread, dropped, source, tuple(notes))
-
-
 class LeRobotFolder(Weights):
     """`model.safetensors` and `config.json` of LeRobot's or openpi's.
 
@@ -122,8 +85,39 @@ class LeRobotFolder(Weights):
 
     @cached_property
     def mapped(self) -> Foreign:
-        """All that the weights' files hold; reads nothing of it yet. ValueError as `map_foreign`."""
-        return map_foreign(self.path, self.vision_heads)
+        """All that the weights' files hold, mapped from the disk: nothing of it is read yet.
+
+        ValueError that lists every missing, unexpected or misshaped key and every contradiction of config.json; also
+        for a truncated file. The embedding is `embed_tokens`; only where it is missing (openpi ties them), `lm_head`.
+        """
+        found: dict[str, tuple[str, Tensor]] = {}
+        unknown: dict[str, tuple[int, ...]] = {}
+        for theirs, tensor in map_weights(self.path).items():
+            if theirs.removeprefix(PREFIX) in found:  # with and without the prefix
+                unknown[theirs] = tuple(tensor.shape)
+            found.setdefault(theirs.removeprefix(PREFIX), (theirs, tensor))
+        if EMBED_TOKENS not in found and LM_HEAD in found:
+            found[EMBED_TOKENS] = found.pop(LM_HEAD)
+        unread = {PREFIX + key: found.pop(key)[1] for key in UNREAD if key in found}
+        dropped = dict(found.pop(key) for key in list(found) if key.startswith(DROPPED))
+        tensors: dict[str, Tensor] = {}
+        source: dict[str, str] = {}
+        for key, (theirs, tensor) in found.items():
+            ours = to_ours(key)
+            if ours is None or ours in tensors:
+                unknown[theirs] = tuple(tensor.shape)
+            else:
+                tensors[ours], source[ours] = tensor, theirs
+
+        shapes = sizes_of(tensors)
+        config, notes = config_of(shapes, read_json(self.path / CONFIG, default={}), self.vision_heads)
+        with torch.device("meta"):
+            expected = sizes_of(Pi05(config).state_dict())
+        names = {ours: to_lerobot(ours) for ours in expected} | source
+        heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
+        expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
+        check_keys(shapes | sizes_of(unread) | unknown, expected, names, self.path)
+        return Foreign(config, tensors, unread, dropped, source, tuple(notes))
 
     def config(self) -> ModelConfig:
         return self.mapped.config

@@ -5,7 +5,7 @@ Both ask for actions with the prompt `Task: …, State: …;`, and normalise by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,20 +139,12 @@ def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype
     robot = processor.robots[name]
     if robot.relative is not None:
         raise ValueError(f"{name}: a policy of relative actions (relative_dims) cannot be written as LeRobot's")
-    lerobot_config = policy_config(config, processor.cameras, robot.normalize, dtype)
-    lerobot_config._save_pretrained(folder)
-    save_pipelines(folder, lerobot_config, robot.normalize)
-    return inexpressible(config, processor)
-
-
-def policy_config(config: ModelConfig, cameras: Sequence[str], normalize: Normalize, dtype: torch.dtype) -> PI05Config:
-    """LeRobot's configuration of a policy with these dimensions."""
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
-    size = config.vision.image_size
-    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in cameras}
-    return PI05Config(
+    size, normalize = config.vision.image_size, robot.normalize
+    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}
+    lerobot_config = PI05Config(
         input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (len(normalize.state),))},
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (len(normalize.action),))},
         device="cpu",
@@ -162,6 +154,9 @@ def policy_config(config: ModelConfig, cameras: Sequence[str], normalize: Normal
         max_action_dim=config.action_dim,
         image_resolution=(size, size),
     )
+    lerobot_config._save_pretrained(folder)
+    save_pipelines(folder, lerobot_config, normalize)
+    return inexpressible(config, processor)
 
 
 def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> None:

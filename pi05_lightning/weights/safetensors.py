@@ -108,7 +108,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
     An interruption leaves the old file or none, never half of one.
     """
-    with replacing(path) as part:
+    with replacing(path, one_writer=True) as part:
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
 
 

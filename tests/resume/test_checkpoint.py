@@ -15,16 +15,29 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 
-def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"values": torch.ones(3)}, path)
+def kill_while_saving(path: Path) -> None:
+    """Leave what a killed process leaves that was about to write a checkpoint."""
     process = start_saving(path, 50_000_000)
-    while process.is_alive() and not any(file.stat().st_size > 1000 for file in tmp_path.glob("*.part")):
+    while process.is_alive() and not any(file.stat().st_size > 1000 for file in path.parent.glob("*.part")):
         time.sleep(0.001)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+
+
+def test_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"values": torch.ones(3)}, path)
+    kill_while_saving(path)
     assert torch.equal(torch.load(path, weights_only=True)["values"], torch.ones(3))
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_gone_with_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    kill_while_saving(path)
+    assert [file.name for file in tmp_path.iterdir()] == [".last.ckpt.part"]
+    AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ class Types(Callback):
         def note(module: torch.nn.Module, args: Any, output: Tensor) -> None:
             self.linear.add(output.dtype)
 
-        for head in (pl_module.backbone.layers[0].mlp.up_proj, pl_module.flow_head.layers[0].mlp.up_proj):
-            head.register_forward_hook(note)
+        for part in (pl_module.model.backbone, pl_module.model.flow_head):
+            part.layers[0].mlp.up_proj.register_forward_hook(note)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -30,7 +30,7 @@ class Watch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.expert.append(pl_module.flow_head.action_in_proj.weight.detach().clone())
+        self.expert.append(pl_module.model.flow_head.action_in_proj.weight.detach().clone())
         self.losses.append(float(outputs["loss"]))
         self.has_actions.append(len(batch.actions) > 0)
 

@@ -6,6 +6,7 @@ uint8, language columns become subtasks and answers, and data that cannot be tra
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -188,11 +189,7 @@ class LeRobotSource(Source):
         cameras = self.config.cameras
         if cameras is None:
             cameras = {key: key.rpartition(".")[2] for key in available}
-        for key in cameras:
-            if key not in available:
-                raise ValueError(
-                    f"dataset {self.name!r} has no image feature {key!r}; it has {available}: correct `cameras`"
-                )
+        self._check_known(cameras, available, "image feature", "`cameras`")
         if len(set(cameras.values())) < len(cameras):
             raise ValueError(
                 f"dataset {self.name!r}: two features share a camera name in {cameras}; name them in `cameras`"
@@ -221,12 +218,13 @@ class LeRobotSource(Source):
 
     def _widths(self, keys: list[str]) -> dict[str, int]:
         vectors = {key: f["shape"][0] for key, f in self.files.features.items() if len(f["shape"]) == 1}
-        for key in keys:
-            if key not in vectors:
-                raise ValueError(
-                    f"dataset {self.name!r} has no vector {key!r}; it has {sorted(vectors)}: correct the keys"
-                )
+        self._check_known(keys, sorted(vectors), "vector", "the keys")
         return {key: vectors[key] for key in keys}
+
+    def _check_known(self, keys: Iterable[str], known: list[str], what: str, where: str) -> None:
+        for key in keys:
+            if key not in known:
+                raise ValueError(f"dataset {self.name!r} has no {what} {key!r}; it has {known}: correct {where}")
 
     def _relative_actions(self, state_dims: int, action_dims: int) -> RelativeActions | None:
         dims, others = self.config.relative_dims, self.config.relative_state_dims
@@ -303,27 +301,28 @@ class LeRobotSource(Source):
 
     def _reject_values(self) -> None:
         """Frames without a task, and frames whose state or action chunk holds NaN or infinity."""
-        columns, add = self.columns, self.rejects.add
-        without_task = np.flatnonzero(self._task.codes < 0)
-        if len(without_task):
-            where = f"{columns.address(without_task[0])}, task_index"
-            add(where, "it has no task sentence", "Add it to meta/tasks.parquet or give `task`", len(without_task))
+        columns = self.columns
+        remedy = "Add it to meta/tasks.parquet or give `task`"
+        self._reject(self._task.codes < 0, "task_index", "it has no task sentence", remedy)
         bad_state, bad_action = (~np.isfinite(values).all(axis=1) for values in (columns.state, columns.action))
-        remedy = "Correct the data or leave the episode out with `episodes`"
         # a chunk is bad when a bad step lies between its frame and its end
         bad_until = np.concatenate([[0], np.cumsum(bad_action)])
         stop = np.minimum(np.arange(len(bad_action)) + self._steps, columns.end)
         bad_chunk = bad_until[stop] > bad_until[:-1]
-        for keys, values, bad_row, bad_frame in (
-            (self.config.state_keys, columns.state, bad_state, bad_state),
-            (self.config.action_keys, columns.action, bad_action, bad_chunk),
+        remedy = "Correct the data or leave the episode out with `episodes`"
+        for keys, values, bad in (
+            (self.config.state_keys, columns.state, bad_state),
+            (self.config.action_keys, columns.action, bad_chunk),
         ):
-            if bad_row.any():
-                row = int(np.argmax(bad_row))
-                dim = int(np.argmin(np.isfinite(values[row])))
-                where = f"{columns.address(row)}, {' + '.join(keys)}"
-                add(where, f"value {dim} is {values[row, dim]}", remedy, int(bad_frame.sum()))
-        self._kept &= (self._task.codes >= 0) & ~bad_state & ~bad_chunk
+            for row, dim in np.argwhere(~np.isfinite(values))[:1]:
+                self._reject(bad, " + ".join(keys), f"value {dim} is {values[row, dim]}", remedy, row)
+
+    def _reject(self, bad: np.ndarray, what: str, problem: str, remedy: str, row: int | None = None) -> None:
+        """Leave out the frames for which bool[N] holds, if any; row: the one to name, by default the first of them."""
+        if bad.any():
+            where = f"{self.columns.address(int(np.argmax(bad)) if row is None else row)}, {what}"
+            self.rejects.add(where, problem, remedy, int(bad.sum()))
+            self._kept &= ~bad
 
     # Images.
 
@@ -346,22 +345,16 @@ class LeRobotSource(Source):
         chunk, number, start = (
             files.video_column(key, name)[place] for name in ("chunk_index", "file_index", "from_timestamp")
         )
-        self._reject_rows(np.isnan(start), key, "this episode has no video of this camera")
+        remedy = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
+        self._reject(np.isnan(start), key, "this episode has no video of this camera", remedy)
         location = np.nan_to_num(np.stack([chunk, number], axis=1), nan=-1).astype(np.int64)
         numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
         paths = [files.video_path(key, *number) for number in numbers]
         for i, path in enumerate(paths):
             if not path.exists():
-                self._reject_rows((file == i) & ~np.isnan(start), key, f"{path} is missing")
+                self._reject((file == i) & ~np.isnan(start), key, f"{path} is missing", remedy)
         position, config = start + columns.timestamp, self.config
         return VideoFrames(paths, file.astype(np.int32), position, config.tolerance_s, config.convert_images)
-
-    def _reject_rows(self, rows: np.ndarray, key: str, problem: str) -> None:
-        if rows.any():
-            where = f"{self.columns.address(int(np.argmax(rows)))}, {key}"
-            remedy = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
-            self.rejects.add(where, problem, remedy, int(rows.sum()))
-            self._kept &= ~rows
 
     @property
     def _caches(self) -> dict[str, CachedFrames]:
@@ -369,13 +362,10 @@ class LeRobotSource(Source):
 
     def _reject_undecoded(self) -> None:
         for camera, cache in self._caches.items():
-            rows = cache.unreadable()
-            rows = rows[self._kept[rows]]
-            if len(rows):
-                where = f"{self.columns.address(rows[0])}, {camera}"
-                remedy = "Restore the file or leave its episodes out with `episodes`"
-                self.rejects.add(where, cache.problem(rows[0]), remedy, len(rows))
-                self._kept[rows] = False
+            bad = cache.unreadable() & self._kept
+            if bad.any():
+                problem = cache.problem(int(np.argmax(bad)))
+                self._reject(bad, camera, problem, "Restore the file or leave its episodes out with `episodes`")
         self._rows = np.flatnonzero(self._kept)
 
     def _image(self, camera: str, row: int) -> np.ndarray:

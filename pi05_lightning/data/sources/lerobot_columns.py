@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -83,21 +84,6 @@ class _File:
         return f"episode {self.episode[row]}, frame {self.frame[row]}"
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The wanted rows of one file; texts are plain lists here."""
-
-    file_row: np.ndarray
-    episode: np.ndarray
-    frame: np.ndarray
-    timestamp: np.ndarray
-    state: np.ndarray
-    action: np.ndarray
-    task: np.ndarray
-    subtask: list[str | None]
-    answers: list[tuple[int, Answer]]
-
-
 def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, rejects: Rejects) -> Columns:
     """The rows of chosen episodes. Unreadable files, and episodes that are empty or incomplete, are rejects."""
     place = np.searchsorted(files.column("episode_index"), episodes)
@@ -110,7 +96,7 @@ def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, reje
         inside = (location == number).all(axis=1) & (length > 0)
         path = files.data_path(*number)
         part = _read_file(files, path, dict(zip(episodes[inside], length[inside], strict=True)), wanted, rejects)
-        if part is not None:
+        if part:
             paths.append(path)
             parts.append(part)
     return _concatenate(files, paths, parts, wanted)
@@ -118,14 +104,17 @@ def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, reje
 
 def _read_file(
     files: LeRobotFiles, path: Path, lengths: dict[int, int], wanted: Wanted, rejects: Rejects
-) -> _Part | None:
-    """The rows of the episodes in `lengths`, {number: frames}; None for a file that cannot be used."""
+) -> dict[str, Any]:
+    """The rows of the episodes in `lengths`, {number: frames}, by the fields of `Columns`; none of an unusable file.
+
+    Tasks are numbers and subtasks texts; an answer comes with its frame's place among these rows.
+    """
     where = f"episodes {min(lengths)} to {max(lengths)}"
     try:
         file = _open(files, path, wanted)
     except BadFrame as error:
         rejects.add(where, str(error), f"Restore {path} from its origin", sum(lengths.values()))
-        return None
+        return {}
     keep = _complete(file, lengths, rejects)
     numbers = {key: _numbers(file, key, width, keep, rejects) for key, width in (wanted.state | wanted.action).items()}
     answers = _answers(file, keep, wanted, rejects)
@@ -137,24 +126,25 @@ def _read_file(
         rejects.add(f"{where}, {file.subtask_key}", problem, remedy, 0)
         subtask = [None] * kept
     none = np.empty((kept, 0), np.float32)
-    return _Part(
-        file_row=np.flatnonzero(keep),
-        episode=file.episode[keep].astype(np.int64),
-        frame=file.frame[keep].astype(np.int64),
-        timestamp=file.timestamp[keep],
-        state=np.concatenate([none, *(numbers[key] for key in wanted.state)], axis=1),
-        action=np.concatenate([none, *(numbers[key] for key in wanted.action)], axis=1),
-        task=file.table.column("task_index").to_numpy()[keep],
-        subtask=subtask,
-        answers=answers,
-    )
+    return {
+        "file_row": np.flatnonzero(keep),
+        "episode": file.episode[keep].astype(np.int64),
+        "frame": file.frame[keep].astype(np.int64),
+        "timestamp": file.timestamp[keep],
+        "state": np.concatenate([none, *(numbers[key] for key in wanted.state)], axis=1),
+        "action": np.concatenate([none, *(numbers[key] for key in wanted.action)], axis=1),
+        "task": file.table.column("task_index").to_numpy()[keep],
+        "subtask": subtask,
+        "answers": answers,
+    }
 
 
 def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
     """The wanted columns of a file; raises BadFrame for one that is missing, damaged, or lacks a column."""
     try:
         present = pq.read_schema(path).names
-        subtask_key = _subtask_column(wanted.subtask_key, present)
+        found = (name for name in (PERSISTENT, "subtask_index") if name in present)
+        subtask_key = next(found, None) if wanted.subtask_key is None else wanted.subtask_key
         names = {"episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action}
         if subtask_key not in (None, PERSISTENT):
             names.add(subtask_key)
@@ -173,12 +163,6 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
         raise BadFrame(f"{path} is damaged ({error})") from error
     frame, timestamp = table.column("frame_index").to_numpy(), table.column("timestamp").to_numpy().astype(np.float64)
     return _File(path, table, episode, frame, timestamp, begins, subtask_key, persistent, events)
-
-
-def _subtask_column(key: str | None, present: list[str]) -> str | None:
-    if key is not None:
-        return key
-    return next((name for name in (PERSISTENT, "subtask_index") if name in present), None)
 
 
 def _complete(file: _File, lengths: dict[int, int], rejects: Rejects) -> np.ndarray:
@@ -246,15 +230,15 @@ def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> list[str | 
     return values.to_pylist()
 
 
-def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[_Part], wanted: Wanted) -> Columns:
+def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[dict[str, Any]], wanted: Wanted) -> Columns:
     def joined(name: str, empty: np.ndarray) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts] or [empty])
+        return np.concatenate([part[name] for part in parts] or [empty])
 
     none = np.empty(0, np.int64)
     episode = joined("episode", none)
     begins = np.flatnonzero(np.diff(episode, prepend=-1))
     lengths = np.diff(begins, append=len(episode))
-    sizes = [len(part.episode) for part in parts]
+    sizes = [len(part["episode"]) for part in parts]
     starts = np.cumsum([0, *sizes])
     return Columns(
         files=paths,
@@ -267,10 +251,10 @@ def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[_Part], wan
         state=joined("state", np.empty((0, sum(wanted.state.values())), np.float32)),
         action=joined("action", np.empty((0, sum(wanted.action.values())), np.float32)),
         task=TextColumn.of_codes(joined("task", none), files.sentences("tasks", "task")),
-        subtask=TextColumn.of_texts(text for part in parts for text in part.subtask),
+        subtask=TextColumn.of_texts(text for part in parts for text in part["subtask"]),
         answers=AnswerColumn.build(
             (int(start) + row, answer)
             for start, part in zip(starts, parts, strict=False)
-            for row, answer in part.answers
+            for row, answer in part["answers"]
         ),
     )

@@ -182,11 +182,7 @@ class VisionTextSource(Source):
                 f"dataset {self.name!r} has no {absent or 'captions, questions with answers, nor boxes with labels'};"
                 f" its columns are {present}: say which of them hold what"
             )
-        wanted = {
-            *needed,
-            *(column for columns in kinds for column in columns),
-            *({config.camera_column} & set(present)),
-        }
+        wanted = {*needed, *({config.camera_column} & set(present))}.union(*kinds)
         return data.select_columns(sorted(wanted)).cast_column(config.image_column, datasets.Image(decode=False))
 
     def _with_text(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +192,7 @@ class VisionTextSource(Source):
         columns = {
             name: self._data[name][:] if name in present else None for names in config.texts.values() for name in names
         }
-        found: list[list[int]] = [[] for _ in config.texts]
+        found: list[tuple[int, int]] = []
         problems: dict[int, tuple[str, str]] = {}
         for row in rows.tolist():
             here = {name: column[row] if column else None for name, column in columns.items()}
@@ -205,13 +201,12 @@ class VisionTextSource(Source):
             if wrong or not kinds:
                 problems[row] = wrong[0] if wrong else (", ".join(config.texts), "it has no text at all")
             else:
-                for kind in kinds:
-                    found[kind].append(row)
+                found += [(kind, row) for kind in kinds]
         if problems:
             first, (key, problem) = next(iter(problems.items()))
             self.rejects.add(f"row {first}, {key}", problem, "Drop the row or correct it", len(problems))
-        kinds_of_rows = np.repeat(np.arange(len(found)), [len(rows) for rows in found])
-        return np.concatenate([np.array(rows, dtype=np.int64) for rows in found]), kinds_of_rows
+        kind_of_frame, row_of_frame = np.array(sorted(found), dtype=np.int64).reshape(-1, 2).T
+        return row_of_frame, kind_of_frame
 
     def _problem(self, kind: str, row: dict[str, Any]) -> str | None:
         """What is wrong with one kind of text of a row, or None."""

@@ -64,13 +64,12 @@ class Points:
             if point.camera == camera
         ]
         words = [torch.tensor(encode(point.query), dtype=torch.long) for _, point in points]
-        empty = torch.zeros(0, 0, dtype=torch.long)
+        tokens = pad_sequence(words, batch_first=True) if words else torch.zeros(0, 0, dtype=torch.long)
+        lengths = torch.tensor([len(word) for word in words]).reshape(-1, 1)
         return {
             "image": torch.tensor([image for image, _ in points], dtype=torch.long),
-            "tokens": pad_sequence(words, batch_first=True) if words else empty,
-            "token_mask": pad_sequence([torch.ones_like(w, dtype=torch.bool) for w in words], batch_first=True)
-            if words
-            else empty.bool(),
+            "tokens": tokens,
+            "token_mask": torch.arange(tokens.shape[1]) < lengths,
             "centre": torch.tensor([point.centre for _, point in points]).reshape(-1, 2),
         }
 
@@ -86,18 +85,15 @@ class LocationHead(Head):
         return NAME in batch.auxiliary and len(batch.auxiliary[NAME]["image"]) > 0
 
     def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
-        distance = self.distance(batch, prefix, backbone)
-        return {NAME: Term(distance, torch.ones_like(distance, dtype=torch.bool))}
-
-    def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
-        return {"pointing_error": self.loss(batch, prefix, backbone)[NAME]}
-
-    def distance(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Tensor:
-        """f32[Q] of the batch's points."""
+        """Of each of the batch's Q points."""
         assert isinstance(backbone.vision, KeypointStem)
         asked = batch.auxiliary[NAME]
         words = backbone.embed_text(asked["tokens"]) * asked["token_mask"][..., None]
         query = words.sum(1) / asked["token_mask"].sum(1, keepdim=True)
         image = asked["image"]
         pointed = backbone.vision.point(query, prefix.vision["keypoints"][image], batch.camera[image])
-        return (pointed - asked["centre"]).abs().mean(-1)
+        distance = (pointed - asked["centre"]).abs().mean(-1)
+        return {NAME: Term(distance, torch.ones_like(distance, dtype=torch.bool))}
+
+    def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        return {"pointing_error": self.loss(batch, prefix, backbone)[NAME]}

@@ -8,6 +8,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pi05_lightning.files.local import replacing
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 
 
@@ -46,10 +47,8 @@ class RunCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero and filepath != linkpath:
-            new = Path(f"{linkpath}.part")
-            new.unlink(missing_ok=True)
-            new.symlink_to(os.path.relpath(filepath, new.parent))
-            new.replace(linkpath)
+            with replacing(Path(linkpath), one_writer=True) as new:
+                new.symlink_to(os.path.relpath(filepath, new.parent))
         trainer.strategy.barrier()
 
 

@@ -11,7 +11,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.recipe import Recipe
 
 KEY = "ema"
 """Where a checkpoint holds the average: {name of the parameter: f32 tensor}."""
@@ -38,12 +37,6 @@ class WeightAverage(Callback):
         self._own: dict[str, Tensor] = {}
         self._step = 0
 
-    def decay_at(self, recipe: Recipe, step: int) -> float:
-        """Share of the average that step number `step` keeps."""
-        assert self.decay is not None
-        done, _ = recipe.progress(step)
-        return min(self.decay, (1 + done) / (10 + done))
-
     # --- training
 
     @torch.no_grad()
@@ -64,9 +57,10 @@ class WeightAverage(Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Pi05Module)
-        if not self._pairs or trainer.global_step == self._step:  # gradients are being accumulated
+        if self.decay is None or trainer.global_step == self._step:  # gradients are being accumulated
             return
-        weight = 1 - self.decay_at(pl_module.recipe, self._step)
+        done, _ = pl_module.recipe.progress(self._step)
+        weight = 1 - min(self.decay, (1 + done) / (10 + done))
         self._step = trainer.global_step
         for average, parameter in self._pairs:
             average.lerp_(parameter.detach().float(), weight)
@@ -101,14 +95,12 @@ class WeightAverage(Callback):
         if self.validate:
             self._apply(pl_module)
 
-    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         self._restore(pl_module)
 
     on_validation_start = on_test_start = on_predict_start = _begin
-    on_validation_end = on_test_end = on_predict_end = _end
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore(pl_module)  # before a checkpoint is written of it
+    # an exception's before a checkpoint is written of it
+    on_validation_end = on_test_end = on_predict_end = on_exception = _end
 
     # --- checkpoints
 

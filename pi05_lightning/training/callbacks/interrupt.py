@@ -41,13 +41,9 @@ class InterruptBetweenSteps(Callback):
         if self.requested:
             raise KeyboardInterrupt
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
+    def _restore(self, *args: Any, **kwargs: Any) -> None:
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
             self.previous = None
+
+    on_exception = teardown = _restore

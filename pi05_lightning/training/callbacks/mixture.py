@@ -40,7 +40,7 @@ class MixtureLog(Callback):
         assert isinstance(pl_module, Pi05Module)
         assert batch.drawn is not None
         self.draws.update(batch.drawn.names)
-        per_image = pl_module.backbone.vision.num_tokens
+        per_image = pl_module.model.backbone.vision.num_tokens
         self.valid += len(batch.pixels) * per_image + batch.drawn.text_tokens
         self.positions += batch.image_mask.numel() * per_image + batch.tokens.numel()
         if batch.drawn.skipped:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.recipe import FLOW_ALPHA, POSTTRAIN, PRETRAIN, Recipe, Stage, StageOptions
+from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.training.precision import replaced
 
 log = logging.getLogger(__name__)
@@ -23,26 +23,11 @@ class StageSwitch(Callback):
 
     All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of a
     switch continues as it would have. Without `max_steps` the trainer stops after the last stage.
-
-    Args:
-        pretrain_steps: optimizer steps of stage 1, CE(text) + CE(subtask) + CE(FAST).
-        posttrain_steps: optimizer steps of stage 2, CE(subtask) + flow_alpha · flow matching.
-        flow_alpha: factor on the weight of the flow loss in stage 2.
-        pretrain: loss weights, mixture, learning rates and frozen parts of stage 1.
-        posttrain: the same of stage 2.
-        then: further stages, in order, each with a `name` and `steps` beside what the first two have.
+    Its arguments are those of `Recipe.of`.
     """
 
-    def __init__(
-        self,
-        pretrain_steps: int = 280_000,
-        posttrain_steps: int = 80_000,
-        flow_alpha: float = FLOW_ALPHA,
-        pretrain: StageOptions = PRETRAIN,
-        posttrain: StageOptions = POSTTRAIN,
-        then: Sequence[Stage] = (),
-    ) -> None:
-        self.recipe = Recipe.of(pretrain_steps, posttrain_steps, flow_alpha, pretrain, posttrain, then)
+    def __init__(self, *stages: Any, **options: Any) -> None:
+        self.recipe = Recipe.of(*stages, **options)
         self._entered: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

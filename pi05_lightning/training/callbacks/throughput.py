@@ -109,7 +109,7 @@ class Throughput(Callback):
 
 def count_tokens(batch: Batch, module: Pi05Module) -> Tensor:
     """Valid image and text tokens, and action steps of every noise draw; a scalar on the batch's device."""
-    per_image = module.backbone.vision.num_tokens
+    per_image = module.model.backbone.vision.num_tokens
     steps = batch.action_mask.any(-1).sum() * module.flow_draws
     return batch.token_mask.sum() + batch.image_mask.sum() * per_image + steps
 
