@@ -18,8 +18,9 @@ from time import monotonic
 from rich.console import Console
 
 from pi05_lightning.evaluation.report.metrics import Metrics
-from pi05_lightning.evaluation.report.tables import metrics_table, success_table
+from pi05_lightning.evaluation.report.tables import metrics_table
 from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.sim.summary import success_table
 from pi05_lightning.types import Subset
 
 OUT = Path("runs/demo")

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pi05_lightning.evaluation.report.run import Curve
-from pi05_lightning.evaluation.statistics import Success, wilson_interval
+from pi05_lightning.evaluation.statistics import Success, rates
 
 # Okabe and Ito's palette, told apart with any colour vision
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
@@ -29,23 +29,21 @@ MODE_LABELS = {
 
 def success_bars(success: Success) -> str:
     """Success rate per task and mode with its 95 % Wilson interval, and over all tasks."""
-    tasks = list(next(iter(success.values())))
-    groups = [*tasks, "all tasks"]
+    found = rates(success)
+    groups = list(next(iter(found.values())))
     figure = Figure(figsize=(max(7.0, 1.6 * len(groups)), 3.4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(success)
-    for number, (mode, by_task) in enumerate(success.items()):
-        counts = [tuple(by_task[task]) for task in tasks]
-        counts.append((sum(s for s, _ in counts), sum(n for _, n in counts)))
-        rates = np.array([successes / trials for successes, trials in counts])
-        intervals = np.array([wilson_interval(*count) for count in counts])
-        error = np.abs(intervals.T - rates)
+    for number, (mode, by_task) in enumerate(found.items()):
+        heights = np.array([by_task[group].value for group in groups])
+        bounds = np.array([[by_task[group].low, by_task[group].high] for group in groups])
+        error = np.abs(bounds.T - heights)
         place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
         color = COLORS[number % len(COLORS)]
         axes.bar(
-            place, rates, 0.9 * width, yerr=error, color=color, label=MODE_LABELS.get(mode, mode), ecolor="#444444"
+            place, heights, 0.9 * width, yerr=error, color=color, label=MODE_LABELS.get(mode, mode), ecolor="#444444"
         )
-    axes.axvline(len(tasks) - 0.5, color="#cccccc", linewidth=1)
+    axes.axvline(len(groups) - 1.5, color="#cccccc", linewidth=1)
     axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("success rate")
