@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pi05_lightning.sim.encoding import encode_video
 from pi05_lightning.sim.trials import FilmFrame, Trial
 
 CAMERA_HEIGHT = 256  # pixels that a camera image is scaled to
@@ -34,13 +34,7 @@ def write(path: Path, trial: Trial, fps: int) -> None:
     """An mp4 that browsers play (H.264, 4:2:0), its last frame held for a second, and a PNG of its middle frame."""
     shown = frames(trial)
     Image.fromarray(shown[len(shown) // 2]).save(path.with_suffix(".png"))
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", fps)
-        stream.height, stream.width = shown[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for image in [*shown, *[shown[-1]] * fps]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    encode_video(path, [*shown, *[shown[-1]] * fps], fps, "libx264", "yuv420p")
 
 
 def gif(trial: Trial, fps: int) -> bytes:
