@@ -78,15 +78,13 @@ class Pi05Policy(Inference):
         super().__init__(model.to(device), processor, Acting(execution_horizon=horizon, **acting), seed)
         if use_fast_tokens and processor.fast is None:
             raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")
-        found = {
-            "policy_type": "pi0.5",
-            "backbone_type": model.config.backbone_type,
-            "obs_dim": processor.robots[self.robot].state_dim,
-            "action_dim": self.action_dim,
-            "image_dim's channels": 3,
-        }
-        expected = (policy_type, backbone_type, obs_dim, action_dim, image_dim[0] if image_dim else None)
-        for (name, value), wanted in zip(found.items(), expected, strict=True):
+        for name, value, wanted in (
+            ("policy_type", "pi0.5", policy_type),
+            ("backbone_type", model.config.backbone_type, backbone_type),
+            ("obs_dim", processor.robots[self.robot].state_dim, obs_dim),
+            ("action_dim", self.action_dim, action_dim),
+            ("image_dim's channels", 3, image_dim[0] if image_dim else None),
+        ):
             if wanted not in (None, value):
                 raise ValueError(f"{name} is {value} in {model_path}, not {wanted}: correct it or leave it out")
         self._begin_queue()

@@ -16,7 +16,7 @@ from pi05_lightning.inference import Acting
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig
-from pi05_lightning.sim.rollout import Done, Plan, Worker, available_modes, run_in_processes, view_of
+from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise, tables
 from pi05_lightning.sim.trials import Clock, Mode, Trial
@@ -76,16 +76,18 @@ def rollout(
     del policy  # maybe gigabytes: every process loads its own
     out = out or default_folder(checkpoint)
     out.mkdir(parents=True, exist_ok=True)
-    done: list[Done] = []
+    trials, clocks = list[Trial](), {mode: Clock() for mode in modes}
     with (
         closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
         tqdm(total=len(plan.tasks) * episodes * len(modes), unit="episode", desc="rollout") as bar,
     ):
-        for one in results:
-            write_films(out, one.trials, round(robot.fps))
-            done.append(one)
-            bar.update(len(one.trials))
-    result = measured(done, modes) | {
+        for job in results:
+            write_films(out, job.trials, round(robot.fps))
+            trials += job.trials
+            clocks[job.mode].add(job.clock)
+            bar.update(len(job.trials))
+    result = summarise(trials, clocks) | {
+        "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
         "execution_horizon": how.execution_horizon,
         "noise_scale": how.noise_scale,
         "env": str(env),
@@ -109,14 +111,3 @@ def write_films(folder: Path, trials: Iterable[Trial], fps: int) -> None:
         if trial.film:
             video.write(folder / f"{trial.mode}-{trial.task.replace('/', '-')}-{trial.seed}.mp4", trial, fps)
             trial.film.clear()
-
-
-def measured(done: Iterable[Done], modes: Iterable[Mode]) -> dict[str, Any]:
-    """What the jobs came to, in all, and the seconds of processes that each mode took."""
-    trials: list[Trial] = []
-    clocks, seconds = {mode: Clock() for mode in modes}, dict.fromkeys(modes, 0.0)
-    for one in done:
-        trials += one.trials
-        clocks[one.mode].add(one.clock)
-        seconds[one.mode] += one.seconds
-    return summarise(trials, clocks) | {"process_seconds": {mode: round(s, 1) for mode, s in seconds.items()}}

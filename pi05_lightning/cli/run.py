@@ -16,7 +16,6 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -258,12 +257,7 @@ def run(command: str, args: list[str]) -> None:
             cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            report_metrics(cli.model.results, Path(cli.config.run))
+            Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run))))
     finally:
         if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)
-
-
-def report_metrics(results: Mapping[str, Mapping[str, float]], folder: Path) -> None:
-    """Print validation's metrics as a table, and write them to the run's metrics.json and metrics.csv."""
-    Console().print(metrics_table(write_metrics(results, folder)))

@@ -171,8 +171,3 @@ def draw_horizon(values: Mapping[str, float | None]) -> Figure:
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=7)
     return figure
-
-
-def error_panels(values: Mapping[str, float | None]) -> str:
-    """`draw_horizon` as SVG."""
-    return as_svg(draw_horizon(values))
