@@ -115,12 +115,8 @@ class Inference:
         them.
         """
         fast = not self.acting.use_flow_matching
-        batch = self.processor.collate(
-            [
-                self.processor.prompt(frame, self.robot, subtask, fast=fast)
-                for frame, subtask in zip(frames, subtasks, strict=True)
-            ]
-        ).to(self.model.device)
+        prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
+        batch = self.processor.collate(prompts).to(self.model.device)
         if fast:
             if prefix_actions is not None:
                 raise ValueError("prefix_actions need the flow head: leave them out, or set use_flow_matching")

@@ -74,7 +74,12 @@ class Pi05Policy(Inference):
             weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
             processor, self.trained = weights.processor(), weights.trained
             model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
-        horizon = _one_horizon(execution_horizon, pred_horizon)
+        if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
+            raise ValueError(
+                f"execution_horizon is {execution_horizon} and pred_horizon {pred_horizon}: they mean the same,"
+                " give one"
+            )
+        horizon = pred_horizon if execution_horizon is None else execution_horizon
         super().__init__(model.to(device), processor, Acting(execution_horizon=horizon, **acting), seed)
         if use_fast_tokens and processor.fast is None:
             raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")
@@ -189,14 +194,6 @@ class Pi05Policy(Inference):
             task=observation.get("task", ""),
             state=None if state is None else np.asarray(state, dtype=np.float32).reshape(-1),
         )
-
-
-def _one_horizon(execution_horizon: int | None, pred_horizon: int | None) -> int | None:
-    if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
-        raise ValueError(
-            f"execution_horizon is {execution_horizon} and pred_horizon {pred_horizon}: they mean the same, give one"
-        )
-    return pred_horizon if execution_horizon is None else execution_horizon
 
 
 def _image(camera: str, image: Any) -> np.ndarray:

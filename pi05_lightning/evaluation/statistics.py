@@ -11,14 +11,14 @@ Success = Mapping[str, Mapping[str, Sequence[int]]]
 """mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a success rate: sound at few trials and at rates of 0 and 1, unlike ± 2 sigma.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a success rate: sound at few trials and at rates of 0 and 1, unlike ± 2 sigma.
 
     Raises ValueError without trials.
     """
     if trials < 1:
         raise ValueError("an interval needs at least one trial")
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 

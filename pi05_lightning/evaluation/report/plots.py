@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -53,15 +52,15 @@ def success_bars(success: Success) -> str:
 
 SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
 TOPICS = {
-    "losses": r"loss/",
-    "validation": r"val/",
-    "closed loop": r"rollout/",
-    "learning rates": r"lr",
-    "gradient norms": r"grad_norm/",
-    "speed": r"throughput/",
-    "mixture drawn": r"mixture/",
-    "bad samples": r"data/",
-    "memory": r"memory/",
+    "losses": "loss/",
+    "validation": "val/",
+    "closed loop": "rollout/",
+    "learning rates": "lr",
+    "gradient norms": "grad_norm/",
+    "speed": "throughput/",
+    "mixture drawn": "mixture/",
+    "bad samples": "data/",
+    "memory": "memory/",
 }
 """Topic -> what its tags begin with, in the order of the page."""
 
@@ -70,19 +69,19 @@ def topic_panels(curves: Mapping[str, Curve], switches: Sequence[int] = ()) -> d
     """Topic -> figure of all its curves that have more than one point."""
     figures = {}
     for topic, start in TOPICS.items():
-        found = {tag: curve for tag, curve in curves.items() if re.match(start, tag) and len(curve.steps) > 1}
+        found = {tag: curve for tag, curve in curves.items() if tag.startswith(start) and len(curve.steps) > 1}
         if found:
             figures[topic] = curve_panels(found, switches)
     return figures
 
 
-def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int] = (), columns: int = 3) -> str:
+def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
     """One panel per group of scalars (`a/x` and `a/y` are group `a`); dashed lines mark where a stage begins.
 
     Scalars that differ by more than a hundredfold have panels of their own.
     """
     panels_of = _panels(curves)
-    columns = min(columns, len(panels_of))
+    columns = min(3, len(panels_of))
     rows = -(-len(panels_of) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 6.0), 2.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
