@@ -20,6 +20,7 @@ from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_pro
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise, tables
 from pi05_lightning.sim.trials import Clock, Mode, Trial
+from pi05_lightning.weights.locate import run_of
 
 
 def rollout(
@@ -74,7 +75,7 @@ def rollout(
     how = replace(how, execution_horizon=policy.execution_horizon)
     worker = Worker(env, view_of(policy), str(checkpoint), how, device, found)
     del policy  # maybe gigabytes: every process loads its own
-    out = out or default_folder(checkpoint)
+    out = out or run_of(checkpoint) / "rollout"
     out.mkdir(parents=True, exist_ok=True)
     trials, clocks = list[Trial](), {mode: Clock() for mode in modes}
     with (
@@ -97,12 +98,6 @@ def rollout(
     write_json(out / "rollout.json", result)
     Console().print(*tables(result))
     return result
-
-
-def default_folder(checkpoint: Path) -> Path:
-    """`rollout` in the run's directory, wherever in it the checkpoint is."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "rollout"
 
 
 def write_films(folder: Path, trials: Iterable[Trial], fps: int) -> None:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import batched
 from multiprocessing.util import Finalize
 from pathlib import Path
 from time import perf_counter
@@ -72,8 +73,7 @@ class Plan:
                     Trial(mode, task, seed, i < films, self.max_seconds, noise_seed=self.seed)
                     for i, seed in enumerate(seeds)
                 ]
-                for first in range(0, self.episodes, self.lanes):
-                    yield Job(tuple(trials[first : first + self.lanes]))
+                yield from map(Job, batched(trials, self.lanes))
 
 
 class Lanes:
