@@ -44,13 +44,8 @@ class Acting:
     """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them and return NaN."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("inference_delay", 0),
-            ("replan_subtask_every", 1),
-            ("num_steps", 1),
-            ("noise_scale", 0),
-            ("temperature", 0),
-        ):
+        at_least = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "noise_scale": 0, "temperature": 0}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
         if self.inference_delay and not self.use_flow_matching:
@@ -120,12 +115,8 @@ class Inference:
         them.
         """
         fast = not self.acting.use_flow_matching
-        batch = self.processor.collate(
-            [
-                self.processor.prompt(frame, self.robot, subtask, fast=fast)
-                for frame, subtask in zip(frames, subtasks, strict=True)
-            ]
-        ).to(self.model.device)
+        prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
+        batch = self.processor.collate(prompts).to(self.model.device)
         if fast:
             if prefix_actions is not None:
                 raise ValueError("prefix_actions need the flow head: leave them out, or set use_flow_matching")

@@ -74,19 +74,22 @@ class Pi05Policy(Inference):
             weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
             processor, self.trained = weights.processor(), weights.trained
             model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
-        horizon = _one_horizon(execution_horizon, pred_horizon)
+        if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
+            raise ValueError(
+                f"execution_horizon is {execution_horizon} and pred_horizon {pred_horizon}: they mean the same,"
+                " give one"
+            )
+        horizon = pred_horizon if execution_horizon is None else execution_horizon
         super().__init__(model.to(device), processor, Acting(execution_horizon=horizon, **acting), seed)
         if use_fast_tokens and processor.fast is None:
             raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")
-        found = {
-            "policy_type": "pi0.5",
-            "backbone_type": model.config.backbone_type,
-            "obs_dim": processor.robots[self.robot].state_dim,
-            "action_dim": self.action_dim,
-            "image_dim's channels": 3,
-        }
-        expected = (policy_type, backbone_type, obs_dim, action_dim, image_dim[0] if image_dim else None)
-        for (name, value), wanted in zip(found.items(), expected, strict=True):
+        for name, value, wanted in (
+            ("policy_type", "pi0.5", policy_type),
+            ("backbone_type", model.config.backbone_type, backbone_type),
+            ("obs_dim", processor.robots[self.robot].state_dim, obs_dim),
+            ("action_dim", self.action_dim, action_dim),
+            ("image_dim's channels", 3, image_dim[0] if image_dim else None),
+        ):
             if wanted not in (None, value):
                 raise ValueError(f"{name} is {value} in {model_path}, not {wanted}: correct it or leave it out")
         self._begin_queue()
@@ -191,14 +194,6 @@ class Pi05Policy(Inference):
             task=observation.get("task", ""),
             state=None if state is None else np.asarray(state, dtype=np.float32).reshape(-1),
         )
-
-
-def _one_horizon(execution_horizon: int | None, pred_horizon: int | None) -> int | None:
-    if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
-        raise ValueError(
-            f"execution_horizon is {execution_horizon} and pred_horizon {pred_horizon}: they mean the same, give one"
-        )
-    return pred_horizon if execution_horizon is None else execution_horizon
 
 
 def _image(camera: str, image: Any) -> np.ndarray:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi05_lightning.cli.collect import collect
 from pi05_lightning.cli.main import main
 from pi05_lightning.files.shipped import shipped_configs
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.sim.metaworld.collect import collect
 from pi05_lightning.sim.metaworld.config import CollectConfig
 from tools import experiment
 

@@ -18,8 +18,9 @@ from time import monotonic
 from rich.console import Console
 
 from pi05_lightning.evaluation.report.metrics import Metrics
-from pi05_lightning.evaluation.report.tables import metrics_table, success_table
+from pi05_lightning.evaluation.report.tables import metrics_table
 from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.sim.summary import success_table
 from pi05_lightning.types import Subset
 
 OUT = Path("runs/demo")
@@ -66,7 +67,11 @@ def demo(out: Path = OUT, seed: int = 0, quick: bool = False) -> None:
         with done.timed():
             run_command(part.next_command)
         write_summary(out, todo, seed)
-    print_result(out)
+    summary = read_json(out / "summary.json")
+    metrics = read_json(out / "fit" / "metrics.json", default={})
+    console.print(metrics_table(metrics), success_table(summary["success"]))
+    console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
+    console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
 
 
 def parts(out: Path, seed: int, quick: bool) -> list[Part]:
@@ -175,16 +180,4 @@ def by_modality(metrics: Metrics) -> Metrics:
         for metric, value in by_metric.items():
             if subset.source and value is not None and "/" not in metric:
                 values[str(subset.modality)][metric].append(value)
-    return {
-        name: {metric: fmean(found) for metric, found in metric_values.items()}
-        for name, metric_values in values.items()
-    }
-
-
-def print_result(out: Path) -> None:
-    """The table, the page's path and TensorBoard's command."""
-    summary = read_json(out / "summary.json")
-    metrics = read_json(out / "fit" / "metrics.json", default={})
-    console.print(metrics_table(metrics), success_table(summary["success"]))
-    console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
-    console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
+    return {name: {metric: fmean(v) for metric, v in by_metric.items()} for name, by_metric in values.items()}

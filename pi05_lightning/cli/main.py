@@ -25,15 +25,15 @@ TRAINER_COMMANDS = {
 }
 # what it does, and where the function is whose signature is its command line
 COMMANDS = {
-    "demo": ("the main job end to end: data, training, evaluation, a page", "pi05_lightning.cli.demo:demo"),
-    "collect": ("record scripted experts in the simulator as a LeRobot dataset", "pi05_lightning.cli.collect:collect"),
-    "stats": ("exact per-dimension statistics of a dataset", "pi05_lightning.cli.stats:stats"),
-    "tokenizer": ("fit a FAST tokenizer on action chunks", "pi05_lightning.cli.tokenizer:tokenizer"),
-    "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "pi05_lightning.cli.profile:profile"),
-    "report": ("a run on one self-contained page", "pi05_lightning.cli.report:report"),
-    "convert": ("checkpoints of LeRobot and openpi to ours and back", "pi05_lightning.cli.convert:convert"),
-    "rollout": ("closed-loop success in the simulator, beside baselines", "pi05_lightning.cli.rollout:rollout"),
-    "serve": ("a policy server that openpi's clients talk to", "pi05_lightning.cli.serve:serve"),
+    "demo": ("the main job end to end: data, training, evaluation, a page", "cli.demo:demo"),
+    "collect": ("record scripted experts in the simulator as a LeRobot dataset", "sim.metaworld.collect:collect"),
+    "stats": ("exact per-dimension statistics of a dataset", "cli.stats:stats"),
+    "tokenizer": ("fit a FAST tokenizer on action chunks", "cli.tokenizer:tokenizer"),
+    "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "cli.profile:profile"),
+    "report": ("a run on one self-contained page", "cli.report:report"),
+    "convert": ("checkpoints of LeRobot and openpi to ours and back", "cli.convert:convert"),
+    "rollout": ("closed-loop success in the simulator, beside baselines", "cli.rollout:rollout"),
+    "serve": ("a policy server that openpi's clients talk to", "cli.serve:serve"),
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
@@ -77,9 +77,9 @@ def overview() -> str:
 
 
 def load(address: str) -> Callable[..., Any]:
-    """The function at `package.module:name`."""
+    """The function at `module:name` of this package."""
     module, name = address.split(":")
-    return getattr(import_module(module), name)
+    return getattr(import_module(f"pi05_lightning.{module}"), name)
 
 
 def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
@@ -107,7 +107,7 @@ def main(args: list[str] | None = None) -> None:
         if command in ("-h", "--help"):
             print(overview())
         elif command in TRAINER_COMMANDS:
-            load("pi05_lightning.cli.run:run")(command, rest)
+            load("cli.run:run")(command, rest)
         elif command in COMMANDS:
             call(load(COMMANDS[command][1]), rest, prog=f"pi05 {command}")
         else:

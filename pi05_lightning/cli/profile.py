@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import Namespace
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pi05_lightning.cli.configuration import read_configuration
+from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
 from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
@@ -162,11 +162,8 @@ def free_memory() -> int:
 # --- tables
 
 
-def table_of(title: str, headings: Iterable[str], rows: Mapping[str, Iterable[str]]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("component")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+def component_table(title: str, headings: Iterable[str], rows: Mapping[str, Iterable[str]]) -> Table:
+    table = table_of(title, ["component"], headings)
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
@@ -186,13 +183,13 @@ def cost_table(title: str, work: Workload, counter: CostCounter, accelerator: Ac
         rows[name] = (sum(p.numel() for p in parameters) / 1e6, flops / 1e9, moved / 1e9, milliseconds)
     rows["all"] = tuple(sum(column) for column in zip(*rows.values(), strict=True))
     headings = ("parameters (M)", "GFLOP", "GB moved", "estimate (ms)")
-    return table_of(title, headings, {name: map(number, values) for name, values in rows.items()})
+    return component_table(title, headings, {name: map(number, values) for name, values in rows.items()})
 
 
 def memory_table(memory: Mapping[str, float]) -> Table:
     sizes = {**memory, "all": sum(memory.values())}
     rows = {name: [number(size / GIB)] for name, size in sizes.items()}
-    return table_of("memory of a training step", ["GiB"], rows)
+    return component_table("memory of a training step", ["GiB"], rows)
 
 
 def time_table(title: str, seconds: Mapping[str, float], counter: CostCounter, rate: float) -> Table:
@@ -202,4 +199,4 @@ def time_table(title: str, seconds: Mapping[str, float], counter: CostCounter, r
     for name, (took, flops) in measured.items():
         reached = flops / took if took else 0.0
         rows[name] = (number(1e3 * took), number(reached / 1e9), f"{reached / rate:.0%}")
-    return table_of(f"{title} on this machine", ("ms", "GFLOP/s", "of the rate"), rows)
+    return component_table(f"{title} on this machine", ("ms", "GFLOP/s", "of the rate"), rows)

@@ -16,10 +16,11 @@ from pi05_lightning.inference import Acting
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig
-from pi05_lightning.sim.rollout import Done, Plan, Worker, available_modes, run_in_processes, view_of
+from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise, tables
 from pi05_lightning.sim.trials import Clock, Mode, Trial
+from pi05_lightning.weights.locate import run_of
 
 
 def rollout(
@@ -74,18 +75,20 @@ def rollout(
     how = replace(how, execution_horizon=policy.execution_horizon)
     worker = Worker(env, view_of(policy), str(checkpoint), how, device, found)
     del policy  # maybe gigabytes: every process loads its own
-    out = out or default_folder(checkpoint)
+    out = out or run_of(checkpoint) / "rollout"
     out.mkdir(parents=True, exist_ok=True)
-    done: list[Done] = []
+    trials, clocks = list[Trial](), {mode: Clock() for mode in modes}
     with (
         closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
         tqdm(total=len(plan.tasks) * episodes * len(modes), unit="episode", desc="rollout") as bar,
     ):
-        for one in results:
-            write_films(out, one.trials, round(robot.fps))
-            done.append(one)
-            bar.update(len(one.trials))
-    result = measured(done, modes) | {
+        for job in results:
+            write_films(out, job.trials, round(robot.fps))
+            trials += job.trials
+            clocks[job.mode].add(job.clock)
+            bar.update(len(job.trials))
+    result = summarise(trials, clocks) | {
+        "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
         "execution_horizon": how.execution_horizon,
         "noise_scale": how.noise_scale,
         "env": str(env),
@@ -97,26 +100,9 @@ def rollout(
     return result
 
 
-def default_folder(checkpoint: Path) -> Path:
-    """`rollout` in the run's directory, wherever in it the checkpoint is."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "rollout"
-
-
 def write_films(folder: Path, trials: Iterable[Trial], fps: int) -> None:
     """An mp4 and a PNG of each trial that was filmed, which then forgets its film."""
     for trial in trials:
         if trial.film:
             video.write(folder / f"{trial.mode}-{trial.task.replace('/', '-')}-{trial.seed}.mp4", trial, fps)
             trial.film.clear()
-
-
-def measured(done: Iterable[Done], modes: Iterable[Mode]) -> dict[str, Any]:
-    """What the jobs came to, in all, and the seconds of processes that each mode took."""
-    trials: list[Trial] = []
-    clocks, seconds = {mode: Clock() for mode in modes}, dict.fromkeys(modes, 0.0)
-    for one in done:
-        trials += one.trials
-        clocks[one.mode].add(one.clock)
-        seconds[one.mode] += one.seconds
-    return summarise(trials, clocks) | {"process_seconds": {mode: round(s, 1) for mode, s in seconds.items()}}

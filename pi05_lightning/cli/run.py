@@ -16,7 +16,6 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +46,7 @@ from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.callbacks.throughput import Throughput
-from pi05_lightning.weights.locate import locate, locate_run
+from pi05_lightning.weights.locate import locate, locate_run, run_of
 
 RUNS = Path("runs")
 TRAINER_DEFAULTS = {
@@ -63,8 +62,6 @@ CHECKPOINT_DEFAULTS = {
     "enable_version_counter": False,
     "save_on_exception": True,
 }
-
-
 # Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
 NOISE = (
     "💡 Tip",
@@ -170,7 +167,9 @@ class Pi05CLI(LightningCLI):
         if config.model.config is None:
             # into the configuration that is saved: the run's checkpoints need no other file
             config.model.config = dict_to_namespace(locate(config.model.init_from).config().to_dict())
-        config.run = config.run or str(run_of(config.ckpt_path))
+        if not config.run:
+            new = RUNS / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            config.run = str(run_of(Path(config.ckpt_path)) if config.ckpt_path else new)
         if self.command == "fit" and config.ckpt_path is None and any(Path(config.run).glob("checkpoints/*.ckpt")):
             self.parser.error(f"{config.run} holds a run: resume it with --ckpt_path last, or give another --run")
 
@@ -193,20 +192,12 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def run_of(checkpoint: str | None) -> Path:
-    """The directory of the run that a checkpoint belongs to; a new one, named by the time, when there is none."""
-    if checkpoint is None:
-        return RUNS / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = Path(checkpoint).parent
-    return folder.parent if folder.name == "checkpoints" else folder
-
-
 def last_run() -> Path:
     """The run with the newest checkpoint. Raises ValueError when there is none."""
     found = [path for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()]
     if not found:
         raise ValueError(f"there is no checkpoint under {RUNS}/ to go on from")
-    return run_of(str(max(found, key=lambda path: path.stat().st_mtime)))
+    return run_of(max(found, key=lambda path: path.stat().st_mtime))
 
 
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
@@ -261,12 +252,7 @@ def run(command: str, args: list[str]) -> None:
             cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            report_metrics(cli.model.results, Path(cli.config.run))
+            Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run))))
     finally:
         if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)
-
-
-def report_metrics(results: Mapping[str, Mapping[str, float]], folder: Path) -> None:
-    """Print validation's metrics as a table, and write them to the run's metrics.json and metrics.csv."""
-    Console().print(metrics_table(write_metrics(results, folder)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.statistics import CACHE, FeatureStats, Relative, load_or_compute, vector_keys
 from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.evaluation.report.tables import table_of
 
 console = Console()
 
@@ -53,15 +53,13 @@ def dim_names(files: LeRobotFiles, key: str) -> list[str]:
 
 
 def feature_table(key: str, feature: FeatureStats, names: Sequence[str]) -> Table:
-    table = Table(title=f"{key}: {feature.count} frames", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("dim")
-    for heading in ("mean", "std", "min", "q01", "q99", "max", "outside"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    parts = ("mean", "std", "min", "q01", "q99", "max")
+    table = table_of(f"{key}: {feature.count} frames", ["dim"], [*parts, "outside"])
     table.add_column("note")
     normalized = Quantiles(feature.q01, feature.q99)
     furthest = np.abs([normalized.normalize(feature.min), normalized.normalize(feature.max)]).max(0)
     for dim, name in enumerate(names):
-        numbers = [getattr(feature, part)[dim] for part in ("mean", "std", "min", "q01", "q99", "max")]
+        numbers = [getattr(feature, part)[dim] for part in parts]
         share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count:.1%})"
         note = remark(feature, dim, furthest[dim])
         table.add_row(f"{dim} {name}", *(f"{number:.4g}" for number in numbers), share, note)

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.data.fast import FastTokenizer
@@ -20,6 +19,7 @@ from pi05_lightning.data.sources.base import SourceConfig
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.fast import Chunks, Quality, measure, read_chunks
+from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.local import write_json
 
 console = Console()
@@ -130,11 +130,9 @@ def check_error(results: Sequence[Quality], max_rmse: float, scale: float, out: 
 
 def quality_table(results: Sequence[Quality]) -> Table:
     title = "FAST on held-out episodes; where there are none, on training episodes"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     headings = ("chunks", "values", "tokens", "p99", "shorter", "RMSE", "worst dim", "coverage")
-    table.add_column("dataset", overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    figures = [Column(heading, justify="right") for heading in headings]
+    table = table_of(title, [Column("dataset", overflow="fold"), *figures])
     for result in results:
         rmse = np.array(result.rmse)
         table.add_row(

@@ -1,27 +1,44 @@
 """Success rates and their intervals."""
 
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
 from scipy.stats import binomtest
 
-Success = dict[str, dict[str, tuple[int, int]]]
+ALL = "all tasks"
+
+Success = Mapping[str, Mapping[str, Sequence[int]]]
 """mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a success rate: sound at few trials and at rates of 0 and 1, unlike ± 2 sigma.
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a success rate: sound at few trials and at rates of 0 and 1, unlike ± 2 sigma.
 
     Raises ValueError without trials.
     """
     if trials < 1:
         raise ValueError("an interval needs at least one trial")
-    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    interval = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def overall(success: Success) -> dict[str, dict[str, float]]:
-    """mode -> successes, trials, rate and Wilson interval over all tasks."""
+class Rate(NamedTuple):
+    """A success rate: its counts and its 95 % Wilson interval."""
+
+    successes: int
+    trials: int
+    low: float
+    high: float
+
+    @property
+    def value(self) -> float:
+        return self.successes / self.trials
+
+
+def rates(success: Success) -> dict[str, dict[str, Rate]]:
+    """mode -> task -> rate; after the tasks, `ALL` of them together."""
     table = {}
     for mode, by_task in success.items():
-        successes, trials = (sum(column) for column in zip(*by_task.values(), strict=True))
-        low, high = wilson_interval(successes, trials)
-        table[mode] = {"successes": successes, "trials": trials, "rate": successes / trials, "low": low, "high": high}
+        counts = {**by_task, ALL: [sum(column) for column in zip(*by_task.values(), strict=True)]}
+        table[mode] = {task: Rate(k, n, *wilson_interval(k, n)) for task, (k, n) in counts.items()}
     return table

@@ -10,7 +10,6 @@ memory.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -33,12 +32,14 @@ COMPONENTS = ("vision", "language model", "logits", "action expert")
 """`logits` is what no module does: the scores of the tokens to predict, and the losses."""
 
 
-class Meter(ABC):
+class Meter:
     """Measures something of the component whose turn it is."""
 
-    @abstractmethod
+    component: str | None = None
+
     def enter(self, component: str | None) -> None:
         """From now on it is this component's turn; with None, nobody's."""
+        self.component = component
 
 
 class CostCounter(Meter, TorchDispatchMode):
@@ -48,20 +49,16 @@ class CostCounter(Meter, TorchDispatchMode):
         super().__init__()
         self.flops = dict.fromkeys(COMPONENTS, 0)
         self.bytes = dict.fromkeys(COMPONENTS, 0)
-        self._component: str | None = None
-
-    def enter(self, component: str | None) -> None:
-        self._component = component
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self._component is not None:
+        if self.component is not None:
             if func.overloadpacket in flop_registry:
-                self.flops[self._component] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
+                self.flops[self.component] += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
             if not func.is_view:
                 tensors = (x for x in tree_iter((args, kwargs, out)) if isinstance(x, Tensor))
-                self.bytes[self._component] += sum(x.nbytes for x in tensors)
+                self.bytes[self.component] += sum(x.nbytes for x in tensors)
         return out
 
 
@@ -71,16 +68,15 @@ class Stopwatch(Meter):
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(COMPONENTS, 0.0)
         self._device, self._since = device, 0.0
-        self._component: str | None = None
 
     def enter(self, component: str | None) -> None:
-        if component == self._component:
+        if component == self.component:
             return
         wait_for(self._device)
         now = time.perf_counter()
-        if self._component is not None:
-            self.seconds[self._component] += now - self._since
-        self._component, self._since = component, now
+        if self.component is not None:
+            self.seconds[self.component] += now - self._since
+        self.component, self._since = component, now
 
 
 def measure_training_step(model: Pi05, batch: Batch, insulate: bool, meter: Meter) -> None:

@@ -46,8 +46,8 @@ class Reader:
         found = _flat(message)
         images = {
             camera: _channels_first(found[key], key)
-            for key, camera in ((_match(wanted, found), camera) for wanted, camera in self.keys.items())
-            if key is not None
+            for wanted, camera in self.keys.items()
+            if (key := _match(wanted, found)) is not None
         }
         if not images:
             raise ValueError(f"no image: expected one of {', '.join(self.keys)}, got {', '.join(found) or 'nothing'}")

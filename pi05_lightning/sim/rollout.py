@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import batched
 from multiprocessing.util import Finalize
 from pathlib import Path
 from time import perf_counter
@@ -30,6 +31,8 @@ class Job:
     """Trials of one mode and one task, run in lanes: as many environments as trials, stepped together."""
 
     trials: tuple[Trial, ...]
+    clock: Clock = field(default_factory=Clock)
+    """What they take, once they are over."""
 
     @property
     def mode(self) -> Mode:
@@ -38,19 +41,6 @@ class Job:
     @property
     def task(self) -> str:
         return self.trials[0].task
-
-
-@dataclass(frozen=True)
-class Done:
-    """A job's trials, over, the seconds that they took in all, and those of every step."""
-
-    trials: tuple[Trial, ...]
-    seconds: float
-    clock: Clock
-
-    @property
-    def mode(self) -> Mode:
-        return self.trials[0].mode
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,7 @@ class Plan:
                     Trial(mode, task, seed, i < films, self.max_seconds, noise_seed=self.seed)
                     for i, seed in enumerate(seeds)
                 ]
-                for first in range(0, self.episodes, self.lanes):
-                    yield Job(tuple(trials[first : first + self.lanes]))
+                yield from map(Job, batched(trials, self.lanes))
 
 
 class Lanes:
@@ -95,13 +84,13 @@ class Lanes:
         self._task, self._open = "", list[Environment]()
 
     def of(self, task: str, count: int) -> list[Environment]:
-        """At least `count` environments of a task. Raises NoSuchEnvironment as `EnvironmentConfig.open`."""
+        """So many environments of a task. Raises NoSuchEnvironment as `EnvironmentConfig.open`."""
         if task != self._task:
             self.close()
             self._task = task
         while len(self._open) < count:
             self._open.append(self.env.open(task, self.view))
-        return self._open
+        return self._open[:count]
 
     def close(self) -> None:
         while self._open:
@@ -134,24 +123,21 @@ def available_modes(
     return tuple(wanted or (mode for mode in MODES if mode not in missing and (subtasks or mode != "flat")))
 
 
-# --- jobs of a policy, in this process
-
-
-def run_policy_job(job: Job, policy: Inference, lanes: Lanes) -> Done:
+def run_policy_job(job: Job, policy: Inference, lanes: Lanes) -> None:
     """Run the trials together, each in a lane of its own."""
-    start, clock = perf_counter(), Clock()
-    run_policy(policy, list(zip(lanes.of(job.task, len(job.trials)), job.trials, strict=False)), clock)
-    return Done(job.trials, perf_counter() - start, clock)
+    start = perf_counter()
+    run_policy(policy, list(zip(lanes.of(job.task, len(job.trials)), job.trials, strict=True)), job.clock)
+    job.clock.seconds += perf_counter() - start
 
 
-def run_baseline_job(job: Job, lanes: Lanes, dataset: str | None) -> Done:
+def run_baseline_job(job: Job, lanes: Lanes, dataset: str | None) -> None:
     """Run the trials one after another. dataset: the demonstrations, for mean_replay."""
-    start, clock = perf_counter(), Clock()
-    env = lanes.of(job.task, 1)[0]
+    start = perf_counter()
+    (env,) = lanes.of(job.task, 1)
     replay = _mean_trajectory(str(dataset), env.sentence) if job.mode == "mean_replay" else None
     for trial in job.trials:
-        run_baseline(env, trial, clock, replay)
-    return Done(job.trials, perf_counter() - start, clock)
+        run_baseline(env, trial, job.clock, replay)
+    job.clock.seconds += perf_counter() - start
 
 
 # --- jobs of any mode, in processes of their own
@@ -168,15 +154,18 @@ class Worker:
     device: str = "cpu"
     dataset: str | None = None
 
-    def __call__(self, job: Job) -> Done:
+    def __call__(self, job: Job) -> Job:
+        """The job, over: what a process returns is a copy."""
         lanes = _lanes_of_process(self.env, self.view)
-        if job.mode not in POLICY_MODES:
-            return run_baseline_job(job, lanes, self.dataset)
-        return run_policy_job(job, _policy(self.checkpoint, self.acting, self.device), lanes)
+        if job.mode in POLICY_MODES:
+            run_policy_job(job, _policy(self.checkpoint, self.acting, self.device), lanes)
+        else:
+            run_baseline_job(job, lanes, self.dataset)
+        return job
 
 
-def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[Done]:
-    """What the jobs come to, in order. Close it to end the processes early.
+def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[Job]:
+    """The jobs, over, in order. Close it to end the processes early.
 
     Raises ValueError for tasks and cameras that the simulator does not have.
     """

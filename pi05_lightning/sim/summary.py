@@ -7,15 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from pi05_lightning.evaluation.statistics import wilson_interval
+from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.evaluation.statistics import ALL, Success, rates
 from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Clock, Mode, Trial
-
-ALL = "all tasks"
-Counts = dict[str, dict[str, list[int]]]
-"""mode -> task -> successes, trials"""
 
 
 def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str, Any]:
@@ -28,7 +24,7 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str
     milliseconds  {mode: {decision: {median, p95, lanes}, step: {median, p95}}}: one call of the policy for `lanes`
                   episodes on average, and one action in the simulator
     """
-    success: Counts = {}
+    success: dict[str, dict[str, list[int]]] = {}
     failures: dict[str, dict[str, Counter[str]]] = {}
     for trial in trials:
         counts = success.setdefault(trial.mode, {}).setdefault(trial.task, [0, 0])
@@ -39,22 +35,16 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str
             reasons[trial.reason] += 1
     return {
         "success": success,
-        "wilson_95": {mode: intervals(by_task) for mode, by_task in success.items()},
+        "wilson_95": {
+            mode: {task: [round(rate.low, 4), round(rate.high, 4)] for task, rate in by_task.items()}
+            for mode, by_task in rates(success).items()
+        },
         "failures": {mode: {task: dict(r) for task, r in by_task.items() if r} for mode, by_task in failures.items()},
         "crashed": [
             f"{t.mode} {t.task} seed {t.seed}: {t.reason}" for t in trials if t.reason not in ("", OUT_OF_TIME, ENDED)
         ],
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
         "max_seconds": {trial.task: trial.max_seconds for trial in trials},
-    }
-
-
-def intervals(by_task: Mapping[str, Sequence[int]]) -> dict[str, list[float]]:
-    """The 95 % Wilson interval of every task and of all together."""
-    total = [sum(column) for column in zip(*by_task.values(), strict=True)]
-    return {
-        task: [round(bound, 4) for bound in wilson_interval(*counts)]
-        for task, counts in {**by_task, ALL: total}.items()
     }
 
 
@@ -73,60 +63,46 @@ def milliseconds(clock: Clock) -> dict[str, dict[str, float]]:
 
 def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     """Success, failures and times, each as wide as a terminal of 80 columns for five modes."""
-    yield _success(result)
+    yield success_table(result["success"])
     if any(by_task for by_task in result["failures"].values()):
-        yield _failures(result)
-    yield _times(result)
+        yield _failures(result["failures"])
+    yield _times(result["milliseconds"])
 
 
-def _success(result: Mapping[str, Any]) -> Table:
-    success, bounds = result["success"], result["wilson_95"]
-    totals = {m: [sum(column) for column in zip(*tasks.values(), strict=True)] for m, tasks in success.items()}
-    table = _table("success on held-out initial states, 95 % Wilson interval", ["task"], success)
-    for task in [*next(iter(success.values())), ALL]:
+def success_table(success: Success) -> Table:
+    """Successes of trials, with the interval, per task and of all tasks."""
+    found = rates(success)
+    table = _table("success on held-out initial states, 95 % Wilson interval", ["task"], found)
+    for task in next(iter(found.values())):
         if task == ALL:
             table.add_section()
-        cells = []
-        for mode, by_task in success.items():
-            (count, trials), (low, high) = by_task.get(task, totals[mode]), bounds[mode][task]
-            cells.append(f"{count}/{trials}\n[dim]{low:.2f}–{high:.2f}[/]")
-        table.add_row(task, *cells)
+        of_modes = [by_task[task] for by_task in found.values()]
+        table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
     return table
 
 
-def _failures(result: Mapping[str, Any]) -> Table:
-    failures = result["failures"]
+def _failures(failures: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Table:
     table = _table("failures by reason", ["task", "reason"], failures)
-    rows = {(task, reason): None for by_task in failures.values() for task, r in by_task.items() for reason in r}
+    rows = {(task, reason) for by_task in failures.values() for task, r in by_task.items() for reason in r}
     for task, reason in sorted(rows):
         counts = [by_task.get(task, {}).get(reason, 0) for by_task in failures.values()]
         table.add_row(task, reason, *(str(count or "·") for count in counts))
     return table
 
 
-def _times(result: Mapping[str, Any]) -> Table:
-    table = Table(
-        "", "median", "95th percentile", "episodes at once", title="milliseconds per step", title_justify="left",
-        box=SIMPLE_HEAD, pad_edge=False,
-    )  # fmt: skip
-    for mode, measured in result["milliseconds"].items():
+def _times(milliseconds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    headings = ("", "median", "95th percentile", "episodes at once")
+    table = table_of("milliseconds per step", headings, padding=(0, 1), pad_edge=False)
+    for mode, measured in milliseconds.items():
         for name, label in (("decision", "policy"), ("step", "simulator")):
             if name in measured:
                 time = measured[name]
-                lanes = str(time["lanes"]) if "lanes" in time else ""
-                table.add_row(f"{mode}: {label}", f"{time['median']:.1f}", f"{time['p95']:.1f}", lanes)
+                table.add_row(
+                    f"{mode}: {label}", f"{time['median']:.1f}", f"{time['p95']:.1f}", str(time.get("lanes", ""))
+                )
     return table
 
 
-def _table(title: str, first: Sequence[str], modes: Iterable[str]) -> Table:
-    table = Table(
-        *(Column(name, no_wrap=name == "task") for name in first),
-        title=title,
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for mode in modes:
-        table.add_column(mode.replace("_", "\n"), justify="right", no_wrap=True)
-    return table
+def _table(title: str, labels: Sequence[str], modes: Iterable[str]) -> Table:
+    columns = [Column(name, no_wrap=name == "task") for name in labels]
+    return table_of(title, columns, [mode.replace("_", "\n") for mode in modes], pad_edge=False)

@@ -82,17 +82,19 @@ class Trial:
 
 @dataclass
 class Clock:
-    """Seconds that each call of the policy and each step of an environment took."""
+    """Seconds that each call of the policy, each step of an environment, and all in all took."""
 
     decisions: list[float] = field(default_factory=list)
     lanes: list[int] = field(default_factory=list)
     """Episodes that a call of the policy served."""
     steps: list[float] = field(default_factory=list)
+    seconds: float = 0.0
 
     def add(self, other: Clock) -> None:
         self.decisions += other.decisions
         self.lanes += other.lanes
         self.steps += other.steps
+        self.seconds += other.seconds
 
 
 Lane = tuple[Environment, Trial]

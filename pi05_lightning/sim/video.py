@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pi05_lightning.sim.encoding import encode_video
 from pi05_lightning.sim.trials import FilmFrame, Trial
 
 CAMERA_HEIGHT = 256  # pixels that a camera image is scaled to
@@ -17,30 +17,23 @@ CHUNK_HEIGHT = 64
 MAX_CURVES = 8  # action dimensions that are drawn
 _COLOURS = {True: "#1a7f37", False: "#57606a"}
 _CURVES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2", "#FFFFFF")
+Bounds = tuple[np.ndarray, np.ndarray]
+"""The lowest and the highest of each action dim in an episode's chunks, f32[A]."""
 
 
 def frames(trial: Trial) -> list[np.ndarray]:
     """The film's frames u8[H W 3], H and W even."""
-    last = len(trial.film) - 1
     chunks = [frame.chunk for frame in trial.film if frame.chunk is not None]
     bounds = (np.min([c.min(0) for c in chunks], 0), np.max([c.max(0) for c in chunks], 0)) if chunks else None
-    return [
-        _frame(frame, trial.title, trial.outcome if i == last else "", trial.success and i == last, bounds)
-        for i, frame in enumerate(trial.film)
-    ]
+    last = len(trial.film) - 1
+    return [_frame(trial, frame, bounds, over=i == last) for i, frame in enumerate(trial.film)]
 
 
 def write(path: Path, trial: Trial, fps: int) -> None:
     """An mp4 that browsers play (H.264, 4:2:0), its last frame held for a second, and a PNG of its middle frame."""
     shown = frames(trial)
     Image.fromarray(shown[len(shown) // 2]).save(path.with_suffix(".png"))
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", fps)
-        stream.height, stream.width = shown[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        for image in [*shown, *[shown[-1]] * fps]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    encode_video(path, [*shown, *[shown[-1]] * fps], fps, "libx264", "yuv420p")
 
 
 def gif(trial: Trial, fps: int) -> bytes:
@@ -52,31 +45,23 @@ def gif(trial: Trial, fps: int) -> bytes:
     return buffer.getvalue()
 
 
-def _frame(
-    shown: FilmFrame, title: str, outcome: str, success: bool, bounds: tuple[np.ndarray, np.ndarray] | None
-) -> np.ndarray:
+def _frame(trial: Trial, shown: FilmFrame, bounds: Bounds | None, over: bool) -> np.ndarray:
     scale = CAMERA_HEIGHT / shown.image.shape[0]
     width = 2 * round(shown.image.shape[1] * scale / 2)
     picture = Image.fromarray(shown.image).resize((width, CAMERA_HEIGHT), Image.Resampling.BICUBIC)
     height = CAMERA_HEIGHT + CAPTION_HEIGHT + (CHUNK_HEIGHT if bounds else 0)
-    canvas = Image.new("RGB", (width, height), _COLOURS[success])
+    canvas = Image.new("RGB", (width, height), _COLOURS[over and trial.success])
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    for number, line in enumerate((f"{title}  {outcome}".rstrip(), shown.caption)):
+    title = f"{trial.title}  {trial.outcome}".rstrip() if over else trial.title
+    for number, line in enumerate((title, shown.caption)):
         draw.text((8, CAMERA_HEIGHT + 4 + 20 * number), line, fill="white", font=ImageFont.load_default(15))
     if bounds is not None and shown.chunk is not None:
         _draw_chunk(draw, shown.chunk, shown.place, bounds, top=CAMERA_HEIGHT + CAPTION_HEIGHT, width=width)
     return np.asarray(canvas)
 
 
-def _draw_chunk(
-    draw: ImageDraw.ImageDraw,
-    chunk: np.ndarray,
-    place: int,
-    bounds: tuple[np.ndarray, np.ndarray],
-    top: int,
-    width: int,
-) -> None:
+def _draw_chunk(draw: ImageDraw.ImageDraw, chunk: np.ndarray, place: int, bounds: Bounds, top: int, width: int) -> None:
     """One curve per action dimension over the chunk's steps, scaled to the episode's range; a line where we are."""
     low, high = bounds
     draw.rectangle((0, top, width, top + CHUNK_HEIGHT), fill="#24292f")

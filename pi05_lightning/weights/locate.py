@@ -38,3 +38,9 @@ def locate(
 def locate_run(path: Path) -> TrainingCheckpoint:
     """What training goes on from: a checkpoint file, or the newest of a run's directory. ValueError for none."""
     return TrainingCheckpoint(find_checkpoint(path))
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The directory of the run that a checkpoint or a folder belongs to: the run's own, or its checkpoints/."""
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return folder.parent if folder.name == "checkpoints" else folder

@@ -9,7 +9,7 @@ from pi05_lightning.cli.report import report
 from pi05_lightning.evaluation.report.page import poster
 from pi05_lightning.evaluation.report.plots import switch_steps
 from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
-from pi05_lightning.evaluation.statistics import overall
+from pi05_lightning.evaluation.statistics import ALL, rates
 
 from .conftest import SUCCESS, SWITCH
 
@@ -112,6 +112,6 @@ def test_run_of_one_stage_has_no_switch() -> None:
 
 
 def test_overall_success_counts_all_tasks() -> None:
-    row = overall({"policy": {"a": (9, 10), "b": (7, 10)}})["policy"]
-    assert (row["successes"], row["trials"], row["rate"]) == (16, 20, 0.8)
-    assert row["low"] < 0.8 < row["high"]
+    row = rates({"policy": {"a": (9, 10), "b": (7, 10)}})["policy"][ALL]
+    assert (row.successes, row.trials, row.value) == (16, 20, 0.8)
+    assert row.low < 0.8 < row.high

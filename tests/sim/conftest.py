@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning.cli.collect import collect
+from pi05_lightning.sim.metaworld.collect import collect
 from pi05_lightning.sim.metaworld.config import CollectConfig
 
 TASKS = ("reach-v3", "drawer-open-v3")

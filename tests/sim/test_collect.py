@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pi05_lightning.cli.collect import collect
+from pi05_lightning.sim.metaworld.collect import collect
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.metaworld.episodes import record_episode
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
@@ -187,7 +187,7 @@ def test_action_repeat_that_gives_no_whole_rate_is_rejected(tmp_path):
 
 PROGRAM = """
 from pathlib import Path
-from pi05_lightning.cli.collect import collect
+from pi05_lightning.sim.metaworld.collect import collect
 from pi05_lightning.sim.metaworld.config import CollectConfig
 if __name__ == "__main__":
     collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=100, num_workers=1, overwrite=True))

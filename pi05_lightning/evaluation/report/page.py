@@ -15,10 +15,10 @@ import av
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi05_lightning import __version__
+from pi05_lightning.evaluation.report import plots
 from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
-from pi05_lightning.evaluation.report.plots import MODE_LABELS, error_panels, success_bars, switch_steps, topic_panels
 from pi05_lightning.evaluation.report.run import EXAMPLES, Run
-from pi05_lightning.evaluation.statistics import overall, wilson_interval
+from pi05_lightning.evaluation.statistics import ALL, rates
 
 HEADLINES = (
     ("action_accuracy", "action values within the threshold"),
@@ -51,20 +51,24 @@ def render(run: Run, seconds: dict[str, float]) -> str:
     environment.filters.update(
         data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption, poster=poster, percent=percent
     )
-    switches = switch_steps(run.curves)
+    switches = plots.switch_steps(run.curves)
     return environment.get_template("page.html.j2").render(
         run=run,
         facts=facts(run, switches),
         seconds=seconds,
         brief=brief(run, switches),
         glance=glance(run),
-        overall=overall(run.success),
-        bars=success_bars(run.success) if run.success else None,
-        labels=MODE_LABELS,
+        overall={mode: by_task[ALL] for mode, by_task in rates(run.success).items()},
+        bars=plots.success_bars(run.success) if run.success else None,
+        labels=plots.MODE_LABELS,
         sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},
         empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
-        errors={name: error_panels(values) for name, values in run.metrics.items() if "action_mae/step_00" in values},
-        curves=topic_panels(run.curves, switches),
+        errors={
+            name: plots.as_svg(plots.draw_horizon(values))
+            for name, values in run.metrics.items()
+            if "action_mae/step_00" in values
+        },
+        curves=plots.topic_panels(run.curves, switches),
         examples={name: run.examples[name] for name in ordered(run.examples)},
         folder=(run.folder / EXAMPLES).parent,
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -112,15 +116,9 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
 def glance(run: Run) -> list[Glance]:
     """One number in [0, 1] per task and per row of the metric table: what is learned, and what is not."""
     rows = []
-    policy = next(iter(run.success.items()), None)
-    if policy is not None:
-        mode, by_task = policy
-        rows = [
-            Glance(
-                task, f"success, {MODE_LABELS.get(mode, mode)}", successes / trials, wilson_interval(successes, trials)
-            )
-            for task, (successes, trials) in by_task.items()
-        ]
+    for mode, by_task in list(rates(run.success).items())[:1]:  # the policy's
+        label = f"success, {plots.MODE_LABELS.get(mode, mode)}"
+        rows = [Glance(task, label, r.value, (r.low, r.high)) for task, r in by_task.items() if task != ALL]
     for name in ordered(run.metrics):
         for metric, label in HEADLINES:
             value = run.metrics[name].get(metric)

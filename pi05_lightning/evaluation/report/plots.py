@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pi05_lightning.evaluation.report.run import Curve
-from pi05_lightning.evaluation.statistics import Success, wilson_interval
+from pi05_lightning.evaluation.statistics import Success, rates
 
 # Okabe and Ito's palette, told apart with any colour vision
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
@@ -29,23 +28,21 @@ MODE_LABELS = {
 
 def success_bars(success: Success) -> str:
     """Success rate per task and mode with its 95 % Wilson interval, and over all tasks."""
-    tasks = list(next(iter(success.values())))
-    groups = [*tasks, "all tasks"]
+    found = rates(success)
+    groups = list(next(iter(found.values())))
     figure = Figure(figsize=(max(7.0, 1.6 * len(groups)), 3.4), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(success)
-    for number, (mode, by_task) in enumerate(success.items()):
-        counts = [tuple(by_task[task]) for task in tasks]
-        counts.append((sum(s for s, _ in counts), sum(n for _, n in counts)))
-        rates = np.array([successes / trials for successes, trials in counts])
-        intervals = np.array([wilson_interval(*count) for count in counts])
-        error = np.abs(intervals.T - rates)
+    for number, (mode, by_task) in enumerate(found.items()):
+        heights = np.array([by_task[group].value for group in groups])
+        bounds = np.array([[by_task[group].low, by_task[group].high] for group in groups])
+        error = np.abs(bounds.T - heights)
         place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
         color = COLORS[number % len(COLORS)]
         axes.bar(
-            place, rates, 0.9 * width, yerr=error, color=color, label=MODE_LABELS.get(mode, mode), ecolor="#444444"
+            place, heights, 0.9 * width, yerr=error, color=color, label=MODE_LABELS.get(mode, mode), ecolor="#444444"
         )
-    axes.axvline(len(tasks) - 0.5, color="#cccccc", linewidth=1)
+    axes.axvline(len(groups) - 1.5, color="#cccccc", linewidth=1)
     axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("success rate")
@@ -55,15 +52,15 @@ def success_bars(success: Success) -> str:
 
 SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
 TOPICS = {
-    "losses": r"loss/",
-    "validation": r"val/",
-    "closed loop": r"rollout/",
-    "learning rates": r"lr",
-    "gradient norms": r"grad_norm/",
-    "speed": r"throughput/",
-    "mixture drawn": r"mixture/",
-    "bad samples": r"data/",
-    "memory": r"memory/",
+    "losses": "loss/",
+    "validation": "val/",
+    "closed loop": "rollout/",
+    "learning rates": "lr",
+    "gradient norms": "grad_norm/",
+    "speed": "throughput/",
+    "mixture drawn": "mixture/",
+    "bad samples": "data/",
+    "memory": "memory/",
 }
 """Topic -> what its tags begin with, in the order of the page."""
 
@@ -72,19 +69,19 @@ def topic_panels(curves: Mapping[str, Curve], switches: Sequence[int] = ()) -> d
     """Topic -> figure of all its curves that have more than one point."""
     figures = {}
     for topic, start in TOPICS.items():
-        found = {tag: curve for tag, curve in curves.items() if re.match(start, tag) and len(curve.steps) > 1}
+        found = {tag: curve for tag, curve in curves.items() if tag.startswith(start) and len(curve.steps) > 1}
         if found:
             figures[topic] = curve_panels(found, switches)
     return figures
 
 
-def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int] = (), columns: int = 3) -> str:
+def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
     """One panel per group of scalars (`a/x` and `a/y` are group `a`); dashed lines mark where a stage begins.
 
     Scalars that differ by more than a hundredfold have panels of their own.
     """
     panels_of = _panels(curves)
-    columns = min(columns, len(panels_of))
+    columns = min(3, len(panels_of))
     rows = -(-len(panels_of) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 6.0), 2.4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -173,8 +170,3 @@ def draw_horizon(values: Mapping[str, float | None]) -> Figure:
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=7)
     return figure
-
-
-def error_panels(values: Mapping[str, float | None]) -> str:
-    """`draw_horizon` as SVG."""
-    return as_svg(draw_horizon(values))

@@ -13,6 +13,12 @@ from pi05_lightning.evaluation.report.metrics import Metrics
 from pi05_lightning.evaluation.statistics import Success
 from pi05_lightning.files.local import read_json
 
+EXAMPLES = Path("validation", "examples.json")
+"""Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
+PROVENANCE = Path("provenance.json")
+"""Within a run: commit, command, versions, hardware and data that it was trained with."""
+Group = Literal["worst", "first"]
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -20,15 +26,6 @@ class Curve:
 
     steps: list[int]
     values: list[float]
-
-
-EXAMPLES = Path("validation", "examples.json")
-"""Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
-
-
-PROVENANCE = Path("provenance.json")
-"""Within a run: commit, command, versions, hardware and data that it was trained with."""
-Group = Literal["worst", "first"]
 
 
 @dataclass(frozen=True)

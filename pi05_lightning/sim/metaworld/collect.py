@@ -13,10 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.config import CollectConfig, Piece
 from pi05_lightning.sim.metaworld.environment import MetaWorld, check_task
-from pi05_lightning.sim.metaworld.episodes import BlockSpec, record_block
-from pi05_lightning.sim.metaworld.scenes import SceneSpec, record_scenes, write_scenes
+from pi05_lightning.sim.metaworld.episodes import Block, record_block
+from pi05_lightning.sim.metaworld.scenes import record_scenes, write_scenes
 from pi05_lightning.sim.processes import simulator_processes
 
 ROBOT, WEB = "robot", "web"
@@ -25,7 +25,7 @@ _BLOCK_SIZE = 25  # initial states in a piece of work: some seconds
 logger = logging.getLogger(__name__)
 
 
-def record_dataset(config: CollectConfig) -> Path:
+def collect(config: CollectConfig) -> Path:
     """Make the dataset and return its directory.
 
     `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
@@ -72,11 +72,11 @@ def _make(root: Path, config: CollectConfig) -> None:
             write_dataset,
         )
 
-        blocks: list[BlockSpec] = []
+        blocks: list[Block] = []
         for split, task, first, count in _pieces(config.tasks, episodes):
             videos = {camera: video_path(root / ROBOT, camera, len(blocks)) for camera in config.cameras}
-            blocks.append(BlockSpec(config, task, split, first, count, videos))
-        pictures = [SceneSpec(config, task, split, *rest) for split, task, *rest in _pieces(config.tasks, scenes)]
+            blocks.append(Block(config, task, split, first, count, videos))
+        pictures = [Piece(config, task, split, *rest) for split, task, *rest in _pieces(config.tasks, scenes)]
         total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
         with tqdm(total=total, unit=" initial states") as bar:
             write_dataset(root / ROBOT, config, _run(pool, record_block, blocks, bar), _split_ranges(config))
@@ -100,7 +100,7 @@ def _split_ranges(config: CollectConfig) -> dict[str, str]:
     return {"train": f"0:{train}", **({"val": f"{train}:{train + val}"} if val else {})}
 
 
-def _run[Spec: (BlockSpec, SceneSpec), Result](
+def _run[Spec: Piece, Result](
     pool: ProcessPoolExecutor, function: Callable[[Spec], Result], specs: Iterable[Spec], bar: tqdm, ahead: int = 64
 ) -> Iterator[Result]:
     """Results in order; a few pieces ahead of what is taken, so that memory does not grow with the dataset."""

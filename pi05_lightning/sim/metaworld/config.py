@@ -59,3 +59,14 @@ class CollectConfig:
     def fps(self) -> int:
         """Frames, and actions, per second."""
         return CONTROL_HZ // self.action_repeat
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Work for one process: `count` episodes or scenes of a split of a task, from the `first` on."""
+
+    config: CollectConfig
+    task: str
+    split: str
+    first: int
+    count: int

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pi05_lightning.sim.encoding import encode_video
+from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.sim.metaworld import questions
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.config import CollectConfig, Piece
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.types import Answer, Frame
@@ -42,18 +42,13 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class BlockSpec:
-    """`count` episodes of a split of a task, from the `first` on; `videos` says where each camera's film goes."""
+class Block(Piece):
+    """Episodes that are filmed together; `videos` says where each camera's film goes."""
 
-    config: CollectConfig
-    task: str
-    split: str
-    first: int
-    count: int
     videos: Mapping[str, Path]
 
 
-def record_block(spec: BlockSpec) -> list[Episode]:
+def record_block(spec: Block) -> list[Episode]:
     """Make a block, encode its films, and return the episodes with images of every `STATS_STRIDE`-th pixel only.
 
     Raises ValueError when the expert solves too few of the initial states.
@@ -74,7 +69,8 @@ def record_block(spec: BlockSpec) -> list[Episode]:
                 "episodes are wanted: leave the task out, give it more max_frames, or lower noise_share"
             )
     for camera, path in spec.videos.items():
-        encode_video(path, np.concatenate([episode.images[camera] for episode in episodes]), config.fps)
+        images = np.concatenate([episode.images[camera] for episode in episodes])
+        encode_video(path, images, config.fps, **SETTINGS, threads=1)
     thin = slice(None, None, STATS_STRIDE)
     return [replace(e, images={name: film[:, thin, thin] for name, film in e.images.items()}) for e in episodes]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from pi05_lightning.sim.metaworld import questions
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.metaworld.config import Piece
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
 
@@ -24,22 +23,11 @@ FRAMES_PER_SCENE = 4
 _FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
 
 
-@dataclass(frozen=True)
-class SceneSpec:
-    """`count` initial states of a split of a task, from the `first` on."""
-
-    config: CollectConfig
-    task: str
-    split: str
-    first: int
-    count: int
-
-
-def record_scenes(spec: SceneSpec) -> list[dict[str, Any]]:
+def record_scenes(piece: Piece) -> list[dict[str, Any]]:
     """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns."""
-    config, rows = spec.config, []
-    with MetaWorldEnvironment(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
-        for seed in split_seeds(spec.split, spec.count, config.seed, start=_FIRST_SCENE + spec.first):
+    config, rows = piece.config, []
+    with MetaWorldEnvironment(piece.task, config.image_size, config.cameras, config.action_repeat) as env:
+        for seed in split_seeds(piece.split, piece.count, config.seed, start=_FIRST_SCENE + piece.first):
             rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
             env.reset(seed)
             for number in range(FRAMES_PER_SCENE):

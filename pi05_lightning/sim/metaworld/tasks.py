@@ -39,9 +39,18 @@ class TaskLanguage:
     phase: Callable[[Parsed], str] | None = None
 
 
-GRIPPER = ModelPart(bodies=("right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad"))
+def _bodies(*names: str) -> ModelPart:
+    return ModelPart(bodies=names)
+
+
+GRIPPER = _bodies("right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad")
 _GOAL = ModelPart(sites=("goal",))
 _PUCK = ModelPart(geoms=("objGeom",))
+_WINDOW = {
+    "window handle": ModelPart(bodies=("windowb_a",), material="window_white"),
+    "window": _bodies("windowb_a", "windowb_b"),
+}
+_BUTTON = {"button": _bodies("button"), "button box": _bodies("buttonbox")}
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -49,16 +58,23 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a[:2] - b[:2]))
 
 
+# of an expert: aside of the thing, and at its height
+_ONTO = ("move above", "lower the gripper onto")
+_BESIDE = ("move above", "lower the gripper beside")
+_BEHIND = ("move above", "lower the gripper behind")
+_BELOW = ("move below", "raise the gripper to")
+
+
 def _approach(
-    target: str, offset: tuple[float, float, float], xy: float, z: float, words: tuple[str, str, str]
+    target: str, offset: tuple[float, float, float], xy: float, z: float, way: tuple[str, str], thing: str, act: str
 ) -> Callable[[Parsed], str]:
     """Most experts: go beside `target` + offset (within xy), then to its height (within z), then act."""
 
     def phase(parsed: Parsed) -> str:
         hand, goal = parsed["hand_pos"], parsed[target] + np.array(offset)
         if _apart(hand, goal) > xy:
-            return words[0]
-        return words[1] if abs(hand[2] - goal[2]) > z else words[2]
+            return f"{way[0]} the {thing}"
+        return f"{way[1]} the {thing}" if abs(hand[2] - goal[2]) > z else act
 
     return phase
 
@@ -80,143 +96,58 @@ def _press(parsed: Parsed) -> str:
 
 
 LANGUAGE: dict[str, TaskLanguage] = {
-    "reach-v3": TaskLanguage(
-        "reach the red ball",
-        {"red ball": _GOAL, "red puck": _PUCK},
-        _reach,
-    ),
+    "reach-v3": TaskLanguage("reach the red ball", {"red ball": _GOAL, "red puck": _PUCK}, _reach),
     "push-v3": TaskLanguage(
         "push the puck to the green ball",
         {"red puck": _PUCK, "green ball": _GOAL},
-        _approach(
-            "puck_pos",
-            (-0.005, 0.0, 0.0),
-            0.02,
-            0.04,
-            ("move above the puck", "lower the gripper onto the puck", "push the puck to the green ball"),
-        ),
+        _approach("puck_pos", (-0.005, 0.0, 0.0), 0.02, 0.04, _ONTO, "puck", "push the puck to the green ball"),
     ),
     "pick-place-v3": TaskLanguage(
         "pick up the puck and bring it to the blue ball",
         {"red puck": _PUCK, "blue ball": _GOAL},
-        _approach(
-            "puck_pos",
-            (-0.005, 0.0, 0.0),
-            0.02,
-            0.05,
-            ("move above the puck", "lower the gripper onto the puck", "carry the puck to the blue ball"),
-        ),
+        _approach("puck_pos", (-0.005, 0.0, 0.0), 0.02, 0.05, _ONTO, "puck", "carry the puck to the blue ball"),
     ),
     "window-open-v3": TaskLanguage(
         "open the window",
-        {
-            "window handle": ModelPart(bodies=("windowb_a",), material="window_white"),
-            "window": ModelPart(bodies=("windowb_a", "windowb_b")),
-        },
-        _approach(
-            "wndw_pos",
-            (-0.03, -0.03, -0.08),
-            0.04,
-            0.02,
-            ("move above the window handle", "lower the gripper beside the window handle", "slide the window open"),
-        ),
+        _WINDOW,
+        _approach("wndw_pos", (-0.03, -0.03, -0.08), 0.04, 0.02, _BESIDE, "window handle", "slide the window open"),
     ),
     "window-close-v3": TaskLanguage(
         "close the window",
-        {
-            "window handle": ModelPart(bodies=("windowb_a",), material="window_white"),
-            "window": ModelPart(bodies=("windowb_a", "windowb_b")),
-        },
-        _approach(
-            "wndw_pos",
-            (0.03, -0.03, -0.08),
-            0.04,
-            0.02,
-            ("move above the window handle", "lower the gripper beside the window handle", "slide the window shut"),
-        ),
+        _WINDOW,
+        _approach("wndw_pos", (0.03, -0.03, -0.08), 0.04, 0.02, _BESIDE, "window handle", "slide the window shut"),
     ),
     "drawer-open-v3": TaskLanguage(
         "open the drawer",
-        {"drawer handle": _PUCK, "drawer": ModelPart(bodies=("drawer_link", "drawercase_link"))},
-        _approach(
-            "drwr_pos",
-            (0.0, 0.0, -0.02),
-            0.06,
-            0.04,
-            ("move above the drawer handle", "lower the gripper behind the drawer handle", "pull the drawer open"),
-        ),
+        {"drawer handle": _PUCK, "drawer": _bodies("drawer_link", "drawercase_link")},
+        _approach("drwr_pos", (0.0, 0.0, -0.02), 0.06, 0.04, _BEHIND, "drawer handle", "pull the drawer open"),
     ),
-    "button-press-topdown-v3": TaskLanguage(
-        "press the button from above",
-        {"button": ModelPart(bodies=("button",)), "button box": ModelPart(bodies=("buttonbox",))},
-        _press_topdown,
-    ),
-    "button-press-v3": TaskLanguage(
-        "press the button",
-        {"button": ModelPart(bodies=("button",)), "button box": ModelPart(bodies=("buttonbox",))},
-        _press,
-    ),
+    "button-press-topdown-v3": TaskLanguage("press the button from above", _BUTTON, _press_topdown),
+    "button-press-v3": TaskLanguage("press the button", _BUTTON, _press),
     "dial-turn-v3": TaskLanguage(
         "turn the dial",
         {"dial": ModelPart(material="dial_metal")},
-        _approach(
-            "dial_pos",
-            (0.05, 0.02, 0.09),
-            0.02,
-            0.02,
-            ("move above the dial", "lower the gripper beside the dial", "turn the dial"),
-        ),
+        _approach("dial_pos", (0.05, 0.02, 0.09), 0.02, 0.02, _BESIDE, "dial", "turn the dial"),
     ),
     "faucet-close-v3": TaskLanguage(
         "close the faucet",
-        {
-            "faucet handle": ModelPart(bodies=("faucet_link2",)),
-            "faucet": ModelPart(bodies=("faucet_link", "faucet_link2")),
-        },
-        _approach(
-            "faucet_pos",
-            (0.04, 0.0, 0.03),
-            0.04,
-            0.04,
-            (
-                "move above the faucet handle",
-                "lower the gripper beside the faucet handle",
-                "push the faucet handle shut",
-            ),
-        ),
+        {"faucet handle": _bodies("faucet_link2"), "faucet": _bodies("faucet_link", "faucet_link2")},
+        _approach("faucet_pos", (0.04, 0.0, 0.03), 0.04, 0.04, _BESIDE, "faucet handle", "push the faucet handle shut"),
     ),
     "coffee-push-v3": TaskLanguage(
         "push the mug under the coffee machine",
-        {"mug": ModelPart(bodies=("mug",)), "coffee machine": ModelPart(bodies=("cm_link",))},
-        _approach(
-            "mug_pos",
-            (0.01, 0.0, 0.05),
-            0.06,
-            0.02,
-            ("move above the mug", "lower the gripper onto the mug", "push the mug under the coffee machine"),
-        ),
+        {"mug": _bodies("mug"), "coffee machine": _bodies("cm_link")},
+        _approach("mug_pos", (0.01, 0.0, 0.05), 0.06, 0.02, _ONTO, "mug", "push the mug under the coffee machine"),
     ),
     "lever-pull-v3": TaskLanguage(
         "pull the lever up",
-        {"lever": ModelPart(bodies=("lever_link1",))},
-        _approach(
-            "lever_pos",
-            (0.0, -0.055, 0.0),
-            0.02,
-            0.02,
-            ("move below the lever", "raise the gripper to the lever", "pull the lever up"),
-        ),
+        {"lever": _bodies("lever_link1")},
+        _approach("lever_pos", (0.0, -0.055, 0.0), 0.02, 0.02, _BELOW, "lever", "pull the lever up"),
     ),
     "sweep-into-v3": TaskLanguage(
         "sweep the cube into the hole",
         {"cube": _PUCK},
-        _approach(
-            "cube_pos",
-            (-0.005, 0.0, 0.01),
-            0.04,
-            0.04,
-            ("move above the cube", "lower the gripper onto the cube", "sweep the cube into the hole"),
-        ),
+        _approach("cube_pos", (-0.005, 0.0, 0.01), 0.04, 0.04, _ONTO, "cube", "sweep the cube into the hole"),
     ),
 }
 

@@ -106,7 +106,8 @@ class PeriodicRollout(Callback):
         by_task: dict[str, list[Trial]] = {task: [] for task in tasks}
         with closing(Lanes(self.env, view_of(policy))) as lanes:
             for job in jobs:
-                by_task[job.task] += run_policy_job(job, policy, lanes).trials
+                run_policy_job(job, policy, lanes)
+                by_task[job.task] += job.trials
         return by_task
 
     @contextmanager
