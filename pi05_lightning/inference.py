@@ -96,9 +96,9 @@ class Inference:
         batch = self.processor.collate(prompts).to(self.model.device)
         options = {"temperature": self.acting.temperature, "generator": self.generator}
         opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
-        said = generate_texts(self.model, self.processor, batch, **options)
+        texts = generate_texts(self.model, self.processor, batch, **options)
         # what may come before the opening are boxes
-        return [(text.rpartition(opening)[2] if opening else text).strip() for text in said]
+        return [(text.rpartition(opening)[2] if opening else text).strip() for text in texts]
 
     @torch.no_grad()
     def predict_chunks(

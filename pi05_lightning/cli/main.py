@@ -23,17 +23,17 @@ TRAINER_COMMANDS = {
     "test": "the same as Lightning's test loop, on the same data",
     "predict": "run a checkpoint over the data",
 }
-# what it does, and where the function is whose signature is its command line
+# each is the function of this name in the module of this name; its signature is the command line
 COMMANDS = {
-    "demo": ("the main job end to end: data, training, evaluation, a page", "cli.demo:demo"),
-    "collect": ("record scripted experts in the simulator as a LeRobot dataset", "sim.metaworld.collect:collect"),
-    "stats": ("exact per-dimension statistics of a dataset", "cli.stats:stats"),
-    "tokenizer": ("fit a FAST tokenizer on action chunks", "cli.tokenizer:tokenizer"),
-    "profile": ("what a configuration costs: FLOPs, bytes, memory, time", "cli.profile:profile"),
-    "report": ("a run on one self-contained page", "cli.report:report"),
-    "convert": ("checkpoints of LeRobot and openpi to ours and back", "cli.convert:convert"),
-    "rollout": ("closed-loop success in the simulator, beside baselines", "cli.rollout:rollout"),
-    "serve": ("a policy server that openpi's clients talk to", "cli.serve:serve"),
+    "demo": "the main job end to end: data, training, evaluation, a page",
+    "collect": "record scripted experts in the simulator as a LeRobot dataset",
+    "stats": "exact per-dimension statistics of a dataset",
+    "tokenizer": "fit a FAST tokenizer on action chunks",
+    "profile": "what a configuration costs: FLOPs, bytes, memory, time",
+    "report": "a run on one self-contained page",
+    "convert": "checkpoints of LeRobot and openpi to ours and back",
+    "rollout": "closed-loop success in the simulator, beside baselines",
+    "serve": "a policy server that openpi's clients talk to",
 }
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
@@ -71,15 +71,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def overview() -> str:
     """What `pi05 --help` prints."""
-    rows = [*TRAINER_COMMANDS.items(), *((name, text) for name, (text, _) in COMMANDS.items())]
-    lines = [f"  {name:<10} {text}" for name, text in rows]
+    lines = [f"  {name:<10} {text}" for name, text in (TRAINER_COMMANDS | COMMANDS).items()]
     return "\n".join(["usage: pi05 COMMAND [options]", "", *lines, "", "Options of one: pi05 COMMAND --help"])
 
 
-def load(address: str) -> Callable[..., Any]:
-    """The function at `module:name` of this package."""
-    module, name = address.split(":")
-    return getattr(import_module(f"pi05_lightning.{module}"), name)
+def load(name: str) -> Callable[..., Any]:
+    """The function of this name in the module of this name."""
+    return getattr(import_module(f"pi05_lightning.cli.{name}"), name)
 
 
 def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
@@ -107,9 +105,9 @@ def main(args: list[str] | None = None) -> None:
         if command in ("-h", "--help"):
             print(overview())
         elif command in TRAINER_COMMANDS:
-            load("cli.run:run")(command, rest)
+            load("run")(command, rest)
         elif command in COMMANDS:
-            call(load(COMMANDS[command][1]), rest, prog=f"pi05 {command}")
+            call(load(command), rest, prog=f"pi05 {command}")
         else:
             hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
             print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)

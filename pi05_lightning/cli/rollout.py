@@ -77,27 +77,40 @@ def rollout(
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / "rollout"
     out.mkdir(parents=True, exist_ok=True)
-    trials, clocks = list[Trial](), {mode: Clock() for mode in modes}
-    with (
-        closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
-        tqdm(total=len(plan.tasks) * episodes * len(modes), unit="episode", desc="rollout") as bar,
-    ):
-        for job in results:
-            write_films(out, job.trials, round(robot.fps))
-            trials += job.trials
-            clocks[job.mode].add(job.clock)
-            bar.update(len(job.trials))
-    result = summarise(trials, clocks) | {
-        "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
-        "execution_horizon": how.execution_horizon,
-        "noise_scale": how.noise_scale,
-        "env": str(env),
-        "seed": seed,
-        "checkpoint": str(checkpoint),
-    }
+    trials, clocks = run_all(plan, worker, num_workers, out, round(robot.fps))
+    result = summary_of(trials, clocks, plan, worker)
     write_json(out / "rollout.json", result)
     Console().print(*tables(result))
     return result
+
+
+def run_all(
+    plan: Plan, worker: Worker, num_workers: int | None, out: Path, fps: int
+) -> tuple[list[Trial], dict[Mode, Clock]]:
+    """Every trial of the plan, its film written to `out` as soon as it is over, and each mode's time."""
+    trials, clocks = list[Trial](), {mode: Clock() for mode in plan.modes}
+    with (
+        closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
+        tqdm(total=len(plan.tasks) * plan.episodes * len(plan.modes), unit="episode", desc="rollout") as bar,
+    ):
+        for job in results:
+            write_films(out, job.trials, fps)
+            trials += job.trials
+            clocks[job.mode].add(job.clock)
+            bar.update(len(job.trials))
+    return trials, clocks
+
+
+def summary_of(trials: list[Trial], clocks: dict[Mode, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
+    """What the trials came to, and all that is needed to run them again."""
+    return summarise(trials, clocks) | {
+        "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
+        "execution_horizon": worker.acting.execution_horizon,
+        "noise_scale": worker.acting.noise_scale,
+        "env": str(plan.env),
+        "seed": plan.seed,
+        "checkpoint": worker.checkpoint,
+    }
 
 
 def write_films(folder: Path, trials: Iterable[Trial], fps: int) -> None:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from itertools import batched
 from typing import Any, Literal, get_args
 
+import torch
+from torchvision.ops import box_convert
+
 from pi05_lightning.data.tokenizer import LOCATIONS
 from pi05_lightning.types import NUM_LOC, Box, box_to_text, edges_to_text
 
@@ -30,16 +33,10 @@ def to_box(values: Sequence[float], order: BoxOrder, height: float, width: float
     numbers = [math.nan if value is None else float(value) for value in values]
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or order not in get_args(BoxOrder):
         raise ValueError(f"the box {list(values)} ({order}) is not four numbers in one of {get_args(BoxOrder)}")
-    a, b, c, d = numbers
-    match order:
-        case "xyxy":
-            left, top, right, bottom = a, b, c, d
-        case "yxyx":
-            top, left, bottom, right = a, b, c, d
-        case "xywh":
-            left, top, right, bottom = a, b, a + c, b + d
-        case "cxcywh":
-            left, top, right, bottom = a - c / 2, b - d / 2, a + c / 2, b + d / 2
+    if order == "yxyx":
+        top, left, bottom, right = numbers
+    else:
+        left, top, right, bottom = box_convert(torch.tensor(numbers, dtype=torch.float64), order, "xyxy").tolist()
     slack = 1e-6  # of the image's size: centre and size, added up, may round past its edge
     box = (top / height, left / width, bottom / height, right / width)
     ymin, xmin, ymax, xmax = (round(edge) if abs(edge - round(edge)) < slack else edge for edge in box)

@@ -73,8 +73,8 @@ class Prompts:
         return " ".join(map(str, bins))
 
     def fill(self, template: str, frame: Frame, subtask: str | None = None) -> Segment:
-        said = {"task": clean_task(frame.task), "state": self.state(frame), "subtask": subtask}
-        return Segment(template.format(**vars(frame) | said))
+        values = {"task": clean_task(frame.task), "state": self.state(frame), "subtask": subtask}
+        return Segment(template.format(**vars(frame) | values))
 
     def high_level(self, frame: Frame) -> list[Segment]:
         """What the subtask is asked with."""

@@ -24,9 +24,9 @@ class Example:
     error: float
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     prompt: str = ""
-    said: str = ""
+    predicted: str = ""
     truth: str = ""
-    said_boxes: tuple[Box, ...] = ()
+    predicted_boxes: tuple[Box, ...] = ()
     true_boxes: tuple[Box, ...] = ()
     actions: np.ndarray | None = None
     draws: np.ndarray | None = None

@@ -98,7 +98,7 @@ class Backbone(nn.Module):
         if not need_hidden:
             return Prefix(None, [*kv, last.keys_values(x, rope)], mask, flow_mask, vision)
         x, layer_kv = last(x, rope, seen[:, :, -tokens:], columns - tokens)
-        return Prefix(self.norm(x)[0], [*kv, layer_kv], mask, flow_mask, vision)
+        return Prefix(self.norm(x), [*kv, layer_kv], mask, flow_mask, vision)
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """-> embeddings [B S W], valid bool[B S], causal bool[B S], images first, then tokens; `Prefix.vision`."""
@@ -138,10 +138,10 @@ class Backbone(nn.Module):
 
         x = self.embed_text(tokens)
         for layer, (keys, values) in zip(self.layers, cache.kv, strict=True):
-            y, _ = layer.input_layernorm(x)
+            y = layer.input_layernorm(x)
             keys[:, :, start:stop], values[:, :, start:stop] = layer.self_attn.keys_values(y, rope)
             x = layer.mix(x, y, rope, attend, (keys[:, :, :stop], values[:, :, :stop]))
-        return self.norm(x)[0]
+        return self.norm(x)
 
     def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
         """Initialise from scratch (fan-in scaled).

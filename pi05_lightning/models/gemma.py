@@ -75,8 +75,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, modulation: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        return (rms_normalize(x) * (1 + self.weight.float())).to(compute_dtype(x)), None
+    def forward(self, x: Tensor) -> Tensor:
+        return (rms_normalize(x) * (1 + self.weight.float())).to(compute_dtype(x))
 
 
 class AdaRMSNorm(nn.Module):
@@ -149,11 +149,11 @@ class Block(nn.Module):
 
     def keys_values(self, x: Tensor, rope: Rope) -> KV:
         """What the layer lets others attend to, [B H_kv S head_dim] each; all that is needed of the last layer."""
-        return self.self_attn.keys_values(self.input_layernorm(x)[0], rope)
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor, first: int = 0) -> tuple[Tensor, KV]:
         """Output of the columns from `first` on, for which the mask is, and keys and values of all."""
-        y, _ = self.input_layernorm(x)
+        y = self.input_layernorm(x)
         kv = self.self_attn.keys_values(y, rope)
         cos, sin = rope
         return self.mix(x[:, first:], y[:, first:], (cos[:, :, first:], sin[:, :, first:]), mask, kv), kv
@@ -161,7 +161,7 @@ class Block(nn.Module):
     def mix(self, x: Tensor, normed: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
         """The layer's output for tokens x (normed: after the first norm) that attend to kv."""
         x = x + self.self_attn(normed, rope, mask, kv)
-        return x + self.mlp(self.post_attention_layernorm(x)[0])
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ class KeypointStem(nn.Module):
 
         query [Q W], keypoints f32[Q K 2] and camera i64[Q] of the image asked about -> f32[Q 2], (y, x) in [0, 1].
         """
-        said = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
-        said = said[torch.arange(len(camera), device=camera.device), camera].float()
-        weights, offset = said[:, :-2].softmax(-1), said[:, -2:]
+        scores = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
+        scores = scores[torch.arange(len(camera), device=camera.device), camera].float()
+        weights, offset = scores[:, :-2].softmax(-1), scores[:, -2:]
         return torch.einsum("qk,qkc->qc", weights, keypoints) + self.offset_scale * offset
 
     def reset_parameters(self) -> None:

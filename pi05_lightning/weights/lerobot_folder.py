@@ -30,7 +30,7 @@ from pi05_lightning.weights.lerobot import (
     to_ours,
 )
 from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name
-from pi05_lightning.weights.safetensors import CONFIG, check_keys, map_weights, read_weights, sizes_of
+from pi05_lightning.weights.safetensors import CONFIG, check_keys, map_weights, read_weights, shapes_of
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ class LeRobotFolder(Weights):
             else:
                 tensors[ours], source[ours] = tensor, theirs
 
-        shapes = sizes_of(tensors)
+        shapes = shapes_of(tensors)
         config, notes = config_of(shapes, read_json(self.path / CONFIG, default={}), self.vision_heads)
         with torch.device("meta"):
-            expected = sizes_of(Pi05(config).state_dict())
+            expected = shapes_of(Pi05(config).state_dict())
         names = {ours: to_lerobot(ours) for ours in expected} | source
         heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
         expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}
-        check_keys(shapes | sizes_of(unread) | unknown, expected, names, self.path)
+        check_keys(shapes | shapes_of(unread) | unknown, expected, names, self.path)
         return Foreign(config, tensors, unread, dropped, source, tuple(notes))
 
     def config(self) -> ModelConfig:

@@ -19,7 +19,7 @@ from pi05_lightning.models.pi05 import Pi05
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"
 """Of weights in several files; what large checkpoints are split into."""
-Sizes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 READERS = 4
 """Threads that read a file: one alone waits for the disk or copies, where several do both at once."""
 
@@ -125,17 +125,17 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], where: Path | str = "t
 
     ValueError that lists every missing, unexpected and misshaped key; nothing is loaded by half.
     """
-    check_keys(sizes_of(tensors), sizes_of(model.state_dict()), where=where)
+    check_keys(shapes_of(tensors), shapes_of(model.state_dict()), where=where)
     model.load_state_dict(tensors, assign=True)
 
 
-def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor."""
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def check_keys(
-    found: Sizes, expected: Sizes, names: Mapping[str, str] | None = None, where: Path | str = "the weights"
+    found: Shapes, expected: Shapes, names: Mapping[str, str] | None = None, where: Path | str = "the weights"
 ) -> None:
     """ValueError that lists all keys in which two sets of tensors differ.
 

@@ -106,7 +106,7 @@ def test_error_over_the_horizon_is_drawn(events: EventAccumulator) -> None:
 
 def test_generated_texts_are_beside_the_true_ones(events: EventAccumulator) -> None:
     text = events.Tensors("robot/hl_subtask/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert "| prompt | said | true |" in text
+    assert "| prompt | predicted | true |" in text
     assert "Subtask: " in text
 
 

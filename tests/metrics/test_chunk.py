@@ -10,15 +10,17 @@ from pi05_lightning.evaluation.metrics.subset import values_of
 from pi05_lightning.evaluation.metrics.weighted_mean import Sums, WeightedMean
 
 TRUTH = torch.tensor([[[0.0, 0.0, 0.0], [1.0, -1.0, 0.0]]])
-SAID = torch.tensor([[[0.1, 0.4, 9.0], [0.8, -1.0, 9.0]]])
+PREDICTED = torch.tensor([[[0.1, 0.4, 9.0], [0.8, -1.0, 9.0]]])
 MASK = torch.tensor([[[True, True, False], [True, True, False]]])
 # real units: dim 0 spans 4 (errors × 2), dim 1 spans 20 (errors × 10)
 QUANTILES = Quantiles(np.array([-2.0, 0.0]), np.array([2.0, 20.0]))
 
 
-def measured(mask: torch.Tensor = MASK, said: torch.Tensor = SAID, threshold: float = 0.1) -> dict[str, float]:
+def measured(
+    mask: torch.Tensor = MASK, predicted: torch.Tensor = PREDICTED, threshold: float = 0.1
+) -> dict[str, float]:
     mean = WeightedMean(len(CHUNK_METRICS), 2, 3)
-    mean.update(*chunk_errors(said, TRUTH, mask, QUANTILES, threshold))
+    mean.update(*chunk_errors(predicted, TRUTH, mask, QUANTILES, threshold))
     one = torch.ones((), dtype=torch.float64)
     return values_of({"samples": Sums(one, one), "chunk": mean.sums()}, details=True)
 
@@ -63,6 +65,6 @@ def test_accuracy_counts_errors_up_to_the_threshold(threshold: float, accuracy: 
 
 @pytest.mark.parametrize("metric", CHUNK_METRICS)
 def test_action_that_is_no_number_shows_in_every_metric(metric: str) -> None:
-    said = SAID.clone()
-    said[0, 0, 0] = torch.nan
-    assert np.isnan(measured(said=said)[metric])
+    predicted = PREDICTED.clone()
+    predicted[0, 0, 0] = torch.nan
+    assert np.isnan(measured(predicted=predicted)[metric])

@@ -31,8 +31,8 @@ METRICS = {
     "web_caption": {"samples": 0},
 }
 EXAMPLES = [
-    {"file": "robot-qa-worst-0.png", "group": "worst", "key": 4, "said": "left", "truth": "right"},
-    {"file": "robot-qa-first-0.png", "group": "first", "key": 0, "said": "right", "truth": "right"},
+    {"file": "robot-qa-worst-0.png", "group": "worst", "key": 4, "predicted": "left", "truth": "right"},
+    {"file": "robot-qa-first-0.png", "group": "first", "key": 0, "predicted": "right", "truth": "right"},
 ]
 PROVENANCE = {
     "started": "2026-01-01T10:00:00+00:00",

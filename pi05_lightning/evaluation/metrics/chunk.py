@@ -22,8 +22,8 @@ def chunk_errors(
     error = chunk - truth
     dims = len(quantiles)
     real = torch.zeros_like(error)
-    said, true = (quantiles.unnormalize(x[..., :dims].cpu().numpy()) for x in (chunk, truth))
-    real[..., :dims] = torch.from_numpy(said - true).to(error.device)
+    predicted, true = (quantiles.unnormalize(x[..., :dims].cpu().numpy()) for x in (chunk, truth))
+    real[..., :dims] = torch.from_numpy(predicted - true).to(error.device)
     right = (error.abs() <= threshold * NORMALIZED_RANGE).to(error)
     # an error that is no number is not a wrong value but an unknown one, and has to show
     right = torch.where(error.isfinite(), right, error)

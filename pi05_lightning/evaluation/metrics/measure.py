@@ -87,7 +87,7 @@ class Evaluator:
         nll = self._mean_nll(batch, whole, kind)
         tokenizer, model = self.processor.tokenizer, self.model
         longest = int((batch.target_kind == kind).sum(1).max())
-        said = generate_texts(
+        predicted = generate_texts(
             model,
             self.processor,
             without_targets(batch),
@@ -97,9 +97,9 @@ class Evaluator:
         truth = [
             tokenizer.decode(row[k == kind].tolist()) for row, k in zip(batch.tokens, batch.target_kind, strict=True)
         ]
-        exact = torch.tensor([a == b for a, b in zip(said, truth, strict=True)], device=nll.device)
+        exact = torch.tensor([a == b for a, b in zip(predicted, truth, strict=True)], device=nll.device)
         values["exact_match"] = Term(exact, torch.ones_like(exact))
-        boxes = [(text_to_boxes(a), text_to_boxes(b)) for a, b in zip(said, truth, strict=True)]
+        boxes = [(text_to_boxes(a), text_to_boxes(b)) for a, b in zip(predicted, truth, strict=True)]
         ious = torch.tensor([box_iou(*pair) if pair[1] else 0.0 for pair in boxes])
         values["box_iou"] = Term(ious, torch.tensor([bool(true) for _, true in boxes]))
         # wrong before right, then by how unlikely the model found the truth
@@ -109,9 +109,9 @@ class Evaluator:
             return [
                 replace(
                     self._example(batch, row, subset, error),
-                    said=said[row],
+                    predicted=predicted[row],
                     truth=truth[row],
-                    said_boxes=tuple(boxes[row][0]),
+                    predicted_boxes=tuple(boxes[row][0]),
                     true_boxes=tuple(boxes[row][1]),
                 )
                 for row in rows
@@ -244,7 +244,7 @@ class Evaluator:
 
 
 def without_targets(batch: Batch) -> Batch:
-    """The batch with what has to be said masked out: what the model sees before it speaks.
+    """The batch with what has to be predicted masked out: what the model sees before it speaks.
 
     A subtask that actions are conditioned on stays.
     """

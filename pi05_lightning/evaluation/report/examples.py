@@ -1,4 +1,4 @@
-"""Single samples as a person looks at them: frames with what was asked, said and true, or a chunk beside its truth."""
+"""Single samples as a person looks at them: frames with prompt, prediction and truth, or a chunk beside its truth."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.patches import Rectangle
 from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.types import Box
 
-TRUTH, SAID = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion, told apart with any colour vision
+TRUTH, PREDICTED = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion, told apart with any colour vision
 DRAWN_DIMS = 8  # panels of a chunk; a humanoid's other thirty are in the metrics
 
 
@@ -28,12 +28,12 @@ def _draw_text(example: Example) -> Figure:
     columns = max(1, len(example.images))
     grid = figure.add_gridspec(2, columns, height_ratios=(5, 1.3))
     for place, (camera, image) in enumerate(example.images.items()):
-        _draw_frame(figure.add_subplot(grid[0, place]), camera, image, example.true_boxes, example.said_boxes)
+        _draw_frame(figure.add_subplot(grid[0, place]), camera, image, example.true_boxes, example.predicted_boxes)
     words = figure.add_subplot(grid[1, :])
     words.set_axis_off()
-    right = example.said == example.truth
-    said = readable(example.said) or "(nothing)"
-    words.text(0, 1, "said: " + _wrap(said, 58, 2), color=TRUTH if right else SAID, fontsize=9, va="top")
+    right = example.predicted == example.truth
+    predicted = readable(example.predicted) or "(nothing)"
+    words.text(0, 1, "predicted: " + _wrap(predicted, 58, 2), color=TRUTH if right else PREDICTED, fontsize=9, va="top")
     if not right:
         words.text(0, 0.35, "true: " + _wrap(readable(example.truth), 58, 2), color=TRUTH, fontsize=9, va="top")
     return figure
@@ -68,10 +68,15 @@ def draw_dim(axes: Axes, truth: np.ndarray, draws: np.ndarray) -> None:
     steps = np.arange(len(truth))
     finite = np.isfinite(draws).all()
     if len(draws) > 1 and finite:
-        axes.fill_between(steps, draws.min(0), draws.max(0), color=SAID, alpha=0.22, linewidth=0, label="draws")
+        axes.fill_between(steps, draws.min(0), draws.max(0), color=PREDICTED, alpha=0.22, linewidth=0, label="draws")
     # with markers: of a chunk near the episode's end one step may be left
     axes.plot(
-        steps, np.median(draws, 0), color=SAID, linewidth=1.3, marker=".", label="predicted" if finite else "no number"
+        steps,
+        np.median(draws, 0),
+        color=PREDICTED,
+        linewidth=1.3,
+        marker=".",
+        label="predicted" if finite else "no number",
     )
     axes.plot(steps, truth, color=TRUTH, linewidth=1.3, marker=".", label="true")
     axes.tick_params(labelsize=7)
@@ -79,13 +84,13 @@ def draw_dim(axes: Axes, truth: np.ndarray, draws: np.ndarray) -> None:
 
 
 def _draw_frame(
-    axes: Axes, camera: str, image: np.ndarray, true_boxes: Sequence[Box] = (), said_boxes: Sequence[Box] = ()
+    axes: Axes, camera: str, image: np.ndarray, true_boxes: Sequence[Box] = (), predicted_boxes: Sequence[Box] = ()
 ) -> None:
     height, width = image.shape[:2]
     axes.imshow(image.clip(0, 255).astype(np.uint8))
     axes.set_axis_off()
     axes.set_title(camera.removeprefix("observation.images."), fontsize=7, color="#666666")
-    for boxes, color, style in ((true_boxes, TRUTH, "-"), (said_boxes, SAID, "--")):
+    for boxes, color, style in ((true_boxes, TRUTH, "-"), (predicted_boxes, PREDICTED, "--")):
         for top, left, bottom, right in boxes:
             corner = (left * width - 0.5, top * height - 0.5)
             size = ((right - left) * width, (bottom - top) * height)

@@ -35,7 +35,7 @@ class ExampleFile:
     file: str
     group: Group
     key: int
-    said: str = ""
+    predicted: str = ""
     truth: str = ""
 
 

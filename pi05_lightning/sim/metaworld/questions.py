@@ -35,8 +35,8 @@ def answers(env: MetaWorldEnvironment, boxes: Mapping[str, Mapping[str, Box]]) -
 def direction(offset: np.ndarray) -> str:
     """An offset from the gripper in metres (x right, y away from the robot, z up) in words: `left, ahead, below`."""
     words = (("right", "left"), ("ahead", "behind"), ("above", "below"))
-    said = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=True) if abs(value) > _BESIDE]
-    return ", ".join(said) or "at the gripper"
+    parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=True) if abs(value) > _BESIDE]
+    return ", ".join(parts) or "at the gripper"
 
 
 def caption(boxes: Mapping[str, Box]) -> str:

@@ -101,9 +101,9 @@ class ValidationExamples(Callback):
         for name, examples in self.fixed.items():
             for number, example in enumerate(examples):
                 writer.add_figure(f"{name}/{number}", draw_example(example), step)
-            said = [e for e in examples if e.said or e.truth]
-            if said:
-                writer.add_text(name, text_table(said), step)
+            texts = [e for e in examples if e.predicted or e.truth]
+            if texts:
+                writer.add_text(name, text_table(texts), step)
         for name, values in pl_module.results.items():
             if any(metric.startswith("action_mae/step_") for metric in values):
                 writer.add_figure(f"{name}/error_over_horizon", draw_horizon(values), step)
@@ -120,16 +120,17 @@ class ValidationExamples(Callback):
                 for number, example in enumerate(examples):
                     file = folder / f"{name.replace('/', '-')}-{group}-{number}.png"
                     draw_example(example).savefig(file, dpi=DPI)
-                    shown = ExampleFile(file.name, group, example.key, readable(example.said), readable(example.truth))
+                    texts = readable(example.predicted), readable(example.truth)
+                    shown = ExampleFile(file.name, group, example.key, *texts)
                     index.setdefault(name, []).append(shown)
         content = {name: [vars(shown) for shown in files] for name, files in index.items()}
         write_json(run / EXAMPLES, content)
 
 
 def text_table(examples: Sequence[Example]) -> str:
-    """Prompt, what was said and what is true, as Markdown."""
-    rows = [f"| {cell(e.prompt)} | {cell(e.said)} | {cell(e.truth)} |" for e in examples]
-    return "\n".join(["| prompt | said | true |", "|---|---|---|", *rows])
+    """Prompt, prediction and truth, as Markdown."""
+    rows = [f"| {cell(e.prompt)} | {cell(e.predicted)} | {cell(e.truth)} |" for e in examples]
+    return "\n".join(["| prompt | predicted | true |", "|---|---|---|", *rows])
 
 
 def cell(text: str) -> str:

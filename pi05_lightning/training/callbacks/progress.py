@@ -45,7 +45,7 @@ class ProgressLines(ProgressBar):
         speed = (step - self._first_step) / max(now - self._first_time, 1e-9)
         left = (trainer.max_steps - step) / speed if speed else float("nan")
         loss = trainer.progress_bar_metrics.get("loss")
-        said = f"loss {loss:.4g}  " if isinstance(loss, float) else ""
+        shown = f"loss {loss:.4g}  " if isinstance(loss, float) else ""
         stage = pl_module.recipe.at(max(step - 1, 0)).name
-        print(f"step {step}/{trainer.max_steps}  {stage}  {said}{speed:.3g} steps/s  {left:.0f} s left", flush=True)
+        print(f"step {step}/{trainer.max_steps}  {stage}  {shown}{speed:.3g} steps/s  {left:.0f} s left", flush=True)
         self._last_time = now
