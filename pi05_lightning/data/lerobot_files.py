@@ -66,6 +66,7 @@ class LeRobotFiles:
     @classmethod
     def open(cls, root: Path) -> LeRobotFiles:
         """Raises ValueError when the folder is no LeRobot v3 dataset, or its metadata is damaged."""
+        root = root.absolute()  # arrow and ffmpeg take what is before a relative path's colon for a protocol
         if not (root / "meta" / "info.json").exists():
             raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
         info = read_json(root / "meta" / "info.json")
@@ -90,18 +91,24 @@ class LeRobotFiles:
         return self.info["features"]
 
     def sentences(self, table: str, column: str) -> dict[int, str]:
-        """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file."""
+        """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file.
+
+        The sentences are the table's pandas index, whatever its name, as LeRobot reads it (`load_tasks` in its
+        `datasets/io_utils.py`); without one they are in `column`.  Raises ValueError when they are in neither.
+        """
         path = self.root / "meta" / f"{table}.parquet"
         if not path.exists():
             return {}
         rows = pq.read_table(path)
-        # the sentences are the table's pandas index, whose column has had several names
-        texts = next(
-            field.name
-            for field in rows.schema
-            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-        )
-        return dict(zip(rows[f"{column}_index"].to_pylist(), rows[texts].to_pylist(), strict=True))
+        index = (rows.schema.pandas_metadata or {}).get("index_columns", [])
+        names = [name for name in (*index, column) if isinstance(name, str) and name in rows.column_names]
+        if not names or f"{column}_index" not in rows.column_names:
+            raise ValueError(
+                f"{path} needs the columns {column}_index and {column} (or pandas' index in its place), and has"
+                f" {', '.join(rows.column_names)}: write it with LeRobot, or rename them"
+            )
+        sentences = rows[names[0]].cast(pa.string())  # from any type of text, dictionaries too
+        return dict(zip(rows[f"{column}_index"].to_pylist(), sentences.to_pylist(), strict=True))
 
     def cameras(self) -> list[str]:
         """Keys of the colour image features, in the dataset's order."""
@@ -190,7 +197,8 @@ def vectors(table: pa.Table, key: str, width: int) -> tuple[np.ndarray, np.ndarr
     What is null becomes NaN, and so do rows with more or fewer values.
     """
     column = table.column(key).combine_chunks()
-    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+    kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    if not any(is_list(column.type) for is_list in kinds):
         numbers = column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
         return (numbers if width == 1 else np.full((len(column), width), np.nan, np.float32)), np.ones(len(column), int)
     found = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
