@@ -10,7 +10,9 @@ data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import pyarrow.parquet as pq
 from pi05_lightning.data.split import Split, held_out
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json
+
+VALIDATION_SPLITS = ("val", "validation", "valid")
 
 log = logging.getLogger(__name__)
 
@@ -138,16 +142,20 @@ class LeRobotFiles:
     def choose(self, split: Split, val_fraction: float, only: list[int] | str | None) -> np.ndarray:
         """The episodes of a split that pass a filter, i64 ascending.
 
-        The split follows info.json when that names a validation split ("val" or "validation"), else `held_out`.
+        The splits follow info.json: only what it declares for training is trained on, or, where it declares nothing for
+        training, what it declares for nothing else.  Where it names no validation split ("val", "validation", "valid"),
+        that is `held_out` of the training episodes.
         only: episode numbers, or an SQL condition on the episode table, such as "length >= 50 AND success".
         Validation may be left without any, with a warning.  Raises ValueError when training is, a number does not
         exist or the condition is no SQL.
         """
         episodes = self.column("episode_index").astype(np.int64)
-        in_val = self._validation_split(episodes)
+        declared = self._splits(episodes)
+        in_train = declared.get("train", ~np.any([*declared.values(), np.zeros(len(episodes), bool)], axis=0))
+        in_val = next((declared[name] for name in VALIDATION_SPLITS if name in declared), None)
         if in_val is None:
-            in_val = held_out(episodes, val_fraction)
-        chosen = in_val if split == "val" else ~in_val
+            in_val = in_train & held_out(episodes, val_fraction)
+        chosen = in_val if split == "val" else in_train & ~in_val
         if not chosen.any() and split == "train":
             raise ValueError(
                 f"{self.root}: none of its {len(episodes)} episodes is left to train on; "
@@ -166,16 +174,25 @@ class LeRobotFiles:
             log.warning("%s: no episode is held out, so there is no validation on it", self.root)
         return episodes[chosen]
 
-    def _validation_split(self, episodes: np.ndarray) -> np.ndarray | None:
-        splits = self.info.get("splits") or {}
-        ranges = splits.get("val") or splits.get("validation")
-        if ranges is None:
-            return None
-        try:
-            first, end = (int(bound) for bound in ranges.split(":"))
-        except ValueError as error:
-            raise ValueError(f"{self.root}/meta/info.json: split {ranges!r} is not first:end, as in 80:100") from error
-        return (episodes >= first) & (episodes < end)
+    def _splits(self, episodes: np.ndarray) -> dict[str, np.ndarray]:
+        """Which episodes each of info.json's `splits` has, bool like `episodes`.
+
+        ValueError for what is not "first:end", and for splits that share an episode.
+        """
+        declared: dict[str, str] = self.info.get("splits") or {}
+        found: dict[str, np.ndarray] = {}
+        for name, bounds in declared.items():
+            if not isinstance(bounds, str) or not (match := re.fullmatch(r"(\d+):(\d+)", bounds)):
+                raise ValueError(f"{self.root}/meta/info.json: split {name} is {bounds!r}, not first:end, as in 80:100")
+            first, end = map(int, match.groups())
+            found[name] = (episodes >= first) & (episodes < end)
+        for one, other in combinations(found, 2):
+            if (found[one] & found[other]).any():
+                raise ValueError(
+                    f"{self.root}/meta/info.json: the splits {one} ({declared[one]}) and {other} ({declared[other]})"
+                    " share episodes: correct one of them"
+                )
+        return found
 
     def _matching(self, condition: str) -> np.ndarray:
         with duckdb.connect() as connection:

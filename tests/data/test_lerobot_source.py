@@ -221,6 +221,46 @@ def test_splits_are_those_that_the_dataset_names(videos_copy: Path) -> None:
     assert set(open_source(videos_copy, "train").episode) == {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        ({"train": "0:3", "test": "3:5"}, {0, 1, 2}, set()),
+        ({"train": "0:2", "val": "2:4", "test": "4:5"}, {0, 1}, {2, 3}),
+        ({"train": "0:3"}, {0, 1, 2}, set()),
+        ({"test": "0:2"}, {2, 3, 4}, set()),
+        ({"validation": "0:1", "holdout": "1:2"}, {2, 3, 4}, {0}),
+        ({"valid": "0:1"}, {1, 2, 3, 4}, {0}),
+        ({"train": "1:9"}, {1, 2, 3, 4}, set()),
+    ],
+)
+def test_what_is_not_declared_for_training_is_not_trained_on(
+    videos_copy: Path, splits: dict[str, str], train: set[int], val: set[int]
+) -> None:
+    edit_info(videos_copy, splits=splits)
+    assert set(open_source(videos_copy, "train").episode) == train
+    assert set(open_source(videos_copy, "val").episode) == val
+
+
+def test_validation_is_held_out_of_the_declared_training_episodes(videos_copy: Path) -> None:
+    edit_info(videos_copy, splits={"train": "0:3", "test": "3:5"})
+    train, val = (set(open_source(videos_copy, split, val_fraction=0.3).episode) for split in ("train", "val"))
+    assert (train, val) == ({0, 2}, {1})
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": [0, 1, 2]}, r"split train is \[0, 1, 2\], not first:end"),
+        ({"val": "3-5"}, "split val is '3-5', not first:end"),
+        ({"train": "0:4", "val": "3:5"}, r"splits train \(0:4\) and val \(3:5\) share episodes"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(videos_copy: Path, splits: dict, message: str) -> None:
+    edit_info(videos_copy, splits=splits)
+    with pytest.raises(ValueError, match=message):
+        open_source(videos_copy)
+
+
 def test_training_and_validation_share_no_episode(videos: Path) -> None:
     train, val = (set(open_source(videos, split, val_fraction=0.4).episode) for split in ("train", "val"))
     assert train | val == set(range(5))
