@@ -153,7 +153,7 @@ class Pi05Policy(Inference):
             self._next = self._worker.submit(self.predict_chunk, frame, None, np.stack(self._queue))
         return self._queue.popleft()
 
-    def _follow(self, observation: Observation) -> None:
+    def _follow(self, observation: Observation | Frame) -> None:
         """Forget queue and subtask where the task is another one than that of the last observation."""
         task = observation.task if isinstance(observation, Frame) else observation.get("task", "")
         if self._task not in (None, task):
@@ -162,7 +162,7 @@ class Pi05Policy(Inference):
 
     def predict_chunk(
         self,
-        observation: Observation,
+        observation: Observation | Frame,
         noise: Tensor | np.ndarray | None = None,
         prefix_actions: Tensor | np.ndarray | None = None,
     ) -> np.ndarray:
@@ -193,7 +193,7 @@ class Pi05Policy(Inference):
         frames = [self.frame(one) for one in several]
         return self.processor.collate([self.processor.prompt(frame, self.robot) for frame in frames])
 
-    def frame(self, observation: Observation) -> Frame:
+    def frame(self, observation: Observation | Frame) -> Frame:
         """An observation as a Frame; raises ValueError for what does not fit this policy, by key."""
         if isinstance(observation, Frame):
             return observation
