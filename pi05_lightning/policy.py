@@ -139,7 +139,8 @@ class Pi05Policy(Inference):
         """The next action f32[A] in the robot's units; runs the chunk queue.
 
         The next chunk starts from the observation at which `inference_delay` actions are left in the queue; what
-        happens does not depend on how long computing it takes.
+        happens does not depend on how long computing it takes.  With another task, queue and subtask of the last one
+        are forgotten.
         """
         self._follow(observation)
         if not self._queue:
