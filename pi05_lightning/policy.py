@@ -131,6 +131,7 @@ class Pi05Policy(Inference):
         self._given = 0
         self._chunks = 0
         self.subtask: str | None = None
+        self._task: str | None = None
 
     # --- what a robot calls
 
@@ -138,20 +139,31 @@ class Pi05Policy(Inference):
         """The next action f32[A] in the robot's units; runs the chunk queue.
 
         The next chunk starts from the observation at which `inference_delay` actions are left in the queue; what
-        happens does not depend on how long computing it takes.
+        happens does not depend on how long computing it takes.  With another task, queue and subtask of the last one
+        are forgotten.
         """
+        self._follow(observation)
         if not self._queue:
-            chunk = self._next.result() if self._next else self.predict_chunk(observation)
-            self._queue.extend(chunk[self._given : self._given + self.execution_horizon])
-            self._next, self._given = None, 0
+            pending, given = self._next, self._given
+            self._next, self._given = None, 0  # before it may fail: the next call then begins anew
+            chunk = pending.result() if pending else self.predict_chunk(observation)
+            self._queue.extend(chunk[given : given + self.execution_horizon])
         if self._worker and self._next is None and len(self._queue) <= self.acting.inference_delay:
             self._given = len(self._queue)
-            self._next = self._worker.submit(self.predict_chunk, observation, None, np.stack(self._queue))
+            frame = copy.deepcopy(self.frame(observation))  # the caller may write into its images meanwhile
+            self._next = self._worker.submit(self.predict_chunk, frame, None, np.stack(self._queue))
         return self._queue.popleft()
+
+    def _follow(self, observation: Observation | Frame) -> None:
+        """Forget queue and subtask where the task is another one than that of the last observation."""
+        task = observation.task if isinstance(observation, Frame) else observation.get("task", "")
+        if self._task not in (None, task):
+            self.reset()
+        self._task = task
 
     def predict_chunk(
         self,
-        observation: Observation,
+        observation: Observation | Frame,
         noise: Tensor | np.ndarray | None = None,
         prefix_actions: Tensor | np.ndarray | None = None,
     ) -> np.ndarray:
@@ -160,6 +172,7 @@ class Pi05Policy(Inference):
         prefix_actions f32[d A], in the robot's units: what it will do in the chunk's first d steps whatever comes out,
         because it executes them meanwhile. The chunk begins with them and goes on from them.
         """
+        self._follow(observation)
         frame = self.frame(observation)
         if self.replans(self._chunks):
             self.subtask = self.predict_subtasks([frame])[0]
@@ -181,7 +194,7 @@ class Pi05Policy(Inference):
         frames = [self.frame(one) for one in several]
         return self.processor.collate([self.processor.prompt(frame, self.robot) for frame in frames])
 
-    def frame(self, observation: Observation) -> Frame:
+    def frame(self, observation: Observation | Frame) -> Frame:
         """An observation as a Frame; raises ValueError for what does not fit this policy, by key."""
         if isinstance(observation, Frame):
             return observation

@@ -1,5 +1,6 @@
 """The policy: what it predicts is what the trained module predicts, and observations that do not fit are refused."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +133,53 @@ def test_an_error_in_the_background_reaches_the_caller(trained, monkeypatch) -> 
     policy.predict({**observation(data), "state": np.zeros(9)})
     with pytest.raises(ValueError, match="state has 9 dimensions"):
         policy.predict(observation(data))
+
+
+def test_a_frame_that_fails_does_not_outlast_its_chunk(trained) -> None:
+    _, data, path = trained
+    policy = Pi05Policy.from_pretrained(path, pred_horizon=2, inference_delay=1, hierarchical=False)
+    policy.predict(observation(data))
+    policy.predict({**observation(data), "state": np.zeros(9)})
+    with pytest.raises(ValueError, match="state has 9 dimensions"):
+        policy.predict(observation(data))
+    assert np.isfinite([policy.predict(observation(data)) for _ in range(6)]).all()
+
+
+def test_background_chunk_sees_the_images_as_they_were_when_it_was_started(trained, monkeypatch) -> None:
+    _, data, path = trained
+    options = {"pred_horizon": 4, "inference_delay": 2, "hierarchical": False, "seed": 3}
+    chunks = []
+    for overwritten in (False, True):
+        policy = Pi05Policy.from_pretrained(path, **options)
+        monkeypatch.setattr(policy, "_worker", Later())
+        buffers = {name: image.copy() for name, image in observation(data)["image"].items()}
+        for _ in range(3):
+            policy.predict(observation(data) | {"image": buffers})
+        if overwritten:  # as a camera's driver does
+            for buffer in buffers.values():
+                buffer[:] = 255 - buffer
+        chunks.append([policy.predict(observation(data)) for _ in range(3)])
+    assert np.array_equal(*chunks)
+
+
+class Later:
+    """An executor that runs a call when its result is asked for: the slowest that one can be."""
+
+    def submit(self, function, *args):
+        future = Future()
+        future.result = lambda: function(*args)
+        return future
+
+
+def test_another_task_ends_the_chunk_and_the_subtask_of_the_last(trained) -> None:
+    _, data, path = trained
+    options = {"noise_scale": 0, "replan_subtask_every": 9, "pred_horizon": 4}
+    policy = Pi05Policy.from_pretrained(path, **options)
+    policy.predict(observation(data))
+    other = observation(data) | {"task": "close the door"}
+    found = policy.predict(other), policy.predict(other)
+    policy = Pi05Policy.from_pretrained(path, **options)
+    assert np.array_equal(found, [policy.predict(other), policy.predict(other)])
 
 
 def test_actions_that_are_given_come_back_in_the_robots_units(trained) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -121,7 +122,7 @@ class CachedFrames:
     def decode(self, file: int, bar: tqdm, stop: threading.Event) -> None:
         """Write one file's frames, advancing the bar; stops early, leaving nothing in the cache, when told to."""
         self._place = None
-        for stale in self.folder.glob(f"{self._stem(file)}.*"):
+        for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
             stale.unlink()
         positions: list[float] = []
         problem = ""

@@ -10,7 +10,9 @@ data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ import pyarrow.parquet as pq
 from pi05_lightning.data.split import Split, held_out
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json
+
+VALIDATION_SPLITS = ("val", "validation", "valid")
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,7 @@ class LeRobotFiles:
     @classmethod
     def open(cls, root: Path) -> LeRobotFiles:
         """Raises ValueError when the folder is no LeRobot v3 dataset, or its metadata is damaged."""
+        root = root.absolute()  # arrow and ffmpeg take what is before a relative path's colon for a protocol
         if not (root / "meta" / "info.json").exists():
             raise ValueError(f"{root} is not a LeRobot dataset: it has no meta/info.json")
         info = read_json(root / "meta" / "info.json")
@@ -90,18 +95,24 @@ class LeRobotFiles:
         return self.info["features"]
 
     def sentences(self, table: str, column: str) -> dict[int, str]:
-        """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file."""
+        """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file.
+
+        The sentences are the table's pandas index, whatever its name, as LeRobot reads it (`load_tasks` in its
+        `datasets/io_utils.py`); without one they are in `column`.  Raises ValueError when they are in neither.
+        """
         path = self.root / "meta" / f"{table}.parquet"
         if not path.exists():
             return {}
         rows = pq.read_table(path)
-        # the sentences are the table's pandas index, whose column has had several names
-        texts = next(
-            field.name
-            for field in rows.schema
-            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-        )
-        return dict(zip(rows[f"{column}_index"].to_pylist(), rows[texts].to_pylist(), strict=True))
+        index = (rows.schema.pandas_metadata or {}).get("index_columns", [])
+        names = [name for name in (*index, column) if isinstance(name, str) and name in rows.column_names]
+        if not names or f"{column}_index" not in rows.column_names:
+            raise ValueError(
+                f"{path} needs the columns {column}_index and {column} (or pandas' index in its place), and has"
+                f" {', '.join(rows.column_names)}: write it with LeRobot, or rename them"
+            )
+        sentences = rows[names[0]].cast(pa.string())  # from any type of text, dictionaries too
+        return dict(zip(rows[f"{column}_index"].to_pylist(), sentences.to_pylist(), strict=True))
 
     def cameras(self) -> list[str]:
         """Keys of the colour image features, in the dataset's order."""
@@ -131,16 +142,20 @@ class LeRobotFiles:
     def choose(self, split: Split, val_fraction: float, only: list[int] | str | None) -> np.ndarray:
         """The episodes of a split that pass a filter, i64 ascending.
 
-        The split follows info.json when that names a validation split ("val" or "validation"), else `held_out`.
+        The splits follow info.json: only what it declares for training is trained on, or, where it declares nothing for
+        training, what it declares for nothing else.  Where it names no validation split ("val", "validation", "valid"),
+        that is `held_out` of the training episodes.
         only: episode numbers, or an SQL condition on the episode table, such as "length >= 50 AND success".
         Validation may be left without any, with a warning.  Raises ValueError when training is, a number does not
         exist or the condition is no SQL.
         """
         episodes = self.column("episode_index").astype(np.int64)
-        in_val = self._validation_split(episodes)
+        declared = self._splits(episodes)
+        in_train = declared.get("train", ~np.any([*declared.values(), np.zeros(len(episodes), bool)], axis=0))
+        in_val = next((declared[name] for name in VALIDATION_SPLITS if name in declared), None)
         if in_val is None:
-            in_val = held_out(episodes, val_fraction)
-        chosen = in_val if split == "val" else ~in_val
+            in_val = in_train & held_out(episodes, val_fraction)
+        chosen = in_val if split == "val" else in_train & ~in_val
         if not chosen.any() and split == "train":
             raise ValueError(
                 f"{self.root}: none of its {len(episodes)} episodes is left to train on; "
@@ -159,16 +174,25 @@ class LeRobotFiles:
             log.warning("%s: no episode is held out, so there is no validation on it", self.root)
         return episodes[chosen]
 
-    def _validation_split(self, episodes: np.ndarray) -> np.ndarray | None:
-        splits = self.info.get("splits") or {}
-        ranges = splits.get("val") or splits.get("validation")
-        if ranges is None:
-            return None
-        try:
-            first, end = (int(bound) for bound in ranges.split(":"))
-        except ValueError as error:
-            raise ValueError(f"{self.root}/meta/info.json: split {ranges!r} is not first:end, as in 80:100") from error
-        return (episodes >= first) & (episodes < end)
+    def _splits(self, episodes: np.ndarray) -> dict[str, np.ndarray]:
+        """Which episodes each of info.json's `splits` has, bool like `episodes`.
+
+        ValueError for what is not "first:end", and for splits that share an episode.
+        """
+        declared: dict[str, str] = self.info.get("splits") or {}
+        found: dict[str, np.ndarray] = {}
+        for name, bounds in declared.items():
+            if not isinstance(bounds, str) or not (match := re.fullmatch(r"(\d+):(\d+)", bounds)):
+                raise ValueError(f"{self.root}/meta/info.json: split {name} is {bounds!r}, not first:end, as in 80:100")
+            first, end = map(int, match.groups())
+            found[name] = (episodes >= first) & (episodes < end)
+        for one, other in combinations(found, 2):
+            if (found[one] & found[other]).any():
+                raise ValueError(
+                    f"{self.root}/meta/info.json: the splits {one} ({declared[one]}) and {other} ({declared[other]})"
+                    " share episodes: correct one of them"
+                )
+        return found
 
     def _matching(self, condition: str) -> np.ndarray:
         with duckdb.connect() as connection:
@@ -190,7 +214,8 @@ def vectors(table: pa.Table, key: str, width: int) -> tuple[np.ndarray, np.ndarr
     What is null becomes NaN, and so do rows with more or fewer values.
     """
     column = table.column(key).combine_chunks()
-    if not pa.types.is_list(column.type) and not pa.types.is_fixed_size_list(column.type):
+    kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
+    if not any(is_list(column.type) for is_list in kinds):
         numbers = column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
         return (numbers if width == 1 else np.full((len(column), width), np.nan, np.float32)), np.ones(len(column), int)
     found = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from glob import escape
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 CACHE = Path("meta") / "pi05_stats.json"
 BYTES_PER_VALUE = 16  # a double, and as much again while it is read
 QUANTILES = (0.01, 0.99)
+VERSION = 2
+"""Of what is kept: entries of another are computed anew. Raise it with every change of what a statistic is."""
+_FILE = "pi05_file"  # name of the column that says where a row is from; `filename` may be one of the dataset's
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def load_or_compute(
         return Stats.from_dict(entries[request])
     stats = compute(root, keys, episodes, relative)
     try:
-        write_json(cache, {"version": 1, "entries": {**entries, request: stats.to_dict()}}, indent=None)
+        write_json(cache, {"version": VERSION, "entries": {**entries, request: stats.to_dict()}}, indent=None)
     except OSError as error:
         log.warning("statistics are not kept, %s cannot be written (%s)", cache, error)
     return stats
@@ -171,8 +175,9 @@ class _Frames:
         self, files: LeRobotFiles, episodes: Sequence[int] | None, memory: int, connection: duckdb.DuckDBPyConnection
     ) -> None:
         self.files, self.memory, self.connection = files, memory, connection
-        paths = ", ".join("'" + str(path).replace("'", "''") + "'" for path in _data_paths(files, episodes))
-        self.rows = f"(SELECT * FROM read_parquet([{paths}], filename = true)"
+        # a path is a pattern to duckdb, and a folder called key=value a column
+        paths = ", ".join("'" + escape(str(path)).replace("'", "''") + "'" for path in _data_paths(files, episodes))
+        self.rows = f"(SELECT * FROM read_parquet([{paths}], filename = '{_FILE}', hive_partitioning = false)"
         if episodes is not None:
             self.rows += f" WHERE episode_index IN ({', '.join(str(int(episode)) for episode in episodes)})"
         self.rows += ")"
@@ -261,7 +266,7 @@ class _Frames:
 
     def _bad(self, key: str, condition: str, expected: str) -> BadSample:
         row = self.query(
-            f"SELECT filename, episode_index, frame_index, {_name(key)}::VARCHAR FROM {self.rows}"
+            f"SELECT {_FILE}, episode_index, frame_index, {_name(key)}::VARCHAR FROM {self.rows}"
             f" WHERE {condition} ORDER BY episode_index, frame_index LIMIT 1"
         ).fetchone()
         assert row is not None
@@ -308,7 +313,8 @@ def _request(
 
 def _read_cache(path: Path) -> dict[str, Any]:
     try:
-        return read_json(path, default={"entries": {}})["entries"]
+        content = read_json(path, default={})
+        return content["entries"] if content.get("version") == VERSION else {}
     except (ValueError, KeyError) as error:
         log.warning("%s is damaged (%s) and is written anew", path, error)
         return {}

@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow.dataset as ds
 
-from pi05_lightning.files.local import read_json
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 
 
 def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
@@ -20,18 +19,17 @@ def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
     dataset: a LeRobot v3 folder;  task: the instruction, as the dataset has it.
     Raises ValueError when no training episode has this task.
     """
-    tasks = pd.read_parquet(dataset / "meta" / "tasks.parquet")
-    if task not in tasks.index:
-        raise ValueError(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks.index))}")
-    splits = read_json(dataset / "meta" / "info.json")["splits"]
-    first, last = map(int, splits["train"].split(":"))
-    episode = ds.field("episode_index")
-    rows = ds.dataset(dataset / "data").to_table(
+    files = LeRobotFiles.open(dataset)
+    tasks = {sentence: number for number, sentence in files.sentences("tasks", "task").items()}
+    if task not in tasks:
+        raise ValueError(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks))}")
+    episodes = files.choose("train", 0.0, None)
+    rows = ds.dataset(files.root / "data").to_table(
         columns=["frame_index", "action"],
-        filter=(ds.field("task_index") == int(tasks.loc[task, "task_index"])) & (episode >= first) & (episode < last),
+        filter=(ds.field("task_index") == tasks[task]) & ds.field("episode_index").isin(episodes),
     )
     if not rows.num_rows:
-        raise ValueError(f"{dataset} has no training episode of {task!r}: its train split is {splits['train']}")
+        raise ValueError(f"{dataset} has no training episode of {task!r}")
     step = rows["frame_index"].to_numpy()
     actions = np.stack(rows["action"].to_numpy())
     total = np.zeros((step.max() + 1, actions.shape[1]))

@@ -22,7 +22,7 @@ def encode_video(
     """Write images uint8[N h w 3] as an MP4; options are the codec's. Makes the folders above it."""
     logging.getLogger("libav").setLevel(logging.ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with av.open(str(path.absolute()), "w") as container:
         stream = container.add_stream(vcodec, fps, options={name: str(value) for name, value in options.items()})
         assert isinstance(stream, VideoStream)
         stream.height, stream.width = images[0].shape[:2]

@@ -109,7 +109,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     An interruption leaves the old file or none, never half of one.
     """
     with replacing(path, one_writer=True) as part:
+        part.touch()
+        mode = part.stat().st_mode  # what the umask says: safetensors makes a file for its owner alone
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
+        part.chmod(mode)
 
 
 def build(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Pi05:

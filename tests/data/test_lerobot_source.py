@@ -53,6 +53,58 @@ def edit_info(root: Path, **values) -> None:
 # --- what a frame holds
 
 
+def with_language(table: pa.Table) -> pa.Table:
+    """A text column before the sentences."""
+    return table.add_column(0, "language", pa.array(["en"] * len(table)))
+
+
+def without_pandas(table: pa.Table) -> pa.Table:
+    """As polars and pyarrow write it: without an index, the sentences in a column of their name."""
+    (index,) = table.schema.pandas_metadata["index_columns"]
+    names = ["task" if name == index else name for name in table.column_names]
+    return with_language(table.rename_columns(names)).replace_schema_metadata(None)
+
+
+def of_type(kind: pa.DataType):
+    """The sentences as another type of text."""
+
+    def change(table: pa.Table) -> pa.Table:
+        (index,) = table.schema.pandas_metadata["index_columns"]
+        place = table.column_names.index(index)
+        values = table[index].combine_chunks()
+        values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
+        return table.set_column(place, index, values)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_language,
+        without_pandas,
+        of_type(pa.large_string()),
+        of_type(pa.string_view()),
+        of_type(pa.dictionary(pa.int32(), pa.string())),
+    ],
+    ids=["another text column", "no index", "large_string", "string_view", "categorical"],
+)
+def test_tasks_are_found_by_name(pictures_copy: Path, change) -> None:
+    path = pictures_copy / "meta" / "tasks.parquet"
+    expected = [open_source(pictures_copy)[int(row)].task for row in STARTS[:2]]
+    pq.write_table(change(pq.read_table(path)), path)
+    assert [open_source(pictures_copy)[int(row)].task for row in STARTS[:2]] == expected
+    assert expected == ["close the drawer", "open the drawer"]
+
+
+def test_tasks_that_have_no_name_are_refused(pictures_copy: Path) -> None:
+    path = pictures_copy / "meta" / "tasks.parquet"
+    table = without_pandas(pq.read_table(path))
+    pq.write_table(table.rename_columns(["language", "task_index", "instruction"]), path)
+    with pytest.raises(ValueError, match=r"tasks.parquet needs the columns task_index and task .* instruction"):
+        open_source(pictures_copy)
+
+
 def test_chunks_are_those_of_lerobot_dataset(videos: Path) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -167,6 +219,46 @@ def test_splits_are_those_that_the_dataset_names(videos_copy: Path) -> None:
     edit_info(videos_copy, splits={"train": "0:3", "val": "3:5"})
     assert set(open_source(videos_copy, "val").episode) == {3, 4}
     assert set(open_source(videos_copy, "train").episode) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        ({"train": "0:3", "test": "3:5"}, {0, 1, 2}, set()),
+        ({"train": "0:2", "val": "2:4", "test": "4:5"}, {0, 1}, {2, 3}),
+        ({"train": "0:3"}, {0, 1, 2}, set()),
+        ({"test": "0:2"}, {2, 3, 4}, set()),
+        ({"validation": "0:1", "holdout": "1:2"}, {2, 3, 4}, {0}),
+        ({"valid": "0:1"}, {1, 2, 3, 4}, {0}),
+        ({"train": "1:9"}, {1, 2, 3, 4}, set()),
+    ],
+)
+def test_what_is_not_declared_for_training_is_not_trained_on(
+    videos_copy: Path, splits: dict[str, str], train: set[int], val: set[int]
+) -> None:
+    edit_info(videos_copy, splits=splits)
+    assert set(open_source(videos_copy, "train").episode) == train
+    assert set(open_source(videos_copy, "val").episode) == val
+
+
+def test_validation_is_held_out_of_the_declared_training_episodes(videos_copy: Path) -> None:
+    edit_info(videos_copy, splits={"train": "0:3", "test": "3:5"})
+    train, val = (set(open_source(videos_copy, split, val_fraction=0.3).episode) for split in ("train", "val"))
+    assert (train, val) == ({0, 2}, {1})
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": [0, 1, 2]}, r"split train is \[0, 1, 2\], not first:end"),
+        ({"val": "3-5"}, "split val is '3-5', not first:end"),
+        ({"train": "0:4", "val": "3:5"}, r"splits train \(0:4\) and val \(3:5\) share episodes"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(videos_copy: Path, splits: dict, message: str) -> None:
+    edit_info(videos_copy, splits=splits)
+    with pytest.raises(ValueError, match=message):
+        open_source(videos_copy)
 
 
 def test_training_and_validation_share_no_episode(videos: Path) -> None:
@@ -397,3 +489,24 @@ def test_damaged_metadata_is_named(videos_copy: Path, damage, message: str) -> N
     damage(videos_copy)
     with pytest.raises(ValueError, match=message):
         open_source(videos_copy)
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_subtasks_may_be_any_type_of_text(pictures_copy: Path, kind: pa.DataType) -> None:
+    table = pq.read_table(data_file(pictures_copy))
+    texts = pa.array([f"reach {episode}" for episode in table["episode_index"].to_pylist()])
+    texts = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)
+    pq.write_table(table.append_column("words", texts), data_file(pictures_copy))
+    assert open_source(pictures_copy, subtask_key="words")[int(STARTS[3])].subtask == "reach 3"
+
+
+def test_vectors_may_be_large_lists(pictures_copy: Path) -> None:
+    expected = open_source(pictures_copy)[5]
+    table = pq.read_table(data_file(pictures_copy))
+    for key in ("action", "observation.state"):
+        place = table.column_names.index(key)
+        table = table.set_column(place, key, table[key].cast(pa.large_list(pa.float32())))
+    pq.write_table(table, data_file(pictures_copy))
+    found = open_source(pictures_copy)[5]
+    assert np.array_equal(found.state, expected.state)
+    assert np.array_equal(found.actions, expected.actions)

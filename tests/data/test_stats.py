@@ -233,6 +233,21 @@ def test_another_question_gets_another_answer(
     assert load_or_compute(pictures_copy, KEYS)["action"].mean[0] == 123.0  # and the first is kept
 
 
+@pytest.mark.parametrize("version", [1, None])
+def test_statistics_that_another_version_kept_are_computed_anew(pictures_copy: Path, version: int | None) -> None:
+    load_or_compute(pictures_copy, KEYS)
+    poison(pictures_copy)
+    content = json.loads((pictures_copy / CACHE).read_text())
+    (pictures_copy / CACHE).write_text(json.dumps(content | {"version": version}))
+    assert load_or_compute(pictures_copy, KEYS)["action"].mean[0] != 123.0
+
+
+def test_a_feature_may_be_called_filename(pictures_copy: Path) -> None:
+    table = pq.read_table(data_file(pictures_copy))
+    pq.write_table(table.append_column("filename", pa.array(["a"] * len(table))), data_file(pictures_copy))
+    assert compute(pictures_copy, ["action"])["action"].count == 54
+
+
 def test_a_damaged_cache_is_written_anew(pictures_copy: Path) -> None:
     (pictures_copy / CACHE).write_text('{"entries": {')
     load_or_compute(pictures_copy, KEYS)

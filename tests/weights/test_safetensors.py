@@ -37,6 +37,11 @@ def file(model: Pi05, tmp_path: Path) -> Path:
     return path
 
 
+def test_a_saved_file_has_the_mode_of_any_new_file(file: Path) -> None:
+    (file.parent / "other").touch()
+    assert file.stat().st_mode == (file.parent / "other").stat().st_mode
+
+
 def test_saved_and_built_again_computes_the_same(model: Pi05, file: Path) -> None:
     again = build(model.config, read_tensors(file))
     batch = make_batch(model.config, ["iipps", "ptt"], acting=1)

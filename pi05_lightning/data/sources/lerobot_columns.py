@@ -219,15 +219,16 @@ def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> list[str | 
             if keep[begin]:
                 texts += active_subtasks(file.persistent[begin], file.timestamp[begin:end])
         return texts
-    values = file.table.column(key).filter(keep)
-    if pa.types.is_integer(values.type):
+    column = file.table.column(key)
+    if pa.types.is_integer(column.type):
         sentences = files.sentences("subtasks", "subtask")
         if not sentences:
             raise ValueError("it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
-        return [sentences.get(code) for code in values.to_pylist()]
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise ValueError(f"it holds {values.type}: a subtask is text, or a number as in subtask_index")
-    return values.to_pylist()
+        return [sentences.get(code) for code in column.filter(keep).to_pylist()]
+    text = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not any(is_text(text) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+        raise ValueError(f"it holds {column.type}: a subtask is text, or a number as in subtask_index")
+    return column.cast(pa.string()).filter(keep).to_pylist()
 
 
 def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[dict[str, Any]], wanted: Wanted) -> Columns:

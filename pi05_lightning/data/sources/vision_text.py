@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -241,7 +242,7 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
 
     Raises ValueError naming the path when it cannot be read.
     """
-    local = Path(config.path).expanduser()
+    local = Path(config.path).expanduser().absolute()
     folders, files = [local], dict[str, list[Path]]()
     streaming = config.stream_rows is not None
     found: Any
@@ -251,7 +252,7 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
         elif local.exists():
             files, builder = _data_files(local)
             folders = list(dict.fromkeys([*folders, *(file.parent for part in files.values() for file in part)]))
-            names = {part: [str(file) for file in group] for part, group in files.items()}
+            names = {part: [escape(str(file)) for file in group] for part, group in files.items()}
             found = datasets.load_dataset(builder, data_files=names, streaming=streaming)
         elif is_hub_id(config.path):
             found = datasets.load_dataset(config.path, config.subset, streaming=streaming)

@@ -139,7 +139,7 @@ def data_uri(file: Path) -> str:
 
 def poster(video: Path) -> str:
     """A video's last frame, as the address of a PNG: what is seen before it plays, and in print."""
-    with av.open(str(video)) as container:
+    with av.open(str(video.absolute())) as container:
         *_, last = container.decode(video=0)
     buffer = io.BytesIO()
     last.to_image().save(buffer, format="PNG")
