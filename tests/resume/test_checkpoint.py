@@ -49,6 +49,7 @@ def test_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a run for each of some fifty events
 def test_run_killed_at_any_file_operation_of_its_checkpoints_can_be_resumed(config: Path, tmp_path: Path) -> None:
     for event in count(1):
         run, log = tmp_path / str(event), tmp_path / "log"
