@@ -187,11 +187,15 @@ class Pi05Module(LightningModule):
             self._losses.setdefault(f"loss/{name}", []).append(value.detach())
         return loss
 
+    def logs_after(self, steps: int) -> bool:
+        """Whether numbers are logged after so many optimizer steps: every `trainer.log_every_n_steps`, at 0 never."""
+        interval: int = cast("Any", self.trainer).log_every_n_steps  # Lightning sets it without declaring it
+        return steps > 0 and interval > 0 and steps % interval == 0
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """At logging intervals, and only there, bring losses and gradient norms (before clipping) to the host."""
         losses, self._losses = self._losses, {}
-        interval = cast("Any", self.trainer).log_every_n_steps
-        if not interval or (self.global_step + 1) % interval:
+        if not self.logs_after(self.global_step + 1):
             return
         norms = gradient_norms(self.model.named_parameters())
         values = {name: torch.stack(found).mean() for name, found in losses.items()}

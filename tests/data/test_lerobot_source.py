@@ -15,94 +15,12 @@ from torch.utils.data import DataLoader
 
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.lerobot_files import find_dataset
-from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
-from pi05_lightning.data.split import Split, held_out
-from pi05_lightning.types import Answer, Modality, Shapes
-
-HORIZON = 8
-SHAPES = Shapes(image_size=32, horizon=HORIZON, action_dim=4, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)
-LENGTHS = (12, 9, 15, 7, 11)  # of the episodes that conftest records
-STARTS = np.cumsum((0, *LENGTHS))
-
-
-def open_source(root: Path, split: Split = "train", **options) -> LeRobotSource:
-    options = {"val_fraction": 0, "cameras": {}, **options}
-    return LeRobotConfig(path=str(root), **options).open("robot", split, SHAPES)
-
-
-def data_file(root: Path) -> Path:
-    return root / "data/chunk-000/file-000.parquet"
-
-
-def rewrite(path: Path, **columns: list | None) -> None:
-    """Replace columns of a parquet file, or drop those given as None."""
-    table = pq.read_table(path)
-    for name, values in columns.items():
-        if name in table.column_names:
-            table = table.drop_columns([name])
-        if values is not None:
-            table = table.append_column(name, pa.array(values))
-    pq.write_table(table, path)
-
-
-def edit_info(root: Path, **values) -> None:
-    path = root / "meta" / "info.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.data.split import held_out
+from pi05_lightning.types import Answer, Modality
+from tests.data.recorded import HORIZON, LENGTHS, STARTS, data_file, edit_info, open_source, rewrite
 
 # --- what a frame holds
-
-
-def with_language(table: pa.Table) -> pa.Table:
-    """A text column before the sentences."""
-    return table.add_column(0, "language", pa.array(["en"] * len(table)))
-
-
-def without_pandas(table: pa.Table) -> pa.Table:
-    """As polars and pyarrow write it: without an index, the sentences in a column of their name."""
-    (index,) = table.schema.pandas_metadata["index_columns"]
-    names = ["task" if name == index else name for name in table.column_names]
-    return with_language(table.rename_columns(names)).replace_schema_metadata(None)
-
-
-def of_type(kind: pa.DataType):
-    """The sentences as another type of text."""
-
-    def change(table: pa.Table) -> pa.Table:
-        (index,) = table.schema.pandas_metadata["index_columns"]
-        place = table.column_names.index(index)
-        values = table[index].combine_chunks()
-        values = values.dictionary_encode() if pa.types.is_dictionary(kind) else values.cast(kind)
-        return table.set_column(place, index, values)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        with_language,
-        without_pandas,
-        of_type(pa.large_string()),
-        of_type(pa.string_view()),
-        of_type(pa.dictionary(pa.int32(), pa.string())),
-    ],
-    ids=["another text column", "no index", "large_string", "string_view", "categorical"],
-)
-def test_tasks_are_found_by_name(pictures_copy: Path, change) -> None:
-    path = pictures_copy / "meta" / "tasks.parquet"
-    expected = [open_source(pictures_copy)[int(row)].task for row in STARTS[:2]]
-    pq.write_table(change(pq.read_table(path)), path)
-    assert [open_source(pictures_copy)[int(row)].task for row in STARTS[:2]] == expected
-    assert expected == ["close the drawer", "open the drawer"]
-
-
-def test_tasks_that_have_no_name_are_refused(pictures_copy: Path) -> None:
-    path = pictures_copy / "meta" / "tasks.parquet"
-    table = without_pandas(pq.read_table(path))
-    pq.write_table(table.rename_columns(["language", "task_index", "instruction"]), path)
-    with pytest.raises(ValueError, match=r"tasks.parquet needs the columns task_index and task .* instruction"):
-        open_source(pictures_copy)
 
 
 def test_chunks_are_those_of_lerobot_dataset(videos: Path) -> None:
@@ -210,94 +128,6 @@ def test_indices_are_the_frames_that_can_teach_a_modality(videos: Path) -> None:
     assert len(source.indices(Modality.HL_SUBTASK)) == sum(LENGTHS) - 2 * len(LENGTHS)
     assert len(source.indices(Modality.FAST)) == sum(LENGTHS)
     assert len(source.indices(Modality.WEB_CAPTION)) == 0
-
-
-# --- which episodes
-
-
-def test_splits_are_those_that_the_dataset_names(videos_copy: Path) -> None:
-    edit_info(videos_copy, splits={"train": "0:3", "val": "3:5"})
-    assert set(open_source(videos_copy, "val").episode) == {3, 4}
-    assert set(open_source(videos_copy, "train").episode) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("splits", "train", "val"),
-    [
-        ({"train": "0:3", "test": "3:5"}, {0, 1, 2}, set()),
-        ({"train": "0:2", "val": "2:4", "test": "4:5"}, {0, 1}, {2, 3}),
-        ({"train": "0:3"}, {0, 1, 2}, set()),
-        ({"test": "0:2"}, {2, 3, 4}, set()),
-        ({"validation": "0:1", "holdout": "1:2"}, {2, 3, 4}, {0}),
-        ({"valid": "0:1"}, {1, 2, 3, 4}, {0}),
-        ({"train": "1:9"}, {1, 2, 3, 4}, set()),
-    ],
-)
-def test_what_is_not_declared_for_training_is_not_trained_on(
-    videos_copy: Path, splits: dict[str, str], train: set[int], val: set[int]
-) -> None:
-    edit_info(videos_copy, splits=splits)
-    assert set(open_source(videos_copy, "train").episode) == train
-    assert set(open_source(videos_copy, "val").episode) == val
-
-
-def test_validation_is_held_out_of_the_declared_training_episodes(videos_copy: Path) -> None:
-    edit_info(videos_copy, splits={"train": "0:3", "test": "3:5"})
-    train, val = (set(open_source(videos_copy, split, val_fraction=0.3).episode) for split in ("train", "val"))
-    assert (train, val) == ({0, 2}, {1})
-
-
-@pytest.mark.parametrize(
-    ("splits", "message"),
-    [
-        ({"train": [0, 1, 2]}, r"split train is \[0, 1, 2\], not first:end"),
-        ({"val": "3-5"}, "split val is '3-5', not first:end"),
-        ({"train": "0:4", "val": "3:5"}, r"splits train \(0:4\) and val \(3:5\) share episodes"),
-    ],
-)
-def test_splits_that_cannot_be_are_refused(videos_copy: Path, splits: dict, message: str) -> None:
-    edit_info(videos_copy, splits=splits)
-    with pytest.raises(ValueError, match=message):
-        open_source(videos_copy)
-
-
-def test_training_and_validation_share_no_episode(videos: Path) -> None:
-    train, val = (set(open_source(videos, split, val_fraction=0.4).episode) for split in ("train", "val"))
-    assert train | val == set(range(5))
-    assert not train & val
-
-
-def test_an_episode_keeps_its_side_when_others_are_added() -> None:
-    assert held_out(np.arange(1000), 0.1)[:50].tolist() == held_out(np.arange(50), 0.1).tolist()
-
-
-@pytest.mark.parametrize("count", [2, 3, 9])
-def test_a_few_episodes_are_enough_for_both_sides(count: int) -> None:
-    held = held_out(np.arange(count), 0.1)
-    assert held.any()
-    assert not held.all()
-
-
-def test_the_share_held_out_is_the_one_asked_for_in_every_task_of_an_alternating_dataset() -> None:
-    held = held_out(np.arange(6000), 0.1)
-    for task in range(6):
-        assert held[task::6].mean() == pytest.approx(0.1, abs=0.005)
-
-
-@pytest.mark.parametrize("options", [{}, {"val_fraction": 0.2, "episodes": [0, 3]}])
-def test_without_held_out_episodes_validation_is_empty(videos: Path, options: dict) -> None:
-    assert len(open_source(videos, "val", **options)) == 0
-
-
-@pytest.mark.parametrize("only", [[1, 3], "length < 10", "list_contains(tasks, 'open the drawer')"])
-def test_episodes_are_chosen_by_number_or_condition(videos: Path, only: list[int] | str) -> None:
-    assert set(open_source(videos, episodes=only).episode) == {1, 3}
-
-
-def test_frames_of_chosen_episodes_keep_their_own_chunks(videos: Path) -> None:
-    source = open_source(videos, episodes=[2, 4])
-    np.testing.assert_array_equal(source[15].actions, [[4, step] for step in range(8)])
-    assert source.address(16) == "dataset 'robot', episode 4, frame 1"
 
 
 # --- configuration
@@ -489,24 +319,3 @@ def test_damaged_metadata_is_named(videos_copy: Path, damage, message: str) -> N
     damage(videos_copy)
     with pytest.raises(ValueError, match=message):
         open_source(videos_copy)
-
-
-@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())], ids=str)
-def test_subtasks_may_be_any_type_of_text(pictures_copy: Path, kind: pa.DataType) -> None:
-    table = pq.read_table(data_file(pictures_copy))
-    texts = pa.array([f"reach {episode}" for episode in table["episode_index"].to_pylist()])
-    texts = texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts.cast(kind)
-    pq.write_table(table.append_column("words", texts), data_file(pictures_copy))
-    assert open_source(pictures_copy, subtask_key="words")[int(STARTS[3])].subtask == "reach 3"
-
-
-def test_vectors_may_be_large_lists(pictures_copy: Path) -> None:
-    expected = open_source(pictures_copy)[5]
-    table = pq.read_table(data_file(pictures_copy))
-    for key in ("action", "observation.state"):
-        place = table.column_names.index(key)
-        table = table.set_column(place, key, table[key].cast(pa.large_list(pa.float32())))
-    pq.write_table(table, data_file(pictures_copy))
-    found = open_source(pictures_copy)[5]
-    assert np.array_equal(found.state, expected.state)
-    assert np.array_equal(found.actions, expected.actions)

@@ -35,6 +35,13 @@ def events(train: Train, tmp_path: Path) -> EventAccumulator:
     return accumulator
 
 
+def test_with_an_interval_of_0_nothing_of_training_is_logged(train: Train, tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    train(*default_callbacks(), logger=logger, log_every_n_steps=0)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith(("loss", "mixture", "throughput"))]
+
+
 def steps(events: EventAccumulator, tag: str) -> list[int]:
     return [event.step for event in events.Scalars(tag)]
 

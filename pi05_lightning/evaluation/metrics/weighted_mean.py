@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """Σ w·x and Σ w, f64 of one shape: what means over any of its axes, and over several datasets, follow from."""
 
     total: Tensor
     weight: Tensor
 
-    def __add__(self, other: Sums) -> Sums:  # type: ignore[override]
+    def __add__(self, other: Sums) -> Sums:
         return Sums(self.total + other.total, self.weight + other.weight)
 
     def mean(self, *axes: int) -> Tensor:
@@ -47,9 +48,9 @@ class WeightedMean(Metric):
         self.total += counted.reshape(-1, *self.shape).sum(0)
         self.weight += weights.reshape(-1, *self.shape).sum(0)
 
-    def compute(self) -> Sums:
-        # torchmetrics squeezes what holds one element; `reshape` gives it its axes back where they are read
-        return Sums(self.total, self.weight)
+    def compute(self) -> tuple[Tensor, Tensor]:
+        # torchmetrics squeezes what holds one element; `sums` gives it its axes back
+        return self.total, self.weight
 
     def sums(self) -> Sums:
         """`compute`, with every axis."""

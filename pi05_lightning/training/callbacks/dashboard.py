@@ -49,7 +49,7 @@ class Dashboard(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Pi05Module)
         done = trainer.global_step
-        if done and done % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if pl_module.logs_after(done):
             step = done - 1  # the one that was trained
             stage = float(pl_module.recipe.number(step))
             for logger in trainer.loggers:

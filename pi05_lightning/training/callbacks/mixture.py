@@ -46,7 +46,7 @@ class MixtureLog(Callback):
         if batch.drawn.skipped:
             self._list(batch.drawn.skipped, trainer, batch_idx)
         step = trainer.global_step
-        if step != self.logged_step and step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if step != self.logged_step and pl_module.logs_after(step):
             self.logged_step = step
             self._log(trainer)
 

@@ -76,7 +76,7 @@ class Throughput(Callback):
         self.count.samples += len(batch)
         self.count.tokens = self.count.tokens + count_tokens(batch, pl_module)
         stepped = trainer.global_step > self.count.first_step  # not so between accumulated batches
-        if stepped and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if stepped and pl_module.logs_after(trainer.global_step):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
