@@ -180,9 +180,10 @@ def test_expert_that_fails_too_often_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_action_repeat_that_gives_no_whole_rate_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match="action_repeat: 7"):
-        config(tmp_path, action_repeat=7)
+@pytest.mark.parametrize(("name", "value"), [("action_repeat", 7), ("action_repeat", 0), ("answers_every", 0)])
+def test_rates_that_cannot_be_are_rejected(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}: {value}"):
+        config(tmp_path, **{name: value})
 
 
 PROGRAM = """

@@ -44,12 +44,14 @@ class CollectConfig:
     """Replace `out` when it exists."""
 
     def __post_init__(self) -> None:
-        if CONTROL_HZ % self.action_repeat:
+        if self.action_repeat < 1 or CONTROL_HZ % self.action_repeat:
             raise ValueError(
                 f"action_repeat: {self.action_repeat} does not divide {CONTROL_HZ} Hz; use 1, 2, 4, 5, 8 or 10"
             )
         if self.episodes < 1 or self.val_episodes < 0 or self.scenes < 0:
             raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
+        if self.answers_every < 1:
+            raise ValueError(f"answers_every: {self.answers_every} is not a number of frames, give at least 1")
         if not 0 <= self.noise_share <= 1:
             raise ValueError(f"noise_share: {self.noise_share} is a share, give it between 0 and 1")
         if self.image_size % 2:
