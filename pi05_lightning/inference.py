@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.data.boxes import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix
@@ -98,7 +99,8 @@ class Inference:
         opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
         texts = generate_texts(self.model, self.processor, batch, **options)
         # what may come before the opening are boxes
-        return [(text.rpartition(opening)[2] if opening else text).strip() for text in texts]
+        said = [(text.rpartition(opening)[2] if opening else text).strip() for text in texts]
+        return [to_picture(text, prompt.letterboxes.values()) for text, prompt in zip(said, prompts, strict=True)]
 
     @torch.no_grad()
     def predict_chunks(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,6 +89,40 @@ def text_to_boxes(text: str) -> list[Box]:
     return [(top, left, bottom, right) for top, left, bottom, right in edges]
 
 
+class Letterbox(NamedTuple):
+    """The rows and columns of an image of `size` that one of another shape fills, scaled with its aspect kept."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    size: tuple[int, int]
+    """(H, W) of the whole."""
+
+    @classmethod
+    def of(cls, picture: Sequence[int], size: tuple[int, int]) -> Letterbox:
+        """Of an image of (h, w): centred, and rounded as LeRobot 0.6.1 does it (`resize_with_pad_torch`)."""
+        (h, w), (height, width) = picture, size
+        ratio = max(w / width, h / height)
+        inner_h, inner_w = max(1, int(h / ratio)), max(1, int(w / ratio))
+        return cls((height - inner_h) // 2, (width - inner_w) // 2, inner_h, inner_w, size)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.height)
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.left + self.width)
+
+    @property
+    def window(self) -> Box:
+        """The same as shares of the whole."""
+        height, width = self.size
+        bottom, right = self.top + self.height, self.left + self.width
+        return self.top / height, self.left / width, bottom / height, right / width
+
+
 @dataclass(frozen=True)
 class Shapes:
     """What the data must know of the model: sizes that samples are made to."""
@@ -119,9 +153,13 @@ class Frame:
     images: {camera: u8[3 h w], or f32[3 h w] of the same 0..255};  state: f32[S];  actions: f32[T A] with
     action_is_pad: bool[T], True past the episode's end.  `subtask` is the instruction of the moment, `answers` what is
     asked about this frame.  embodiment, control_mode: what prompts may say of the robot.
+
+    Places in its texts, as `<locYYYY>`, are shares of the picture that the camera took.
     """
 
     images: dict[str, np.ndarray] = field(default_factory=dict)
+    picture_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(h, w) of the picture that the camera took, for images that were letterboxed since."""
     task: str = ""
     subtask: str | None = None
     answers: tuple[Answer, ...] = ()
@@ -172,6 +210,8 @@ class Sample:
     target_kind: np.ndarray
     subset: Subset
     images: dict[str, np.ndarray] = field(default_factory=dict)
+    letterboxes: dict[str, Letterbox] = field(default_factory=dict)
+    """Where in each image the picture is that the camera took."""
     actions: np.ndarray | None = None
     action_mask: np.ndarray | None = None
     targets: dict[str, Any] = field(default_factory=dict)
@@ -210,6 +250,7 @@ class Batch:
     key          i64[B]        seeds a sample's noise and flow time
     auxiliary    {head: {name: tensor}}  targets that a head's `TargetMaker` made
     fixed_image  bool[P]       images in which a target is a place: their geometry stays
+    letterboxes  [P]           where in each image the picture is that the camera took; on the host, for who looks at it
     augmentation f64[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
                                brightness, contrast, saturation; stays on the host. None: images are left as they are
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
@@ -233,6 +274,7 @@ class Batch:
     fast_action_mask: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, dtype=torch.bool))
     auxiliary: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fixed_image: Tensor | None = None
+    letterboxes: Sequence[Letterbox] | None = None
     augmentation: np.ndarray | None = None
     noise: Tensor | None = None
     time: Tensor | None = None

@@ -22,7 +22,7 @@ from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.frames import FrameStore, OpenFiles
 from pi05_lightning.data.images import resize_with_pad
 
-_VERSION = 2  # part of every fingerprint: raise it when the same file would give other bytes
+_VERSION = 3  # part of every fingerprint: raise it when the same file would give other bytes
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
@@ -55,7 +55,7 @@ def fill(caches: Sequence[CachedFrames], label: str) -> None:
 
 
 class CachedFrames:
-    """The frames of a store at one size, in file order: per file its pixels (`.u8`) and their positions (`.npz`).
+    """The frames of a store at one size, in file order: per file its pixels (`.u8`), positions and old sizes (`.npz`).
 
     `fill` writes what is missing, each file atomically; a file whose size or date changed is decoded anew.
     """
@@ -64,6 +64,7 @@ class CachedFrames:
         self.origin, self.size = origin, size
         self.folder = folder / f"{size[0]}x{size[1]}"
         self._place: np.ndarray | None = None
+        self._sizes: dict[int, np.ndarray] = {}
         self._problem: dict[int, str] = {}
         self._pixels = OpenFiles(self._map, capacity=256)
 
@@ -77,6 +78,11 @@ class CachedFrames:
         if place < 0:
             raise BadImage(self.problem(row))
         return np.array(self._pixels[int(self.origin.file[row])][place])
+
+    def picture_size(self, row: int) -> tuple[int, int]:
+        """Height and width of frame `row` before it was resized; it must be readable."""
+        height, width = self._sizes[int(self.origin.file[row])][self._places()[row]]
+        return int(height), int(width)
 
     def unreadable(self) -> np.ndarray:
         """bool[N]: the frames that have no readable image; RuntimeError before `fill`."""
@@ -96,6 +102,7 @@ class CachedFrames:
             for file in self._present:
                 with np.load(self._index_path(file)) as index:
                     cached, self._problem[file] = index["position"], str(index["problem"])
+                    self._sizes[file] = index["size"]
                 rows = np.flatnonzero(self.origin.file == file)
                 self._place[rows] = _nearest(cached, self.origin.position[rows], self.origin.tolerance)
         return self._place
@@ -125,6 +132,7 @@ class CachedFrames:
         for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
             stale.unlink()
         positions: list[float] = []
+        sizes: list[tuple[int, ...]] = []
         problem = ""
         batch: list[np.ndarray] = []
         pixels = self._frames_path(file).with_suffix(".u8.tmp")
@@ -140,12 +148,14 @@ class CachedFrames:
                     batch = []
                 batch.append(image)
                 positions.append(position)
+                sizes.append(image.shape[1:])
                 bar.update()
             if batch:
                 self._write(batch, out)
         index = self._index_path(file).with_suffix(".npz.tmp")
         with index.open("wb") as out:
-            np.savez(out, position=np.array(positions), problem=np.array(problem))
+            size = np.array(sizes, dtype=np.int32).reshape(-1, 2)
+            np.savez(out, position=np.array(positions), size=size, problem=np.array(problem))
         pixels.replace(self._frames_path(file))
         index.replace(self._index_path(file))  # last: an index says that its file is cached
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pi05_lightning.data.errors import BadImage
+from pi05_lightning.types import Letterbox
 
 # What Pillow's decoders raise on damaged files, besides OSError.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -25,17 +26,13 @@ def resize_with_pad(images: Tensor, size: tuple[int, int]) -> Tensor:
     images: u8[N 3 h w] or f32[N 3 h w];  size: (H, W).  Returns the same dtype at [N 3 H W].
     As openpi and LeRobot do it; there images are floats, so uint8 differs by rounding, half a grey level at most.
     """
-    height, width = size
-    h, w = images.shape[-2:]
-    if (h, w) == (height, width):
+    if images.shape[-2:] == size:
         return images
-    ratio = max(w / width, h / height)
-    inner_h, inner_w = max(1, int(h / ratio)), max(1, int(w / ratio))
-    scaled = F.interpolate(images.float(), size=(inner_h, inner_w), mode="bilinear", align_corners=False)
+    inner = Letterbox.of(images.shape[-2:], size)
+    scaled = F.interpolate(images.float(), size=(inner.height, inner.width), mode="bilinear", align_corners=False)
     scaled = scaled.round_() if images.dtype == torch.uint8 else scaled
-    top, left = (height - inner_h) // 2, (width - inner_w) // 2
-    padded = images.new_zeros((*images.shape[:2], height, width))
-    padded[..., top : top + inner_h, left : left + inner_w] = scaled
+    padded = images.new_zeros((*images.shape[:2], *size))
+    padded[..., inner.rows, inner.columns] = scaled
     return padded
 
 

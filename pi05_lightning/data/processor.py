@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pi05_lightning.data.boxes import frame_to_model
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
@@ -22,6 +23,7 @@ from pi05_lightning.types import (
     Answer,
     Batch,
     Frame,
+    Letterbox,
     Modality,
     Sample,
     Segment,
@@ -99,9 +101,10 @@ class Processor:
         Raises ValueError when the frame lacks what the modality needs, and BadFrame when it must not be trained on.
         """
         rng = np.random.Generator(np.random.Philox(key=[key % 2**63, 1]))
-        frame, modality = self.normalize(frame, subset.source), subset.modality
+        letterboxes = self._letterboxes(frame)
+        frame = frame_to_model(self.normalize(frame, subset.source), letterboxes)
+        modality, images = subset.modality, frame.images
         _reject_outliers(frame)
-        images = frame.images
         prompts, language = self.language.prompts, self.language
         actions = mask = None
         if modality in (Modality.QA, Modality.WEB_CAPTION):
@@ -127,7 +130,7 @@ class Processor:
         made = {name: maker.make(shown) for name, maker in self.target_makers.items()}
         targets = {name: target for name, target in made.items() if target is not None}
         tokens, kinds = self._encode(segments)
-        return Sample(tokens, kinds, subset, self._resize(images), actions, mask, targets, key)
+        return Sample(tokens, kinds, subset, self._resize(images), letterboxes, actions, mask, targets, key)
 
     @staticmethod
     def _choose_questions(answers: Sequence[Answer], rng: np.random.Generator, most: int) -> list[Answer]:
@@ -139,7 +142,8 @@ class Processor:
         self, frame: Frame, source: str, subtask: str | None = None, *, high_level: bool = False, fast: bool = False
     ) -> Sample:
         """What the model gets at inference: the same prompts, and nothing to predict."""
-        frame = self.normalize(frame, source)
+        letterboxes = self._letterboxes(frame)
+        frame = frame_to_model(self.normalize(frame, source), letterboxes)
         prompts = self.language.prompts
         segments = (
             prompts.high_level(frame)
@@ -149,7 +153,7 @@ class Processor:
         modality = Modality.HL_SUBTASK if high_level else Modality.CONTINUOUS
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
-        return Sample(*self._encode(segments), Subset(source, modality), self._resize(images))
+        return Sample(*self._encode(segments), Subset(source, modality), self._resize(images), letterboxes)
 
     @property
     def acting(self) -> tuple[str, ...]:
@@ -173,15 +177,21 @@ class Processor:
         robot = self.robots[source]
         return robot.to_real(actions[..., : robot.action_dim], frame)
 
-    def _resize(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        unknown = set(images) - set(self.cameras)
+    def _letterboxes(self, frame: Frame) -> dict[str, Letterbox]:
+        """Where the picture is in each image that the model sees; ValueError for cameras and shapes that are none."""
+        unknown = set(frame.images) - set(self.cameras)
         if unknown:
             raise ValueError(f"unknown cameras {sorted(unknown)}; this model knows {list(self.cameras)}")
-        for camera, image in images.items():
-            if image.ndim != 3 or image.shape[0] != 3:
+        for camera, image in frame.images.items():
+            if image.ndim != 3 or image.shape[0] != 3 or not image.size:
                 raise BadFrame(
                     f"camera {camera!r} gives an image of shape {list(image.shape)}: expected RGB as [3 h w]"
                 )
+        size = self.shapes.image_size, self.shapes.image_size
+        pictures = {camera: image.shape[1:] for camera, image in frame.images.items()} | frame.picture_sizes
+        return {camera: Letterbox.of(picture, size) for camera, picture in pictures.items()}
+
+    def _resize(self, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         size = self.shapes.image_size
         return {camera: resize_image(images[camera], (size, size)) for camera in self.cameras if camera in images}
 
@@ -278,6 +288,7 @@ class Processor:
                 for name, maker in self.target_makers.items()
             },
             fixed_image=torch.tensor(fixed, dtype=torch.bool),
+            letterboxes=[sample.letterboxes[name] for sample in samples for name in sample.images],
         )
 
     def _stack_actions(self, samples: Sequence[Sample], modality: Modality) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pi05_lightning.types import Box, Subset
+from pi05_lightning.types import Subset
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,9 @@ class Example:
     """A validation sample and what the model made of it; what its modality has not got is empty.
 
     key: its number within its subset.  error: higher is worse, comparable within a subset.
-    images: {camera: u8[H W 3]} as the model saw them.  actions: f32[T A] in real units, without padded steps;
-    draws: f32[K T A], what the model would do from K different noises.
+    images: {camera: u8[h w 3]}, the cameras' pictures at the model's resolution, without its padding; places in texts
+    are shares of them.  actions: f32[T A] in real units, without padded steps;  draws: f32[K T A], what the model would
+    do from K different noises.
     """
 
     subset: Subset
@@ -26,7 +27,5 @@ class Example:
     prompt: str = ""
     predicted: str = ""
     truth: str = ""
-    predicted_boxes: tuple[Box, ...] = ()
-    true_boxes: tuple[Box, ...] = ()
     actions: np.ndarray | None = None
     draws: np.ndarray | None = None

@@ -133,6 +133,22 @@ def test_box_iou_counts_answers_with_boxes_alone(
     assert found["exact_match"] == 1
 
 
+def test_answers_that_are_boxes_do_not_count_in_exact_match(
+    evaluator: Evaluator, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = data._validation
+    frame = samples.sources["robot"][int(samples.indices[samples.subsets.index(Subset.parse(QA))][0])]
+    asked = [data.processor.sample(frame, Subset.parse(QA), key) for key in range(8)]
+    tokenizer, batch = data.processor.tokenizer, data.processor.collate(asked)
+    tokens, valid = truth(batch, Target.TEXT)
+    for row in tokens:  # every box is missed by one step
+        row[0] += row[0] in tokenizer.loc_ids
+    monkeypatch.setattr(evaluator.model.subtask_head, "generate", lambda *_, **__: (tokens, valid, None))
+    found = values(evaluator, QA, batch)
+    assert found["exact_match"] == 1
+    assert found["box_iou"] < 1
+
+
 def test_answers_without_boxes_have_no_iou(
     evaluator: Evaluator, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,8 +120,13 @@ class LeRobotSource(Source):
     def __getitem__(self, index: int) -> Frame:
         row = int(self._rows[index])
         actions, is_pad = self._chunk(row)
+        images = {camera: self._image(camera, row) for camera in self.cameras.values()}
+        sizes = {camera: image.shape[1:] for camera, image in images.items()}
+        sizes |= {camera: cache.picture_size(row) for camera, cache in self._caches.items()}
+        self._check_sizes(row, sizes)
         return Frame(
-            images={camera: self._image(camera, row) for camera in self.cameras.values()},
+            images=images,
+            picture_sizes=sizes,
             task=self._task[row] or "",
             subtask=self.columns.subtask[row],
             answers=self.columns.answers[row],
@@ -374,6 +379,18 @@ class LeRobotSource(Source):
         except BadImage as error:
             where = f"dataset {self.name!r}, {self.columns.address(row)}, {camera}"
             raise BadSample(f"{where}: {error}. Restore it or leave its episode out with `episodes`") from error
+
+    def _check_sizes(self, row: int, sizes: dict[str, tuple[int, ...]]) -> None:
+        """Raises BadSample for a box in pixels of an image whose size is not the declared one."""
+        boxed = {answer.camera for answer in self.columns.answers[row] if "<loc" in answer.answer}
+        for key, camera in self.cameras.items() if boxed and not self.config.box_range else ():
+            declared = tuple(map(int, self._box_range()[key]))
+            if camera in boxed and sizes[camera] != declared:
+                raise BadSample(
+                    f"dataset {self.name!r}, {self.columns.address(row)}, {camera}: its image is"
+                    f" {sizes[camera][0]} x {sizes[camera][1]}, and meta/info.json says {declared[0]} x {declared[1]}:"
+                    " nobody knows where its boxes are. Correct the shape, or say what they reach to as `box_range`"
+                )
 
     def _chunk(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         if not self.config.action_keys:

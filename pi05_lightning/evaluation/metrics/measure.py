@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.data.boxes import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
@@ -17,7 +18,7 @@ from pi05_lightning.inference import generate_fast, generate_texts
 from pi05_lightning.losses import draw_noise, flow_time_quantile
 from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Modality, Prefix, Subset, Target, text_to_boxes
+from pi05_lightning.types import Batch, Letterbox, Modality, Prefix, Subset, Target, text_to_boxes
 
 NOISE_SEED = 0  # not the run's: runs of any seed are measured with the same noise
 FLOW_TIMES = tuple(flow_time_quantile((k + 0.5) / 8) for k in range(8))
@@ -98,21 +99,20 @@ class Evaluator:
             tokenizer.decode(row[k == kind].tolist()) for row, k in zip(batch.tokens, batch.target_kind, strict=True)
         ]
         exact = torch.tensor([a == b for a, b in zip(predicted, truth, strict=True)], device=nll.device)
-        values["exact_match"] = Term(exact, torch.ones_like(exact))
+        places = torch.tensor(["<loc" in text for text in truth], device=nll.device)  # near is right, exact is chance
+        values["exact_match"] = Term(exact, ~places)
         boxes = [(text_to_boxes(a), text_to_boxes(b)) for a, b in zip(predicted, truth, strict=True)]
-        ious = torch.tensor([box_iou(*pair) if pair[1] else 0.0 for pair in boxes])
-        values["box_iou"] = Term(ious, torch.tensor([bool(true) for _, true in boxes]))
-        # wrong before right, then by how unlikely the model found the truth
-        error = nll + 1e3 * (~exact)
+        ious = torch.tensor([box_iou(*pair) if pair[1] else 0.0 for pair in boxes], device=nll.device)
+        values["box_iou"] = Term(ious, torch.tensor([bool(true) for _, true in boxes], device=nll.device))
+        # wrong before right, boxes by how wrong they are, then by how unlikely the model found the truth
+        error = nll + 1e3 * (1 - torch.where(values["box_iou"].mask, ious, exact.float()))
 
         def examples(rows: Sequence[int]) -> list[Example]:
             return [
                 replace(
                     self._example(batch, row, subset, error),
-                    predicted=predicted[row],
-                    truth=truth[row],
-                    predicted_boxes=tuple(boxes[row][0]),
-                    true_boxes=tuple(boxes[row][1]),
+                    predicted=to_picture(predicted[row], letterboxes_of(batch, row)),
+                    truth=to_picture(truth[row], letterboxes_of(batch, row)),
                 )
                 for row in rows
             ]
@@ -227,20 +227,33 @@ class Evaluator:
         )
 
     def _example(self, batch: Batch, row: int, subset: Subset, error: Tensor) -> Example:
-        """What the model was given in a row: its images and its prompt."""
-        slots = batch.image_mask.shape[1]
-        images = {
-            self.processor.cameras[int(batch.camera[place])]: batch.pixels[place].permute(1, 2, 0).cpu().numpy()
-            for place, index in enumerate(batch.image_index.tolist())
-            if index // slots == row
-        }
+        """What the model was given in a row: the cameras' pictures, and its prompt."""
+        assert batch.letterboxes is not None
+        images = {}
+        for place in images_of(batch, row):
+            inner = batch.letterboxes[place]
+            picture = batch.pixels[place][:, inner.rows, inner.columns].permute(1, 2, 0)
+            images[self.processor.cameras[int(batch.camera[place])]] = picture.cpu().numpy()
         given = (
             batch.token_mask[row] & (batch.target_kind[row] != Target.FAST) & (batch.target_kind[row] != Target.TEXT)
         )
         if subset.modality is Modality.HL_SUBTASK:
             given = given & (batch.target_kind[row] == Target.NONE)
-        prompt = self.processor.tokenizer.decode(batch.tokens[row][given].tolist())
-        return Example(subset, int(batch.key[row]), float(error[row]), images, prompt.strip())
+        prompt = self.processor.tokenizer.decode(batch.tokens[row][given].tolist()).strip()
+        shown = to_picture(prompt, letterboxes_of(batch, row))
+        return Example(subset, int(batch.key[row]), float(error[row]), images, shown)
+
+
+def images_of(batch: Batch, row: int) -> list[int]:
+    """A row's images, by their number in the batch."""
+    slots = batch.image_mask.shape[1]
+    return [number for number, index in enumerate(batch.image_index.tolist()) if index // slots == row]
+
+
+def letterboxes_of(batch: Batch, row: int) -> list[Letterbox]:
+    """Where the pictures are in a row's images."""
+    assert batch.letterboxes is not None
+    return [batch.letterboxes[number] for number in images_of(batch, row)]
 
 
 def without_targets(batch: Batch) -> Batch:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pi05_lightning.evaluation.examples import Example
-from pi05_lightning.types import Box
+from pi05_lightning.types import Box, text_to_boxes
 
 TRUTH, PREDICTED = "#009E73", "#D55E00"  # Okabe and Ito's green and vermilion, told apart with any colour vision
 DRAWN_DIMS = 8  # panels of a chunk; a humanoid's other thirty are in the metrics
@@ -28,7 +28,8 @@ def _draw_text(example: Example) -> Figure:
     columns = max(1, len(example.images))
     grid = figure.add_gridspec(2, columns, height_ratios=(5, 1.3))
     for place, (camera, image) in enumerate(example.images.items()):
-        _draw_frame(figure.add_subplot(grid[0, place]), camera, image, example.true_boxes, example.predicted_boxes)
+        boxes = text_to_boxes(example.truth), text_to_boxes(example.predicted)
+        _draw_frame(figure.add_subplot(grid[0, place]), camera, image, *boxes)
     words = figure.add_subplot(grid[1, :])
     words.set_axis_off()
     right = example.predicted == example.truth
