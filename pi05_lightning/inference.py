@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.data.boxes import to_picture
+from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix
@@ -42,13 +44,26 @@ class Acting:
     constrain_fast: bool = True
     """FAST tokens are chosen among those that can still become a chunk, so that they always decode."""
     on_failed_decode: Literal["raise", "count"] = "raise"
-    """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them and return NaN."""
+    """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them, for which `predict_chunks`
+    returns NaN; what asks for one chunk raises nevertheless."""
+    missing_cameras: tuple[str, ...] = ()
+    """Cameras that an observation may lack although the policy was trained with them."""
+    max_state_distance: float | None = 5.0
+    """How far a state may be outside the training data, in quantile ranges: (q99 - q01) of the dimension beyond the
+    nearer quantile. One that is further is refused, from 1 on it is logged; null refuses none."""
+    max_action_distance: float | None = None
+    """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
 
     def __post_init__(self) -> None:
         at_least = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "noise_scale": 0, "temperature": 0}
+        at_least |= {"max_state_distance": 0, "max_action_distance": 0}
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}: it must be a number, and at least {least}")
+        if isinstance(self.missing_cameras, str):
+            raise ValueError(f"missing_cameras is {self.missing_cameras!r}: give a list of names")
+        object.__setattr__(self, "missing_cameras", tuple(self.missing_cameras))
         if self.inference_delay and not self.use_flow_matching:
             raise ValueError("inference_delay needs the flow head: FAST tokens cannot be made to go on from actions")
 
@@ -71,6 +86,7 @@ class Inference:
     """A model and its processor: frames in, subtasks and action chunks out, for any number of robots at once.
 
     It acts as the first robot that its data had actions of. Noise and sampled tokens come from `generator`.
+    Frames lack nothing that the robot's data always had, see `Inputs`, and actions that are not finite never leave.
     Raises ValueError when there is no such robot, or not what `acting` needs.
     """
 
@@ -79,7 +95,10 @@ class Inference:
         if not processor.acting:
             raise ValueError("the policy was trained on no robot's data: it has no actions to predict")
         self.robot = processor.acting[0]
-        self.action_dim = processor.robots[self.robot].action_dim
+        robot = processor.robots[self.robot]
+        self.action_dim = robot.action_dim
+        cameras = processor.cameras if robot.cameras is None else robot.cameras
+        self.inputs = Inputs(robot, cameras, acting.missing_cameras, acting.max_state_distance)
         self.execution_horizon = acting.executed(model.config.horizon)
         self.hierarchical = acting.hierarchical and processor.predicts_subtasks(self.robot)
         if not acting.use_flow_matching and processor.fast is None:
@@ -92,8 +111,8 @@ class Inference:
         return self.hierarchical and chunk % self.acting.replan_subtask_every == 0
 
     def predict_subtasks(self, frames: Sequence[Frame]) -> list[str]:
-        """What to do next, for each frame."""
-        prompts = [self.processor.prompt(frame, self.robot, high_level=True) for frame in frames]
+        """What to do next, for each frame. Raises ValueError for one that `Inputs` refuses."""
+        prompts = [self.processor.prompt(self.inputs(frame), self.robot, high_level=True) for frame in frames]
         batch = self.processor.collate(prompts).to(self.model.device)
         options = {"temperature": self.acting.temperature, "generator": self.generator}
         opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
@@ -107,43 +126,55 @@ class Inference:
         self,
         frames: Sequence[Frame],
         subtasks: Sequence[str | None],
-        noise: Tensor | None = None,
-        prefix_actions: Sequence[np.ndarray] | None = None,
+        noise: Tensor | np.ndarray | None = None,
+        prefix_actions: Sequence[Tensor | np.ndarray] | None = None,
     ) -> np.ndarray:
         """One chunk per frame, f32[B T A] in the robot's units, each conditioned on its subtask (None: on the task).
 
         noise f32[B T D] makes it reproducible.  prefix_actions: per frame f32[d A] in the robot's units, what it will
         do in the chunk's first d steps whatever comes out; d may differ. The chunk begins with them and goes on from
         them.
+
+        Raises ValueError for a frame that `Inputs` refuses, for noise and prefix_actions that are not finite or of
+        another shape, and for a chunk that is not finite or holds an action beyond `max_action_distance`.
         """
+        frames = [self.inputs(frame) for frame in frames]
         fast = not self.acting.use_flow_matching
         prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
         batch = self.processor.collate(prompts).to(self.model.device)
         if fast:
             if prefix_actions is not None:
                 raise ValueError("prefix_actions need the flow head: leave them out, or set use_flow_matching")
-            chunks = self._decode_fast(batch)
+            chunks, first = self._decode_fast(batch), None
         else:
-            given = None if prefix_actions is None else self._given_actions(frames, prefix_actions)
+            first = None if prefix_actions is None else [as_numbers("prefix_actions", a) for a in prefix_actions]
+            given = None if first is None else self._given_actions(frames, first)
             chunks = self._sample_flow(batch, noise, given)
         real = [self.processor.real_actions(a, f, self.robot) for a, f in zip(chunks, frames, strict=True)]
-        for chunk, first in zip(real, prefix_actions or (), strict=False):
-            chunk[: len(first)] = first  # as they are, not normalised and back
+        for chunk, begun in zip(real, first or (), strict=False):
+            chunk[: len(begun)] = begun  # as they are, not normalised and back
+        for chunk, frame in zip(real, frames, strict=True):
+            if not (fast and self.acting.on_failed_decode == "count" and np.isnan(chunk).all()):
+                check_actions(chunk, frame, self.processor.robots[self.robot], self.acting.max_action_distance)
         return np.stack(real)
 
     # --- normalised actions of a batch
 
-    def _sample_flow(self, batch: Batch, noise: Tensor | None, given: tuple[Tensor, Tensor] | None) -> np.ndarray:
+    def _sample_flow(
+        self, batch: Batch, noise: Tensor | np.ndarray | None, given: tuple[Tensor, Tensor] | None
+    ) -> np.ndarray:
         """f32[B T D]; noise f32[B T D], and given actions as `FlowHead.sample` takes them."""
         config, device = self.model.config, self.model.device
         shape = len(batch), config.horizon, config.action_dim
         if noise is None:
-            noise = self.acting.noise_scale * torch.randn(shape, generator=self.generator)
-        elif noise.shape != shape:
-            raise ValueError(f"noise has shape {list(noise.shape[1:])}: expected [T D] = {list(shape[1:])}")
+            start = self.acting.noise_scale * torch.randn(shape, generator=self.generator)
+        else:
+            start = torch.from_numpy(np.ascontiguousarray(as_numbers("noise", noise)))
+        if start.shape != shape:
+            raise ValueError(f"noise has shape {list(start.shape[1:])}: expected [T D] = {list(shape[1:])}")
         prefix = self.model.backbone(batch, need_hidden=False)
         actions, count = (x.to(device) for x in given) if given else (None, None)
-        sampled = self.model.flow_head.sample(prefix, noise[:, None].to(device), self.acting.num_steps, actions, count)
+        sampled = self.model.flow_head.sample(prefix, start[:, None].to(device), self.acting.num_steps, actions, count)
         return sampled[:, 0].cpu().numpy()
 
     def _given_actions(self, frames: Sequence[Frame], prefix_actions: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

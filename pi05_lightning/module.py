@@ -239,11 +239,17 @@ class Pi05Module(LightningModule):
     on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Normalised action chunks f32[R T D] for the rows of the batch that have actions."""
+        """Normalised action chunks f32[R T D] for the rows of the batch that have actions.
+
+        Raises ValueError when they are not finite.
+        """
         assert batch.noise is not None
         prefix = self.model.backbone(batch, need_hidden=False)
         rows = len(batch.actions)
-        return self.model.flow_head.sample(prefix.rows(rows), batch.noise[:, :1], self.num_steps)[:, 0]
+        chunks = self.model.flow_head.sample(prefix.rows(rows), batch.noise[:, :1], self.num_steps)[:, 0]
+        if not chunks.isfinite().all():
+            raise ValueError(f"the actions predicted of batch {batch_idx} are not finite: the weights are broken")
+        return chunks
 
     # --- checkpoints
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.data.errors import suggestion
+from pi05_lightning.data.fast import FastDecodeError
+from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.models.pi05 import Pi05
@@ -23,7 +25,11 @@ from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 
 Observation = Mapping[str, Any]
-"""{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1]."""
+"""{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1].
+
+What the robot's data always had must be there, and nothing else may be. A policy of one task needs not be told it, one
+of one camera not the camera's name."""
+KEYS = ("image", "state", "task")
 
 
 class Pi05Policy(Inference):
@@ -140,26 +146,26 @@ class Pi05Policy(Inference):
 
         The next chunk starts from the observation at which `inference_delay` actions are left in the queue; what
         happens does not depend on how long computing it takes.  With another task, queue and subtask of the last one
-        are forgotten.
+        are forgotten.  Raises ValueError for an observation that does not fit, whether or not a chunk is due.
         """
-        self._follow(observation)
+        frame = self.frame(observation)
+        self._follow(frame)
         if not self._queue:
             pending, given = self._next, self._given
             self._next, self._given = None, 0  # before it may fail: the next call then begins anew
-            chunk = pending.result() if pending else self.predict_chunk(observation)
+            chunk = pending.result() if pending else self.predict_chunk(frame)
             self._queue.extend(chunk[given : given + self.execution_horizon])
         if self._worker and self._next is None and len(self._queue) <= self.acting.inference_delay:
             self._given = len(self._queue)
-            frame = copy.deepcopy(self.frame(observation))  # the caller may write into its images meanwhile
-            self._next = self._worker.submit(self.predict_chunk, frame, None, np.stack(self._queue))
+            kept = copy.deepcopy(frame)  # the caller may write into its images meanwhile
+            self._next = self._worker.submit(self.predict_chunk, kept, None, np.stack(self._queue))
         return self._queue.popleft()
 
-    def _follow(self, observation: Observation | Frame) -> None:
+    def _follow(self, frame: Frame) -> None:
         """Forget queue and subtask where the task is another one than that of the last observation."""
-        task = observation.task if isinstance(observation, Frame) else observation.get("task", "")
-        if self._task not in (None, task):
+        if self._task not in (None, frame.task):
             self.reset()
-        self._task = task
+        self._task = frame.task
 
     def predict_chunk(
         self,
@@ -171,20 +177,25 @@ class Pi05Policy(Inference):
 
         prefix_actions f32[d A], in the robot's units: what it will do in the chunk's first d steps whatever comes out,
         because it executes them meanwhile. The chunk begins with them and goes on from them.
+
+        Raises ValueError as `predict_chunks`.
         """
-        self._follow(observation)
         frame = self.frame(observation)
+        self._follow(frame)
         if self.replans(self._chunks):
             self.subtask = self.predict_subtasks([frame])[0]
         self._chunks += 1
-        return self.predict_chunks(
+        chunk = self.predict_chunks(
             [frame],
             [self.subtask],
-            None if noise is None else torch.as_tensor(noise)[None],
-            None if prefix_actions is None else [np.asarray(prefix_actions)],
+            None if noise is None else as_numbers("noise", noise)[None],
+            None if prefix_actions is None else [prefix_actions],
         )[0]
+        if np.isnan(chunk).any():
+            raise FastDecodeError("the FAST tokens are no chunk: constrain_fast, or ask again")
+        return chunk
 
-    def predict_subtask(self, observation: Observation) -> str:
+    def predict_subtask(self, observation: Observation | Frame) -> str:
         """What to do next, in words."""
         return self.predict_subtasks([self.frame(observation)])[0]
 
@@ -195,32 +206,28 @@ class Pi05Policy(Inference):
         return self.processor.collate([self.processor.prompt(frame, self.robot) for frame in frames])
 
     def frame(self, observation: Observation | Frame) -> Frame:
-        """An observation as a Frame; raises ValueError for what does not fit this policy, by key."""
-        if isinstance(observation, Frame):
-            return observation
-        images = observation.get("image", {})
+        """An observation as a Frame. Raises ValueError for what does not fit this policy, with key, index and value."""
+        return self.inputs(observation if isinstance(observation, Frame) else self._read(observation))
+
+    def _read(self, observation: Observation) -> Frame:
+        if not isinstance(observation, Mapping):
+            raise ValueError(f"an observation is a dictionary, not a {type(observation).__name__}")
+        for key in observation:
+            if key not in KEYS:
+                hint = suggestion(str(key), KEYS)
+                raise ValueError(f"an observation has no key {key!r}{hint}; it has {', '.join(KEYS)}")
+        given = {key: value for key, value in observation.items() if value is not None}
+        if not str(given.get("task", "?")).strip():
+            raise ValueError("task is blank: say what to do")
+        images = given.get("image", {})
         if not isinstance(images, Mapping):
-            images = {self.processor.cameras[0]: images}
-        state = observation.get("state")
+            as_image("image", images)
+            if len(self.inputs.needed_cameras) != 1:
+                cameras = ", ".join(self.inputs.cameras)
+                raise ValueError(f"image is one image, and the policy's cameras are {cameras}: give {{camera: image}}")
+            images = {self.inputs.needed_cameras[0]: images}
         return Frame(
-            images={camera: _image(camera, image) for camera, image in images.items()},
-            task=observation.get("task", ""),
-            state=None if state is None else np.asarray(state, dtype=np.float32).reshape(-1),
+            images={camera: as_image(f"image {camera!r}", image) for camera, image in images.items()},
+            task=given.get("task", ""),
+            state=as_vector("state", given["state"]) if "state" in given else None,
         )
-
-
-def _image(camera: str, image: Any) -> np.ndarray:
-    """As u8[3 H W], or f32[3 H W] of grey levels 0..255 when it was given in [0, 1]."""
-    array = np.asarray(image)
-    if array.ndim == 4 and array.shape[0] == 1:
-        array = array[0]
-    if array.ndim != 3 or array.shape[0] != 3:
-        raise ValueError(f"image {camera!r} has shape {array.shape}: expected [3 H W] or [1 3 H W]")
-    if array.dtype == np.uint8:
-        return array
-    if array.min() < 0 or array.max() > 1:
-        warnings.warn(
-            f"image {camera!r} has values outside 0..1 and is clipped: give floats in 0..1, or uint8", stacklevel=4
-        )
-        array = array.clip(0, 1)
-    return array.astype(np.float32) * 255

@@ -28,6 +28,7 @@ LAYERS = (
     ("models.parallelize",),
     ("data.errors", "data.images", "data.tokenizer", "data.fast", "data.transforms", "data.split", "data.prompt"),
     ("data.boxes", "data.robot", "data.frames", "data.lerobot_files"),
+    ("data.observation",),
     ("data.frame_cache",),
     ("data.statistics",),
     ("data.sources",),

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
@@ -15,6 +14,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
 
+from pi05_lightning.data.errors import suggestion
 from pi05_lightning.files.shipped import PACKAGE
 
 TRAINER_COMMANDS = {
@@ -61,12 +61,6 @@ def rejected_keys(message: str) -> list[str]:
         + re.findall(r"^Option '([\w.]+)'", message)
         + (re.findall(r"--([\w.-]+)", message) if message.startswith("unrecognized arguments") else [])
     )
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """` (did you mean …?)` with the nearest known name, or nothing where none is near."""
-    nearest = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
 def overview() -> str:

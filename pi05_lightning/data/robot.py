@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,10 @@ class Robot:
     """What `{control_mode}` in a prompt stands for."""
     has_subtasks: bool = True
     """Whether its data says what to do next."""
+    cameras: tuple[str, ...] | None = None
+    """The cameras of its data; None where an older checkpoint does not say."""
+    state_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    """Least and greatest value of every dim of the state in the training part; None where nothing tells."""
 
     @property
     def state_dim(self) -> int:
@@ -57,12 +61,33 @@ class Robot:
         actions = self.normalize.action.unnormalize(actions)
         return actions if self.relative is None else self.relative.undo(actions, frame)
 
+    def state_distance(self, state: np.ndarray) -> np.ndarray:
+        """How far a state f32[S] is outside the training data, f64[S], see `Quantiles.distance`.
+
+        0 in `state_range`, widened by half of it on both sides: what was rare in training may come again.
+        """
+        distance = self.normalize.state.distance(state)
+        if self.state_range is None:
+            return distance
+        least, greatest = np.array(self.state_range)
+        margin = (greatest - least) / 2
+        return np.where((state >= least - margin) & (state <= greatest + margin), 0, distance)
+
+    def action_distance(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        """The same of actions f32[T A] in the robot's units, which answer a frame, by quantiles alone; f64[T A]."""
+        shown = replace(frame, actions=actions)
+        moved = shown if self.relative is None else self.relative(shown)
+        assert moved.actions is not None
+        return self.normalize.action.distance(moved.actions)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types that a checkpoint can carry."""
         quantiles = {"state": self.normalize.state, "action": self.normalize.action}
         plain = {name: value for name, value in vars(self).items() if name != "normalize"}
         return plain | {
             "tasks": list(self.tasks),
+            "cameras": None if self.cameras is None else list(self.cameras),
+            "state_range": None if self.state_range is None else [list(values) for values in self.state_range],
             "quantiles": {part: {"q01": q.q01.tolist(), "q99": q.q99.tolist()} for part, q in quantiles.items()},
             "relative": None if self.relative is None else {k: list(v) for k, v in asdict(self.relative).items()},
         }
@@ -71,9 +96,11 @@ class Robot:
     def from_dict(cls, values: Mapping[str, Any]) -> Robot:
         """The inverse of `to_dict`; fields that an older checkpoint lacks take their defaults."""
         quantiles = {part: Quantiles(np.array(q["q01"]), np.array(q["q99"])) for part, q in values["quantiles"].items()}
-        relative = values.get("relative")
+        relative, cameras, state_range = (values.get(name) for name in ("relative", "cameras", "state_range"))
         plain = {name: value for name, value in values.items() if name != "quantiles"} | {
             "tasks": tuple(values["tasks"]),
             "relative": RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
+            "cameras": None if cameras is None else tuple(cameras),
+            "state_range": None if state_range is None else tuple(map(tuple, state_range)),
         }
         return cls(Normalize(**quantiles), **plain)

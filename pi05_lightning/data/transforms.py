@@ -8,6 +8,8 @@ import numpy as np
 
 from pi05_lightning.types import Frame
 
+LEAST_RANGE = 0.02  # of the widest dim's: smaller ranges are a held joint's noise, or nothing
+
 
 @dataclass(frozen=True)
 class RelativeActions:
@@ -64,6 +66,17 @@ class Quantiles:
     def unnormalize(self, x: np.ndarray) -> np.ndarray:
         """The inverse of `normalize`."""
         return (np.asarray(x, dtype=np.float32) + 1) * self.span / 2 + self.q01
+
+    def distance(self, x: np.ndarray) -> np.ndarray:
+        """How far f[... A] lies beyond the nearer quantile, in ranges q99 - q01 of its dim; 0 between the quantiles.
+
+        A dim that hardly varied, whose range says little, is measured by a share of the widest dim's range.
+        """
+        span = self.q99.astype(np.float64) - self.q01
+        least = LEAST_RANGE * span.max(initial=0)
+        unit = np.maximum(span, least if least > 0 else 1.0)
+        x = np.asarray(x, np.float64)
+        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / unit
 
     def widened(self, least: float) -> Quantiles:
         """The same with every range at least so wide, about its middle."""

@@ -100,7 +100,7 @@ class Lanes:
 def view_of(policy: Inference) -> View:
     """What a policy was trained to see."""
     processor = policy.processor
-    return View(processor.cameras, processor.shapes.image_size, processor.robots[policy.robot].fps)
+    return View(policy.inputs.needed_cameras, processor.shapes.image_size, processor.robots[policy.robot].fps)
 
 
 def available_modes(

@@ -48,7 +48,7 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
         config.shapes,
         tokenizer,
         cameras(values),
-        {name: Robot(normalize, FPS) for name, normalize in stats.items()},
+        {name: Robot(normalize, FPS, cameras=cameras(values)) for name, normalize in stats.items()},
         # unclipped, as both of them were trained
         Language(prompts=Prompts(clip_state=False), condition_on="task"),
     )

@@ -182,7 +182,16 @@ class LeRobotSource(Source):
             embodiment=self.config.embodiment,
             control_mode=self.config.control_mode,
             has_subtasks=len(self.indices(Modality.HL_SUBTASK)) > 0,
+            cameras=tuple(self.cameras.values()),
+            state_range=self._state_range(),
         )
+
+    def _state_range(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Least and greatest state of the frames that are trained on; None without any."""
+        if not len(self._rows):
+            return None
+        state = self.columns.state[self._rows]
+        return tuple(state.min(axis=0).tolist()), tuple(state.max(axis=0).tolist())
 
     @property
     def episode(self) -> np.ndarray:
