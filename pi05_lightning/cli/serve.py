@@ -13,7 +13,7 @@ import torch
 
 from pi05_lightning.inference import Acting
 from pi05_lightning.policy import Pi05Policy
-from pi05_lightning.serving.server import PolicyServer, Reader
+from pi05_lightning.serving.server import PolicyServer, Reader, check_address
 
 
 def serve(
@@ -22,6 +22,7 @@ def serve(
     port: int = 8000,
     cameras: dict[str, str] | None = None,
     state_keys: list[str] | None = None,
+    ignored_keys: list[str] | None = None,
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] | None = None,
     seed: int = 0,
@@ -40,18 +41,22 @@ def serve(
         port: 0 takes a free one.
         cameras: the policy's cameras, each with its key in the observation, where that has another name.
         state_keys: keys of the observation that are concatenated to the state.
+        ignored_keys: keys of the observation, or their last parts, that are not for the policy; other arrays that
+            nothing reads are an error.
         device: where the model runs.
         dtype: what the weights are cast to; by default they stay as they are.
         seed: of every client's noise.
         acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent.
 
-    Raises ValueError when there is no policy at `checkpoint`, and OSError when the port is taken.
+    Raises ValueError when there is no policy at `checkpoint`, and OSError, before that is read, when the port is taken.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     how = Acting(inference_delay=0, **acting)  # the client decides when it asks
+    asyncio.run(check_address(host, port))  # loading a policy may take minutes
     cast = None if dtype is None else getattr(torch, dtype)
     policy = Pi05Policy.from_pretrained(checkpoint, device=device, dtype=cast, **asdict(how))
-    server = PolicyServer(policy, Reader(policy.processor.cameras, cameras or {}, state_keys), seed, str(checkpoint))
+    read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
+    server = PolicyServer(policy, read, seed, str(checkpoint))
     server.warm_up()
     with suppress(KeyboardInterrupt):
         asyncio.run(server.run(host, port))

@@ -19,7 +19,7 @@ def unpack(data: bytes) -> Any:
     """What `pack` packed. Raises ValueError for data that is damaged or holds arrays of objects."""
     try:
         return msgpack.unpackb(data, object_hook=_decode)
-    except (msgpack.UnpackException, TypeError, KeyError) as error:
+    except (msgpack.UnpackException, TypeError, KeyError, SyntaxError, OverflowError) as error:  # dtypes are parsed
         raise ValueError(f"the message is not msgpack as openpi's client packs it: {error!r}") from error
 
 

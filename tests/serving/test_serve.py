@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType
 from aiohttp.test_utils import TestServer
 
 from pi05_lightning import Pi05Policy
+from pi05_lightning.cli.main import main
 from pi05_lightning.serving.server import PolicyServer, Reader
 from pi05_lightning.serving.wire import pack, unpack
 
@@ -34,6 +38,14 @@ OURS = {
 }
 
 
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in OBSERVATION.items() if name != key}
+
+
+def renamed(key: str, other: str) -> dict[str, Any]:
+    return without(key) | {other: OBSERVATION[key]}
+
+
 class Client:
     """What openpi's client does: read the metadata, then send observations and read the answers."""
 
@@ -49,11 +61,14 @@ class Client:
         return message.data if message.type is WSMsgType.TEXT else unpack(message.data)
 
 
-def talk(policy: Pi05Policy, conversation: Callable[..., Awaitable[Any]], clients: int = 1) -> Any:
+def talk(
+    policy: Pi05Policy, conversation: Callable[..., Awaitable[Any]], clients: int = 1, read: Reader | None = None
+) -> Any:
     """What a conversation of some clients with a server, all of them connected, comes to."""
 
     async def run() -> Any:
-        server = PolicyServer(policy, Reader(policy.processor.cameras, {}, None))
+        server = PolicyServer(policy, read or Reader(policy.processor.cameras, {}, None))
+        server.warm_up()
         async with TestServer(server.app()) as address, ClientSession() as session:
             connected = [Client(await session.ws_connect(address.make_url("/"))) for _ in range(clients)]
             for client in connected:
@@ -89,6 +104,40 @@ def test_answer_says_how_long_it_took(policy):
         ({**OBSERVATION, "camera/state": np.zeros(4)}, "observation/state and camera/state could both be 'state'"),
         ([1, 2], "an observation is a dictionary, not a list"),
         (b"\xc1", "not msgpack"),
+        (without("observation/wrist"), "image: wrist missing, and the policy was trained with top, wrist"),
+        (without("observation/state"), "state is missing: the policy was trained with one of 4 dimensions"),
+        (renamed("observation/wrist", "observation/wrists"), r"reads observation/wrists \(did you mean wrist\?\)"),
+        (renamed("observation/state", "observation/states"), r"reads observation/states \(did you mean state\?\)"),
+        (renamed("observation/state", "joint_position"), r"nothing reads joint_position: .* state"),
+        (renamed("prompt", "promt"), r"nothing reads promt \(did you mean prompt\?\)"),
+        (renamed("prompt", "instruction"), "nothing reads instruction: .* prompt or task"),
+        (
+            {**OBSERVATION, "observation/exterior_image_1_left": PICTURE},
+            "nothing reads observation/exterior_image_1_left",
+        ),
+        ({**OBSERVATION, "task": "close the drawer"}, "prompt and task differ"),
+        ({**OBSERVATION, "prompt": ["open"]}, "prompt is a list"),
+        ({**OBSERVATION, "prompt": " "}, "task is blank"),
+        ({**OBSERVATION, "reset": "false"}, "reset is 'false': give true or false"),
+        ({**OBSERVATION, "reset": 0}, "reset is 0: give true or false"),
+        ({**OBSERVATION, "resett": True}, r"nothing reads resett \(did you mean reset\?\)"),
+        ({**OBSERVATION, "observation": {"top": PICTURE}}, "observation/top comes twice"),
+        ({**OBSERVATION, "observation/state": [0, np.nan, 0, 0]}, r"observation/state\[1\] is nan"),
+        ({**OBSERVATION, "observation/state": ["a"] * 4}, "observation/state holds text"),
+        ({**OBSERVATION, "observation/state": np.array([0, 0, 1e30, 0])}, r"state\[2\] is 1e\+30: .* quantile ranges"),
+        (
+            {**OBSERVATION, "observation/top": PICTURE.astype(np.float32)},
+            r"image 'top'\[0, 0, 1\] is 3\.0: floats are in",
+        ),
+        ({**OBSERVATION, "observation/top": PICTURE.astype(np.int64)}, "image 'top' is int64"),
+        ({**OBSERVATION, "observation/top": np.full((8, 8, 3), np.nan)}, r"image 'top'\[0, 0, 0\] is nan"),
+        ({**OBSERVATION, "observation/top": np.zeros((0, 0, 3), np.uint8)}, "shape"),
+        (
+            {**OBSERVATION, "observation/top": np.zeros((8, 8, 1), np.uint8)},
+            r"'observation/top' has the shape \[8, 8, 1\]",
+        ),
+        ({**OBSERVATION, "observation/top": b"\xff\xd8"}, "observation/top holds bytes"),
+        (msgpack.packb({b"__ndarray__": True, b"data": b"", b"dtype": "f4, (", b"shape": [0]}), "not msgpack"),
     ],
 )
 def test_mistake_is_answered_with_text_and_the_connection_lives(policy, bad, message):
@@ -180,13 +229,97 @@ def test_observations_of_openpi_and_lerobot_are_understood(message):
     np.testing.assert_equal(found, OURS)
 
 
+DROID = {
+    "observation/exterior_image_1_left": PICTURE,
+    "observation/wrist_image_left": PICTURE,
+    "observation/joint_position": np.arange(3.0),
+    "observation/gripper_position": np.array([7.0]),
+    "prompt": "open the drawer",
+}
+DROID_NAMES = {"top": "observation/exterior_image_1_left", "wrist": "observation/wrist_image_left"}
+DROID_STATE = ["observation/joint_position", "observation/gripper_position"]
+
+
 def test_cameras_and_state_may_have_other_keys():
-    read = Reader(("top", "wrist"), {"top": "observation/exterior_image_1_left"}, ["joints", "gripper"])
-    found = read(
-        {"observation/exterior_image_1_left": PICTURE, "joints": np.arange(3), "gripper": 7.0, "prompt": "pick"}
-    )
-    assert list(found["image"]) == ["top"]
+    found = Reader(("top", "wrist"), DROID_NAMES, DROID_STATE)(DROID)
+    assert list(found["image"]) == ["top", "wrist"]
     np.testing.assert_array_equal(found["state"], [0, 1, 2, 7])
+
+
+@pytest.mark.parametrize(
+    ("named", "state", "message"),
+    [
+        ({}, None, "nothing reads observation/exterior_image_1_left"),
+        (DROID_NAMES, None, "nothing reads observation/joint_position"),
+        (DROID_NAMES, DROID_STATE[:1], "nothing reads observation/gripper_position"),
+        (
+            DROID_NAMES,
+            ["observation/joint_positions"],
+            r"joint_positions for the state \(did you mean observation/joint",
+        ),
+        ({"top": DROID_NAMES["top"]}, DROID_STATE, r"nothing reads observation/wrist_image_left"),
+    ],
+)
+def test_images_and_states_of_a_client_are_read_or_refused(named, state, message):
+    with pytest.raises(ValueError, match=message):
+        Reader(("top", "wrist"), named, state)(DROID)
+
+
+def test_camera_whose_key_never_comes_is_refused_with_the_nearest():
+    named = {**DROID_NAMES, "top": "observation/exterior_image_2_left"}
+    message = (
+        r"no observation/exterior_image_2_left, named as the camera top \(did you mean observation/exterior_image_1"
+    )
+    with pytest.raises(ValueError, match=message):
+        Reader(("top", "wrist"), named, DROID_STATE)(DROID)
+
+
+def test_keys_may_be_ignored_and_numbers_and_text_beside_the_instruction_are():
+    more = {"depth": np.zeros((4, 4)), "raw": {"image": PICTURE}, "step": 3, "robot_id": "arm 1", "time": np.float32(1)}
+    read = Reader(("top", "wrist"), {}, None, ["depth", "raw/image"])
+    np.testing.assert_equal(read(OBSERVATION | more), OURS)
+
+
+@pytest.mark.parametrize("named", [{"top": "x", "wrist": "x"}, {"top": "wrist"}])
+def test_two_cameras_of_one_key_are_refused(named):
+    with pytest.raises(ValueError, match="two cameras have one key"):
+        Reader(("top", "wrist"), named, None)
+    with pytest.raises(ValueError, match="two cameras would read one key"):
+        Reader(("top", "wrist"), {"top": "observation/wrist"}, None)(without("observation/top"))
+
+
+def test_camera_may_be_missing_by_name(served):
+    policy = Pi05Policy(served, missing_cameras=["wrist"], max_action_distance=0.0, noise_scale=9)
+    read = Reader(policy.inputs.cameras, {"wrist": "observation/wrist"}, None, missing_cameras=["wrist"])
+    far = talk(policy, lambda client: client.infer(without("observation/wrist")), read=read)
+    assert re.search(r"action\[\d, \d\] is .* max_action_distance is 0", far)
+
+
+def test_instruction_may_be_left_out_where_the_policy_has_one_task(served):
+    policy = Pi05Policy(served)
+    (robot,) = policy.processor.robots
+    policy.processor.robots[robot] = replace(policy.processor.robots[robot], tasks=("open the drawer",))
+    policy = Pi05Policy((policy.model, policy.processor), noise_scale=0)
+    told, untold = (
+        talk(policy, lambda client, sent=sent: client.infer(sent)) for sent in (OBSERVATION, without("prompt"))
+    )
+    np.testing.assert_array_equal(told["actions"], untold["actions"])
+
+
+@pytest.mark.parametrize(
+    ("port", "message"),
+    [(None, "port {} is in use: choose another with --port"), (-1, "port is -1"), (70000, "port is 70000")],
+)
+def test_port_that_cannot_be_had_is_said_before_a_checkpoint_is_read(port, message, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = port or other.getsockname()[1]
+        with pytest.raises(SystemExit, match=message.format(port)):
+            main(["serve", str(tmp_path / "none"), f"--port={port}"])
+
+
+def test_host_that_is_not_this_machine_is_said(tmp_path):
+    with pytest.raises(SystemExit, match=r"192\.0\.2\.1.* choose one with --host"):
+        main(["serve", str(tmp_path / "none"), "--host", "192.0.2.1"])
 
 
 def test_served_process_answers_and_is_healthy(served: Path):
