@@ -151,7 +151,7 @@ def test_task_may_be_left_out_where_the_robot_has_one_and_that_is_said_once(mode
 
 
 @pytest.mark.parametrize(
-    ("task", "message"), [("", "blank"), (" \n", "blank"), (["open"], "a list"), (b"open", "bytes")]
+    ("task", "message"), [("", "blank"), (" \n", "blank"), ("_", "blank"), (["open"], "a list"), (b"open", "bytes")]
 )
 def test_task_is_text(model, data, seen, task, message: str) -> None:
     with pytest.raises(ValueError, match=f"task is {message}|task is a {message}"):

@@ -144,7 +144,7 @@ class Inputs:
         if not task and len(trained) == 1:
             self._say("", f"no task is given: {trained[0]!r} is taken, the only one that the policy was trained on")
             return trained[0]
-        if not task.strip():
+        if not clean_task(task).strip():
             known = f", as {trained[0]!r}, one of {len(trained)} that the policy was trained on" if trained else ""
             raise ValueError(f"task is {'blank' if task else 'missing'}: say what to do{known}")
         if trained and clean_task(task) not in self._tasks:

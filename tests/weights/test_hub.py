@@ -44,7 +44,8 @@ def cached(lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_policy_of_a_hub_id_is_that_of_the_folder(lerobot: Path) -> None:
     one, other = (Pi05Policy.from_pretrained(name, tokenizer="tiny") for name in (lerobot, "lab/arm"))
-    observation = {"image": torch.zeros(3, 9, 9), "state": torch.zeros(6), "task": "open"}
+    images = {camera: torch.zeros(3, 9, 9) for camera in one.processor.cameras}
+    observation = {"image": images, "state": torch.zeros(6), "task": "open"}
     noise = torch.zeros(one.model.config.horizon, one.model.config.action_dim)
     assert (one.predict_chunk(observation, noise) == other.predict_chunk(observation, noise)).all()
 
