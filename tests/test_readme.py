@@ -82,8 +82,8 @@ def test_python_runs_as_written(
         "path/to/dataset": dataset,
         "path/to/paligemma": "tiny",
     }
-    image = np.zeros((3, 48, 64), dtype=np.uint8)
-    observation = {"image": image, "state": np.zeros(4, dtype=np.float32), "task": "open the drawer"}
+    images = {camera: np.zeros((3, 48, 64), dtype=np.uint8) for camera in ("top", "wrist")}
+    observation = {"image": images, "state": np.zeros(4, dtype=np.float32), "task": "open the drawer"}
     running = np.zeros((2, 4), dtype=np.float32)
     names: dict[str, Any] = {"__name__": "readme", "observation": observation, "running": running}
     for code in blocks(page, "python"):

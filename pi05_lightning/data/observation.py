@@ -23,6 +23,10 @@ HALF_GREY_LEVEL = 0.5 / 255  # resizing overshoots by less, and nothing is lost 
 log = logging.getLogger(__name__)
 
 
+class NotFinite(ValueError):
+    """Predicted actions that are NaN or infinite."""
+
+
 def as_array(name: str, value: Any) -> np.ndarray:
     """Numbers as numpy has them; tensors may be on any device, of any float type, and require a gradient.
 
@@ -189,11 +193,11 @@ class Inputs:
 
 
 def check_actions(actions: np.ndarray, frame: Frame, robot: Robot, max_distance: float | None) -> None:
-    """Raises ValueError for actions f32[T A], in the robot's units, that are not finite or too far from training's.
+    """Raises NotFinite, or ValueError for actions f32[T A] in the robot's units that are too far from training's.
 
     max_distance: in quantile ranges; None bounds nothing.  frame: what they answer.
     """
-    _reject(~np.isfinite(actions), "action", actions, "the model's weights or its inputs are broken")
+    _reject(~np.isfinite(actions), "action", actions, "the model's weights are broken, or its inputs", NotFinite)
     if max_distance is None:
         return
     distance = robot.action_distance(actions, frame)
@@ -210,11 +214,11 @@ def _check_shape(name: str, image: np.ndarray, expected: str) -> None:
         raise ValueError(f"{name} has shape {list(image.shape)}: expected {expected}, of at least one pixel")
 
 
-def _reject(bad: np.ndarray, name: str, values: np.ndarray, why: str) -> None:
-    """Raises ValueError that names the first of the bad values, if there is one."""
+def _reject(bad: np.ndarray, name: str, values: np.ndarray, why: str, error: type[ValueError] = ValueError) -> None:
+    """Raises an error that names the first of the bad values, if there is one."""
     if bad.any():
         place = np.unravel_index(bad.argmax(), bad.shape)
-        raise ValueError(f"{_at(name, place)} is {values[place]}: {why}")
+        raise error(f"{_at(name, place)} is {values[place]}: {why}")
 
 
 def _at(name: str, place: Iterable[Any]) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import numpy as np
 import torch
 
+from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.sim.environment import Environment, ExpertEnvironment
 
 if TYPE_CHECKING:
@@ -179,6 +180,8 @@ def _decide(policy: Inference, lanes: Sequence[Lane], number: int) -> list[np.nd
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
             return [_decide(policy, [lane], number)[0] for lane in lanes]
+        if isinstance(error, NotFinite):
+            return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]
     return [_checked(np.asarray(chunk), env) for chunk, (env, _) in zip(chunks, lanes, strict=True)]
 
