@@ -8,10 +8,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pi05_lightning.data.errors import OnBadSample
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.data.statistics import CACHE, FeatureStats, Relative, load_or_compute, vector_keys
-from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of
+
+STATE, ACTION = "observation.state", "action"
 
 console = Console()
 
@@ -23,25 +26,48 @@ def stats(
     episodes: str | None = None,
     relative_dims: list[int] | None = None,
     horizon: int = 50,
+    task: str | None = None,
+    on_bad_sample: OnBadSample = "error",
 ) -> None:
-    """Exact statistics of a LeRobot dataset's states and actions, per dimension, over its training episodes.
+    """Exact statistics of a LeRobot dataset's states and actions, per dimension, over what is trained on.
+
+    Those of a state are over the training frames. Those of a feature whose name begins with `action`, as LeRobot tells
+    an action, are over the steps of their chunks.
 
     Args:
         dataset: folder or Hub id.
         keys: features to look at; by default all vectors of floating-point numbers.
         val_fraction: share of episodes held out, as in training.
         episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
-        relative_dims: dims of the action to take relative to the state at the chunk's first step.
-        horizon: steps of a chunk, for relative dims.
+        relative_dims: dims of the action to take relative to observation.state at the chunk's first step.
+        horizon: steps of a chunk.
+        task: sentence for frames that have none, as in training.
+        on_bad_sample: whether bad frames are an error or left out, as in training.
     """
     files = LeRobotFiles.open(find_dataset(dataset))
-    chosen = files.choose("train", val_fraction, episodes)
     keys = keys or vector_keys(files)
-    relative = Relative(horizon, tuple(relative_dims)) if relative_dims else None
-    found = load_or_compute(files.root, keys, chosen.tolist(), relative)
-    for key in keys:
-        console.print(feature_table(key, found[key], dim_names(files, key)))
-    console.print(f"{len(chosen)} training episodes. Written to {files.root / CACHE}", soft_wrap=True, highlight=False)
+    action_keys = [key for key in keys if key.startswith(ACTION)]
+    state_keys = [key for key in keys if key not in action_keys]
+    config = LeRobotConfig(
+        path=dataset,
+        # first those that relative_dims count
+        state_keys=sorted(dict.fromkeys([*state_keys, *([STATE] if relative_dims else [])]), key=STATE.__ne__),
+        action_keys=sorted(action_keys, key=ACTION.__ne__),
+        relative_dims=relative_dims or [],
+        val_fraction=val_fraction,
+        episodes=episodes,
+        task=task,
+        on_bad_sample=on_bad_sample,
+    )
+    source = LeRobotSource(config, dataset, "train", horizon, image_size=(0, 0))
+    for names, found in zip((config.state_keys, config.action_keys), source.statistics(), strict=True):
+        start = 0
+        for key in names:
+            stop = start + files.features[key]["shape"][0]
+            if key in keys:
+                console.print(feature_table(key, found.part(slice(start, stop)), dim_names(files, key)))
+            start = stop
+    console.print(f"{len(source)} frames of {len(set(source.episode))} training episodes", highlight=False)
 
 
 def dim_names(files: LeRobotFiles, key: str) -> list[str]:
@@ -54,13 +80,12 @@ def dim_names(files: LeRobotFiles, key: str) -> list[str]:
 
 def feature_table(key: str, feature: FeatureStats, names: Sequence[str]) -> Table:
     parts = ("mean", "std", "min", "q01", "q99", "max")
-    table = table_of(f"{key}: {feature.count} frames", ["dim"], [*parts, "outside"])
+    table = table_of(key, ["dim"], [*parts, "outside"])
     table.add_column("note")
-    normalized = Quantiles(feature.q01, feature.q99)
-    furthest = np.abs([normalized.normalize(feature.min), normalized.normalize(feature.max)]).max(0)
+    furthest = np.abs([feature.quantiles.normalize(value) for value in (feature.min, feature.max)]).max(0)
     for dim, name in enumerate(names):
         numbers = [getattr(feature, part)[dim] for part in parts]
-        share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count:.1%})"
+        share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count[dim]:.1%})"
         note = remark(feature, dim, furthest[dim])
         table.add_row(f"{dim} {name}", *(f"{number:.4g}" for number in numbers), share, note)
     return table

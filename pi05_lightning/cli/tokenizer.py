@@ -108,8 +108,8 @@ def sources_of(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotC
         sources = read_configuration([path], {"data.sources": dict[str, SourceConfig]})["data.sources"] or {}
         for name, config in sources.items():
             if isinstance(config, LeRobotConfig) and config.action_keys:
-                state_keys = config.state_keys if config.relative_dims else []
-                found[name] = replace(config, cameras={}, state_keys=state_keys)
+                # with its cameras and states, as frames that lack one are not trained on
+                found[name] = replace(config, image_cache=False)
     if not found:
         raise ValueError(f"{', '.join(paths)}: no LeRobotConfig with actions under data.sources")
     return found

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import numpy as np
@@ -22,11 +23,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.split import Split, held_out
+from pi05_lightning.data.split import Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json
 
-VALIDATION_SPLITS = ("val", "validation", "valid")
+MISSING_SHOWN = 5  # tasks and subtasks that a warning names
+
+Sentence = tuple[Literal["task", "subtask"], str]
 
 log = logging.getLogger(__name__)
 
@@ -139,60 +142,117 @@ class LeRobotFiles:
     def video_path(self, key: str, chunk: int, file: int) -> Path:
         return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
 
-    def choose(self, split: Split, val_fraction: float, only: list[int] | str | None) -> np.ndarray:
+    def choose(
+        self,
+        split: Split,
+        val_fraction: float,
+        only: list[int] | str | None,
+        taught: Mapping[int, Collection[Sentence]] | None = None,
+    ) -> np.ndarray:
         """The episodes of a split that pass a filter, i64 ascending.
 
         The splits follow info.json: only what it declares for training is trained on, or, where it declares nothing for
-        training, what it declares for nothing else.  Where it names no validation split ("val", "validation", "valid"),
-        that is `held_out` of the training episodes.
+        training, what it declares for nothing else.  Where it declares no validation split, that is `held_out` of the
+        training episodes, before the filter: no task and no subtask leaves training by it, nor by the filter.  There is
+        a test split only where it declares one.  `NAMES` in `data/split.py` has the names of the three.
         only: episode numbers, or an SQL condition on the episode table, such as "length >= 50 AND success".
+        taught: what each episode has frames of; by default the tasks in the episode table.
         Validation may be left without any, with a warning.  Raises ValueError when training is, a number does not
-        exist or the condition is no SQL.
+        exist, the condition is no SQL or `splits` cannot be.
         """
+        check_fraction(val_fraction)
         episodes = self.column("episode_index").astype(np.int64)
-        declared = self._splits(episodes)
-        in_train = declared.get("train", ~np.any([*declared.values(), np.zeros(len(episodes), bool)], axis=0))
-        in_val = next((declared[name] for name in VALIDATION_SPLITS if name in declared), None)
-        if in_val is None:
-            in_val = in_train & held_out(episodes, val_fraction)
-        chosen = in_val if split == "val" else in_train & ~in_val
-        if not chosen.any() and split == "train":
+        if taught is None and "tasks" in self.episodes.column_names:
+            tasks = self.episodes.column("tasks").to_pylist()
+            taught = {int(n): {("task", text) for text in of or ()} for n, of in zip(episodes, tasks, strict=True)}
+        contents = [set((taught or {}).get(int(number), ())) for number in episodes]
+        parts, declared = self._splits(episodes)
+        in_train, none = parts.get("train", ~declared), np.zeros(len(episodes), bool)
+        if not in_train.any() and split == "train":
             raise ValueError(
-                f"{self.root}: none of its {len(episodes)} episodes is left to train on; "
-                f"change val_fraction, which is {val_fraction}, or `splits` in meta/info.json"
+                f"{self.root}: none of its {len(episodes)} episodes is left to train on; correct `splits` in"
+                " meta/info.json"
             )
+        passed = self._passed(episodes, only)
+        if "val" in parts:
+            in_val = parts["val"] & passed
+        else:
+            in_val = none.copy()
+            rows = np.flatnonzero(in_train)
+            groups = [frozenset(text for kind, text in contents[row] if kind == "task") for row in rows]
+            in_val[rows] = held_out(groups, [contents[row] for row in rows], val_fraction)
+            in_val &= passed
+            known = _union(contents, in_train & passed & ~in_val)
+            for row in np.flatnonzero(in_val):
+                if not contents[row] <= known:  # the filter left out those that it was held out beside
+                    in_val[row] = False
+                    known |= contents[row]
+        chosen: dict[Split, np.ndarray] = {
+            "train": in_train & passed & ~in_val,
+            "val": in_val,
+            "test": parts.get("test", none) & passed,
+        }
+        if not chosen["train"].any() and split == "train":
+            raise ValueError(f"{self.root}: `episodes`: {only!r} leaves none in the train split; widen it")
+        if not in_val.any() and split == "val" and val_fraction:
+            log.warning(
+                "%s: no episode is held out, so there is no validation on it. Declare `splits` in meta/info.json where"
+                " each has a task or subtask that no other has",
+                self.root,
+            )
+        self._tell_missing(split, _union(contents, chosen["train"]), _union(contents, in_val))
+        return episodes[chosen[split]]
+
+    def _passed(self, episodes: np.ndarray, only: list[int] | str | None) -> np.ndarray:
+        """bool like `episodes`: those that pass the filter; ValueError for numbers that there are not, and bad SQL."""
         if isinstance(only, str):
-            chosen &= np.isin(episodes, self._matching(only))
-        elif only is not None:
-            unknown = np.setdiff1d(only, episodes).tolist()
-            if unknown:
-                raise ValueError(f"{self.root} has no episodes {unknown}: it has {len(episodes)}; correct `episodes`")
-            chosen &= np.isin(episodes, only)
-        if not chosen.any() and split == "train":
-            raise ValueError(f"{self.root}: `episodes`: {only!r} leaves none in the {split} split; widen it")
-        if not chosen.any() and val_fraction:
-            log.warning("%s: no episode is held out, so there is no validation on it", self.root)
-        return episodes[chosen]
+            return np.isin(episodes, self._matching(only))
+        if only is None:
+            return np.ones(len(episodes), dtype=bool)
+        unknown = np.setdiff1d(only, episodes).tolist()
+        if unknown:
+            raise ValueError(f"{self.root} has no episodes {unknown}: it has {len(episodes)}; correct `episodes`")
+        return np.isin(episodes, only)
 
-    def _splits(self, episodes: np.ndarray) -> dict[str, np.ndarray]:
-        """Which episodes each of info.json's `splits` has, bool like `episodes`.
+    def _tell_missing(self, split: Split, train: set[Sentence], val: set[Sentence]) -> None:
+        """Warn of what validation lacks, and of what is declared for validation alone."""
+        if split == "val" and val:
+            missing, what = train - val, "validation has no episode with"
+        elif split == "train":
+            missing, what = val - train, "only the episodes declared for validation have"
+        else:
+            return
+        if missing:
+            first = ", ".join(f"{kind} {text!r}" for kind, text in sorted(missing)[:MISSING_SHOWN])
+            more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
+            log.warning("%s: %s %s%s", self.root, what, first, more)
 
-        ValueError for what is not "first:end", and for splits that share an episode.
+    def _splits(self, episodes: np.ndarray) -> tuple[dict[Split, np.ndarray], np.ndarray]:
+        """Which episodes info.json declares for each part, bool like `episodes`, and which it declares for anything.
+
+        ValueError for what is not "first:end", for splits that share an episode, and for two that are the same part.
         """
-        declared: dict[str, str] = self.info.get("splits") or {}
+        where = f"{self.root}/meta/info.json"
+        declared = self.info.get("splits") or {}
+        if not isinstance(declared, dict):
+            raise ValueError(f'{where}: splits is {declared!r}, not split by split as in {{"train": "0:80"}}')
         found: dict[str, np.ndarray] = {}
         for name, bounds in declared.items():
-            if not isinstance(bounds, str) or not (match := re.fullmatch(r"(\d+):(\d+)", bounds)):
-                raise ValueError(f"{self.root}/meta/info.json: split {name} is {bounds!r}, not first:end, as in 80:100")
+            match = re.fullmatch(r"(\d+):(\d+)", bounds) if isinstance(bounds, str) else None
+            if not match or int(match[1]) > int(match[2]):
+                raise ValueError(f"{where}: split {name} is {bounds!r}, not first:end, as in 80:100")
             first, end = map(int, match.groups())
             found[name] = (episodes >= first) & (episodes < end)
+            if end > first and not found[name].any():
+                raise ValueError(f"{where}: split {name} is {bounds}, and the dataset has {len(episodes)} episodes")
         for one, other in combinations(found, 2):
             if (found[one] & found[other]).any():
                 raise ValueError(
-                    f"{self.root}/meta/info.json: the splits {one} ({declared[one]}) and {other} ({declared[other]})"
+                    f"{where}: the splits {one} ({declared[one]}) and {other} ({declared[other]})"
                     " share episodes: correct one of them"
                 )
-        return found
+        parts = {split: found[name] for split, name in named_parts(found, where).items()}
+        return parts, np.any([*found.values(), np.zeros(len(episodes), bool)], axis=0)
 
     def _matching(self, condition: str) -> np.ndarray:
         with duckdb.connect() as connection:
@@ -206,6 +266,11 @@ class LeRobotFiles:
                     f"episodes: {condition!r} is no SQL condition ({str(error).splitlines()[0]}). Columns: {columns}"
                 ) from error
         return np.asarray(found["episode_index"])
+
+
+def _union(contents: Sequence[set[Sentence]], rows: np.ndarray) -> set[Sentence]:
+    """What the chosen rows, bool, hold together."""
+    return set().union(*(contents[row] for row in np.flatnonzero(rows)))
 
 
 def vectors(table: pa.Table, key: str, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from pi05_lightning.data.fast import FastTokenizer
-from pi05_lightning.data.sources.base import Split
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.split import Split
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,8 @@ def read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> dict[Sp
 
     ValueError for a dataset without actions, and for what `LeRobotSource` rejects.
     """
-    train, val = (
-        LeRobotSource(config, Path(config.path).name, split, horizon, image_size=(0, 0)) for split in get_args(Split)
-    )
+    part = partial(LeRobotSource, config, Path(config.path).name, horizon=horizon, image_size=(0, 0))
+    train, val = part(split="train"), part(split="val")
     robot = train.robot()
     if robot is None or not robot.acts:
         raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -13,7 +14,7 @@ from PIL import Image
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.statistics import CACHE, Relative, compute, load_or_compute
+from tests.data.recorded import data_file, open_source, rewrite
 
 # five episodes, so one is held out; their states move more like actions than their actions, which count frames
 SMALL = ("--horizon", "4", "--val_fraction", "0.2", "--action_keys", "[observation.state]")
@@ -32,21 +33,44 @@ def test_stats_shows_every_dim_by_name(pictures_copy: Path, capsys: pytest.Captu
         assert dim in printed
 
 
-def test_stats_writes_the_training_episodes_statistics_where_they_are_read(pictures_copy: Path) -> None:
-    main(["stats", str(pictures_copy), "--val_fraction", "0.4"])
-    before = (pictures_copy / CACHE).read_text()
-    train = LeRobotFiles.open(pictures_copy).choose("train", 0.4, None).tolist()
-    load_or_compute(pictures_copy, ["observation.state", "observation.gripper", "action"], train)
-    assert (pictures_copy / CACHE).read_text() == before
+def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+    """The numbers of each dim in the printed tables."""
+    lines = (line.split() for line in capsys.readouterr().out.splitlines())
+    return {
+        " ".join(words[:2]): [float(word) for word in words[2:8]]
+        for words in lines
+        if len(words) > 8 and words[0].isdigit()
+    }
 
 
-def test_stats_takes_actions_relative_to_the_state(pictures_copy: Path) -> None:
-    main(["stats", str(pictures_copy), "--keys", "[action]", "--relative_dims", "[0]", "--horizon", "3"])
-    (entry,) = json.loads((pictures_copy / CACHE).read_text())["entries"].values()
-    train = LeRobotFiles.open(pictures_copy).choose("train", 0.1, None).tolist()
-    expected = compute(pictures_copy, ["action"], train, Relative(3, (0,))).to_dict()
-    for name, values in expected["action"].items():
-        assert entry["action"][name] == pytest.approx(values, rel=1e-12), name  # sums are in no fixed order
+def test_stats_are_those_that_a_policy_is_trained_with(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = pq.read_table(data_file(pictures_copy))["action"].to_pylist()
+    values[20] = [float("nan"), 1e6]
+    rewrite(data_file(pictures_copy), action=values)
+    main(["stats", str(pictures_copy), "--val_fraction", "0.4", "--horizon", "8", "--on_bad_sample", "skip"])
+    robot = open_source(pictures_copy, val_fraction=0.4, on_bad_sample="skip").robot()
+    assert robot is not None
+    found = shown(capsys)
+    for dims, quantiles in (("0 x,1 y,2 z", robot.normalize.state), ("0 dx,1 dy", robot.normalize.action)):
+        for dim, low, high in zip(dims.split(","), quantiles.q01, quantiles.q99, strict=True):
+            assert found[dim][3:5] == pytest.approx([low, high], rel=1e-3)
+
+
+def test_stats_refuses_bad_data_by_its_address(pictures_copy: Path) -> None:
+    values = pq.read_table(data_file(pictures_copy))["action"].to_pylist()
+    values[2] = [float("nan"), 0.0]
+    rewrite(data_file(pictures_copy), action=values)
+    with pytest.raises(SystemExit, match="episode 0, frame 2, action: value 0 is nan"):
+        main(["stats", str(pictures_copy)])
+
+
+def test_stats_takes_actions_relative_to_the_state(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["stats", str(pictures), "--keys", "[action]", "--relative_dims", "[0]", "--horizon", "3"])
+    source = open_source(pictures, val_fraction=0.1, relative_dims=[0], horizon_steps=3)
+    _, action = source.statistics()
+    found = shown(capsys)
+    assert list(found) == ["0 dx", "1 dy"]
+    assert found["0 dx"][3:5] == pytest.approx([action.q01[0], action.q99[0]], rel=1e-3)
 
 
 def test_tokenizer_is_one_that_the_public_format_describes(pictures: Path, tmp_path: Path) -> None:
@@ -62,7 +86,7 @@ def test_tokenizer_reports_error_and_length_of_held_out_chunks(
 ) -> None:
     main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL])
     (report,) = json.loads((tmp_path / "report.json").read_text())["datasets"]
-    val = LeRobotFiles.open(pictures).choose("val", 0.2, None)
+    val = np.unique(open_source(pictures, "val", val_fraction=0.2).episode)
     assert report["chunks"] == sum(LeRobotFiles.open(pictures).column("length")[val])
     assert report["naive_tokens"] == 12
     assert 0 < report["mean_tokens"] <= report["p99_tokens"] <= 12

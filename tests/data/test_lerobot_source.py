@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.data.split import held_out
 from pi05_lightning.types import Answer, Modality
 from tests.data.recorded import HORIZON, LENGTHS, STARTS, data_file, edit_info, open_source, rewrite
 
@@ -77,9 +76,10 @@ def test_horizon_in_seconds_pads_the_rest_of_the_chunk(videos: Path) -> None:
 
 
 def test_quantiles_are_numpys_on_the_training_split(videos: Path) -> None:
-    robot = open_source(videos, val_fraction=0.4).robot()
-    table = pq.read_table(data_file(videos))
-    trained = ~held_out(np.array(table["episode_index"]), 0.4)
+    source = open_source(videos, val_fraction=0.4)
+    robot, table = source.robot(), pq.read_table(data_file(videos))
+    trained = np.isin(table["episode_index"], source.episode)
+    assert not trained.all()
     actions = np.array(table["action"].to_pylist())[trained]
     assert robot is not None
     np.testing.assert_allclose(robot.normalize.action.q99, np.quantile(actions, 0.99, axis=0), rtol=1e-6)

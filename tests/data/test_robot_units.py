@@ -182,22 +182,3 @@ def test_a_value_that_no_statistics_explain_is_bad_data(videos_copy: Path) -> No
     made.sample(source[3], Subset("robot", Modality.CONTINUOUS))
     with pytest.raises(BadFrame, match=r"dimension 3 of its state is 8e\+07 when normalised.*min_range"):
         made.sample(source[4], Subset("robot", Modality.CONTINUOUS))
-
-
-def test_episodes_with_bad_frames_are_left_out_of_the_statistics(videos_copy: Path) -> None:
-    actions = pq.read_table(data_file(videos_copy))["action"].to_pylist()
-    actions[14] = [float("nan"), 1e9]  # of episode 1
-    rewrite(data_file(videos_copy), action=actions)
-    robot = open_source(videos_copy, on_bad_sample="skip").robot()
-    assert robot is not None
-    clean = np.array([action for row, action in enumerate(actions) if not 12 <= row < 21])
-    np.testing.assert_allclose(robot.normalize.action.q99, np.quantile(clean, 0.99, axis=0), rtol=1e-6)
-
-
-def test_statistics_are_computed_once_and_kept(videos_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = open_source(videos_copy).robot()
-    monkeypatch.setattr("pi05_lightning.data.statistics.compute", None)
-    again = open_source(videos_copy).robot()
-    assert first is not None
-    assert again is not None
-    np.testing.assert_array_equal(again.normalize.action.q99, first.normalize.action.q99)

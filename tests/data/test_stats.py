@@ -1,27 +1,24 @@
-"""Statistics against numpy on whole columns, their cache, and what they say about bad data."""
+"""Statistics against numpy on what is trained on: which frames and which steps, and what they say of single dims."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.statistics import CACHE, Relative, Stats, compute, load_or_compute, vector_keys
+from pi05_lightning.data.sources.lerobot import LeRobotSource
+from pi05_lightning.data.statistics import FeatureStats, vector_keys
+from tests.data.recorded import HORIZON, LENGTHS, STARTS, data_file, open_source, rewrite
 
-KEYS = ["observation.state", "observation.gripper", "action"]
-
-
-def data_file(root: Path) -> Path:
-    (file,) = (root / "data").glob("*/*.parquet")
-    return file
+NAN = float("nan")
+ROWS = sum(LENGTHS)
+RELATIVE = {"relative_dims": [1], "relative_state_dims": [2]}
 
 
 def column(root: Path, key: str) -> np.ndarray:
@@ -29,24 +26,32 @@ def column(root: Path, key: str) -> np.ndarray:
     return np.array(table[key].to_pylist(), dtype=np.float64).reshape(len(table), -1)
 
 
-def rewrite(root: Path, key: str, change: Callable[[list], None]) -> None:
-    """Let `change` edit the list of a column's values."""
-    table = pq.read_table(data_file(root))
-    values = table[key].to_pylist()
-    change(values)
-    place = table.schema.get_field_index(key)
-    kind = table.schema.field(key).type
-    kind = pa.list_(kind.value_type) if pa.types.is_fixed_size_list(kind) else kind
-    pq.write_table(table.set_column(place, key, pa.array(values, kind)), data_file(root))
+def spoil(root: Path, *rows: int, key: str = "action") -> None:
+    """NaN in dim 0 of some rows, beside a value that no statistics should see."""
+    values = column(root, key)
+    values[list(rows)] = [NAN, *[1e6] * (values.shape[1] - 1)]
+    rewrite(data_file(root), **{key: values.astype(np.float32).tolist()})
+
+
+def trained_on(source: LeRobotSource) -> tuple[np.ndarray, np.ndarray]:
+    """States and chunks f64[N T A] of every frame of a source, NaN where steps are padding."""
+    frames = [source[index] for index in range(len(source))]
+    chunks = np.array([np.where(frame.action_is_pad[:, None], NAN, frame.actions) for frame in frames], np.float64)
+    return np.array([frame.state for frame in frames], np.float64), chunks
+
+
+def assert_quantiles(found: FeatureStats, values: np.ndarray, dims: slice = slice(None)) -> None:
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    np.testing.assert_allclose(found.q01[dims], low, rtol=1e-6)
+    np.testing.assert_allclose(found.q99[dims], high, rtol=1e-6)
 
 
 # --- against numpy
 
 
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("memory", [1, 1 << 30], ids=["one dim a pass", "all at once"])
-def test_statistics_are_numpys_on_the_whole_column(pictures: Path, key: str, memory: int) -> None:
-    found, values = compute(pictures, [key], memory=memory)[key], column(pictures, key)
+@pytest.mark.parametrize("key", ["observation.state", "observation.gripper", "action"])
+def test_statistics_are_numpys_on_the_whole_column(pictures: Path, key: str) -> None:
+    (found, _), values = open_source(pictures, state_keys=[key]).statistics(), column(pictures, key)
     low, high = np.quantile(values, [0.01, 0.99], axis=0)
     expected = {
         "mean": values.mean(0),
@@ -56,211 +61,159 @@ def test_statistics_are_numpys_on_the_whole_column(pictures: Path, key: str, mem
         "q01": low,
         "q99": high,
         "outside": ((values < low) | (values > high)).sum(0),
+        "count": [ROWS] * values.shape[1],
     }
     for name, reference in expected.items():
         np.testing.assert_allclose(getattr(found, name), reference, rtol=1e-6, atol=1e-12, err_msg=name)
-    assert found.count == len(values)
-
-
-def test_only_chosen_episodes_count(pictures: Path) -> None:
-    episode = column(pictures, "episode_index")[:, 0]
-    values = column(pictures, "observation.state")[np.isin(episode, [1, 4])]
-    found = compute(pictures, ["observation.state"], episodes=[4, 1])["observation.state"]
-    np.testing.assert_allclose(found.mean, values.mean(0), rtol=1e-6)
-    assert found.count == len(values)
-
-
-def test_many_files_are_one_dataset(pictures_copy: Path) -> None:
-    table = pq.read_table(data_file(pictures_copy))
-    expected = compute(pictures_copy, KEYS).to_dict()
-    episode = table["episode_index"].to_numpy()
-    second = data_file(pictures_copy).with_name("file-001.parquet")
-    pq.write_table(table.filter(episode >= 3), second)
-    pq.write_table(table.filter(episode < 3), second.with_name("file-000.parquet"))
-    (meta,) = (pictures_copy / "meta" / "episodes").glob("*/*.parquet")
-    episodes = pq.read_table(meta)
-    files = pa.array((episodes["episode_index"].to_numpy() >= 3).astype(np.int64))
-    place = episodes.schema.get_field_index("data/file_index")
-    pq.write_table(episodes.set_column(place, "data/file_index", files), meta)
-    found = compute(pictures_copy, KEYS).to_dict()
-    for key in KEYS:
-        np.testing.assert_allclose(found[key]["q99"], expected[key]["q99"], rtol=1e-12)
-        assert found[key]["count"] == expected[key]["count"]
-
-
-def test_relative_actions_count_every_step_of_a_chunk_in_its_episode(pictures: Path) -> None:
-    horizon = 4
-    found = compute(pictures, ["action"], relative=Relative(horizon, dims=(1,), state_dims=(2,)))["action"]
-    action, state = column(pictures, "action"), column(pictures, "observation.state")
-    episode = column(pictures, "episode_index")[:, 0]
-    offsets = [
-        action[later, 1] - state[now, 2]
-        for now in range(len(action))
-        for later in range(now, min(now + horizon, len(action)))
-        if episode[later] == episode[now]
-    ]
-    np.testing.assert_allclose(found.q99[1], np.quantile(offsets, 0.99), rtol=1e-6)
-    np.testing.assert_allclose(found.std[1], np.std(offsets), rtol=1e-6)
-    np.testing.assert_allclose(found.mean[0], action[:, 0].mean(), rtol=1e-6)  # not relative: as it is
-
-
-def test_constant_dims_are_told(pictures_copy: Path) -> None:
-    rewrite(pictures_copy, "action", lambda values: values.__setitem__(slice(None), [[7.0, y] for _, y in values]))
-    assert compute(pictures_copy, ["action"])["action"].constant.tolist() == [True, False]
-
-
-def test_dims_that_rarely_move_are_told(pictures_copy: Path) -> None:
-    def hold_still(values: list) -> None:
-        for row in values:
-            row[1] = 0.0
-        values[20][1] = 1.0
-
-    rewrite(pictures_copy, "observation.state", hold_still)
-    # one in 54 frames is above 1 %: take the quantiles over copies of the data
-    table = pq.read_table(data_file(pictures_copy))
-    still = pa.concat_tables([table] + [table.slice(0, 20)] * 10)
-    pq.write_table(still, data_file(pictures_copy))
-    found = compute(pictures_copy, ["observation.state"])["observation.state"]
-    assert found.zero_range.tolist() == [False, True, False]
-    assert found.outside[1] == 1
-
-
-def test_vector_keys_are_states_and_actions(videos: Path) -> None:
-    assert vector_keys(LeRobotFiles.open(videos)) == KEYS
-
-
-def test_quantiles_of_several_keys_are_concatenated(pictures: Path) -> None:
-    stats = compute(pictures, KEYS)
-    quantiles = stats.quantiles(["action", "observation.gripper"])
-    expected = [*stats["action"].q01, *stats["observation.gripper"].q01]
-    np.testing.assert_allclose(quantiles.q01, expected, rtol=1e-6)
-
-
-# --- bad data
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-def test_a_value_that_is_no_number_is_named(pictures_copy: Path, bad: float | None) -> None:
-    rewrite(pictures_copy, "action", lambda values: values[14].__setitem__(1, bad))  # episode 0 has 12 frames
-    with pytest.raises(BadSample, match=r"file-000\.parquet: episode 1, frame 2, action is"):
-        compute(pictures_copy, KEYS)
-
-
-def test_bad_values_in_other_episodes_do_not_matter(pictures_copy: Path) -> None:
-    rewrite(pictures_copy, "action", lambda values: values[14].__setitem__(1, float("nan")))
-    assert compute(pictures_copy, ["action"], episodes=[0, 2])["action"].count == 27
-
-
-@pytest.mark.parametrize("row", [[1.0], [1.0, 2.0, 3.0]])
-def test_a_row_of_another_width_is_named(pictures_copy: Path, row: list[float]) -> None:
-    rewrite(pictures_copy, "action", lambda values: values.__setitem__(3, row))
-    with pytest.raises(BadSample, match=r"episode 0, frame 3, action is .*expected 2 values"):
-        compute(pictures_copy, ["action"])
-
-
-@pytest.mark.parametrize("key", ["observation.images.top", "episode", "actions"])
-def test_a_key_that_is_no_vector_is_an_error_that_names_those_that_are(videos: Path, key: str) -> None:
-    with pytest.raises(ValueError, match=r"name one of \['observation\.state'"):
-        compute(videos, [key])
-
-
-def test_a_truncated_file_is_an_error(pictures_copy: Path) -> None:
-    file = data_file(pictures_copy)
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged"):
-        compute(pictures_copy, KEYS)
-
-
-def test_a_missing_file_is_an_error(pictures_copy: Path) -> None:
-    data_file(pictures_copy).unlink()
-    with pytest.raises(ValueError, match="missing"):
-        load_or_compute(pictures_copy, KEYS)
-
-
-def test_an_unknown_episode_is_an_error(pictures: Path) -> None:
-    with pytest.raises(ValueError, match=r"no episodes \[99\]"):
-        compute(pictures, KEYS, episodes=[0, 99])
-
-
-# --- keeping
-
-
-def test_json_keeps_every_digit(pictures: Path) -> None:
-    stats = compute(pictures, KEYS)
-    assert Stats.from_dict(json.loads(json.dumps(stats.to_dict()))).to_dict() == stats.to_dict()
 
 
 def test_the_names_are_lerobots(pictures: Path) -> None:
     lerobot = json.loads((pictures / "meta" / "stats.json").read_text())["action"]
-    ours = compute(pictures, ["action"]).to_dict()["action"]
-    names = {"mean", "std", "min", "max", "q01", "q99", "count"}
-    assert names <= set(lerobot)
-    assert names <= set(ours)
-    for name in ("mean", "std", "min", "max"):
-        np.testing.assert_allclose(ours[name], lerobot[name], rtol=1e-5, atol=1e-6)
+    _, action = open_source(pictures).statistics()
+    for name in ("mean", "std", "min", "max", "count"):
+        np.testing.assert_allclose(getattr(action, name), np.broadcast_to(lerobot[name], 2), rtol=1e-5, atol=1e-6)
 
 
-def poison(root: Path) -> None:
-    """Change a cached mean, so that whether the cache is read shows."""
-    content = json.loads((root / CACHE).read_text())
-    for entry in content["entries"].values():
-        entry["action"]["mean"] = [123.0, 123.0]
-    (root / CACHE).write_text(json.dumps(content))
+def test_only_chosen_episodes_count(pictures: Path) -> None:
+    state, action = open_source(pictures, episodes=[1, 4]).statistics()
+    chosen = np.isin(column(pictures, "episode_index")[:, 0], [1, 4])
+    assert_quantiles(state, column(pictures, "observation.state")[chosen])
+    assert_quantiles(action, column(pictures, "action")[chosen])
 
 
-def test_statistics_are_computed_once(pictures_copy: Path) -> None:
-    load_or_compute(pictures_copy, KEYS)
-    poison(pictures_copy)
-    assert load_or_compute(pictures_copy, KEYS)["action"].mean[0] == 123.0
+def test_relative_actions_count_every_step_of_a_chunk_in_its_episode(pictures: Path) -> None:
+    source = open_source(pictures, horizon_steps=4, **RELATIVE)
+    states, chunks = trained_on(source)
+    offsets = (chunks[:, :, 1] - states[:, None, 2])[np.isfinite(chunks[:, :, 1])]
+    _, action = source.statistics()
+    assert_quantiles(action, offsets, dims=1)
+    np.testing.assert_allclose(action.std[1], np.std(offsets), rtol=1e-6)
+    np.testing.assert_allclose(action.mean[0], column(pictures, "action")[:, 0].mean(), rtol=1e-6)  # not relative
+    assert action.count.tolist() == [ROWS, len(offsets)]
 
 
-def test_a_change_of_the_data_is_noticed(pictures_copy: Path) -> None:
-    load_or_compute(pictures_copy, KEYS)
-    poison(pictures_copy)
-    rewrite(pictures_copy, "action", lambda values: values[0].__setitem__(0, 0.5))
-    assert load_or_compute(pictures_copy, KEYS)["action"].mean[0] != 123.0
+# --- what is left out as bad is in no statistics, and all else is
 
 
-@pytest.mark.parametrize(
-    ("episodes", "relative"), [([0, 1], None), (None, Relative(3, (0,)))], ids=["episodes", "relative"]
-)
-def test_another_question_gets_another_answer(
-    pictures_copy: Path, episodes: list[int] | None, relative: Relative | None
-) -> None:
-    load_or_compute(pictures_copy, KEYS)
-    poison(pictures_copy)
-    assert load_or_compute(pictures_copy, KEYS, episodes, relative)["action"].mean[0] != 123.0
-    assert load_or_compute(pictures_copy, KEYS)["action"].mean[0] == 123.0  # and the first is kept
+@pytest.mark.parametrize("episodes", [1, 4, 5])
+def test_a_bad_frame_leaves_no_more_than_its_chunks_out_of_the_statistics(pictures_copy: Path, episodes: int) -> None:
+    """One bad frame in every episode but those that are whole, and in all of them."""
+    rows = (STARTS[:episodes] + 5).tolist()
+    whole = column(pictures_copy, "action")
+    spoil(pictures_copy, *rows)
+    source = open_source(pictures_copy, on_bad_sample="skip")
+    state, action = source.statistics()
+    states, chunks = trained_on(source)
+    assert_quantiles(state, states)
+    held = {(episode, frame) for episode, frame in chunks.reshape(-1, 2).tolist() if np.isfinite(frame)}
+    assert_quantiles(action, np.array([step for step in whole.tolist() if tuple(step) in held]))
+    assert action.count.tolist() == [len(held)] * 2
 
 
-@pytest.mark.parametrize("version", [1, None])
-def test_statistics_that_another_version_kept_are_computed_anew(pictures_copy: Path, version: int | None) -> None:
-    load_or_compute(pictures_copy, KEYS)
-    poison(pictures_copy)
-    content = json.loads((pictures_copy / CACHE).read_text())
-    (pictures_copy / CACHE).write_text(json.dumps(content | {"version": version}))
-    assert load_or_compute(pictures_copy, KEYS)["action"].mean[0] != 123.0
+def test_normalised_values_stay_in_range_with_a_bad_frame_in_nine_of_ten_episodes(tmp_path: Path) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    features = {key: {"dtype": "float32", "shape": (2,), "names": None} for key in ("observation.state", "action")}
+    dataset = LeRobotDataset.create("pi05/bad", 10, features, root=tmp_path / "bad", use_videos=False)
+    rng = np.random.default_rng(0)
+    for episode in range(10):
+        scale = 1.0 if episode < 9 else 0.02  # the only whole episode hardly moves
+        for frame in range(60):
+            values = (scale * rng.normal(size=2)).astype(np.float32)
+            if episode < 9 and frame == 30:
+                values[0] = np.nan
+            dataset.add_frame({"observation.state": values, "action": values.copy(), "task": "wait"})
+        dataset.save_episode()
+    dataset.finalize()
+    source = open_source(tmp_path / "bad", on_bad_sample="skip")
+    robot = source.robot()
+    assert robot is not None
+    states, chunks = trained_on(source)
+    for found, values in ((robot.normalize.state, states), (robot.normalize.action, chunks.reshape(-1, 2))):
+        values = values[np.isfinite(values).all(axis=1)]
+        assert np.quantile(np.abs(found.normalize(values)), 0.98) < 1.1
 
 
-def test_a_feature_may_be_called_filename(pictures_copy: Path) -> None:
-    table = pq.read_table(data_file(pictures_copy))
-    pq.write_table(table.append_column("filename", pa.array(["a"] * len(table))), data_file(pictures_copy))
-    assert compute(pictures_copy, ["action"])["action"].count == 54
+@pytest.mark.parametrize("dims", [{}, RELATIVE])
+def test_the_state_of_a_frame_that_is_left_out_is_in_no_statistics(pictures_copy: Path, dims: dict) -> None:
+    spoil(pictures_copy, 3, 20, key="observation.state")
+    source = open_source(pictures_copy, on_bad_sample="skip", **dims)
+    states, chunks = trained_on(source)
+    state, action = source.statistics()
+    assert len(source) == ROWS - 2
+    assert_quantiles(state, states)
+    if dims:
+        assert_quantiles(action, (chunks[:, :, 1] - states[:, None, 2])[np.isfinite(chunks[:, :, 1])], dims=1)
 
 
-def test_a_damaged_cache_is_written_anew(pictures_copy: Path) -> None:
-    (pictures_copy / CACHE).write_text('{"entries": {')
-    load_or_compute(pictures_copy, KEYS)
-    assert json.loads((pictures_copy / CACHE).read_text())["entries"]
+def test_the_last_action_of_an_episode_counts_only_in_a_chunk_that_holds_it(pictures_copy: Path) -> None:
+    """A bad state leaves a frame out, but its action is a step of the chunks before; not so at an episode's start."""
+    first, last = int(STARTS[1]), int(STARTS[2]) - 1
+    spoil(pictures_copy, first, last, key="observation.state")
+    _, action = open_source(pictures_copy, on_bad_sample="skip", horizon_steps=2).statistics()
+    assert action.count[0] == ROWS - 1
+    assert_quantiles(action, np.delete(column(pictures_copy, "action"), first, axis=0))
 
 
-def test_a_dataset_that_cannot_be_written_to_still_has_statistics(
-    pictures_copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def read_only(*_: object) -> None:
-        raise PermissionError("read-only file system")
+def test_frames_without_video_are_in_no_statistics(videos_copy: Path) -> None:
+    path = next((videos_copy / "meta" / "episodes").glob("*/*.parquet"))
+    names = [f"videos/observation.images.top/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
+    table = pq.read_table(path)
+    rewrite(path, **{name: [None, *table[name].to_pylist()[1:]] for name in names})
+    source = open_source(videos_copy, cameras=None, on_bad_sample="skip")
+    assert_quantiles(source.statistics()[0], column(videos_copy, "observation.state")[LENGTHS[0] :])
 
-    monkeypatch.setattr(os, "replace", read_only)  # chmod does not stop root, as which tests may run
-    assert load_or_compute(pictures_copy, KEYS)["action"].count == 54
-    assert "read-only file system" in caplog.text
-    assert not list((pictures_copy / CACHE).parent.glob(f"*{CACHE.name}*"))
+
+def test_statistics_are_of_the_data_as_it_is_now(pictures_copy: Path) -> None:
+    """Whatever an earlier version kept beside the data, and whatever was asked before."""
+    (pictures_copy / "meta" / "pi05_stats.json").write_text('{"version": 2, "entries": {"of something": {}}}')
+    before = open_source(pictures_copy).robot()
+    values = column(pictures_copy, "action") * 3
+    stat = data_file(pictures_copy).stat()
+    rewrite(data_file(pictures_copy), action=values.astype(np.float32).tolist())
+    os.utime(data_file(pictures_copy), ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as rsync -t and archives leave it
+    after = open_source(pictures_copy).robot()
+    assert before is not None
+    assert after is not None
+    np.testing.assert_allclose(after.normalize.action.q99, 3 * before.normalize.action.q99, rtol=1e-6)
+
+
+# --- single dims
+
+
+def test_constant_dims_are_told(pictures_copy: Path) -> None:
+    rewrite(data_file(pictures_copy), action=[[7.0, float(y)] for _, y in column(pictures_copy, "action")])
+    assert open_source(pictures_copy).statistics()[1].constant.tolist() == [True, False]
+
+
+def test_dims_that_rarely_move_are_told() -> None:
+    moves = np.arange(200.0)
+    found = FeatureStats.of([moves, (moves == 20).astype(np.float64)])
+    assert found.zero_range.tolist() == [False, True]
+    assert found.outside[1] == 1
+
+
+def test_vector_keys_are_states_and_actions(videos: Path) -> None:
+    assert vector_keys(LeRobotFiles.open(videos)) == ["observation.state", "observation.gripper", "action"]
+
+
+def test_quantiles_of_several_keys_are_concatenated(pictures: Path) -> None:
+    both = ["observation.gripper", "observation.state"]
+    found = open_source(pictures, state_keys=both).statistics()[0].quantiles
+    values = np.concatenate([column(pictures, key) for key in both], axis=1)
+    np.testing.assert_allclose(found.q01, np.quantile(values, 0.01, axis=0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf"), None])
+def test_a_value_that_is_no_number_is_named(pictures_copy: Path, bad: float | None) -> None:
+    values = column(pictures_copy, "action").tolist()
+    values[14][1] = bad  # episode 0 has 12 frames
+    rewrite(data_file(pictures_copy), action=values)
+    with pytest.raises(BadSample, match="episode 1, frame 2, action: value 1 is"):
+        open_source(pictures_copy)
+
+
+def test_steps_past_the_chunk_are_no_steps(pictures: Path) -> None:
+    assert open_source(pictures, horizon_steps=1, **RELATIVE).statistics()[1].count.tolist() == [ROWS, ROWS]
+    per_episode = sum(min(HORIZON, length - frame) for length in LENGTHS for frame in range(length))
+    assert open_source(pictures, **RELATIVE).statistics()[1].count.tolist() == [ROWS, per_episode]

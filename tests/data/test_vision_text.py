@@ -127,11 +127,106 @@ def test_rows_of_a_group_stay_on_one_side(tmp_path: Path) -> None:
     assert not sides[0] & sides[1]
 
 
-def test_a_named_validation_part_is_used(tmp_path: Path) -> None:
-    parts = {"train": columns(4), "validation": columns(2)}
-    whole = datasets.DatasetDict({name: datasets.Dataset.from_dict(part) for name, part in parts.items()})
-    whole.save_to_disk(tmp_path / "parts")
-    assert [len(open_source(tmp_path / "parts", split)) for split in ("train", "val")] == [2 * 4, 2 * 2]
+def divided(folder: Path, **rows: int) -> Path:
+    parts = {name: datasets.Dataset.from_dict(columns(count)) for name, count in rows.items()}
+    datasets.DatasetDict(parts).save_to_disk(folder / "parts")
+    return folder / "parts"
+
+
+@pytest.mark.parametrize(
+    ("parts", "train", "val", "test"),
+    [
+        ({"train": 8, "validation": 2}, 8, 2, 0),
+        ({"train": 8, "validation": 2, "test": 3}, 8, 2, 3),
+        ({"train": 8, "test": 3}, 6, 2, 3),  # what is for testing is no validation
+        ({"training": 8, "dev": 2, "eval": 3}, 8, 2, 3),
+        ({"train": 8}, 6, 2, 0),
+        ({"everything": 8}, 6, 2, 0),
+    ],
+)
+def test_each_part_is_what_the_dataset_calls_it(
+    tmp_path: Path, parts: dict[str, int], train: int, val: int, test: int
+) -> None:
+    path = divided(tmp_path, **parts)
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    sizes = [len(open_source(path, split, question_column="absent", val_fraction=0.2)) for split in splits]
+    assert sizes == [train, val, test]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"test": 3}, r"the parts \['test'\], none of them for training: name it, as `parts: {train: …}`"),
+        ({"validation": 3}, "none of them for training"),
+        ({"train_sft": 4, "train_rl": 4}, r"\['train_sft', 'train_rl'\], none of them for training"),
+        ({"train2014": 4, "val": 4}, "none of them for training"),
+        ({"train": 4, "training": 4}, "train and training are both the train part"),
+        ({"train": 4, "val": 4, "dev": 4}, "val and dev are both the val part"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_parts_that_could_be_taken_for_another_are_refused(
+    tmp_path: Path, split: Split, parts: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(divided(tmp_path, **parts), split)
+
+
+def test_parts_that_are_not_used_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = divided(tmp_path, train=4, extra=3, testB=2)
+    assert len(open_source(path, question_column="absent")) == 4
+    assert "its parts ['extra', 'testB'] are not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({"train": "train+extra"}, [7, 0, 0]),
+        ({"train": "extra", "val": "train", "test": "testB"}, [3, 4, 2]),
+        ({"test": "testB"}, [4, 0, 2]),
+    ],
+)
+def test_parts_can_be_given_by_name(tmp_path: Path, given: dict[Split, str], sizes: list[int]) -> None:
+    path = divided(tmp_path, train=4, extra=3, testB=2)
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    assert [len(open_source(path, split, parts=given, question_column="absent")) for split in splits] == sizes
+
+
+def test_a_given_part_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no parts \['more'\]: it has \['train', 'extra'\]; correct `parts`"):
+        open_source(divided(tmp_path, train=4, extra=3), parts={"train": "train+more"})
+
+
+@pytest.mark.parametrize("given", [{"train": "train+train"}, {"train": "train", "val": "train"}])
+def test_a_part_cannot_be_on_two_sides(tmp_path: Path, given: dict[Split, str]) -> None:
+    with pytest.raises(ValueError, match="names a part twice"):
+        open_source(divided(tmp_path, train=4, extra=3), parts=given)
+
+
+@pytest.mark.parametrize("scene", [None, "scene"])
+def test_no_kind_of_text_leaves_training(tmp_path: Path, scene: str | None) -> None:
+    """The one caption is in the second row, or group, which is held out where all are alike."""
+    captions = [None, None, "a wall", *[None] * (ROWS - 3)]
+    path = saved(tmp_path, caption=captions, scene=[row // 2 for row in range(ROWS)])
+    train, val = (open_source(path, split, val_fraction=0.2, group_column=scene) for split in ("train", "val"))
+    assert len(train.indices(Modality.WEB_CAPTION)) == 1
+    assert len(val.indices(Modality.QA))
+
+
+def test_every_question_is_held_out_as_often_whatever_the_period_with_which_they_alternate(tmp_path: Path) -> None:
+    asked = [f"question {row % 21}?" for row in range(21 * 4)]
+    path = tmp_path / "asked"
+    rows = {"image": [Image.fromarray(pixels(0))] * len(asked), "question": asked, "answer": ["yes"] * len(asked)}
+    datasets.Dataset.from_dict(rows).save_to_disk(path)
+    source = open_source(path, val_fraction=0.1)
+    assert {source[index].answers[0].question for index in range(len(source))} == set(asked)
+
+
+def test_one_row_leaves_nothing_to_validate_on_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not len(open_source(divided(tmp_path, train=1), "val", val_fraction=0.1))
+    assert "no row is held out" in caplog.text
 
 
 def test_workers_read_the_same_images(tmp_path: Path) -> None:
@@ -252,8 +347,9 @@ def test_each_of_several_captions_is_one_answer(tmp_path: Path) -> None:
 def test_files_say_by_their_names_what_is_for_validation(tmp_path: Path) -> None:
     for part, rows in (("train-00000-of-00001", 6), ("validation-00000-of-00001", 3), ("test-00000-of-00001", 2)):
         datasets.Dataset.from_dict(columns(rows)).to_parquet(tmp_path / "data" / f"{part}.parquet")
-    sizes = [len(open_source(tmp_path, split).indices(Modality.WEB_CAPTION)) for split in ("train", "val")]
-    assert sizes == [6, 3]
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    sizes = [len(open_source(tmp_path, split).indices(Modality.WEB_CAPTION)) for split in splits]
+    assert sizes == [6, 3, 2]
 
 
 def test_image_paths_may_be_relative_to_their_own_json_lines(tmp_path: Path) -> None:

@@ -75,9 +75,12 @@ class Source(ABC):
 class SourceConfig(ABC):
     """A source as configured."""
 
+    splits: ClassVar[tuple[Split, ...]] = ("train", "val")
+    """The parts that it may have. One with "test" may still be opened without a frame in it."""
+
     @abstractmethod
     def open(self, name: str, split: Split, shapes: Shapes) -> Source:
-        """The source's training or validation part, made to the model's shapes."""
+        """One of the source's parts, made to the model's shapes."""
 
 
 class SimpleSource(Source, SourceConfig):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,9 +19,9 @@ from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
-from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns
+from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns, sentences_of_episodes
 from pi05_lightning.data.split import Split
-from pi05_lightning.data.statistics import Relative, load_or_compute
+from pi05_lightning.data.statistics import FeatureStats, offsets, steps_trained_on
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame, Modality, Shapes
 
@@ -29,6 +29,8 @@ from pi05_lightning.types import Frame, Modality, Shapes
 @dataclass(frozen=True)
 class LeRobotConfig(SourceConfig):
     """A LeRobot v3 dataset and what to take from it."""
+
+    splits: ClassVar[tuple[Split, ...]] = ("train", "val", "test")
 
     path: str
     """Folder of the dataset, or its Hub id."""
@@ -53,7 +55,8 @@ class LeRobotConfig(SourceConfig):
     control_mode: str = ""
     """What its actions are, for prompts that say `{control_mode}`."""
     val_fraction: float = 0.1
-    """Share of episodes held out where meta/info.json names no validation split; 0 holds out none."""
+    """Share of episodes held out where meta/info.json names no validation split; 0 holds out none.
+    An episode whose task or subtask no earlier one has is never held out."""
     episodes: list[int] | str | None = None
     """Only these episode numbers, or those that meet an SQL condition on their metadata, as "length >= 50"."""
     subtask_key: str | None = None
@@ -94,7 +97,8 @@ class LeRobotSource(Source):
         state, action = self._widths(config.state_keys), self._widths(config.action_keys)
         self._relative = self._relative_actions(sum(state.values()), sum(action.values()))
         wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range())
-        episodes = self.files.choose(split, config.val_fraction, config.episodes)
+        taught = sentences_of_episodes(self.files, config.subtask_key)
+        episodes = self.files.choose(split, config.val_fraction, config.episodes, taught)
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = np.ones(len(self.columns.episode), dtype=bool)
@@ -166,7 +170,7 @@ class LeRobotSource(Source):
             self._reject_undecoded()
 
     def robot(self) -> Robot | None:
-        """Statistics of the episodes without bad frames, rate, tasks and names; None without state and actions.
+        """Statistics of what is trained on, rate, tasks and names; None without state and actions.
 
         Raises BadSample for a dimension without range, unless that is to be skipped.
         """
@@ -174,7 +178,7 @@ class LeRobotSource(Source):
             return None
         tasks = sorted({self._task.values[code] for code in np.unique(self._task.codes[self._rows])})
         return Robot(
-            normalize=self._normalize,
+            normalize=self._normalize(),
             fps=self.files.fps,
             tasks=tuple(tasks),
             dataset=self.config.path,
@@ -264,42 +268,31 @@ class LeRobotSource(Source):
             sizes[key] = (most, most) if most else (float(height), float(width))
         return sizes
 
-    @cached_property
+    def statistics(self) -> tuple[FeatureStats, FeatureStats]:
+        """Of the state and of the action, over exactly what is trained on.
+
+        The state counts at every frame, and an action once if some frame's chunk holds it; a dim relative to the state
+        counts once for every frame and action of its chunk.  A frame that turns out bad only when it is read, as where
+        a video does not decode and no image cache has told, is still among them.
+        """
+        rows, state, action = self._rows, self.columns.state, self.columns.action
+        stop = np.minimum(rows + self._steps, self.columns.end[rows])
+        steps, relative = steps_trained_on(rows, stop, len(action)), self._relative
+        states = dict(zip(relative.dims, relative.state_dims, strict=True)) if relative else {}
+        return FeatureStats.of(state[rows, dim] for dim in range(state.shape[1])), FeatureStats.of(
+            offsets(action[:, dim], state[:, states[dim]], rows, stop) if dim in states else action[steps, dim]
+            for dim in range(action.shape[1])
+        )
+
     def _normalize(self) -> Normalize:
-        """Quantiles of state and action as trained, over the episodes that hold no bad frame."""
+        """Quantiles of state and action as trained."""
         config = self.config
-        damaged = np.unique(self.columns.episode[~self._kept])
-        clean = np.setdiff1d(self.columns.episode, damaged).tolist()
-        if not clean:
-            raise ValueError(f"dataset {self.name!r}: each of its episodes holds bad frames: no statistics can be had")
-        stats = load_or_compute(self.files.root, [*config.state_keys, *config.action_keys], clean)
-        state, action = stats.quantiles(config.state_keys), stats.quantiles(config.action_keys)
-        for relative, place in self._relative_parts():
-            offsets = load_or_compute(self.files.root, [relative.action], clean, relative)[relative.action]
-            action.q01[place], action.q99[place] = offsets.q01[list(relative.dims)], offsets.q99[list(relative.dims)]
+        state, action = (found.quantiles for found in self.statistics())
         if config.min_range is not None:
             return Normalize(state.widened(config.min_range), action.widened(config.min_range))
         self._reject_zero_range(config.state_keys, self.columns.state, state)
         self._reject_zero_range(config.action_keys, self.columns.action, action)
         return Normalize(state, action)
-
-    def _relative_parts(self) -> list[tuple[Relative, list[int]]]:
-        """The relative dims by the pair of features that they belong to, each with its dims of the whole action."""
-        if self._relative is None:
-            return []
-        state, action = (
-            [(key, dim) for key, width in self._widths(keys).items() for dim in range(width)]
-            for keys in (self.config.state_keys, self.config.action_keys)
-        )
-        parts: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
-        for place, state_place in zip(self._relative.dims, self._relative.state_dims, strict=True):
-            (action_key, dim), (state_key, state_dim) = action[place], state[state_place]
-            parts.setdefault((action_key, state_key), []).append((place, dim, state_dim))
-        found = []
-        for (action_key, state_key), members in parts.items():
-            places, dims, state_dims = zip(*members, strict=True)
-            found.append((Relative(self._steps, dims, action_key, state_key, state_dims), list(places)))
-        return found
 
     def _reject_zero_range(self, keys: list[str], values: np.ndarray, quantiles: Quantiles) -> None:
         dims = np.flatnonzero(quantiles.q01 == quantiles.q99)

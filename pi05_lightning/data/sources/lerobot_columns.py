@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.errors import BadFrame, Rejects
-from pi05_lightning.data.lerobot_files import LeRobotFiles, vectors
+from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence, vectors
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
@@ -100,6 +100,28 @@ def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, reje
             paths.append(path)
             parts.append(part)
     return _concatenate(files, paths, parts, wanted)
+
+
+def sentences_of_episodes(files: LeRobotFiles, subtask_key: str | None) -> dict[int, set[Sentence]]:
+    """The tasks and subtasks of every episode's frames; none of an unusable file, which `read_columns` reports."""
+    found: dict[int, set[Sentence]] = {}
+    tasks = files.sentences("tasks", "task")
+    numbers = np.stack([files.column(f"data/{part}_index") for part in ("chunk", "file")], axis=1)
+    for number in np.unique(numbers[files.column("length") > 0], axis=0):
+        try:
+            file = _open(files, files.data_path(*number), Wanted({}, {}, subtask_key, {}, {}))
+        except BadFrame:
+            continue
+        try:
+            subtasks = _subtasks(files, file, np.ones(len(file.episode), dtype=bool))
+        except ValueError:
+            subtasks = [None] * len(file.episode)
+        codes = file.table.column("task_index").to_numpy().tolist()
+        for episode, code, subtask in set(zip(file.episode.tolist(), codes, subtasks, strict=True)):
+            here = found.setdefault(episode, set())
+            here |= {("task", task)} if (task := tasks.get(code)) else set()
+            here |= {("subtask", subtask)} if subtask else set()
+    return found
 
 
 def _read_file(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import datasets
 import numpy as np
@@ -18,19 +19,22 @@ from pi05_lightning.data.boxes import BoxOrder, detections, misplaced, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
-from pi05_lightning.data.split import Split, held_out, held_out_groups
+from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
-_VALIDATION_PARTS = ("validation", "valid", "val", "dev", "test")
 _SHUFFLE_BUFFER = 1000  # rows read ahead of a stream, to mix those of a file
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class VisionTextConfig(SourceConfig):
     """A dataset of single images with text. It may lack any of the columns below but the images."""
+
+    splits: ClassVar[tuple[Split, ...]] = ("train", "val", "test")
 
     path: str
     """A folder written by `save_to_disk`, a parquet, Arrow or JSON-lines file or a folder of them, or a Hub id."""
@@ -62,8 +66,10 @@ class VisionTextConfig(SourceConfig):
     """What the model is asked when it is to say the caption."""
     box_prompt: str = "detect {labels}"
     """What it is asked when it is to say the boxes; each label is named once."""
+    parts: dict[Split, str] | None = None
+    """Which of the dataset's parts is train, val and test, where names do not tell; several as "first+second"."""
     val_fraction: float = 0.1
-    """Share of rows held out where the dataset has no validation part; 0 holds out none."""
+    """Share of the training rows held out where the dataset has no validation part; 0 holds out none."""
     group_column: str | None = None
     """Column whose equal values stay on one side of that split, such as the number of the scene."""
     convert_images: bool = False
@@ -163,15 +169,67 @@ class VisionTextSource(Source):
 
     def _part(self, parts: dict[str, datasets.Dataset], split: Split) -> tuple[datasets.Dataset, np.ndarray]:
         """The dataset to read for the split, and its rows i64 that belong to it."""
-        named = next((name for name in _VALIDATION_PARTS if name in parts), None)
-        others = [name for name in parts if name not in _VALIDATION_PARTS]
-        if named is not None and others:
-            data = self._select(parts[named if split == "val" else others[0]])
+        check_fraction(self.config.val_fraction)
+        named = self._named(list(parts))
+        own = split if split in named else "train"
+        data = self._select(datasets.concatenate_datasets([parts[name] for name in named[own]]))
+        if own == split and (split != "train" or "val" in named):
             return data, np.arange(len(data))
-        (whole, *_) = parts.values()
-        data, fraction, group = self._select(whole), self.config.val_fraction, self.config.group_column
-        in_val = held_out(np.arange(len(data)), fraction) if group is None else held_out_groups(data[group], fraction)
+        if split == "test":
+            return data, np.empty(0, dtype=np.int64)
+        in_val = self._held_out(data)
+        if split == "val" and self.config.val_fraction and not in_val.any():
+            log.warning("dataset %r: no row is held out, so there is no validation on it", self.name)
         return data, np.flatnonzero(in_val if split == "val" else ~in_val)
+
+    def _named(self, names: list[str]) -> dict[Split, list[str]]:
+        """The names of each part, training's at least; ValueError where neither names nor `parts` tell."""
+        where = f"dataset {self.name!r}"
+        given = {split: name.split("+") for split, name in (self.config.parts or {}).items()}
+        taken = [name for several in given.values() for name in several]
+        unknown = sorted(set(taken) - set(names))
+        if unknown:
+            raise ValueError(f"{where} has no parts {unknown}: it has {names}; correct `parts`")
+        if len(set(taken)) < len(taken):
+            raise ValueError(f"{where}: `parts` names a part twice in {self.config.parts}: each is for one split")
+        left = [name for name in names if name not in taken]
+        found = {split: [name] for split, name in named_parts(left, f"{where}, `parts`").items() if split not in given}
+        found |= given
+        unused = [name for name in left if [name] not in found.values()]
+        if "train" not in found and len(unused) == len(names) == 1:
+            return {"train": names}  # it is not divided
+        if "train" not in found:
+            raise ValueError(
+                f"{where} has the parts {names}, none of them for training: name it, as `parts: {{train: …}}`"
+            )
+        if unused and self.config.parts is None:
+            log.warning(
+                "%s: its parts %s are not used: to train on them too, set parts: {train: %s}",
+                where,
+                unused,
+                "+".join([*found["train"], *unused]),
+            )
+        return found
+
+    def _held_out(self, data: datasets.Dataset) -> np.ndarray:
+        """bool: rows that validation takes from the training part, spread evenly over equal questions and labels.
+
+        No kind of text leaves training by it.
+        """
+        config, rows = self.config, range(len(data))
+        names = {*config.texts, config.labels_column} & set(data.column_names)
+        columns = {name: data[name][:] for name in sorted(names)}
+        kinds = [{name for name in names & set(config.texts) if columns[name][row] not in (None, [])} for row in rows]
+        if config.group_column is None:
+            spread = [columns[name] for name in (config.question_column, config.labels_column) if name in names]
+            alike = [(*sorted(kinds[row]), *(str(column[row]) for column in spread)) for row in rows]
+            return held_out(alike, kinds, config.val_fraction)
+        numbers: dict[str, int] = {}
+        group = [numbers.setdefault(str(value), len(numbers)) for value in data[config.group_column][:]]
+        taught: list[set[str]] = [set() for _ in numbers]
+        for number, kind in zip(group, kinds, strict=True):
+            taught[number] |= kind
+        return held_out([()] * len(numbers), taught, config.val_fraction)[group]
 
     def _select(self, data: datasets.Dataset) -> datasets.Dataset:
         config, present = self.config, data.column_names
@@ -282,8 +340,9 @@ def _data_files(local: Path) -> tuple[dict[str, list[Path]], str]:
 
 
 def _part_of(file: Path, folder: Path) -> str:
+    """What the last word says that says something; files that nothing is said of are for training."""
     words = re.split(r"[-._ 0-9/]+", file.relative_to(folder).as_posix().lower())
-    return next((part for part in _VALIDATION_PARTS if part in words), "train")
+    return next((part for word in reversed(words) for part, names in NAMES.items() if word in names), "train")
 
 
 def _some_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:
