@@ -212,12 +212,12 @@ class Pi05Module(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         data = datamodule_of(self.trainer)
-        subsets = [*data.validation_subsets, *data.empty_subsets]
+        subsets = [*data.evaluated_subsets, *data.empty_subsets]
         self.metrics = {subset: SubsetMetrics(subset, self.model, self.device) for subset in subsets}
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
         assert self.processor is not None
-        subset = datamodule_of(self.trainer).validation_subsets[dataloader_idx]
+        subset = datamodule_of(self.trainer).evaluated_subsets[dataloader_idx]
         evaluator = Evaluator(self.model, self.processor, self.num_steps, self.accuracy_threshold)
         measured = evaluator.measure(batch, subset)
         self.metrics[subset].update(measured)
@@ -225,9 +225,10 @@ class Pi05Module(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.results = compute_all(self.metrics)
+        split = datamodule_of(self.trainer).evaluated
         self.log_dict(
             {
-                f"{'val_detail' if '/' in metric else 'val'}/{name}/{metric}": float(value)
+                f"{split}{'_detail' if '/' in metric else ''}/{name}/{metric}": float(value)
                 for name, values in self.results.items()
                 for metric, value in values.items()
             },

@@ -20,8 +20,8 @@ from pi05_lightning.files.shipped import PACKAGE
 TRAINER_COMMANDS = {
     "fit": "train a policy through its stages, or resume a run",
     "validate": "measure a checkpoint on the validation data, per modality",
-    "test": "the same as Lightning's test loop, on the same data",
-    "predict": "run a checkpoint over the data",
+    "test": "the same on what the datasets declare as their test split",
+    "predict": "run a checkpoint over the validation data",
 }
 # each is the function of this name in the module of this name; its signature is the command line
 COMMANDS = {

@@ -252,7 +252,8 @@ def run(command: str, args: list[str]) -> None:
             cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run))))
+            part, file = {"validate": ("validation", "metrics"), "test": ("test", "test_metrics")}[command]
+            Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run), file), part))
     finally:
         if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch, Modality, Shapes, Subset
+
+log = logging.getLogger(__name__)
 
 
 def datamodule_of(trainer: Trainer) -> Pi05DataModule:
@@ -49,7 +52,7 @@ class Pi05DataModule(LightningDataModule):
             shares hold in every window. 1: they hold in every batch, whatever the padding.
         max_bad_share: training stops when a larger share of a source's frames, or of the samples drawn (of 200 at
             least), is bad. Of sources with `on_bad_sample: skip`: others stop at the first.
-        val_samples: at most this many validation samples per `source/modality`, evenly spaced.
+        val_samples: at most this many validation (or test) samples per `source/modality`, evenly spaced.
         augmentation: what happens to training images, on the device; none for nothing.
         shapes: sizes that samples are made to; by default those of the module being trained.
     """
@@ -103,9 +106,25 @@ class Pi05DataModule(LightningDataModule):
         return self._model.config.shapes
 
     def sources(self, split: Split) -> dict[str, Source]:
-        """The sources of a split, opened on first use."""
+        """The sources of a split, opened on first use; of `test`, those that have such a part.
+
+        Raises ValueError when there are none, and for what a source refuses.
+        """
         if split not in self.opened:
-            self.opened[split] = {name: c.open(name, split, self.shapes) for name, c in self.configs.items()}
+            opened = {n: c.open(n, split, self.shapes) for n, c in self.configs.items() if split in c.splits}
+            if split == "test":
+                opened = {name: source for name, source in opened.items() if len(source)}
+                without = sorted(set(self.configs) - set(opened))
+                if not opened:
+                    raise ValueError(
+                        f"data.sources: none of {', '.join(without)} declares a test part, so there is nothing to test"
+                        ' on. Declare one, as `splits` in a LeRobot dataset\'s meta/info.json: {"test": "90:100"}, or'
+                        " measure the validation data: pi05 validate"
+                    )
+                if without:
+                    names = ", ".join(without)
+                    log.warning("data.sources: no test part is declared in %s, so nothing of that is tested on", names)
+            self.opened[split] = opened
         return self.opened[split]
 
     @cached_property
@@ -125,7 +144,7 @@ class Pi05DataModule(LightningDataModule):
         )
 
     def prepare_data(self) -> None:
-        for split in ("train", "val"):
+        for split in ("train", self.evaluated):
             for source in self.sources(split).values():
                 source.prepare()
 
@@ -176,39 +195,54 @@ class Pi05DataModule(LightningDataModule):
         self._batches_seen = state_dict["batches_seen"]
         self.bad_samples.bad, self.bad_samples.drawn = state_dict.get("bad", 0), state_dict.get("drawn", 0)
 
-    # --- validation: every modality of every source by itself, the same samples and noise every time
+    # --- validation and test: every modality of every source by itself, the same samples and noise every time
+
+    @property
+    def evaluated(self) -> Literal["val", "test"]:
+        """The part that is measured: the test part in Lightning's test loop, otherwise the validation part."""
+        return "test" if self.trainer is not None and self.trainer.testing else "val"
 
     @cached_property
     def _validation(self) -> Samples:
         return Samples(self.sources("val"), self.processor)
 
+    @cached_property
+    def _test(self) -> Samples:
+        return Samples(self.sources("test"), self.processor)
+
     @property
-    def validation_subsets(self) -> list[Subset]:
-        """What each validation loader is of."""
-        return self._validation.subsets
+    def evaluated_subsets(self) -> list[Subset]:
+        """What each loader of the part that is measured is of."""
+        return (self._test if self.evaluated == "test" else self._validation).subsets
 
     @property
     def empty_subsets(self) -> list[Subset]:
-        """What there is training but no validation data of, and modalities that no source has."""
-        train = Samples(self.sources("train"), self.processor).subsets
-        found = {subset.modality for subset in (*train, *self.validation_subsets)}
+        """What there is training data but none to measure of, and modalities that no source has."""
+        train, evaluated = Samples(self.sources("train"), self.processor).subsets, self.evaluated_subsets
+        found = {subset.modality for subset in (*train, *evaluated)}
         absent = [Subset("", modality) for modality in Modality if modality not in found]
-        return [*(subset for subset in train if subset not in self.validation_subsets), *absent]
+        return [*(subset for subset in train if subset not in evaluated), *absent]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._loaders(self._validation)
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return self._loaders(self._test)
+
+    predict_dataloader = val_dataloader
+
+    def _loaders(self, samples: Samples) -> list[DataLoader[Any]]:
         loaders = []
-        # its part of the validation samples, of how many
+        # its part of the samples, of how many
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        for number, entry in enumerate(self._validation.entries):
+        for number, entry in enumerate(samples.entries):
             chosen = np.linspace(0, entry.size - 1, min(entry.size, self.val_samples)).astype(int)
             draws = [(number, int(index), int(index)) for index in chosen[rank::world]]
             # a generator of its own: a loader draws its workers' seed, which is not to disturb training's numbers
             own = torch.Generator().manual_seed(self.seed)
             options = self._loader_options | {"sampler": draws, "batch_size": self.batch_size, "generator": own}
-            loaders.append(DataLoader(self._validation, **options))
+            loaders.append(DataLoader(samples, **options))
         return loaders
-
-    test_dataloader = predict_dataloader = val_dataloader
 
     @property
     def _loader_options(self) -> dict[str, Any]:

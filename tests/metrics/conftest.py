@@ -45,7 +45,7 @@ def evaluator(data: Pi05DataModule) -> Evaluator:
 
 
 def batches(data: Pi05DataModule, name: str) -> list[Batch]:
-    return list(data.val_dataloader()[data.validation_subsets.index(Subset.parse(name))])
+    return list(data.val_dataloader()[data.evaluated_subsets.index(Subset.parse(name))])
 
 
 def values(evaluator: Evaluator, name: str, *given: Batch) -> dict[str, float]:

@@ -75,22 +75,22 @@ def number(value: float | None) -> str:
     return f"{value:.1f}" if size >= 10 else f"{value:.3f}" if size >= 0.01 else f"{value:.0e}"
 
 
-def write_metrics(results: Mapping[str, Mapping[str, float]], run: Path) -> Metrics:
-    """Write metrics.json and metrics.csv into a run, one row per name in both; returns what the JSON holds.
+def write_metrics(results: Mapping[str, Mapping[str, float]], run: Path, name: str = "metrics") -> Metrics:
+    """Write `name`.json and `name`.csv into a run, a row for each of the results in both; returns what the JSON holds.
 
     JSON has null, CSV has nan, for a value that is no number; what was not measured is in neither.
     """
     metrics: Metrics = {
-        name: {metric: value if math.isfinite(value) else None for metric, value in results[name].items()}
-        for name in ordered(results)
+        row: {metric: value if math.isfinite(value) else None for metric, value in results[row].items()}
+        for row in ordered(results)
     }
-    write_json(run / "metrics.json", metrics)
+    write_json(run / f"{name}.json", metrics)
     columns = list(dict.fromkeys(metric for values in metrics.values() for metric in values))
-    with replacing(run / "metrics.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+    with replacing(run / f"{name}.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["modality", "dataset", *columns])
-        for name, values in metrics.items():
+        for row, values in metrics.items():
             cells = ["nan" if values.get(column, "") is None else values.get(column, "") for column in columns]
-            subset = Subset.parse(name)
+            subset = Subset.parse(row)
             table.writerow([str(subset.modality), subset.source or "all", *cells])
     return metrics

@@ -18,12 +18,12 @@ def table_of(title: str, labels: Iterable[str | Column], figures: Iterable[str] 
     return Table(*columns, title=title, title_justify="left", **options)
 
 
-def metrics_table(metrics: Metrics) -> Table:
-    """Rows are modalities and datasets; 80 columns wide."""
+def metrics_table(metrics: Metrics, part: str = "validation") -> Table:
+    """Rows are modalities and datasets; 80 columns wide. part: what was measured."""
     width = max(len(columns) for columns in SECTIONS.values())
     figures = [Column(justify="right", min_width=5) for _ in range(width)]
     # a box's edges are what makes 80 columns too few
-    table = table_of("validation", [Column(no_wrap=True), *figures], show_header=False, box=None, pad_edge=False)
+    table = table_of(part, [Column(no_wrap=True), *figures], show_header=False, box=None, pad_edge=False)
     for section, columns in SECTIONS.items():
         names = section_rows(metrics, section)
         if not names:
@@ -36,6 +36,6 @@ def metrics_table(metrics: Metrics) -> Table:
         table.add_row()
     empty = [name for name in ordered(metrics) if is_empty(metrics[name])]
     if empty:
-        table.caption = f"none: there are no validation samples of {', '.join(empty)}"
+        table.caption = f"none: there are no {part} samples of {', '.join(empty)}"
         table.caption_justify = "left"
     return table

@@ -53,7 +53,7 @@ class ValidationExamples(Callback):
     ) -> None:
         if trainer.sanity_checking:
             return
-        subset, measured = datamodule_of(trainer).validation_subsets[dataloader_idx], outputs["measured"]
+        subset, measured = datamodule_of(trainer).evaluated_subsets[dataloader_idx], outputs["measured"]
         name = str(subset)
         error = measured.error.nan_to_num(nan=torch.inf)
         first = list(range(min(self.first, len(error)))) if batch_idx == 0 else []
@@ -66,9 +66,6 @@ class ValidationExamples(Callback):
             *(replace(e, error=float(error[r])) for e, r in zip(examples[len(first) :], worst, strict=True)),
         ]
         self.worse[name] = self._worst(kept)
-
-    on_test_epoch_start = on_validation_epoch_start
-    on_test_batch_end = on_validation_batch_end
 
     def _worst(self, examples: Sequence[Example]) -> list[Example]:
         return sorted(examples, key=lambda example: (-example.error, example.key))[: self.worst]
@@ -87,8 +84,6 @@ class ValidationExamples(Callback):
                 self._log(logger.experiment, pl_module, trainer.global_step)
         if validating:
             self._write(Path(trainer.default_root_dir))
-
-    on_test_end = on_validation_end
 
     def _gather(self) -> None:
         """The worst of all ranks, on every rank."""

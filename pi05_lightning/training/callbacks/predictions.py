@@ -31,7 +31,7 @@ class PredictionsFile(BasePredictionWriter):
         predictions: Sequence[Any],
         batch_indices: Sequence[Any],
     ) -> None:
-        names = list(map(str, datamodule_of(trainer).validation_subsets))
+        names = list(map(str, datamodule_of(trainer).evaluated_subsets))
         by_loader = predictions if len(names) > 1 else [predictions]
         chunks = {
             name: torch.cat(list(batches)).contiguous()

@@ -1,0 +1,72 @@
+"""`pi05 test` and `pi05 validate`: each measures the part of the data that is declared for it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pi05_lightning.cli.main import main
+
+ROWS = {"train": 10, "validation": 6, "test": 4}
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
+
+
+@pytest.fixture
+def parts(captions: Path, tmp_path: Path) -> Path:
+    """The captions, as files for training, validation and test."""
+    table, start = pq.read_table(captions), 0
+    (tmp_path / "parts").mkdir()
+    for name, rows in ROWS.items():
+        pq.write_table(table.slice(start, rows), tmp_path / "parts" / f"{name}.parquet")
+        start += rows
+    return tmp_path / "parts"
+
+
+def measure(command: str, run: Path, data: Path) -> None:
+    main([command, str(run), "--data.sources.web.init_args.path", str(data)])
+
+
+def test_each_command_measures_its_own_part(run: Path, parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure("validate", run, parts)
+    validation = (run / "metrics.json").read_text()
+    shown = sorted((run / "validation").iterdir())
+    measure("test", run, parts)
+    assert (run / "metrics.json").read_text() == validation  # what the report shows as validation
+    assert sorted((run / "validation").iterdir()) == shown
+    assert json.loads(validation)["web/web_caption"]["samples"] == ROWS["validation"]
+    assert json.loads((run / "test_metrics.json").read_text())["web/web_caption"]["samples"] == ROWS["test"]
+    assert "\ntest" in capsys.readouterr().out
+    events = EventAccumulator(str(run)).Reload().Tags()["scalars"]
+    assert {"val/web/web_caption/samples", "test/web/web_caption/samples"} <= set(events)
+
+
+def test_data_without_a_test_part_is_refused(run: Path) -> None:
+    with pytest.raises(SystemExit, match="none of web declares a test part"):
+        main(["test", str(run)])
+
+
+def test_sources_without_a_test_part_are_named_and_the_others_measured(
+    run: Path, parts: Path, captions: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    source = config["data"]["sources"]["web"]
+    declared = {**source, "init_args": {**source["init_args"], "path": str(parts)}}
+    config["data"]["sources"] = {"web": declared, "more": source}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["test", "-c", str(run / "config.yaml"), "--ckpt_path", str(run), "--run", str(run)])
+    assert [m for m in caplog.messages if "no test part" in m] == [
+        "data.sources: no test part is declared in more, so nothing of that is tested on"
+    ]
+    measured = json.loads((run / "test_metrics.json").read_text())
+    assert measured["web/web_caption"]["samples"] == ROWS["test"]
+    assert measured["more/web_caption"]["samples"] == 0
