@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,25 +17,27 @@ from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix
+from pi05_lightning.weights.abilities import UNKNOWN, Abilities, Actions, Trained
 
 
 @dataclass(frozen=True)
 class Acting:
     """How a policy acts: the same options with the same defaults for a robot, a rollout and a server."""
 
+    robot: str | None = None
+    """The name of the data source whose robot it acts as; needed where the policy was trained on several robots."""
+    actions: Actions = "flow"
+    """Where actions come from: `flow` samples them with the flow head, `fast` decodes them from FAST tokens."""
     execution_horizon: int | None = None
     """Actions of a chunk that are executed before the next chunk; by default half of the model's horizon."""
     inference_delay: int = 0
     """Actions that are still executed while the next chunk is computed in the background. They are given to the flow
-    head, so that the next chunk goes on from them (real-time chunking); train with `rtc_max_delay` of at least as
-    many."""
-    hierarchical: bool = True
-    """A subtask is predicted from the task and conditions the actions; otherwise the task alone does, as it always does
-    for a policy that was trained on tasks alone, or on data without subtasks."""
+    head, so that the next chunk goes on from them (real-time chunking): `rtc_max_delay` of the training at most."""
+    hierarchical: bool | None = None
+    """Whether a subtask is predicted from the task and conditions the actions; otherwise the task alone does. By
+    default it is wherever the policy was trained to."""
     replan_subtask_every: int = 1
     """Chunks that a predicted subtask lasts."""
-    use_flow_matching: bool = True
-    """Sample actions with the flow head; otherwise decode them from FAST tokens."""
     num_steps: int = 10
     """Euler steps per chunk of the flow head."""
     noise_scale: float = 1.0
@@ -64,7 +67,9 @@ class Acting:
         if isinstance(self.missing_cameras, str):
             raise ValueError(f"missing_cameras is {self.missing_cameras!r}: give a list of names")
         object.__setattr__(self, "missing_cameras", tuple(self.missing_cameras))
-        if self.inference_delay and not self.use_flow_matching:
+        if self.actions not in get_args(Actions):
+            raise ValueError(f"actions is {self.actions!r}: expected {' or '.join(get_args(Actions))}")
+        if self.inference_delay and self.actions == "fast":
             raise ValueError("inference_delay needs the flow head: FAST tokens cannot be made to go on from actions")
 
     def executed(self, horizon: int) -> int:
@@ -82,27 +87,46 @@ class Acting:
         return self.execution_horizon
 
 
+def check(acting: Acting, processor: Processor, trained: Trained) -> Abilities:
+    """What the policy can do. ValueError, which says that, where it cannot act so, or one of its robots must be named.
+
+    It needs no weights, so that what is wrong shows before they are read.
+    """
+    robot, abilities = processor.acting_as(acting.robot), Abilities.of(processor, trained)
+    if acting.actions == "fast" and processor.fast is None:
+        raise ValueError("`actions: fast`: the policy has no FAST tokenizer; leave it out, or train with data.fast")
+    abilities.check_actions(acting.actions)
+    abilities.check_delay(acting.inference_delay, "inference_delay")
+    if acting.hierarchical and not (processor.predicts_subtasks(robot) and trained.able("subtask")):
+        raise ValueError(f"hierarchical: the policy was not trained to say subtasks as {robot}; leave it out")
+    return abilities
+
+
 class Inference:
     """A model and its processor: frames in, subtasks and action chunks out, for any number of robots at once.
 
-    It acts as the first robot that its data had actions of. Noise and sampled tokens come from `generator`.
+    Noise and sampled tokens come from `generator`.  trained: what the model was trained on.
     Frames lack nothing that the robot's data always had, see `Inputs`, and actions that are not finite never leave.
-    Raises ValueError when there is no such robot, or not what `acting` needs.
+    Raises ValueError where `check` does.
     """
 
-    def __init__(self, model: Pi05, processor: Processor, acting: Acting, seed: int = 0) -> None:
-        self.model, self.processor, self.acting = model.eval(), processor, acting
-        if not processor.acting:
-            raise ValueError("the policy was trained on no robot's data: it has no actions to predict")
-        self.robot = processor.acting[0]
+    def __init__(
+        self, model: Pi05, processor: Processor, acting: Acting, seed: int = 0, trained: Trained = UNKNOWN
+    ) -> None:
+        self.model, self.processor, self.acting, self.trained = model.eval(), processor, acting, trained
+        self.abilities = check(acting, processor, trained)
+        self.robot = processor.acting_as(acting.robot)
         robot = processor.robots[self.robot]
         self.action_dim = robot.action_dim
         cameras = processor.cameras if robot.cameras is None else robot.cameras
         self.inputs = Inputs(robot, cameras, acting.missing_cameras, acting.max_state_distance)
         self.execution_horizon = acting.executed(model.config.horizon)
-        self.hierarchical = acting.hierarchical and processor.predicts_subtasks(self.robot)
-        if not acting.use_flow_matching and processor.fast is None:
-            raise ValueError("the policy has no FAST tokenizer: set use_flow_matching, or train with data.fast")
+        predicts = processor.predicts_subtasks(self.robot)
+        self.hierarchical = predicts and trained.able("subtask") and acting.hierarchical is not False
+        if acting.hierarchical is None and predicts and not self.hierarchical:
+            warnings.warn(
+                "the policy was not trained to say subtasks, so the task alone conditions its actions", stacklevel=2
+            )
         self.generator = torch.Generator().manual_seed(seed)
         self.failed_decodes = 0
 
@@ -111,7 +135,9 @@ class Inference:
         return self.hierarchical and chunk % self.acting.replan_subtask_every == 0
 
     def predict_subtasks(self, frames: Sequence[Frame]) -> list[str]:
-        """What to do next, for each frame. Raises ValueError for one that `Inputs` refuses."""
+        """What to do next, for each frame. Raises ValueError for one that `Inputs` refuses, or if it cannot say."""
+        if not (self.processor.robots[self.robot].has_subtasks and self.trained.able("subtask")):
+            raise ValueError("the policy was not trained to say subtasks: ask it for actions alone")
         prompts = [self.processor.prompt(self.inputs(frame), self.robot, high_level=True) for frame in frames]
         batch = self.processor.collate(prompts).to(self.model.device)
         options = {"temperature": self.acting.temperature, "generator": self.generator}
@@ -136,15 +162,16 @@ class Inference:
         them.
 
         Raises ValueError for a frame that `Inputs` refuses, for noise and prefix_actions that are not finite or of
-        another shape, and for a chunk that is not finite or holds an action beyond `max_action_distance`.
+        another shape, for more prefix_actions than it was trained to go on from, and for a chunk that is not finite or
+        holds an action beyond `max_action_distance`.
         """
         frames = [self.inputs(frame) for frame in frames]
-        fast = not self.acting.use_flow_matching
+        fast = self.acting.actions == "fast"
         prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
         batch = self.processor.collate(prompts).to(self.model.device)
         if fast:
             if prefix_actions is not None:
-                raise ValueError("prefix_actions need the flow head: leave them out, or set use_flow_matching")
+                raise ValueError("prefix_actions need the flow head: leave them out, or set `actions: flow`")
             chunks, first = self._decode_fast(batch), None
         else:
             first = None if prefix_actions is None else [as_numbers("prefix_actions", a) for a in prefix_actions]
@@ -187,6 +214,7 @@ class Inference:
                     f"prefix_actions has shape {list(actions.shape)}: expected [d {dims}] with d below the chunk's"
                     f" {horizon} steps"
                 )
+            self.abilities.check_delay(len(actions), "prefix_actions")
             normalized = self.processor.normalize(replace(frame, actions=actions), self.robot).actions
             assert normalized is not None
             given[row, : len(actions), :dims] = torch.from_numpy(normalized)

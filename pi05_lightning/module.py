@@ -20,9 +20,9 @@ from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
-from pi05_lightning.recipe import Recipe
+from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
-from pi05_lightning.weights.abilities import Trained, trained
+from pi05_lightning.weights.abilities import Abilities, Trained, trained
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import fill
 
@@ -252,7 +252,28 @@ class Pi05Module(LightningModule):
             raise ValueError(f"the actions predicted of batch {batch_idx} are not finite: the weights are broken")
         return chunks
 
+    def on_predict_start(self) -> None:
+        """ValueError for a flow head that was not trained."""
+        assert self.processor is not None
+        Abilities.of(self.processor, self.trained).check_actions("flow")
+
     # --- checkpoints
+
+    @property
+    def trained(self) -> Trained:
+        """What the weights were trained on so far."""
+        now = trained(self.recipe, self._trained_at, self.global_step, self.rtc_max_delay, self._learned)
+        return self._trained + now
+
+    def _learned(self, stage: Stage) -> list[str]:
+        """A stage's loss terms that its data has samples of, and that its freezing leaves something to learn."""
+        drawn, backbone = datamodule_of(self.trainer).drawn(stage), list(self.model.backbone.parameters())
+        learned = []
+        for head in self.model.heads.values():
+            own = set(list(head.parameters()) or backbone)  # what predicts tokens has no weights of its own
+            if any(stage.lr_factor(name) for name, parameter in self.model.named_parameters() if parameter in own):
+                learned += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(head.terms[t])]
+        return learned
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities."""
@@ -261,9 +282,9 @@ class Pi05Module(LightningModule):
             "model": self.config.to_dict(),
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
-            "trained": asdict(self._trained + trained(self.recipe, self._trained_at, self.global_step)),
+            "trained": asdict(self.trained),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._trained = Trained(**checkpoint["pi05"].get("trained", {}))
+        self._trained = Trained.from_dict(checkpoint["pi05"].get("trained", {}))
         self._trained_at = checkpoint["global_step"]

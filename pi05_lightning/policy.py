@@ -17,7 +17,7 @@ from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.inference import Acting, Inference
+from pi05_lightning.inference import Acting, Inference, check
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
@@ -45,14 +45,16 @@ class Pi05Policy(Inference):
         execution_horizon: actions of a chunk that `predict` hands out before it asks for the next; by default half of
             the model's horizon.
         pred_horizon: another name for the same.
-        acting: how it acts, as keywords: the other fields of `Acting`, such as `noise_scale` and `inference_delay`.
+        acting: how it acts, as keywords: the other fields of `Acting`, such as `robot`, `actions` and
+            `inference_delay`.
         seed: of noise and sampled tokens.
         device: where the model runs.
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         averaged: use a training checkpoint's averaged weights (`ema.decay`) if it has them.
 
-    Raises ValueError when there is no policy at `model_path`, or another than expected.
+    Raises ValueError when there is no policy at `model_path`, another than expected, or one that was not trained for
+    what is asked of it.
     """
 
     def __init__(
@@ -74,19 +76,21 @@ class Pi05Policy(Inference):
         averaged: bool = True,
         **acting: Any,
     ) -> None:
-        if isinstance(model_path, tuple):
-            (model, processor), self.trained = model_path, UNKNOWN
-        else:
-            weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
-            processor, self.trained = weights.processor(), weights.trained
-            model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
         if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
             raise ValueError(
                 f"execution_horizon is {execution_horizon} and pred_horizon {pred_horizon}: they mean the same,"
                 " give one"
             )
         horizon = pred_horizon if execution_horizon is None else execution_horizon
-        super().__init__(model.to(device), processor, Acting(execution_horizon=horizon, **acting), seed)
+        how = Acting(execution_horizon=horizon, **acting)
+        if isinstance(model_path, tuple):
+            (model, processor), trained = model_path, UNKNOWN
+        else:
+            weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
+            processor, trained = weights.processor(), weights.trained
+            check(how, processor, trained)
+            model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
+        super().__init__(model.to(device), processor, how, seed, trained)
         if use_fast_tokens and processor.fast is None:
             raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")
         for name, value, wanted in (

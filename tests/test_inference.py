@@ -100,7 +100,7 @@ def test_free_fast_tokens_end_where_they_do_in_training(
         return original(*args, **options)
 
     monkeypatch.setattr(policy.model.fast_head, "generate", generate)
-    free = {"use_flow_matching": False, "constrain_fast": False, "on_failed_decode": "count"}
+    free = {"actions": "fast", "constrain_fast": False, "on_failed_decode": "count"}
     Pi05Policy((policy.model, processor), **free).predict_chunks([frame], [None])
     Evaluator(policy.model, processor).decode_fast(processor.collate([sample]), "robot")
     assert closings[:2] == [sample.tokens[-1], sample.tokens[-1]]

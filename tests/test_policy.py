@@ -16,12 +16,13 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.weights.folder import save
 
 
 @pytest.fixture(scope="module")
 def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pi05Module, Pi05DataModule, Path]:
     """A module after two steps, its data, and its checkpoint."""
-    module = Pi05Module(ModelConfig.preset("debug"))
+    module = Pi05Module(ModelConfig.preset("debug"), rtc_max_delay=3)
     data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
     act = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
     trainer = Trainer(
@@ -268,25 +269,25 @@ def with_fast(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     chunks = np.random.default_rng(0).uniform(-1, 1, (200, policy.model.config.horizon, 2)).astype(np.float32)
     policy.processor.fast = FastTokenizer.fit(chunks, vocab_size=256)
     folder = tmp_path_factory.mktemp("fast")
-    policy.save_pretrained(folder)
+    save(folder, policy.model, policy.processor)  # with no record of its training
     return folder
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
 def test_constrained_fast_tokens_always_decode(trained, with_fast: Path, temperature: float) -> None:
-    policy = Pi05Policy.from_pretrained(with_fast, use_flow_matching=False, temperature=temperature)
+    policy = Pi05Policy.from_pretrained(with_fast, actions="fast", temperature=temperature)
     chunks = [policy.predict_chunk(observation(trained[1], i)) for i in range(3)]
     assert all(np.isfinite(chunk).all() for chunk in chunks)
 
 
 def test_fast_tokens_that_do_not_decode_raise(trained, with_fast: Path) -> None:
-    policy = Pi05Policy.from_pretrained(with_fast, use_flow_matching=False, constrain_fast=False, temperature=3.0)
+    policy = Pi05Policy.from_pretrained(with_fast, actions="fast", constrain_fast=False, temperature=3.0)
     with pytest.raises(FastDecodeError):
         policy.predict_chunk(observation(trained[1]))
 
 
 def test_fast_tokens_that_do_not_decode_are_counted_if_so_configured(trained, with_fast: Path) -> None:
-    options = {"use_flow_matching": False, "constrain_fast": False, "temperature": 3.0, "on_failed_decode": "count"}
+    options = {"actions": "fast", "constrain_fast": False, "temperature": 3.0, "on_failed_decode": "count"}
     policy = Pi05Policy.from_pretrained(with_fast, **options)
     frames = [policy.frame(observation(trained[1], i)) for i in range(2)]
     assert np.isnan(policy.predict_chunks(frames, [None, None])).all()
@@ -335,7 +336,7 @@ def test_checkpoint_other_than_expected_is_refused_by_name(trained, wrong: dict)
 
 def test_fast_tokens_need_a_fast_tokenizer(trained) -> None:
     with pytest.raises(ValueError, match="no FAST tokenizer"):
-        Pi05Policy(trained[2], use_flow_matching=False)
+        Pi05Policy(trained[2], actions="fast")
 
 
 def test_session_shares_the_weights_and_nothing_that_happens(trained) -> None:

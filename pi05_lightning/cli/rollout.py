@@ -63,7 +63,7 @@ def rollout(
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
     Raises ValueError for tasks, cameras and modes that the simulator does not have.
     """
-    how = Acting(hierarchical=True, inference_delay=0, **acting)  # the modes decide; the simulator waits
+    how = Acting(hierarchical=None, inference_delay=0, **acting)  # the modes decide; the simulator waits
     policy = Pi05Policy.from_pretrained(checkpoint, **asdict(how))
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
@@ -72,7 +72,7 @@ def rollout(
     plan = Plan(
         env, tasks or env.tasks(robot), modes, episodes, films=videos, lanes=lanes, max_seconds=max_seconds, seed=seed
     )
-    how = replace(how, execution_horizon=policy.execution_horizon)
+    how = replace(how, robot=policy.robot, execution_horizon=policy.execution_horizon)
     worker = Worker(env, view_of(policy), str(checkpoint), how, device, found)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / "rollout"
@@ -105,6 +105,8 @@ def summary_of(trials: list[Trial], clocks: dict[Mode, Clock], plan: Plan, worke
     """What the trials came to, and all that is needed to run them again."""
     return summarise(trials, clocks) | {
         "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
+        "robot": worker.acting.robot,
+        "actions": worker.acting.actions,
         "execution_horizon": worker.acting.execution_horizon,
         "noise_scale": worker.acting.noise_scale,
         "env": str(plan.env),

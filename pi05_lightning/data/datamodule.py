@@ -21,7 +21,7 @@ from pi05_lightning.data.samples import BadSampleCount, Samples, TrainLoader
 from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.recipe import Recipe
+from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Modality, Shapes, Subset
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class Pi05DataModule(LightningDataModule):
         self.recipe: Recipe | None = None
         self.opened: dict[Split, dict[str, Source]] = {}
         self._batches_seen = 0
+        self._mixture: Mixture | None = None
 
     @property
     def _model(self) -> Any:
@@ -137,7 +138,7 @@ class Pi05DataModule(LightningDataModule):
             shapes=self.shapes,
             tokenizer=TextTokenizer.load(self.tokenizer_name),
             cameras=list(cameras),
-            robots=dict(sorted(robots.items(), key=lambda item: not item[1].acts)),  # a policy acts as the first
+            robots=robots,
             language=self.language,
             fast=FastTokenizer.load(self.fast_path) if self.fast_path else None,
             target_makers=self._model.target_makers if self._model else {},
@@ -160,8 +161,9 @@ class Pi05DataModule(LightningDataModule):
         questions = self.language.questions_per_sample
         samples = Samples(self.sources("train"), self.processor, questions, self.augmentation)
         entries = samples.entries_with_lengths() if self.length_window > 1 else samples.entries
+        self._mixture = Mixture(entries, self._model.terms, self.batch_size, self.seed, self.length_window)
         sampler = MixtureSampler(
-            Mixture(entries, self._model.terms, self.batch_size, self.seed, self.length_window),
+            self._mixture,
             self.recipe or Recipe.of(pretrain_steps=0),
             num_batches=trainer.max_steps * accumulate,
             start=self._batches_seen,
@@ -171,6 +173,13 @@ class Pi05DataModule(LightningDataModule):
         )
         options = self._loader_options | {"collate_fn": samples.collate}
         return TrainLoader(samples, self.bad_samples, batch_sampler=sampler, **options)
+
+    def drawn(self, stage: Stage) -> set[Modality]:
+        """The modalities that a stage of this run draws samples of; none before training has begun."""
+        if self._mixture is None:
+            return set()
+        weights = self._mixture.weights(stage)
+        return {entry.subset.modality for entry, w in zip(self._mixture.entries, weights, strict=True) if w}
 
     def _check_rejects(self) -> None:
         for name, source in self.sources("train").items():

@@ -157,8 +157,19 @@ class Processor:
 
     @property
     def acting(self) -> tuple[str, ...]:
-        """Names of the robots whose data held actions; a policy acts as the first."""
+        """Names of the robots whose data held actions; a policy acts as one of them."""
         return tuple(name for name, robot in self.robots.items() if robot.acts)
+
+    def acting_as(self, name: str | None) -> str:
+        """The robot of this name, or with None the only one. ValueError when it does not act, or there are several."""
+        robots = ", ".join(self.acting)
+        if not robots:
+            raise ValueError("the policy was trained on no robot's data: it has no actions to predict")
+        if name is None and len(self.acting) > 1:
+            raise ValueError(f"the policy can act as several robots, {robots}: name one of them as `robot`")
+        if name not in (None, *self.acting):
+            raise ValueError(f"robot: the policy cannot act as {name!r}, only as {robots}")
+        return name or self.acting[0]
 
     def predicts_subtasks(self, source: str) -> bool:
         """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""

@@ -49,7 +49,7 @@ class Robot:
 
     @property
     def acts(self) -> bool:
-        """Whether its data holds actions; a policy acts as the first robot that does."""
+        """Whether its data holds actions, so that a policy can act as it."""
         return self.action_dim > 0
 
     def to_model(self, frame: Frame) -> Frame:

@@ -42,7 +42,7 @@ class ExportedFolder(Weights):
 
     @property
     def trained(self) -> Trained:
-        return Trained(**read_json(self.path / TRAINED, default={}))
+        return Trained.from_dict(read_json(self.path / TRAINED, default={}))
 
 
 def save(folder: str | Path, model: Pi05, processor: Processor | None = None, trained: Trained = UNKNOWN) -> None:

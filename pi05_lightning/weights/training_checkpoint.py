@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class TrainingCheckpoint(Weights):
 
     @property
     def trained(self) -> Trained:
-        return Trained(**self.content["pi05"].get("trained", {}))
+        return Trained.from_dict(self.content["pi05"].get("trained", {}))
 
     def run_config(self) -> str:
         """The configuration, as YAML, that it was trained with. ValueError when it carries none."""
@@ -76,7 +77,9 @@ class TrainingCheckpoint(Weights):
             raise ValueError(
                 f"{self.path} carries no configuration (`pi05 fit` did not write it): give it with -c FILE"
             )
-        return self.content["config"]
+        # what rollouts during training were told before `actions` had a name
+        old = {"use_flow_matching: true": "actions: flow", "use_flow_matching: false": "actions: fast"}
+        return re.sub("|".join(old), lambda found: old[found[0]], self.content["config"])
 
 
 def find_checkpoint(path: Path) -> Path:

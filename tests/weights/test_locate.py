@@ -105,12 +105,12 @@ def test_run_and_its_checkpoint(both_stages: Path, at: str) -> None:
     assert (abilities.flow, abilities.fast, abilities.subtasks) == (True, False, True)
 
 
-def test_exported_folder_is_able_of_what_its_checkpoint_was(stage_1: Path, tmp_path: Path) -> None:
-    Pi05Policy(stage_1).save_pretrained(tmp_path)
+def test_exported_folder_is_able_of_what_its_checkpoint_was(both_stages: Path, tmp_path: Path) -> None:
+    Pi05Policy(both_stages).save_pretrained(tmp_path)
     weights = locate(tmp_path)
     assert isinstance(weights, ExportedFolder)
-    answers(weights, locate(stage_1).tensors())
-    assert weights.abilities == locate(stage_1).abilities
+    answers(weights, locate(both_stages).tensors())
+    assert weights.abilities == locate(both_stages).abilities
 
 
 def test_converted_checkpoint_is_able_of_what_it_was(stage_1: Path, tmp_path: Path) -> None:
@@ -164,8 +164,8 @@ def test_old_checkpoint_without_the_record_is_taken_as_able_and_resumed(
     assert (resumed.abilities.stages, resumed.abilities.flow) == ({"pretrain": 1}, True)
 
 
-def test_old_folder_without_the_record_is_taken_as_able(stage_1: Path, tmp_path: Path) -> None:
-    Pi05Policy(stage_1).save_pretrained(tmp_path)
+def test_old_folder_without_the_record_is_taken_as_able(both_stages: Path, tmp_path: Path) -> None:
+    Pi05Policy(both_stages).save_pretrained(tmp_path)
     (tmp_path / "trained.json").unlink()
     assert (locate(tmp_path).trained, locate(tmp_path).abilities.flow) == (UNKNOWN, True)
 

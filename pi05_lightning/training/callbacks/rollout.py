@@ -11,11 +11,11 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from pi05_lightning.inference import Acting
+from pi05_lightning.inference import Acting, check
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
@@ -24,12 +24,15 @@ from pi05_lightning.sim.rollout import Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.trials import Mode, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.abilities import UNKNOWN
 
 FOLDER = "rollouts"
 
 
 class PeriodicRollout(Callback):
-    """Runs the policy in a simulator every `every_n_steps` optimizer steps, on rank 0, while the stage trains actions.
+    """Runs the policy in a simulator every `every_n_steps` optimizer steps, on rank 0.
+
+    Only stages that train its kind of actions (`actions`) are rolled out.
 
     It logs `rollout/success`, the same per task, and `rollout/seconds`, what that cost; a film of the first episode
     goes to TensorBoard and to the run's rollouts/. The initial states are those of the validation split, always the
@@ -44,7 +47,9 @@ class PeriodicRollout(Callback):
         max_seconds: simulated time after which an episode has failed; by default the simulator's.
         lanes: episodes that are stepped together.
         seed: of the initial states and the noise.
-        acting: how the policy acts, see `Acting`.
+        acting: how the policy acts, see `Acting`. Of data with several robots, name one as `robot`.
+
+    Raises ValueError at the start of the run for what the policy will not be able to do.
     """
 
     def __init__(
@@ -63,8 +68,17 @@ class PeriodicRollout(Callback):
             raise ValueError("every_n_steps, episodes and lanes: at least 1")
         self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
         self.mode, self.max_seconds, self.lanes, self.seed = mode, max_seconds, lanes, seed
-        self.acting = Acting(hierarchical=True, inference_delay=0, **acting)  # the mode decides; the simulator waits
+        self.acting = Acting(hierarchical=None, inference_delay=0, **acting)  # the mode decides; the simulator waits
         self._last = -1
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        assert pl_module.processor is not None
+        check(self.acting, pl_module.processor, UNKNOWN)  # the weights are yet to be trained
+        if not any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
+            rank_zero_warn(
+                f"PeriodicRollout: no stage trains `actions: {self.acting.actions}`, so nothing is rolled out"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
@@ -73,7 +87,7 @@ class PeriodicRollout(Callback):
         assert isinstance(pl_module, Pi05Module)
         step, self._last = self._last, trainer.global_step
         due = trainer.global_step != step and trainer.global_step % self.every_n_steps == 0
-        if due and "flow" in pl_module.recipe.at(step).weights:
+        if due and self.acting.actions in pl_module.recipe.at(step).weights:
             self._roll_out(trainer, pl_module)
 
     @rank_zero_only

@@ -1,0 +1,207 @@
+"""What a checkpoint says that it was trained on, and that a policy refuses what it was not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
+from pi05_lightning.cli.convert import convert
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.locate import locate
+
+CONFIG = ModelConfig.preset("debug")
+CONTINUOUS = {"robot/continuous_robot_actions": 1.0}
+Fit = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    """Train a stage for two steps, with a FAST tokenizer; the checkpoint."""
+    fast = tmp_path_factory.mktemp("fast")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
+    FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size).save(fast)
+
+    def run(losses: dict[str, float], mixture: dict[str, float] | None = None, *callbacks: Any, **options: Any) -> Path:
+        stage = StageOptions(LossWeights(**losses), mixture or {}, freeze=options.pop("freeze", ()))
+        folder = tmp_path_factory.mktemp("run")
+        trainer = Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            limit_val_batches=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            callbacks=[StageSwitch(0, 2, posttrain=stage), *callbacks],
+            default_root_dir=folder,
+        )
+        robot = LeRobotConfig(path=str(videos), val_fraction=0.2)
+        data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=fast)
+        trainer.fit(Pi05Module(**({"config": CONFIG} | options)), data)
+        trainer.save_checkpoint(folder / "last.ckpt")
+        return folder / "last.ckpt"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def text_and_fast(fit: Fit) -> Path:
+    return fit({"text": 1, "fast": 1})
+
+
+@pytest.fixture(scope="module")
+def flow(fit: Fit) -> Path:
+    return fit({"flow": 1}, CONTINUOUS)
+
+
+@pytest.fixture(scope="module")
+def flow_with_delays(fit: Fit) -> Path:
+    return fit({"flow": 1}, CONTINUOUS, rtc_max_delay=3)
+
+
+def observation(policy: Pi05Policy) -> dict[str, Any]:
+    images = {camera: np.zeros((3, 32, 32), np.uint8) for camera in policy.processor.cameras}
+    return {"image": images, "state": np.zeros(3, np.float32), "task": "open the drawer"}
+
+
+# --- actions
+
+
+def test_flow_head_that_was_never_trained_does_not_act(text_and_fast: Path) -> None:
+    expected = r"`actions: flow`: .*not trained.*posttrain \(2 steps\).*It can act with `actions: fast`"
+    with pytest.raises(ValueError, match=expected):
+        Pi05Policy(text_and_fast)
+
+
+def test_policy_of_fast_tokens_acts_with_them(text_and_fast: Path) -> None:
+    policy = Pi05Policy(text_and_fast, actions="fast")
+    assert np.isfinite(policy.predict(observation(policy))).all()
+
+
+def test_fast_tokens_that_were_never_trained_do_not_act(flow: Path) -> None:
+    with pytest.raises(ValueError, match=r"`actions: fast`.*not trained.*It can act with `actions: flow`"):
+        Pi05Policy(flow, actions="fast")
+
+
+def test_policy_that_was_trained_on_no_actions_says_so(fit: Fit) -> None:
+    with pytest.raises(ValueError, match="not trained on actions of any kind"):
+        Pi05Policy(fit({"subtask": 1}, {"robot/hl_subtask": 1.0}))
+
+
+def test_kind_of_actions_that_there_is_not_is_named(flow: Path) -> None:
+    with pytest.raises(ValueError, match="actions is 'diffusion': expected flow or fast"):
+        Pi05Policy(flow, actions="diffusion")
+
+
+@pytest.mark.parametrize("way", ["ours", "policy"])
+def test_export_knows_what_its_checkpoint_can(flow_with_delays: Path, tmp_path: Path, way: str) -> None:
+    if way == "ours":
+        convert(source=flow_with_delays, target=tmp_path / "out")
+    else:
+        Pi05Policy(flow_with_delays).save_pretrained(tmp_path / "out")
+    assert locate(tmp_path / "out").trained == locate(flow_with_delays).trained
+    assert locate(tmp_path / "out").abilities.max_delay == 3
+
+
+def test_predicted_chunks_of_an_untrained_flow_head_are_refused(text_and_fast: Path, videos: Path) -> None:
+    data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos))}, batch_size=2, num_workers=0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="`actions: flow`"):
+        trainer.predict(Pi05Module(CONFIG), data, ckpt_path=text_and_fast)
+
+
+# --- what counts as trained
+
+
+def test_term_that_the_mixture_never_draws_was_not_trained(fit: Fit) -> None:
+    checkpoint = fit({"subtask": 1, "flow": 1}, {"robot/hl_subtask": 1.0})
+    assert locate(checkpoint).trained.terms == {"subtask": 2}
+    assert not locate(checkpoint).abilities.flow
+
+
+def test_head_that_was_frozen_was_not_trained(fit: Fit) -> None:
+    assert locate(fit({"flow": 1}, CONTINUOUS, freeze=("flow_head",))).trained.terms == {}
+    assert locate(fit({"flow": 1}, CONTINUOUS, freeze=("backbone",))).trained.terms == {"flow": 2}
+
+
+def test_adapters_and_average_are_trained_as_the_weights_are(fit: Fit, text_and_fast: Path) -> None:
+    checkpoint = fit(
+        {"flow": 1},
+        CONTINUOUS,
+        WeightAverage(decay=0.5),
+        init_from=str(text_and_fast),
+        config=None,
+        lora=Lora(rank=2),
+    )
+    for averaged in (True, False):
+        weights = locate(checkpoint, averaged=averaged)
+        assert weights.trained.terms == {"text": 2, "fast": 2, "flow": 2}
+        assert (weights.abilities.flow, weights.abilities.fast) == (True, True)
+
+
+# --- given actions
+
+
+def test_delay_that_was_never_trained_is_refused(flow: Path, flow_with_delays: Path) -> None:
+    assert locate(flow_with_delays).trained.delays == {3: 2}
+    with pytest.raises(ValueError, match=r"inference_delay of 1 actions: .* 0 at most"):
+        Pi05Policy(flow, inference_delay=1)
+    with pytest.raises(ValueError, match=r"inference_delay of 4 actions: .* 3 at most"):
+        Pi05Policy(flow_with_delays, inference_delay=4, execution_horizon=1)
+    assert Pi05Policy(flow_with_delays, inference_delay=3).execution_horizon == 4
+
+
+def test_more_given_actions_than_were_trained_are_refused(flow_with_delays: Path) -> None:
+    policy = Pi05Policy(flow_with_delays)
+    given = policy.predict_chunk(observation(policy))
+    assert np.array_equal(policy.predict_chunk(observation(policy), None, given[:3])[:3], given[:3])
+    with pytest.raises(ValueError, match=r"prefix_actions of 4 actions: .* 3 at most"):
+        policy.predict_chunk(observation(policy), None, given[:4])
+
+
+def test_delays_of_a_record_that_is_older_than_them_are_not_known(flow_with_delays: Path, tmp_path: Path) -> None:
+    content = torch.load(flow_with_delays, weights_only=True)
+    del content["pi05"]["trained"]["delays"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert locate(tmp_path / "old.ckpt").abilities.max_delay is None
+    Pi05Policy(tmp_path, inference_delay=2)
+
+
+# --- subtasks
+
+
+def test_subtasks_that_were_never_trained_are_not_said(flow: Path) -> None:
+    with pytest.warns(UserWarning, match="not trained to say subtasks, so the task alone"):
+        policy = Pi05Policy(flow)
+    policy.predict(observation(policy))
+    assert policy.subtask is None
+    with pytest.raises(ValueError, match="not trained to say subtasks"):
+        policy.predict_subtask(observation(policy))
+    with pytest.raises(ValueError, match="hierarchical: the policy was not trained to say subtasks"):
+        Pi05Policy(flow, hierarchical=True)
+
+
+# --- a run's configuration of before
+
+
+@pytest.mark.parametrize(("old", "new"), [("true", "flow"), ("false", "fast")])
+def test_configuration_of_an_older_run_is_read(flow: Path, tmp_path: Path, old: str, new: str) -> None:
+    content = torch.load(flow, weights_only=True)
+    content["config"] = f"a:\n  use_flow_matching: {old}\n  num_steps: 10\n"
+    torch.save(content, tmp_path / "old.ckpt")
+    text = locate(tmp_path / "old.ckpt").run_config()
+    assert re.search(rf"^  actions: {new}$", text, re.MULTILINE)
