@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from pi05_lightning.cli.answers import MADE_UP, answers_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import replacing
+from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import PROCESSOR, save
 from pi05_lightning.weights.lerobot import EMBEDDING, EXPERT_LM_HEAD, LM_HEAD, PREFIX, lerobot_tensors
 from pi05_lightning.weights.lerobot import to_lerobot as to_lerobot_key
+from pi05_lightning.weights.lerobot_check import (
+    TOLERANCE,
+    Answers,
+    as_lerobot_uses_it,
+    differences,
+    lerobot_tokenizer,
+    misfits,
+    open_lerobot,
+)
 from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder, summarize
-from pi05_lightning.weights.lerobot_processor import read_processor, write_lerobot
+from pi05_lightning.weights.lerobot_processor import PALIGEMMA, inexpressible, read_processor, write_lerobot
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import (
     WEIGHTS,
@@ -41,8 +53,13 @@ def convert(
     tokenizer: str | None = None,
     vision_heads: int | None = None,
     averaged: bool = True,
+    robot: str | None = None,
+    data: str | None = None,
+    force: bool = False,
 ) -> None:
     """Convert a checkpoint and print what became of every key.
+
+    What was written for LeRobot is opened by LeRobot, and has to answer as the policy does.
 
     Args:
         source: a folder with LeRobot's or openpi's (PyTorch) model.safetensors, its Hub id, or a checkpoint, run or
@@ -52,26 +69,45 @@ def convert(
         tokenizer: folder or name of the text tokenizer; by default what the source names, which is PaliGemma's.
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
         averaged: of a training checkpoint of ours, take the averaged weights if it has them.
+        robot: keep this one of the policy's robots alone. LeRobot has statistics of one, so of several one must be
+            named.
+        data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
+            own, if it is still where it was. Made-up frames are always compared too.
+        force: write for LeRobot also what it will do otherwise than the policy, and say what that is.
+
+    Raises ValueError for what cannot be converted, and for what LeRobot would do otherwise.
     """
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
     weights = locate(source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads)
     with replacing(target, one_writer=True) as folder:
         folder.mkdir()
-        report = to_ours(weights, folder) if format == "ours" else to_lerobot(weights, folder)
+        if format == "ours":
+            report = to_ours(weights, folder, robot)
+        else:
+            report = to_lerobot(weights, folder, Export(robot, tokenizer, data, force))
     print("\n".join([*report, f"written to {target}"]))
 
 
-def to_ours(weights: Weights, folder: Path) -> list[str]:
-    """Write a folder of ours; returns the report."""
+def keep_robot(processor: Processor, robot: str | None) -> None:
+    """Forget all robots but one; none of them if none is named. ValueError for one that there is not."""
+    if robot is not None:
+        name = processor.acting_as(robot)
+        processor.robots = {name: processor.robots[name]}
+
+
+def to_ours(weights: Weights, folder: Path, robot: str | None) -> list[str]:
+    """Write a folder of ours, of all robots or of one; returns the report."""
     if isinstance(weights, LeRobotFolder):
-        return from_lerobot(weights, folder)
-    processor, model = weights.processor(), weights.model()
+        return from_lerobot(weights, folder, robot)
+    processor = weights.processor()
+    keep_robot(processor, robot)
+    model = weights.model()
     save(folder, model, processor, weights.trained)
     return summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items())
 
 
-def from_lerobot(weights: LeRobotFolder, folder: Path) -> list[str]:
+def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> list[str]:
     """Write a folder of ours, of LeRobot's or openpi's tensor by tensor from disk to disk; returns the report."""
     foreign = weights.mapped
     processor: Processor | None = None
@@ -86,6 +122,7 @@ def from_lerobot(weights: LeRobotFolder, folder: Path) -> list[str]:
         ]
     else:
         processor, notes = read_processor(weights.path, foreign.config, text)
+        keep_robot(processor, robot)
     save(folder, build(foreign.config, foreign.tensors), processor)
     keep_origin(weights.path, foreign, folder / ORIGIN)
     return [foreign.report(), *notes]
@@ -106,31 +143,92 @@ def keep_origin(source: Path, foreign: Foreign, origin: Path) -> None:
     save_tensors(drifted, origin / UNREAD, read_metadata(weight_files(source)[0]))
 
 
-def to_lerobot(weights: Weights, folder: Path) -> list[str]:
-    """Write a folder that LeRobot's `PI05Policy.from_pretrained` opens; returns the report."""
+@dataclass(frozen=True)
+class Export:
+    """How a policy is written for LeRobot; see `convert`."""
+
+    robot: str | None = None
+    tokenizer: str | None = None
+    data: str | None = None
+    force: bool = False
+
+    def refuse(self, problems: list[str]) -> list[str]:
+        """The problems, if they are to be put up with; otherwise ValueError that lists them."""
+        if problems and not self.force:
+            raise ValueError(
+                "LeRobot would not act as this policy does:\n  "
+                + "\n  ".join(problems)
+                + "\n--force writes it nevertheless"
+            )
+        return [f"LeRobot will act otherwise: {problem}" for problem in problems]
+
+
+def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
+    """Write a folder that LeRobot's `PI05Policy.from_pretrained` opens, and compare; returns the report."""
+    from lerobot.configs import PreTrainedConfig
+    from lerobot.policies.pi05.configuration_pi05 import PI05Config
+
     if isinstance(weights, LeRobotFolder):
         raise ValueError(f"{weights.path} is no checkpoint of ours: convert it to ours first, then to lerobot")
     origin = weights.path / ORIGIN
     came = origin.is_dir()
     # what came without a tokenizer goes as it came
     processor = None if came and not (weights.path / PROCESSOR).is_file() else weights.processor()
+    robot = None if processor is None else processor.acting_as(export.robot)
     model = weights.model()
     unread = map_tensors(origin / UNREAD) if came else {}
     tensors = lerobot_tensors(model.state_dict(), unread)
-    save_tensors(tensors, folder / WEIGHTS, read_metadata(origin / UNREAD) if came else None)
-    notes: list[str] = []
-    if processor is not None and not (came and same_statistics(origin, model.config, processor)):
-        notes = write_lerobot(folder, model.config, processor, model.backbone.embed_tokens.weight.dtype)
+    problems = []
+    if processor is not None and robot is not None:
+        problems = inexpressible(processor, robot, weights.trained)
+    if processor is not None and robot is not None and not (came and same_statistics(origin, model.config, processor)):
+        write_lerobot(folder, model.config, processor, robot, model.backbone.embed_tokens.weight.dtype)
     else:
         for file in origin.iterdir():
             if file.name != UNREAD:
                 shutil.copyfile(file, folder / file.name)
-
+    config = PreTrainedConfig.from_pretrained(folder)
+    assert isinstance(config, PI05Config)
+    unfit = misfits(config, model.config, tensors)
+    notes = export.refuse([*unfit, *problems])
+    save_tensors(tensors, folder / WEIGHTS, read_metadata(origin / UNREAD) if came else None)
     fate = {to_lerobot_key(key): f"<- {key}" for key in model.state_dict()}
     fate |= dict.fromkeys(unread, "<- kept aside when the checkpoint came")
     made = {PREFIX + LM_HEAD: "<- the embedding", PREFIX + EXPERT_LM_HEAD: "<- zeros, as no loss reads it"}
     lines = summarize((key, tensor, (made | fate)[key]) for key, tensor in tensors.items())
-    return [*lines, f"{len(tensors)} keys", *notes]
+    report = [*lines, f"{len(tensors)} keys", *notes]
+    if processor is None or robot is None:
+        return [*report, "not compared with the policy: it came without a tokenizer, so it is none"]
+    if unfit:
+        return [*report, "not compared with the policy: LeRobot cannot load the weights"]
+    dtype = getattr(torch, config.dtype)
+    del tensors  # maybe gigabytes, as are the model and LeRobot's own, which come one after the other
+    acting = Acting(robot=robot, hierarchical=False)
+    expected = answers_of(Inference(model.to(dtype), processor, acting), export.data)
+    del model
+    return [*report, *compare(folder, processor, expected, TOLERANCE[dtype], export)]
+
+
+def compare(folder: Path, processor: Processor, expected: Answers, tolerance: float, export: Export) -> list[str]:
+    """Open an export with stock LeRobot and compare its answers with the policy's; returns what was found."""
+    unverified = []
+    try:
+        tokenizer = lerobot_tokenizer(export.tokenizer or PALIGEMMA)
+    except ValueError as error:
+        if export.tokenizer is not None:
+            raise
+        tokenizer = as_lerobot_uses_it(processor.tokenizer)
+        unverified = [
+            f"not verified: that the policy's tokenizer is {PALIGEMMA}, which the export names ({error}); give it with"
+            " --tokenizer FOLDER"
+        ]
+    problems, worst = differences(*open_lerobot(folder, tokenizer), expected, tolerance)
+    notes = export.refuse(problems)
+    compared = (
+        f"compared with stock LeRobot on {len(expected.frames) - MADE_UP} recorded and {MADE_UP} made-up frames:"
+        f" actions differ by {worst:.1g} of their range at most"
+    )
+    return [compared, *notes, *unverified]
 
 
 def same_statistics(origin: Path, config: ModelConfig, processor: Processor) -> bool:

@@ -20,6 +20,8 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.types import Frame
+from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.safetensors import CONFIG, map_tensors
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PREPROCESSOR = "policy_preprocessor.json"
 PALIGEMMA = "google/paligemma-3b-pt-224"
 FPS = 50.0  # π0.5's low level
+_VARIANTS = ("gemma_300m", "gemma_2b")
 ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
 
 _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10": ("q10", "q90")}
@@ -128,35 +131,44 @@ def _openpi_quantiles(stats: Mapping[str, Any], key: str, path: Path) -> Quantil
 # --- to LeRobot
 
 
-def write_lerobot(folder: Path, config: ModelConfig, processor: Processor, dtype: torch.dtype) -> list[str]:
-    """LeRobot's config.json and both processors with their statistics; returns notes on what it cannot express.
-
-    Raises ValueError for a policy of relative actions, or of none.
-    """
-    if not processor.acting:
-        raise ValueError("the policy was trained on no robot's actions: LeRobot's π0.5 is nothing but actions")
-    name = processor.acting[0]
-    robot = processor.robots[name]
-    if robot.relative is not None:
-        raise ValueError(f"{name}: a policy of relative actions (relative_dims) cannot be written as LeRobot's")
+def write_lerobot(
+    folder: Path, config: ModelConfig, processor: Processor, robot: str, dtype: torch.dtype
+) -> PI05Config:
+    """LeRobot's config.json and both processors with the statistics of a robot; see `inexpressible`."""
     from lerobot.configs import FeatureType, PolicyFeature
+    from lerobot.policies.pi05 import modeling_pi05
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
-    size, normalize = config.vision.image_size, robot.normalize
+    size, normalize = config.vision.image_size, processor.robots[robot].normalize
     images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}
+    experts = {
+        variant
+        for variant in _VARIANTS
+        if all(getattr(modeling_pi05.get_gemma_config(variant), k) == v for k, v in vars(config.expert).items())
+    }
     lerobot_config = PI05Config(
         input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (len(normalize.state),))},
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (len(normalize.action),))},
+        action_expert_variant=min(experts, default=PI05Config.action_expert_variant),
         device="cpu",
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         chunk_size=config.horizon,
         n_action_steps=config.horizon,
         max_action_dim=config.action_dim,
         image_resolution=(size, size),
+        tokenizer_max_length=max(PI05Config.tokenizer_max_length, longest_prompt(processor, robot)),
     )
     lerobot_config._save_pretrained(folder)
     save_pipelines(folder, lerobot_config, normalize)
-    return inexpressible(config, processor)
+    return lerobot_config
+
+
+def longest_prompt(processor: Processor, robot: str) -> int:
+    """Tokens of the longest prompt that the robot's own tasks make; LeRobot cuts off what is longer than it is told."""
+    state = processor.robots[robot].normalize.state
+    states = (state.q01 - state.span, state.q01, state.q99)  # bins -1, 0 and 255
+    frames = [Frame(task=task, state=values) for task in processor.robots[robot].tasks for values in states]
+    return max((len(processor.prompt(frame, robot).tokens) for frame in frames), default=0)
 
 
 def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> None:
@@ -194,14 +206,25 @@ def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> No
     write_json(folder / PREPROCESSOR, saved)
 
 
-def inexpressible(config: ModelConfig, processor: Processor) -> list[str]:
-    """Notes on what LeRobot's files do not say of a policy."""
-    name, *others = processor.acting
-    notes = []
-    if processor.predicts_subtasks(name):
-        notes.append("LeRobot has no subtasks: give it the subtask as the task, or train with condition_on: task")
-    if others:
-        notes.append(f"LeRobot has statistics of one robot: {name} is written, not {', '.join(others)}")
-    if processor.tokenizer.vocab_size < config.vocab_size or config.vocab_size != ModelConfig.vocab_size:
-        notes.append(f"the export names {PALIGEMMA}; the policy was trained with another tokenizer: name that one")
-    return notes
+def inexpressible(processor: Processor, robot: str, trained: Trained) -> list[str]:
+    """What of a policy LeRobot's π0.5 has no way to do, so that it would act otherwise."""
+    prompts, problems = processor.language.prompts, []
+    if processor.robots[robot].relative is not None:
+        problems.append(f"{robot} has relative actions (relative_dims): LeRobot would take offsets for positions")
+    if processor.predicts_subtasks(robot):
+        problems.append(
+            "the policy acts on subtasks that it says itself, and LeRobot's on the task alone: train with"
+            " data.language.condition_on: task"
+        )
+    if prompts.action != Prompts.action:
+        problems.append(f"LeRobot's prompt is {Prompts.action!r}, and the policy's is {prompts.action!r}")
+    if prompts.clip_state:
+        problems.append(
+            "LeRobot writes a state below its first quantile as the bin -1, the policy was trained with 0: train with"
+            " data.language.prompts.clip_state: false"
+        )
+    if not processor.robots[robot].state_dim:
+        problems.append("the policy was trained without a state, which LeRobot's prompt has to have")
+    if not trained.able("flow"):
+        problems.append("the policy's flow head was not trained, and LeRobot takes no actions from anything else")
+    return problems

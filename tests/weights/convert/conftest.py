@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=shipped, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
+
+
+def export(source: Path, target: Path, **options: Any) -> None:
+    """Convert to LeRobot, which has our sizes meanwhile; the comparison with it is part of that."""
+    with lerobot_sizes(CONFIG):
+        convert(source=source, target=target, format="lerobot", **options)
 
 
 def open_lerobot(folder: Path) -> PI05Policy:
@@ -121,7 +128,7 @@ def ours(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(ours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "policy"
-    convert(source=ours, target=folder, format="lerobot")
+    export(ours, folder)
     return folder
 
 

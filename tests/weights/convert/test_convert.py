@@ -24,7 +24,17 @@ from pi05_lightning.weights.lerobot import (
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.locate import locate
 
-from .conftest import ACTION_DIM, CONFIG, EMBED_TOKENS, STATE_DIM, Copy, Predict, between_processors, open_lerobot
+from .conftest import (
+    ACTION_DIM,
+    CONFIG,
+    EMBED_TOKENS,
+    STATE_DIM,
+    Copy,
+    Predict,
+    between_processors,
+    export,
+    open_lerobot,
+)
 
 # --- names
 
@@ -61,7 +71,7 @@ def test_round_trip_from_a_checkpoint_without_drift_gives_the_same_file(copy: Co
     convert(source=folder, target=tmp_path / "ours")
     kept = load_file(tmp_path / "ours" / "lerobot" / "unread.safetensors")
     assert PREFIX + LM_HEAD not in kept
-    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -74,7 +84,7 @@ def test_weights_of_mixed_dtypes_keep_them_both_ways(copy: Copy, tmp_path: Path,
 
     folder = copy(halve)
     convert(source=folder, target=tmp_path / "ours")
-    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
@@ -101,7 +111,7 @@ def test_export_of_a_model_that_never_was_lerobots_opens_in_stock_lerobot(
 ) -> None:
     policy = Pi05Policy.from_pretrained(ours)
     policy.save_pretrained(tmp_path / "trained")
-    convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
+    export(tmp_path / "trained", tmp_path / "out")
     capsys.readouterr()
     opened = open_lerobot(tmp_path / "out")
     assert "All keys loaded successfully!" in capsys.readouterr().out
@@ -114,7 +124,7 @@ def test_export_predicts_in_stock_lerobot_what_the_policy_predicts(ours: Path, t
     """With the processors that the export wrote; only where the tokenizer is must be said."""
     policy = Pi05Policy.from_pretrained(ours)
     policy.save_pretrained(tmp_path / "trained")
-    convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
+    export(tmp_path / "trained", tmp_path / "out")
     predict = between_processors(
         tmp_path / "out", overrides={"tokenizer_processor": {"tokenizer_name": str(tokenizer)}}
     )
@@ -194,7 +204,7 @@ def test_without_a_tokenizer_the_weights_are_converted_and_come_back(
     path.write_text(path.read_text().replace(json.dumps(str(tokenizer)), '"/nowhere/at/all"'))
     convert(source=folder, target=tmp_path / "ours")
     assert "--tokenizer FOLDER" in capsys.readouterr().out
-    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
@@ -249,7 +259,7 @@ def test_weights_in_several_files_are_read_as_one(source: Path, copy: Copy, tmp_
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     convert(source=folder, target=tmp_path / "ours")
-    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
@@ -293,7 +303,7 @@ def test_pi0s_state_projection_is_not_exported_where_lerobot_would_stumble_on_it
 ) -> None:
     folder = copy(lambda tensors: tensors.update({"state_proj.weight": torch.zeros(3, 3)}))
     convert(source=folder, target=tmp_path / "ours")
-    convert(source=tmp_path / "ours", target=tmp_path / "back", format="lerobot")
+    export(tmp_path / "ours", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 

@@ -21,7 +21,7 @@ from pi05_lightning.weights.lerobot import (
 )
 from pi05_lightning.weights.locate import locate
 
-from .conftest import Copy
+from .conftest import Copy, export
 
 
 def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy: Copy) -> None:
@@ -121,7 +121,7 @@ def test_a_policy_of_relative_actions_is_not_exported(ours: Path, tmp_path: Path
     robots[policy.robot] = replace(robots[policy.robot], relative=RelativeActions((0,), (0,)))
     policy.save_pretrained(tmp_path / "trained")
     with pytest.raises(ValueError, match=r"relative actions \(relative_dims\)"):
-        convert(source=tmp_path / "trained", target=tmp_path / "out", format="lerobot")
+        export(tmp_path / "trained", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,67 @@
+"""What a policy answers to some observations, recorded and made up, for another program's answers to be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.inference import Inference
+from pi05_lightning.types import Frame
+from pi05_lightning.weights.lerobot_check import Answers
+
+RECORDED, MADE_UP = 3, 2
+"""Frames of each kind."""
+
+
+def answers_of(policy: Inference, data: str | None) -> Answers:
+    """What a policy answers to frames of a dataset and to made-up ones, from fixed noise."""
+    frames = [*recorded_frames(policy, data), *made_up_frames(policy)]
+    config, generator = policy.model.config, torch.Generator().manual_seed(0)
+    noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)
+    prompts = [policy.processor.prompt(frame, policy.robot).tokens.tolist() for frame in frames]
+    chunks = [policy.predict_chunks([frame], [None], noise[[i]])[0] for i, frame in enumerate(frames)]
+    return Answers(
+        frames, prompts, noise, np.stack(chunks), policy.processor.robots[policy.robot].normalize.action.span
+    )
+
+
+def recorded_frames(policy: Inference, data: str | None) -> list[Frame]:
+    """Frames of a LeRobot dataset, evenly spaced: of `data`, or of the robot's own where that is still there.
+
+    ValueError for a dataset given as `data` that is not of this robot.
+    """
+    robot = policy.processor.robots[policy.robot]
+    path = data or robot.dataset
+    if data is None and not Path(path, "meta", "info.json").is_file():
+        return []
+    source = LeRobotConfig(path, val_fraction=0).open("data", "train", policy.model.config.shapes)
+    frames = [source[int(i)] for i in np.linspace(0, len(source) - 1, RECORDED)]
+    seen = set(source.camera_names) <= set(policy.processor.cameras)
+    dims = [0 if values is None else values.shape[-1] for values in (frames[0].state, frames[0].actions)]
+    if seen and dims == [robot.state_dim, robot.action_dim]:
+        return [Frame(images=frame.images, task=frame.task, state=frame.state) for frame in frames]
+    if data is not None:
+        raise ValueError(
+            f"--data {data} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)}, {dims[0]}"
+            f" dimensions of state and {dims[1]} of action; the policy has {sorted(policy.processor.cameras)},"
+            f" {robot.state_dim} and {robot.action_dim}"
+        )
+    return []  # the run read it in another way, which no checkpoint tells
+
+
+def made_up_frames(policy: Inference) -> list[Frame]:
+    """Random images and states, some of them beyond the range that the policy was trained on."""
+    rng, robot = np.random.default_rng(0), policy.processor.robots[policy.robot]
+    size, state = policy.model.config.vision.image_size, robot.normalize.state
+    tasks = list(robot.tasks) or ["pick up the red_cube"]
+    return [
+        Frame(
+            images={name: rng.integers(0, 256, (3, size, size), dtype=np.uint8) for name in policy.processor.cameras},
+            task=tasks[number % len(tasks)],
+            state=(state.q01 + state.span * rng.uniform(-0.2, 1.2, len(state))).astype(np.float32),
+        )
+        for number in range(MADE_UP)
+    ]
