@@ -19,7 +19,7 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.lerobot import PREFIX
-from pi05_lightning.weights.lerobot_processor import IMAGE, PREPROCESSOR, STATE
+from pi05_lightning.weights.lerobot_processor import IMAGE, POSTPROCESSOR, PREPROCESSOR, STATE
 from pi05_lightning.weights.safetensors import shapes_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lerobot.policies.pi05.modeling_pi05 import PI05Policy
     from lerobot.processor import PolicyProcessorPipeline
 
-POSTPROCESSOR = "policy_postprocessor.json"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 """Largest difference of an action, as a share of its range (q99 - q01), that is rounding."""
 

@@ -5,7 +5,8 @@ Both ask for actions with the prompt `Task: …, State: …;`, and normalise by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +30,24 @@ if TYPE_CHECKING:
 
 IMAGE, STATE, ACTION = "observation.images.", "observation.state", "action"
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-PREPROCESSOR = "policy_preprocessor.json"
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PALIGEMMA = "google/paligemma-3b-pt-224"
 FPS = 50.0  # π0.5's low level
 _VARIANTS = ("gemma_300m", "gemma_2b")
 ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
+
+CONVERTED_STEPS = {
+    "rename_observations_processor",
+    "to_batch_processor",
+    "relative_actions_processor",  # while it is off
+    "absolute_actions_processor",
+    "normalizer_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "tokenizer_processor",
+    "device_processor",
+    "unnormalizer_processor",
+}
+"""LeRobot's names of the steps of its processors that the `Processor` does too."""
 
 _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10": ("q10", "q90")}
 
@@ -41,12 +55,21 @@ _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10":
 def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Processor, list[str]]:
     """The processor of a LeRobot or openpi checkpoint, and notes on what it does not say.
 
-    ValueError for what is not converted: LeRobot's relative actions, statistics that are incomplete.
+    ValueError for what is not converted: LeRobot's relative actions, further steps of its processors, statistics that
+    are incomplete or there twice.
     """
     values = read_json(folder / CONFIG, default={})
-    if values.get("use_relative_actions"):
+    steps = [step for file in (PREPROCESSOR, POSTPROCESSOR) for step in steps_of(folder, file)]
+    if values.get("use_relative_actions") or any(s.config.get("enabled") for s in steps if "relative" in s.name):
         raise ValueError(f"{folder}: LeRobot's relative actions (use_relative_actions) are not converted")
+    if others := [step.name for step in steps if step.name not in CONVERTED_STEPS]:
+        raise ValueError(f"{folder}: its processors have steps that are not converted: {', '.join(others)}")
     stats, notes = read_stats(folder, values, config)
+    notes += [
+        f"LeRobot renames observations, {step.config['rename_map']}: send them under the new names"
+        for step in steps
+        if step.config.get("rename_map")
+    ]
     processor = Processor(
         config.shapes,
         tokenizer,
@@ -58,6 +81,24 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
     return processor, [*notes, f"the control rate is in no file: taken as {FPS:g} per second"]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step of one of LeRobot's processors, as its JSON has it."""
+
+    name: str
+    config: Mapping[str, Any]
+    state_file: str | None
+    """The safetensors beside it, with its statistics."""
+
+
+def steps_of(folder: Path, file: str) -> list[Step]:
+    """The steps of a processor; none where the folder has no such file."""
+    return [
+        Step(step.get("registry_name") or str(step.get("class")), step.get("config", {}), step.get("state_file"))
+        for step in read_json(folder / file, default={"steps": []})["steps"]
+    ]
+
+
 def cameras(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of a LeRobot policy's cameras, in its order; openpi's where the config has none."""
     features = values.get("input_features") or {}
@@ -66,10 +107,15 @@ def cameras(values: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def tokenizer_name(folder: Path) -> str:
-    """What the checkpoint's preprocessor tokenizes with; PaliGemma's tokenizer where nothing is said."""
-    steps = read_json(folder / PREPROCESSOR, default={"steps": []})["steps"]
-    names = [step["config"].get("tokenizer_name") for step in steps if "tokenizer" in step.get("registry_name", "")]
-    return next((name for name in names if name), PALIGEMMA)
+    """What the checkpoint's preprocessor tokenizes with; PaliGemma's tokenizer where nothing is said.
+
+    ValueError for two of them.
+    """
+    found = (step.config.get("tokenizer_name") for step in steps_of(folder, PREPROCESSOR))
+    names = list(dict.fromkeys(name for name in found if name))
+    if len(names) > 1:
+        raise ValueError(f"{folder / PREPROCESSOR} names the tokenizers {', '.join(names)}: say which with --tokenizer")
+    return names[0] if names else PALIGEMMA
 
 
 # --- statistics
@@ -78,6 +124,12 @@ def tokenizer_name(folder: Path) -> str:
 def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> tuple[dict[str, Normalize], list[str]]:
     """What state and actions are normalised with, by robot: LeRobot's safetensors, or openpi's norm_stats.json."""
     assets = {path: read_json(path) for path in sorted(folder.glob("assets/**/norm_stats.json"))}
+    files = {part: state_files(folder, part) for part in (PREPROCESSOR, POSTPROCESSOR)}
+    if assets and any(files.values()):
+        both = [*assets, *(file for found in files.values() for file in found)]
+        raise ValueError(
+            "statistics of openpi's and of LeRobot's: keep one kind of them, of " + ", ".join(map(str, both))
+        )
     if assets:
         return {
             str(path.parent.relative_to(folder / "assets")): Normalize(
@@ -85,10 +137,17 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
             )
             for path, stats in assets.items()
         }, []
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("policy_preprocessor*.safetensors")):
-        tensors |= map_tensors(file)
-    modes = values.get("normalization_mapping") or {}
+    tensors = read_once(files[PREPROCESSOR])
+    # what LeRobot makes real units of; a preprocessor's are for training
+    after = {name: x for name, x in read_once(files[POSTPROCESSOR]).items() if name.startswith(f"{ACTION}.")}
+    if different := [name for name in after if name in tensors and not torch.equal(after[name], tensors[name])]:
+        raise ValueError(
+            f"{folder}: its two processors differ in the statistics {', '.join(different)}: correct the wrong one"
+        )
+    configured = {"STATE": "QUANTILES", "ACTION": "QUANTILES"} | (values.get("normalization_mapping") or {})
+    normalizers = [s.config["norm_map"] for s in steps_of(folder, PREPROCESSOR) if "norm_map" in s.config]
+    # the processor's own count for LeRobot, which leaves alone what they do not name
+    modes = {"STATE": "IDENTITY", "ACTION": "IDENTITY"} | normalizers[0] if normalizers else configured
     features = {**(values.get("input_features") or {}), **(values.get("output_features") or {})}
 
     def quantiles(key: str, kind: str) -> Quantiles:
@@ -98,7 +157,7 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
             if name.startswith(f"{key}.")
         }
         dims = features[key]["shape"][0] if key in features else config.action_dim
-        found = _lerobot_quantiles(stats, modes.get(kind, "QUANTILES"), key, dims)
+        found = _lerobot_quantiles(stats, modes[kind], key, dims)
         if key in features and len(found) != dims:
             raise ValueError(
                 f"{folder}: config.json gives {key} {dims} dimensions, but its statistics have {len(found)}"
@@ -108,6 +167,24 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
     normalize = Normalize(quantiles(STATE, "STATE"), quantiles(ACTION, "ACTION"))
     notes = [] if tensors else [f"no statistics in {folder}: state and actions are taken as they are, as LeRobot does"]
     return {ROBOT: normalize}, notes
+
+
+def state_files(folder: Path, file: str) -> list[Path]:
+    """The safetensors of a processor: those that it names, or where it is not there itself, all that look like its."""
+    if (folder / file).is_file():
+        return [folder / step.state_file for step in steps_of(folder, file) if step.state_file]
+    return sorted(folder.glob(f"{Path(file).stem}*.safetensors"))
+
+
+def read_once(files: Iterable[Path]) -> dict[str, Tensor]:
+    """All tensors of some files; ValueError for one that two of them have, and not the same."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        found = map_tensors(file)
+        if different := [key for key in found if key in tensors and not torch.equal(found[key], tensors[key])]:
+            raise ValueError(f"{file} holds other statistics than {file.parent} has beside it: {', '.join(different)}")
+        tensors |= found
+    return tensors
 
 
 def _lerobot_quantiles(stats: Mapping[str, np.ndarray], mode: str, key: str, dims: int) -> Quantiles:

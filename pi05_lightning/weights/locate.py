@@ -10,7 +10,7 @@ from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import ExportedFolder
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.safetensors import CONFIG, weight_files
-from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, find_checkpoint
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, find_checkpoint
 
 
 def locate(
@@ -24,9 +24,14 @@ def locate(
     tokenizer: of LeRobot's and openpi's: where PaliGemma's text tokenizer is, if not where the folder says.
     vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
         each if the width divides, else 16.
-    ValueError when there are no weights.
+    ValueError when there are no weights, or a folder has checkpoints beside them.
     """
     folder = local_folder(path)
+    if weight_files(folder) and (checkpoints := checkpoints_in(folder)):
+        raise ValueError(
+            f"{folder} has weights of its own, and the checkpoints {', '.join(file.name for file in checkpoints)}: name"
+            " a checkpoint, or move one of the two"
+        )
     if not weight_files(folder):
         return TrainingCheckpoint(find_checkpoint(folder), averaged)
     # ours says what backbone it has

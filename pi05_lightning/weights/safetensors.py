@@ -25,15 +25,19 @@ READERS = 4
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights: model.safetensors, or those that its index names; none where neither is."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
+    """The files with a folder's weights: model.safetensors, or those that its index names; none where neither is.
+
+    ValueError where both are, and for an index that names no files beside it.
+    """
     if not (folder / INDEX).is_file():
-        return []
+        return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(Path(str(name)).name == name for name in shards.values()):
         raise ValueError(f"{folder / INDEX} has no weight_map of tensors to files beside it: copy or download it again")
-    return [folder / name for name in sorted(set(shards.values()))]
+    files = [folder / name for name in sorted(set(shards.values()))]
+    if (folder / WEIGHTS).is_file() and folder / WEIGHTS not in files:
+        raise ValueError(f"{folder} has weights twice, in {WEIGHTS} and in the files of {INDEX}: remove one of the two")
+    return files
 
 
 def map_weights(folder: Path) -> dict[str, Tensor]:

@@ -82,13 +82,18 @@ class TrainingCheckpoint(Weights):
         return re.sub("|".join(old), lambda found: old[found[0]], self.content["config"])
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run's directory, the newest last."""
+    candidates = (*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt"))
+    # last.ckpt may be a link whose target a killed process had just replaced
+    return sorted((file for file in candidates if file.exists()), key=lambda file: file.stat().st_mtime)
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint file itself, or the newest one in a run's directory; ValueError where there is none."""
     if path.is_file():
         return path
-    candidates = (*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt"))
-    # last.ckpt may be a link whose target a killed process had just replaced
-    found = sorted((file for file in candidates if file.exists()), key=lambda file: file.stat().st_mtime)
+    found = checkpoints_in(path)
     if not found and (pickles := [file.name for kind in PICKLES for file in path.glob(kind)]):
         raise ValueError(
             f"{path} holds only pickled weights ({', '.join(pickles)}), which are not read as they may execute code:"
