@@ -21,8 +21,11 @@ from aiohttp.test_utils import TestServer
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.main import main
+from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.serving.server import PolicyServer, Reader
 from pi05_lightning.serving.wire import pack, unpack
+from pi05_lightning.weights.folder import save
 
 PICTURE = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
 OBSERVATION = {
@@ -322,8 +325,20 @@ def test_host_that_is_not_this_machine_is_said(tmp_path):
         main(["serve", str(tmp_path / "none"), "--host", "192.0.2.1"])
 
 
-def test_served_process_answers_and_is_healthy(served: Path):
-    command = [sys.executable, "-m", "pi05_lightning", "serve", str(served), "--port", "0", "--execution_horizon", "1"]
+@pytest.fixture
+def with_fast(policy: Pi05Policy, tmp_path: Path) -> Path:
+    """The served policy with a FAST tokenizer, and no record of its training."""
+    shapes, values = policy.processor.shapes, policy.processor.to_dict()
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, shapes.horizon, 2)).astype(np.float32)
+    fast = FastTokenizer.fit(chunks, vocab_size=shapes.fast_vocab_size)
+    save(tmp_path, policy.model, Processor.from_dict(values | {"fast": fast.to_dict()}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("actions", ["flow", "fast"])
+def test_served_process_answers_and_is_healthy(with_fast: Path, actions: str):
+    options = ["--port", "0", "--execution_horizon", "1", "--actions", actions]
+    command = [sys.executable, "-m", "pi05_lightning", "serve", str(with_fast), *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pi05_lightning.sim.metaworld.collect import collect
@@ -35,4 +36,35 @@ def untrained(collected, tmp_path_factory) -> Path:
     model.reset_parameters()
     folder = tmp_path_factory.mktemp("untrained")
     save(folder, model, data.processor)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fast_policy(collected, tmp_path_factory) -> Path:
+    """A checkpoint of the demo's size that was trained for a step, on FAST tokens alone."""
+    from lightning.pytorch import Trainer
+
+    from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+    from pi05_lightning.data.fast import FastTokenizer
+    from pi05_lightning.data.sources.lerobot import LeRobotConfig
+    from pi05_lightning.models.config import ModelConfig
+    from pi05_lightning.recipe import LossWeights, StageOptions
+
+    sizes, folder = ModelConfig.preset("tiny"), tmp_path_factory.mktemp("fast_policy")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, sizes.horizon, 4)).astype(np.float32)
+    FastTokenizer.fit(chunks, vocab_size=sizes.fast_vocab_size).save(folder / "fast")
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        callbacks=[StageSwitch(1, 0, pretrain=StageOptions(LossWeights(fast=1)))],
+        default_root_dir=folder,
+        **quiet,
+    )
+    sources = {"robot": LeRobotConfig(str(collected / "robot"))}
+    trainer.fit(Pi05Module(sizes), Pi05DataModule(sources, batch_size=2, num_workers=0, fast=folder / "fast"))
+    trainer.save_checkpoint(folder / "last.ckpt")
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
@@ -106,6 +108,40 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
         assert own.requires_grad
     owned = trainer.lightning_module.model.parameters()
     assert any(not torch.equal(own, used) for own, used in zip(owned, seen[0], strict=True))
+
+
+def train_on_fast(collected: Path, folder: Path, *callbacks) -> Trainer:
+    """One step of each stage: FAST tokens, then flow."""
+    sizes = ModelConfig.preset("debug")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, sizes.horizon, 4)).astype(np.float32)
+    FastTokenizer.fit(chunks, vocab_size=sizes.fast_vocab_size).save(folder / "fast")
+    stages = {"pretrain": StageOptions(LossWeights(fast=1)), "posttrain": StageOptions(LossWeights(flow=1))}
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        logger=False,
+        default_root_dir=folder,
+        callbacks=[StageSwitch(1, 1, **stages), *callbacks],
+    )
+    sources = {"robot": LeRobotConfig(str(collected / "robot"))}
+    trainer.fit(Pi05Module(sizes), Pi05DataModule(sources, batch_size=2, num_workers=0, fast=folder / "fast"))
+    return trainer
+
+
+@pytest.mark.parametrize(("actions", "step"), [("fast", 1), ("flow", 2)])
+def test_rollouts_run_while_their_kind_of_actions_trains(collected, tmp_path, actions, step):
+    train_on_fast(collected, tmp_path, rollout(every_n_steps=1, episodes=1, actions=actions))
+    assert [film.name for film in (tmp_path / "rollouts").glob("*.mp4")] == [f"step-{step:08d}.mp4"]
+
+
+def test_rollout_of_fast_tokens_that_the_data_has_not_is_refused_at_the_start(collected, tmp_path):
+    with pytest.raises(ValueError, match="no FAST tokenizer"):
+        train(collected, tmp_path, rollout(every_n_steps=1000, actions="fast"))
 
 
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"episodes": 0}])

@@ -126,6 +126,15 @@ def test_every_mode_gets_the_same_initial_states_and_no_task_shares_them():
     assert not set(seeds["policy", "a"]) & set(seeds["policy", "b"])
 
 
+def test_policy_of_fast_tokens_runs_in_closed_loop(fast_policy, tmp_path):
+    options = {"episodes": 1, "modes": ("policy",), "max_seconds": 0.3, "num_workers": 1, "out": tmp_path}
+    with pytest.raises(ValueError, match=r"`actions: flow`.*It can act with `actions: fast`"):
+        rollout(fast_policy, ["reach-v3"], **options)
+    found = rollout(fast_policy, ["reach-v3"], actions="fast", **options)
+    assert found["actions"] == "fast"
+    assert found["failures"]["policy"] == {"reach-v3": {OUT_OF_TIME: 1}}
+
+
 # --- environments of LeRobot
 
 
