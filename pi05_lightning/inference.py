@@ -125,7 +125,7 @@ class Inference:
         self.hierarchical = predicts and trained.able("subtask") and acting.hierarchical is not False
         if acting.hierarchical is None and predicts and not self.hierarchical:
             warnings.warn(
-                "the policy was not trained to say subtasks, so the task alone conditions its actions", stacklevel=2
+                "the policy was not trained to say subtasks, so the task alone conditions its actions", stacklevel=3
             )
         self.generator = torch.Generator().manual_seed(seed)
         self.failed_decodes = 0

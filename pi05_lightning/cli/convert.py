@@ -11,7 +11,7 @@ import torch
 
 from pi05_lightning.cli.answers import MADE_UP, answers_of
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.local import replacing
+from pi05_lightning.files.local import read_json, replacing
 from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.weights.base import Weights
@@ -31,6 +31,7 @@ from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder, summar
 from pi05_lightning.weights.lerobot_processor import PALIGEMMA, inexpressible, read_processor, write_lerobot
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import (
+    CONFIG,
     WEIGHTS,
     build,
     map_tensors,
@@ -114,7 +115,7 @@ def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> lis
     try:
         text = weights.text_tokenizer()
     except ValueError as error:
-        if weights.tokenizer is not None:
+        if weights.tokenizer is not None or robot is not None:  # of what has no processor, no robot can be chosen
             raise
         notes = [
             f"written without {PROCESSOR}, as the tokenizer cannot be had: the weights are whole, a policy needs the"
@@ -187,6 +188,11 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
         for file in origin.iterdir():
             if file.name != UNREAD:
                 shutil.copyfile(file, folder / file.name)
+    if "type" not in read_json(folder / CONFIG, default={}):
+        raise ValueError(
+            f"{weights.path} came from openpi and without a tokenizer, so there is nothing to write LeRobot's files of:"
+            " convert it to ours again with --tokenizer FOLDER"
+        )
     config = PreTrainedConfig.from_pretrained(folder)
     assert isinstance(config, PI05Config)
     unfit = misfits(config, model.config, tensors)

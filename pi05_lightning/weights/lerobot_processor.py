@@ -32,6 +32,7 @@ IMAGE, STATE, ACTION = "observation.images.", "observation.state", "action"
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PALIGEMMA = "google/paligemma-3b-pt-224"
+EULER_STEPS = 10  # what both sample a chunk with, where nothing else is said
 FPS = 50.0  # π0.5's low level
 _VARIANTS = ("gemma_300m", "gemma_2b")
 ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
@@ -78,6 +79,8 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
         # unclipped, as both of them were trained
         Language(prompts=Prompts(clip_state=False), condition_on="task"),
     )
+    if (num_steps := values.get("num_inference_steps", EULER_STEPS)) != EULER_STEPS:
+        notes.append(f"LeRobot samples actions in {num_steps} steps: give the policy num_steps {num_steps}")
     return processor, [*notes, f"the control rate is in no file: taken as {FPS:g} per second"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -130,9 +130,11 @@ class PeriodicRollout(Callback):
         average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), WeightAverage())  # type: ignore[attr-defined]
         assert module.processor is not None
         training = {name: part.training for name, part in module.model.named_modules()}
+        # what was not trained so far is not asked for
+        acting = self.acting if module.trained.able("subtask") else replace(self.acting, hierarchical=False)
         with average.applied(module), trainer.precision_plugin.val_step_context():
             try:
-                yield Pi05Policy((module.model, module.processor), device=module.device, **asdict(self.acting))
+                yield Pi05Policy((module.model, module.processor), device=module.device, **asdict(acting))
             finally:
                 for name, part in module.model.named_modules():
                     part.training = training[name]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.convert import convert
+from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 
 from .conftest import ACTION_DIM, CONFIG, STATE_DIM, Copy, between_processors
@@ -67,6 +68,17 @@ def test_openpis_policy_acts_in_the_units_of_the_robot_that_is_named(openpi: Pat
     franka = Pi05Policy(openpi, tokenizer="tiny", robot="franka").predict_chunk(observation, noise)
     for ur5 in (Pi05Policy(openpi, tokenizer="tiny", robot="ur5"), Pi05Policy(tmp_path / "ur5")):
         np.testing.assert_allclose(ur5.predict_chunk(observation, noise), 100 * franka, rtol=1e-4)
+
+
+def test_openpis_weights_without_a_tokenizer_are_not_written_for_lerobot(openpi: Path, tmp_path: Path) -> None:
+    values = {"action_dim": CONFIG.action_dim, "action_horizon": CONFIG.horizon}
+    (openpi / "config.json").write_text(json.dumps(values))
+    save(tmp_path / "ours", locate(openpi).model())
+    (tmp_path / "ours" / "lerobot").mkdir()
+    shutil.copyfile(openpi / "config.json", tmp_path / "ours" / "lerobot" / "config.json")
+    save_file({}, tmp_path / "ours" / "lerobot" / "unread.safetensors")
+    with pytest.raises(ValueError, match="came from openpi and without a tokenizer"):
+        convert(source=tmp_path / "ours", target=tmp_path / "out", format="lerobot")
 
 
 # --- statistics
@@ -147,6 +159,13 @@ def test_renamed_observations_are_said(folder: Path, tmp_path: Path, capsys: pyt
     change_steps(folder, lambda steps: of(steps, "rename_observations_processor")["config"].update(rename_map=names))
     convert(source=folder, target=tmp_path / "ours")
     assert "LeRobot renames observations, {'observation.images.front'" in capsys.readouterr().out
+
+
+def test_other_number_of_euler_steps_is_said(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"num_inference_steps": 5}))
+    convert(source=folder, target=tmp_path / "ours")
+    assert "give the policy num_steps 5" in capsys.readouterr().out
 
 
 def test_two_tokenizers_are_listed(folder: Path) -> None:
