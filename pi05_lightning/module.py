@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Abilities, Trained, trained
+from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import fill
 
@@ -145,10 +146,19 @@ class Pi05Module(LightningModule):
             for name in auxiliary:
                 self.model.heads[name].reset_parameters()
             fill(self.model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=self.init_from)
-            self._trained = weights.trained
+            self._trained = self._carried_on(weights)
         else:
             self.model.to_empty(device=torch.get_default_device())
             self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
+
+    def _carried_on(self, weights: Weights) -> Trained:
+        """What weights were trained on that still holds here: not FAST tokens that stand for other actions now."""
+        found, fast = weights.trained, self.processor and self.processor.fast
+        if "fast" in found.terms and fast is not None:
+            theirs = weights.processor().fast
+            if theirs is None or theirs.to_dict() != fast.to_dict():
+                return replace(found, terms={name: n for name, n in found.terms.items() if name != "fast"})
+        return found
 
     def cpu(self) -> Pi05Module:
         """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""

@@ -29,14 +29,14 @@ Fit = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
-    """Train a stage for two steps, with a FAST tokenizer; the checkpoint."""
-    fast = tmp_path_factory.mktemp("fast")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size).save(fast)
+    """Train a stage for two steps, with a FAST tokenizer of `fast_seed`; the checkpoint."""
 
     def run(losses: dict[str, float], mixture: dict[str, float] | None = None, *callbacks: Any, **options: Any) -> Path:
         stage = StageOptions(LossWeights(**losses), mixture or {}, freeze=options.pop("freeze", ()))
         folder = tmp_path_factory.mktemp("run")
+        rng = np.random.default_rng(options.pop("fast_seed", 0))
+        chunks = rng.uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
+        FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size).save(folder / "fast")
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=-1,
@@ -50,7 +50,7 @@ def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
             default_root_dir=folder,
         )
         robot = LeRobotConfig(path=str(videos), val_fraction=0.2)
-        data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=fast)
+        data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=folder / "fast")
         trainer.fit(Pi05Module(**({"config": CONFIG} | options)), data)
         trainer.save_checkpoint(folder / "last.ckpt")
         return folder / "last.ckpt"
@@ -151,6 +151,13 @@ def test_adapters_and_average_are_trained_as_the_weights_are(fit: Fit, text_and_
         weights = locate(checkpoint, averaged=averaged)
         assert weights.trained.terms == {"text": 2, "fast": 2, "flow": 2}
         assert (weights.abilities.flow, weights.abilities.fast) == (True, True)
+
+
+def test_fast_tokens_that_stand_for_other_actions_now_were_not_trained(fit: Fit, text_and_fast: Path) -> None:
+    same, other = (fit({"flow": 1}, CONTINUOUS, init_from=str(text_and_fast), fast_seed=seed) for seed in (0, 1))
+    assert locate(same).trained.terms == {"text": 2, "fast": 2, "flow": 2}
+    assert locate(other).trained.terms == {"text": 2, "flow": 2}
+    assert not locate(other).abilities.fast
 
 
 # --- given actions
