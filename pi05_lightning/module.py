@@ -269,6 +269,13 @@ class Pi05Module(LightningModule):
 
     # --- checkpoints
 
+    def on_train_start(self) -> None:
+        self._trained_at = self.global_step
+
+    def on_fit_end(self) -> None:
+        # another trainer counts its steps from 0
+        self._trained, self._trained_at = self.trained, self.global_step
+
     @property
     def trained(self) -> Trained:
         """What the weights were trained on so far."""

@@ -124,6 +124,18 @@ def test_predicted_chunks_of_an_untrained_flow_head_are_refused(text_and_fast: P
         trainer.predict(Pi05Module(CONFIG), data, ckpt_path=text_and_fast)
 
 
+def test_module_that_was_trained_in_this_process_predicts_with_another_trainer(videos: Path, tmp_path: Path) -> None:
+    module, robot = Pi05Module(CONFIG), LeRobotConfig(path=str(videos), val_fraction=0.2)
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    options |= {"default_root_dir": tmp_path, "limit_val_batches": 0, "use_distributed_sampler": False}
+    flow = StageOptions(LossWeights(flow=1), CONTINUOUS)
+    for _ in range(2):
+        data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0)
+        Trainer(max_epochs=-1, callbacks=[StageSwitch(0, 2, posttrain=flow)], **options).fit(module, data)
+    Trainer(limit_predict_batches=1, **options).predict(module, data)
+    assert module.trained.terms == {"flow": 4}
+
+
 # --- what counts as trained
 
 
