@@ -10,13 +10,15 @@ import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
 from pi05_lightning.data.errors import BadImage
@@ -77,16 +79,16 @@ class VideoDecoder:
 
     def scan(self) -> Iterator[tuple[float, np.ndarray]]:
         """Every frame in order, with its time in seconds, as u8[3 h w]; raises BadImage where decoding fails."""
-        self._seek(0.0)
-        for frame in self._decode():
+        self._seek(-1)
+        for frame in self._frames:
             yield self._seconds(frame), self._pixels(frame)
 
     def read(self, timestamp: float, tolerance: float) -> np.ndarray:
         """The frame shown at `timestamp`, u8[3 h w]; raises BadImage when none is within `tolerance` seconds."""
         if not abs(timestamp - self._next) <= tolerance:
-            self._seek(timestamp)
+            self._seek_decodable(timestamp, timestamp + tolerance)
         last = None
-        for frame in self._decode():
+        for frame in self._frames:
             last = self._seconds(frame)
             if last >= timestamp - tolerance:
                 if last > timestamp + tolerance:
@@ -97,19 +99,52 @@ class VideoDecoder:
         nearest = "nothing after it" if last is None else f"the nearest frame is at {last:.4f} s; is fps right?"
         raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g} ({nearest})")
 
-    def _seek(self, timestamp: float) -> None:
+    def _seek_decodable(self, timestamp: float, latest: float) -> None:
+        """To a key frame from which the frame at `timestamp` decodes as it does in the order of the file.
+
+        Mostly the last one before it. In an open GOP frames that are shown before a key frame may be stored after it
+        and need what is stored before; and where columns of the picture are refreshed in turn, there is no whole
+        picture to begin with: what decodes first is no intra frame.
+        latest: the time by which the key frame and the first frame that decodes must be shown.
+        """
+        second = round(1 / self._time_base)
+        target, back = round(timestamp / self._time_base) - 1, 0
+        beginning = (self._stream.start_time or 0) - second
+        while True:
+            begin = self._seek(target)
+            first = None if begin is None else next(self._frames, None)
+            if first is not None:
+                self._frames = chain([first], self._frames)
+                if first.pict_type == PictureType.I and self._shown(begin, first) * self._time_base <= latest:
+                    return
+            if target < beginning:
+                return  # there is none: reading says what there is
+            reached = target if begin is None or begin.dts is None else min(begin.dts, target)
+            target = reached - 1 - back
+            back = max(2 * back, second)  # further each time, where a seek does not end at a key frame
+
+    @staticmethod
+    def _shown(begin: av.Packet | None, first: av.VideoFrame) -> int:
+        """When both the key frame and the first frame that decoded have been shown, in the stream's time base."""
+        return max(time for time in (begin and begin.pts, first.pts) if time is not None)
+
+    def _seek(self, pts: int) -> av.Packet | None:
+        """To the key frame at or before `pts`, in the stream's time base; its packet, None where there is none."""
         try:
-            pts = round(timestamp / self._time_base) - 1  # to the key frame at or before it
             self._container.seek(pts, stream=self._stream)
+            packets = self._container.demux(self._stream)
+            begin = next((packet for packet in packets if packet.is_keyframe), None)
         except av.FFmpegError as error:
             raise BadImage(f"{self.path} cannot be searched ({error})") from error
-        self._frames = self._container.decode(self._stream)
+        self._frames = self._decode(packets if begin is None else chain([begin], packets))
+        return begin
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
+    def _decode(self, packets: Iterable[av.Packet]) -> Iterator[av.VideoFrame]:
         try:
-            for frame in self._frames:
-                if frame.pts is not None:
-                    yield frame
+            for packet in packets:
+                for frame in packet.decode():
+                    if isinstance(frame, av.VideoFrame) and frame.pts is not None:
+                        yield frame
         except av.FFmpegError as error:
             raise BadImage(f"{self.path} is damaged ({error})") from error
 
@@ -174,12 +209,34 @@ class VideoFrames(FrameStore):
             yield position, error
 
 
-class ParquetFrames(FrameStore):
-    """Images encoded in a column of parquet files, as `datasets` stores them; position is the row in the file."""
+def holds_images(kind: pa.DataType) -> bool:
+    """Whether a column's type is one of those in which `datasets` and others store images, or where they are."""
+    if pa.types.is_struct(kind):
+        return not {"bytes", "path"}.isdisjoint(field.name for field in kind)
+    if pa.types.is_dictionary(kind):
+        return holds_images(kind.value_type)
+    texts = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
+    encoded = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
+    return any(is_kind(kind) for is_kind in (*texts, *encoded))
 
-    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, column: str, convert: bool = False):
+
+class ParquetFrames(FrameStore):
+    """Images in a column of parquet files, as `datasets` stores them: encoded, or the path of a file.
+
+    position is the row in the file.  root: folder of the dataset, where paths start; or they start at the parquet file.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        file: np.ndarray,
+        position: np.ndarray,
+        column: str,
+        root: Path,
+        convert: bool = False,
+    ):
         super().__init__(files, file, position, 0.25, convert)
-        self._column = column
+        self._column, self._root = column, root
         self._parquet: OpenFiles[int, pq.ParquetFile] = OpenFiles(
             lambda i: pq.ParquetFile(files[i], memory_map=True), capacity=32
         )
@@ -195,7 +252,7 @@ class ParquetFrames(FrameStore):
             value = self._groups[file, group][position - start]
         except (pa.ArrowException, OSError) as error:
             raise BadImage(f"{self.files[file]} is damaged ({error})") from error
-        return self._image(value)
+        return self._image(value, file)
 
     def count(self, file: int) -> int:
         return pq.read_metadata(self.files[file]).num_rows
@@ -206,7 +263,7 @@ class ParquetFrames(FrameStore):
             for batch in pq.ParquetFile(self.files[file]).iter_batches(batch_size=256, columns=[self._column]):
                 for value in batch.column(0):
                     try:
-                        yield position, self._image(value)
+                        yield position, self._image(value, file)
                     except BadImage as error:
                         yield position, error
                     position += 1
@@ -221,9 +278,19 @@ class ParquetFrames(FrameStore):
         file, group = key
         return self._parquet[file].read_row_group(group, columns=[self._column]).column(0)
 
-    def _image(self, value: pa.Scalar) -> np.ndarray:
+    def _image(self, value: pa.Scalar, file: int) -> np.ndarray:
         stored = value.as_py()
-        data = stored["bytes"] if isinstance(stored, dict) else stored
-        if not data:
+        path = None
+        if isinstance(stored, dict):
+            stored, path = stored.get("bytes"), stored.get("path")
+        elif isinstance(stored, str):
+            stored, path = None, stored
+        if stored:
+            return read_image(stored, self.convert)
+        if not path:
             raise BadImage("no image is stored for this frame")
-        return read_image(data, self.convert)
+        places = [folder / path for folder in (self._root, self.files[file].parent)]
+        found = next((place for place in places if place.exists()), None)
+        if found is None:
+            raise BadImage(f"{' and '.join(map(str, dict.fromkeys(places)))} do not exist")
+        return read_image(found, self.convert)

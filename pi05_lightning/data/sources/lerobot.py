@@ -337,7 +337,7 @@ class LeRobotSource(Source):
         columns, feature = self.columns, self.files.features[key]
         if feature["dtype"] == "image":
             store: FrameStore = ParquetFrames(
-                columns.files, columns.file, columns.file_row, key, self.config.convert_images
+                columns.files, columns.file, columns.file_row, key, self.files.root, self.config.convert_images
             )
         else:
             store = self._video(key)

@@ -1,0 +1,83 @@
+"""Videos as encoders write them: whatever the order of reading, a frame is what it is when all are read in order."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from pi05_lightning.data.errors import BadImage
+from pi05_lightning.data.frames import VideoDecoder
+
+RATE = 30
+CASES = {
+    "HEVC, open GOP of 3": ("a.mp4", "libx265", {"x265-params": "open-gop=1:keyint=3:min-keyint=1:bframes=2"}),
+    "HEVC, open GOP of 30": ("a.mp4", "libx265", {"x265-params": "open-gop=1:keyint=30:bframes=4"}),
+    "H.264, open GOP of 12": ("a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+    "H.264, open GOP of 4": ("a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=4:min-keyint=1:bframes=3"}),
+    "H.264, refreshed in columns": ("a.mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=20:bframes=0"}),
+    "H.264, one key frame": ("a.mp4", "libx264", {"g": "1000", "bf": "3"}),
+    "H.264 in Matroska": ("a.mkv", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+    "H.264 in a transport stream": ("a.ts", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}),
+    "AV1 as LeRobot": ("a.mp4", "libsvtav1", {"g": "2", "preset": "10"}),
+    "AV1, forward key frames": ("a.mp4", "libsvtav1", {"preset": "10", "svtav1-params": "irefresh-type=1:keyint=16"}),
+    "VP9": ("a.webm", "libvpx-vp9", {"g": "20", "deadline": "realtime", "lag-in-frames": "10"}),
+    "MPEG-2": ("a.mp4", "mpeg2video", {"g": "12", "bf": "2"}),
+    "MPEG-4": ("a.mp4", "mpeg4", {"g": "12", "bf": "2"}),
+}
+
+
+def encode(path: Path, codec: str, options: dict, first: int = 0, container: dict | None = None) -> None:
+    """101 frames of a moving texture, the first shown at that many frames."""
+    texture = np.random.default_rng(0).integers(0, 255, (64, 96, 3)).astype(np.uint8)
+    with av.open(str(path), "w", options=container or {}) as file:
+        stream = file.add_stream(codec, rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 96, 64, "yuv420p", options
+        for number in range(101):
+            image = np.roll(texture, 2 * number, axis=1)
+            image[10:30, 3 * number % 70 : 3 * number % 70 + 20] = (number, 255 - number, 128)
+            frame = av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = first + number, Fraction(1, RATE)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+def read_in_any_order(path: Path, orders: int = 2) -> np.ndarray:
+    """The times of all frames, after every frame was read in random orders and compared."""
+    in_order = list(VideoDecoder(path).scan())
+    decoder = VideoDecoder(path)
+    for seed in range(orders):
+        for index in np.random.default_rng(seed).permutation(len(in_order)):
+            time, expected = in_order[index]
+            np.testing.assert_array_equal(decoder.read(time, 1e-4), expected)
+    return np.array([time for time, _ in in_order])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_frame_is_the_same_in_any_order(tmp_path: Path, case: str) -> None:
+    name, codec, options = CASES[case]
+    encode(tmp_path / name, codec, options)
+    assert len(read_in_any_order(tmp_path / name)) == 101
+
+
+@pytest.mark.parametrize("container", [{}, {"use_editlist": "0"}, {"movflags": "frag_keyframe+empty_moov"}], ids=str)
+@pytest.mark.parametrize("first", [0, 50, -7])
+def test_a_video_may_begin_at_any_time(tmp_path: Path, first: int, container: dict) -> None:
+    encode(tmp_path / "a.mp4", "libx264", {"x264-params": "open-gop=1:keyint=12:bframes=3"}, first, container)
+    times = read_in_any_order(tmp_path / "a.mp4", orders=1)
+    np.testing.assert_allclose(np.diff(times), 1 / RATE, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["H.264, open GOP of 12", "H.264 in a transport stream", "AV1 as LeRobot"])
+@pytest.mark.parametrize("time", [-5.0, 0.05, 60.0])
+def test_a_time_without_a_frame_is_refused_in_finite_time(tmp_path: Path, case: str, time: float) -> None:
+    name, codec, options = CASES[case]
+    encode(tmp_path / name, codec, options)
+    decoder = VideoDecoder(tmp_path / name)
+    with pytest.raises(BadImage, match="has no frame at"):
+        decoder.read(time, 1e-4)
+    in_order = list(VideoDecoder(tmp_path / name).scan())
+    np.testing.assert_array_equal(decoder.read(in_order[40][0], 1e-4), in_order[40][1])
