@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +18,7 @@ from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler
 from pi05_lightning.data.processor import Language, Processor
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.samples import BadSampleCount, Samples, TrainLoader
 from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
@@ -125,6 +127,8 @@ class Pi05DataModule(LightningDataModule):
                 if without:
                     names = ", ".join(without)
                     log.warning("data.sources: no test part is declared in %s, so nothing of that is tested on", names)
+            for name, source in opened.items() if split != "train" else ():
+                source.check(self.processor.robots.get(name))
             self.opened[split] = opened
         return self.opened[split]
 
@@ -134,15 +138,35 @@ class Pi05DataModule(LightningDataModule):
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
         found = {name: source.robot() for name, source in self.sources("train").items()}
         robots = {name: robot for name, robot in found.items() if robot is not None}
+        fast = FastTokenizer.load(self.fast_path) if self.fast_path else None
+        if fast is not None:
+            self._check_fast(fast, robots)
+        for name, source in self.sources("train").items():
+            source.check(robots.get(name))
         return Processor(
             shapes=self.shapes,
             tokenizer=TextTokenizer.load(self.tokenizer_name),
             cameras=list(cameras),
             robots=robots,
             language=self.language,
-            fast=FastTokenizer.load(self.fast_path) if self.fast_path else None,
+            fast=fast,
             target_makers=self._model.target_makers if self._model else {},
         )
+
+    def _check_fast(self, fast: FastTokenizer, robots: Mapping[str, Robot]) -> None:
+        """ValueError for a tokenizer that was fitted on chunks of another size."""
+        remedy = "fit one with `pi05 tokenizer` on this run's YAML"
+        if fast.horizon not in (None, self.shapes.horizon):
+            raise ValueError(
+                f"data.fast {self.fast_path} was fitted on chunks of {fast.horizon} steps, and the model's horizon is"
+                f" {self.shapes.horizon}: {remedy}, or set model.config.horizon"
+            )
+        for name, robot in robots.items():
+            if robot.acts and fast.dim not in (None, robot.action_dim):
+                raise ValueError(
+                    f"data.fast {self.fast_path} was fitted on actions of {fast.dim} dims, and data.sources.{name} has"
+                    f" {robot.action_dim}: {remedy}"
+                )
 
     def prepare_data(self) -> None:
         for split in ("train", self.evaluated):
@@ -157,9 +181,10 @@ class Pi05DataModule(LightningDataModule):
         if trainer.max_steps == -1:
             raise ValueError("an endless run: set trainer.max_steps, or add the StageSwitch callback, which knows it")
         accumulate = trainer.accumulate_grad_batches
-        self._check_rejects()
         questions = self.language.questions_per_sample
         samples = Samples(self.sources("train"), self.processor, questions, self.augmentation)
+        self._check_rejects()
+        samples.try_longest()
         entries = samples.entries_with_lengths() if self.length_window > 1 else samples.entries
         self._mixture = Mixture(entries, self._model.terms, self.batch_size, self.seed, self.length_window)
         sampler = MixtureSampler(

@@ -11,7 +11,8 @@ import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import av
@@ -77,6 +78,21 @@ class VideoDecoder:
         """Frames by the header, 0 when it does not say."""
         return self._stream.frames
 
+    @property
+    def end(self) -> float:
+        """Seconds at which the last frame ends, by the header; infinite when it does not say."""
+        if self._stream.duration is None:
+            return math.inf
+        return float(((self._stream.start_time or 0) + self._stream.duration) * self._time_base)
+
+    def rate(self) -> float:
+        """Frames a second, the median of the first ones; NaN where there is at most one."""
+        self._seek(-1)
+        packets = islice(self._container.demux(self._stream), 64)
+        shown = sorted(packet.pts for packet in packets if packet.pts is not None)
+        steps = np.diff(shown)
+        return float(1 / (np.median(steps) * self._time_base)) if len(steps) and steps.all() else math.nan
+
     def scan(self) -> Iterator[tuple[float, np.ndarray]]:
         """Every frame in order, with its time in seconds, as u8[3 h w]; raises BadImage where decoding fails."""
         self._seek(-1)
@@ -112,21 +128,17 @@ class VideoDecoder:
         beginning = (self._stream.start_time or 0) - second
         while True:
             begin = self._seek(target)
-            first = None if begin is None else next(self._frames, None)
-            if first is not None:
+            first = next(self._frames, None)
+            if begin is not None and first is not None:
                 self._frames = chain([first], self._frames)
-                if first.pict_type == PictureType.I and self._shown(begin, first) * self._time_base <= latest:
+                shown = max(begin.pts or first.pts, first.pts)
+                if first.pict_type == PictureType.I and shown * self._time_base <= latest:
                     return
             if target < beginning:
                 return  # there is none: reading says what there is
             reached = target if begin is None or begin.dts is None else min(begin.dts, target)
             target = reached - 1 - back
             back = max(2 * back, second)  # further each time, where a seek does not end at a key frame
-
-    @staticmethod
-    def _shown(begin: av.Packet | None, first: av.VideoFrame) -> int:
-        """When both the key frame and the first frame that decoded have been shown, in the stream's time base."""
-        return max(time for time in (begin and begin.pts, first.pts) if time is not None)
 
     def _seek(self, pts: int) -> av.Packet | None:
         """To the key frame at or before `pts`, in the stream's time base; its packet, None where there is none."""
@@ -156,6 +168,38 @@ class VideoDecoder:
             raise BadImage(f"{self.path} is grey or transparent, not RGB; `convert_images: true` takes it nevertheless")
         rgb = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
         return np.ascontiguousarray(rgb.transpose(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class VideoHeader:
+    """What is known of a video without decoding it.
+
+    unreadable: why it cannot be read, if it cannot.  rate: frames a second, NaN if unknown.  end: of the last frame, s.
+    """
+
+    path: Path
+    unreadable: str = ""
+    rate: float = math.nan
+    end: float = math.inf
+
+    @classmethod
+    def read(cls, path: Path) -> VideoHeader:
+        if not path.exists():
+            return cls(path, f"{path} is missing")
+        try:
+            video = VideoDecoder(path)
+            return cls(path, rate=video.rate(), end=video.end)
+        except BadImage as error:
+            return cls(path, str(error))
+        except av.FFmpegError as error:
+            return cls(path, f"{path} is damaged ({error})")
+
+    def problem(self, fps: float) -> str:
+        """Why frames at this rate cannot be read from it; nothing where they can, as from one of twice the rate."""
+        times = max(1, round(self.rate / fps)) if math.isfinite(self.rate) else 1
+        if not self.unreadable and abs(self.rate / fps - times) > 0.02 * times:
+            return f"{self.path} has {self.rate:.6g} frames a second, and fps in meta/info.json is {fps:g}"
+        return self.unreadable
 
 
 class FrameStore(ABC):
@@ -282,9 +326,9 @@ class ParquetFrames(FrameStore):
         stored = value.as_py()
         path = None
         if isinstance(stored, dict):
-            stored, path = stored.get("bytes"), stored.get("path")
+            path, stored = stored.get("path"), stored.get("bytes")
         elif isinstance(stored, str):
-            stored, path = None, stored
+            path, stored = stored, None
         if stored:
             return read_image(stored, self.convert)
         if not path:

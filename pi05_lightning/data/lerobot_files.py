@@ -10,9 +10,12 @@ data/*/*.parquet, videos/*/*/*.mp4  frames, many episodes to a file
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+import shlex
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +65,18 @@ def find_dataset(path: str) -> Path:
 
 
 @dataclass(frozen=True)
+class DataFiles:
+    """The files under data/ that can be read, each with the episodes in it, i64 ascending; and why others cannot be."""
+
+    episodes: dict[Path, np.ndarray]
+    damaged: dict[Path, str]
+
+    def holding(self, episodes: np.ndarray | Sequence[int]) -> list[Path]:
+        """The files with rows of any of these episodes."""
+        return [path for path, inside in self.episodes.items() if np.isin(inside, episodes).any()]
+
+
+@dataclass(frozen=True)
 class LeRobotFiles:
     """One dataset's folder and what its metadata says."""
 
@@ -80,14 +95,22 @@ class LeRobotFiles:
         version = str(info.get("codebase_version"))
         if not version.startswith("v3."):
             raise ValueError(
-                f"{root} has LeRobot's format {version}, and v3 is needed: convert it with "
-                "python -m lerobot.scripts.convert_dataset_v21_to_v30"
+                f"{root} has LeRobot's format {version}, and v3 is needed: convert it{_conversion(root, version)}"
             )
+        _check_rate(root, info.get("fps"))
         parts = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
         if not parts:
             raise ValueError(f"{root} has no meta/episodes: it was not finalised, record it again or restore it")
-        episodes = pa.concat_tables([_read_episodes(part) for part in parts], promote_options="default")
-        return cls(root, info, episodes.sort_by("episode_index"))
+        try:
+            episodes = pa.concat_tables([_read_episodes(part) for part in parts], promote_options="permissive")
+        except pa.ArrowException as error:
+            raise ValueError(f"{root}/meta/episodes: its files have columns of different types ({error})") from error
+        files = cls(root, info, episodes.sort_by("episode_index"))
+        numbers = files.column("episode_index")
+        if (np.diff(numbers) == 0).any():
+            twice = numbers[:-1][np.diff(numbers) == 0].tolist()
+            raise ValueError(f"{root}/meta/episodes lists the episodes {twice} more than once: leave one row for each")
+        return files
 
     @property
     def fps(self) -> float:
@@ -115,7 +138,8 @@ class LeRobotFiles:
                 f" {', '.join(rows.column_names)}: write it with LeRobot, or rename them"
             )
         sentences = rows[names[0]].cast(pa.string())  # from any type of text, dictionaries too
-        return dict(zip(rows[f"{column}_index"].to_pylist(), sentences.to_pylist(), strict=True))
+        numbers = whole_numbers(rows[f"{column}_index"], f"{path}, {column}_index")
+        return dict(zip(numbers.tolist(), sentences.to_pylist(), strict=True))
 
     def cameras(self) -> list[str]:
         """Keys of the colour image features, in the dataset's order."""
@@ -126,18 +150,41 @@ class LeRobotFiles:
         ]
 
     def column(self, name: str) -> np.ndarray:
-        """One column of the episode table."""
-        return self.episodes.column(name).to_numpy()
+        """A column of whole numbers of the episode table, i64 per episode."""
+        return whole_numbers(self.episodes.column(name), f"{self.root}/meta/episodes, {name}")
 
     def video_column(self, key: str, name: str) -> np.ndarray:
         """What the episode table says of a camera's videos, f64 per episode; NaN where it says nothing."""
         column = f"videos/{key}/{name}"
         if column not in self.episodes.column_names:
             return np.full(len(self.episodes), np.nan)
-        return self.episodes.column(column).cast(pa.float64()).to_numpy()
+        return real_numbers(self.episodes.column(column), f"{self.root}/meta/episodes, {column}")
 
-    def data_path(self, chunk: int, file: int) -> Path:
-        return self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
+    @cached_property
+    def data(self) -> DataFiles:
+        """The data files, found as LeRobot finds them (`load_nested_dataset` in its `datasets/io_utils.py`).
+
+        By what is in them: the file numbers in meta/episodes are wrong after some merges and conversions, where nobody
+        noticed, since LeRobot does not follow them.
+        """
+        found: dict[Path, np.ndarray] = {}
+        damaged: dict[Path, str] = {}
+        for path in sorted((self.root / "data").glob("*/*.parquet")):
+            try:
+                column = pq.read_table(path, columns=["episode_index"]).column("episode_index")
+                found[path] = np.unique(whole_numbers(column, f"{path}, episode_index"))
+            except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+                damaged[path] = f"{path} is damaged ({error})"
+        return DataFiles(found, damaged)
+
+    def absent(self, episode: int) -> str:
+        """Why no data file has the rows of an episode."""
+        if self.data.damaged:
+            return next(iter(self.data.damaged.values()))
+        row = int(np.searchsorted(self.column("episode_index"), episode))
+        named = {f"{part}_index": int(self.column(f"data/{part}_index")[row]) for part in ("chunk", "file")}
+        path = self.root / self.info["data_path"].format(**named)
+        return f"no file in {self.root}/data has its rows" if path.exists() else f"{path} is missing"
 
     def video_path(self, key: str, chunk: int, file: int) -> Path:
         return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
@@ -273,22 +320,66 @@ def _union(contents: Sequence[set[Sentence]], rows: np.ndarray) -> set[Sentence]
     return set().union(*(contents[row] for row in np.flatnonzero(rows)))
 
 
-def vectors(table: pa.Table, key: str, width: int) -> tuple[np.ndarray, np.ndarray]:
+def whole_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """A column of any numeric type as i64[N]; ValueError, with `where` it is, for fractions, nulls and other types."""
+    try:
+        numbers = column.cast(pa.int64())
+    except pa.ArrowException as error:
+        raise ValueError(f"{where} holds {column.type} where whole numbers are expected ({error})") from error
+    if numbers.null_count:
+        raise ValueError(f"{where} holds nothing in {numbers.null_count} of {len(numbers)} rows")
+    return numbers.to_numpy()
+
+
+def real_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
+    """A column of any numeric type as f64[N], NaN for null; ValueError, with `where` it is, for other types."""
+    try:
+        return column.cast(pa.float64(), safe=False).to_numpy()
+    except pa.ArrowException as error:
+        raise ValueError(f"{where} holds {column.type} where numbers are expected ({error})") from error
+
+
+def vectors(column: pa.ChunkedArray, width: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     """A numeric column (numbers, or lists of `width` numbers) as f32[N width], and every row's number of values i64[N].
 
-    What is null becomes NaN, and so do rows with more or fewer values.
+    What is null becomes NaN, and so do rows with more or fewer values.  Any type of number and of list, as pandas,
+    polars and pyarrow write them; ValueError, with `where` it is, for other types.
     """
-    column = table.column(key).combine_chunks()
-    kinds = pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list
-    if not any(is_list(column.type) for is_list in kinds):
-        numbers = column.to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
-        return (numbers if width == 1 else np.full((len(column), width), np.nan, np.float32)), np.ones(len(column), int)
-    found = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    right = found == width
     values = np.full((len(column), width), np.nan, dtype=np.float32)
-    flat = column.filter(pa.array(right)).flatten().to_numpy(zero_copy_only=False)
-    values[right] = flat.astype(np.float32).reshape(-1, width)
-    return values, found
+    if not any(is_list(column.type) for is_list in _LISTS):
+        numbers = real_numbers(column, where).astype(np.float32)[:, None]
+        return (numbers if width == 1 else values), np.ones(len(column), int)
+    rows = column.combine_chunks()
+    sizes = pc.if_else(rows.is_valid(), pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    right = sizes == width
+    flat = pa.chunked_array([rows.filter(pa.array(right)).flatten()])
+    values[right] = real_numbers(flat, where).astype(np.float32).reshape(-1, width)
+    return values, sizes
+
+
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+
+
+def _check_rate(root: Path, fps: Any) -> None:
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not math.isfinite(fps) or fps <= 0:
+        raise ValueError(f"{root}/meta/info.json: fps is {fps!r}: write the number of frames a second")
+
+
+def _conversion(root: Path, version: str) -> str:
+    """How to convert a dataset of an older format, by what LeRobot's converter needs and asks for."""
+    if version != "v2.1":
+        return " to v2.1 and then to v3 with the converters of LeRobot's older releases"
+    name, folder = shlex.quote(f"{root.parent.name}/{root.name}"), shlex.quote(str(root))
+    return (
+        f" with\npython -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={name} --root={folder}"
+        f" --push-to-hub=false\nwhich keeps the old one as {root.name}_old"
+    )
 
 
 def _read_episodes(path: Path) -> pa.Table:

@@ -17,7 +17,7 @@ from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.prompt import ConditionOn, Prompts
-from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.robot import OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.types import (
     Answer,
@@ -33,8 +33,6 @@ from pi05_lightning.types import (
     TargetMaker,
     index_targets,
 )
-
-OUTLIER = 1e3  # a normalised value so far from -1..1 is a broken sensor, or a range that the statistics did not see
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,8 @@ class Processor:
         letterboxes = self._letterboxes(frame)
         frame = frame_to_model(self.normalize(frame, subset.source), letterboxes)
         modality, images = subset.modality, frame.images
-        _reject_outliers(frame)
+        if problem := outlier(frame):
+            raise BadFrame(f"{problem}. {OUTLIER_REMEDY}")
         prompts, language = self.language.prompts, self.language
         actions = mask = None
         if modality in (Modality.QA, Modality.WEB_CAPTION):
@@ -343,15 +342,3 @@ def few_lengths(length: int) -> int:
     """The length, rounded up by a 32nd at most: batches come in few distinct shapes, and none holds much padding."""
     step = 1 << max(0, length.bit_length() - 6)
     return -(-length // step) * step
-
-
-def _reject_outliers(frame: Frame) -> None:
-    """Raises BadFrame for normalised values that no statistics explain."""
-    for name, values in (("state", frame.state), ("action", frame.actions)):
-        if values is not None and values.size and not np.abs(values).max() <= OUTLIER:
-            worst = np.abs(values).reshape(-1, values.shape[-1]).max(0)
-            dim = int(np.argmax(~(worst <= OUTLIER)))
-            raise BadFrame(
-                f"dimension {dim} of its {name} is {worst[dim]:.3g} when normalised, and -1 to 1 is usual: the value is"
-                " wrong, or this dimension hardly ever changes. Correct it, leave the episode out, or set `min_range`"
-            )

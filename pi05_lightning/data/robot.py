@@ -11,6 +11,21 @@ import numpy as np
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame
 
+OUTLIER = 1e3  # a normalised value so far from -1..1 is a broken sensor, or a range that the statistics did not see
+OUTLIER_REMEDY = (
+    "The value is wrong, or this dimension hardly ever changes. Correct it, leave the episode out, or set `min_range`"
+)
+
+
+def outlier(frame: Frame) -> str | None:
+    """Which value of a normalised frame no statistics explain, in words; None where all are in reach."""
+    for name, values in (("state", frame.state), ("action", frame.actions)):
+        if values is not None and values.size and not np.abs(values).max() <= OUTLIER:
+            worst = np.abs(values).reshape(-1, values.shape[-1]).max(0)
+            dim = int(np.argmax(~(worst <= OUTLIER)))
+            return f"dimension {dim} of its {name} is {worst[dim]:.3g} when normalised, and -1 to 1 is usual"
+    return None
+
 
 @dataclass(frozen=True)
 class Robot:

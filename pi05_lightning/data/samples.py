@@ -19,6 +19,7 @@ from pi05_lightning.data.sources.base import Source
 from pi05_lightning.types import Batch, Drawn, Modality, Sample, Subset
 
 REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
+LONGEST = 4  # lengths that are tried before training
 FIRST_DRAWS = 200  # a share of fewer draws says little
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,17 @@ class Samples(Dataset[Sample]):
     def entries_with_lengths(self) -> list[Entry]:
         """The entries with their samples' lengths, from the sources' tables: no image is read for it."""
         return [self._with_lengths(entry) for entry in self.entries]
+
+    def try_longest(self) -> None:
+        """Make the samples with the longest texts, so that one too long is not found in the middle of a run.
+
+        Raises as reading them does; those of sources that skip bad samples are left to be replaced when drawn.
+        """
+        for number, entry in enumerate(self.entries_with_lengths()):
+            if self.sources[entry.subset.source].on_bad_sample != "skip":
+                _, first = np.unique(np.broadcast_to(entry.text, entry.size), return_index=True)
+                for index in first[::-1][:LONGEST]:  # characters are not quite tokens
+                    self._read(number, int(index), 0)
 
     def _with_lengths(self, entry: Entry) -> Entry:
         source, modality = entry.subset.source, entry.subset.modality

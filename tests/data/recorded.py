@@ -14,7 +14,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.types import Shapes
 
 HORIZON = 8
-SHAPES = Shapes(image_size=32, horizon=HORIZON, action_dim=4, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)
+SHAPES = Shapes(image_size=32, horizon=HORIZON, action_dim=5, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)
 LENGTHS = (12, 9, 15, 7, 11)  # of the episodes that conftest records
 STARTS = np.cumsum((0, *LENGTHS))
 

@@ -23,7 +23,7 @@ from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.types import Modality, Shapes, Subset
 
-from .test_lerobot_source import HORIZON, LENGTHS, data_file, edit_info, open_source, rewrite, truncate
+from .test_lerobot_source import HORIZON, LENGTHS, data_file, open_source, rewrite, truncate
 
 TOKENIZER = TextTokenizer.load("tiny")
 SHAPES = Shapes(32, HORIZON, 4, TOKENIZER.vocab_size, 32, 0)
@@ -81,17 +81,6 @@ def test_an_episode_without_video_of_a_camera_is_named(videos_copy: Path) -> Non
         open_source(videos_copy, cameras=None)
     source = open_source(videos_copy, cameras=None, on_bad_sample="skip")
     assert set(source.episode) == {1, 2, 3, 4}
-
-
-def test_a_rate_that_is_not_the_videos_is_an_error_at_the_first_frame_between_two(videos_copy: Path) -> None:
-    rows = sum(LENGTHS)
-    frames = pq.read_table(data_file(videos_copy))["frame_index"].to_numpy()
-    edit_info(videos_copy, fps=15)
-    rewrite(data_file(videos_copy), timestamp=(frames / 15).astype(np.float32))
-    source = open_source(videos_copy, cameras=None)
-    assert len(source) == rows
-    with pytest.raises(BadSample, match=r"episode 0, frame 1, top: .* has no frame at 0.0667 s"):
-        source[1]
 
 
 # --- images in parquet

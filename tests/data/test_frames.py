@@ -200,8 +200,9 @@ def test_skipping_keeps_the_frames_that_a_truncated_video_still_has(videos_copy:
 @pytest.mark.parametrize("content", [b"", b"no video at all"])
 def test_a_file_that_is_no_video_is_named(videos_copy: Path, content: bytes) -> None:
     video(videos_copy).write_bytes(content)
-    with pytest.raises(BadSample, match=r"episode 0, frame 0, top: .*file-000\.mp4 cannot be opened as a video"):
-        open_source(videos_copy)[0]
+    named = r"episode 0, frame 0, observation.images.top: .*file-000\.mp4 cannot be opened as a video"
+    with pytest.raises(BadSample, match=named):
+        open_source(videos_copy)
 
 
 def test_a_timestamp_between_frames_is_an_error(videos_copy: Path) -> None:

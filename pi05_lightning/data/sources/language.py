@@ -20,6 +20,8 @@ from pi05_lightning.types import Answer
 
 PERSISTENT = "language_persistent"
 EVENTS = "language_events"
+SUBTASK_INDEX = "subtask_index"
+_FIELDS = {PERSISTENT: {"style", "content", "timestamp"}, EVENTS: {"style", "role", "content", "camera"}}
 _BATCH_ROWS = 4096  # bounds memory: a persistent row repeats all of its episode's text
 _TIME_TOLERANCE = 1e-4  # seconds, LeRobot's own: timestamps are float32 in one column and may be float64 in the other
 
@@ -30,10 +32,17 @@ def read_language(
     """The language rows of one data file, by row in that file.
 
     first_rows: i64, ascending, the first row of each episode.  Returns (persistent rows by an episode's first row,
-    event rows by frame); a column that is not in `columns` gives nothing.
+    event rows by frame); a column that is not in `columns` gives nothing.  ValueError for one of another type.
     """
     persistent: dict[int, list[dict]] = {}
     events: dict[int, list[dict]] = {}
+    schema = pq.read_schema(path)
+    for name in columns:
+        rows = getattr(schema.field(name).type, "value_type", None)
+        absent = _FIELDS[name] - ({field.name for field in rows} if rows and pa.types.is_struct(rows) else set())
+        if absent and not pa.types.is_null(schema.field(name).type):
+            raise ValueError(f"{path}, {name} holds {schema.field(name).type}, which lacks {sorted(absent)}")
+    columns = [name for name in columns if not pa.types.is_null(schema.field(name).type)]
     start = 0
     for batch in pq.ParquetFile(path).iter_batches(batch_size=_BATCH_ROWS, columns=columns):
         stop = start + batch.num_rows
@@ -51,8 +60,13 @@ def read_language(
 
 
 def active_subtasks(rows: Iterable[dict], timestamps: np.ndarray) -> list[str | None]:
-    """The subtask active at each timestamp of an episode: the last one that began by then, None before the first."""
-    changes = [row for row in rows if row["style"] == "subtask" and row["content"]]
+    """The subtask active at each timestamp of an episode: the last one that began by then, None before the first.
+
+    ValueError for one that does not say when it begins.
+    """
+    changes = [row for row in rows if row["style"] == "subtask" and row["content"] and row["content"].strip()]
+    if any(row["timestamp"] is None for row in changes):
+        raise ValueError(f"{PERSISTENT}: a subtask has no timestamp")
     changes.sort(key=lambda row: row["timestamp"])
     began = np.array([row["timestamp"] for row in changes], dtype=np.float32)
     which = np.searchsorted(began, timestamps.astype(np.float32) + np.float32(_TIME_TOLERANCE), side="right") - 1
@@ -102,7 +116,8 @@ class TextColumn:
 
     @classmethod
     def of_texts(cls, texts: Iterable[str | None]) -> TextColumn:
-        encoded = pa.array([text or None for text in texts], type=pa.string()).dictionary_encode()
+        filled = [text if text and text.strip() else None for text in texts]
+        encoded = pa.array(filled, type=pa.string()).dictionary_encode()
         codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
         return cls(encoded.dictionary.to_pylist(), codes.astype(np.int32))
 

@@ -6,7 +6,9 @@ uint8, language columns become subtasks and answers, and data that cannot be tra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,15 +17,18 @@ import numpy as np
 
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
-from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames
+from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
+from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns, sentences_of_episodes
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.statistics import FeatureStats, offsets, steps_trained_on
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame, Modality, Shapes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class LeRobotConfig(SourceConfig):
     episodes: list[int] | str | None = None
     """Only these episode numbers, or those that meet an SQL condition on their metadata, as "length >= 50"."""
     subtask_key: str | None = None
-    """Column with the subtask, as text or as subtask_index; by default language_persistent, else subtask_index."""
+    """Column with the subtask, as text or as subtask_index; by default language_persistent, and for episodes that have
+    none there subtask_index."""
     box_range: float | None = None
     """What boxes written as numbers in language_events reach to: 1 or 1000, say; by default the image's pixels."""
     task: str | None = None
@@ -78,7 +84,14 @@ class LeRobotConfig(SourceConfig):
 
     def open(self, name: str, split: Split, shapes: Shapes) -> LeRobotSource:
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
-        return LeRobotSource(self, name, split, shapes.horizon, (shapes.image_size, shapes.image_size))
+        source = LeRobotSource(self, name, split, shapes.horizon, (shapes.image_size, shapes.image_size))
+        dims = source.columns.action.shape[1]
+        if dims > shapes.action_dim:
+            raise ValueError(
+                f"dataset {name!r}: its action has {dims} dims, and the model has {shapes.action_dim}: set"
+                f" model.config.action_dim to {dims} or more, or name fewer action_keys"
+            )
+        return source
 
 
 class LeRobotSource(Source):
@@ -102,9 +115,11 @@ class LeRobotSource(Source):
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = np.ones(len(self.columns.episode), dtype=bool)
+        self._robot: Robot | None = None
         self._reject_values()
         self._images = {camera: self._store(key) for key, camera in self.cameras.items()}
         self._rows = np.flatnonzero(self._kept)
+        self._say_how_it_is_read()
         if not any(cache.missing() for cache in self._caches.values()):
             self._reject_undecoded()
         if len(episodes) and not len(self._rows):
@@ -112,7 +127,10 @@ class LeRobotSource(Source):
 
     def __reduce__(self) -> tuple:
         # a spawned worker reads the columns anew: quicker than pickling them
-        return LeRobotSource, (self.config, self.name, self.split, self.horizon, self.image_size)
+        return LeRobotSource, (self.config, self.name, self.split, self.horizon, self.image_size), self._robot
+
+    def __setstate__(self, robot: Robot | None) -> None:
+        self.check(robot)
 
     @property
     def camera_names(self) -> list[str]:
@@ -169,6 +187,39 @@ class LeRobotSource(Source):
             fill(list(self._caches.values()), f"{self.name} ({self.split})")
             self._reject_undecoded()
 
+    def check(self, robot: Robot | None) -> None:
+        """Leave out the frames that this robot's statistics do not explain; BadSample unless they are to be skipped."""
+        self._robot = robot
+        if robot is None:
+            return
+        columns = self.columns
+        far_state, far_action = self._beyond(robot.normalize.state, columns.state), self._far_chunks(robot)
+        for keys, bad in ((self.config.state_keys, far_state), (self.config.action_keys, far_action)):
+            bad &= self._kept
+            if bad.any():
+                row = int(np.argmax(bad))
+                actions, is_pad = self._chunk(row)
+                frame = Frame({}, state=columns.state[row], actions=actions, action_is_pad=is_pad)
+                self._reject(bad, " + ".join(keys), outlier(robot.to_model(frame)) or "", OUTLIER_REMEDY, row)
+        self._rows = np.flatnonzero(self._kept)
+
+    @staticmethod
+    def _beyond(quantiles: Quantiles, values: np.ndarray) -> np.ndarray:
+        """Which rows f32[N D] hold a value that no statistics explain, bool[N]."""
+        return (np.abs(quantiles.normalize(values)) > OUTLIER).any(axis=1)
+
+    def _far_chunks(self, robot: Robot) -> np.ndarray:
+        """Which rows' chunks hold such a value, bool[N]."""
+        columns, relative, quantiles = self.columns, robot.relative, robot.normalize.action
+        if relative is None:
+            return self._in_chunk(self._beyond(quantiles, columns.action))
+        far = np.zeros(len(columns.end), dtype=bool)
+        for step in range(self._steps):
+            action = columns.action[np.minimum(np.arange(len(far)) + step, columns.end - 1)]
+            action[:, list(relative.dims)] -= columns.state[:, list(relative.state_dims)]
+            far |= self._beyond(quantiles, action)
+        return far
+
     def robot(self) -> Robot | None:
         """Statistics of what is trained on, rate, tasks and names; None without state and actions.
 
@@ -208,6 +259,14 @@ class LeRobotSource(Source):
         if cameras is None:
             cameras = {key: key.rpartition(".")[2] for key in available}
         self._check_known(cameras, available, "image feature", "`cameras`")
+        for key in cameras:
+            shape = self.files.features[key]["shape"]
+            channels = (3, 1, 4) if self.config.convert_images else (3,)
+            if len(shape) != 3 or not {shape[0], shape[-1]} & {*channels}:
+                raise ValueError(
+                    f"dataset {self.name!r}: {key} has images of shape {list(shape)}, which are not RGB: take others"
+                    " as `cameras`, or grey and transparent ones with `convert_images: true`"
+                )
         if len(set(cameras.values())) < len(cameras):
             raise ValueError(
                 f"dataset {self.name!r}: two features share a camera name in {cameras}; name them in `cameras`"
@@ -224,6 +283,7 @@ class LeRobotSource(Source):
             if given is not None and not 1 <= given <= self.horizon:
                 raise ValueError(
                     f"dataset {self.name!r}: horizon_steps {given} is not from 1 to the model's horizon, {self.horizon}"
+                    " (model.config.horizon)"
                 )
             return self.horizon if given is None else given
         steps = round(seconds * fps)
@@ -231,6 +291,7 @@ class LeRobotSource(Source):
             raise ValueError(
                 f"dataset {self.name!r}: horizon_seconds {seconds:g} is {seconds * fps:g} frames at {fps:g} fps; "
                 f"it must be a whole number of them, from 1 to the model's horizon of {self.horizon}"
+                " (model.config.horizon)"
             )
         return steps
 
@@ -312,17 +373,42 @@ class LeRobotSource(Source):
         remedy = "Add it to meta/tasks.parquet or give `task`"
         self._reject(self._task.codes < 0, "task_index", "it has no task sentence", remedy)
         bad_state, bad_action = (~np.isfinite(values).all(axis=1) for values in (columns.state, columns.action))
-        # a chunk is bad when a bad step lies between its frame and its end
-        bad_until = np.concatenate([[0], np.cumsum(bad_action)])
-        stop = np.minimum(np.arange(len(bad_action)) + self._steps, columns.end)
-        bad_chunk = bad_until[stop] > bad_until[:-1]
         remedy = "Correct the data or leave the episode out with `episodes`"
         for keys, values, bad in (
             (self.config.state_keys, columns.state, bad_state),
-            (self.config.action_keys, columns.action, bad_chunk),
+            (self.config.action_keys, columns.action, self._in_chunk(bad_action)),
         ):
             for row, dim in np.argwhere(~np.isfinite(values))[:1]:
                 self._reject(bad, " + ".join(keys), f"value {dim} is {values[row, dim]}", remedy, row)
+
+    def _say_how_it_is_read(self) -> None:
+        """Warn of what the data leaves open, once."""
+        columns, where = self.columns, f"dataset {self.name!r}, {self.split} split"
+        gaps = (np.diff(columns.timestamp) > 1.5 / self.files.fps) & (np.diff(columns.episode) == 0)
+        if gaps.any():
+            log.warning(
+                "%s: between %d of its frames and the next, the first in %s, some were left out. As in LeRobot, an"
+                " action chunk goes on with the frames that there are, and there takes less time than it had",
+                where,
+                gaps.sum(),
+                columns.address(int(np.argmax(gaps))),
+            )
+        indexed, timed = columns.subtasks_from[SUBTASK_INDEX], columns.subtasks_from[PERSISTENT]
+        if indexed and PERSISTENT in self.files.features and self.config.subtask_key is None:
+            log.warning(
+                "%s: %s has subtasks of %d episodes; those of %d others are taken from %s. Name the one that counts as"
+                " `subtask_key` to read no other",
+                where,
+                PERSISTENT,
+                timed,
+                indexed,
+                SUBTASK_INDEX,
+            )
+
+    def _in_chunk(self, bad: np.ndarray) -> np.ndarray:
+        """Which rows' chunks hold a row for which bool[N] holds, bool[N]."""
+        until = np.concatenate([[0], np.cumsum(bad)])
+        return until[np.minimum(np.arange(len(bad)) + self._steps, self.columns.end)] > until[:-1]
 
     def _reject(self, bad: np.ndarray, what: str, problem: str, remedy: str, row: int | None = None) -> None:
         """Leave out the frames for which bool[N] holds, if any; row: the one to name, by default the first of them."""
@@ -357,10 +443,16 @@ class LeRobotSource(Source):
         location = np.nan_to_num(np.stack([chunk, number], axis=1), nan=-1).astype(np.int64)
         numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
         paths = [files.video_path(key, *number) for number in numbers]
-        for i, path in enumerate(paths):
-            if not path.exists():
-                self._reject((file == i) & ~np.isnan(start), key, f"{path} is missing", remedy)
         position, config = start + columns.timestamp, self.config
+        with ThreadPoolExecutor() as pool:
+            headers = list(pool.map(VideoHeader.read, paths))
+        for i, header in enumerate(headers):
+            here = (file == i) & ~np.isnan(start)
+            self._reject(here & bool(header.problem(files.fps)), key, header.problem(files.fps), remedy)
+            late = here & (position > header.end + config.tolerance_s) & self._kept
+            if late.any():
+                shown = f"{paths[i]} ends at {header.end:.4f} s, and this frame is at {position[late][0]:.4f} s of it"
+                self._reject(late, key, shown, "Correct where the episode is in meta/episodes, or restore the video")
         return VideoFrames(paths, file.astype(np.int32), position, config.tolerance_s, config.convert_images)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.errors import BadFrame, Rejects
-from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence, vectors
+from pi05_lightning.data.frames import holds_images
+from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence, real_numbers, vectors, whole_numbers
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
+    SUBTASK_INDEX,
     AnswerColumn,
     TextColumn,
     active_subtasks,
@@ -44,6 +47,7 @@ class Columns:
 
     episode, frame i64[N];  timestamp f64[N], from the episode's start;  end i64[N]: the row where the frame's episode
     ends;  file i32[N], into files, and file_row i64[N] in it;  state f32[N S], action f32[N A].
+    subtasks_from: episodes that have subtasks, by the column which holds them.
     """
 
     files: list[Path]
@@ -58,6 +62,7 @@ class Columns:
     task: TextColumn
     subtask: TextColumn
     answers: AnswerColumn
+    subtasks_from: Counter[str]
 
     def address(self, row: int) -> str:
         return f"episode {self.episode[row]}, frame {self.frame[row]}"
@@ -67,7 +72,8 @@ class Columns:
 class _File:
     """One data file, M rows.
 
-    begins: i64, the rows where an episode begins.  persistent, events: its language rows, see `read_language`.
+    begins: i64, the rows where an episode begins.  subtask_keys: the columns with subtasks, in the order in which they
+    are asked.  persistent, events: its language rows, see `read_language`.
     """
 
     path: Path
@@ -76,7 +82,7 @@ class _File:
     frame: np.ndarray
     timestamp: np.ndarray
     begins: np.ndarray
-    subtask_key: str | None
+    subtask_keys: list[str]
     persistent: dict[int, list[dict]]
     events: dict[int, list[dict]]
 
@@ -87,15 +93,13 @@ class _File:
 def read_columns(files: LeRobotFiles, episodes: np.ndarray, wanted: Wanted, rejects: Rejects) -> Columns:
     """The rows of chosen episodes. Unreadable files, and episodes that are empty or incomplete, are rejects."""
     place = np.searchsorted(files.column("episode_index"), episodes)
-    length = files.column("length")[place]
-    for episode in episodes[length == 0]:
+    lengths = dict(zip(episodes.tolist(), files.column("length")[place].tolist(), strict=True))
+    for episode in [episode for episode, length in lengths.items() if length <= 0]:
         rejects.add(f"episode {episode}", "it has no frames", "Leave it out with `episodes`", 0)
-    location = np.stack([files.column(f"data/{part}_index")[place] for part in ("chunk", "file")], axis=1)
+        del lengths[episode]
     paths, parts = [], []
-    for number in np.unique(location[length > 0], axis=0):
-        inside = (location == number).all(axis=1) & (length > 0)
-        path = files.data_path(*number)
-        part = _read_file(files, path, dict(zip(episodes[inside], length[inside], strict=True)), wanted, rejects)
+    for path, inside in _by_file(files, lengths, rejects).items():
+        part = _read_file(files, path, inside, wanted, rejects)
         if part:
             paths.append(path)
             parts.append(part)
@@ -106,21 +110,41 @@ def sentences_of_episodes(files: LeRobotFiles, subtask_key: str | None) -> dict[
     """The tasks and subtasks of every episode's frames; none of an unusable file, which `read_columns` reports."""
     found: dict[int, set[Sentence]] = {}
     tasks = files.sentences("tasks", "task")
-    numbers = np.stack([files.column(f"data/{part}_index") for part in ("chunk", "file")], axis=1)
-    for number in np.unique(numbers[files.column("length") > 0], axis=0):
+    for path in files.data.episodes:
         try:
-            file = _open(files, files.data_path(*number), Wanted({}, {}, subtask_key, {}, {}))
-        except BadFrame:
+            file = _open(files, path, Wanted({}, {}, subtask_key, {}, {}))
+            codes = whole_numbers(file.table.column("task_index"), f"{path}, task_index").tolist()
+        except ValueError:
             continue
         try:
-            subtasks = _subtasks(files, file, np.ones(len(file.episode), dtype=bool))
+            subtasks, _ = _subtasks(files, file, np.ones(len(file.episode), dtype=bool))
         except ValueError:
             subtasks = [None] * len(file.episode)
-        codes = file.table.column("task_index").to_numpy().tolist()
         for episode, code, subtask in set(zip(file.episode.tolist(), codes, subtasks, strict=True)):
             here = found.setdefault(episode, set())
             here |= {("task", task)} if (task := tasks.get(code)) else set()
             here |= {("subtask", subtask)} if subtask else set()
+    return found
+
+
+def _by_file(files: LeRobotFiles, lengths: dict[int, int], rejects: Rejects) -> dict[Path, dict[int, int]]:
+    """{number: frames} of the episodes that each data file holds; those in no file, or in several, are rejects."""
+    holders: dict[int, list[Path]] = {episode: [] for episode in lengths}
+    for path, inside in files.data.episodes.items():
+        for episode in inside.tolist():
+            if episode in holders:
+                holders[episode].append(path)
+    absent = [episode for episode, paths in holders.items() if not paths]
+    if absent:
+        where, frames = f"episodes {min(absent)} to {max(absent)}", sum(lengths[episode] for episode in absent)
+        rejects.add(where, files.absent(absent[0]), "Restore it from its origin", frames)
+    found: dict[Path, dict[int, int]] = {}
+    for episode, paths in holders.items():
+        if len(paths) > 1:
+            problem = f"its rows are in more than one file, {' and '.join(map(str, paths))}"
+            rejects.add(f"episode {episode}", problem, "Remove the file that is left over", lengths[episode])
+        elif paths:
+            found.setdefault(paths[0], {})[episode] = lengths[episode]
     return found
 
 
@@ -134,80 +158,116 @@ def _read_file(
     where = f"episodes {min(lengths)} to {max(lengths)}"
     try:
         file = _open(files, path, wanted)
-    except BadFrame as error:
-        rejects.add(where, str(error), f"Restore {path} from its origin", sum(lengths.values()))
-        return {}
-    keep = _complete(file, lengths, rejects)
-    numbers = {key: _numbers(file, key, width, keep, rejects) for key, width in (wanted.state | wanted.action).items()}
-    answers = _answers(file, keep, wanted, rejects)
-    kept = int(keep.sum())
-    try:
-        subtask = _subtasks(files, file, keep)
+        task = whole_numbers(file.table.column("task_index"), f"{path}, task_index")
+        widths = wanted.state | wanted.action
+        numbers = {key: vectors(file.table.column(key), width, f"{path}, {key}") for key, width in widths.items()}
     except ValueError as error:
-        problem, remedy = str(error), "Restore it, or name another column as `subtask_key`"
-        rejects.add(f"{where}, {file.subtask_key}", problem, remedy, 0)
-        subtask = [None] * kept
-    none = np.empty((kept, 0), np.float32)
+        rejects.add(where, str(error), f"Correct {path} or restore it from its origin", sum(lengths.values()))
+        return {}
+    keep = _complete(file, lengths, files.fps, rejects)
+    values = {key: _numbers(file, key, *numbers[key], keep, rejects) for key in widths}
+    answers = _answers(file, keep, wanted, rejects)
+    try:
+        subtask, subtasks_from = _subtasks(files, file, keep)
+    except ValueError as error:
+        rejects.add(where, f"{path}, {error}", "Restore it, or name another column as `subtask_key`", 0)
+        subtask, subtasks_from = [None] * int(keep.sum()), Counter()
+    none = np.empty((int(keep.sum()), 0), np.float32)
     return {
         "file_row": np.flatnonzero(keep),
-        "episode": file.episode[keep].astype(np.int64),
-        "frame": file.frame[keep].astype(np.int64),
+        "episode": file.episode[keep],
+        "frame": file.frame[keep],
         "timestamp": file.timestamp[keep],
-        "state": np.concatenate([none, *(numbers[key] for key in wanted.state)], axis=1),
-        "action": np.concatenate([none, *(numbers[key] for key in wanted.action)], axis=1),
-        "task": file.table.column("task_index").to_numpy()[keep],
+        "state": np.concatenate([none, *(values[key] for key in wanted.state)], axis=1),
+        "action": np.concatenate([none, *(values[key] for key in wanted.action)], axis=1),
+        "task": task[keep],
         "subtask": subtask,
+        "subtasks_from": subtasks_from,
         "answers": answers,
     }
 
 
 def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
-    """The wanted columns of a file; raises BadFrame for one that is missing, damaged, or lacks a column."""
+    """The wanted columns of a file; ValueError for one that is damaged, lacks a column, or has one of another type."""
     try:
-        present = pq.read_schema(path).names
-        found = (name for name in (PERSISTENT, "subtask_index") if name in present)
-        subtask_key = next(found, None) if wanted.subtask_key is None else wanted.subtask_key
+        schema = pq.read_schema(path)
+        present = schema.names
+        either = [name for name in (PERSISTENT, SUBTASK_INDEX) if name in present]
+        subtask_keys = either if wanted.subtask_key is None else [wanted.subtask_key]
         names = {"episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action}
-        if subtask_key not in (None, PERSISTENT):
-            names.add(subtask_key)
+        names |= {*subtask_keys} - {PERSISTENT}
         images = {key for key in wanted.cameras if files.features[key]["dtype"] == "image"}
-        absent = sorted((names | images) - set(present))
+        absent = sorted((names | images | {*subtask_keys}) - set(present))
         if absent:
             raise BadFrame(f"{path} has no columns {absent}")
+        for key in images:
+            if not holds_images(schema.field(key).type):
+                raise BadFrame(f"{path}, {key} holds {schema.field(key).type}, and neither images nor their paths")
         table = pq.read_table(path, columns=sorted(names))
-        episode = table.column("episode_index").to_numpy()
+        episode, frame = (
+            whole_numbers(table.column(name), f"{path}, {name}") for name in ("episode_index", "frame_index")
+        )
+        timestamp = real_numbers(table.column("timestamp"), f"{path}, timestamp")
         begins = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
-        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, subtask_key)]
+        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, *subtask_keys)]
         persistent, events = read_language(path, language, begins) if language else ({}, {})
-    except FileNotFoundError as error:
-        raise BadFrame(f"{path} is missing") from error
     except (pa.ArrowException, OSError) as error:
         raise BadFrame(f"{path} is damaged ({error})") from error
-    frame, timestamp = table.column("frame_index").to_numpy(), table.column("timestamp").to_numpy().astype(np.float64)
-    return _File(path, table, episode, frame, timestamp, begins, subtask_key, persistent, events)
+    return _File(path, table, episode, frame, timestamp, begins, subtask_keys, persistent, events)
 
 
-def _complete(file: _File, lengths: dict[int, int], rejects: Rejects) -> np.ndarray:
-    """bool[M]: rows of wanted episodes that have all their frames, in order; the others are rejects."""
-    rows_before = np.repeat(file.begins, np.diff(file.begins, append=len(file.frame)))
-    in_order = file.frame == np.arange(len(file.frame)) - rows_before
-    keep = np.isin(file.episode, list(lengths))
-    for number, length in lengths.items():
-        rows = file.episode == number
-        problem = None
-        if rows.sum() != length:
-            problem = f"{file.path} has {rows.sum()} of its {length} frames"
-        elif not in_order[rows].all():
+def _complete(file: _File, lengths: dict[int, int], fps: float, rejects: Rejects) -> np.ndarray:
+    """bool[M]: rows of wanted episodes that have all their frames, in order and in time; the others are rejects.
+
+    Frames that somebody left out, idle ones, leave gaps in `frame_index`: what counts is the rows, as for LeRobot.
+    """
+    runs: dict[int, list[slice]] = {number: [] for number in lengths}
+    for begin, end in zip(file.begins.tolist(), [*file.begins[1:].tolist(), len(file.episode)], strict=True):
+        if file.episode[begin] in runs:
+            runs[int(file.episode[begin])].append(slice(begin, end))
+    keep = np.zeros(len(file.episode), dtype=bool)
+    for number, parts in runs.items():
+        found, remedy = sum(part.stop - part.start for part in parts), f"Restore {file.path} from its origin"
+        if found != lengths[number]:
+            problem = f"{file.path} has {found} of its {lengths[number]} frames"
+        elif len(parts) > 1 or (np.diff(file.frame[parts[0]]) <= 0).any():
             problem = "its frames are out of order"
+        else:
+            problem = _mistimed(file.timestamp[parts[0]], file.frame[parts[0]], fps)
+            remedy = f"Correct fps in meta/info.json, or the timestamps in {file.path}"
         if problem:
-            rejects.add(f"episode {number}", problem, f"Restore {file.path} from its origin", length)
-            keep &= ~rows
+            rejects.add(f"episode {number}", problem, remedy, lengths[number])
+        else:
+            keep[parts[0]] = True
     return keep
 
 
-def _numbers(file: _File, key: str, width: int, keep: np.ndarray, rejects: Rejects) -> np.ndarray:
+def _mistimed(timestamp: np.ndarray, frame: np.ndarray, fps: float) -> str:
+    """What is wrong with an episode's timestamps f64[T] in seconds, nothing for those that come at `fps`.
+
+    What counts is the median step, which frames that were left out do not change.  It may be off by a fiftieth, and by
+    what it varies where the steps do, as those of a clock that ran beside the robot.
+    """
+    steps = np.diff(timestamp)
+    wrong = np.flatnonzero(~(steps > 0)) if np.isfinite(timestamp[0]) else np.array([-1])
+    if len(wrong):
+        before, here = timestamp[wrong[0]], timestamp[wrong[0] + 1]
+        order = f", after {before:.6g} s" if wrong[0] >= 0 else ""
+        return f"its timestamps do not increase: frame {frame[wrong[0] + 1]} is at {here:.6g} s{order}"
+    if not len(steps):
+        return ""
+    step = float(np.median(steps))
+    jitter = 3 * float(np.median(np.abs(steps - step))) / np.sqrt(len(steps))
+    if abs(step - 1 / fps) <= 0.02 / fps + jitter:
+        return ""
+    return f"its timestamps come at {1 / step:.6g} a second, and fps in meta/info.json is {fps:g}"
+
+
+def _numbers(
+    file: _File, key: str, values: np.ndarray, sizes: np.ndarray, keep: np.ndarray, rejects: Rejects
+) -> np.ndarray:
     """A feature's kept rows, f32[N width]. Rows of another width are NaN: their frames are left out with NaN's."""
-    values, sizes = vectors(file.table, key, width)
+    width = values.shape[1]
     wrong = np.flatnonzero((sizes != width) & keep)
     if len(wrong):
         problem = f"{sizes[wrong[0]]} values where meta/info.json says {width}"
@@ -229,28 +289,45 @@ def _answers(file: _File, keep: np.ndarray, wanted: Wanted, rejects: Rejects) ->
     return answers
 
 
-def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> list[str | None]:
-    """The kept rows' subtasks; ValueError for a column that holds neither texts nor numbers that stand for some."""
-    key = file.subtask_key
-    if key is None:
-        return [None] * int(keep.sum())
-    if key == PERSISTENT:
-        ends = np.append(file.begins[1:], len(file.timestamp))
-        texts: list[str | None] = []
-        for begin, end in zip(file.begins, ends, strict=True):
-            if keep[begin]:
-                texts += active_subtasks(file.persistent[begin], file.timestamp[begin:end])
-        return texts
-    column = file.table.column(key)
-    if pa.types.is_integer(column.type):
-        sentences = files.sentences("subtasks", "subtask")
-        if not sentences:
-            raise ValueError("it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
-        return [sentences.get(code) for code in column.filter(keep).to_pylist()]
-    text = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not any(is_text(text) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
-        raise ValueError(f"it holds {column.type}: a subtask is text, or a number as in subtask_index")
-    return column.cast(pa.string()).filter(keep).to_pylist()
+def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> tuple[list[str | None], Counter[str]]:
+    """The kept rows' subtasks, and how many episodes have theirs from which column.
+
+    An episode's are in the first column that holds any for it.  ValueError, with the column, for one that holds
+    neither texts nor numbers that stand for some.
+    """
+    texts: list[str | None] = []
+    found_in: Counter[str] = Counter()
+    columns: dict[str, list[str | None]] = {}
+    for begin, end in zip(file.begins.tolist(), [*file.begins[1:].tolist(), len(file.episode)], strict=True):
+        if not keep[begin]:
+            continue
+        here: list[str | None] = [None] * (end - begin)
+        for key in file.subtask_keys:
+            if key == PERSISTENT:
+                here = active_subtasks(file.persistent.get(begin, []), file.timestamp[begin:end])
+            else:
+                if key not in columns:
+                    columns[key] = _subtask_texts(files, file.table.column(key), key)
+                here = columns[key][begin:end]
+            if any(here):
+                found_in[key] += 1
+                break
+        texts += here
+    return texts, found_in
+
+
+def _subtask_texts(files: LeRobotFiles, column: pa.ChunkedArray, key: str) -> list[str | None]:
+    """A column of texts, or of numbers of sentences in meta/subtasks.parquet, as texts."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+        return column.cast(pa.string()).to_pylist()
+    numbers = real_numbers(column, key) if pa.types.is_primitive(kind) else np.array([0.5])
+    if not (np.isnan(numbers) | (numbers == np.round(numbers))).all():
+        raise ValueError(f"{key}: it holds {column.type}: a subtask is text, or a number as in subtask_index")
+    sentences = files.sentences("subtasks", "subtask")
+    if not sentences and (numbers >= 0).any():
+        raise ValueError(f"{key}: it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
+    return [sentences.get(number) for number in numbers.tolist()]
 
 
 def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[dict[str, Any]], wanted: Wanted) -> Columns:
@@ -280,4 +357,5 @@ def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[dict[str, A
             for start, part in zip(starts, parts, strict=False)
             for row, answer in part["answers"]
         ),
+        subtasks_from=sum((part["subtasks_from"] for part in parts), Counter()),
     )
