@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +22,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.fast import Chunks, Quality, measure, read_chunks
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.local import write_json
+from pi05_lightning.models.config import ModelConfig
 
 console = Console()
 
@@ -28,15 +30,15 @@ console = Console()
 def tokenizer(
     dataset: list[str] | str,
     out: Path = Path("fast"),
-    horizon: int = 50,
-    vocab_size: int = 1024,
+    horizon: int | None = None,
+    vocab_size: int | None = None,
     scale: float = 10,
     coverage: float = 1.0,
-    action_keys: list[str] = ["action"],  # noqa: B006
-    state_keys: list[str] = ["observation.state"],  # noqa: B006
-    relative_dims: list[int] = [],  # noqa: B006
+    action_keys: list[str] | None = None,
+    state_keys: list[str] | None = None,
+    relative_dims: list[int] | None = None,
     min_range: float | None = None,
-    val_fraction: float = 0.1,
+    val_fraction: float | None = None,
     max_chunks: int = 20_000,
     max_rmse: float | None = None,
 ) -> None:
@@ -46,32 +48,33 @@ def tokenizer(
 
     Args:
         dataset: folder or Hub id, or several as [a, b]; or a run's YAML, whose LeRobot sources it is fitted on, each
-            with its own keys, relative dims and held-out episodes.
+            with its own keys, relative dims, range and held-out episodes; these options are then refused.
         out: folder for the tokenizer, report.json and reconstruction.png.
-        horizon: actions in a chunk, the model's `horizon`.
-        vocab_size: of the tokenizer, at most the model's `fast_vocab_size`.
+        horizon: actions in a chunk; by default the `horizon` of a YAML's model.config, else 50.
+        vocab_size: of the tokenizer; by default the `fast_vocab_size` of a YAML's model.config, else 1024.
         scale: steps per unit of a DCT coefficient; more is more exact and costs tokens.
         coverage: share of coefficients that must be spelled; below 1 rare large ones are clipped.
-        action_keys: features concatenated into the action.
-        state_keys: features concatenated into the state, for relative dims.
+        action_keys: features concatenated into the action; by default [action].
+        state_keys: features concatenated into the state, for relative dims; by default [observation.state].
         relative_dims: dims of the action to take relative to the state at the chunk's first step, as in training.
         min_range: widen dims of less range to this, as in training.
-        val_fraction: share of episodes held out, as in training.
+        val_fraction: share of episodes held out, as in training; by default 0.1.
         max_chunks: of each dataset, evenly spaced.
         max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
 
-    Raises ValueError when an error exceeds max_rmse, and for datasets that cannot be read.
+    Raises ValueError when an error exceeds max_rmse, and for datasets and options that do not fit.
     """
-    given = LeRobotConfig(
-        "",
-        cameras={},
-        state_keys=state_keys if relative_dims else [],
-        action_keys=action_keys,
-        relative_dims=relative_dims,
-        min_range=min_range,
-        val_fraction=val_fraction,
-    )
-    datasets = read_datasets([dataset] if isinstance(dataset, str) else dataset, given, horizon, max_chunks)
+    options = {
+        "action_keys": action_keys,
+        "state_keys": state_keys,
+        "relative_dims": relative_dims,
+        "min_range": min_range,
+        "val_fraction": val_fraction,
+    }
+    paths = [dataset] if isinstance(dataset, str) else dataset
+    sources = sources_of(paths, {name: value for name, value in options.items() if value is not None})
+    horizon, vocab_size = chunk_and_vocabulary(paths, horizon, vocab_size)
+    datasets = read_datasets(sources, horizon, max_chunks)
     fast = FastTokenizer.fit(
         [chunks["train"].actions for chunks in datasets.values()], vocab_size, scale, coverage, console.is_terminal
     )
@@ -87,24 +90,54 @@ def tokenizer(
     console.print(f"{fast.bpe.get_vocab_size()} tokens. Written to {out}", soft_wrap=True, highlight=False)
 
 
+def chunk_and_vocabulary(paths: Sequence[str], horizon: int | None, vocab_size: int | None) -> tuple[int, int]:
+    """Both as given, else as the model of a run's YAML has them, else π0.5's, which is said."""
+    found = [
+        read_configuration([path], {"model.config": ModelConfig})["model.config"] for path in filter(is_yaml, paths)
+    ]
+    models = [model for model in found if model is not None]
+    sizes = {model.horizon for model in models}
+    if horizon is None and len(sizes) > 1:
+        raise ValueError(f"{', '.join(paths)}: their models have the horizons {sorted(sizes)}: say which as `horizon`")
+    if horizon is None:
+        horizon = sizes.pop() if sizes else ModelConfig.horizon
+        console.print(f"chunks of {horizon} actions, {'the horizon of the model' if models else 'as π0.5 has them'}")
+    if vocab_size is None:
+        vocab_size = min((model.fast_vocab_size for model in models), default=ModelConfig.fast_vocab_size)
+    if horizon < 1:
+        raise ValueError(f"horizon is {horizon}: it must be at least 1")
+    return horizon, vocab_size
+
+
+def is_yaml(path: str) -> bool:
+    return path.endswith((".yaml", ".yml"))
+
+
 def read_datasets(
-    paths: Sequence[str], given: LeRobotConfig, horizon: int, max_chunks: int
+    sources: Mapping[str, LeRobotConfig], horizon: int, max_chunks: int
 ) -> dict[str, dict[Split, Chunks]]:
     """Chunks of every dataset by its name, several read at a time."""
-    configs = sources_of(paths, given)
     with ThreadPoolExecutor() as pool:  # most of it is in libraries that let go of the interpreter
         read = partial(read_chunks, horizon=horizon, max_chunks=max_chunks)
-        each = track(pool.map(read, configs.values()), "reading", len(configs), console=console, transient=True)
-        return dict(zip(configs, each, strict=True))
+        each = track(pool.map(read, sources.values()), "reading", len(sources), console=console, transient=True)
+        return dict(zip(sources, each, strict=True))
 
 
-def sources_of(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotConfig]:
-    """What to read, by name: datasets with the keys that were given, or a YAML file's sources with their own."""
+def sources_of(paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, LeRobotConfig]:
+    """What to read, by name: datasets with the options that were given, or a YAML file's sources with their own.
+
+    ValueError where there are none, and for options beside a YAML, which they would contradict.
+    """
     found: dict[str, LeRobotConfig] = {}
     for path in paths:
-        if not path.endswith((".yaml", ".yml")):
-            found[path] = replace(given, path=path)
+        if not is_yaml(path):
+            found[path] = _of_actions(LeRobotConfig(path, **options))
             continue
+        if options:
+            raise ValueError(
+                f"{path} says itself how its sources are read: leave out {', '.join(options)}, or set them there, under"
+                " data.sources"
+            )
         sources = read_configuration([path], {"data.sources": dict[str, SourceConfig]})["data.sources"] or {}
         for name, config in sources.items():
             if isinstance(config, LeRobotConfig) and config.action_keys:
@@ -113,6 +146,11 @@ def sources_of(paths: Sequence[str], given: LeRobotConfig) -> dict[str, LeRobotC
     if not found:
         raise ValueError(f"{', '.join(paths)}: no LeRobotConfig with actions under data.sources")
     return found
+
+
+def _of_actions(config: LeRobotConfig) -> LeRobotConfig:
+    """The same without what chunks do not need: images, and a state that nothing is relative to."""
+    return replace(config, cameras={}, state_keys=config.state_keys if config.relative_dims else [])
 
 
 def check_error(results: Sequence[Quality], max_rmse: float, scale: float, out: Path) -> None:

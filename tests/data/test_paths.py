@@ -15,7 +15,7 @@ from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.types import Modality, Shapes
 
 SHAPES = Shapes(image_size=32, horizon=4, action_dim=4, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)
-NAMES = ["[ab]*", "run?", "**", "day=3", "robot:1", "{a,b}", "it's", "back\\slash", "50 %d #1"]
+NAMES = ["[ab]*", "run?", "**", "day=3", "robot:1", "a::b", "zip::x", "{a,b}", "it's", "back\\slash", "50 %d #1"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -105,6 +105,8 @@ class LeRobotSource(Source):
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
         self.files = LeRobotFiles.open(find_dataset(config.path))
+        if config.task is not None and not config.task.strip():
+            raise ValueError(f"dataset {name!r}: `task` is {config.task!r}: say what is done, or leave it out")
         self.cameras = self._cameras()
         self._steps = self._chunk_steps()
         state, action = self._widths(config.state_keys), self._widths(config.action_keys)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
@@ -274,7 +275,9 @@ class VisionTextSource(Source):
             boxes, labels = _boxes(row[kind]), _texts(row[config.labels_column])
             if row[kind] is not None and len(boxes) != len(labels):
                 return f"{len(boxes)} boxes but {len(labels)} labels"
-            return None if all(isinstance(label, str) for label in labels) else "labels must be texts"
+            if not all(isinstance(label, str) for label in labels):
+                return "labels must be texts"
+            return None if all(label.strip() for label in labels) else "a label is empty"
         texts = [_texts(row[name]) for name in config.texts[kind]]
         if len(texts[0]) != len(texts[-1]):
             return f"{len(texts[0])} questions but {len(texts[-1])} answers"
@@ -306,11 +309,11 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
     found: Any
     try:
         if any((local / name).exists() for name in _SAVED_BY_DATASETS):
-            found = datasets.load_from_disk(local)
+            found = datasets.load_from_disk(_plain(local))
         elif local.exists():
             files, builder = _data_files(local)
             folders = list(dict.fromkeys([*folders, *(file.parent for part in files.values() for file in part)]))
-            names = {part: [escape(str(file)) for file in group] for part, group in files.items()}
+            names = {part: [escape(str(_plain(file))) for file in group] for part, group in files.items()}
             found = datasets.load_dataset(builder, data_files=names, streaming=streaming)
         elif is_hub_id(config.path):
             found = datasets.load_dataset(config.path, config.subset, streaming=streaming)
@@ -324,6 +327,21 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
         reason = error.__cause__ or error
         raise ValueError(f"{config.path} cannot be read ({reason}): restore it from its origin") from error
     return folders, parts
+
+
+def _plain(path: Path) -> Path:
+    """The file or folder under a name that fsspec, through which `datasets` reads, does not take for a chain of URLs.
+
+    That is a link in the cache of `datasets`, the same for the same path, as what is cached goes by it.
+    """
+    if "::" not in str(path) and "://" not in str(path):
+        return path
+    digest = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
+    link = Path(datasets.config.HF_DATASETS_CACHE) / "pi05_links" / digest / path.name.replace(":", "_")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        link.symlink_to(path)
+    return link
 
 
 def _data_files(local: Path) -> tuple[dict[str, list[Path]], str]:
