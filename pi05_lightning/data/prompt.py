@@ -64,6 +64,8 @@ class Prompts:
         }
         for name, names in allowed.items():
             template = getattr(self, name)
+            if not template.strip():
+                raise ValueError(f"prompts.{name} is {template!r}: write a template, of {sorted(names)}")
             unknown = {part for _, part, _, _ in Formatter().parse(template) if part is not None} - names
             if unknown:
                 raise ValueError(f"prompts.{name} is {template!r}, and {sorted(unknown)} is none of {sorted(names)}")

@@ -25,6 +25,7 @@ from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+_DatasetError = datasets.exceptions.DatasetGenerationError
 _SHUFFLE_BUFFER = 1000  # rows read ahead of a stream, to mix those of a file
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
 
@@ -78,6 +79,11 @@ class VisionTextConfig(SourceConfig):
     on_bad_sample: OnBadSample = "error"
     """Whether a row that cannot be trained on stops the run or is left out, counted and logged."""
 
+    def __post_init__(self) -> None:
+        for key in ("caption_prompt", "box_prompt", "camera"):
+            if not getattr(self, key).strip():
+                raise ValueError(f"{key} is {getattr(self, key)!r}: write what is meant, or leave it out")
+
     def open(self, name: str, split: Split, shapes: Shapes) -> VisionTextSource:
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
         return VisionTextSource(self, name, split)
@@ -102,11 +108,15 @@ class VisionTextSource(Source):
         self._folders, parts = _load(config)
         self._data, rows = self._part(parts, split)
         self._has_camera = config.camera_column in self._data.column_names
+        named = self._data.unique(config.camera_column) if self._has_camera else [config.camera]
+        if not all(isinstance(camera, str) and camera.strip() for camera in named):
+            raise ValueError(f"dataset {name!r}: {config.camera_column} does not name a camera in every row: {named}")
+        self._cameras = sorted(named)
         self._rows, self._kind = self._with_text(rows)
 
     @property
     def camera_names(self) -> list[str]:
-        return sorted(self._data.unique(self.config.camera_column)) if self._has_camera else [self.config.camera]
+        return self._cameras
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -243,7 +253,15 @@ class VisionTextSource(Source):
                 f" its columns are {present}: say which of them hold what"
             )
         wanted = {*needed, *({config.camera_column} & set(present))}.union(*kinds)
-        return data.select_columns(sorted(wanted)).cast_column(config.image_column, datasets.Image(decode=False))
+        data, key = data.select_columns(sorted(wanted)), config.image_column
+        try:
+            if data.features[key] == datasets.Value("string_view"):  # which `datasets` casts to no image
+                data = data.cast_column(key, datasets.Value("string"))
+            return data.cast_column(key, datasets.Image(decode=False))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise ValueError(
+                f"dataset {self.name!r}, {key} holds {data.features[key]}, and neither images nor their paths"
+            ) from error
 
     def _with_text(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Row i64 and kind of text i64 of every frame, by kind; rows without text, or a wrong one, are rejected."""
@@ -307,25 +325,29 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
     folders, files = [local], dict[str, list[Path]]()
     streaming = config.stream_rows is not None
     found: Any
+    is_saved = any((local / name).exists() for name in _SAVED_BY_DATASETS)
+    if local.exists() and not is_saved:
+        files, builder = _data_files(local)
+    elif not local.exists() and not is_hub_id(config.path):
+        raise ValueError(f"{config.path}: no such file or folder. Name one, or a Hub id as owner/name.")
     try:
-        if any((local / name).exists() for name in _SAVED_BY_DATASETS):
+        if is_saved:
             found = datasets.load_from_disk(_plain(local))
-        elif local.exists():
-            files, builder = _data_files(local)
+        elif files:
             folders = list(dict.fromkeys([*folders, *(file.parent for part in files.values() for file in part)]))
             names = {part: [escape(str(_plain(file))) for file in group] for part, group in files.items()}
             found = datasets.load_dataset(builder, data_files=names, streaming=streaming)
-        elif is_hub_id(config.path):
-            found = datasets.load_dataset(config.path, config.subset, streaming=streaming)
         else:
-            raise ValueError(f"{config.path}: no such file or folder. Name one, or a Hub id as owner/name.")
+            found = datasets.load_dataset(config.path, config.subset, streaming=streaming)
         parts = dict(found) if isinstance(found, dict) else {"train": found}
         if config.stream_rows is not None:
             version = [(str(file), file.stat().st_mtime_ns) for group in files.values() for file in group]
             parts = {name: _some_rows(part, [name, version], config) for name, part in parts.items()}
-    except (pa.ArrowException, OSError, datasets.exceptions.DatasetGenerationError) as error:
+    except (pa.ArrowException, OSError, ValueError, NotImplementedError, _DatasetError) as error:
         reason = error.__cause__ or error
-        raise ValueError(f"{config.path} cannot be read ({reason}): restore it from its origin") from error
+        raise ValueError(
+            f"{config.path} cannot be read ({reason}): correct it, or restore it from its origin"
+        ) from error
     return folders, parts
 
 
@@ -385,8 +407,9 @@ def _rows(rows: datasets.IterableDataset) -> Any:
     yield from rows
 
 
-def _texts(value: str | Sequence[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else list(value)
+def _texts(value: Any) -> list[Any]:
+    """The texts of a cell, whatever is in it instead: one is as a list of one."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _boxes(value: Sequence[Any] | None) -> list[Sequence[float]]:
