@@ -1,0 +1,103 @@
+"""Where an episode's subtasks are: in language_persistent, or in subtask_index where that holds none for it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pi05_lightning.data.errors import BadSample
+from tests.data.recorded import LENGTHS, STARTS, data_file, open_source, rewrite
+
+EPISODES = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
+
+
+def annotate(root: Path, without: tuple[int, ...], codes: list | pa.Array | None = None) -> None:
+    """subtask_index beside language_persistent, which keeps only its plans in these episodes."""
+    persistent = pq.read_table(data_file(root))["language_persistent"]
+    rows = [
+        [row for row in rows if row["style"] != "subtask" or episode not in without]
+        for episode, rows in zip(EPISODES, persistent.to_pylist(), strict=True)
+    ]
+    codes = (EPISODES % 2).tolist() if codes is None else codes
+    rewrite(data_file(root), language_persistent=pa.array(rows, persistent.type), subtask_index=codes)
+    table = pa.table({"subtask": ["wipe", "fold"], "subtask_index": [0, 1]})
+    pq.write_table(table, root / "meta" / "subtasks.parquet")
+
+
+def subtasks(root: Path, **options) -> list[str | None]:
+    source = open_source(root, **options)
+    return [source[int(start) + 4].subtask for start in STARTS[:-1]]
+
+
+def test_subtask_index_counts_where_language_holds_no_subtask(
+    videos_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    annotate(videos_copy, without=(0, 1, 2, 3, 4))
+    with caplog.at_level(logging.WARNING):
+        assert subtasks(videos_copy) == ["wipe", "fold", "wipe", "fold", "wipe"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "language_persistent has subtasks of 0 episodes; those of 5 others are taken from subtask_index" in said
+
+
+def test_each_episode_has_the_subtasks_that_there_are(videos_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    annotate(videos_copy, without=(1, 3))
+    with caplog.at_level(logging.WARNING):
+        assert subtasks(videos_copy) == ["reach 0", "fold", "reach 2", "fold", "reach 4"]
+    assert "language_persistent has subtasks of 3 episodes; those of 2 others" in caplog.text
+
+
+def test_a_named_column_is_the_only_one(videos_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    annotate(videos_copy, without=(1, 3))
+    with caplog.at_level(logging.WARNING):
+        named = [subtasks(videos_copy, subtask_key=key) for key in ("language_persistent", "subtask_index")]
+    assert named == [["reach 0", None, "reach 2", None, "reach 4"], ["wipe", "fold", "wipe", "fold", "wipe"]]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_both_splits_decide_alike(videos_copy: Path, split: str) -> None:
+    annotate(videos_copy, without=(0, 1, 2, 3, 4))
+    source = open_source(videos_copy, split, val_fraction=0.4)
+    assert {source[index].subtask for index in range(len(source))} <= {"wipe", "fold"}
+
+
+@pytest.mark.parametrize(
+    "codes",
+    [
+        pa.array(EPISODES % 2, pa.int32()),
+        pa.array(EPISODES % 2, pa.uint8()),
+        pa.array([None if episode == 4 else float(episode % 2) for episode in EPISODES]),
+        pa.array((EPISODES % 2).astype(float)).dictionary_encode(),
+    ],
+    ids=["int32", "uint8", "float with nulls, as pandas", "categorical"],
+)
+def test_subtask_numbers_may_be_of_any_type(videos_copy: Path, codes: pa.Array) -> None:
+    annotate(videos_copy, without=(0, 1, 2, 3, 4), codes=codes)
+    last = None if codes.null_count else "wipe"
+    assert subtasks(videos_copy) == ["wipe", "fold", "wipe", "fold", last]
+
+
+def test_a_blank_subtask_is_none(videos_copy: Path) -> None:
+    annotate(videos_copy, without=(0, 1, 2, 3, 4))
+    table = pa.table({"subtask": ["wipe", "  "], "subtask_index": [0, 1]})
+    pq.write_table(table, videos_copy / "meta" / "subtasks.parquet")
+    assert subtasks(videos_copy) == ["wipe", None, "wipe", None, "wipe"]
+
+
+def test_a_language_column_of_another_shape_is_named(videos_copy: Path) -> None:
+    rewrite(data_file(videos_copy), language_persistent=["reach"] * sum(LENGTHS))
+    with pytest.raises(BadSample, match=r"file-000.parquet, language_persistent holds string, which lacks"):
+        open_source(videos_copy)
+
+
+def test_language_columns_without_any_row_hold_nothing(videos_copy: Path) -> None:
+    nothing = pa.nulls(sum(LENGTHS))
+    rewrite(data_file(videos_copy), language_persistent=nothing, language_events=nothing)
+    source = open_source(videos_copy)
+    assert source[9].subtask is None
+    assert source[3].answers == ()
