@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.recorded import STARTS, data_file, open_source
+from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.statistics import compute
+from tests.data.recorded import LENGTHS, STARTS, data_file, open_source, rewrite
 
 
 def with_language(table: pa.Table) -> pa.Table:
@@ -73,13 +76,147 @@ def test_subtasks_may_be_any_type_of_text(pictures_copy: Path, kind: pa.DataType
     assert open_source(pictures_copy, subtask_key="words")[int(STARTS[3])].subtask == "reach 3"
 
 
-def test_vectors_may_be_large_lists(pictures_copy: Path) -> None:
-    expected = open_source(pictures_copy)[5]
-    table = pq.read_table(data_file(pictures_copy))
-    for key in ("action", "observation.state"):
-        place = table.column_names.index(key)
-        table = table.set_column(place, key, table[key].cast(pa.large_list(pa.float32())))
-    pq.write_table(table, data_file(pictures_copy))
-    found = open_source(pictures_copy)[5]
-    assert np.array_equal(found.state, expected.state)
-    assert np.array_equal(found.actions, expected.actions)
+# --- numbers
+
+
+def cast(path: Path, **kinds: pa.DataType) -> None:
+    """Write columns of a parquet file as other types."""
+    table = pq.read_table(path)
+    for name, kind in kinds.items():
+        values = table[name].combine_chunks()
+        if pa.types.is_dictionary(kind):
+            values = values.dictionary_encode()
+        elif pa.types.is_decimal(kind):
+            values = pa.array([Decimal(str(round(value, 3))) for value in values.to_pylist()], kind)
+        elif values.type != kind:
+            values = pa.array(values.to_pylist(), kind) if pa.types.is_nested(kind) else values.cast(kind)
+        table = table.set_column(table.column_names.index(name), name, values)
+    pq.write_table(table, path)
+
+
+def frames(root: Path) -> list:
+    source = open_source(root, cameras=None)
+    return [source[index] for index in range(0, len(source), 7)]
+
+
+def assert_same(found: list, expected: list) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.task, ours.subtask) == (theirs.task, theirs.subtask)
+        np.testing.assert_allclose(ours.state, theirs.state, atol=2e-3)
+        np.testing.assert_allclose(ours.actions, theirs.actions, atol=2e-3)
+        np.testing.assert_array_equal(ours.images["top"], theirs.images["top"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.int8(),
+        pa.int32(),
+        pa.uint16(),
+        pa.uint64(),
+        pa.float32(),
+        pa.float64(),
+        pa.decimal128(12, 0),
+        pa.dictionary(pa.int32(), pa.int64()),
+    ],
+    ids=str,
+)
+def test_indices_may_be_of_any_type_that_holds_whole_numbers(pictures_copy: Path, kind: pa.DataType) -> None:
+    expected = frames(pictures_copy)
+    names = ("episode_index", "frame_index", "task_index", "index")
+    cast(data_file(pictures_copy), **dict.fromkeys(names, kind))
+    meta = next((pictures_copy / "meta" / "episodes").glob("*/*.parquet"))
+    cast(meta, **dict.fromkeys(("episode_index", "length", "data/file_index"), kind))
+    cast(pictures_copy / "meta" / "tasks.parquet", task_index=kind)
+    assert_same(frames(pictures_copy), expected)
+    assert compute(pictures_copy, ["action"], [1, 3])["action"].count == LENGTHS[1] + LENGTHS[3]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.decimal128(12, 3), pa.dictionary(pa.int32(), pa.float32())], ids=str)
+def test_timestamps_may_be_of_any_type_of_number(videos_copy: Path, kind: pa.DataType) -> None:
+    expected = frames(videos_copy)
+    cast(data_file(videos_copy), timestamp=kind)
+    meta = next((videos_copy / "meta" / "episodes").glob("*/*.parquet"))
+    column = "videos/observation.images.top/from_timestamp"
+    cast(meta, **{column: pa.float32(), "videos/observation.images.top/file_index": pa.float64()})
+    assert_same(frames(videos_copy), expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float64()),
+        pa.list_(pa.float16()),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.float32(), 3),
+        pa.list_view(pa.float32()),
+        pa.large_list_view(pa.float64()),
+    ],
+    ids=str,
+)
+def test_vectors_may_be_any_list_of_any_number(pictures_copy: Path, kind: pa.DataType) -> None:
+    expected, numbers = frames(pictures_copy), compute(pictures_copy, ["observation.state"])["observation.state"]
+    cast(data_file(pictures_copy), **{"observation.state": kind})
+    assert_same(frames(pictures_copy), expected)
+    found = compute(pictures_copy, ["observation.state"])["observation.state"]
+    np.testing.assert_allclose(found.q99, numbers.q99, atol=2e-3)
+
+
+def test_actions_may_be_truth_values(pictures_copy: Path) -> None:
+    rewrite(data_file(pictures_copy), action=[[True, row % 2 == 0] for row in range(sum(LENGTHS))])
+    np.testing.assert_array_equal(open_source(pictures_copy)[0].actions[:3], [[1, 1], [1, 0], [1, 1]])
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.float32(), 3), pa.large_list(pa.float32())], ids=str)
+def test_a_row_without_a_vector_is_named(pictures_copy: Path, kind: pa.DataType) -> None:
+    values = pq.read_table(data_file(pictures_copy))["observation.state"].to_pylist()
+    values[14] = None
+    rewrite(data_file(pictures_copy), **{"observation.state": pa.array(values, kind)})
+    with pytest.raises(BadSample, match=r"episode 1, frame 2, observation.state: 0 values where meta/info.json says 3"):
+        open_source(pictures_copy)
+
+
+ROWS = sum(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("episode_index", [0.5] * ROWS),
+        ("episode_index", [None] + [0] * (ROWS - 1)),
+        ("frame_index", ["first"] * ROWS),
+        ("frame_index", pa.nulls(ROWS)),
+        ("task_index", [[0]] * ROWS),
+        ("task_index", [None] * 3 + [0] * (ROWS - 3)),
+        ("timestamp", ["early"] * ROWS),
+        ("timestamp", pa.array(range(ROWS), pa.timestamp("s"))),
+        ("action", ["up"] * ROWS),
+        ("action", [[["a"], ["b"]]] * ROWS),
+        ("observation.state", [{"x": 1.0}] * ROWS),
+        ("observation.images.top", [1.0] * ROWS),
+    ],
+)
+def test_a_column_that_means_nothing_is_named_with_its_file(pictures_copy: Path, column: str, values) -> None:
+    rewrite(data_file(pictures_copy), **{column: values})
+    with pytest.raises(ValueError, match=rf"file-000.parquet, {column} holds "):
+        open_source(pictures_copy, cameras=None)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [("length", ["ten"] * 5), ("episode_index", [0, 1, 2, 3, None]), ("length", [1.5] * 5)],
+)
+def test_a_column_of_the_episodes_that_means_nothing_is_named(pictures_copy: Path, column: str, values: list) -> None:
+    rewrite(next((pictures_copy / "meta" / "episodes").glob("*/*.parquet")), **{column: values})
+    with pytest.raises(ValueError, match=rf"meta/episodes, {column} holds "):
+        open_source(pictures_copy)
+
+
+def test_files_of_the_episodes_may_have_different_types(pictures_copy: Path) -> None:
+    meta = next((pictures_copy / "meta" / "episodes").glob("*/*.parquet"))
+    table = pq.read_table(meta)
+    pq.write_table(table[3:], meta.with_name("file-001.parquet"))
+    pq.write_table(table[:3], meta)
+    cast(meta, episode_index=pa.float64(), length=pa.int32())
+    assert len(open_source(pictures_copy)) == ROWS
