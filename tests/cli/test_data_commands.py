@@ -142,3 +142,59 @@ def test_a_finer_scale_meets_the_bound(pictures: Path, tmp_path: Path) -> None:
     options = [*SMALL, "--max_rmse", "0.005", "--scale", "100", "--val_fraction", "0"]
     main(["tokenizer", str(pictures), "--out", str(tmp_path), *options])
     assert FastTokenizer.load(tmp_path).scale == 100
+
+
+# --- a run's YAML beside options
+
+
+def write_run(folder: Path, root: Path, **model: int) -> Path:
+    robot = {"path": str(root), "val_fraction": 0.2}
+    source = {"class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig", "init_args": robot}
+    run = {"data": {"sources": {"arm": source}}, "model": {"config": model} if model else {}}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    return folder / "run.yaml"
+
+
+def test_tokenizer_takes_the_horizon_and_vocabulary_of_the_runs_model(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path, pictures, horizon=8, fast_vocab_size=300)
+    main(["tokenizer", str(run), "--out", str(tmp_path / "fast")])
+    fast = FastTokenizer.load(tmp_path / "fast")
+    assert (fast.horizon, fast.dim) == (8, 2)
+    assert fast.vocab_size <= 300
+    assert "chunks of 8 actions, the horizon of the model" in capsys.readouterr().out
+
+
+def test_tokenizer_says_which_horizon_it_takes_where_nobody_does(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast")])
+    assert FastTokenizer.load(tmp_path / "fast").horizon == 50
+    assert "chunks of 50 actions, as π0.5 has them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("action_keys", "[observation.state]"),
+        ("state_keys", "[observation.gripper]"),
+        ("relative_dims", "[0]"),
+        ("min_range", "0.1"),
+        ("val_fraction", "0.4"),
+    ],
+)
+def test_options_that_a_runs_yaml_decides_are_refused_beside_it(
+    pictures: Path, tmp_path: Path, option: str, value: str
+) -> None:
+    run = write_run(tmp_path, pictures, horizon=4)
+    with pytest.raises(SystemExit, match=rf"run.yaml says itself how its sources are read: leave out {option}"):
+        main(["tokenizer", str(run), "--out", str(tmp_path / "fast"), f"--{option}", value])
+    assert not (tmp_path / "fast").exists()
+
+
+def test_options_of_other_commands_are_refused(pictures: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path, pictures, horizon=4)
+    with pytest.raises(SystemExit) as stopped:
+        main(["tokenizer", str(run), "--data.sources.arm.episodes", "[0]"])
+    assert stopped.value.code == 2
