@@ -136,13 +136,16 @@ class Pi05DataModule(LightningDataModule):
     def processor(self) -> Processor:
         """What makes samples and batches, and goes into every checkpoint."""
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
-        found = {name: source.robot() for name, source in self.sources("train").items()}
-        robots = {name: robot for name, robot in found.items() if robot is not None}
+        robots: dict[str, Robot] = {}
+        for name, source in self.sources("train").items():
+            robot = source.robot()
+            while source.check(robot):  # its statistics are of what is left
+                robot = source.robot()
+            if robot is not None:
+                robots[name] = robot
         fast = FastTokenizer.load(self.fast_path) if self.fast_path else None
         if fast is not None:
             self._check_fast(fast, robots)
-        for name, source in self.sources("train").items():
-            source.check(robots.get(name))
         return Processor(
             shapes=self.shapes,
             tokenizer=TextTokenizer.load(self.tokenizer_name),

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.data.errors import BadSample
-from pi05_lightning.data.statistics import compute
 from tests.data.recorded import LENGTHS, STARTS, data_file, open_source, rewrite
 
 
@@ -130,7 +129,7 @@ def test_indices_may_be_of_any_type_that_holds_whole_numbers(pictures_copy: Path
     cast(meta, **dict.fromkeys(("episode_index", "length", "data/file_index"), kind))
     cast(pictures_copy / "meta" / "tasks.parquet", task_index=kind)
     assert_same(frames(pictures_copy), expected)
-    assert compute(pictures_copy, ["action"], [1, 3])["action"].count == LENGTHS[1] + LENGTHS[3]
+    assert len(open_source(pictures_copy, episodes=[1, 3])) == LENGTHS[1] + LENGTHS[3]
 
 
 @pytest.mark.parametrize("kind", [pa.float64(), pa.decimal128(12, 3), pa.dictionary(pa.int32(), pa.float32())], ids=str)
@@ -156,11 +155,9 @@ def test_timestamps_may_be_of_any_type_of_number(videos_copy: Path, kind: pa.Dat
     ids=str,
 )
 def test_vectors_may_be_any_list_of_any_number(pictures_copy: Path, kind: pa.DataType) -> None:
-    expected, numbers = frames(pictures_copy), compute(pictures_copy, ["observation.state"])["observation.state"]
+    expected = frames(pictures_copy)
     cast(data_file(pictures_copy), **{"observation.state": kind})
     assert_same(frames(pictures_copy), expected)
-    found = compute(pictures_copy, ["observation.state"])["observation.state"]
-    np.testing.assert_allclose(found.q99, numbers.q99, atol=2e-3)
 
 
 def test_actions_may_be_truth_values(pictures_copy: Path) -> None:

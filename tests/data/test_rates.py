@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.data.errors import BadSample
-from pi05_lightning.data.statistics import Relative, compute
 from tests.data.recorded import HORIZON, LENGTHS, data_file, edit_info, open_source, rewrite
 
 FRAMES = np.concatenate([np.arange(length) for length in LENGTHS])
@@ -168,10 +167,10 @@ def test_images_of_frames_that_stay_are_their_own(videos_copy: Path) -> None:
 
 def test_relative_statistics_pair_the_frames_that_chunks_pair(pictures_copy: Path) -> None:
     drop_idle(pictures_copy)
-    source = open_source(pictures_copy, action_keys=["observation.state"])
+    options = {"action_keys": ["observation.state"], "relative_dims": [0, 1, 2]}
+    source = open_source(pictures_copy, **options)
     offsets = [
         frame.actions[~frame.action_is_pad] - frame.state for frame in (source[index] for index in range(len(source)))
     ]
-    relative = Relative(HORIZON, (0, 1, 2), action="observation.state", state="observation.state")
-    found = compute(pictures_copy, ["observation.state"], relative=relative)["observation.state"]
+    _, found = source.statistics()
     np.testing.assert_allclose(found.q99, np.quantile(np.concatenate(offsets), 0.99, axis=0), rtol=1e-6)

@@ -87,6 +87,17 @@ def test_an_outlying_action_is_in_every_chunk_that_holds_it(
     np.testing.assert_array_equal(again.episode, source.episode)
 
 
+def test_statistics_are_over_what_is_left_without_outliers(long: Path) -> None:
+    break_sensor(long, row=500, value=1e9)
+    data = datamodule(long, on_bad_sample="skip")
+    robot, source = data.processor.robots["robot"], data.sources("train")["robot"]
+    states = np.array([source[index].state for index in range(len(source))], np.float64)
+    assert len(source) == 40 * sum(LENGTHS) - 1
+    np.testing.assert_allclose(robot.normalize.state.q99, np.quantile(states, 0.99, axis=0), rtol=1e-6)
+    assert robot.state_range is not None
+    assert np.max(robot.state_range) < 100
+
+
 def test_validation_frames_are_checked_by_the_statistics_of_training(long: Path) -> None:
     edit_info(long, splits={"train": "0:4", "val": "4:5"})
     break_sensor(long, row=40 * sum(LENGTHS) - 5)

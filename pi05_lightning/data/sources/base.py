@@ -67,11 +67,12 @@ class Source(ABC):
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to do
         """Once, in the main process, before training: caches and the like."""
 
-    def check(self, robot: Robot | None) -> None:  # noqa: B027 - most sources have nothing to do
-        """Once, before it is drawn from, with the robot that its frames are normalised by: leave out what is bad.
+    def check(self, robot: Robot | None) -> bool:
+        """Before it is drawn from, with the robot that its frames are normalised by: leave out what is bad.
 
-        Raises BadSample unless that is to be skipped.
+        Whether it left out anything.  Raises BadSample unless that is to be skipped.
         """
+        return False
 
     def robot(self) -> Robot | None:
         """What a policy must know of the robot in the data; None for data without one."""

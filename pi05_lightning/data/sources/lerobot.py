@@ -189,11 +189,11 @@ class LeRobotSource(Source):
             fill(list(self._caches.values()), f"{self.name} ({self.split})")
             self._reject_undecoded()
 
-    def check(self, robot: Robot | None) -> None:
+    def check(self, robot: Robot | None) -> bool:
         """Leave out the frames that this robot's statistics do not explain; BadSample unless they are to be skipped."""
-        self._robot = robot
+        self._robot, before = robot, len(self._rows)
         if robot is None:
-            return
+            return False
         columns = self.columns
         far_state, far_action = self._beyond(robot.normalize.state, columns.state), self._far_chunks(robot)
         for keys, bad in ((self.config.state_keys, far_state), (self.config.action_keys, far_action)):
@@ -204,6 +204,7 @@ class LeRobotSource(Source):
                 frame = Frame({}, state=columns.state[row], actions=actions, action_is_pad=is_pad)
                 self._reject(bad, " + ".join(keys), outlier(robot.to_model(frame)) or "", OUTLIER_REMEDY, row)
         self._rows = np.flatnonzero(self._kept)
+        return len(self._rows) < before
 
     @staticmethod
     def _beyond(quantiles: Quantiles, values: np.ndarray) -> np.ndarray:
