@@ -96,6 +96,8 @@ class Pi05Module(LightningModule):
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
         self._trained, self._trained_at = Trained(complete=True), 0
         """What the weights were trained on before this step."""
+        self._loaded_step: int | None = None
+        """Of the checkpoint that a validation, test or prediction loaded; None where the weights are training's own."""
         self._configured = False
         self._losses: dict[str, list[Tensor]] = {}
         """Of the step under way, one value per accumulated batch that has the term."""
@@ -220,6 +222,11 @@ class Pi05Module(LightningModule):
 
     # --- validation
 
+    @property
+    def measured_step(self) -> int:
+        """Optimizer steps after which the weights are measured: a loaded checkpoint's, or the trainer's own count."""
+        return self.global_step if self._loaded_step is None else self._loaded_step
+
     def on_validation_epoch_start(self) -> None:
         data = datamodule_of(self.trainer)
         subsets = [*data.evaluated_subsets, *data.empty_subsets]
@@ -236,14 +243,15 @@ class Pi05Module(LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.results = compute_all(self.metrics)
         split = datamodule_of(self.trainer).evaluated
-        self.log_dict(
-            {
-                f"{split}{'_detail' if '/' in metric else ''}/{name}/{metric}": float(value)
-                for name, values in self.results.items()
-                for metric, value in values.items()
-            },
-            sync_dist=True,  # the same on every rank already, which Lightning cannot know
-        )
+        values = {
+            f"{split}{'_detail' if '/' in metric else ''}/{name}/{metric}": float(value)
+            for name, metrics in self.results.items()
+            for metric, value in metrics.items()
+        }
+        self.log_dict(values, sync_dist=True)  # the same on every rank already, which Lightning cannot know
+        if self.trainer.state.fn != "fit":
+            # loggers take it for the x-axis; in double precision, as the default type may be bf16
+            self.log("step", torch.tensor(self.measured_step, dtype=torch.float64))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -270,7 +278,7 @@ class Pi05Module(LightningModule):
     # --- checkpoints
 
     def on_train_start(self) -> None:
-        self._trained_at = self.global_step
+        self._trained_at, self._loaded_step = self.global_step, None
 
     def on_fit_end(self) -> None:
         # another trainer counts its steps from 0
@@ -304,4 +312,4 @@ class Pi05Module(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._trained = Trained.from_dict(checkpoint["pi05"].get("trained", {}))
-        self._trained_at = checkpoint["global_step"]
+        self._trained_at = self._loaded_step = checkpoint["global_step"]

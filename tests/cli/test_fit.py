@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.evaluation.report.run import read_curves
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 from .conftest import STEPS
@@ -90,6 +91,21 @@ def test_validate_writes_the_metrics_of_every_modality(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     assert {name for name, values in metrics.items() if values["samples"]} == {"web/web_caption"}
     assert "cross_entropy" in metrics["web/web_caption"]
+
+
+@pytest.mark.parametrize(("command", "tag"), [("validate", "val"), ("test", "test")])
+@pytest.mark.parametrize("step", [STEPS // 2, STEPS])
+def test_a_checkpoints_metrics_are_logged_at_its_step(
+    config: Path, tmp_path: Path, command: str, tag: str, step: int
+) -> None:
+    folder = tmp_path / "run"
+    every = ["--checkpoint.every_n_train_steps", str(STEPS // 2), "--checkpoint.save_top_k", "-1"]
+    main(["fit", "-c", str(config), "--run", str(folder), *every])
+    main([command, str(folder / "checkpoints" / f"{step:08d}.ckpt")])
+    curves, name = read_curves(folder), "web/web_caption/cross_entropy"
+    of_fit = {STEPS - 1}  # Lightning counts the steps before the one that it validates after
+    assert set(curves[f"{tag}/{name}"].steps) - of_fit == {step}
+    assert ("test/" + name in curves) == (command == "test")  # fit's own curve is of the validation data alone
 
 
 def test_validate_leaves_the_runs_configuration_as_it_was(run: Path) -> None:

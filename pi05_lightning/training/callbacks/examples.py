@@ -81,7 +81,7 @@ class ValidationExamples(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                self._log(logger.experiment, pl_module, trainer.global_step)
+                self._log(logger.experiment, pl_module, pl_module.measured_step)
         if validating:
             self._write(Path(trainer.default_root_dir))
 
