@@ -22,7 +22,7 @@ from pi05_lightning.weights.abilities import UNKNOWN, Abilities, Actions, Traine
 
 @dataclass(frozen=True)
 class Acting:
-    """How a policy acts: the same options with the same defaults for a robot, a rollout and a server."""
+    """How a policy acts: the same options with the same defaults for a robot, a rollout, a server and a prediction."""
 
     robot: str | None = None
     """The name of the data source whose robot it acts as; needed where the policy was trained on several robots."""

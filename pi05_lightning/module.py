@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
+from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.losses import draw_noise, mean_terms, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
@@ -22,10 +25,22 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
-from pi05_lightning.weights.abilities import Abilities, Trained, trained
+from pi05_lightning.weights.abilities import Trained, trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import fill
+
+
+@dataclass
+class Predicted:
+    """What a policy would do at each frame of a batch.
+
+    actions: f32[B T A] in the robot's units, absolute.  subtasks: what it said it would do, which conditioned the
+    actions; None where the task alone did.
+    """
+
+    actions: np.ndarray
+    subtasks: list[str | None]
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -96,8 +111,11 @@ class Pi05Module(LightningModule):
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
         self._trained, self._trained_at = Trained(complete=True), 0
         """What the weights were trained on before this step."""
-        self._loaded_step: int | None = None
-        """Of the checkpoint that a validation, test or prediction loaded; None where the weights are training's own."""
+        self.acting = Acting()
+        """How a prediction acts."""
+        self._loaded_processor: dict[str, Any] | None = None
+        """Of the checkpoint that a prediction loaded, None where the weights are training's own."""
+        self._policies: dict[str, Inference] = {}
         self._configured = False
         self._losses: dict[str, list[Tensor]] = {}
         """Of the step under way, one value per accumulated batch that has the term."""
@@ -175,16 +193,20 @@ class Pi05Module(LightningModule):
 
     # --- training
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: Batch | Observed, dataloader_idx: int) -> Batch | Observed:
         """Draw noise and flow time on the CPU, keyed by sample: no device generator, no synchronisation."""
+        if isinstance(batch, Observed):  # a policy takes it from here
+            return batch
         draws, max_delay = (self.flow_draws, self.rtc_max_delay) if self.trainer.training else (1, 0)
         rows, horizon, dims = batch.actions.shape
         batch.noise, batch.time = draw_noise(batch.key[:rows], self.seed, draws, horizon, dims, max_delay)
         return batch
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+    def transfer_batch_to_device(
+        self, batch: Batch | Observed, device: torch.device, dataloader_idx: int
+    ) -> Batch | Observed:
         """Lightning itself waits for the copy of anything that is no plain tensor."""
-        return batch.to(device, non_blocking=device.type == "cuda")
+        return batch if isinstance(batch, Observed) else batch.to(device, non_blocking=device.type == "cuda")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.lora is not None and self.lora.dropout:
@@ -224,8 +246,8 @@ class Pi05Module(LightningModule):
 
     @property
     def measured_step(self) -> int:
-        """Optimizer steps after which the weights are measured: a loaded checkpoint's, or the trainer's own count."""
-        return self.global_step if self._loaded_step is None else self._loaded_step
+        """Optimizer steps after which the weights are measured; a trainer that did not train them counts from 0."""
+        return self.global_step if self.trainer.state.fn == "fit" else self._trained_at
 
     def on_validation_epoch_start(self) -> None:
         data = datamodule_of(self.trainer)
@@ -257,28 +279,54 @@ class Pi05Module(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Normalised action chunks f32[R T D] for the rows of the batch that have actions.
-
-        Raises ValueError when they are not finite.
-        """
-        assert batch.noise is not None
-        prefix = self.model.backbone(batch, need_hidden=False)
-        rows = len(batch.actions)
-        chunks = self.model.flow_head.sample(prefix.rows(rows), batch.noise[:, :1], self.num_steps)[:, 0]
-        if not chunks.isfinite().all():
-            raise ValueError(f"the actions predicted of batch {batch_idx} are not finite: the weights are broken")
-        return chunks
+    # --- prediction: what the policy would do that a checkpoint of these weights gives
 
     def on_predict_start(self) -> None:
-        """ValueError for a flow head that was not trained."""
-        assert self.processor is not None
-        Abilities.of(self.processor, self.trained).check_actions("flow")
+        """Raises ValueError for what the policy cannot do, and data whose robots it was not trained on."""
+        data = datamodule_of(self.trainer)
+        loaded, self._policies = self._loaded_processor, {}
+        # what normalises is the checkpoint's own, whatever data it predicts on
+        processor = Processor.from_dict(loaded) if loaded else data.processor
+        for name in data.predicted_sources:
+            robot, here = processor.robots.get(name), data.processor.robots[name]
+            if robot is None:
+                raise ValueError(
+                    f"data.sources.{name}: the checkpoint knows no such robot, only {', '.join(processor.acting)}:"
+                    " name the source as it was in training"
+                )
+            for what, known, found in (
+                ("frames per second", robot.fps, here.fps),
+                ("action dims", robot.action_dim, here.action_dim),
+            ):
+                if known != found:
+                    raise ValueError(
+                        f"data.sources.{name} has {found:g} {what} and the checkpoint was trained with {known:g}:"
+                        " predict on data of the same robot"
+                    )
+            acting = replace(self.acting, robot=name)
+            self._policies[name] = Inference(self.model, processor, acting, self.seed, self.trained)
+
+    def predict_step(self, batch: Observed, batch_idx: int, dataloader_idx: int = 0) -> Predicted:
+        """Raises ValueError, with the place of the frames, where the policy refuses one, or its own chunk."""
+        policy, config = self._policies[batch.source], self.config
+        subtasks: list[str | None] = [None] * len(batch.frames)
+        if not batch.frames:
+            return Predicted(np.zeros((0, config.horizon, policy.action_dim), np.float32), subtasks)
+        noise, _ = draw_noise(torch.tensor(batch.keys), self.seed, 1, config.horizon, config.action_dim)
+        try:
+            if policy.hierarchical:
+                subtasks = list(policy.predict_subtasks(batch.frames))
+            chunks = policy.predict_chunks(batch.frames, subtasks, self.acting.noise_scale * noise[:, 0])
+        except ValueError as error:
+            raise ValueError(
+                f"data.sources.{batch.source}, a frame from {batch.places[0]} to {batch.places[-1]}: {error}"
+            ) from error
+        return Predicted(chunks, subtasks)
 
     # --- checkpoints
 
     def on_train_start(self) -> None:
-        self._trained_at, self._loaded_step = self.global_step, None
+        self._trained_at, self._loaded_processor = self.global_step, None
 
     def on_fit_end(self) -> None:
         # another trainer counts its steps from 0
@@ -312,4 +360,5 @@ class Pi05Module(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._trained = Trained.from_dict(checkpoint["pi05"].get("trained", {}))
-        self._trained_at = self._loaded_step = checkpoint["global_step"]
+        self._trained_at = checkpoint["global_step"]
+        self._loaded_processor = checkpoint["pi05"]["processor"]

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pi05_lightning import Pi05DataModule
+from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.cli import main as cli
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module import Predicted
+from pi05_lightning.training.callbacks.predictions import table
 from pi05_lightning.weights.folder import save
 
 ROOT = Path(__file__).parents[1]
@@ -67,14 +70,36 @@ def checkpoint_like_the_demos(dataset: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
+@pytest.fixture(scope="module")
+def predictions_like_the_demos(
+    checkpoint_like_the_demos: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What `pi05 predict` writes of a source, of one batch."""
+    policy, folder = Pi05Policy(checkpoint_like_the_demos), tmp_path_factory.mktemp("predictions")
+    keys = ["observation.state", "observation.gripper"]
+    robot = LeRobotConfig(str(dataset), state_keys=keys, action_keys=keys)
+    data = Pi05DataModule({"robot": robot}, batch_size=4, num_workers=0, shapes=policy.processor.shapes)
+    batch = next(iter(data.predict_dataloader()[0]))
+    subtasks = [None] * len(batch.frames)
+    predicted = Predicted(policy.predict_chunks(batch.frames, subtasks), subtasks)
+    pq.write_table(table(batch, predicted), folder / "rank-0.parquet")
+    return folder
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_runs_as_written(
-    page: Path, checkpoint_like_the_demos: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    checkpoint_like_the_demos: Path,
+    predictions_like_the_demos: Path,
+    dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     paths = {
         "runs/demo/fit": checkpoint_like_the_demos,
+        "runs/demo/fit/predictions/robot": predictions_like_the_demos,
         "runs/base": checkpoint_like_the_demos,
         "runs/mine": checkpoint_like_the_demos,
         "path/to/pi05_base": checkpoint_like_the_demos,

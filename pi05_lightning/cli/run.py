@@ -34,6 +34,7 @@ from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
 from pi05_lightning.files.shipped import find_config
+from pi05_lightning.inference import Acting
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.dashboard import Dashboard
@@ -62,6 +63,8 @@ CHECKPOINT_DEFAULTS = {
     "enable_version_counter": False,
     "save_on_exception": True,
 }
+NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "replan_subtask_every"}
+"""Fields of `Acting` that a single chunk does not depend on, and the robot, which the data says."""
 # Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
 NOISE = (
     "💡 Tip",
@@ -154,6 +157,8 @@ class Pi05CLI(LightningCLI):
         parser.add_lightning_class_args(StageSwitch, "stages")
         parser.add_lightning_class_args(WeightAverage, "ema")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        if self.command == "predict":
+            parser.add_class_arguments(Acting, "acting", skip=NOT_OF_A_CHUNK)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.set_defaults({f"checkpoint.{key}": value for key, value in CHECKPOINT_DEFAULTS.items()})
@@ -244,6 +249,8 @@ def run(command: str, args: list[str]) -> None:
     for callback in cast("Any", cli.trainer).callbacks:
         if isinstance(callback, StageSwitch):  # here, as preparing the data may take long
             cli.model.follow(callback.recipe)
+    if command == "predict":
+        cli.model.acting = cli.config_init.acting
     cli.model.will_be_restored = cli.config.ckpt_path is not None
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}

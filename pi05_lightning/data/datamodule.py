@@ -19,7 +19,7 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.robot import Robot
-from pi05_lightning.data.samples import BadSampleCount, Samples, TrainLoader
+from pi05_lightning.data.samples import BadSampleCount, Observations, Observed, Samples, TrainLoader
 from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
@@ -218,9 +218,9 @@ class Pi05DataModule(LightningDataModule):
                     f" data.max_bad_share {self.bad_samples.max_share:g} allows: mend them, or raise it"
                 )
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Batch | Observed, dataloader_idx: int) -> Batch | Observed:
         """Augment on the device what training drew; validation draws nothing."""
-        return augment(batch)
+        return augment(batch) if isinstance(batch, Batch) else batch
 
     def state_dict(self) -> dict[str, int]:
         """Training batches that were trained on; the loader is ahead of it by what its workers prefetched."""
@@ -266,20 +266,39 @@ class Pi05DataModule(LightningDataModule):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return self._loaders(self._test)
 
-    predict_dataloader = val_dataloader
-
     def _loaders(self, samples: Samples) -> list[DataLoader[Any]]:
         loaders = []
-        # its part of the samples, of how many
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         for number, entry in enumerate(samples.entries):
-            chosen = np.linspace(0, entry.size - 1, min(entry.size, self.val_samples)).astype(int)
-            draws = [(number, int(index), int(index)) for index in chosen[rank::world]]
+            draws = [(number, index, index) for index in self._chosen(entry.size)]
             # a generator of its own: a loader draws its workers' seed, which is not to disturb training's numbers
             own = torch.Generator().manual_seed(self.seed)
             options = self._loader_options | {"sampler": draws, "batch_size": self.batch_size, "generator": own}
             loaders.append(DataLoader(samples, **options))
         return loaders
+
+    def _chosen(self, size: int) -> list[int]:
+        """Which of so many samples are looked at, and of these the part of this rank."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return np.linspace(0, size - 1, min(size, self.val_samples)).astype(int)[rank::world].tolist()
+
+    def predict_dataloader(self) -> list[DataLoader[Any]]:
+        """Per source with actions, the frames whose actions validation looks at, as they were recorded (`Observed`)."""
+        loaders = []
+        for source in self.predicted_sources.values():
+            data, indices = Observations(source), source.indices(Modality.CONTINUOUS)
+            chosen = indices[self._chosen(len(indices))].tolist()
+            options = self._loader_options | {"collate_fn": data.collate, "batch_size": self.batch_size}
+            loaders.append(DataLoader(data, sampler=chosen, **options))
+        return loaders
+
+    @property
+    def predicted_sources(self) -> dict[str, Source]:
+        """What there are actions to predict of. ValueError where there are none."""
+        sources = self.sources("val")
+        found = {name: source for name, source in sources.items() if len(source.indices(Modality.CONTINUOUS))}
+        if not found:
+            raise ValueError("there is nothing to predict: no validation sample of data.sources has actions")
+        return found
 
     @property
     def _loader_options(self) -> dict[str, Any]:

@@ -382,6 +382,14 @@ def _conversion(root: Path, version: str) -> str:
     )
 
 
+def dim_names(feature: dict[str, Any]) -> list[str] | None:
+    """The names of a vector's dims: LeRobot writes a list, or lists by what they name; None where they do not fit."""
+    names = feature.get("names") or ()
+    parts = names.values() if isinstance(names, dict) else [names]
+    found = [str(name) for part in parts for name in (part if isinstance(part, list | tuple) else [part])]
+    return found if len(found) == feature["shape"][0] else None
+
+
 def _read_episodes(path: Path) -> pa.Table:
     try:
         names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from pi05_lightning.data.errors import BadFrame, BadSample
 from pi05_lightning.data.mixture import Draw, Entry
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.base import Source
-from pi05_lightning.types import Batch, Drawn, Modality, Sample, Subset
+from pi05_lightning.types import Batch, Drawn, Frame, Modality, Sample, Subset
 
 REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
 LONGEST = 4  # lengths that are tried before training
@@ -117,6 +117,39 @@ class Samples(Dataset[Sample]):
         if self.augmentation is None:
             return batch
         return self.augmentation.draw(batch, self.processor.cameras, self.processor.tokenizer.loc_ids)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Frames of a source as they were recorded, for a policy to act on.
+
+    places: of each, see `Source.place`.  keys: of each, its number in the source; they seed the noise.
+    """
+
+    source: str
+    frames: list[Frame]
+    places: list[dict[str, int | float]]
+    keys: list[int]
+
+
+class Observations(Dataset[tuple[Frame, dict[str, int | float], int] | None]):
+    """Numbers of a source's frames to `Observed`, through `collate`; a bad frame of a source that skips is left out."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, index: int) -> tuple[Frame, dict[str, int | float], int] | None:
+        try:
+            return self.source[index], self.source.place(index), index
+        except BadSample as error:
+            if self.source.on_bad_sample != "skip":
+                raise
+            log.warning("left out: %s", error)
+            return None
+
+    def collate(self, items: Sequence[tuple[Frame, dict[str, int | float], int] | None]) -> Observed:
+        frames, places, keys = zip(*good, strict=True) if (good := [x for x in items if x]) else ((), (), ())
+        return Observed(self.source.name, list(frames), list(places), list(keys))
 
 
 class BadSampleCount:

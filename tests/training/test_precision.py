@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -56,8 +57,9 @@ def test_both_stages_validation_and_prediction_run(train: Train, tmp_path: Path,
     assert types.finite
     saved = torch.load(tmp_path / f"step={TOTAL}.ckpt", weights_only=True)["state_dict"].values()
     assert {x.dtype for x in saved} == {WEIGHTS[precision]}
-    chunks = trainer.predict(trainer.lightning_module, trainer.datamodule)
-    assert all(chunk.dtype == torch.float32 and chunk.isfinite().all() for loader in chunks for chunk in loader)
+    predicted = trainer.predict(trainer.lightning_module, trainer.datamodule)
+    assert predicted
+    assert all(found.actions.dtype == np.float32 and np.isfinite(found.actions).all() for found in predicted)
 
 
 class NormsOfSteps(Callback):

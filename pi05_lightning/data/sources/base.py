@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 
@@ -63,6 +63,14 @@ class Source(ABC):
     def address(self, index: int) -> str:
         """Dataset, episode and frame, for messages."""
         return f"dataset {self.name!r}, item {index}"
+
+    def place(self, index: int) -> dict[str, int | float]:
+        """Where a frame is, as columns of a table."""
+        return {"item": index}
+
+    def names(self, part: Literal["state", "action"]) -> dict[str, list[str] | None]:
+        """Features that are concatenated into the state or the action, each with its dims' names, None for unknown."""
+        return {}
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to do
         """Once, in the main process, before training: caches and the like."""

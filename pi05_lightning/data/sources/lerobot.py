@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
 from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
@@ -182,6 +182,17 @@ class LeRobotSource(Source):
     def address(self, index: int) -> str:
         """The frame in words: "dataset 'x', episode 3, frame 17"."""
         return f"dataset {self.name!r}, {self.columns.address(self._rows[index])}"
+
+    def place(self, index: int) -> dict[str, int | float]:
+        """Episode, frame and the time from the episode's start in seconds, as LeRobot names them."""
+        row, columns = self._rows[index], self.columns
+        place = int(columns.episode[row]), int(columns.frame[row]), float(columns.timestamp[row])
+        return dict(zip(("episode_index", "frame_index", "timestamp"), place, strict=True))
+
+    def names(self, part: Literal["state", "action"]) -> dict[str, list[str] | None]:
+        """What meta/info.json says of the chosen features."""
+        keys = self.config.state_keys if part == "state" else self.config.action_keys
+        return {key: dim_names(self.files.features[key]) for key in keys}
 
     def prepare(self) -> None:
         """Decode all frames into the cache, if one is wanted; raises BadSample for frames that do not decode."""

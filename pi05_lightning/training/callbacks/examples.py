@@ -19,6 +19,7 @@ from pi05_lightning.evaluation.report.examples import draw_example, readable
 from pi05_lightning.evaluation.report.plots import draw_horizon
 from pi05_lightning.evaluation.report.run import EXAMPLES, ExampleFile, Group
 from pi05_lightning.files.local import write_json
+from pi05_lightning.module import Pi05Module
 
 DPI = 110
 
@@ -79,6 +80,7 @@ class ValidationExamples(Callback):
             self._gather()
         if not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, Pi05Module)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 self._log(logger.experiment, pl_module, pl_module.measured_step)
