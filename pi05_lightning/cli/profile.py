@@ -17,7 +17,7 @@ from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
 from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
-from pi05_lightning.profiling.rate import matmul_rate
+from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.profiling.step import StepShape
 from pi05_lightning.profiling.workload import Workload
 from pi05_lightning.weights.locate import locate
@@ -143,10 +143,13 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
     if needed > free:
         console.print(f"Not timed here: a step needs {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free.")
         return
-    rate = matmul_rate(work.dtype, work.device)
+    dtypes = {work.dtype, torch.float32}  # of the weights: what autocast leaves alone is computed in it
+    rate = peak_rate(dtypes, work.device)
+    seconds = {title: work.measure(train) for title, train in titles.items()}
+    rate = max(rate, peak_rate(dtypes, work.device))  # other programs may have slowed the first one down
     console.print(f"A plain matrix product reaches {rate / 1e9:,.0f} GFLOP/s on this machine.", highlight=False)
-    for title, train in titles.items():
-        console.print(time_table(title, work.measure(train), counters[title], rate))
+    for title, taken in seconds.items():
+        console.print(time_table(title, taken, counters[title], rate))
 
 
 def free_memory() -> int:
@@ -198,5 +201,6 @@ def time_table(title: str, seconds: Mapping[str, float], counter: CostCounter, r
     rows = {}
     for name, (took, flops) in measured.items():
         reached = flops / took if took else 0.0
-        rows[name] = (number(1e3 * took), number(reached / 1e9), f"{reached / rate:.0%}")
+        share = f"{reached / rate:.0%}" if reached <= rate else "–"  # other programs ran, and the rate is too low
+        rows[name] = (number(1e3 * took), number(reached / 1e9), share)
     return component_table(f"{title} on this machine", ("ms", "GFLOP/s", "of the rate"), rows)

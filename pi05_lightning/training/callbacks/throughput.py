@@ -13,12 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.profiling.rate import matmul_rate
+from pi05_lightning.profiling.cost import parameters_of
+from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.types import Batch
 
 GB = 2**30
-MATMUL_SIZE = {"cpu": 768}  # smaller than `matmul_rate`'s own, which would take seconds of every start
 
 
 @dataclass
@@ -29,28 +30,75 @@ class Count:
     first_step: int
     samples: int = 0
     tokens: Tensor | float = 0.0
+    cost: float = 0.0
+    """See `Work`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What batches cost nearly, in FLOPs, from their shapes alone: it waits for no device.
+
+    vision: FLOPs of an image's forward pass.  parameters: how many, by component.  passes: by component, 3 where it is
+    trained, as the backward pass costs two forward passes, else 1.
+    """
+
+    vision: int
+    parameters: dict[str, int]
+    passes: dict[str, int]
+
+    @classmethod
+    def of(cls, module: Pi05Module) -> Work:
+        """Of the stage that the module is in. The vision stem is counted on the meta device, without memory."""
+        size, components = module.config.vision.image_size, parameters_of(module.model)
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            Pi05(module.config).backbone.vision(torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.long))
+        return cls(
+            vision=counter.get_total_flops(),
+            parameters={name: sum(p.numel() for p in found) for name, found in components.items()},
+            passes={name: 3 if any(p.requires_grad for p in found) else 1 for name, found in components.items()},
+        )
+
+    def cost(self, batch: Batch, module: Pi05Module) -> float:
+        """Two per parameter and position that it computes, and those of attention."""
+        language, (rows, slots), length = module.config.language, batch.image_mask.shape, batch.tokens.shape[1]
+        prefix = slots * module.model.backbone.vision.num_tokens + length
+        draws, steps = batch.actions.shape[0] * module.flow_draws, batch.actions.shape[1]
+        per_pair = 4 * language.depth * language.num_heads * language.head_dim  # of a query and a key
+        forward = {
+            "vision": self.vision * len(batch.pixels),
+            "language model": rows * prefix * (2 * self.parameters["language model"] + per_pair * prefix),
+            "logits": 2 * self.parameters["logits"] * sum(map(len, batch.target_index.values())),
+            "action expert": draws * steps * (2 * self.parameters["action expert"] + per_pair * (prefix + steps)),
+        }
+        return sum(flops * self.passes[name] for name, flops in forward.items())
 
 
 class Throughput(Callback):
     """Logs `throughput/*` and `memory/*` at the trainer's logging interval, for all ranks, time between steps included.
 
-    tokens_per_second counts valid image and text tokens and the action steps of every draw. hardware_share is FLOPs,
-    counted operation by operation in the first step of each stage, times the rate of steps, over the rate of a large
-    matrix product measured on this device in the precision that is trained in. Nothing waits for the device between
-    two intervals. Time spent in validation does not count.
+    tokens_per_second counts valid image and text tokens and the action steps of every draw. hardware_share is FLOPs
+    per second over the rate of a large matrix product, measured on this device in the types that are trained in. FLOPs
+    are counted operation by operation in the first step of each stage; those of other batches follow from their shapes,
+    see `Work`. The share is not logged where FLOPs or the rate are unknown: with `model.compile`, whose operations are
+    not counted, in FP8, and where other programs slowed the matrix product down so that training seems to be faster
+    than it. Nothing waits for the device between two intervals. Time spent in validation does not count.
     """
 
     def __init__(self) -> None:
         self.count: Count | None = None
         self.stage: str | None = None
         self.counter: FlopCounterMode | None = None
-        self.flops_per_sample = 0.0
-        self.matmul_rate = 0.0
+        self.work: Work | None = None
+        self.flops_per_cost = 0.0
+        self.peak_rate = 0.0
+        self.dtypes = set[torch.dtype]()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.stage, self.count = None, None
-        device, dtype = pl_module.device, training_dtype(pl_module, trainer.precision)
-        self.matmul_rate = matmul_rate(dtype, device, MATMUL_SIZE.get(device.type))
+        assert isinstance(pl_module, Pi05Module)
+        self.stage, self.count, self.work = None, None, None
+        self.dtypes = training_dtypes(pl_module, trainer.precision)
+        known = bool(self.dtypes) and not pl_module.compile_model
+        self.peak_rate = peak_rate(self.dtypes, pl_module.device) if known else 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         assert isinstance(pl_module, Pi05Module)
@@ -69,12 +117,15 @@ class Throughput(Callback):
         assert self.count is not None
         if self.counter is not None:
             self.counter.__exit__(None, None, None)
-            self.flops_per_sample = self.counter.get_total_flops() / len(batch)
+            self.work = Work.of(pl_module)
+            self.flops_per_cost = self.counter.get_total_flops() / self.work.cost(batch, pl_module)
             # counting slows the operations down: the clock starts after it
             self.counter, self.count = None, Count(time.perf_counter(), trainer.global_step)
             return
         self.count.samples += len(batch)
         self.count.tokens = self.count.tokens + count_tokens(batch, pl_module)
+        if self.work is not None:
+            self.count.cost += self.work.cost(batch, pl_module)
         stepped = trainer.global_step > self.count.first_step  # not so between accumulated batches
         if stepped and pl_module.logs_after(trainer.global_step):
             self._log(trainer, pl_module)
@@ -90,10 +141,13 @@ class Throughput(Callback):
             "throughput/seconds_per_step": seconds / (trainer.global_step - self.count.first_step),
             **memory(pl_module.device),
         }
-        if self.flops_per_sample:
-            rate = self.flops_per_sample * self.count.samples / seconds
+        rate = self.flops_per_cost * self.count.cost / seconds
+        if rate and self.peak_rate:
             values["throughput/tflops_per_second"] = world * rate / 1e12
-            values["throughput/hardware_share"] = rate / self.matmul_rate
+            if rate > self.peak_rate and pl_module.device.type == "cpu":  # it was measured while something else ran
+                self.peak_rate = max(self.peak_rate, peak_rate(self.dtypes, pl_module.device))
+            if rate <= self.peak_rate:
+                values["throughput/hardware_share"] = rate / self.peak_rate
         for logger in trainer.loggers:
             logger.log_metrics(values, trainer.global_step - 1)  # of the step that was trained, as Lightning counts
         self.count = Count(time.perf_counter(), trainer.global_step)
@@ -114,13 +168,14 @@ def count_tokens(batch: Batch, module: Pi05Module) -> Tensor:
     return batch.token_mask.sum() + batch.image_mask.sum() * per_image + steps
 
 
-def training_dtype(module: LightningModule, precision: str) -> torch.dtype:
-    """What matrix products are computed in."""
+def training_dtypes(module: LightningModule, precision: str) -> set[torch.dtype]:
+    """What matrix products are computed in; nothing for FP8, which no product here is measured in."""
+    own = {next(module.parameters()).dtype}
+    if precision.startswith("transformer-engine"):
+        return set()
     if "bf16" in precision:
-        return torch.bfloat16
-    if precision.startswith(("16", "transformer-engine-float16")):
-        return torch.float16
-    return next(module.parameters()).dtype
+        return own | {torch.bfloat16}
+    return own | {torch.float16} if precision.startswith("16") else own
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -1,0 +1,104 @@
+"""The share of the hardware's rate: of what is computed in truth, and of a rate that the device has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.flop_counter import FlopCounterMode
+
+from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.profiling.rate import matmul_rate, peak_rate
+from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks.throughput import Throughput, Work, training_dtypes
+
+# batches of one modality each, so that samples of two cameras follow on samples of one
+MIXTURE = {"robot/continuous_robot_actions": 0.4, "robot/qa": 0.4, "robot/hl_subtask": 0.2}
+
+
+class Flops(Callback):
+    """What PyTorch counts in every step, and what its shapes say."""
+
+    def __init__(self) -> None:
+        self.counted, self.work, self.samples = list[int](), list[float](), list[int]()
+        self.counter = FlopCounterMode(display=False)
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.counter = FlopCounterMode(display=False)
+        self.counter.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.counter.__exit__(None, None, None)
+        self.counted.append(self.counter.get_total_flops())
+        self.work.append(Work.of(pl_module).cost(batch, pl_module))
+        self.samples.append(len(batch))
+
+
+def train(videos: Path, folder: Path, *callbacks: Callback, size: str = "debug", **module_options: Any) -> Trainer:
+    seed_everything(0)
+    stages = StageSwitch(0, 12, posttrain=StageOptions(LossWeights(text=1, subtask=1, flow=1), MIXTURE))
+    data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=CSVLogger(folder, name="", version=""),
+        log_every_n_steps=2,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[stages, *callbacks],
+    )
+    trainer.fit(Pi05Module(ModelConfig.preset(size), flow_draws=2, **module_options), data)
+    return trainer
+
+
+def test_flops_of_unlike_batches_follow_from_one_of_them(videos: Path, tmp_path: Path) -> None:
+    flops = Flops()
+    train(videos, tmp_path, flops, size="tiny")
+    per_work = torch.tensor(flops.counted) / torch.tensor(flops.work)
+    per_sample = torch.tensor(flops.counted) / torch.tensor(flops.samples)
+    assert per_sample.max() / per_sample.min() > 1.4
+    assert per_work.max() / per_work.min() < 1.2
+
+
+def columns(folder: Path) -> set[str]:
+    return set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
+
+
+def test_share_is_logged_where_flops_and_rate_are_known(videos: Path, tmp_path: Path) -> None:
+    train(videos, tmp_path, Throughput())
+    assert {"throughput/hardware_share", "throughput/samples_per_second"} <= columns(tmp_path)
+
+
+def test_share_is_left_out_where_compilation_hides_the_flops(videos: Path, tmp_path: Path) -> None:
+    with torch._dynamo.config.patch(disable=True):  # the option, without minutes of compilation
+        train(videos, tmp_path, Throughput(), compile=True)
+    assert "throughput/samples_per_second" in columns(tmp_path)
+    assert "throughput/hardware_share" not in columns(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes"),
+    [
+        ("32-true", {torch.float32}),
+        ("bf16-mixed", {torch.float32, torch.bfloat16}),
+        ("16-mixed", {torch.float32, torch.float16}),
+        ("transformer-engine", set()),
+        ("transformer-engine-float16", set()),
+    ],
+)
+def test_rate_is_of_every_type_that_is_computed_in(precision: str, dtypes: set[torch.dtype]) -> None:
+    assert training_dtypes(Pi05Module(ModelConfig.preset("debug")), precision) == dtypes
+
+
+def test_peak_is_that_of_the_fastest_type() -> None:
+    both = peak_rate([torch.float16, torch.float32])  # fp16 is slow on most CPUs, and parts stay in fp32
+    assert both > 0.5 * max(matmul_rate(dtype, size=768) for dtype in (torch.float16, torch.float32))
