@@ -6,15 +6,18 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from tqdm import tqdm
 
+from pi05_lightning.evaluation.report.run import ROLLOUT, films_of
 from pi05_lightning.files.local import write_json
 from pi05_lightning.inference import Acting
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
+from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
@@ -50,7 +53,8 @@ def rollout(
         modes: policy (the predicted subtask conditions the actions), flat (the task alone does), and the baselines
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
             default all that the simulator and the data allow.
-        out: folder for rollout.json, videos and frames; by default `rollout` beside the checkpoint.
+        out: folder for rollout.json, videos and frames, which take the place of an earlier rollout's; by default
+            `rollout` beside the checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
         max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld, LeRobot's in others.
         videos: episodes per task and policy mode that are filmed.
@@ -63,6 +67,7 @@ def rollout(
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
     Raises ValueError for tasks, cameras and modes that the simulator does not have.
     """
+    env.warm_up()  # what is missing shows before the weights are read
     how = Acting(hierarchical=None, inference_delay=0, **acting)  # the modes decide; the simulator waits
     policy = Pi05Policy.from_pretrained(checkpoint, **asdict(how))
     robot = policy.processor.robots[policy.robot]
@@ -72,29 +77,31 @@ def rollout(
     plan = Plan(
         env, tasks or env.tasks(robot), modes, episodes, films=videos, lanes=lanes, max_seconds=max_seconds, seed=seed
     )
+    if found and "mean_replay" in modes:
+        check_rate(demonstrations, robot.fps)
     how = replace(how, robot=policy.robot, execution_horizon=policy.execution_horizon)
     worker = Worker(env, view_of(policy), str(checkpoint), how, device, found)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / "rollout"
     out.mkdir(parents=True, exist_ok=True)
-    trials, clocks = run_all(plan, worker, num_workers, out, round(robot.fps))
-    result = summary_of(trials, clocks, plan, worker)
-    write_json(out / "rollout.json", result)
+    before = films_of(out)
+    with TemporaryDirectory(prefix=".films-", dir=out) as films:
+        trials, clocks = run_all(plan, worker, num_workers, Path(films))
+        result = summary_of(trials, clocks, plan, worker) | {"films": sorted(f.name for f in Path(films).glob("*.mp4"))}
+        replace_result(out, before, Path(films), result)
     Console().print(*tables(result))
     return result
 
 
-def run_all(
-    plan: Plan, worker: Worker, num_workers: int | None, out: Path, fps: int
-) -> tuple[list[Trial], dict[Mode, Clock]]:
-    """Every trial of the plan, its film written to `out` as soon as it is over, and each mode's time."""
+def run_all(plan: Plan, worker: Worker, num_workers: int | None, films: Path) -> tuple[list[Trial], dict[Mode, Clock]]:
+    """Every trial of the plan, its film written to `films` as soon as it is over, and each mode's time."""
     trials, clocks = list[Trial](), {mode: Clock() for mode in plan.modes}
     with (
         closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
         tqdm(total=len(plan.tasks) * plan.episodes * len(plan.modes), unit="episode", desc="rollout") as bar,
     ):
         for job in results:
-            write_films(out, job.trials, fps)
+            write_films(films, job.trials)
             trials += job.trials
             clocks[job.mode].add(job.clock)
             bar.update(len(job.trials))
@@ -115,9 +122,20 @@ def summary_of(trials: list[Trial], clocks: dict[Mode, Clock], plan: Plan, worke
     }
 
 
-def write_films(folder: Path, trials: Iterable[Trial], fps: int) -> None:
+def replace_result(out: Path, before: Iterable[Path], films: Path, result: dict[str, Any]) -> None:
+    """Put a rollout's films and result into `out` in place of the ones before; what else is there stays."""
+    (out / ROLLOUT).unlink(missing_ok=True)
+    for film in before:
+        film.unlink(missing_ok=True)
+        film.with_suffix(".png").unlink(missing_ok=True)
+    for file in films.iterdir():
+        file.replace(out / file.name)
+    write_json(out / ROLLOUT, result)
+
+
+def write_films(folder: Path, trials: Iterable[Trial]) -> None:
     """An mp4 and a PNG of each trial that was filmed, which then forgets its film."""
     for trial in trials:
         if trial.film:
-            video.write(folder / f"{trial.mode}-{trial.task.replace('/', '-')}-{trial.seed}.mp4", trial, fps)
+            video.write(folder / f"{trial.mode}-{trial.task.replace('/', '-')}-{trial.seed}.mp4", trial)
             trial.film.clear()

@@ -63,8 +63,8 @@ CHECKPOINT_DEFAULTS = {
     "enable_version_counter": False,
     "save_on_exception": True,
 }
-NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "replan_subtask_every"}
-"""Fields of `Acting` that a single chunk does not depend on, and the robot, which the data says."""
+NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "replan_subtask_every", "on_failed_decode"}
+"""Fields of `Acting` that a single chunk does not depend on; the robot, which the data says; and NaN for a chunk."""
 # Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
 NOISE = (
     "💡 Tip",

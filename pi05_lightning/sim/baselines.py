@@ -11,6 +11,16 @@ import numpy as np
 import pyarrow.dataset as ds
 
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.sim.environment import same_rate
+
+
+def check_rate(dataset: Path, fps: float) -> None:
+    """Raises ValueError, with both rates, for demonstrations at another rate than the policy acts at."""
+    if not same_rate(recorded := LeRobotFiles.open(dataset).fps, fps):
+        raise ValueError(
+            f"mode mean_replay: {dataset} was recorded at {recorded:g} frames per second, and the policy was trained at"
+            f" {fps:g}: give its own demonstrations with --dataset, or leave the mode out"
+        )
 
 
 def mean_trajectory(dataset: Path, task: str) -> np.ndarray:

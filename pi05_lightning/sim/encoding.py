@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ every second frame, as LeRobot has it, for random access."""
 
 
 def encode_video(
-    path: Path, images: Sequence[np.ndarray] | np.ndarray, fps: int, vcodec: str, pix_fmt: str, **options: Any
+    path: Path,
+    images: Sequence[np.ndarray] | np.ndarray,
+    fps: int | Fraction,
+    vcodec: str,
+    pix_fmt: str,
+    **options: Any,
 ) -> None:
     """Write images uint8[N h w 3] as an MP4; options are the codec's. Makes the folders above it."""
     logging.getLogger("libav").setLevel(logging.ERROR)

@@ -5,6 +5,7 @@ A new simulator is one `EnvironmentConfig`, which YAML and the command line can 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -77,6 +78,24 @@ class View:
     fps: float
 
 
+def action_repeat(simulator: str, rate: float, view: View) -> int:
+    """Steps that an action of the policy is held for, in a simulator that takes `rate` steps a second.
+
+    Raises NoSuchEnvironment, with both rates, where that is not a whole number of them.
+    """
+    steps = round(rate / view.fps)
+    if steps < 1 or not same_rate(steps * view.fps, rate):
+        raise NoSuchEnvironment(
+            f"the policy was trained at {view.fps:g} frames per second, which does not divide {simulator}'s {rate:g}"
+            " Hz: name the simulator that it was trained in with --env"
+        )
+    return steps
+
+
+def same_rate(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
 @dataclass(frozen=True)
 class EnvironmentConfig(ABC):
     """A simulator as configured."""
@@ -90,10 +109,17 @@ class EnvironmentConfig(ABC):
 
     @abstractmethod
     def open(self, task: str, view: View) -> Environment:
-        """Raises NoSuchEnvironment for an unknown task, cameras that are not there, a package that is missing."""
+        """An environment in which an action lasts as long as between two frames that the policy was trained on.
+
+        Raises NoSuchEnvironment for an unknown task, cameras that are not there, a rate that cannot be had, a package
+        that is missing, and where nothing can be rendered.
+        """
 
     def warm_up(self) -> None:  # noqa: B027 - by default there is nothing to do
-        """Import what `open` needs: a process does it while others still plan."""
+        """Import what `open` needs: a process does it while others still plan.
+
+        Raises NoSuchEnvironment for a package that is missing, and where nothing can be rendered.
+        """
 
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         """Seeds of a task's initial states; number: the task's place among those that run."""

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import io
 import logging
-import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from importlib.metadata import metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
+from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
+from pi05_lightning.sim.metaworld.environment import check_rendering, choose_rendering
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
@@ -37,20 +40,31 @@ class LeRobotEnv(EnvironmentConfig):
     """The policy's cameras, each with its name in the environment, where that is another."""
     sentence: str | None = None
     """The instruction, for environments that have none."""
+    action_repeat: int | None = None
+    """Steps that an action is held for; by default the environment's rate (`fps` in LeRobot's configuration) over the
+    policy's, which must be a whole number."""
+
+    def __post_init__(self) -> None:
+        if self.action_repeat is not None and self.action_repeat < 1:
+            raise ValueError(f"action_repeat: {self.action_repeat} is not a number of steps, give at least 1")
+
+    def warm_up(self) -> None:
+        self._config()
 
     def tasks(self, robot: Robot) -> list[str]:
         return [self._config().task]
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:
         env, config = self.make(task)
-        return LeRobotEnvironment(env, config, view, self.cameras, self.sentence)
+        return LeRobotEnvironment(env, config, view, self.cameras, self.sentence, self.action_repeat)
 
     def make(self, task: str) -> tuple[Any, Any]:
         """The gymnasium environment of a task and LeRobot's configuration of it.
 
-        Raises NoSuchEnvironment for a type, a task or an option that LeRobot does not know and for a missing package.
+        Raises NoSuchEnvironment for a type, a task or an option that LeRobot does not know, for a missing package, and
+        where it cannot be made or MuJoCo, if it uses that, cannot render.
         """
-        os.environ.setdefault("MUJOCO_GL", "egl")
+        choose_rendering()
         from lerobot.envs.factory import make_env
 
         name, _, number = task.rpartition("/") if task.rpartition("/")[2].isdigit() else (task, "", "0")
@@ -59,9 +73,18 @@ class LeRobotEnv(EnvironmentConfig):
             with quiet():
                 suites = make_env(config, n_envs=1)
         except ModuleNotFoundError as error:
-            raise NoSuchEnvironment(f"LeRobot's {self.type} needs a package that is not installed: {error}") from error
+            how = f"pip install 'lerobot[{self.type}]'" if self.type in extras("lerobot") else "install it"
+            missing = f"LeRobot's {self.type} needs a package that is not installed: {how} ({error})"
+            raise NoSuchEnvironment(missing) from error
         except KeyError as error:
             raise NoSuchEnvironment(f"LeRobot's {self.type} has no task {name!r}") from error
+        except Exception as error:  # a simulator's own, of which there is no end
+            if find_spec("mujoco"):
+                check_rendering()
+            problem = f"{type(error).__name__}: {error}"
+            raise NoSuchEnvironment(f"LeRobot's {self.type} cannot be made at task {name!r}: {problem}") from error
+        if "mujoco" in sys.modules:
+            check_rendering()
         by_number = {key: vector for suite in suites.values() for key, vector in suite.items()}
         if int(number) not in by_number:
             known = f"{name} has the numbers {sorted(by_number)}"
@@ -78,6 +101,11 @@ class LeRobotEnv(EnvironmentConfig):
             return make_env_config(self.type, **self.options | changes)
         except (TypeError, ValueError) as error:  # in LeRobot's own words
             raise NoSuchEnvironment(f"LeRobot has no {self.type} with the options {self.options}: {error}") from error
+
+
+def extras(distribution: str) -> list[str]:
+    """What a distribution can be installed with, as in `pip install 'name[extra]'`."""
+    return metadata(distribution).get_all("Provides-Extra") or []
 
 
 @contextmanager
@@ -100,11 +128,20 @@ class LeRobotEnvironment:
         view: the cameras that the policy wants.
         cameras: their names in the environment, where those are others.
         sentence: the instruction; by default the environment's `task_description`.
+        repeat: its steps that an action is held for; by default as many as keep to the policy's rate.
 
-    Raises NoSuchEnvironment when there is no instruction.
+    Raises NoSuchEnvironment when there is no instruction, and for rates of which one does not divide the other.
     """
 
-    def __init__(self, env: Any, config: Any, view: View, cameras: dict[str, str], sentence: str | None = None) -> None:
+    def __init__(
+        self,
+        env: Any,
+        config: Any,
+        view: View,
+        cameras: dict[str, str],
+        sentence: str | None = None,
+        repeat: int | None = None,
+    ) -> None:
         self._env, self._config = env, config
         self._cameras = {name: cameras.get(name, name) for name in view.cameras}
         described = sentence or getattr(env.unwrapped, "task_description", None)
@@ -113,9 +150,10 @@ class LeRobotEnvironment:
                 f"LeRobot's {config.type} has no instruction of its own: give one with --env.sentence"
             )
         self.sentence: str = described
-        self.fps = float(config.fps)
+        self._repeat = repeat or action_repeat(f"LeRobot's {config.type}", config.fps, view)
+        self.fps = view.fps
         limit = (env.spec and env.spec.max_episode_steps) or getattr(env.unwrapped, "_max_episode_steps", None)
-        self.max_seconds = (limit or _DEFAULT_STEPS) / self.fps
+        self.max_seconds = (limit or _DEFAULT_STEPS) / self._repeat / self.fps
         self.action_low, self.action_high = env.action_space.low, env.action_space.high
         self.ended = False
         self._before, self._after = config.get_env_processors()
@@ -149,12 +187,18 @@ class LeRobotEnvironment:
         )
 
     def step(self, action: np.ndarray) -> bool:
+        """Hold an action until it has lasted, or the episode is over; returns whether one of the steps succeeded."""
         import torch
 
         ready = self._after({"action": torch.as_tensor(action)[None]})["action"][0].numpy()
-        self._seen, _, terminated, truncated, info = self._env.step(ready.astype(self._env.action_space.dtype))
-        self.ended = bool(terminated or truncated)
-        return bool(info.get("is_success", False))
+        success = False
+        for _ in range(self._repeat):
+            self._seen, _, terminated, truncated, info = self._env.step(ready.astype(self._env.action_space.dtype))
+            self.ended = bool(terminated or truncated)
+            success |= bool(info.get("is_success", False))
+            if self.ended:
+                break
+        return success
 
     def close(self) -> None:
         self._env.close()

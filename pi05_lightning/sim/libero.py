@@ -7,7 +7,6 @@ states in a format that the package does not have; here they come from the packa
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
+from pi05_lightning.sim.metaworld.environment import check_rendering, choose_rendering
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
@@ -32,6 +32,18 @@ class Libero(EnvironmentConfig):
     """The policy's cameras, each with its name here (image: the scene, image2: the wrist), where that is another."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of LeRobot's `libero` configuration, such as {control_mode: absolute}."""
+    action_repeat: int = 1
+    """Control steps of 1/20 s that an action is held for. A frame of LIBERO's demonstrations is one of them, whatever
+    rate a dataset says it was recorded at."""
+
+    def __post_init__(self) -> None:
+        if self.action_repeat < 1:
+            raise ValueError(f"action_repeat: {self.action_repeat} is not a number of steps, give at least 1")
+
+    def warm_up(self) -> None:
+        for name in self.suites:
+            _suite(name)
+        check_rendering()
 
     def tasks(self, robot: Robot) -> list[str]:
         return [f"{suite}/{number}" for suite in self.suites for number in range(_suite(suite).n_tasks)]
@@ -48,14 +60,17 @@ class Libero(EnvironmentConfig):
         size = {"observation_height": self.image_size, "observation_width": self.image_size}
         options = {**size, **self.options, "task_ids": [int(number)], "init_states": False}
         env, config = LeRobotEnv("libero", options).make(task)
-        return LiberoEnvironment(env, config, view, self.cameras, suite.get_task_init_states(int(number)))
+        states = suite.get_task_init_states(int(number))
+        return LiberoEnvironment(env, config, view, self.cameras, states, self.action_repeat)
 
 
 class LiberoEnvironment(LeRobotEnvironment):
     """LeRobot's LIBERO environment, begun from the benchmark's initial states f64[N S]."""
 
-    def __init__(self, env: Any, config: Any, view: View, cameras: dict[str, str], initial_states: np.ndarray) -> None:
-        super().__init__(env, config, view, cameras)
+    def __init__(
+        self, env: Any, config: Any, view: View, cameras: dict[str, str], initial_states: np.ndarray, repeat: int
+    ) -> None:
+        super().__init__(env, config, view, cameras, repeat=repeat)
         env.unwrapped._init_states, env.unwrapped.init_states = initial_states, True
 
     def reset(self, seed: int) -> None:
@@ -65,7 +80,7 @@ class LiberoEnvironment(LeRobotEnvironment):
 
 
 def _suite(name: str) -> Any:
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    choose_rendering()
     try:
         with quiet():
             from libero.libero.benchmark import get_benchmark_dict

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View
+from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import MODES, POLICY_MODES, Clock, Mode, Trial, run_baseline, run_policy
 
@@ -84,12 +84,18 @@ class Lanes:
         self._task, self._open = "", list[Environment]()
 
     def of(self, task: str, count: int) -> list[Environment]:
-        """So many environments of a task. Raises NoSuchEnvironment as `EnvironmentConfig.open`."""
+        """So many environments of a task. NoSuchEnvironment as `EnvironmentConfig.open`, and for another rate."""
         if task != self._task:
             self.close()
             self._task = task
         while len(self._open) < count:
-            self._open.append(self.env.open(task, self.view))
+            env = self.env.open(task, self.view)
+            self._open.append(env)
+            if not same_rate(env.fps, self.view.fps):
+                raise NoSuchEnvironment(
+                    f"{type(self.env).__name__} takes {env.fps:g} actions per second, and the policy was trained at"
+                    f" {self.view.fps:g} frames per second"
+                )
         return self._open[:count]
 
     def close(self) -> None:

@@ -62,6 +62,8 @@ class Trial:
     decisions: int = 0
     """Actions taken."""
     subtask: str | None = None
+    fps: float = 0.0
+    """Actions per second."""
     film: list[FilmFrame] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -136,6 +138,7 @@ def run_baseline(env: Environment, trial: Trial, clock: Clock, replay: np.ndarra
 
 def _begin(env: Environment, trial: Trial) -> None:
     env.reset(trial.seed)
+    trial.fps = env.fps
     seconds = env.max_seconds if trial.max_seconds is None else trial.max_seconds
     trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
 

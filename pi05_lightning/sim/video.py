@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from pi05_lightning.sim.trials import FilmFrame, Trial
 CAMERA_HEIGHT = 256  # pixels that a camera image is scaled to
 CAPTION_HEIGHT = 48
 CHUNK_HEIGHT = 64
+GIF_FPS = 50  # more are shown slower than they say
 MAX_CURVES = 8  # action dimensions that are drawn
 _COLOURS = {True: "#1a7f37", False: "#57606a"}
 _CURVES = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#0072B2", "#FFFFFF")
@@ -29,18 +32,22 @@ def frames(trial: Trial) -> list[np.ndarray]:
     return [_frame(trial, frame, bounds, over=i == last) for i, frame in enumerate(trial.film)]
 
 
-def write(path: Path, trial: Trial, fps: int) -> None:
-    """An mp4 that browsers play (H.264, 4:2:0), its last frame held for a second, and a PNG of its middle frame."""
-    shown = frames(trial)
+def write(path: Path, trial: Trial) -> None:
+    """An mp4 that browsers play (H.264, 4:2:0), its last frame held for a second, and a PNG of its middle frame.
+
+    It plays as fast as the episode went in simulated time.
+    """
+    shown, fps = frames(trial), Fraction(trial.fps).limit_denominator(1000)
     Image.fromarray(shown[len(shown) // 2]).save(path.with_suffix(".png"))
-    encode_video(path, [*shown, *[shown[-1]] * fps], fps, "libx264", "yuv420p")
+    encode_video(path, [*shown, *[shown[-1]] * max(1, round(fps))], fps, "libx264", "yuv420p")
 
 
-def gif(trial: Trial, fps: int) -> bytes:
-    """The film as an animated GIF that goes on for ever, its last frame held for a second: what TensorBoard plays."""
-    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(trial)]
+def gif(trial: Trial) -> bytes:
+    """The same as an animated GIF that goes on for ever: what TensorBoard plays; of fast episodes some frames alone."""
+    every = math.ceil(trial.fps / GIF_FPS)
+    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(trial)[::-every][::-1]]  # with the last
     buffer = io.BytesIO()
-    durations = [1000 // fps] * len(rest) + [1000]
+    durations = [round(1000 * every / trial.fps)] * len(rest) + [1000]
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
     return buffer.getvalue()
 

@@ -148,7 +148,7 @@ def test_chunk_that_is_not_finite_is_refused_with_its_place(run: Path, tmp_path:
     checkpoint = torch.load(find_checkpoint(run), weights_only=True)
     checkpoint["state_dict"]["model.flow_head.action_out_proj.bias"].fill_(torch.nan)
     torch.save(checkpoint, tmp_path / "broken.ckpt")
-    with pytest.raises(SystemExit, match=r"arm, a frame from {'episode_index': \d, 'frame_index': 0.* not finite"):
+    with pytest.raises(SystemExit, match=r"arm, a frame from {'episode_index': \d, 'frame_index': 0.*action.* is nan"):
         main(["predict", str(tmp_path / "broken.ckpt"), "--run", str(tmp_path)])
     assert not (tmp_path / "predictions").exists()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -7,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment, import_metaworld, task_names
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE, task_language, task_of_sentence
 from pi05_lightning.sim.splits import split_seeds
@@ -173,8 +175,19 @@ def test_unknown_camera_is_named():
 
 def test_missing_simulator_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
-    with pytest.raises(ImportError, match=r"pip install 'pi05_lightning\[sim\]'"):
+    with pytest.raises(NoSuchEnvironment, match=r"pip install 'pi05_lightning\[sim\]'"):
         import_metaworld()
+
+
+@pytest.mark.parametrize("backend", ["osmesa", "glfw", "wrong", "disable"])
+def test_rendering_that_fails_says_what_to_set(tmp_path, backend):
+    command = [sys.executable, "-m", "pi05_lightning", "collect", str(tmp_path / "data"), "--tasks", "[reach-v3]"]
+    gone = {"PYOPENGL_OSMESA_LIBRARY": "gone", "DISPLAY": ""}  # where there are a screen and OSMesa
+    run = subprocess.run(command, env=os.environ | gone | {"MUJOCO_GL": backend}, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert f"pi05 collect: MuJoCo cannot render with MUJOCO_GL={backend}" in run.stderr
+    assert "libegl1" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_closed_environment_leaves_the_interpreter_in_silence():

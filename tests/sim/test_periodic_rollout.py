@@ -17,6 +17,8 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.sim.environment import NoSuchEnvironment
+from pi05_lightning.sim.simulators import LeRobotEnv
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 
@@ -142,6 +144,27 @@ def test_rollouts_run_while_their_kind_of_actions_trains(collected, tmp_path, ac
 def test_rollout_of_fast_tokens_that_the_data_has_not_is_refused_at_the_start(collected, tmp_path):
     with pytest.raises(ValueError, match="no FAST tokenizer"):
         train(collected, tmp_path, rollout(every_n_steps=1000, actions="fast"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": ["reach-v3", "reach-v2"]}, "no task 'reach-v2'"),
+        ({"env": LeRobotEnv("aloha")}, r"pip install 'lerobot\[aloha\]'"),
+        ({"env": LeRobotEnv("metaworld")}, "policy wants"),
+    ],
+)
+def test_what_the_simulator_lacks_shows_before_training(collected, tmp_path, options, message):
+    with pytest.raises(NoSuchEnvironment, match=message):
+        train(collected, tmp_path, rollout(**options, every_n_steps=1000))
+
+
+def test_resumed_run_has_no_film_of_steps_that_it_takes_anew(collected, tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    for step in (0, 7):
+        (tmp_path / "rollouts" / f"step-{step:08d}.mp4").touch()
+    train(collected, tmp_path, rollout(every_n_steps=1000))
+    assert [film.name for film in (tmp_path / "rollouts").iterdir()] == ["step-00000000.mp4"]
 
 
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"episodes": 0}])

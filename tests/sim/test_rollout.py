@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.rollout import rollout
+from pi05_lightning.evaluation.report.run import read_run
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
-from pi05_lightning.sim.rollout import Plan, available_modes
+from pi05_lightning.sim.rollout import Lanes, Plan, available_modes
 from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_policy
 
@@ -65,6 +69,32 @@ def test_first_episode_of_each_policy_mode_is_filmed(result):
         "policy-reach-v3-2000000.mp4",
         "flat-reach-v3-2000000.mp4",
     }
+
+
+def test_second_rollout_takes_the_place_of_the_first_and_of_nothing_else(result, untrained, tmp_path):
+    out = Path(shutil.copytree(result[1], tmp_path / "run" / "rollout"))
+    (out / "mine.mp4").write_bytes(b"no film of a rollout")
+    options = {"episodes": 1, "modes": ("flat",), "max_seconds": 0.2, "num_workers": 1}
+    found = rollout(untrained, ["drawer-open-v3"], out=out, **options)
+    assert found["films"] == ["flat-drawer-open-v3-2000000.mp4"]
+    assert {file.name for file in out.iterdir()} == {
+        "rollout.json",
+        "flat-drawer-open-v3-2000000.mp4",
+        "flat-drawer-open-v3-2000000.png",
+        "mine.mp4",
+    }
+    (tmp_path / "run" / "config.yaml").write_text("seed_everything: 0\n")
+    assert [film.name for film in read_run(tmp_path / "run").videos] == found["films"]
+
+
+def test_rollout_that_fails_leaves_the_one_before(result, untrained, tmp_path):
+    out = Path(shutil.copytree(result[1], tmp_path / "rollout"))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(ValueError, match="no task 'reach-v2'"):
+        rollout(
+            untrained, ["reach-v3", "reach-v2"], episodes=1, modes=("flat",), out=out, max_seconds=0.1, num_workers=1
+        )
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
 def test_policy_that_gives_nan_is_in_the_table_and_the_run_goes_on(untrained, tmp_path, capsys):
@@ -167,8 +197,54 @@ def test_lerobots_environment_begins_the_same_for_the_same_seed(lerobot_drawer):
     assert not np.array_equal(seen[0], seen[1])
 
 
-def test_lerobots_rate_and_limit_are_taken_over(lerobot_drawer):
-    assert (lerobot_drawer.fps, lerobot_drawer.max_seconds) == (80.0, 500 / 80)
+def test_lerobots_limit_is_taken_over_in_simulated_time(lerobot_drawer):
+    assert lerobot_drawer.max_seconds == 500 / 80
+
+
+def test_action_lasts_as_long_as_the_policys_frame_in_every_simulator(lerobot_drawer):
+    env = MetaWorld().open("drawer-open-v3", VIEW)
+    for one in (env, lerobot_drawer):
+        one.reset(0)
+        physics = getattr(one._env, "_env", one._env)  # LeRobot makes it at the first reset
+        before = physics.data.time
+        one.step(np.zeros(4, np.float32))
+        assert (one.fps, physics.data.time - before) == pytest.approx((10.0, 0.1))
+    env.close()
+
+
+@pytest.mark.parametrize("env", [MetaWorld(), LeRobotEnv("metaworld", cameras={"topview": "image"})])
+@pytest.mark.parametrize("fps", [30.0, 160.0, 12.5])
+def test_rate_that_does_not_divide_the_simulators_is_refused_with_both(env, fps):
+    with pytest.raises(NoSuchEnvironment, match=rf"trained at {fps:g} frames per second.* 80 Hz"):
+        env.open("reach-v3", View(("topview",), 64, fps))
+
+
+def test_steps_that_an_action_is_held_for_can_be_given():
+    env = LeRobotEnv("metaworld", cameras={"topview": "image"}, action_repeat=1)
+    opened = env.open("reach-v3", View(("topview",), 64, 10.0))
+    assert (opened.fps, opened.max_seconds) == (10.0, 50.0)
+    opened.close()
+
+
+@dataclass(frozen=True)
+class Hasty(MetaWorld):
+    """A simulator of one's own that does not ask at what rate the policy was trained."""
+
+    def open(self, task, view):
+        return super().open(task, View(view.cameras, view.image_size, 80.0))
+
+
+def test_simulator_of_ones_own_at_another_rate_is_refused():
+    with closing(Lanes(Hasty(), VIEW)) as lanes, pytest.raises(NoSuchEnvironment, match=r"80 actions .* at 10 frames"):
+        lanes.of("reach-v3", 1)
+
+
+def test_demonstrations_at_another_rate_are_not_replayed(untrained, collected, tmp_path):
+    slow = Path(shutil.copytree(collected / "robot", tmp_path / "robot"))
+    info = json.loads((slow / "meta" / "info.json").read_text())
+    (slow / "meta" / "info.json").write_text(json.dumps(info | {"fps": 5}))
+    with pytest.raises(ValueError, match="recorded at 5 frames per second, and the policy was trained at 10"):
+        rollout(untrained, ["reach-v3"], modes=("mean_replay",), dataset=slow, out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -188,7 +264,7 @@ def test_what_lerobot_does_not_have_is_named(env, task, message):
 def test_missing_package_of_an_environment_is_named():
     if importlib.util.find_spec("gym_pusht"):
         pytest.skip("gym-pusht is installed")
-    with pytest.raises(NoSuchEnvironment, match="gym_pusht"):
+    with pytest.raises(NoSuchEnvironment, match=r"pip install 'lerobot\[pusht\]'.*gym_pusht"):
         LeRobotEnv("pusht").open("PushT-v0", VIEW)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ EXAMPLES = Path("validation", "examples.json")
 """Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
 PROVENANCE = Path("provenance.json")
 """Within a run: commit, command, versions, hardware and data that it was trained with."""
+ROLLOUT = Path("rollout.json")
+"""Within the folder of a rollout: what it came to."""
 Group = Literal["worst", "first"]
 
 
@@ -52,7 +55,6 @@ class Run:
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     videos: list[Path] = field(default_factory=list)
-    frames: list[Path] = field(default_factory=list)
 
 
 def read_run(folder: Path) -> Run:
@@ -70,16 +72,29 @@ def read_run(folder: Path) -> Run:
         config_yaml=config_yaml,
         config=yaml.safe_load(config_yaml),
         metrics=read_json(folder / "metrics.json", default={}),
-        success=read_json(rollout / "rollout.json", default={}).get("success", {}),
+        success=read_json(rollout / ROLLOUT, default={}).get("success", {}),
         curves=read_curves(folder),
         examples={
             name: [ExampleFile(**shown) for shown in files]
             for name, files in read_json(folder / EXAMPLES, default={}).items()
         },
         provenance=read_json(folder / PROVENANCE, default={}),
-        videos=sorted(rollout.glob("*.mp4")),
-        frames=sorted(rollout.glob("*.png")),
+        videos=films_of(rollout),
     )
+
+
+def films_of(rollout: Path) -> list[Path]:
+    """The films of the rollout whose result lies in a folder, and of no other; none where there is no result.
+
+    Results did not name their films at first: those of their modes and tasks are taken then.
+    """
+    result = read_json(rollout / ROLLOUT, default={})
+    named = [rollout / Path(name).name for name in result.get("films", [])]
+    if "films" not in result:
+        for mode, by_task in result.get("success", {}).items():
+            for task in by_task:
+                named += sorted(rollout.glob(f"{mode}-{glob.escape(task.replace('/', '-'))}-*.mp4"))
+    return [film for film in named if film.is_file()]
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:

@@ -15,12 +15,14 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
+from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.tasks import GRIPPER, ModelPart, task_language, task_of_sentence
 from pi05_lightning.types import Box, Frame
 
@@ -50,17 +52,42 @@ CAMERAS = {"topview": Camera((0.0, 0.15, 0.0), fovy=28.0), "corner2": Camera(rot
 POLICY_CAMERAS = ("topview", "gripperPOV")
 
 
+def choose_rendering() -> None:
+    """Off-screen with EGL, unless the user chose otherwise; before MuJoCo is imported, which reads it then."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in the calling thread: at this size its pool only costs
+
+
+@cache
+def check_rendering() -> None:
+    """Raises NoSuchEnvironment, which says what to install or to set, where MuJoCo cannot render."""
+    choose_rendering()
+    try:
+        import mujoco
+
+        gl = mujoco.GLContext(8, 8)
+        gl.make_current()
+        mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100).free()
+        gl.free()
+    except Exception as error:  # each of its backends has its own ways to fail
+        raise NoSuchEnvironment(
+            f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({type(error).__name__}: {error}):"
+            " set MUJOCO_GL=egl and install Mesa's EGL (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0"
+            " libgl1-mesa-dri libopengl0)"
+        ) from error
+
+
 def import_metaworld() -> ModuleType:
     """MetaWorld's package, with MuJoCo set to render off-screen.
 
-    Raises ImportError that names the extra to install.
+    Raises NoSuchEnvironment that names the extra to install, and where MuJoCo cannot render.
     """
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in the calling thread: at this size its pool only costs
-    try:
-        import metaworld
-    except ModuleNotFoundError as error:
-        raise ImportError("the simulator is not installed: pip install 'pi05_lightning[sim]'") from error
+    if any(find_spec(name) is None for name in ("metaworld", "mujoco")):
+        raise NoSuchEnvironment("MetaWorld is not installed: pip install 'pi05_lightning[sim]'")
+    check_rendering()  # else importing MetaWorld may fail, and says nothing that helps
+    import metaworld
+
     warnings.filterwarnings("ignore", message="Constant.* may be too high")  # its experts exceed 1 and are clipped
     return metaworld
 
@@ -90,12 +117,8 @@ class MetaWorld(EnvironmentConfig):
         return [task_of_sentence(sentence) for sentence in robot.tasks]
 
     def open(self, task: str, view: View) -> MetaWorldEnvironment:
-        if CONTROL_HZ % view.fps:
-            raise NoSuchEnvironment(
-                f"the policy was trained at {view.fps} frames per second, which does not divide MetaWorld's"
-                f" {CONTROL_HZ} Hz: name the simulator that it was trained in with --env"
-            )
-        return MetaWorldEnvironment(task, view.image_size, view.cameras, round(CONTROL_HZ / view.fps))
+        repeat = action_repeat("MetaWorld", CONTROL_HZ, view)
+        return MetaWorldEnvironment(task, view.image_size, view.cameras, repeat)
 
 
 class MetaWorldEnvironment:

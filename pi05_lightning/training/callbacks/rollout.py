@@ -49,7 +49,8 @@ class PeriodicRollout(Callback):
         seed: of the initial states and the noise.
         acting: how the policy acts, see `Acting`. Of data with several robots, name one as `robot`.
 
-    Raises ValueError at the start of the run for what the policy will not be able to do.
+    Raises ValueError at the start of the run for what the policy will not be able to do, and for what the simulator
+    does not have, or lacks to run.
     """
 
     def __init__(
@@ -75,13 +76,31 @@ class PeriodicRollout(Callback):
         assert isinstance(pl_module, Pi05Module)
         assert pl_module.processor is not None
         check(self.acting, pl_module.processor, UNKNOWN)  # the weights are yet to be trained
-        if not any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
+        if any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
+            self._try_out(trainer, pl_module)
+        else:
             rank_zero_warn(
                 f"PeriodicRollout: no stage trains `actions: {self.acting.actions}`, so nothing is rolled out"
             )
 
+    @rank_zero_only
+    def _try_out(self, trainer: Trainer, module: Pi05Module) -> None:
+        """Open every task once: what is missing shows now, not after hours of training."""
+        with (
+            isolate_rng(),
+            self._policy(trainer, module) as policy,
+            closing(Lanes(self.env, view_of(policy))) as lanes,
+        ):
+            for task in self.tasks or self.env.tasks(policy.processor.robots[policy.robot]):
+                for env in lanes.of(task, 1):
+                    env.reset(0)
+                    env.observation()
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
+        for film in Path(trainer.default_root_dir, FOLDER).glob("step-*.*"):
+            if trainer.is_global_zero and int(film.stem.removeprefix("step-")) > trainer.global_step:
+                film.unlink()  # of steps that a resumed run takes anew
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Pi05Module)
@@ -140,12 +159,11 @@ class PeriodicRollout(Callback):
                     part.training = training[name]
 
     def _show(self, trainer: Trainer, trial: Trial) -> None:
-        fps = 10
         folder = Path(trainer.default_root_dir, FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
-        video.write(folder / f"step-{trainer.global_step:08d}.mp4", trial, fps)
+        video.write(folder / f"step-{trainer.global_step:08d}.mp4", trial)
         height, width = video.frames(trial)[0].shape[:2]
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video.gif(trial, fps))
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video.gif(trial))
         summary = Summary(value=[Summary.Value(tag=f"rollout/{trial.task}", image=image)])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
