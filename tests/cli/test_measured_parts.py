@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pi05_lightning.cli.main import main
 
+from .conftest import STEPS
+
 ROWS = {"train": 10, "validation": 6, "test": 4}
 
 
@@ -46,8 +48,9 @@ def test_each_command_measures_its_own_part(run: Path, parts: Path, capsys: pyte
     assert json.loads(validation)["web/web_caption"]["samples"] == ROWS["validation"]
     assert json.loads((run / "test_metrics.json").read_text())["web/web_caption"]["samples"] == ROWS["test"]
     assert "\ntest" in capsys.readouterr().out
-    events = EventAccumulator(str(run)).Reload().Tags()["scalars"]
-    assert {"val/web/web_caption/samples", "test/web/web_caption/samples"} <= set(events)
+    events = EventAccumulator(str(run)).Reload()
+    assert events.Scalars("val/web/web_caption/samples")[-1].step == STEPS  # the checkpoint's
+    assert [event.step for event in events.Scalars("test/web/web_caption/samples")] == [STEPS]
 
 
 def test_data_without_a_test_part_is_refused(run: Path) -> None:
