@@ -104,6 +104,7 @@ class Pi05Module(LightningModule):
         self.processor: Processor | None = None
         self.metrics: dict[Subset, SubsetMetrics] = {}
         self.results: dict[str, dict[str, float]] = {}
+        self._head_factories = heads
         with torch.device("meta"):
             self.model = Pi05(self.config, heads)
         self.follow(Recipe.of(pretrain_steps=0))
@@ -156,6 +157,18 @@ class Pi05Module(LightningModule):
             checkpoint_blocks(self.model)
         if self.compile_model:
             compile_calls(self.model)
+
+    def blank(self, stage: Stage) -> Pi05:
+        """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
+        with torch.device("meta"):
+            model = Pi05(self.config, self._head_factories)
+        if self.lora is not None:
+            add_adapters(model, self.lora)
+        if self.activation_checkpointing:
+            checkpoint_blocks(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = not stage.freezes(name)
+        return model
 
     def _begin(self) -> None:
         if self.init_from is not None:

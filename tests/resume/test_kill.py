@@ -63,4 +63,6 @@ def test_killed_run_did_every_batch_as_the_whole_one(killed: tuple[Path, int], w
         found, expected = lines(run, rank), lines(whole(ranks), rank)
         assert list(expected) == list(range(BATCHES))
         assert found.keys() == expected.keys()
-        assert all(line == expected[batch][0] for batch, attempts in found.items() for line in attempts)
+        for batch, attempts in found.items():
+            for line in attempts:
+                assert line == expected[batch][0], batch

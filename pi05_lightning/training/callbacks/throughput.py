@@ -13,10 +13,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from pi05_lightning.losses import mean_terms, total_loss
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.profiling.cost import parameters_of
 from pi05_lightning.profiling.rate import peak_rate
+from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Batch
 
 GB = 2**30
@@ -47,11 +49,11 @@ class Work:
     passes: dict[str, int]
 
     @classmethod
-    def of(cls, module: Pi05Module) -> Work:
-        """Of the stage that the module is in. The vision stem is counted on the meta device, without memory."""
-        size, components = module.config.vision.image_size, parameters_of(module.model)
+    def of(cls, model: Pi05) -> Work:
+        """Of a model without memory, see `Pi05Module.blank`."""
+        size, components = model.config.vision.image_size, parameters_of(model)
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            Pi05(module.config).backbone.vision(torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.long))
+            model.backbone.vision(torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.long))
         return cls(
             vision=counter.get_total_flops(),
             parameters={name: sum(p.numel() for p in found) for name, found in components.items()},
@@ -78,16 +80,16 @@ class Throughput(Callback):
 
     tokens_per_second counts valid image and text tokens and the action steps of every draw. hardware_share is FLOPs
     per second over the rate of a large matrix product, measured on this device in the types that are trained in. FLOPs
-    are counted operation by operation in the first step of each stage; those of other batches follow from their shapes,
-    see `Work`. The share is not logged where FLOPs or the rate are unknown: with `model.compile`, whose operations are
-    not counted, in FP8, and where other programs slowed the matrix product down so that training seems to be faster
-    than it. Nothing waits for the device between two intervals. Time spent in validation does not count.
+    are counted operation by operation for the first batch of each stage, on a model without memory: training's own
+    operations are left alone. Those of other batches follow from their shapes, see `Work`. The share is not logged
+    where FLOPs or the rate are unknown: with a head of your own that needs values, in FP8, and where other programs
+    slowed the matrix product down so that training seems to be faster than it. Nothing waits for the device between two
+    intervals. Time spent in validation does not count.
     """
 
     def __init__(self) -> None:
         self.count: Count | None = None
         self.stage: str | None = None
-        self.counter: FlopCounterMode | None = None
         self.work: Work | None = None
         self.flops_per_cost = 0.0
         self.peak_rate = 0.0
@@ -97,35 +99,29 @@ class Throughput(Callback):
         assert isinstance(pl_module, Pi05Module)
         self.stage, self.count, self.work = None, None, None
         self.dtypes = training_dtypes(pl_module, trainer.precision)
-        known = bool(self.dtypes) and not pl_module.compile_model
-        self.peak_rate = peak_rate(self.dtypes, pl_module.device) if known else 0.0
+        self.peak_rate = peak_rate(self.dtypes, pl_module.device) if self.dtypes else 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         assert isinstance(pl_module, Pi05Module)
+        stage = pl_module.recipe.at(trainer.global_step)
+        if stage.name != self.stage:
+            model = pl_module.blank(stage)
+            self.stage, self.work = stage.name, Work.of(model)
+            flops = count_flops(model, batch, stage, insulate=pl_module.knowledge_insulation)
+            self.flops_per_cost = flops / self.work.cost(batch, pl_module)
+            self.count = None
         if self.count is None:
             self.count = Count(time.perf_counter(), trainer.global_step)
-        stage = pl_module.recipe.at(trainer.global_step).name
-        if stage != self.stage:
-            self.stage = stage
-            self.counter = FlopCounterMode(display=False)
-            self.counter.__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Pi05Module)
         assert self.count is not None
-        if self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            self.work = Work.of(pl_module)
-            self.flops_per_cost = self.counter.get_total_flops() / self.work.cost(batch, pl_module)
-            # counting slows the operations down: the clock starts after it
-            self.counter, self.count = None, Count(time.perf_counter(), trainer.global_step)
-            return
         self.count.samples += len(batch)
         self.count.tokens = self.count.tokens + count_tokens(batch, pl_module)
-        if self.work is not None:
-            self.count.cost += self.work.cost(batch, pl_module)
+        assert self.work is not None
+        self.count.cost += self.work.cost(batch, pl_module)
         stepped = trainer.global_step > self.count.first_step  # not so between accumulated batches
         if stepped and pl_module.logs_after(trainer.global_step):
             self._log(trainer, pl_module)
@@ -155,10 +151,16 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.count = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.counter is not None:
-            self.counter.__exit__(None, None, None)
-            self.counter = None
+
+def count_flops(model: Pi05, batch: Batch, stage: Stage, insulate: bool) -> int:
+    """FLOPs of a batch's training step on a model without memory, see `Pi05Module.blank`; 0 where they are unknown."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            means = mean_terms(model(batch.to("meta"), stage.weights, insulate=insulate), stage.weights, model.device)
+            total_loss(means, stage.weights).backward()
+    except (RuntimeError, NotImplementedError):  # a head looks at values, of which there are none
+        return 0
+    return counter.get_total_flops()
 
 
 def count_tokens(batch: Batch, module: Pi05Module) -> Tensor:
