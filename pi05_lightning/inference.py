@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.data.boxes import to_picture
 from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
+from pi05_lightning.data.places import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix

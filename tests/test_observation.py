@@ -216,7 +216,7 @@ def test_bound_of_the_state_can_be_set(model, data, seen) -> None:
     far = {**seen, "state": seen["state"] * 1000}
     assert np.isfinite(acting(model, data, max_state_distance=None).predict(far)).all()
     with pytest.raises(ValueError, match=r"More than 0\.1 are refused"):
-        acting(model, data, max_state_distance=0.1).predict({**seen, "state": seen["state"] + 2})
+        acting(model, data, max_state_distance=0.1).predict({**seen, "state": seen["state"] + 5})
 
 
 def test_no_state_that_was_recorded_is_refused_or_spoken_of(policy, data, caplog) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pi05_lightning.data.boxes import frame_to_model
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
+from pi05_lightning.data.places import frame_to_model
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.tokenizer import TextTokenizer

@@ -14,8 +14,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
 from pi05_lightning import Pi05DataModule
-from pi05_lightning.data.boxes import to_model, to_picture
 from pi05_lightning.data.errors import BadFrame, BadSample
+from pi05_lightning.data.places import to_model, to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.base import SourceConfig
 from pi05_lightning.data.sources.lerobot import LeRobotConfig

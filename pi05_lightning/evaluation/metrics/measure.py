@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.data.boxes import to_picture
+from pi05_lightning.data.places import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors

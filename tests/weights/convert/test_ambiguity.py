@@ -62,7 +62,8 @@ def test_openpis_statistics_of_several_robots_need_a_name(openpi: Path) -> None:
 
 
 def test_openpis_policy_acts_in_the_units_of_the_robot_that_is_named(openpi: Path, tmp_path: Path) -> None:
-    observation = {"image": {"top": np.zeros((3, 9, 9), np.uint8)}, "state": np.zeros(STATE_DIM), "task": "open"}
+    images = {camera: np.zeros((3, 9, 9), np.uint8) for camera in ("top", "wrist")}
+    observation = {"image": images, "state": np.zeros(STATE_DIM), "task": "open"}
     noise = torch.randn(CONFIG.horizon, CONFIG.action_dim)
     convert(source=openpi, target=tmp_path / "ur5", tokenizer="tiny", robot="ur5")
     franka = Pi05Policy(openpi, tokenizer="tiny", robot="franka").predict_chunk(observation, noise)
@@ -128,7 +129,7 @@ def test_way_to_normalise_is_the_processors_as_it_is_for_lerobot(folder: Path, m
         ranges = {key.replace("q01", "min").replace("q99", "max"): 2 * x for key, x in tensors.items()}
         save_file(tensors | ranges, weights)
     observation = {
-        "image": {"top": torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8)},
+        "image": {camera: torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8) for camera in ("top", "wrist")},
         "state": torch.tensor([0.1, -0.2, 0.9, 0.4]),
         "task": "open",
     }
