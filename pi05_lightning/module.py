@@ -118,6 +118,8 @@ class Pi05Module(LightningModule):
         """Of the checkpoint that a prediction loaded, None where the weights are training's own."""
         self._policies: dict[str, Inference] = {}
         self._configured = False
+        self._hollow = False
+        """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
         self._losses: dict[str, list[Tensor]] = {}
         """Of the step under way, one value per accumulated batch that has the term."""
 
@@ -153,6 +155,7 @@ class Pi05Module(LightningModule):
             add_adapters(self.model, self.lora)
         if self.model.device.type == "meta":
             self.model.to_empty(device=torch.get_default_device())
+            self._hollow = True
         if self.activation_checkpointing:
             checkpoint_blocks(self.model)
         if self.compile_model:
@@ -192,6 +195,20 @@ class Pi05Module(LightningModule):
             if theirs is None or theirs.to_dict() != fast.to_dict():
                 return replace(found, terms={name: n for name, n in found.terms.items() if name != "fast"})
         return found
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().load_state_dict(*args, **kwargs)
+        self._hollow = False
+        return loaded
+
+    def _check_weights(self) -> None:
+        if self._hollow:
+            raise RuntimeError(
+                "the model has no weights: `will_be_restored` promised a checkpoint's, and none were loaded. Give the"
+                " trainer a ckpt_path, or leave will_be_restored False"
+            )
+
+    on_train_start = on_validation_start = on_test_start = on_predict_start = _check_weights
 
     def cpu(self) -> Pi05Module:
         """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""

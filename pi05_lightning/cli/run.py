@@ -16,10 +16,9 @@ import re
 import sys
 import tempfile
 import warnings
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from jsonargparse import Namespace, dict_to_namespace
@@ -47,9 +46,9 @@ from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.callbacks.throughput import Throughput
+from pi05_lightning.training.run_directory import RUNS, check_free, has_checkpoints, is_run, new_run, write_config
 from pi05_lightning.weights.locate import locate, locate_run, run_of
 
-RUNS = Path("runs")
 TRAINER_DEFAULTS = {
     # the data is an endless stream indexed by step, which each rank reads its own part of
     "max_epochs": -1,
@@ -112,16 +111,17 @@ class RunConfig(SaveConfigCallback):
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         what = config.clone()
-        what.run = what.ckpt_path = None
-        super().__init__(parser, what, overwrite=True, **kwargs)
+        what.run = what.ckpt_path = what.resume = None
+        super().__init__(parser, what, **kwargs)
 
     @cached_property
     def text(self) -> str:
         return self.parser.dump(self.config, skip_unset=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        # upstream writes to where the logger writes, over whatever is there
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_config(Path(trainer.default_root_dir), self.text)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.text
@@ -153,6 +153,11 @@ class Pi05CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str | None, help="The run's directory (default: runs/ and the time).")
         parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
+        parser.add_argument(
+            "--resume",
+            type=Literal["auto"] | None,
+            help="auto: go on with the newest checkpoint of --run if it has one, else start it.",
+        )
         # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
         parser.add_lightning_class_args(StageSwitch, "stages")
         parser.add_lightning_class_args(WeightAverage, "ema")
@@ -172,11 +177,17 @@ class Pi05CLI(LightningCLI):
         if config.model.config is None:
             # into the configuration that is saved: the run's checkpoints need no other file
             config.model.config = dict_to_namespace(locate(config.model.init_from).config().to_dict())
+        if config.ckpt_path is not None:  # of a file too: what the flag says is a path already
+            config.ckpt_path = find_resumed(config.ckpt_path, config.run)
         if not config.run:
-            new = RUNS / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            config.run = str(run_of(Path(config.ckpt_path)) if config.ckpt_path else new)
-        if self.command == "fit" and config.ckpt_path is None and any(Path(config.run).glob("checkpoints/*.ckpt")):
-            self.parser.error(f"{config.run} holds a run: resume it with --ckpt_path last, or give another --run")
+            old = run_of(Path(config.ckpt_path)) if config.ckpt_path else None
+            config.run = str(old if old and is_run(old) else new_run())
+        check_free(Path(config.run))
+        if self.command == "fit" and config.ckpt_path is None and has_checkpoints(Path(config.run)):
+            self.parser.error(
+                f"{config.run} holds a run: resume it with --ckpt_path last (or --resume auto, which also starts one),"
+                " or give another --run"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         kwargs["default_root_dir"] = self.config.run
@@ -198,11 +209,16 @@ def as_list(value: Any) -> list[Any]:
 
 
 def last_run() -> Path:
-    """The run with the newest checkpoint. Raises ValueError when there is none."""
+    """The run that saved last. Raises ValueError when there is none."""
     found = [path for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()]
     if not found:
         raise ValueError(f"there is no checkpoint under {RUNS}/ to go on from")
     return run_of(max(found, key=lambda path: path.stat().st_mtime))
+
+
+def find_resumed(path: str, run: str | None) -> str:
+    """The file that `ckpt_path` means: itself, a run's newest checkpoint, or for `last` that of the run, or of any."""
+    return str(locate_run(Path(run) if run else last_run()).path if path == "last" else locate_run(Path(path)).path)
 
 
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
@@ -214,7 +230,12 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     given.add_argument("-c", "--config", action="append", default=[])
     given.add_argument("--ckpt_path")
     given.add_argument("--run")
+    given.add_argument("--resume", choices=["auto"])
     known, rest = given.parse_known_args(args)
+    if known.resume and (known.run is None or command != "fit"):
+        raise ValueError("--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run")
+    if known.resume and known.ckpt_path is None and has_checkpoints(Path(known.run)):
+        known.ckpt_path = "last"
     if command != "fit" and rest and not rest[0].startswith("-"):
         known.ckpt_path = rest.pop(0)
 
@@ -223,11 +244,10 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     if known.run is not None:
         complete += ["--run", known.run]
     if known.ckpt_path is not None:
-        where = Path(known.run or last_run()) if known.ckpt_path == "last" else Path(known.ckpt_path)
-        checkpoint = locate_run(where)
-        complete += ["--ckpt_path", str(checkpoint.path)]
+        checkpoint = find_resumed(known.ckpt_path, known.run)
+        complete += ["--ckpt_path", checkpoint]
         if not configs:
-            (folder / "config.yaml").write_text(checkpoint.run_config())
+            (folder / "config.yaml").write_text(locate_run(Path(checkpoint)).run_config())
             configs = [str(folder / "config.yaml")]
     return [*(word for config in configs for word in ("--config", config)), *complete, *rest]
 
@@ -262,5 +282,5 @@ def run(command: str, args: list[str]) -> None:
             part, file = {"validate": ("validation", "metrics"), "test": ("test", "test_metrics")}[command]
             Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run), file), part))
     finally:
-        if command == "fit" and cli.trainer.interrupted and any(Path(cli.config.run).glob("checkpoints/*.ckpt")):
+        if command == "fit" and cli.trainer.interrupted and has_checkpoints(Path(cli.config.run)):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -21,5 +23,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if not is_local(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
-        with replacing(Path(path), one_writer=True) as part, part.open("wb") as file:
-            torch.save(checkpoint, file)
+        with replacing(Path(path), one_writer=True) as part:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+            try:
+                torch.load(part, map_location="cpu", weights_only=True, mmap=True)
+            except pickle.UnpicklingError as error:
+                raise ValueError(unreadable(checkpoint, str(path), error)) from error
+
+
+def unreadable(checkpoint: dict[str, Any], path: str, error: Exception) -> str:
+    """Why a checkpoint could not be read again, in words: which of its entries are no tensors and plain types."""
+    places = {f"{key}": value for key, value in checkpoint.items() if key != "callbacks"}
+    places |= {f"callbacks/{key}": value for key, value in checkpoint.get("callbacks", {}).items()}
+    wrong = [place for place, value in places.items() if not readable(value)]
+    return (
+        f"{path} is not written: {', '.join(wrong)} holds more than tensors and plain types, and could never be read"
+        f" again ({str(error).splitlines()[0]}). Return ints, floats, text, lists, dictionaries and tensors from"
+        " state_dict and on_save_checkpoint"
+    )
+
+
+def readable(value: Any) -> bool:
+    """Whether what is pickled of a value is read without executing anything of it."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True

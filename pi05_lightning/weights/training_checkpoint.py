@@ -83,17 +83,18 @@ class TrainingCheckpoint(Weights):
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints of a run's directory, the newest last."""
+    """The checkpoints of a run's directory."""
     candidates = (*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt"))
     # last.ckpt may be a link whose target a killed process had just replaced
-    return sorted((file for file in candidates if file.exists()), key=lambda file: file.stat().st_mtime)
+    return [file for file in candidates if file.exists()]
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file itself, or the newest one in a run's directory; ValueError where there is none."""
+    """The checkpoint file itself, or the one with most steps in a run's directory; ValueError where there is none."""
     if path.is_file():
         return path
-    found = checkpoints_in(path)
+    # a file's date changes when it is copied
+    found = sorted(checkpoints_in(path), key=lambda file: (steps(file), file.stat().st_mtime))
     if not found and (pickles := [file.name for kind in PICKLES for file in path.glob(kind)]):
         raise ValueError(
             f"{path} holds only pickled weights ({', '.join(pickles)}), which are not read as they may execute code:"
@@ -105,6 +106,11 @@ def find_checkpoint(path: Path) -> Path:
             f" checkpoints/, or an exported folder with {WEIGHTS}"
         )
     return found[-1]
+
+
+def steps(file: Path) -> int:
+    """Optimizer steps after which a checkpoint was saved; ValueError for a damaged one."""
+    return int(TrainingCheckpoint(file).content["global_step"])
 
 
 def merge(config: ModelConfig, lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pi05_lightning.files.local import replacing
+from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_step
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 
 
@@ -21,6 +21,8 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.dirpath is None:  # upstream's is the first logger's, which may be anywhere
+            self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -34,9 +36,15 @@ class RunCheckpoint(ModelCheckpoint):
     def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
         return super()._should_skip_saving_checkpoint(trainer) or within_step(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # a signal stops all ranks after the same step; of another error nobody knows whether all have it
+        if trainer.world_size == 1 or isinstance(exception, Stopped):
+            super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, Stopped) and exception.requeued and trainer.is_global_zero:
+            requeue()
+
     def _should_save_on_exception(self, trainer: Trainer) -> bool:
-        alone = trainer.world_size == 1
-        return alone and not within_step(trainer) and super()._should_save_on_exception(trainer)
+        return not within_step(trainer) and super()._should_save_on_exception(trainer)
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -50,8 +58,3 @@ class RunCheckpoint(ModelCheckpoint):
             with replacing(Path(linkpath), one_writer=True) as new:
                 new.symlink_to(os.path.relpath(filepath, new.parent))
         trainer.strategy.barrier()
-
-
-def within_step(trainer: Any) -> bool:
-    """Whether gradients have been accumulated that no optimizer step has used."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current.processed % trainer.accumulate_grad_batches != 0

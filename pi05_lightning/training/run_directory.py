@@ -1,0 +1,70 @@
+"""A run's directory: where a new one goes, and that it overwrites nothing that is not a run's."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+from pi05_lightning.files.local import write_text
+
+RUNS = Path("runs")
+CONFIG = "config.yaml"
+MARK = "# The whole configuration of this run, as pi05 resolved it."
+"""First line of a run's config.yaml: no file without it is a run's."""
+WRITTEN = (CONFIG, "checkpoints", "validation", "provenance.json", "metrics.json", "metrics.csv", "report.html")
+"""What a run may write into its directory, beside the logger's files."""
+_SHARED = "PI05_RUN"
+"""Environment variable that tells the run's directory to the ranks that Lightning starts."""
+
+
+def write_config(run: Path, text: str) -> None:
+    """The run's config.yaml, marked as such."""
+    write_text(run / CONFIG, f"{MARK}\n{text}")
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run in this folder has saved anything."""
+    return any((folder / "checkpoints").glob("*.ckpt"))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run's directory."""
+    config = folder / CONFIG
+    marked = config.is_file() and config.open(encoding="utf-8", errors="replace").readline().strip() == MARK
+    return marked or has_checkpoints(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ValueError for a folder with files that a run there would overwrite, and that no run wrote."""
+    if is_run(folder):
+        return
+    foreign = [name for name in WRITTEN if (folder / name).exists()]
+    if foreign:
+        raise ValueError(
+            f"{folder} is no run's directory, and a run would overwrite its {', '.join(foreign)}: name another --run"
+        )
+
+
+def new_run() -> Path:
+    """A directory under runs/ that did not exist, called after the time; the same for the ranks that Lightning starts.
+
+    Raises ValueError where all ranks are started from outside, as by torchrun or srun: nothing tells them one name.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
+        return Path(os.environ[_SHARED])
+    several = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1
+    if several and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect()):
+        raise ValueError("each process of this job would make a run of its own: give them one name with --run")
+    started, number = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), 1
+    while True:
+        folder = RUNS / (started if number == 1 else f"{started}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            os.environ[_SHARED] = str(folder)
+            return folder
