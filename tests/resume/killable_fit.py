@@ -23,7 +23,7 @@ from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.types import Batch
 
-KILL_AT_BATCH, KILL_AT_FILE_EVENT = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT"
+KILL_AT_BATCH, KILL_AT_FILE_EVENT, SIGNAL_AT_BATCH = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT", "SIGNAL_AT_BATCH"
 PATIENCE = 500  # seconds
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.symlink")
 
@@ -77,6 +77,8 @@ class Record(Callback):
             file.write(json.dumps(line) + "\n")
         if str(batch_idx) == os.environ.get(KILL_AT_BATCH):
             os.kill(os.getpid(), signal.SIGKILL)
+        if str(batch_idx) == os.environ.get(SIGNAL_AT_BATCH) and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
 
 def _kill_at_file_event(number: int) -> None:
@@ -122,9 +124,9 @@ def server() -> Any:
     return context
 
 
-def fit(args: list[str], log: Path, ranks: int = 1, **environment: int) -> list[int | None]:
+def fit(args: list[str], log: Path, ranks: int = 1, **environment: int | str) -> list[int | None]:
     """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would."""
-    common = {name: str(value) for name, value in environment.items()}
+    common = {name: str(int(value)) if isinstance(value, int) else value for name, value in environment.items()}
     if ranks > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -40,11 +40,11 @@ class InterruptBetweenSteps(Callback):
     """
 
     def __init__(self) -> None:
-        self.requested: int = 0
+        self.requested = 0
         self.requeue: int | None = None
-        self.previous: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not earlier: the trainer then sets handlers of its own. It puts back those from before when it ends
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets no other thread handle signals
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -53,13 +53,16 @@ class InterruptBetweenSteps(Callback):
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self.requeue = environment.requeue_signal or signal.SIGUSR1
         for signum in (signal.SIGINT, signal.SIGTERM, *([self.requeue] if self.requeue else [])):
-            self.previous[signum] = signal.signal(signum, self._request)
+            signal.signal(signum, self._request)
+
+    on_sanity_check_start = on_train_start
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = signum
+        hint = ""
         if signum == signal.SIGINT:
-            signal.signal(signum, self.previous[signum])
-        hint = " Once more to stop at once." if signum == signal.SIGINT else ""
+            signal.signal(signum, signal.default_int_handler)
+            hint = " Once more to stop at once."
         rank_zero_info(f"\n{signal.Signals(signum).name}: saving after this step.{hint}")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -79,13 +82,6 @@ class InterruptBetweenSteps(Callback):
         if self.requested:
             signum, self.requested = self.requested, 0
             raise Stopped(signum, requeued=signum == self.requeue)
-
-    def _restore(self, *args: Any, **kwargs: Any) -> None:
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-        self.previous = {}
-
-    teardown = _restore  # of an exception too, later, by the trainer
 
 
 def within_step(trainer: Any) -> bool:

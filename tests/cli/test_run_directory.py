@@ -1,0 +1,152 @@
+"""What a run writes is in its own directory, whatever logs, and replaces nothing that no run wrote."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+from pi05_lightning.cli.main import main
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.training.run_directory import MARK, new_run
+from pi05_lightning.weights.training_checkpoint import find_checkpoint
+
+from .conftest import STEPS
+
+CSV = "[{class_path: CSVLogger, init_args: {save_dir: logs, name: csv}}]"
+
+
+def steps(run: Path) -> int:
+    return torch.load(find_checkpoint(run), weights_only=True)["global_step"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("loggers", [CSV, "false", CSV[:-1] + ", {class_path: CSVLogger, init_args: {save_dir: .}}]"])
+def test_configuration_and_checkpoints_are_in_the_run_whatever_logs(config: Path, here: Path, loggers: str) -> None:
+    (here / "config.yaml").write_text("mine: true\n")
+    main(["fit", "-c", str(config), "--run", "run", "--trainer.logger", loggers])
+    assert (here / "config.yaml").read_text() == "mine: true\n"
+    assert (here / "run/config.yaml").read_text().startswith(MARK)
+    assert steps(here / "run") == STEPS
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config), "--run", "run", "--trainer.logger", loggers])
+    main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1)])
+    assert steps(here / "run") == STEPS + 1
+
+
+def test_a_directory_with_someone_elses_files_is_no_place_for_a_run(config: Path, here: Path) -> None:
+    (here / "config.yaml").write_text("mine: true\n")
+    with pytest.raises(SystemExit, match=r"no run's directory, and a run would overwrite its config.yaml"):
+        main(["fit", "-c", str(config), "--run", "."])
+    assert (here / "config.yaml").read_text() == "mine: true\n"
+
+
+def test_a_lone_checkpoint_is_measured_without_writing_beside_it(finished_run: Path, here: Path) -> None:
+    (here / "downloads").mkdir()
+    shutil.copyfile(find_checkpoint(finished_run), here / "downloads" / "a.ckpt")
+    main(["validate", "downloads/a.ckpt"])
+    assert [path.name for path in (here / "downloads").iterdir()] == ["a.ckpt"]
+    assert len(list((here / "runs").glob("*/metrics.json"))) == 1
+
+
+def test_runs_started_in_one_second_have_directories_of_their_own(here: Path) -> None:
+    assert len({new_run() for _ in range(5)}) == 5
+
+
+def test_ranks_that_lightning_starts_share_the_run_without_a_name(config: Path, here: Path) -> None:
+    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = [sys.executable, "-m", "pi05_lightning", "fit", "-c", str(config), *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    (run,) = (here / "runs").iterdir()
+    assert steps(run) == STEPS
+
+
+def test_ranks_that_torchrun_starts_need_a_name(config: Path, here: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pi05_lightning", "fit"]
+    ended = subprocess.run([*command, "-c", str(config)], capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "give them one name with --run" in ended.stderr
+    assert not (here / "runs").exists()
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(config: Path, here: Path) -> None:
+    command = ["fit", "-c", str(config), "--run", "run", "--resume", "auto"]
+    main(command)
+    assert steps(here / "run") == STEPS
+    main([*command, "--stages.pretrain_steps", str(STEPS + 2)])
+    assert steps(here / "run") == STEPS + 2
+
+
+def test_resume_auto_needs_the_runs_name(config: Path, here: Path) -> None:
+    with pytest.raises(SystemExit, match="name it with --run"):
+        main(["fit", "-c", str(config), "--resume", "auto"])
+
+
+@pytest.mark.parametrize("path", ["last", "run", "run/checkpoints/last.ckpt"])
+def test_ckpt_path_in_yaml_means_what_the_flag_does(config: Path, here: Path, path: str) -> None:
+    main(["fit", "-c", str(config), "--run", "run"])
+    before = torch.load(find_checkpoint(here / "run"), weights_only=True)["state_dict"]
+    content = yaml.safe_load(config.read_text()) | {"ckpt_path": path, "run": "run"}
+    content["trainer"]["max_steps"] = STEPS + 1
+    (here / "more.yaml").write_text(yaml.safe_dump(content))
+    main(["fit", "-c", "more.yaml"])
+    after = torch.load(find_checkpoint(here / "run"), weights_only=True)
+    assert after["global_step"] == STEPS + 1
+    assert all(torch.allclose(after["state_dict"][name], value, atol=0.01) for name, value in before.items())
+
+
+def test_a_model_that_waits_for_a_checkpoint_is_never_stepped() -> None:
+    module = Pi05Module(ModelConfig.preset("debug"))
+    module.will_be_restored = True
+    module.configure_model()
+    with pytest.raises(RuntimeError, match="the model has no weights"):
+        module.on_train_start()
+
+
+def test_newest_checkpoint_is_the_one_with_most_steps_though_files_were_copied(config: Path, here: Path) -> None:
+    main(
+        [
+            "fit",
+            "-c",
+            str(config),
+            "--run",
+            "run",
+            "--checkpoint.every_n_train_steps",
+            "2",
+            "--checkpoint.save_top_k",
+            "-1",
+        ]
+    )
+    for place, file in enumerate(sorted((here / "run/checkpoints").glob("0*.ckpt"), reverse=True)):
+        os.utime(file, (1e9 + place, 1e9 + place))
+    (here / "run/checkpoints/last.ckpt").unlink()
+    assert steps(here / "run") == STEPS
+
+
+class Score(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": np.float64(0.5)}
+
+
+def test_a_checkpoint_that_could_not_be_read_again_is_refused_by_its_callbacks_name(config: Path, here: Path) -> None:
+    flag = ["--trainer.callbacks", "[{class_path: tests.cli.test_run_directory.Score}]"]
+    with pytest.raises(SystemExit, match=re.escape("callbacks/Score holds more than tensors and plain types")):
+        main(["fit", "-c", str(config), "--run", "run", *flag])
+    assert not list((here / "run/checkpoints").glob("*.ckpt"))

@@ -1,0 +1,63 @@
+"""A signal ends a run after the step under way: saved, with its status, and resumed as if it had not come."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from killable_fit import SIGNAL_AT_BATCH, digest, fit
+
+from .conftest import ACCUMULATE
+
+INSIDE = 2 * ACCUMULATE  # the first batch of step 2: its gradients wait for the second
+
+
+def state(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_inside_an_accumulated_step_saves_that_step_and_the_run_ends_as_the_whole(
+    config: Path, whole: Any, tmp_path: Path, signum: signal.Signals, ranks: int
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    start = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--checkpoint.every_n_train_steps", "100"]
+    codes = fit(start, log, ranks, **{SIGNAL_AT_BATCH: INSIDE, "SIGNAL": signum})
+    assert codes == [128 + signum] * ranks, log.read_text()
+    assert state(run)["global_step"] == 3
+    codes = fit(["--ckpt_path", str(run)], log, ranks)
+    assert codes == [0] * ranks, log.read_text()
+    for part in ("global_step", "state_dict", "optimizer_states"):
+        assert digest(state(run)[part]) == digest(state(whole(ranks))[part]), part
+
+
+def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
+    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    run, log = tmp_path / "run", tmp_path / "log"
+    slurm = {
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+    }
+    command = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--resume", "auto"]
+    codes = fit(command, log, **slurm, **{SIGNAL_AT_BATCH: INSIDE, "SIGNAL": signal.SIGUSR1})
+    assert codes == [128 + signal.SIGUSR1], log.read_text()
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    assert state(run)["global_step"] == 3
+    assert fit(command, log, **slurm) == [0], log.read_text()
+    assert digest(state(run)["state_dict"]) == digest(state(whole(1))["state_dict"])
