@@ -208,7 +208,7 @@ class Pi05Module(LightningModule):
                 " trainer a ckpt_path, or leave will_be_restored False"
             )
 
-    on_train_start = on_validation_start = on_test_start = on_predict_start = _check_weights
+    on_validation_start = on_test_start = _check_weights
 
     def cpu(self) -> Pi05Module:
         """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""
@@ -313,6 +313,7 @@ class Pi05Module(LightningModule):
 
     def on_predict_start(self) -> None:
         """Raises ValueError for what the policy cannot do, and data whose robots it was not trained on."""
+        self._check_weights()
         data = datamodule_of(self.trainer)
         loaded, self._policies = self._loaded_processor, {}
         # what normalises is the checkpoint's own, whatever data it predicts on

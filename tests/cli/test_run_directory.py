@@ -117,7 +117,7 @@ def test_a_model_that_waits_for_a_checkpoint_is_never_stepped() -> None:
     module.will_be_restored = True
     module.configure_model()
     with pytest.raises(RuntimeError, match="the model has no weights"):
-        module.on_train_start()
+        module.on_validation_start()
 
 
 def test_newest_checkpoint_is_the_one_with_most_steps_though_files_were_copied(config: Path, here: Path) -> None:
