@@ -24,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.images import read_image
+from pi05_lightning.data.lerobot_files import is_text
 
 
 class OpenFiles[K, T]:
@@ -259,9 +260,8 @@ def holds_images(kind: pa.DataType) -> bool:
         return not {"bytes", "path"}.isdisjoint(field.name for field in kind)
     if pa.types.is_dictionary(kind):
         return holds_images(kind.value_type)
-    texts = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view
     encoded = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view
-    return any(is_kind(kind) for is_kind in (*texts, *encoded))
+    return is_text(kind) or any(is_kind(kind) for is_kind in encoded)
 
 
 class ParquetFrames(FrameStore):

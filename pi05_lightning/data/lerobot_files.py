@@ -124,22 +124,36 @@ class LeRobotFiles:
         """`meta/{table}.parquet` as {column_index: sentence}; empty when there is no such file.
 
         The sentences are the table's pandas index, whatever its name, as LeRobot reads it (`load_tasks` in its
-        `datasets/io_utils.py`); without one they are in `column`.  Raises ValueError when they are in neither.
+        `datasets/io_utils.py`); without one of texts, as where rows were filtered, they are in `column`.  Raises
+        ValueError when they are in neither, and for a number with two sentences.
         """
         path = self.root / "meta" / f"{table}.parquet"
         if not path.exists():
             return {}
-        rows = pq.read_table(path)
-        index = (rows.schema.pandas_metadata or {}).get("index_columns", [])
-        names = [name for name in (*index, column) if isinstance(name, str) and name in rows.column_names]
+        try:
+            rows = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}): restore it from its origin") from error
+        index = [name for name in (rows.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
+        names = [
+            name
+            for name in (*sorted(index, key=column.__ne__), column)  # of several levels the one of that name
+            if name in rows.column_names and is_text(rows.schema.field(name).type)
+        ]
         if not names or f"{column}_index" not in rows.column_names:
             raise ValueError(
-                f"{path} needs the columns {column}_index and {column} (or pandas' index in its place), and has"
-                f" {', '.join(rows.column_names)}: write it with LeRobot, or rename them"
+                f"{path} needs the columns {column}_index and {column} (or pandas' index in its place), of texts, and"
+                f" has {_described(rows.schema)}: write it with LeRobot, or rename them"
             )
-        sentences = rows[names[0]].cast(pa.string())  # from any type of text, dictionaries too
-        numbers = whole_numbers(rows[f"{column}_index"], f"{path}, {column}_index")
-        return dict(zip(numbers.tolist(), sentences.to_pylist(), strict=True))
+        numbers = whole_numbers(rows[f"{column}_index"], f"{path}, {column}_index").tolist()
+        found: dict[int, str] = {}
+        for number, sentence in zip(numbers, rows[names[0]].cast(pa.string()).to_pylist(), strict=True):
+            if found.setdefault(number, sentence) != sentence:
+                raise ValueError(
+                    f"{path} has two sentences for {column}_index {number}, {found[number]!r} and {sentence!r}: leave"
+                    " the right one"
+                )
+        return found
 
     def cameras(self) -> list[str]:
         """Keys of the colour image features, in the dataset's order."""
@@ -318,6 +332,17 @@ class LeRobotFiles:
 def _union(contents: Sequence[set[Sentence]], rows: np.ndarray) -> set[Sentence]:
     """What the chosen rows, bool, hold together."""
     return set().union(*(contents[row] for row in np.flatnonzero(rows)))
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column's type is one of those in which pandas, polars and pyarrow write text."""
+    if pa.types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _described(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
 def whole_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:

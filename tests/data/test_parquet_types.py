@@ -6,6 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,20 @@ def without_pandas(table: pa.Table) -> pa.Table:
     return with_language(table.rename_columns(names)).replace_schema_metadata(None)
 
 
+def with_numbered_rows(table: pa.Table) -> pa.Table:
+    """As pandas writes a table of which rows were dropped: the numbers of those left are its index."""
+    tasks = table.to_pandas().rename_axis("task").reset_index()
+    return pa.Table.from_pandas(
+        pd.concat([tasks.assign(task="dropped", task_index=9), tasks])[lambda t: t.task_index < 9]
+    )
+
+
+def with_two_levels(table: pa.Table) -> pa.Table:
+    """As pandas writes an index of language and task."""
+    tasks = table.to_pandas().rename_axis("task").reset_index().assign(language="en")
+    return pa.Table.from_pandas(tasks.set_index(["language", "task"]))
+
+
 def of_type(kind: pa.DataType):
     """The sentences as another type of text."""
 
@@ -44,11 +59,21 @@ def of_type(kind: pa.DataType):
     [
         with_language,
         without_pandas,
+        with_numbered_rows,
+        with_two_levels,
         of_type(pa.large_string()),
         of_type(pa.string_view()),
         of_type(pa.dictionary(pa.int32(), pa.string())),
     ],
-    ids=["another text column", "no index", "large_string", "string_view", "categorical"],
+    ids=[
+        "another text column",
+        "no index",
+        "numbered rows",
+        "two levels",
+        "large_string",
+        "string_view",
+        "categorical",
+    ],
 )
 def test_tasks_are_found_by_name(pictures_copy: Path, change) -> None:
     path = pictures_copy / "meta" / "tasks.parquet"
@@ -63,6 +88,23 @@ def test_tasks_that_have_no_name_are_refused(pictures_copy: Path) -> None:
     table = without_pandas(pq.read_table(path))
     pq.write_table(table.rename_columns(["language", "task_index", "instruction"]), path)
     with pytest.raises(ValueError, match=r"tasks.parquet needs the columns task_index and task .* instruction"):
+        open_source(pictures_copy)
+
+
+@pytest.mark.parametrize(
+    "sentences", [pa.array([3, 4]), pa.array([["close"], ["open"]])], ids=["numbers", "lists of texts"]
+)
+def test_tasks_that_are_no_texts_are_refused(pictures_copy: Path, sentences: pa.Array) -> None:
+    path = pictures_copy / "meta" / "tasks.parquet"
+    pq.write_table(pa.table({"task": sentences, "task_index": [0, 1]}), path)
+    with pytest.raises(ValueError, match=r"tasks.parquet needs .* of texts, and has task \((int64|list<.*>)\)"):
+        open_source(pictures_copy)
+
+
+def test_a_number_with_two_sentences_is_refused(pictures_copy: Path) -> None:
+    path = pictures_copy / "meta" / "tasks.parquet"
+    pq.write_table(pa.table({"task": ["close it", "open it", "wipe it"], "task_index": [0, 1, 1]}), path)
+    with pytest.raises(ValueError, match=r"tasks.parquet has two sentences for task_index 1, 'open it' and 'wipe it'"):
         open_source(pictures_copy)
 
 

@@ -82,6 +82,12 @@ def test_subtask_numbers_may_be_of_any_type(videos_copy: Path, codes: pa.Array) 
     assert subtasks(videos_copy) == ["wipe", "fold", "wipe", "fold", last]
 
 
+def test_a_number_without_a_sentence_is_named(videos_copy: Path) -> None:
+    annotate(videos_copy, without=(0, 1, 2, 3, 4), codes=[7, -1, *[0] * (sum(LENGTHS) - 2)])
+    with pytest.raises(BadSample, match=r"subtask_index: meta/subtasks.parquet has no sentence for \[7\]"):
+        open_source(videos_copy)
+
+
 def test_a_blank_subtask_is_none(videos_copy: Path) -> None:
     annotate(videos_copy, without=(0, 1, 2, 3, 4))
     table = pa.table({"subtask": ["wipe", "  "], "subtask_index": [0, 1]})

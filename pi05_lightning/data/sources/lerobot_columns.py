@@ -13,7 +13,14 @@ import pyarrow.parquet as pq
 
 from pi05_lightning.data.errors import BadFrame, Rejects
 from pi05_lightning.data.frames import holds_images
-from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence, real_numbers, vectors, whole_numbers
+from pi05_lightning.data.lerobot_files import (
+    LeRobotFiles,
+    Sentence,
+    is_text,
+    real_numbers,
+    vectors,
+    whole_numbers,
+)
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
@@ -318,15 +325,18 @@ def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> tuple[list[
 
 def _subtask_texts(files: LeRobotFiles, column: pa.ChunkedArray, key: str) -> list[str | None]:
     """A column of texts, or of numbers of sentences in meta/subtasks.parquet, as texts."""
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if any(is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)):
+    if is_text(column.type):
         return column.cast(pa.string()).to_pylist()
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     numbers = real_numbers(column, key) if pa.types.is_primitive(kind) else np.array([0.5])
     if not (np.isnan(numbers) | (numbers == np.round(numbers))).all():
         raise ValueError(f"{key}: it holds {column.type}: a subtask is text, or a number as in subtask_index")
     sentences = files.sentences("subtasks", "subtask")
     if not sentences and (numbers >= 0).any():
         raise ValueError(f"{key}: it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
+    unknown = [number for number in np.unique(numbers[numbers >= 0]).astype(int).tolist() if number not in sentences]
+    if unknown:
+        raise ValueError(f"{key}: meta/subtasks.parquet has no sentence for {unknown}")
     return [sentences.get(number) for number in numbers.tolist()]
 
 
