@@ -8,15 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from itertools import batched
 from typing import Any, Literal, get_args
 
 import torch
 from torchvision.ops import box_convert
 
-from pi05_lightning.data.places import LOCATION, RUN
-from pi05_lightning.data.tokenizer import LOCATIONS
-from pi05_lightning.types import NUM_LOC, Box, box_to_text, edges_to_text
+from pi05_lightning.types import Box, box_to_text, edges_to_text
 
 BoxOrder = Literal["xyxy", "yxyx", "xywh", "cxcywh"]
 """Corners (x or y first), the top left corner with width and height, or the centre with them."""
@@ -78,16 +75,3 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
         spelled = edges_to_text((top, left))
         return f"{spelled} {found['label']}" if found.get("label") else spelled
     return answer
-
-
-def misplaced(text: str) -> str | None:
-    """What is wrong with the coordinate tokens that a text spells, or None."""
-    for run in RUN.finditer(text):
-        numbers = LOCATION.findall(run.group())
-        outside = [number for number in numbers if len(number) != 4 or int(number) >= NUM_LOC]
-        if outside:
-            return f"<loc{outside[0]}> is outside the image, which goes from <loc0000> to {LOCATIONS[-1]}"
-        for edges in batched(map(int, numbers), 4):
-            if len(edges) == 4 and (edges[0] > edges[2] or edges[1] > edges[3]):
-                return f"the box {run.group()} is inside out: the order is ymin, xmin, ymax, xmax"
-    return None

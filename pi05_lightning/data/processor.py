@@ -15,7 +15,7 @@ import torch
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
-from pi05_lightning.data.places import frame_to_model
+from pi05_lightning.data.places import frame_to_model, said_to_model
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.tokenizer import TextTokenizer
@@ -140,9 +140,13 @@ class Processor:
     def prompt(
         self, frame: Frame, source: str, subtask: str | None = None, *, high_level: bool = False, fast: bool = False
     ) -> Sample:
-        """What the model gets at inference: the same prompts, and nothing to predict."""
+        """What the model gets at inference: the same prompts, and nothing to predict.
+
+        subtask: what actions are conditioned on, with places as shares of the picture; None for the task alone.
+        """
         letterboxes = self._letterboxes(frame)
         frame = frame_to_model(self.normalize(frame, source), letterboxes)
+        subtask = None if subtask is None else said_to_model(subtask, letterboxes.values())
         prompts = self.language.prompts
         segments = (
             prompts.high_level(frame)

@@ -23,6 +23,7 @@ from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.types import Modality, Shapes, Subset
 
+from .recorded import edit_info
 from .test_lerobot_source import HORIZON, LENGTHS, data_file, open_source, rewrite, truncate
 
 TOKENIZER = TextTokenizer.load("tiny")
@@ -174,10 +175,11 @@ def test_a_subtask_column_of_another_kind_is_an_error(videos_copy: Path) -> None
         open_source(videos_copy, subtask_key="phase")
 
 
-def set_event(root: Path, content: str) -> None:
-    """Answer the first question about `top` of frame 3 of episode 0 with this."""
+def set_event(root: Path, content: str, place: int = 0, camera: str | None = TOP) -> None:
+    """Frame 3 of episode 0 answers (place 0) or asks (3) with this what is asked first about `top`, or the camera."""
     rows = pq.read_table(data_file(root))["language_events"].to_pylist()
-    rows[3][0]["content"] = content
+    rows[3][place]["content"] = content
+    rows[3][0]["camera"] = rows[3][3]["camera"] = camera
     rewrite(data_file(root), language_events=rows)
 
 
@@ -195,12 +197,36 @@ def test_boxes_of_lerobots_annotator_become_tokens(videos_copy: Path) -> None:
     [
         (json.dumps({"detections": [{"label": "x", "bbox": [0, 0, 65, 3]}]}), "not inside the image, 64 wide and 48"),
         ("<loc0000><loc0000><loc2000><loc0001>", "<loc2000> is outside the image"),
+        ("<loc0000> <loc0000> <loc0100> <loc0100>", "<loc0000> is no place"),
         ("", "a vqa question or answer is empty"),
     ],
 )
 def test_a_box_outside_the_image_is_an_error(videos_copy: Path, content: str, message: str) -> None:
     set_event(videos_copy, content)
     with pytest.raises(BadSample, match=f"dataset 'robot', episode 0, frame 3, language_events: .*{message}.*Correct"):
+        open_source(videos_copy, cameras=None)
+
+
+@pytest.mark.parametrize("changed", ["question", "task"])
+def test_a_place_outside_the_image_is_found_in_what_is_given_too(videos_copy: Path, changed: str) -> None:
+    if changed == "task":
+        table = pa.table({"task": ["close it", "open the one at <loc2000><loc0001>"], "task_index": [0, 1]})
+        pq.write_table(table, videos_copy / "meta" / "tasks.parquet")
+    else:
+        set_event(videos_copy, "what is at <loc2000><loc0001>?", place=3)
+    with pytest.raises(BadSample, match=r"dataset 'robot', episode \d, frame \d, .*<loc2000> is outside the image"):
+        open_source(videos_copy, cameras=None)
+
+
+def test_pixels_without_a_camera_are_of_cameras_of_one_size(videos_copy: Path) -> None:
+    box = {"label": "handle", "bbox": [16, 12, 32, 24]}  # in images of 64 x 48
+    set_event(videos_copy, json.dumps({"detections": [box]}), camera=None)
+    answers = open_source(videos_copy, cameras=None)[3].answers
+    assert [a.answer for a in answers if a.camera is None] == ["<loc0256><loc0256><loc0512><loc0512> handle"]
+    features = json.loads((videos_copy / "meta/info.json").read_text())["features"]
+    features["observation.images.wrist"]["shape"] = [64, 48, 3]
+    edit_info(videos_copy, features=features)
+    with pytest.raises(BadSample, match=r"episode 0, frame 3, .* is a place of no camera, and the cameras differ in"):
         open_source(videos_copy, cameras=None)
 
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from pi05_lightning.data.boxes import detections, from_lerobot, misplaced, to_box
+from pi05_lightning.data.boxes import detections, from_lerobot, to_box
+from pi05_lightning.data.places import misplaced
 from pi05_lightning.types import Box, box_to_text, text_to_boxes
 
 IN_PIXELS = (0.25, 0.125, 0.75, 0.5)  # ymin, xmin, ymax, xmax of the box below
@@ -70,6 +71,8 @@ def test_nothing_detected_is_said() -> None:
         ("<loc0001><loc0002><loc0003><loc1024> cup", "<loc1024> is outside the image"),
         ("<loc01><loc0002><loc0003><loc0004>", "<loc01> is outside"),
         ("<loc0500><loc0002><loc0003><loc0004>", "inside out"),
+        ("<loc0001> <loc0002> <loc0003> <loc0004> cup", "<loc0001> is no place: a point is two tokens and a box four"),
+        ("<loc0001><loc0002><loc0003> cup", "<loc0001><loc0002><loc0003> is no place"),
     ],
 )
 def test_tokens_that_name_no_box_in_the_image_are_found(text: str, problem: str) -> None:

@@ -154,6 +154,36 @@ def test_a_place_without_a_camera_is_refused_where_the_cameras_differ_in_shape()
         two_cameras((48, 64), (64, 48), answers=answers)
 
 
+@pytest.mark.parametrize("said", ["task", "subtask", "question", "answer"])
+@pytest.mark.parametrize("place", ["<loc1500><loc0100>", "<loc0100>, <loc0200>"])
+def test_a_place_that_is_none_is_refused_in_every_text(said: str, place: str) -> None:
+    texts = {"question": "where is it?", "answer": "there"} | {said: f"at {place}"}
+    answers = (Answer(texts["question"], texts["answer"]),)
+    frame_texts = {name: text for name, text in texts.items() if name in ("task", "subtask")}
+    with pytest.raises(BadFrame, match=r"'at <loc.*(outside the image|is no place)"):
+        two_cameras((48, 64), (48, 64), answers=answers, **frame_texts)
+
+
+def test_a_subtask_that_is_told_is_where_training_had_it() -> None:
+    processor = Processor(ModelConfig.preset("debug").shapes, TextTokenizer.load("tiny"), ["a"], {})
+    subtask = f"go to {box_to_text(BOX)}"
+    frame = Frame(images={"a": np.zeros((3, 48, 64), np.uint8)}, task="wipe", subtask=subtask)
+    trained = processor.sample(frame, Subset("robot", Modality.HL_SUBTASK)).tokens.tolist()
+    told = processor.prompt(replace(frame, subtask=None), "robot", subtask).tokens.tolist()
+    seen, acted_on = (text_to_boxes(processor.tokenizer.decode(tokens)) for tokens in (trained, told))
+    assert acted_on == seen != text_to_boxes(subtask)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
+def test_a_subtask_that_the_model_said_wrong_is_acted_on_as_it_said_it(shape: tuple[int, int]) -> None:
+    processor = Processor(ModelConfig.preset("debug").shapes, TextTokenizer.load("tiny"), ["a", "b"], {})
+    frame = Frame(images={"a": np.zeros((3, 48, 64), np.uint8), "b": np.zeros((3, *shape), np.uint8)}, task="wipe")
+    said = "at <loc0512><loc0300><loc0700>, <loc0400>"
+    letterboxes = processor.prompt(frame, "robot").letterboxes.values()
+    told = processor.prompt(frame, "robot", to_picture(said, letterboxes)).tokens.tolist()
+    assert said.replace(" ", "") in processor.tokenizer.decode(told).replace(" ", "")
+
+
 def test_a_question_about_a_camera_without_an_image_is_refused() -> None:
     with pytest.raises(BadFrame, match="about the camera 'c', and images of a, b"):
         two_cameras((48, 64), (48, 64), answers=(Answer("what?", "this", "c"),))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.boxes import from_lerobot, misplaced
+from pi05_lightning.data.boxes import from_lerobot
+from pi05_lightning.data.places import misplaced
 from pi05_lightning.types import Answer
 
 PERSISTENT = "language_persistent"
@@ -79,8 +81,8 @@ def question_answers(
     """The visual questions of one frame: the k-th `vqa` question about a camera goes with its k-th answer.
 
     cameras: feature key -> name; questions about other cameras are left out.  sizes: feature key -> (height, width),
-    in the units of the boxes.  Raises ValueError when questions and answers do not pair up, one is empty, or a box is
-    outside its image.
+    in the units of the boxes.  Raises ValueError when questions and answers do not pair up, one is empty, a box is
+    outside its image, or nothing tells how large that is.
     """
     questions: dict[str | None, list[str]] = {}
     answers: dict[str | None, list[str]] = {}
@@ -95,16 +97,22 @@ def question_answers(
             raise ValueError(f"{len(asked)} vqa questions about camera {key!r} but {len(told)} answers")
         if key is None or key in cameras:
             camera = None if key is None else cameras[key]
-            # without a camera nothing says how large the image is: coordinates in pixels stay as they are written
-            spelled = told if key is None else [from_lerobot(answer, *sizes[key]) for answer in told]
-            for question, answer in zip(asked, spelled, strict=True):
-                problem = (
-                    misplaced(answer) if question.strip() and answer.strip() else "a vqa question or answer is empty"
-                )
-                if problem:
+            about = set(sizes.values()) if key is None else {sizes[key]}
+            for question, answer in zip(asked, (_spelled(answer, about) for answer in told), strict=True):
+                if not (question.strip() and answer.strip()):
+                    raise ValueError("a vqa question or answer is empty")
+                if problem := misplaced(question) or misplaced(answer):
                     raise ValueError(problem)
                 found.append(Answer(question, answer, camera))
     return found
+
+
+def _spelled(answer: str, sizes: set[tuple[float, float]]) -> str:
+    """`from_lerobot` of an answer about images of these sizes; ValueError for a place where they are not one size."""
+    spelled = from_lerobot(answer, *(next(iter(sizes)) if len(sizes) == 1 else (math.inf, math.inf)))
+    if len(sizes) != 1 and "<loc" in spelled and spelled != answer:
+        raise ValueError(f"{answer!r} is a place of no camera, and the cameras differ in size: say which camera's")
+    return spelled
 
 
 @dataclass(frozen=True)

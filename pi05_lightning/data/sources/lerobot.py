@@ -19,6 +19,7 @@ from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
 from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
+from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
@@ -386,6 +387,10 @@ class LeRobotSource(Source):
         columns = self.columns
         remedy = "Add it to meta/tasks.parquet or give `task`"
         self._reject(self._task.codes < 0, "task_index", "it has no task sentence", remedy)
+        for what, texts in (("task", self._task), ("subtask", columns.subtask)):
+            for code, text in enumerate(texts.values):
+                if problem := misplaced(text):
+                    self._reject(texts.codes == code, what, f"{text!r}: {problem}", "Correct the text")
         bad_state, bad_action = (~np.isfinite(values).all(axis=1) for values in (columns.state, columns.action))
         remedy = "Correct the data or leave the episode out with `episodes`"
         for keys, values, bad in (
@@ -493,7 +498,7 @@ class LeRobotSource(Source):
         boxed = {answer.camera for answer in self.columns.answers[row] if "<loc" in answer.answer}
         for key, camera in self.cameras.items() if boxed and not self.config.box_range else ():
             declared = tuple(map(int, self._box_range()[key]))
-            if camera in boxed and sizes[camera] != declared:
+            if boxed & {camera, None} and sizes[camera] != declared:
                 raise BadSample(
                     f"dataset {self.name!r}, {self.columns.address(row)}, {camera}: its image is"
                     f" {sizes[camera][0]} x {sizes[camera][1]}, and meta/info.json says {declared[0]} x {declared[1]}:"

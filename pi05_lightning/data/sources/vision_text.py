@@ -16,9 +16,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from pi05_lightning.data.boxes import BoxOrder, detections, misplaced, to_box
+from pi05_lightning.data.boxes import BoxOrder, detections, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
+from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
@@ -304,7 +305,7 @@ class VisionTextSource(Source):
                 return f"{text!r} is no text"
             if not text.strip():
                 return "a text is empty"
-        return next(filter(None, map(misplaced, texts[-1])), None)
+        return next(filter(None, map(misplaced, [*texts[0], *texts[-1]])), None)
 
     def _image(self, stored: dict[str, Any] | None) -> np.ndarray:
         if stored is None or not (stored["bytes"] or stored["path"]):
