@@ -57,7 +57,8 @@ def fill(caches: Sequence[CachedFrames], label: str) -> None:
 class CachedFrames:
     """The frames of a store at one size, in file order: per file its pixels (`.u8`), positions and old sizes (`.npz`).
 
-    `fill` writes what is missing, each file atomically; a file whose size or date changed is decoded anew.
+    `fill` writes what is missing, each file atomically; one whose size or date changed, or those of an image that it
+    names, is decoded anew.
     """
 
     def __init__(self, origin: FrameStore, size: tuple[int, int], folder: Path):
@@ -121,8 +122,7 @@ class CachedFrames:
         return self._index_path(file).with_suffix(".u8")
 
     def _index_path(self, file: int) -> Path:
-        stat = self.origin.files[file].stat()
-        key = f"{_VERSION} {self.origin.convert} {self.origin.files[file].name} {stat.st_size} {stat.st_mtime_ns}"
+        key = f"{_VERSION} {self.origin.convert} {self.origin.files[file].name} {self.origin.version(file)}"
         fingerprint = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return self.folder / f"{self._stem(file)}.{fingerprint}.npz"
 

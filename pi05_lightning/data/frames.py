@@ -6,6 +6,7 @@ a video, the row number in a parquet file. Files are opened on first use and kep
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
@@ -104,16 +105,17 @@ class VideoDecoder:
         """The frame shown at `timestamp`, u8[3 h w]; raises BadImage when none is within `tolerance` seconds."""
         if not abs(timestamp - self._next) <= tolerance:
             self._seek_decodable(timestamp, timestamp + tolerance)
-        last = None
+        seen: list[float] = []
         for frame in self._frames:
-            last = self._seconds(frame)
-            if last >= timestamp - tolerance:
-                if last > timestamp + tolerance:
+            seen.append(self._seconds(frame))
+            if seen[-1] >= timestamp - tolerance:
+                if seen[-1] > timestamp + tolerance:
                     break
-                self._next = last + self._period
+                self._next = seen[-1] + self._period
                 return self._pixels(frame)
         self._next = math.nan
-        nearest = "nothing after it" if last is None else f"the nearest frame is at {last:.4f} s; is fps right?"
+        at = min(seen, key=lambda seconds: abs(seconds - timestamp), default=None)
+        nearest = "nothing after it" if at is None else f"the nearest frame is at {at:.4f} s; is fps right?"
         raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g} ({nearest})")
 
     def _seek_decodable(self, timestamp: float, latest: float) -> None:
@@ -222,9 +224,18 @@ class FrameStore(ABC):
     def count(self, file: int) -> int:
         """About how many frames the file holds."""
 
+    def version(self, file: int) -> str:
+        """A text that changes when the file's frames do."""
+        return _version(self.files[file])
+
     @abstractmethod
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         """(position, image) in the file's order; a BadImage where one cannot be read, last where reading must end."""
+
+
+def _version(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 class VideoFrames(FrameStore):
@@ -285,6 +296,7 @@ class ParquetFrames(FrameStore):
             lambda i: pq.ParquetFile(files[i], memory_map=True), capacity=32
         )
         self._ends = OpenFiles(self._group_ends, capacity=1024)
+        self._image_versions: dict[int, str] = {}
         self._groups = OpenFiles(self._read_group, capacity=8)
 
     def read(self, row: int) -> np.ndarray:
@@ -314,6 +326,31 @@ class ParquetFrames(FrameStore):
         except (pa.ArrowException, OSError) as error:
             yield position, BadImage(f"{self.files[file]} is damaged ({error})")
 
+    def version(self, file: int) -> str:
+        """Of the parquet file, and of the images that it names, as they were when they were first asked for."""
+        if file not in self._image_versions:
+            found = [self._find(path, file) for path in self._paths(file)]
+            versions = "".join(f" {_version(place) if place else ''}" for place in found)
+            self._image_versions[file] = hashlib.blake2b(versions.encode()).hexdigest() if found else ""
+        return super().version(file) + self._image_versions[file]
+
+    def _paths(self, file: int) -> list[str]:
+        """The paths in a parquet file; none where all images are encoded in it."""
+        parquet = pq.ParquetFile(self.files[file])
+        kind, name = parquet.schema_arrow.field(self._column).type, self._column
+        if pa.types.is_struct(kind):
+            leaves = [parquet.metadata.schema.column(i).path for i in range(len(parquet.schema))]
+            if f"{name}.path" not in leaves or (
+                f"{name}.bytes" in leaves and not _nulls(parquet.metadata, leaves.index(f"{name}.bytes"))
+            ):
+                return []
+            paths = parquet.read([f"{name}.path"]).column(0).combine_chunks().field("path")
+        elif is_text(kind):
+            paths = parquet.read([name]).column(0)
+        else:
+            return []
+        return [path for path in paths.to_pylist() if path]
+
     def _group_ends(self, file: int) -> np.ndarray:
         metadata = self._parquet[file].metadata
         return np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
@@ -333,8 +370,20 @@ class ParquetFrames(FrameStore):
             return read_image(stored, self.convert)
         if not path:
             raise BadImage("no image is stored for this frame")
-        places = [folder / path for folder in (self._root, self.files[file].parent)]
-        found = next((place for place in places if place.exists()), None)
+        found = self._find(path, file)
         if found is None:
-            raise BadImage(f"{' and '.join(map(str, dict.fromkeys(places)))} do not exist")
+            places = dict.fromkeys(self._places(path, file))
+            raise BadImage(f"{' and '.join(map(str, places))} do not exist")
         return read_image(found, self.convert)
+
+    def _find(self, path: str, file: int) -> Path | None:
+        return next((place for place in self._places(path, file) if place.exists()), None)
+
+    def _places(self, path: str, file: int) -> list[Path]:
+        return [folder / path for folder in (self._root, self.files[file].parent)]
+
+
+def _nulls(metadata: pq.FileMetaData, column: int) -> bool:
+    """Whether a column may hold a null, by the statistics of its groups of rows."""
+    groups = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
+    return not all(group is not None and group.null_count == 0 for group in groups)

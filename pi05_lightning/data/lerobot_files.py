@@ -227,7 +227,7 @@ class LeRobotFiles:
             tasks = self.episodes.column("tasks").to_pylist()
             taught = {int(n): {("task", text) for text in of or ()} for n, of in zip(episodes, tasks, strict=True)}
         contents = [set((taught or {}).get(int(number), ())) for number in episodes]
-        parts, declared = self._splits(episodes)
+        parts, declared = self._splits(episodes, split)
         in_train, none = parts.get("train", ~declared), np.zeros(len(episodes), bool)
         if not in_train.any() and split == "train":
             raise ValueError(
@@ -288,10 +288,11 @@ class LeRobotFiles:
             more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
             log.warning("%s: %s %s%s", self.root, what, first, more)
 
-    def _splits(self, episodes: np.ndarray) -> tuple[dict[Split, np.ndarray], np.ndarray]:
+    def _splits(self, episodes: np.ndarray, split: Split) -> tuple[dict[Split, np.ndarray], np.ndarray]:
         """Which episodes info.json declares for each part, bool like `episodes`, and which it declares for anything.
 
-        ValueError for what is not "first:end", for splits that share an episode, and for two that are the same part.
+        split: the one that is chosen; with training what is not used is told.  ValueError for what is not "first:end",
+        for splits that share an episode, for two that are the same part, and where no name is one of a part's.
         """
         where = f"{self.root}/meta/info.json"
         declared = self.info.get("splits") or {}
@@ -312,7 +313,13 @@ class LeRobotFiles:
                     f"{where}: the splits {one} ({declared[one]}) and {other} ({declared[other]})"
                     " share episodes: correct one of them"
                 )
-        parts = {split: found[name] for split, name in named_parts(found, where).items()}
+        named = named_parts(found, where)
+        others = ", ".join(f"{name} ({declared[name]})" for name in found if name not in named.values())
+        if others and not named:
+            raise ValueError(f"{where}: splits has {others}, and nothing that is called train: name it so")
+        if others and split == "train":
+            log.warning("%s: the episodes of the splits %s are not used: their names say no part", where, others)
+        parts = {part: found[name] for part, name in named.items()}
         return parts, np.any([*found.values(), np.zeros(len(episodes), bool)], axis=0)
 
     def _matching(self, condition: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pi05_lightning.data.errors import BadSample
 from tests.data.recorded import LENGTHS, data_file, open_source
@@ -64,3 +65,23 @@ def test_a_path_without_a_file_is_named(pictures_copy: Path) -> None:
     shutil.rmtree(pictures_copy / "images")
     with pytest.raises(BadSample, match=r"episode 1, frame 2, top: .*images/frame-000014.png .* do not exist"):
         open_source(pictures_copy, cameras=None)[14]
+
+
+@pytest.mark.parametrize("kind", [STRUCT, pa.string()], ids=["datasets", "text"])
+def test_an_image_that_changed_is_decoded_anew(pictures_copy: Path, kind: pa.DataType) -> None:
+    def first(**options) -> np.ndarray:
+        source = open_source(pictures_copy, cameras=None, image_cache=True, **options)
+        source.prepare()
+        return source[0].images["top"]
+
+    move_out(pictures_copy, pictures_copy / "images", kind, "{in_root}")
+    before = first()
+    image = pictures_copy / "images/frame-000000.png"
+    kept = image.read_bytes()
+    Image.new("RGB", (64, 48), "red").save(image)
+    assert first()[:, 16, 16].tolist() == [255, 0, 0]
+    image.unlink()
+    with pytest.raises(BadSample, match=r"images/frame-000000.png .* do not exist"):
+        first()
+    image.write_bytes(kept)
+    np.testing.assert_array_equal(first(), before)

@@ -74,6 +74,7 @@ def test_validation_is_held_out_of_the_declared_training_episodes(pictures_copy:
         ({"train": "4:0"}, "split train is '4:0', not first:end"),
         ({"train": "0:4", "test": "9:12"}, "split test is 9:12, and the dataset has 5 episodes"),
         ({"val": "0:1", "validation": "1:2"}, "val and validation are both the val part"),
+        ({"train_set": "0:4"}, r"splits has train_set \(0:4\), and nothing that is called train"),
         (["0:4"], r"splits is \['0:4'\], not split by split"),
     ],
 )
@@ -81,6 +82,14 @@ def test_splits_that_cannot_be_are_refused(videos_copy: Path, splits: dict | lis
     edit_info(videos_copy, splits=splits)
     with pytest.raises(ValueError, match=message):
         open_source(videos_copy)
+
+
+def test_a_split_of_an_unknown_name_is_told_once(videos_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_info(videos_copy, splits={"train": "0:3", "holdout": "3:5"})
+    for split in ("train", "val"):
+        open_source(videos_copy, split)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "info.json: the episodes of the splits holdout (3:5) are not used" in said
 
 
 def test_training_and_validation_share_no_episode(videos: Path) -> None:
