@@ -26,6 +26,7 @@ def stats(
     episodes: str | None = None,
     relative_dims: list[int] | None = None,
     horizon: int = 50,
+    min_range: float | None = None,
     task: str | None = None,
     on_bad_sample: OnBadSample = "error",
 ) -> None:
@@ -41,6 +42,7 @@ def stats(
         episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
         relative_dims: dims of the action to take relative to observation.state at the chunk's first step.
         horizon: steps of a chunk.
+        min_range: range that dims of less are widened to, as in training; it decides what is too far out.
         task: sentence for frames that have none, as in training.
         on_bad_sample: whether bad frames are an error or left out, as in training.
     """
@@ -56,10 +58,13 @@ def stats(
         relative_dims=relative_dims or [],
         val_fraction=val_fraction,
         episodes=episodes,
+        min_range=min_range,
         task=task,
         on_bad_sample=on_bad_sample,
     )
     source = LeRobotSource(config, dataset, "train", horizon, image_size=(0, 0))
+    if on_bad_sample == "skip":
+        source.checked_robot()  # training leaves out what its statistics do not explain
     for names, found in zip((config.state_keys, config.action_keys), source.statistics(), strict=True):
         start = 0
         for key in names:

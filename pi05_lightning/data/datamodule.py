@@ -138,9 +138,7 @@ class Pi05DataModule(LightningDataModule):
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
         robots: dict[str, Robot] = {}
         for name, source in self.sources("train").items():
-            robot = source.robot()
-            while source.check(robot):  # its statistics are of what is left
-                robot = source.robot()
+            robot = source.checked_robot()
             if robot is not None:
                 robots[name] = robot
         fast = FastTokenizer.load(self.fast_path) if self.fast_path else None

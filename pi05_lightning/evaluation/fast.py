@@ -43,11 +43,13 @@ class Quality:
 def read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> dict[Split, Chunks]:
     """At most `max_chunks` chunks of each split, evenly spaced, normalised by the training split's statistics.
 
-    ValueError for a dataset without actions, and for what `LeRobotSource` rejects.
+    ValueError for a dataset without actions, and for what `LeRobotSource` rejects, values beyond all
+    statistics among it.
     """
     part = partial(LeRobotSource, config, Path(config.path).name, horizon=horizon, image_size=(0, 0))
     train, val = part(split="train"), part(split="val")
-    robot = train.robot()
+    robot = train.checked_robot()
+    val.check(robot)
     if robot is None or not robot.acts:
         raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from pi05_lightning.data.samples import Samples
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.evaluation.fast import read_chunks
 from pi05_lightning.types import Shapes
 from tests.data.recorded import HORIZON, LENGTHS, data_file, edit_info, open_source, rewrite
 
@@ -105,6 +107,16 @@ def test_validation_frames_are_checked_by_the_statistics_of_training(long: Path)
     assert data.processor.robots["robot"].normalize.state.q99[0] < 2
     with pytest.raises(BadSample, match=r"episode 4, frame 435, observation.state: dimension 0 of its state"):
         data.sources("val")
+
+
+def test_a_fast_tokenizer_is_fitted_on_what_is_trained_on(long: Path) -> None:
+    break_sensor(long, key="action", row=500)
+    config = LeRobotConfig(str(long), cameras={}, val_fraction=0)
+    with pytest.raises(BadSample, match=r"episode 1, frame 13, action: dimension 0 of its action is"):
+        read_chunks(config, HORIZON, 10**6)
+    chunks = read_chunks(replace(config, on_bad_sample="skip"), HORIZON, 10**6)["train"].actions
+    assert len(chunks) == 40 * sum(LENGTHS) - HORIZON
+    assert np.abs(chunks).max() < 1e3
 
 
 # --- shapes

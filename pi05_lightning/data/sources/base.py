@@ -86,6 +86,13 @@ class Source(ABC):
         """What a policy must know of the robot in the data; None for data without one."""
         return None
 
+    def checked_robot(self) -> Robot | None:
+        """`robot`, after `check` left out what its statistics do not explain: they are of what is left."""
+        robot = self.robot()
+        while self.check(robot):
+            robot = self.robot()
+        return robot
+
 
 class SourceConfig(ABC):
     """A source as configured."""
