@@ -71,6 +71,8 @@ def tokenizer(
         "min_range": min_range,
         "val_fraction": val_fraction,
     }
+    if max_chunks < 1:
+        raise ValueError(f"max_chunks is {max_chunks}: it must be at least 1")
     paths = [dataset] if isinstance(dataset, str) else dataset
     sources = sources_of(paths, {name: value for name, value in options.items() if value is not None})
     horizon, vocab_size = chunk_and_vocabulary(paths, horizon, vocab_size)

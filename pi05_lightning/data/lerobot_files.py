@@ -98,6 +98,7 @@ class LeRobotFiles:
                 f"{root} has LeRobot's format {version}, and v3 is needed: convert it{_conversion(root, version)}"
             )
         _check_rate(root, info.get("fps"))
+        _check_features(root, info)
         parts = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
         if not parts:
             raise ValueError(f"{root} has no meta/episodes: it was not finalised, record it again or restore it")
@@ -352,12 +353,17 @@ def _described(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
-def whole_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """A column of any numeric type as i64[N]; ValueError, with `where` it is, for fractions, nulls and other types."""
+def whole_numbers(column: pa.ChunkedArray, where: str, null: int | None = None) -> np.ndarray:
+    """A column of any numeric type as i64[N]; ValueError, with `where` it is, for fractions, nulls and other types.
+
+    null: what nulls become; they are refused by default.
+    """
     try:
         numbers = column.cast(pa.int64())
     except pa.ArrowException as error:
         raise ValueError(f"{where} holds {column.type} where whole numbers are expected ({error})") from error
+    if null is not None:
+        numbers = numbers.fill_null(null)
     if numbers.null_count:
         raise ValueError(f"{where} holds nothing in {numbers.null_count} of {len(numbers)} rows")
     return numbers.to_numpy()
@@ -403,6 +409,17 @@ def _check_rate(root: Path, fps: Any) -> None:
         raise ValueError(f"{root}/meta/info.json: fps is {fps!r}: write the number of frames a second")
 
 
+def _check_features(root: Path, info: dict[str, Any]) -> None:
+    features = info.get("features")
+    if not isinstance(features, dict) or not features:
+        raise ValueError(f"{root}/meta/info.json lacks features: restore it from its origin")
+    for key, feature in features.items():
+        if not isinstance(feature, dict) or not {"dtype", "shape"} <= feature.keys():
+            raise ValueError(f"{root}/meta/info.json: the feature {key} lacks its dtype or shape: write them")
+        if feature["dtype"] == "video" and not isinstance(info.get("video_path"), str):
+            raise ValueError(f"{root}/meta/info.json: {key} is a video, and video_path does not say where: write it")
+
+
 def _conversion(root: Path, version: str) -> str:
     """How to convert a dataset of an older format, by what LeRobot's converter needs and asks for."""
     if version != "v2.1":
@@ -431,5 +448,5 @@ def _read_episodes(path: Path) -> pa.Table:
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:
-    info = feature.get("info") or feature.get("video_info") or {}
+    info = (feature.get("video_info") or {}) | (feature.get("info") or {})
     return bool(info.get("is_depth_map") or info.get("video.is_depth_map"))

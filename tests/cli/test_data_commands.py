@@ -193,6 +193,12 @@ def test_options_that_a_runs_yaml_decides_are_refused_beside_it(
     assert not (tmp_path / "fast").exists()
 
 
+@pytest.mark.parametrize("option", ["horizon", "max_chunks"])
+def test_a_count_of_nothing_is_refused(pictures: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(SystemExit, match=f"{option} is -5: it must be at least 1"):
+        main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), f"--{option}", "-5"])
+
+
 def test_options_of_other_commands_are_refused(pictures: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path, pictures, horizon=4)
     with pytest.raises(SystemExit) as stopped:

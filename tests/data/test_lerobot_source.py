@@ -262,6 +262,16 @@ def test_a_missing_task_is_an_error_unless_one_is_given(videos_copy: Path) -> No
     assert open_source(videos_copy, task="tidy up")[20].task == "tidy up"
 
 
+@pytest.mark.parametrize("none", [pa.int64(), pa.float64(), pa.dictionary(pa.int8(), pa.int64())], ids=str)
+def test_a_row_without_a_task_is_the_only_one_left_out(pictures_copy: Path, none: pa.DataType) -> None:
+    codes = [None if row == 14 else 0 for row in range(sum(LENGTHS))]
+    values = pa.array(codes).dictionary_encode() if pa.types.is_dictionary(none) else pa.array(codes, none)
+    rewrite(data_file(pictures_copy), task_index=values)
+    with pytest.raises(BadSample, match="episode 1, frame 2, task_index: it has no task sentence"):
+        open_source(pictures_copy)
+    assert len(open_source(pictures_copy, on_bad_sample="skip")) == sum(LENGTHS) - 1
+
+
 def test_a_question_without_answer_is_an_error(videos_copy: Path) -> None:
     rows = pq.read_table(data_file(videos_copy))["language_events"].to_pylist()
     del rows[3][0]
@@ -309,11 +319,17 @@ def test_an_empty_episode_is_an_error(videos_copy: Path) -> None:
     [
         (lambda root: (root / "meta/info.json").unlink(), "no meta/info.json"),
         (lambda root: (root / "meta/info.json").write_text("{"), "info.json is not valid JSON"),
+        (lambda root: edit_info(root, features=None), "info.json lacks features"),
+        (
+            lambda root: edit_info(root, features={"action": {"shape": [2]}}),
+            "the feature action lacks its dtype or shape",
+        ),
+        (lambda root: edit_info(root, video_path=None), "images.top is a video, and video_path does not say where"),
         (lambda root: edit_info(root, codebase_version="v2.1"), "format v2.1.*convert"),
         (lambda root: next((root / "meta/episodes").glob("*/*")).unlink(), "not finalised"),
         (lambda root: truncate(next((root / "meta/episodes").glob("*/*"))), "restore it"),
     ],
-    ids=["none", "json", "version", "unfinished", "truncated"],
+    ids=["none", "json", "features", "a feature", "video path", "version", "unfinished", "truncated"],
 )
 def test_damaged_metadata_is_named(videos_copy: Path, damage, message: str) -> None:
     damage(videos_copy)

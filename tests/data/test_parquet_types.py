@@ -227,7 +227,6 @@ ROWS = sum(LENGTHS)
         ("frame_index", ["first"] * ROWS),
         ("frame_index", pa.nulls(ROWS)),
         ("task_index", [[0]] * ROWS),
-        ("task_index", [None] * 3 + [0] * (ROWS - 3)),
         ("timestamp", ["early"] * ROWS),
         ("timestamp", pa.array(range(ROWS), pa.timestamp("s"))),
         ("action", ["up"] * ROWS),

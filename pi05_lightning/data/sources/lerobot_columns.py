@@ -120,7 +120,7 @@ def sentences_of_episodes(files: LeRobotFiles, subtask_key: str | None) -> dict[
     for path in files.data.episodes:
         try:
             file = _open(files, path, Wanted({}, {}, subtask_key, {}, {}))
-            codes = whole_numbers(file.table.column("task_index"), f"{path}, task_index").tolist()
+            codes = _task_numbers(file).tolist()
         except ValueError:
             continue
         try:
@@ -165,7 +165,7 @@ def _read_file(
     where = f"episodes {min(lengths)} to {max(lengths)}"
     try:
         file = _open(files, path, wanted)
-        task = whole_numbers(file.table.column("task_index"), f"{path}, task_index")
+        task = _task_numbers(file)
         widths = wanted.state | wanted.action
         numbers = {key: vectors(file.table.column(key), width, f"{path}, {key}") for key, width in widths.items()}
     except ValueError as error:
@@ -221,6 +221,11 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
     except (pa.ArrowException, OSError) as error:
         raise BadFrame(f"{path} is damaged ({error})") from error
     return _File(path, table, episode, frame, timestamp, begins, subtask_keys, persistent, events)
+
+
+def _task_numbers(file: _File) -> np.ndarray:
+    """i64[M], -1 where a row has none; ValueError for a column of another type."""
+    return whole_numbers(file.table.column("task_index"), f"{file.path}, task_index", null=-1)
 
 
 def _complete(file: _File, lengths: dict[int, int], fps: float, rejects: Rejects) -> np.ndarray:
