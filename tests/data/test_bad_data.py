@@ -230,6 +230,12 @@ def test_pixels_without_a_camera_are_of_cameras_of_one_size(videos_copy: Path) -
         open_source(videos_copy, cameras=None)
 
 
+def test_a_question_about_a_camera_that_there_is_not_is_an_error(videos_copy: Path) -> None:
+    set_event(videos_copy, "yes", camera="top")
+    with pytest.raises(BadSample, match="frame 3, language_events: a vqa question is about the camera 'top', and meta"):
+        open_source(videos_copy, cameras=None)
+
+
 # --- captions
 
 

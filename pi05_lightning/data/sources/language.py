@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,13 +76,14 @@ def active_subtasks(rows: Iterable[dict], timestamps: np.ndarray) -> list[str | 
 
 
 def question_answers(
-    rows: Iterable[dict], cameras: dict[str, str], sizes: dict[str, tuple[float, float]]
+    rows: Iterable[dict], cameras: dict[str, str], sizes: dict[str, tuple[float, float]], features: Collection[str]
 ) -> list[Answer]:
     """The visual questions of one frame: the k-th `vqa` question about a camera goes with its k-th answer.
 
     cameras: feature key -> name; questions about other cameras are left out.  sizes: feature key -> (height, width),
-    in the units of the boxes.  Raises ValueError when questions and answers do not pair up, one is empty, a box is
-    outside its image, or nothing tells how large that is.
+    in the units of the boxes.  features: keys of all that the dataset has.  Raises ValueError when questions and
+    answers do not pair up, one is empty or about no feature, a box is outside its image, or nothing tells how large
+    that is.
     """
     questions: dict[str | None, list[str]] = {}
     answers: dict[str | None, list[str]] = {}
@@ -95,6 +96,8 @@ def question_answers(
         asked, told = questions.get(key, []), answers.get(key, [])
         if len(asked) != len(told):
             raise ValueError(f"{len(asked)} vqa questions about camera {key!r} but {len(told)} answers")
+        if key is not None and key not in features:
+            raise ValueError(f"a vqa question is about the camera {key!r}, and meta/info.json has no such feature")
         if key is None or key in cameras:
             camera = None if key is None else cameras[key]
             about = set(sizes.values()) if key is None else {sizes[key]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def _read_file(
         return {}
     keep = _complete(file, lengths, files.fps, rejects)
     values = {key: _numbers(file, key, *numbers[key], keep, rejects) for key in widths}
-    answers = _answers(file, keep, wanted, rejects)
+    answers = _answers(file, keep, wanted, files.features, rejects)
     try:
         subtask, subtasks_from = _subtasks(files, file, keep)
     except ValueError as error:
@@ -287,14 +288,16 @@ def _numbers(
     return values[keep]
 
 
-def _answers(file: _File, keep: np.ndarray, wanted: Wanted, rejects: Rejects) -> list[tuple[int, Answer]]:
+def _answers(
+    file: _File, keep: np.ndarray, wanted: Wanted, features: Collection[str], rejects: Rejects
+) -> list[tuple[int, Answer]]:
     """Answers by their frame's place among the kept rows."""
     answers: list[tuple[int, Answer]] = []
     place = np.cumsum(keep) - 1
     for row, rows in file.events.items():
         if keep[row]:
             try:
-                found = question_answers(rows, wanted.cameras, wanted.box_range)
+                found = question_answers(rows, wanted.cameras, wanted.box_range, features)
                 answers += [(int(place[row]), answer) for answer in found]
             except ValueError as error:
                 rejects.add(f"{file.address(row)}, {EVENTS}", str(error), f"Correct {file.path}", 0)
