@@ -47,6 +47,10 @@ def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
 
 
+AVERAGE = "ema"
+"""Where a checkpoint holds the weights' average: {name of the parameter: f32 tensor}."""
+
+
 class Pi05Module(LightningModule):
     """π0.5 under training: backbone, subtask head, FAST head and flow head.
 
@@ -117,6 +121,10 @@ class Pi05Module(LightningModule):
         self._loaded_processor: dict[str, Any] | None = None
         """Of the checkpoint that a prediction loaded, None where the weights are training's own."""
         self._policies: dict[str, Inference] = {}
+        self.average: dict[str, Tensor] = {}
+        """Of the weights, by name, if they are averaged."""
+        self.run_config: str | None = None
+        """The configuration of the run, as YAML, if it has one."""
         self._configured = False
         self._hollow = False
         """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
@@ -380,7 +388,10 @@ class Pi05Module(LightningModule):
         return learned
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities."""
+        """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities.
+
+        The average and the configuration too, which callbacks could not add with `checkpoint.save_weights_only`.
+        """
         assert self.processor is not None
         checkpoint["pi05"] = {
             "model": self.config.to_dict(),
@@ -388,6 +399,10 @@ class Pi05Module(LightningModule):
             "lora": None if self.lora is None else asdict(self.lora),
             "trained": asdict(self.trained),
         }
+        if self.average:
+            checkpoint[AVERAGE] = self.average
+        if self.run_config is not None:
+            checkpoint["config"] = self.run_config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._trained = Trained.from_dict(checkpoint["pi05"].get("trained", {}))

@@ -104,7 +104,7 @@ class RunParser(Parser, LightningArgumentParser):
 
 
 class RunConfig(SaveConfigCallback):
-    """Saves the resolved configuration as the run's config.yaml and inside every checkpoint, under `config`.
+    """Saves the resolved configuration as the run's config.yaml, and gives it to the module for every checkpoint.
 
     Where the run lies and what it resumed from are left out: the text can start another run as it is.
     """
@@ -119,12 +119,10 @@ class RunConfig(SaveConfigCallback):
         return self.parser.dump(self.config, skip_unset=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        cast("Pi05Module", pl_module).run_config = self.text
         # upstream writes to where the logger writes, over whatever is there
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_config(Path(trainer.default_root_dir), self.text)
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["config"] = self.text
 
 
 class Pi05CLI(LightningCLI):

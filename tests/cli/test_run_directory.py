@@ -20,6 +20,7 @@ from pi05_lightning.cli.main import main
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.run_directory import MARK, new_run
+from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 from .conftest import STEPS
@@ -150,3 +151,14 @@ def test_a_checkpoint_that_could_not_be_read_again_is_refused_by_its_callbacks_n
     with pytest.raises(SystemExit, match=re.escape("callbacks/Score holds more than tensors and plain types")):
         main(["fit", "-c", str(config), "--run", "run", *flag])
     assert not list((here / "run/checkpoints").glob("*.ckpt"))
+
+
+def test_a_checkpoint_of_weights_alone_has_the_average_and_the_configuration(config: Path, here: Path) -> None:
+    flags = ["--checkpoint.save_weights_only", "true", "--ema.decay", "0.5"]
+    main(["fit", "-c", str(config), "--run", "run", *flags])
+    content = torch.load(find_checkpoint(here / "run"), weights_only=True)
+    assert "optimizer_states" not in content
+    weights = locate(here / "run").tensors()
+    assert content["ema"]
+    assert all(torch.equal(weights[name], average) for name, average in content["ema"].items())
+    main(["validate", "run"])

@@ -10,10 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from pi05_lightning.module import Pi05Module
-
-KEY = "ema"
-"""Where a checkpoint holds the average: {name of the parameter: f32 tensor}."""
+from pi05_lightning.module import AVERAGE, Pi05Module
 
 
 class WeightAverage(Callback):
@@ -50,6 +47,7 @@ class WeightAverage(Callback):
                 start = resumed.get(name, parameter.detach())
                 self.average[name] = start.to(parameter.device, torch.float32, copy=True)
                 self._pairs.append((self.average[name], parameter))
+        pl_module.average = self.average
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -104,9 +102,5 @@ class WeightAverage(Callback):
 
     # --- checkpoints
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.average:
-            checkpoint[KEY] = self.average
-
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.average = checkpoint.get(KEY, {})
+        self.average = checkpoint.get(AVERAGE, {})
