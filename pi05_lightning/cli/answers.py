@@ -39,14 +39,14 @@ def recorded_frames(policy: Inference, data: str | None) -> list[Frame]:
         return []
     source = LeRobotConfig(path, val_fraction=0).open("data", "train", policy.model.config.shapes)
     frames = [source[int(i)] for i in np.linspace(0, len(source) - 1, RECORDED)]
-    seen = set(source.camera_names) <= set(policy.processor.cameras)
+    seen = set(source.camera_names) == set(policy.inputs.cameras)
     dims = [0 if values is None else values.shape[-1] for values in (frames[0].state, frames[0].actions)]
     if seen and dims == [robot.state_dim, robot.action_dim]:
         return [Frame(images=frame.images, task=frame.task, state=frame.state) for frame in frames]
     if data is not None:
         raise ValueError(
             f"--data {data} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)}, {dims[0]}"
-            f" dimensions of state and {dims[1]} of action; the policy has {sorted(policy.processor.cameras)},"
+            f" dimensions of state and {dims[1]} of action; the policy has {sorted(policy.inputs.cameras)},"
             f" {robot.state_dim} and {robot.action_dim}"
         )
     return []  # the run read it in another way, which no checkpoint tells
@@ -59,7 +59,7 @@ def made_up_frames(policy: Inference) -> list[Frame]:
     tasks = list(robot.tasks) or ["pick up the red_cube"]
     return [
         Frame(
-            images={name: rng.integers(0, 256, (3, size, size), dtype=np.uint8) for name in policy.processor.cameras},
+            images={name: rng.integers(0, 256, (3, size, size), dtype=np.uint8) for name in policy.inputs.cameras},
             task=tasks[number % len(tasks)],
             state=(state.q01 + state.span * rng.uniform(-0.2, 1.2, len(state))).astype(np.float32),
         )

@@ -209,7 +209,7 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
         return [*report, "not compared with the policy: LeRobot cannot load the weights"]
     dtype = getattr(torch, config.dtype)
     del tensors  # maybe gigabytes, as are the model and LeRobot's own, which come one after the other
-    acting = Acting(robot=robot, hierarchical=False)
+    acting = Acting(robot=robot, hierarchical=False, max_state_distance=None)  # LeRobot takes any state
     expected = answers_of(Inference(model.to(dtype), processor, acting), export.data)
     del model
     return [*report, *compare(folder, processor, expected, TOLERANCE[dtype], export)]

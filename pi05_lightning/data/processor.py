@@ -174,6 +174,11 @@ class Processor:
             raise ValueError(f"robot: the policy cannot act as {name!r}, only as {robots}")
         return name or self.acting[0]
 
+    def cameras_of(self, name: str) -> tuple[str, ...]:
+        """The cameras of a robot's data, in the model's order; all where an older checkpoint does not say."""
+        own = self.robots[name].cameras
+        return self.cameras if own is None else tuple(camera for camera in self.cameras if camera in own)
+
     def predicts_subtasks(self, source: str) -> bool:
         """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""
         return self.language.condition_on != "task" and self.robots[source].has_subtasks

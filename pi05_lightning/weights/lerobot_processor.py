@@ -220,7 +220,8 @@ def write_lerobot(
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
     size, normalize = config.vision.image_size, processor.robots[robot].normalize
-    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in processor.cameras}
+    names = processor.cameras_of(robot)
+    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in names}
     experts = {
         variant
         for variant in _VARIANTS
@@ -279,6 +280,8 @@ def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> No
     )
     for pipeline in pipelines:
         pipeline.save_pretrained(folder)
+    for file in folder.glob("policy_*.safetensors"):  # safetensors makes a file for its owner alone
+        file.chmod((folder / PREPROCESSOR).stat().st_mode)
     saved = read_json(folder / PREPROCESSOR)
     for step in saved["steps"]:
         if step["registry_name"] == "tokenizer_processor":

@@ -26,6 +26,7 @@ from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.lerobot_check import as_lerobot_uses_it, differences, misfits, open_lerobot
+from pi05_lightning.weights.lerobot_processor import cameras
 from pi05_lightning.weights.locate import locate
 
 from .conftest import CONFIG, export
@@ -119,6 +120,36 @@ def test_robots_own_dataset_is_compared_where_it_is(
     quantiles = Quantiles(np.full(3, -2), np.full(3, 2)), Quantiles(np.full(2, 0), np.full(2, 10))
     export(saved(with_robot(normalize=Normalize(*quantiles), dataset=str(videos))), tmp_path / "out")
     assert "on 3 recorded and 2 made-up frames" in capsys.readouterr().out
+
+
+def test_robot_of_several_is_written_with_its_own_cameras(
+    saved: Save, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def joined_by_an_arm_of_one_camera(processor: Processor) -> None:
+        (name,) = processor.acting
+        processor.robots["arm"] = replace(processor.robots[name], cameras=("wrist",))
+
+    export(saved(joined_by_an_arm_of_one_camera), tmp_path / "out", robot="arm")
+    assert cameras(json.loads((tmp_path / "out" / "config.json").read_text())) == ("wrist",)
+    assert "otherwise" not in capsys.readouterr().out
+
+
+def test_dataset_without_one_of_the_cameras_is_none_of_the_robots(saved: Save, pictures: Path, tmp_path: Path) -> None:
+    quantiles = Quantiles(np.full(3, -2), np.full(3, 2)), Quantiles(np.full(2, 0), np.full(2, 10))
+    folder = saved(with_robot(normalize=Normalize(*quantiles)))
+    with pytest.raises(ValueError, match=r"has the cameras \['top'\], .* the policy has \['top', 'wrist'\]"):
+        export(folder, tmp_path / "out", data=str(pictures))
+
+
+def test_states_that_a_policy_would_refuse_are_compared(saved: Save, videos: Path, tmp_path: Path) -> None:
+    quantiles = Quantiles(np.full(3, -0.01), np.full(3, 0.01)), Quantiles(np.full(2, 0), np.full(2, 10))
+    export(saved(with_robot(normalize=Normalize(*quantiles))), tmp_path / "out", data=str(videos))
+
+
+def test_whoever_may_read_one_file_of_an_export_may_read_all(saved: Save, tmp_path: Path) -> None:
+    export(saved(), tmp_path / "out")
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir()}) == 1
+    assert any((tmp_path / "out").glob("policy_*.safetensors"))
 
 
 def test_dataset_of_another_robot_is_refused(saved: Save, videos: Path, tmp_path: Path) -> None:
