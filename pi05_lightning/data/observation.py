@@ -65,12 +65,20 @@ def as_vector(name: str, value: Any) -> np.ndarray:
 def as_image(name: str, value: Any) -> np.ndarray:
     """An image of bytes or of floats in 0..1, [3 H W] or [1 3 H W], as `Frame` has it: u8[3 H W], or f32 of 0..255.
 
-    Raises ValueError for other shapes and types, and for floats out of that range with their place.
+    Raises ValueError for other shapes, and as `as_pixels`.
     """
     array = as_array(name, value)
     if array.ndim == 4 and array.shape[0] == 1:
         array = array[0]
     _check_shape(name, array, "[3 H W] or [1 3 H W]")
+    return as_pixels(name, array)
+
+
+def as_pixels(name: str, array: np.ndarray) -> np.ndarray:
+    """Bytes as they are, floats of 0..1 as f32 of 0..255, of any shape.
+
+    Raises ValueError for other types, and for floats out of that range with their place.
+    """
     if array.dtype == np.uint8:
         return array
     if array.dtype.kind != "f":

@@ -12,7 +12,7 @@ import difflib
 import errno
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -21,7 +21,8 @@ import numpy as np
 from aiohttp import WSMsgType, web
 
 from pi05_lightning.data.errors import suggestion
-from pi05_lightning.data.observation import as_array, as_vector
+from pi05_lightning.data.fast import FastDecodeError
+from pi05_lightning.data.observation import as_array, as_pixels, as_vector
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.serving.wire import pack, unpack
 
@@ -148,13 +149,13 @@ class PolicyServer:
         size, robot = self.policy.processor.shapes.image_size, self.policy.processor.robots[self.policy.robot]
         policy = self.policy.session(self.seed)
         policy.acting = replace(policy.acting, max_action_distance=None)  # nobody executes them
-        policy.predict_chunk(
-            {
-                "image": {camera: np.zeros((3, size, size), np.uint8) for camera in policy.inputs.cameras},
-                "state": np.asarray(robot.normalize.state.q01, np.float32) if robot.state_dim else None,
-                "task": robot.tasks[0] if robot.tasks else "warm up",
-            }
-        )
+        observation = {
+            "image": {camera: np.zeros((3, size, size), np.uint8) for camera in policy.inputs.cameras},
+            "state": np.asarray(robot.normalize.state.q01, np.float32) if robot.state_dim else None,
+            "task": robot.tasks[0] if robot.tasks else "warm up",
+        }
+        with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
+            policy.predict_chunk(observation)
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled. Raises OSError as `check_address`."""
@@ -290,8 +291,7 @@ def _match(wanted: str, found: Mapping[str, Any]) -> str | None:
 
 def _channels_first(image: Any, key: str) -> np.ndarray:
     array = as_array(key, image)
-    if array.ndim == 3 and array.shape[2] == 3 and array.shape[0] != 3:
-        return array.transpose(2, 0, 1)
-    if array.ndim == 3 and array.shape[0] == 3:
-        return array
-    raise ValueError(f"image {key!r} has the shape {list(array.shape)}: expected [H W 3] or [3 H W]")
+    if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]):
+        raise ValueError(f"image {key!r} has the shape {list(array.shape)}: expected [H W 3] or [3 H W]")
+    as_pixels(key, array)  # what is wrong has the place that it has for the client
+    return array if array.shape[0] == 3 else array.transpose(2, 0, 1)

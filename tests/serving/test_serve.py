@@ -130,10 +130,10 @@ def test_answer_says_how_long_it_took(policy):
         ({**OBSERVATION, "observation/state": np.array([0, 0, 1e30, 0])}, r"state\[2\] is 1e\+30: .* quantile ranges"),
         (
             {**OBSERVATION, "observation/top": PICTURE.astype(np.float32)},
-            r"image 'top'\[0, 0, 1\] is 3\.0: floats are in",
+            r"observation/top\[0, 0, 2\] is 2\.0: floats are in",
         ),
-        ({**OBSERVATION, "observation/top": PICTURE.astype(np.int64)}, "image 'top' is int64"),
-        ({**OBSERVATION, "observation/top": np.full((8, 8, 3), np.nan)}, r"image 'top'\[0, 0, 0\] is nan"),
+        ({**OBSERVATION, "observation/top": PICTURE.astype(np.int64)}, "observation/top is int64"),
+        ({**OBSERVATION, "observation/top": np.full((8, 8, 3), np.nan)}, r"observation/top\[0, 0, 0\] is nan"),
         ({**OBSERVATION, "observation/top": np.zeros((0, 0, 3), np.uint8)}, "shape"),
         (
             {**OBSERVATION, "observation/top": np.zeros((8, 8, 1), np.uint8)},
@@ -333,6 +333,11 @@ def with_fast(policy: Pi05Policy, tmp_path: Path) -> Path:
     fast = FastTokenizer.fit(chunks, vocab_size=shapes.fast_vocab_size)
     save(tmp_path, policy.model, Processor.from_dict(values | {"fast": fast.to_dict()}))
     return tmp_path
+
+
+def test_tokens_that_are_no_chunk_are_the_clients_answer_and_no_reason_not_to_serve(with_fast: Path):
+    policy = Pi05Policy(with_fast, actions="fast", constrain_fast=False)
+    assert talk(policy, lambda client: client.infer(OBSERVATION)).startswith("FastDecodeError: ")
 
 
 @pytest.mark.parametrize("actions", ["flow", "fast"])
