@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -58,12 +59,16 @@ class Acting:
     """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
 
     def __post_init__(self) -> None:
-        at_least = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "noise_scale": 0, "temperature": 0}
-        at_least |= {"max_state_distance": 0, "max_action_distance": 0}
-        for name, least in at_least.items():
+        wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1}
+        bounds = {"max_state_distance": 0, "max_action_distance": 0}
+        for name, least in (wholes | bounds | {"noise_scale": 0, "temperature": 0}).items():
             value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{name} is {value}: it must be a number, and at least {least}")
+            kind: Any = Integral if name in wholes else Real
+            if value is None and name in bounds:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
+                whole = "whole " if name in wholes else ""
+                raise ValueError(f"{name} is {value!r}: it must be a {whole}number, and at least {least}")
         if isinstance(self.missing_cameras, str):
             raise ValueError(f"missing_cameras is {self.missing_cameras!r}: give a list of names")
         object.__setattr__(self, "missing_cameras", tuple(self.missing_cameras))
@@ -79,10 +84,10 @@ class Acting:
         most = horizon - self.inference_delay
         if self.execution_horizon is None:
             return min(max(1, horizon // 2), most)
-        if not 1 <= self.execution_horizon <= most:
+        if not isinstance(self.execution_horizon, Integral) or not 1 <= self.execution_horizon <= most:
             raise ValueError(
-                f"execution_horizon: {self.execution_horizon} (pred_horizon in Python) is not within 1 and {most}: the"
-                f" model's {horizon} actions less {self.inference_delay} of inference_delay"
+                f"execution_horizon: {self.execution_horizon} (pred_horizon in Python) is no whole number within 1 and"
+                f" {most}: the model's {horizon} actions less {self.inference_delay} of inference_delay"
             )
         return self.execution_horizon
 
@@ -118,7 +123,7 @@ class Inference:
         self.robot = processor.acting_as(acting.robot)
         robot = processor.robots[self.robot]
         self.action_dim = robot.action_dim
-        cameras = processor.cameras if robot.cameras is None else robot.cameras
+        cameras = processor.cameras_of(self.robot)
         self.inputs = Inputs(robot, cameras, acting.missing_cameras, acting.max_state_distance)
         self.execution_horizon = acting.executed(model.config.horizon)
         predicts = processor.predicts_subtasks(self.robot)

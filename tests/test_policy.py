@@ -327,6 +327,12 @@ def test_chunk_of_a_robot_does_not_depend_on_the_others_in_the_batch(trained) ->
         {"num_steps": 0},
         {"replan_subtask_every": 0},
         {"temperature": -1},
+        {"temperature": "warm"},
+        {"execution_horizon": 2.5},
+        {"inference_delay": 1.0},
+        {"inference_delay": True},
+        {"num_steps": "10"},
+        {"replan_subtask_every": None},
     ],
 )
 def test_checkpoint_other_than_expected_is_refused_by_name(trained, wrong: dict) -> None:
