@@ -121,6 +121,7 @@ class Pi05Policy(Inference):
         """A policy for another robot over the same weights, with a queue, a subtask and noise of its own."""
         policy = copy.copy(self)
         policy.generator = torch.Generator().manual_seed(seed)
+        policy.inputs = self.inputs.anew()
         policy.failed_decodes = 0
         policy._begin_queue()
         return policy

@@ -204,6 +204,15 @@ def test_state_outside_the_training_data_is_said_once_per_dimension_with_its_dis
     assert f"are {quantiles.q01[0]:.6g} (1 %) and {quantiles.q99[0]:.6g} (99 %)" in spoken(caplog)[1]
 
 
+def test_every_robot_of_a_policy_is_spoken_of(policy, seen, caplog) -> None:
+    quantiles = policy.processor.robots["robot"].normalize.state
+    far = {**seen, "state": quantiles.q99 + 3 * quantiles.span * np.array([0, 0, 1])}
+    for robot in (policy.session(0), policy.session(1)):
+        robot.predict_chunk(far)
+        robot.predict_chunk(far)
+    assert [said.partition(" is ")[0] for said in spoken(caplog)] == ["state[2]", "state[2]"]
+
+
 @pytest.mark.parametrize(
     "change", [np.rad2deg, lambda state: state + np.array([0, 1e30, 0]), lambda state: 1000 * state]
 )
@@ -239,6 +248,15 @@ def test_a_dimension_without_range_is_measured_by_the_widest() -> None:
     np.testing.assert_allclose(quantiles.distance(np.array([1.0, 0.58])), [0, 2], rtol=1e-5)
     assert Quantiles(np.zeros(2), np.zeros(2)).distance(np.array([0.5, 1e30])).tolist() == [0.5, 1e30]
     assert Quantiles(np.zeros(0), np.zeros(0)).distance(np.zeros(0)).shape == (0,)
+
+
+def test_a_dimension_of_large_units_hides_no_other() -> None:
+    """Six joints in radians and a base in millimetres; the last joint is held."""
+    quantiles = Quantiles(np.array([-1.0, -1, -1, -1, -1, 0, 0]), np.array([1.0, 1, 1, 1, 1, 1e-4, 5000]))
+    degrees = np.array([57.0, 0, 0, 0, 0, 0, 0])
+    np.testing.assert_allclose(quantiles.distance(degrees), [28, 0, 0, 0, 0, 0, 0], rtol=1e-5)
+    moved = np.array([0, 0, 0, 0, 0, 0.0401, 0])
+    np.testing.assert_allclose(quantiles.distance(moved), [0, 0, 0, 0, 0, 1, 0], rtol=1e-5)
 
 
 # --- images

@@ -119,6 +119,10 @@ class Inputs:
         self._tasks = {clean_task(task) for task in robot.tasks}
         self._said: set[str] = set()
 
+    def anew(self) -> Inputs:
+        """The same for another caller, to whom nothing has been said yet."""
+        return Inputs(self.robot, self.cameras, self.missing_cameras, self.max_state_distance)
+
     @property
     def needed_cameras(self) -> tuple[str, ...]:
         """The cameras without those that may be missing."""

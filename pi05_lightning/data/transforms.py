@@ -8,7 +8,8 @@ import numpy as np
 
 from pi05_lightning.types import Frame
 
-LEAST_RANGE = 0.02  # of the widest dim's: smaller ranges are a held joint's noise, or nothing
+LEAST_RANGE = 0.02  # of a wide dim's: smaller ranges are a held joint's noise, or nothing
+WIDE = 0.75  # the quantile of the dims' ranges that is wide: the widest may be of other units, such as an encoder's
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class Quantiles:
     def distance(self, x: np.ndarray) -> np.ndarray:
         """How far f[... A] lies beyond the nearer quantile, in ranges q99 - q01 of its dim; 0 between the quantiles.
 
-        A dim that hardly varied, whose range says little, is measured by a share of the widest dim's range.
+        A dim that hardly varied, whose range says little, is measured by a share of a wide dim's range.
         """
         span = self.q99.astype(np.float64) - self.q01
-        least = LEAST_RANGE * span.max(initial=0)
-        unit = np.maximum(span, least if least > 0 else 1.0)
+        least = LEAST_RANGE * np.quantile(span[span > 0], WIDE, method="higher") if span.any() else 1.0
+        unit = np.maximum(span, least)
         x = np.asarray(x, np.float64)
         return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / unit
 

@@ -56,7 +56,8 @@ def misfits(config: PI05Config, ours: ModelConfig, tensors: Mapping[str, Tensor]
     with torch.device("meta"):
         model = PI05Pytorch(config)
     theirs, found = shapes_of(model.state_dict(prefix=PREFIX)), shapes_of(tensors)
-    different = [key for key in theirs.keys() | found.keys() if theirs.get(key) != found.get(key)]
+    every = theirs.keys() | found.keys()
+    different = [key for key in every if theirs.get(key) != found.get(key)]
     towers = model.paligemma_with_expert
     vision, language = towers.paligemma.config.vision_config, towers.paligemma.config.text_config
     heads = {
@@ -72,7 +73,7 @@ def misfits(config: PI05Config, ours: ModelConfig, tensors: Mapping[str, Tensor]
     if different:
         key = min(different, key=lambda key: (key not in found or key not in theirs, key))
         problems.append(
-            f"LeRobot builds π0.5 in the published sizes alone: {len(different)} of {len(found)} tensors do not fit"
+            f"LeRobot builds π0.5 in the published sizes alone: {len(different)} of {len(every)} tensors do not fit"
             f" (such as {key}, {list(found.get(key, ()))} and not {list(theirs.get(key, ()))}), and it would go on with"
             " random weights"
         )
