@@ -180,6 +180,7 @@ def test_task_that_was_never_trained_is_taken_and_said_once(policy, seen, caplog
         (np.zeros((1, 1, 3)), r"state has shape \[1, 1, 3\]"),
         (["a", "b", "c"], "state holds text"),
         ([True, False, True], "state holds truth values"),
+        (np.ma.masked_array(np.zeros(3), [0, 1, 0]), "state cannot be read .* masked"),
         ([None, 1, 2], "state holds objects"),
         ([[1], [2, 3]], "state cannot be read"),
         ({"x": 1}, "state holds objects"),

@@ -36,6 +36,8 @@ def as_array(name: str, value: Any) -> np.ndarray:
         if isinstance(value, Tensor):
             value = value.detach().cpu()
             value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        if np.ma.is_masked(value):
+            raise ValueError("some of it is masked")
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} cannot be read as an array of numbers: {error}") from error

@@ -38,7 +38,7 @@ class Reader:
     """Finds what a policy needs in an openpi observation, and that nothing in it is meant for it and misnamed.
 
     Numbers, truth values and text that nothing reads are let through; arrays are not, nor what is called nearly like
-    something that is read, nor text where there is no instruction.
+    something that is not there, nor text where there is no instruction.
 
     Args:
         cameras: the policy's.
@@ -113,8 +113,9 @@ class Reader:
         """Raises ValueError for a key that a client sends to be read and that nothing reads."""
         state = ("state",) if self.state_keys is None else self.state_keys
         wanted = {_last(key): key for key in (*self.keys.values(), *state, *TASK_KEYS, RESET_KEY)}
+        lacking = wanted.keys() - {_last(key) for key in read & found.keys()}
         for key, value in found.items():
-            near = difflib.get_close_matches(_last(key), wanted, n=1, cutoff=NEARLY_THE_SAME)
+            near = difflib.get_close_matches(_last(key), lacking, n=1, cutoff=NEARLY_THE_SAME)
             is_instruction = isinstance(value, str) and read.isdisjoint(TASK_KEYS)
             if key not in read and (near or is_instruction or _holds_data(value)):
                 known = f"{_listed(self.keys.values())}; {' + '.join(state)}; {' or '.join(TASK_KEYS)}"

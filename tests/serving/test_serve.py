@@ -123,6 +123,7 @@ def test_answer_says_how_long_it_took(policy):
         ({**OBSERVATION, "prompt": " "}, "task is blank"),
         ({**OBSERVATION, "reset": "false"}, "reset is 'false': give true or false"),
         ({**OBSERVATION, "reset": 0}, "reset is 0: give true or false"),
+        ({**OBSERVATION, "tasks": "close the drawer"}, r"nothing reads tasks \(did you mean task\?\)"),
         ({**OBSERVATION, "resett": True}, r"nothing reads resett \(did you mean reset\?\)"),
         ({**OBSERVATION, "observation": {"top": PICTURE}}, "observation/top comes twice"),
         ({**OBSERVATION, "observation/state": [0, np.nan, 0, 0]}, r"observation/state\[1\] is nan"),
@@ -279,6 +280,7 @@ def test_camera_whose_key_never_comes_is_refused_with_the_nearest():
 
 def test_keys_may_be_ignored_and_numbers_and_text_beside_the_instruction_are():
     more = {"depth": np.zeros((4, 4)), "raw": {"image": PICTURE}, "step": 3, "robot_id": "arm 1", "time": np.float32(1)}
+    more |= {"stage": 2, "stop": False}  # which are spelled nearly like the state and the camera top
     read = Reader(("top", "wrist"), {}, None, ["depth", "raw/image"])
     np.testing.assert_equal(read(OBSERVATION | more), OURS)
 
