@@ -380,11 +380,13 @@ class Pi05Module(LightningModule):
     def _learned(self, stage: Stage) -> list[str]:
         """A stage's loss terms that its data has samples of, and that its freezing leaves something to learn."""
         drawn, backbone = datamodule_of(self.trainer).drawn(stage), list(self.model.backbone.parameters())
+        assert self.processor is not None
+        modalities = {**self.model.terms, "subtask": self.processor.language.saying_subtasks}
         learned = []
         for head in self.model.heads.values():
             own = set(list(head.parameters()) or backbone)  # what predicts tokens has no weights of its own
             if any(stage.lr_factor(name) for name, parameter in self.model.named_parameters() if parameter in own):
-                learned += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(head.terms[t])]
+                learned += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(modalities[t])]
         return learned
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pi0
     """A module after two steps, its data, and its checkpoint."""
     module = Pi05Module(ModelConfig.preset("debug"), rtc_max_delay=3)
     data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
-    act = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
+    drawn = {"robot/continuous_robot_actions": 0.5, "robot/hl_subtask": 0.5}
+    act = StageOptions(LossWeights(subtask=1, flow=1), drawn)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,

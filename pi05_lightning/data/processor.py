@@ -53,6 +53,13 @@ class Language:
         if not 0 <= self.task_only_share <= 1:
             raise ValueError(f"task_only_share is {self.task_only_share}: it is a share, 0 to 1")
 
+    @property
+    def saying_subtasks(self) -> frozenset[Modality]:
+        """The modalities whose samples may have a subtask to be said, and not only one to act on."""
+        if self.condition_on == "both" and self.task_only_share < 1:
+            return frozenset({Modality.HL_SUBTASK, Modality.CONTINUOUS, Modality.FAST})
+        return frozenset({Modality.HL_SUBTASK})
+
 
 class Processor:
     """Everything between the data's units and the model's tensors.

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
@@ -50,7 +51,8 @@ def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
             default_root_dir=folder,
         )
         robot = LeRobotConfig(path=str(videos), val_fraction=0.2)
-        data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=folder / "fast")
+        language = options.pop("language", Language())
+        data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=folder / "fast", language=language)
         trainer.fit(Pi05Module(**({"config": CONFIG} | options)), data)
         trainer.save_checkpoint(folder / "last.ckpt")
         return folder / "last.ckpt"
@@ -143,6 +145,23 @@ def test_term_that_the_mixture_never_draws_was_not_trained(fit: Fit) -> None:
     checkpoint = fit({"subtask": 1, "flow": 1}, {"robot/hl_subtask": 1.0})
     assert locate(checkpoint).trained.terms == {"subtask": 2}
     assert not locate(checkpoint).abilities.flow
+
+
+@pytest.mark.parametrize(
+    ("language", "says"),
+    [
+        (Language(), False),  # conditioned on the recorded subtask
+        (Language(condition_on="task"), False),
+        (Language(condition_on="both"), True),
+        (Language(condition_on="both", task_only_share=1.0), False),
+    ],
+)
+def test_subtask_that_actions_are_conditioned_on_is_not_learned_by_that(
+    fit: Fit, language: Language, says: bool
+) -> None:
+    checkpoint = fit({"subtask": 1, "flow": 1}, CONTINUOUS, language=language)
+    assert locate(checkpoint).trained.terms == ({"subtask": 2, "flow": 2} if says else {"flow": 2})
+    assert locate(checkpoint).abilities.subtasks == says
 
 
 def test_head_that_was_frozen_was_not_trained(fit: Fit) -> None:
