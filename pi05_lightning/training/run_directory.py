@@ -53,11 +53,11 @@ def new_run() -> Path:
 
     Raises ValueError where all ranks are started from outside, as by torchrun or srun: nothing tells them one name.
     """
-    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
-        return Path(os.environ[_SHARED])
     several = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1
     if several and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect()):
         raise ValueError("each process of this job would make a run of its own: give them one name with --run")
+    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
+        return Path(os.environ[_SHARED])
     started, number = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), 1
     while True:
         folder = RUNS / (started if number == 1 else f"{started}-{number}")
