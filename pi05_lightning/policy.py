@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,11 @@ class Pi05Policy(Inference):
                 " give one"
             )
         horizon = pred_horizon if execution_horizon is None else execution_horizon
+        known = {field.name for field in fields(Acting)}
+        for name in acting.keys() - known:
+            raise TypeError(f"Pi05Policy has no option {name!r}{suggestion(name, known | {'pred_horizon', 'device'})}")
         how = Acting(execution_horizon=horizon, **acting)
+        check_device(device)
         if isinstance(model_path, tuple):
             (model, processor), trained = model_path, UNKNOWN
         else:
@@ -236,3 +241,11 @@ class Pi05Policy(Inference):
             task=given.get("task", ""),
             state=as_vector("state", given["state"]) if "state" in given else None,
         )
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raises ValueError for a device that this machine does not have."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -376,3 +376,13 @@ def test_policy_whose_data_has_no_subtasks_acts_on_the_task(pictures: Path) -> N
     policy = Pi05Policy((model, processor), seed=3)
     policy.predict(observation(data))
     assert policy.subtask is not None
+
+
+def test_a_device_that_there_is_not_is_said(trained) -> None:
+    with pytest.raises(ValueError, match="device 'cudda' cannot be used"):
+        Pi05Policy(trained[2], device="cudda")
+
+
+def test_an_unknown_option_is_named_with_the_nearest(trained) -> None:
+    with pytest.raises(TypeError, match=r"no option 'exec_horizon' \(did you mean execution_horizon\?\)"):
+        Pi05Policy(trained[2], exec_horizon=2)

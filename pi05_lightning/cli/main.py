@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
@@ -78,9 +78,18 @@ def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     """Call a function with its parameters read from the command line, or with its one dataclass made from there."""
     hints = get_type_hints(function)
     types: list[Any] = [hints[name] for name in signature(function).parameters]
+    options = get_type_hints(types[0]) if len(types) == 1 and is_dataclass(types[0]) else hints
+    switches = {name for name, kind in options.items() if kind is bool}
+    args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     if len(types) == 1 and is_dataclass(types[0]):
         return function(auto_cli(types, args=args, prog=prog, parser_class=Parser, return_instance=True))
     return auto_cli(function, args=args, prog=prog, parser_class=Parser)
+
+
+def said_fully(arg: str, following: Sequence[str], switches: Collection[str]) -> list[str]:
+    """A switch that stands alone, such as `--force`, with the value that it has then."""
+    alone = not following or following[0].startswith("-")
+    return [arg, "true"] if alone and arg.startswith("--") and arg[2:] in switches else [arg]
 
 
 def is_for_the_user(error: Exception) -> bool:

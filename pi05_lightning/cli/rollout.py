@@ -84,11 +84,10 @@ def rollout(
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / "rollout"
     out.mkdir(parents=True, exist_ok=True)
-    before = films_of(out)
     with TemporaryDirectory(prefix=".films-", dir=out) as films:
         trials, clocks = run_all(plan, worker, num_workers, Path(films))
         result = summary_of(trials, clocks, plan, worker) | {"films": sorted(f.name for f in Path(films).glob("*.mp4"))}
-        replace_result(out, before, Path(films), result)
+        replace_result(out, films_of(out), Path(films), result)
     Console().print(*tables(result))
     return result
 

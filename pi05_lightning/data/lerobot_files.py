@@ -302,11 +302,11 @@ class LeRobotFiles:
         found: dict[str, np.ndarray] = {}
         for name, bounds in declared.items():
             match = re.fullmatch(r"(\d+):(\d+)", bounds) if isinstance(bounds, str) else None
-            if not match or int(match[1]) > int(match[2]):
+            if not match or int(match[1]) >= int(match[2]):
                 raise ValueError(f"{where}: split {name} is {bounds!r}, not first:end, as in 80:100")
             first, end = map(int, match.groups())
             found[name] = (episodes >= first) & (episodes < end)
-            if end > first and not found[name].any():
+            if not found[name].any():
                 raise ValueError(f"{where}: split {name} is {bounds}, and the dataset has {len(episodes)} episodes")
         for one, other in combinations(found, 2):
             if (found[one] & found[other]).any():

@@ -87,7 +87,8 @@ def action_repeat(simulator: str, rate: float, view: View) -> int:
     if steps < 1 or not same_rate(steps * view.fps, rate):
         raise NoSuchEnvironment(
             f"the policy was trained at {view.fps:g} frames per second, which does not divide {simulator}'s {rate:g}"
-            " Hz: name the simulator that it was trained in with --env"
+            " Hz: name the simulator that it was trained in with --env, or how many of its steps an action lasts with"
+            " --env.action_repeat"
         )
     return steps
 

@@ -74,7 +74,7 @@ def test_an_outlying_action_is_in_every_chunk_that_holds_it(
     long: Path, options: dict, caplog: pytest.LogCaptureFixture
 ) -> None:
     break_sensor(long, key="action", row=500)
-    with pytest.raises(BadSample, match=r"episode 1, frame 13, action: dimension 0 of its action is"):
+    with pytest.raises(BadSample, match=r"episode 1, frame 20, action: dimension 0 of its action is"):
         _ = datamodule(long, **options).processor
     data = datamodule(long, on_bad_sample="skip", **options)
     with caplog.at_level(logging.WARNING):

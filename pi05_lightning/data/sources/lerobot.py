@@ -213,8 +213,12 @@ class LeRobotSource(Source):
             if bad.any():
                 row = int(np.argmax(bad))
                 actions, is_pad = self._chunk(row)
-                frame = Frame({}, state=columns.state[row], actions=actions, action_is_pad=is_pad)
-                self._reject(bad, " + ".join(keys), outlier(robot.to_model(frame)) or "", OUTLIER_REMEDY, row)
+                frame = robot.to_model(Frame({}, state=columns.state[row], actions=actions, action_is_pad=is_pad))
+                if (
+                    bad is far_action and frame.actions is not None
+                ):  # the step that is wrong, not where its chunk begins
+                    row += int(np.argmax((np.abs(frame.actions) > OUTLIER).any(axis=1)))
+                self._reject(bad, " + ".join(keys), outlier(frame) or "", OUTLIER_REMEDY, row)
         self._rows = np.flatnonzero(self._kept)
         return len(self._rows) < before
 

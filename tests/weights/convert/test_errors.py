@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.cli.convert import convert
+from pi05_lightning.cli.main import call
 from pi05_lightning.data.transforms import RelativeActions
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.weights.lerobot import (
@@ -128,3 +129,14 @@ def test_a_policy_of_relative_actions_is_not_exported(ours: Path, tmp_path: Path
 def test_a_keypoint_backbone_has_no_place_in_lerobot() -> None:
     with pytest.raises(ValueError, match="siglip_gemma"):
         to_lerobot("backbone.vision.convs.0.weight")
+
+
+@pytest.mark.parametrize("given", [["--force"], ["--force", "true"]])
+def test_a_switch_may_stand_alone(given: list[str]) -> None:
+    said: list[bool] = []
+
+    def command(force: bool = False, name: str = "x") -> None:
+        said.append(force)
+
+    call(command, [*given, "--name", "y"], prog="pi05 command")
+    assert said == [True]
