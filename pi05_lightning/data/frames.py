@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 
+from pi05_lightning.data.columns import is_text
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.images import read_image
-from pi05_lightning.data.lerobot_files import is_text
 
 
 class OpenFiles[K, T]:

@@ -1,4 +1,4 @@
-"""The files of a LeRobot v3 dataset, read with pyarrow: metadata, episodes, tasks, numeric columns.
+"""The files of a LeRobot v3 dataset, read with pyarrow: metadata, episodes, tasks, and which episodes a split has.
 
 meta/info.json                      fps, features, path templates, splits
 meta/tasks.parquet                  sentence -> task_index
@@ -23,9 +23,9 @@ from typing import Any, Literal
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
 from pi05_lightning.data.split import Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json
@@ -70,10 +70,6 @@ class DataFiles:
 
     episodes: dict[Path, np.ndarray]
     damaged: dict[Path, str]
-
-    def holding(self, episodes: np.ndarray | Sequence[int]) -> list[Path]:
-        """The files with rows of any of these episodes."""
-        return [path for path, inside in self.episodes.items() if np.isin(inside, episodes).any()]
 
 
 @dataclass(frozen=True)
@@ -342,66 +338,8 @@ def _union(contents: Sequence[set[Sentence]], rows: np.ndarray) -> set[Sentence]
     return set().union(*(contents[row] for row in np.flatnonzero(rows)))
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a column's type is one of those in which pandas, polars and pyarrow write text."""
-    if pa.types.is_dictionary(kind):
-        return is_text(kind.value_type)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
 def _described(schema: pa.Schema) -> str:
     return ", ".join(f"{field.name} ({field.type})" for field in schema)
-
-
-def whole_numbers(column: pa.ChunkedArray, where: str, null: int | None = None) -> np.ndarray:
-    """A column of any numeric type as i64[N]; ValueError, with `where` it is, for fractions, nulls and other types.
-
-    null: what nulls become; they are refused by default.
-    """
-    try:
-        numbers = column.cast(pa.int64())
-    except pa.ArrowException as error:
-        raise ValueError(f"{where} holds {column.type} where whole numbers are expected ({error})") from error
-    if null is not None:
-        numbers = numbers.fill_null(null)
-    if numbers.null_count:
-        raise ValueError(f"{where} holds nothing in {numbers.null_count} of {len(numbers)} rows")
-    return numbers.to_numpy()
-
-
-def real_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
-    """A column of any numeric type as f64[N], NaN for null; ValueError, with `where` it is, for other types."""
-    try:
-        return column.cast(pa.float64(), safe=False).to_numpy()
-    except pa.ArrowException as error:
-        raise ValueError(f"{where} holds {column.type} where numbers are expected ({error})") from error
-
-
-def vectors(column: pa.ChunkedArray, width: int, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """A numeric column (numbers, or lists of `width` numbers) as f32[N width], and every row's number of values i64[N].
-
-    What is null becomes NaN, and so do rows with more or fewer values.  Any type of number and of list, as pandas,
-    polars and pyarrow write them; ValueError, with `where` it is, for other types.
-    """
-    values = np.full((len(column), width), np.nan, dtype=np.float32)
-    if not any(is_list(column.type) for is_list in _LISTS):
-        numbers = real_numbers(column, where).astype(np.float32)[:, None]
-        return (numbers if width == 1 else values), np.ones(len(column), int)
-    rows = column.combine_chunks()
-    sizes = pc.if_else(rows.is_valid(), pc.list_value_length(rows), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-    right = sizes == width
-    flat = pa.chunked_array([rows.filter(pa.array(right)).flatten()])
-    values[right] = real_numbers(flat, where).astype(np.float32).reshape(-1, width)
-    return values, sizes
-
-
-_LISTS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
 
 
 def _check_rate(root: Path, fps: Any) -> None:

@@ -12,16 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pi05_lightning.data.columns import is_text, real_numbers, vectors, whole_numbers
 from pi05_lightning.data.errors import BadFrame, Rejects
 from pi05_lightning.data.frames import holds_images
-from pi05_lightning.data.lerobot_files import (
-    LeRobotFiles,
-    Sentence,
-    is_text,
-    real_numbers,
-    vectors,
-    whole_numbers,
-)
+from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
