@@ -27,7 +27,7 @@ from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns, se
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.statistics import FeatureStats, offsets, steps_trained_on
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
-from pi05_lightning.types import Frame, Modality, Shapes
+from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 log = logging.getLogger(__name__)
 
@@ -145,16 +145,17 @@ class LeRobotSource(Source):
     def __getitem__(self, index: int) -> Frame:
         row = int(self._rows[index])
         actions, is_pad = self._chunk(row)
+        answers = self.columns.answers[row]
         images = {camera: self._image(camera, row) for camera in self.cameras.values()}
         sizes = {camera: image.shape[1:] for camera, image in images.items()}
         sizes |= {camera: cache.picture_size(row) for camera, cache in self._caches.items()}
-        self._check_sizes(row, sizes)
+        self._check_sizes(row, answers, sizes)
         return Frame(
             images=images,
             picture_sizes=sizes,
             task=self._task[row] or "",
             subtask=self.columns.subtask[row],
-            answers=self.columns.answers[row],
+            answers=answers,
             state=self.columns.state[row] if self.config.state_keys else None,
             actions=actions,
             action_is_pad=is_pad,
@@ -497,9 +498,9 @@ class LeRobotSource(Source):
             where = f"dataset {self.name!r}, {self.columns.address(row)}, {camera}"
             raise BadSample(f"{where}: {error}. Restore it or leave its episode out with `episodes`") from error
 
-    def _check_sizes(self, row: int, sizes: dict[str, tuple[int, ...]]) -> None:
+    def _check_sizes(self, row: int, answers: Iterable[Answer], sizes: dict[str, tuple[int, ...]]) -> None:
         """Raises BadSample for a box in pixels of an image whose size is not the declared one."""
-        boxed = {answer.camera for answer in self.columns.answers[row] if "<loc" in answer.answer}
+        boxed = {answer.camera for answer in answers if "<loc" in answer.answer}
         for key, camera in self.cameras.items() if boxed and not self.config.box_range else ():
             declared = tuple(map(int, self._box_range()[key]))
             if boxed & {camera, None} and sizes[camera] != declared:
