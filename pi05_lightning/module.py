@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -400,6 +401,7 @@ class Pi05Module(LightningModule):
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
             "trained": asdict(self.trained),
+            "saved_at": time.time(),
         }
         if self.average:
             checkpoint[AVERAGE] = self.average

@@ -208,10 +208,10 @@ def as_list(value: Any) -> list[Any]:
 
 def last_run() -> Path:
     """The run that saved last. Raises ValueError when there is none."""
-    found = [path for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()]
+    found = {run_of(path) for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()}
     if not found:
         raise ValueError(f"there is no checkpoint under {RUNS}/ to go on from")
-    return run_of(max(found, key=lambda path: path.stat().st_mtime))
+    return max(found, key=lambda run: locate_run(run).saved_at)
 
 
 def find_resumed(path: str, run: str | None) -> str:

@@ -71,6 +71,16 @@ class TrainingCheckpoint(Weights):
     def trained(self) -> Trained:
         return Trained.from_dict(self.content["pi05"].get("trained", {}))
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps after which it was saved."""
+        return int(self.content["global_step"])
+
+    @property
+    def saved_at(self) -> float:
+        """When it was saved, in seconds since 1970; of an old one the file's date, which a copy changes."""
+        return float(self.content["pi05"].get("saved_at", self.path.stat().st_mtime))
+
     def run_config(self) -> str:
         """The configuration, as YAML, that it was trained with. ValueError when it carries none."""
         if "config" not in self.content:
@@ -90,11 +100,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file itself, or the one with most steps in a run's directory; ValueError where there is none."""
+    """The checkpoint file itself, or the one with most steps in a run's directory.
+
+    ValueError where there is none, and for a damaged one.
+    """
     if path.is_file():
         return path
-    # a file's date changes when it is copied
-    found = sorted(checkpoints_in(path), key=lambda file: (steps(file), file.stat().st_mtime))
+    found = checkpoints_in(path)
     if not found and (pickles := [file.name for kind in PICKLES for file in path.glob(kind)]):
         raise ValueError(
             f"{path} holds only pickled weights ({', '.join(pickles)}), which are not read as they may execute code:"
@@ -105,12 +117,8 @@ def find_checkpoint(path: Path) -> Path:
             f"{path} is neither a checkpoint nor a folder with one: expected a .ckpt file, a run's directory with"
             f" checkpoints/, or an exported folder with {WEIGHTS}"
         )
-    return found[-1]
-
-
-def steps(file: Path) -> int:
-    """Optimizer steps after which a checkpoint was saved; ValueError for a damaged one."""
-    return int(TrainingCheckpoint(file).content["global_step"])
+    checkpoints = map(TrainingCheckpoint, found)
+    return max(checkpoints, key=lambda checkpoint: (checkpoint.steps, checkpoint.saved_at)).path
 
 
 def merge(config: ModelConfig, lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

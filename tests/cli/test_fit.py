@@ -1,6 +1,7 @@
 """`pi05 fit` and `validate`: a run's directory, its checkpoints, and what can be done with their paths alone."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import torch
 import yaml
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.cli.run import last_run
 from pi05_lightning.evaluation.report.run import read_curves
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
@@ -134,6 +136,17 @@ def test_last_is_the_newest_run(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.chdir(tmp_path)
     main(["fit", "--ckpt_path", "last", "--stages.pretrain_steps", str(STEPS + 1)])
     assert load(tmp_path / "runs" / "a")["global_step"] == STEPS + 1
+
+
+def test_last_is_the_run_that_saved_last_whatever_the_dates_of_its_files(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for place, name in enumerate(["older", "newer"]):
+        main(["fit", "-c", str(config), "--run", f"runs/{name}"])
+        for file in Path("runs", name, "checkpoints").iterdir():
+            os.utime(file, (2e9 - place, 2e9 - place), follow_symlinks=False)
+    assert last_run() == Path("runs/newer")
 
 
 def test_flags_win_over_the_configuration_in_the_checkpoint(run: Path) -> None:
