@@ -1,11 +1,11 @@
-"""Loss terms to one loss: means over all ranks, weighted and summed by name. And the random numbers of flow matching.
+"""Loss terms to one loss: means over an optimizer step, weighted and summed by name. And the random numbers of flows.
 
 What a term is, its formula and its name, is its head's business (models/heads/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -46,42 +46,44 @@ def draw_noise(
     return torch.from_numpy(noise), torch.from_numpy(np.where(is_given, np.float32(0), time))
 
 
-def mean_terms(terms: Terms, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
-    """The mean of each term over what counts.
+def mean_terms(
+    terms: Terms, counts: Mapping[str, Tensor], batches: int = 1
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The mean of each term over all its elements in an optimizer step, and how many those are, on all ranks together.
 
-    With several ranks the means are over all of them together, see `mean_over_ranks`; every rank must call this, with
-    the same `names` of all terms that any of them may have.
+    A mean of the batches' own means would weigh an element by how few others its batch has. What this gives for one
+    batch of a step is such that the mean over the step's batches and over ranks is the step's, and so for gradients:
+    the first is what Lightning takes, the second what data-parallel strategies do. Values are the same on every rank.
+
+    terms: of this batch.  counts: elements of each term in the step's batches on this rank, of all terms that a batch
+    or rank may have.  batches: how many the step accumulates.
+    Every rank must call this: there is one small all-reduce, and no host synchronisation.
     """
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    zero = next(iter(counts.values())).new_zeros((), dtype=torch.float32)
     sums = {name: (term.values * term.mask).sum() for name, term in terms.items()}
-    counts = {name: term.mask.sum().float() for name, term in terms.items()}
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return mean_over_ranks(sums, counts, list(names), device)
-    return {name: sums[name] / counts[name].clamp(min=1) for name in sums}
-
-
-def mean_over_ranks(
-    sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], names: list[str], device: torch.device
-) -> dict[str, Tensor]:
-    """Means over the elements of all ranks, with one small all-reduce and no host synchronisation.
-
-    A mean of the ranks' own means would weigh an element by how few others its rank has. Values are the same on every
-    rank; gradients are such that their mean over ranks, which data-parallel strategies take, is the gradient of it.
-    """
-    zero = torch.zeros((), device=device)
-    mine = torch.stack([sums.get(name, zero) for name in names])
-    everyone = torch.stack([mine.detach(), torch.stack([counts.get(name, zero) for name in names])])
-    dist.all_reduce(everyone)
-    total, count = everyone[0], everyone[1].clamp(min=1)
-    mine = dist.get_world_size() * mine / count
-    return dict(zip(names, (mine + (total / count - mine).detach()).unbind(), strict=True))
+    mine = torch.stack([sums.get(name, zero) for name in counts])
+    everyone = torch.stack([mine.detach(), torch.stack(list(counts.values())).float()])
+    if ranks > 1:
+        dist.all_reduce(everyone)
+    total, count = everyone
+    means = ranks * batches * mine / count.clamp(min=1)
+    if ranks > 1:
+        means = means + (batches * total / count.clamp(min=1) - means).detach()
+    return dict(zip(counts, means, strict=True)), dict(zip(counts, count, strict=True))
 
 
 def total_loss(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """Σ weight · mean over the terms that have a weight. Raises ValueError where the batch has none of them."""
+    """Σ weight · mean over the terms that have a weight. Raises ValueError where there are none of them."""
     used = [weights[name] * mean for name, mean in means.items() if name in weights]
     if not used:
-        raise ValueError(
-            f"this batch has nothing that the stage trains on: its loss weights are {dict(weights)}; give one of them"
-            " data in the stage's mixture, or a weight to what the mixture draws"
-        )
+        raise nothing_to_learn(weights)
     return torch.stack(used).sum()
+
+
+def nothing_to_learn(weights: Mapping[str, float]) -> ValueError:
+    """The error of a step without an element of any term that its stage weighs."""
+    return ValueError(
+        f"this batch has nothing that the stage trains on: its loss weights are {dict(weights)}; give one of them"
+        " data in the stage's mixture, or a weight to what the mixture draws"
+    )

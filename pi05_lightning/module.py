@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -13,12 +14,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
 from pi05_lightning.inference import Acting, Inference
-from pi05_lightning.losses import draw_noise, mean_terms, total_loss
+from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
@@ -130,7 +132,9 @@ class Pi05Module(LightningModule):
         self._hollow = False
         """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
         self._losses: dict[str, list[Tensor]] = {}
-        """Of the step under way, one value per accumulated batch that has the term."""
+        """Of the step under way, one value per accumulated batch."""
+        self._step_counts: dict[str, Tensor] = {}
+        """Of the step under way, the elements of each term on all ranks."""
 
     # --- building
 
@@ -141,6 +145,8 @@ class Pi05Module(LightningModule):
                 f"trainer.strategy {type(strategy).__name__} shards the weights, which the tied embedding, the stages'"
                 " freezing and the averaged weights need whole: use ddp, with LoRA or bf16-true where memory is short"
             )
+        if stage == "fit":
+            check_clock(self.trainer)
         self.processor = datamodule_of(self.trainer).processor
 
     def follow(self, recipe: Recipe) -> None:
@@ -233,13 +239,30 @@ class Pi05Module(LightningModule):
     # --- training
 
     def on_before_batch_transfer(self, batch: Batch | Observed, dataloader_idx: int) -> Batch | Observed:
-        """Draw noise and flow time on the CPU, keyed by sample: no device generator, no synchronisation."""
+        """Raises ValueError for a training step, on one rank, that has nothing of what its stage trains."""
         if isinstance(batch, Observed):  # a policy takes it from here
             return batch
-        draws, max_delay = (self.flow_draws, self.rtc_max_delay) if self.trainer.training else (1, 0)
+        if batch.step_counts is None:
+            return self._with_noise(batch, 1, 0)
+        weights = self.recipe.at(self.global_step).weights
+        alone = self.trainer.world_size == 1
+        if not weights or (alone and not any(self._of_terms(batch.step_counts, weights).values())):
+            raise nothing_to_learn(weights)
+        return batch
+
+    def _with_noise(self, batch: Batch, draws: int, max_delay: int) -> Batch:
+        """Draw noise and flow time on the CPU, keyed by sample: no device generator, no synchronisation."""
         rows, horizon, dims = batch.actions.shape
         batch.noise, batch.time = draw_noise(batch.key[:rows], self.seed, draws, horizon, dims, max_delay)
         return batch
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Elements of each loss term in a training batch, i64[terms]; draws its noise, as flow time decides on some."""
+        return self.model.counts(self._with_noise(batch, self.flow_draws, self.rtc_max_delay))
+
+    def _of_terms(self, counts: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """Of i64[terms], those of some terms, in the model's order."""
+        return {name: count for name, count in zip(self.model.terms, counts, strict=True) if name in set(names)}
 
     def transfer_batch_to_device(
         self, batch: Batch | Observed, device: torch.device, dataloader_idx: int
@@ -250,12 +273,17 @@ class Pi05Module(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.lora is not None and self.lora.dropout:
             # dropout draws from torch's own generator, which no checkpoint holds
-            place = self.trainer.global_rank, self.trainer.fit_loop.total_batch_idx
+            batches = self.trainer.accumulate_grad_batches
+            place = self.trainer.global_rank, self.global_step * batches + batch_idx % batches
             torch.manual_seed(hash((self.seed, *place)) % 2**63)
         stage = self.recipe.at(self.global_step)
         terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation)
-        means = mean_terms(terms, stage.weights, self.device)
+        assert batch.step_counts is not None
+        counts = self._of_terms(batch.step_counts, stage.weights)
+        means, self._step_counts = mean_terms(terms, counts, self.trainer.accumulate_grad_batches)
         loss = total_loss(means, stage.weights)
+        if not terms:  # other batches of the step, or ranks, have something to learn from
+            loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
         for name, value in ({f"{stage.name}/{term}": mean for term, mean in means.items()} | {"total": loss}).items():
             self._losses.setdefault(f"loss/{name}", []).append(value.detach())
         return loss
@@ -266,14 +294,24 @@ class Pi05Module(LightningModule):
         return steps > 0 and interval > 0 and steps % interval == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """At logging intervals, and only there, bring losses and gradient norms (before clipping) to the host."""
+        """At logging intervals, and only there, bring losses and gradient norms (before clipping) to the host.
+
+        A term that had no element in the step is not logged. Raises ValueError where none had.
+        """
         losses, self._losses = self._losses, {}
         if not self.logs_after(self.global_step + 1):
             return
+        stage = self.recipe.at(self.global_step)
         norms = gradient_norms(self.model.named_parameters())
         values = {name: torch.stack(found).mean() for name, found in losses.items()}
         values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
+        values |= self._step_counts
         scalars = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+        counts = {term: scalars.pop(term) for term in self._step_counts}
+        if not any(counts.values()):
+            raise nothing_to_learn(stage.weights)
+        for term in [term for term, count in counts.items() if not count]:
+            del scalars[f"loss/{stage.name}/{term}"]
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         for logger in self.loggers:
             # not with `self.log`, which would repeat a stage's last values all through the next one
@@ -367,6 +405,7 @@ class Pi05Module(LightningModule):
 
     def on_train_start(self) -> None:
         self._trained_at, self._loaded_processor = self.global_step, None
+        self._losses = {}
 
     def on_fit_end(self) -> None:
         # another trainer counts its steps from 0

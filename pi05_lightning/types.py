@@ -256,6 +256,8 @@ class Batch:
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
                                sample from `key`, see `losses.draw_noise`; None before that
     drawn                      of training batches: what they were made of
+    step_counts  i64[terms]    of training batches: elements of each loss term of the model, in its order, in all the
+                               batches that this rank accumulates in the optimizer step
     """
 
     pixels: Tensor
@@ -279,6 +281,7 @@ class Batch:
     noise: Tensor | None = None
     time: Tensor | None = None
     drawn: Drawn | None = None
+    step_counts: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         return _mapped(self, lambda x: x.to(device, non_blocking=non_blocking))

@@ -27,6 +27,7 @@ LAYERS = (
     ("models.pi05",),
     ("models.parallelize",),
     (
+        "data.clock",
         "data.columns",
         "data.errors",
         "data.images",

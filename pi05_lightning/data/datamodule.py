@@ -1,20 +1,20 @@
-"""The LightningDataModule: sources and a mixture to batches; its state is the number of batches seen."""
+"""The LightningDataModule: sources and a mixture to batches. Where it goes on is the run's step."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 from torch.utils.data import DataLoader
 
 from pi05_lightning.data.augment import Augmentation, augment
+from pi05_lightning.data.clock import align, most_batches, start
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler
 from pi05_lightning.data.processor import Language, Processor
@@ -50,8 +50,8 @@ class Pi05DataModule(LightningDataModule):
         language: prompts, and what actions are conditioned on.
         num_workers: loader processes.
         seed: of the draws.
-        length_window: batches whose samples are drawn together and sorted by length, so that there is little padding;
-            shares hold in every window. 1: they hold in every batch, whatever the padding.
+        length_window: optimizer steps whose samples are drawn together and sorted by length, so that there is little
+            padding; shares hold in every window. 1: they hold in every step, whatever the padding.
         max_bad_share: training stops when a larger share of a source's frames, or of the samples drawn (of 200 at
             least), is bad. Of sources with `on_bad_sample: skip`: others stop at the first.
         val_samples: at most this many validation (or test) samples per `source/modality`, evenly spaced.
@@ -92,7 +92,6 @@ class Pi05DataModule(LightningDataModule):
         self.length_window, self.bad_samples = length_window, BadSampleCount(max_bad_share)
         self.recipe: Recipe | None = None
         self.opened: dict[Split, dict[str, Source]] = {}
-        self._batches_seen = 0
         self._mixture: Mixture | None = None
 
     @property
@@ -181,7 +180,7 @@ class Pi05DataModule(LightningDataModule):
         assert trainer is not None
         if trainer.max_steps == -1:
             raise ValueError("an endless run: set trainer.max_steps, or add the StageSwitch callback, which knows it")
-        accumulate = trainer.accumulate_grad_batches
+        align(trainer)
         questions = self.language.questions_per_sample
         samples = Samples(self.sources("train"), self.processor, questions, self.augmentation)
         self._check_rejects()
@@ -191,14 +190,20 @@ class Pi05DataModule(LightningDataModule):
         sampler = MixtureSampler(
             self._mixture,
             self.recipe or Recipe.of(pretrain_steps=0),
-            num_batches=trainer.max_steps * accumulate,
-            start=self._batches_seen,
-            batches_per_step=accumulate,
+            num_steps=trainer.max_steps,
             rank=trainer.global_rank,
             world=trainer.world_size,
         )
         options = self._loader_options | {"collate_fn": samples.collate}
-        return TrainLoader(samples, self.bad_samples, batch_sampler=sampler, **options)
+        return TrainLoader(
+            samples,
+            sampler,
+            self.bad_samples,
+            length=most_batches(trainer),
+            start=partial(start, trainer),
+            counts=cast("Any", trainer.lightning_module).counts,
+            **options,
+        )
 
     def drawn(self, stage: Stage) -> set[Modality]:
         """The modalities that a stage of this run draws samples of; none before training has begun."""
@@ -221,13 +226,10 @@ class Pi05DataModule(LightningDataModule):
         return augment(batch) if isinstance(batch, Batch) else batch
 
     def state_dict(self) -> dict[str, int]:
-        """Training batches that were trained on; the loader is ahead of it by what its workers prefetched."""
-        assert self.trainer is not None
-        progress = cast("ProcessedTracker", self.trainer.fit_loop.epoch_loop.batch_progress.total)
-        return {"batches_seen": progress.processed, "bad": self.bad_samples.bad, "drawn": self.bad_samples.drawn}
+        """Where it goes on is not here: it is the run's step."""
+        return {"bad": self.bad_samples.bad, "drawn": self.bad_samples.drawn}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self._batches_seen = state_dict["batches_seen"]
         self.bad_samples.bad, self.bad_samples.drawn = state_dict.get("bad", 0), state_dict.get("drawn", 0)
 
     # --- validation and test: every modality of every source by itself, the same samples and noise every time

@@ -1,4 +1,7 @@
-"""Which samples batch k holds: a function of seed, k, rank, world size and stage, so resuming needs only k."""
+"""Which samples an optimizer step holds: a function of seed, step, stage and number, so resuming needs the step alone.
+
+Ranks and accumulated batches are parts of a step: how it is split changes none of its samples.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +35,15 @@ class Entry:
 
 
 class Mixture:
-    """Weighted draws from entries, in windows of batches.
+    """Weighted draws from entries, in windows of optimizer steps.
 
     Within a window shares are exact to one sample (systematic sampling), an entry's samples are drawn equally often,
-    and a batch holds samples with as many images and similar text, which differ if there are enough of that kind. Ranks
-    see disjoint parts of a batch, whose union is what one rank with a larger batch would see.
+    and a step holds samples with as many images and similar text, which differ if there are enough of that kind. Its
+    accumulated batches, and the ranks of each, are disjoint parts, whose union is what one rank with one larger batch
+    would see.
 
-    trained_by: what may be learned from which modality.
+    trained_by: what may be learned from which modality.  batch_size: samples of one batch on one rank.
+    window: steps that are drawn together.
     """
 
     def __init__(
@@ -82,19 +87,31 @@ class Mixture:
             raise ValueError(f"mixture: a share is a positive number, or 0 for some; got {dict(shares)}")
         return weights / weights.sum()
 
-    def batch(self, k: int, weights: np.ndarray, rank: int = 0, world: int = 1, first: int = 0) -> list[Draw]:
-        """The draws of batch k on a rank. first: the stage's first batch, where its first window begins."""
-        start = first + (k - first) // self.window * self.window
-        identity = (start, world, weights.tobytes())
+    def batch(
+        self,
+        step: int,
+        weights: np.ndarray,
+        rank: int = 0,
+        world: int = 1,
+        first: int = 0,
+        part: int = 0,
+        parts: int = 1,
+    ) -> list[Draw]:
+        """The draws of one of the accumulated batches of a step (`part` of `parts`) on a rank.
+
+        first: the stage's first step, where its first window begins.
+        """
+        start = first + (step - first) // self.window * self.window
+        identity = (start, world, parts, weights.tobytes())
         if self._last is None or self._last[0] != identity:
-            self._last = identity, self._draw(start, weights, world)
-        entry, index, key = self._last[1][:, k - start, rank::world].tolist()
+            self._last = identity, self._draw(start, weights, world, parts)
+        entry, index, key = self._last[1][:, step - start, part, rank::world].tolist()
         return list(zip(entry, index, key, strict=True))
 
-    def _draw(self, start: int, weights: np.ndarray, world: int) -> np.ndarray:
-        """Entry, index and key of a window's draws, batch by batch, i64[3, batches, samples of all ranks]."""
+    def _draw(self, start: int, weights: np.ndarray, world: int, parts: int) -> np.ndarray:
+        """Entry, index and key of a window's draws, i64[3, steps, accumulated batches, samples of all ranks]."""
         rng = np.random.Generator(np.random.Philox(key=[self.seed % 2**63, start]))
-        total = self.batch_size * world
+        total = self.batch_size * world * parts
         count = self.window * total
         points = (np.arange(count) + rng.random()) / count
         chosen = np.searchsorted(np.cumsum(weights), points, side="right")
@@ -106,9 +123,9 @@ class Mixture:
             images[here] = np.broadcast_to(entry.images, entry.size)[index[here]]
             text[here] = np.broadcast_to(entry.text, entry.size)[index[here]]
         turn, place = _turns(chosen, index, images)
-        order = np.lexsort((place, text, turn, images)).reshape(self.window, total)
-        # neither does the order of batches follow their length, nor the ranks of a batch
-        order = rng.permuted(order[rng.permutation(self.window)], axis=1)
+        order = np.lexsort((place, text, turn, images)).reshape(self.window, parts, total // parts)
+        # neither does the order of steps follow their length, nor the ranks of a batch
+        order = rng.permuted(order[rng.permutation(self.window)], axis=2)
         return np.stack([chosen[order], index[order], start * total + order])
 
 
@@ -122,7 +139,7 @@ def _evenly(rng: np.random.Generator, size: int, count: int) -> np.ndarray:
 def _turns(chosen: np.ndarray, index: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Turns i64[draws] of samples with as many images, in each of which none occurs twice; and places f64 within all.
 
-    Batches are made turn by turn, so that copies of a sample, which have the same length, do not meet in one.
+    Steps are made turn by turn, so that copies of a sample, which have the same length, do not meet in one.
     """
     turn, place = np.zeros(len(chosen), dtype=np.int64), np.zeros(len(chosen))
     for number in np.unique(images):
@@ -136,32 +153,31 @@ def _turns(chosen: np.ndarray, index: np.ndarray, images: np.ndarray) -> tuple[n
 
 
 class MixtureSampler(Sampler[list[Draw]]):
-    """The batches of a run from `start` on; a batch's stage is decided by its index, since workers prefetch."""
+    """The batches of the steps from `start` on, `accumulate` of each; workers prefetch, so a step decides its stage."""
 
     def __init__(
         self,
         mixture: Mixture,
         recipe: Recipe,
         *,
-        num_batches: int,
+        num_steps: int,
         start: int = 0,
-        batches_per_step: int = 1,
+        accumulate: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.mixture, self.recipe = mixture, recipe
-        self.num_batches, self.start, self.batches_per_step = num_batches, start, batches_per_step
+        self.num_steps, self.start, self.accumulate = num_steps, start, accumulate
         self.rank, self.world = rank, world
         # made here, so that a wrong name fails before the first step and not when its stage begins
-        self.first = {stage.name: recipe.first_step(stage) * batches_per_step for stage in recipe.reached}
+        self.first = {stage.name: recipe.first_step(stage) for stage in recipe.reached}
         self.weights = {
-            stage.name: mixture.weights(stage) for stage in recipe.reached if self.first[stage.name] < num_batches
+            stage.name: mixture.weights(stage) for stage in recipe.reached if self.first[stage.name] < num_steps
         }
 
-    def __len__(self) -> int:
-        return self.num_batches  # of the whole run, also when it starts later: Lightning counts from 0
-
     def __iter__(self) -> Iterator[list[Draw]]:
-        for k in range(self.start, self.num_batches):
-            stage = self.recipe.at(k // self.batches_per_step).name
-            yield self.mixture.batch(k, self.weights[stage], self.rank, self.world, self.first[stage])
+        for step in range(self.start, self.num_steps):
+            stage = self.recipe.at(step).name
+            weights, first = self.weights[stage], self.first[stage]
+            for part in range(self.accumulate):
+                yield self.mixture.batch(step, weights, self.rank, self.world, first, part, self.accumulate)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pi05_lightning.data.augment import Augmentation
 from pi05_lightning.data.errors import BadFrame, BadSample
-from pi05_lightning.data.mixture import Draw, Entry
+from pi05_lightning.data.mixture import Draw, Entry, MixtureSampler
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.base import Source
 from pi05_lightning.types import Batch, Drawn, Frame, Modality, Sample, Subset
@@ -174,16 +177,43 @@ class BadSampleCount:
 
 
 class TrainLoader(DataLoader[Any]):
-    """A DataLoader that counts what was skipped, in the main process, when the batch is handed over."""
+    """The batches of optimizer steps, one step after the other; it reads a step's ahead and says what all of them hold.
 
-    def __init__(self, dataset: Samples, count: BadSampleCount, **options: Any) -> None:
-        super().__init__(dataset, **options)
-        self.count = count
+    In the main process, when a batch is handed over, it also counts what was skipped.
+
+    length: batches of the whole run, also when it starts later: Lightning counts from 0.
+    start: the step to go on with and the batches of a step, asked whenever it is gone through, which is at each epoch.
+    counts: of a batch on the host, the elements of each loss term, i64[terms].
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        sampler: MixtureSampler,
+        bad: BadSampleCount,
+        *,
+        length: int,
+        start: Callable[[], tuple[int, int]],
+        counts: Callable[[Batch], Tensor],
+        **options: Any,
+    ) -> None:
+        super().__init__(dataset, batch_sampler=sampler, **options)
+        self.sampler_of_steps, self.bad, self.length, self.start, self.counts = sampler, bad, length, start, counts
+
+    def __len__(self) -> int:
+        return self.length
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        sampler = self.sampler_of_steps
+        sampler.start, sampler.accumulate = self.start()
+        batches = super().__iter__()
         try:
-            for batch in super().__iter__():
-                self.count.add(batch.drawn)
-                yield batch
+            while step := list(islice(batches, sampler.accumulate)):
+                counts = torch.stack([self.counts(batch) for batch in step]).sum(0)
+                while step:
+                    batch = step.pop(0)
+                    batch.step_counts = counts
+                    self.bad.add(batch.drawn)
+                    yield batch
         except BadSample as error:  # a worker's comes with the worker's traceback
             raise BadSample(str(error).rpartition("BadSample: ")[2]) from error

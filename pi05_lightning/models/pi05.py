@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
@@ -79,8 +79,13 @@ class Pi05(nn.Module):
         prefix = self.backbone(batch, need_hidden=any(head.reads_hidden for head in heads))
         found: Terms = {}
         for head in heads:
-            found |= head.loss(batch, prefix.detach() if insulate and head.is_insulated else prefix, self.backbone)
+            found |= head.terms_of(batch, prefix.detach() if insulate and head.is_insulated else prefix, self.backbone)
         return {name: term for name, term in found.items() if terms is None or name in terms}
+
+    def counts(self, batch: Batch) -> Tensor:
+        """Elements of each loss term in a batch, i64[terms] in the order of `terms`; the batch is on the host."""
+        masks = {name: mask for head in self.heads.values() for name, mask in head.masks(batch).items()}
+        return torch.tensor([int(masks[name].sum()) if name in masks else 0 for name in self.terms])
 
     def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
         """Random initialisation; see `Backbone.reset_parameters`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,6 @@ class StepShape:
         return batch.to(device)
 
 
-def training_loss(model: Pi05, batch: Batch, insulate: bool = False) -> Tensor:
-    """Flow matching and, where the batch has tokens to predict, their cross-entropy: a scalar with its graph."""
-    return torch.stack([term.values.mean() for term in model(batch, insulate=insulate).values()]).sum()
+def training_loss(model: Pi05, batch: Batch, insulate: bool = False, terms: Collection[str] | None = None) -> Tensor:
+    """The sum of all terms, or of some, that the batch has targets of: a scalar with its graph."""
+    return torch.stack([term.values.mean() for term in model(batch, terms, insulate=insulate).values()]).sum()

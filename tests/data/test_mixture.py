@@ -159,11 +159,11 @@ def test_empty_data_are_named(entries: list[Entry], named: str) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 64])
-def test_stage_of_a_batch_is_decided_by_its_index(window: int) -> None:
+def test_stage_of_a_batch_is_decided_by_its_step(window: int) -> None:
     recipe = Recipe.of(
         2, 2, pretrain=StageOptions(mixture={"robot/qa": 1.0}), posttrain=StageOptions(mixture={"web/qa": 1.0})
     )
-    sampler = MixtureSampler(mixture_of(ENTRIES, 4, window=window), recipe, num_batches=8, batches_per_step=2)
+    sampler = MixtureSampler(mixture_of(ENTRIES, 4, window=window), recipe, num_steps=4, accumulate=2)
     assert [{number for number, _, _ in batch} for batch in sampler] == [{0}] * 4 + [{2}] * 4
 
 
@@ -172,8 +172,7 @@ def test_a_sampler_that_starts_later_goes_on_where_the_other_was(window: int) ->
     recipe = Recipe.of(pretrain_steps=4, posttrain_steps=5)
 
     def sampler(start: int) -> MixtureSampler:
-        return MixtureSampler(mixture_of(ENTRIES, 4, window=window), recipe, num_batches=9, start=start)
+        return MixtureSampler(mixture_of(ENTRIES, 4, window=window), recipe, num_steps=9, start=start)
 
     for start in range(9):
         assert list(sampler(start)) == list(islice(sampler(0), start, None))
-        assert len(sampler(start)) == 9

@@ -56,8 +56,8 @@ class GripperHead(Head):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(config.language.width, width), nn.ReLU(), nn.Linear(width, 1))
 
-    def has_targets(self, batch: Batch) -> bool:
-        return len(batch.auxiliary["gripper"]["row"]) > 0
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        return {"gripper": torch.ones_like(batch.auxiliary["gripper"]["closes"], dtype=torch.bool)}
 
     def logits(self, batch: Batch, prefix: Prefix) -> Tensor:
         assert prefix.hidden is not None
@@ -65,11 +65,9 @@ class GripperHead(Head):
         last = batch.token_mask[row].sum(1) - 1
         return self.layers(prefix.hidden[row, last])[:, 0]
 
-    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
-        nll = F.binary_cross_entropy_with_logits(
-            self.logits(batch, prefix), batch.auxiliary["gripper"]["closes"], reduction="none"
-        )
-        return {"gripper": Term(nll, torch.ones_like(nll, dtype=torch.bool))}
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
+        closes = batch.auxiliary["gripper"]["closes"]
+        return {"gripper": F.binary_cross_entropy_with_logits(self.logits(batch, prefix), closes, reduction="none")}
 
     def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
         right = (self.logits(batch, prefix) > 0) == (batch.auxiliary["gripper"]["closes"] > 0.5)

@@ -32,7 +32,7 @@ PREDICTS_TOKENS = frozenset(Modality) - {Modality.CONTINUOUS}
 
 
 class Head(nn.Module, ABC):
-    """Read off the prefix.
+    """Read off the prefix: it says where its loss terms count (`masks`), and then what they are there (`loss`).
 
     terms: its loss terms, which a stage's `losses` weigh, each with the modalities whose samples may have it.
     metrics: what `measure` gives, each with the modalities that it is measured on.
@@ -47,13 +47,32 @@ class Head(nn.Module, ABC):
     is_insulated: ClassVar[bool] = False
     target_maker: TargetMaker | None = None
 
-    def has_targets(self, batch: Batch) -> bool:
-        """Whether a batch has anything to learn from; known on the host."""
-        return True
+    @abstractmethod
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        """Which values of its terms count, bool[...] by the term's name; none, or an empty one, where nothing does.
+
+        Of the batch alone, on whatever device that is: a step's elements are counted before its first backward pass, so
+        that a term's mean is over all accumulated batches and ranks.
+        """
 
     @abstractmethod
-    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
-        """Its terms of a batch that has targets, by name."""
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
+        """The terms of a batch that has targets, by name: values f32[...], in the shapes of their masks."""
+
+    def has_targets(self, batch: Batch) -> bool:
+        """Whether a batch has anything to learn from; by the masks' shapes, which the host knows."""
+        return any(mask.numel() for mask in self.masks(batch).values())
+
+    def terms_of(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        """Its terms with their masks. Raises ValueError where the two do not fit."""
+        masks, values = self.masks(batch), self.loss(batch, prefix, backbone)
+        shapes = [{name: list(x.shape) for name, x in found.items() if x.numel()} for found in (values, masks)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{type(self).__name__}: `loss` gives values of the shapes {shapes[0]} and `masks` of {shapes[1]}: they"
+                " are to be of the same terms, in the same shapes"
+            )
+        return {name: Term(values[name], masks[name]) for name in values}
 
     def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
         """Its metrics of a batch that has targets, by name; without gradient."""

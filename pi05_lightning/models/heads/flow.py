@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pi05_lightning.models.backbone import Backbone, initialize
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import AdaRMSNorm, Context, ExpertBlock, compute_dtype, rope_table, with_room
-from pi05_lightning.models.heads.base import Head, Term, Terms
+from pi05_lightning.models.heads.base import Head
 from pi05_lightning.types import Batch, Modality, Prefix
 
 Modulations = list[Tensor]
@@ -102,18 +102,20 @@ class FlowHead(Head):
         x, _ = self.norm(x, modulations[-1])
         return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float().view_as(x_t)
 
-    def has_targets(self, batch: Batch) -> bool:
-        return len(batch.actions) > 0
-
-    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
         """The batch needs its noise and time."""
         assert batch.noise is not None
         assert batch.time is not None
-        error = self.squared_error(prefix.rows(len(batch.actions)), batch.actions, batch.noise, batch.time)
         mask = batch.action_mask[:, None]
         if batch.time.ndim == 3:
             mask = mask & (batch.time > 0)[..., None]
-        return {"flow": Term(error, mask.expand_as(error))}
+        return {"flow": mask.expand(batch.noise.shape)}
+
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
+        """The batch needs its noise and time."""
+        assert batch.noise is not None
+        assert batch.time is not None
+        return {"flow": self.squared_error(prefix.rows(len(batch.actions)), batch.actions, batch.noise, batch.time)}
 
     def squared_error(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.heads.base import PREDICTS_TOKENS, Head, Term, Terms
+from pi05_lightning.models.heads.base import PREDICTS_TOKENS, Head, Terms
 from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.types import Batch, Frame, Modality, Prefix, text_to_boxes
 
@@ -81,10 +81,12 @@ class LocationHead(Head):
     metrics: ClassVar = {"pointing_error": PREDICTS_TOKENS}
     target_maker = Points()
 
-    def has_targets(self, batch: Batch) -> bool:
-        return NAME in batch.auxiliary and len(batch.auxiliary[NAME]["image"]) > 0
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        if NAME not in batch.auxiliary:
+            return {}
+        return {NAME: torch.ones_like(batch.auxiliary[NAME]["image"], dtype=torch.bool)}
 
-    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
         """Of each of the batch's Q points."""
         assert isinstance(backbone.vision, KeypointStem)
         asked = batch.auxiliary[NAME]
@@ -92,8 +94,7 @@ class LocationHead(Head):
         query = words.sum(1) / asked["token_mask"].sum(1, keepdim=True)
         image = asked["image"]
         pointed = backbone.vision.point(query, prefix.vision["keypoints"][image], batch.camera[image])
-        distance = (pointed - asked["centre"]).abs().mean(-1)
-        return {NAME: Term(distance, torch.ones_like(distance, dtype=torch.bool))}
+        return {NAME: (pointed - asked["centre"]).abs().mean(-1)}
 
     def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
-        return {"pointing_error": self.loss(batch, prefix, backbone)[NAME]}
+        return {"pointing_error": self.terms_of(batch, prefix, backbone)[NAME]}

@@ -56,8 +56,9 @@ class TokenHead(Head):
     metrics: ClassVar = {"cross_entropy": PREDICTS_TOKENS, "token_accuracy": PREDICTS_TOKENS}
     reads_hidden = True
 
-    def has_targets(self, batch: Batch) -> bool:
-        return any(len(batch.target_index[kind]) for kind in self.kinds.values())
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        indices = {term: batch.target_index[kind] for term, kind in self.kinds.items()}
+        return {term: torch.ones_like(index, dtype=torch.bool) for term, index in indices.items()}
 
     def score(self, batch: Batch, prefix: Prefix, backbone: Backbone, kind: Target) -> TokenScores:
         """Of the batch's tokens of a kind, in the order of `Batch.target_index`."""
@@ -66,9 +67,8 @@ class TokenHead(Head):
         hidden = prefix.hidden.flatten(0, 1)[index - 1]  # position l - 1 predicts token l
         return score_tokens(hidden, backbone.embed_tokens.weight, batch.tokens.flatten()[index])
 
-    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
-        scores = {term: self.score(batch, prefix, backbone, kind) for term, kind in self._present(batch).items()}
-        return {term: Term(found.nll, torch.ones_like(found.correct)) for term, found in scores.items()}
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
+        return {term: self.score(batch, prefix, backbone, kind).nll for term, kind in self._present(batch).items()}
 
     def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
         scores = [self.score(batch, prefix, backbone, kind) for kind in self._present(batch).values()]

@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi05_lightning.losses import mean_terms, total_loss
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.profiling.cost import parameters_of
 from pi05_lightning.profiling.rate import peak_rate
+from pi05_lightning.profiling.step import training_loss
 from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Batch
 
@@ -156,8 +156,7 @@ def count_flops(model: Pi05, batch: Batch, stage: Stage, insulate: bool) -> int:
     """FLOPs of a batch's training step on a model without memory, see `Pi05Module.blank`; 0 where they are unknown."""
     try:
         with FlopCounterMode(display=False) as counter:
-            means = mean_terms(model(batch.to("meta"), stage.weights, insulate=insulate), stage.weights, model.device)
-            total_loss(means, stage.weights).backward()
+            training_loss(model, batch.to("meta"), insulate, stage.weights).backward()
     except (RuntimeError, NotImplementedError):  # a head looks at values, of which there are none
         return 0
     return counter.get_total_flops()
