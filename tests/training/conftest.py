@@ -46,7 +46,7 @@ def train(robot: LeRobotConfig, tmp_path: Path) -> Callable[..., Trainer]:
         adamw = partial(torch.optim.AdamW, lr=1e-3)
         given: dict[str, Any] = {"config": ModelConfig.preset("debug"), "optimizer": adamw, "flow_draws": 2}
         module = Pi05Module(**(given | (module_options or {})))
-        data = Pi05DataModule({"robot": robot}, batch_size=4, num_workers=0, **(data_options or {}))
+        data = Pi05DataModule({"robot": robot}, **({"batch_size": 4, "num_workers": 0} | (data_options or {})))
         each_step = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_exception=True)
         quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         quiet["limit_val_batches"] = 0
