@@ -69,10 +69,14 @@ def align(trainer: Trainer) -> None:
     if not fit.restarting or not 0 < step < trainer.max_steps:
         return
     length, (epoch, batches) = _epoch(trainer), _position(trainer, step)
-    places = [(epoch, batches)] if batches else [(epoch, 0), (epoch - 1, length)]
     progress: Any = loop.batch_progress  # its trackers have more fields than are declared
-    here = trainer.current_epoch, progress.current.processed
-    if here in places or (_scheduler(trainer) is None and here[1] in [place for _, place in places]):
+    done = progress.current.processed
+    if _scheduler(trainer) is None:  # which epoch it is decides on nothing
+        aligned = done == batches or (not batches and done == length)
+    else:
+        at_end = not batches and (trainer.current_epoch, done) == (epoch - 1, length)
+        aligned = ((trainer.current_epoch, done) == (epoch, batches) or at_end) and progress.is_last_batch == at_end
+    if aligned:
         return
     for tracker, count in ((progress.current, batches), (progress.total, epoch * length + batches)):
         tracker.ready = tracker.started = tracker.processed = tracker.completed = count

@@ -1,4 +1,4 @@
-"""The first steps of a run with every loss term, in so many batches: `python one_step.py DATASET FAST FOLDER RANKS N`."""
+"""Two steps of a run with every loss term, split as is said: `python one_step.py DATASET FAST FOLDER RANKS N`."""
 
 from __future__ import annotations
 
