@@ -84,6 +84,6 @@ def total_loss(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Ten
 def nothing_to_learn(weights: Mapping[str, float]) -> ValueError:
     """The error of a step without an element of any term that its stage weighs."""
     return ValueError(
-        f"this batch has nothing that the stage trains on: its loss weights are {dict(weights)}; give one of them"
+        f"this step has nothing that the stage trains on: its loss weights are {dict(weights)}; give one of them"
         " data in the stage's mixture, or a weight to what the mixture draws"
     )

@@ -1,4 +1,4 @@
-from itertools import islice
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,31 @@ def test_two_ranks_see_disjoint_samples_whose_union_is_one_larger_batch(window: 
         assert len(samples[0]) == len(samples[1]) == 8
         assert not samples[0] & samples[1]
         assert sorted(ranks[0] + ranks[1]) == sorted(large.batch(k, weights))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_step_has_the_same_samples_whatever_ranks_and_accumulated_batches_split_it(window: int) -> None:
+    large = mixture_of(ENTRIES, 24, window=window)
+    weights = large.weights(StageOptions())
+    for world, parts in ((1, 2), (2, 2), (3, 1), (1, 6), (2, 3)):
+        small = mixture_of(ENTRIES, 24 // world // parts, window=window)
+        for step in range(3, 9):
+            split = [
+                small.batch(step, weights, rank, world, 3, part, parts)
+                for part in range(parts)
+                for rank in range(world)
+            ]
+            assert {len(batch) for batch in split} == {24 // world // parts}
+            assert sorted(chain(*split)) == sorted(large.batch(step, weights, first=3))
+
+
+def test_accumulated_batches_of_a_step_are_cut_by_length() -> None:
+    lengths = np.arange(240)
+    mixture = mixture_of([entry("a/qa", 240, text=lengths)], 6, window=10)
+    weights = mixture.weights(StageOptions())
+    for step in range(10):
+        batches = [[lengths[index] for _, index, _ in mixture.batch(step, weights, part=m, parts=4)] for m in range(4)]
+        assert all(max(batch) < min(after) for batch, after in pairwise(batches))
 
 
 @pytest.mark.parametrize("window", [1, 4])

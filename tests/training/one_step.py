@@ -58,14 +58,32 @@ class QuietHead(Head):
         return {"quiet": prefix.hidden.square().mean(-1)}
 
 
+class AbsentHead(Head):
+    """Has nothing to learn from, ever."""
+
+    terms: ClassVar = {"absent": frozenset(Modality)}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    def masks(self, batch: Batch) -> dict[str, Tensor]:
+        return {}
+
+    def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
+        raise AssertionError("a batch without targets has no loss")
+
+
 def main(dataset: str, fast: str, folder: Path | str, ranks: int, accumulate: int) -> dict[str, Any]:
     """Train two steps of SAMPLES samples, without an update, and leave what each rank noted in `FOLDER/RANK.pt`."""
     seed_everything(0)
-    losses = LossWeights(text=1, subtask=1, fast=1, location=1, flow=1, others={"quiet": 1})
+    losses = LossWeights(text=1, subtask=1, fast=1, location=1, flow=1, others={"quiet": 1, "absent": 1})
     names = ("qa", "hl_subtask", "fast_robot_actions", "continuous_robot_actions")
     everything = StageOptions(losses, {f"robot/{name}": 0.25 for name in names})
     module = Pi05Module(
-        ModelConfig.preset("tiny"), partial(torch.optim.SGD, lr=0.0), heads={"quiet": QuietHead}, rtc_max_delay=3
+        ModelConfig.preset("tiny"),
+        partial(torch.optim.SGD, lr=0.0),
+        heads={"quiet": QuietHead, "absent": AbsentHead},
+        rtc_max_delay=3,
     )
     notes = Notes()
     trainer = Trainer(

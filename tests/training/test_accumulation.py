@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ import pytest
 import torch
 
 from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.processor import Language
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import LossWeights, StageOptions
 
 from . import one_step
 
@@ -35,7 +39,7 @@ def one_batch(videos: Path, fast: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Equal to rounding: losses of every term, and every parameter's gradient."""
+    """Equal to rounding: losses of every term that there is, and every parameter's gradient."""
     for step in range(one_step.STEPS):
         losses = found["losses"][step]
         assert losses.keys() == {*(f"loss/posttrain/{term}" for term in TERMS), "loss/total"}
@@ -52,6 +56,32 @@ def test_accumulated_batches_give_the_losses_and_gradients_of_one_batch(
     one_batch: dict[str, Any], videos: Path, fast: Path, tmp_path: Path, accumulate: int
 ) -> None:
     check(one_step.main(str(videos), str(fast), tmp_path, 1, accumulate), one_batch)
+
+
+def test_batch_without_targets_is_no_error_in_a_step_that_has_some(train: Callable[..., Any], tmp_path: Path) -> None:
+    """Of actions, those before an episode's first subtask have none."""
+    said = StageOptions(LossWeights(subtask=1), {"robot/continuous_robot_actions": 1.0})
+    options: dict[str, Any] = {
+        "stages": {"pretrain": said, "posttrain": said},
+        "module_options": {"optimizer": partial(torch.optim.SGD, lr=0.1)},
+    }
+    data = {"language": Language(condition_on="both"), "length_window": 1}
+    final = []
+    for size, accumulate in ((8, 1), (1, 8)):
+        trainer = train(data_options=data | {"batch_size": size}, accumulate_grad_batches=accumulate, **options)
+        final.append(trainer.lightning_module.state_dict())
+    for name, value in final[0].items():
+        torch.testing.assert_close(final[1][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_step_without_targets_is_refused(train: Callable[..., Any]) -> None:
+    stage = StageOptions(LossWeights(others={"absent": 1}), {"robot/qa": 1.0})
+    with pytest.raises(ValueError, match="this step has nothing that the stage trains on: .*absent"):
+        train(
+            stages={"pretrain": stage, "posttrain": stage},
+            module_options={"heads": {"absent": one_step.AbsentHead}},
+            accumulate_grad_batches=2,
+        )
 
 
 def test_accumulated_batches_of_two_ranks_give_the_losses_and_gradients_of_one_batch(

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.types import Batch
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
@@ -148,3 +149,25 @@ def test_options_that_end_an_epoch_within_a_step_or_draw_other_batches_are_refus
     given = dict(options)
     with pytest.raises(ValueError, match=named):
         train(*given.pop("callbacks", []), **given)
+
+
+class StopWithin(Callback):
+    """Ends training as a timer does, after a batch whose gradients no optimizer step has used."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        trainer.should_stop = batch_idx == 6
+
+
+def test_run_that_a_timer_ends_within_a_step_is_saved_and_does_that_step_anew(train: Train, tmp_path: Path) -> None:
+    whole = Watch()
+    train(whole, accumulate_grad_batches=2)
+    expected = torch.load(tmp_path / f"step={TOTAL}.ckpt", weights_only=True)["state_dict"]
+    last = RunCheckpoint(tmp_path / "stopped", every_n_train_steps=100)
+    assert train(StopWithin(), last, accumulate_grad_batches=2).global_step == 3
+    resumed = Watch()
+    train(resumed, accumulate_grad_batches=2, ckpt_path=next((tmp_path / "stopped").iterdir()))
+    assert resumed.batches == {step: whole.batches[step] for step in range(3, TOTAL)}
+    found = torch.load(tmp_path / f"step={TOTAL}.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -15,9 +15,9 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 class RunCheckpoint(ModelCheckpoint):
     """ModelCheckpoint for runs that may be killed at any moment.
 
-    Upstream leaves out the steps after the last multiple of `every_n_train_steps`; saves between two batches whose
-    gradients are accumulated, which a resumed run cannot go on from exactly; for a moment has no `last.ckpt`; and, when
-    one of several ranks fails, waits for the others to save with it.
+    Upstream leaves out the steps after the last multiple of `every_n_train_steps`; for a moment has no `last.ckpt`;
+    and, when one of several ranks fails, waits for the others to save with it. What is saved between two batches whose
+    gradients are accumulated is the state after the last whole step, and a resumed run does the next one anew.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -32,9 +32,6 @@ class RunCheckpoint(ModelCheckpoint):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
-
-    def _should_skip_saving_checkpoint(self, trainer: Trainer) -> bool:
-        return super()._should_skip_saving_checkpoint(trainer) or within_step(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # a signal stops all ranks after the same step; of another error nobody knows whether all have it

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.training.callbacks.interrupt import within_step
 from pi05_lightning.types import Batch
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -44,7 +45,7 @@ class MixtureLog(Callback):
         self.valid += len(batch.pixels) * per_image + batch.drawn.text_tokens
         self.positions += batch.image_mask.numel() * per_image + batch.tokens.numel()
         if batch.drawn.skipped:
-            self._list(batch.drawn.skipped, trainer, batch_idx)
+            self._list(batch.drawn.skipped, trainer)
         step = trainer.global_step
         if step != self.logged_step and pl_module.logs_after(step):
             self.logged_step = step
@@ -61,9 +62,10 @@ class MixtureLog(Callback):
         self.draws = Counter(dict.fromkeys(self.draws, 0))
         self.positions = self.valid = 0
 
-    def _list(self, problems: tuple[str, ...], trainer: Trainer, batch_idx: int) -> None:
+    def _list(self, problems: tuple[str, ...], trainer: Trainer) -> None:
+        step = trainer.global_step if within_step(trainer) else trainer.global_step - 1
         rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
         file = Path(trainer.default_root_dir, BAD_SAMPLES)
         with file.with_stem(file.stem + rank).open("a", encoding="utf-8") as lines:
             for problem in problems:
-                lines.write(json.dumps({"batch": batch_idx, "problem": problem}) + "\n")
+                lines.write(json.dumps({"step": step, "problem": problem}) + "\n")
