@@ -76,7 +76,7 @@ def test_batch_without_targets_is_no_error_in_a_step_that_has_some(train: Callab
 
 def test_step_without_targets_is_refused(train: Callable[..., Any]) -> None:
     stage = StageOptions(LossWeights(others={"absent": 1}), {"robot/qa": 1.0})
-    with pytest.raises(ValueError, match="this step has nothing that the stage trains on: .*absent"):
+    with pytest.raises(ValueError, match=r"this step has nothing that the stage trains on: .*absent"):
         train(
             stages={"pretrain": stage, "posttrain": stage},
             module_options={"heads": {"absent": one_step.AbsentHead}},
