@@ -19,13 +19,14 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
+from pi05_lightning.finite import TOTAL, FiniteSteps, check_savable
 from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.optim import gradient_norms, param_groups, stage_schedule
+from pi05_lightning.optim import param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Trained, trained
@@ -79,6 +80,8 @@ class Pi05Module(LightningModule):
         accuracy_threshold: largest error of an action value that validation counts as right, as a share of the
             normalised range.
         seed: of noise and flow time; each sample's draw depends on this and its key alone.
+        max_skipped_steps: steps whose losses or gradients are not finite that are left out, over the whole run, before
+            training stops; 0: it stops at the first, before that reaches the weights.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Pi05Module(LightningModule):
         num_steps: int = 10,
         accuracy_threshold: float = 0.1,
         seed: int = 0,
+        max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
         if config is None and init_from is None:
@@ -135,6 +139,7 @@ class Pi05Module(LightningModule):
         """Of the step under way, one value per accumulated batch."""
         self._step_counts: dict[str, Tensor] = {}
         """Of the step under way, the elements of each term on all ranks."""
+        self.finite = FiniteSteps(max_skipped_steps, lambda drawn: datamodule_of(self.trainer).addresses(drawn))
 
     # --- building
 
@@ -286,6 +291,8 @@ class Pi05Module(LightningModule):
             loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
         for name, value in ({f"{stage.name}/{term}": mean for term, mean in means.items()} | {"total": loss}).items():
             self._losses.setdefault(f"loss/{name}", []).append(value.detach())
+        assert batch.drawn is not None
+        self.finite.saw(means | {TOTAL: loss}, batch.drawn)
         return loss
 
     def logs_after(self, steps: int) -> bool:
@@ -294,15 +301,16 @@ class Pi05Module(LightningModule):
         return steps > 0 and interval > 0 and steps % interval == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """At logging intervals, and only there, bring losses and gradient norms (before clipping) to the host.
+        """Take no step that is not finite; at logging intervals log losses and gradient norms (before clipping).
 
-        A term that had no element in the step is not logged. Raises ValueError where none had.
+        A term that had no element in the step is not logged. Raises ValueError where none had, and NotFinite.
         """
         losses, self._losses = self._losses, {}
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        stage = self.recipe.at(self.global_step)
+        norms = self.finite.before_step(self.global_step, stage.name, self.model, optimizer, scaled=scaled)
         if not self.logs_after(self.global_step + 1):
             return
-        stage = self.recipe.at(self.global_step)
-        norms = gradient_norms(self.model.named_parameters())
         values = {name: torch.stack(found).mean() for name, found in losses.items()}
         values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
         values |= self._step_counts
@@ -313,6 +321,8 @@ class Pi05Module(LightningModule):
         for term in [term for term, count in counts.items() if not count]:
             del scalars[f"loss/{stage.name}/{term}"]
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        if self.finite.max_skipped:
+            rates["skipped_steps"] = float(self.finite.skipped)
         for logger in self.loggers:
             # not with `self.log`, which would repeat a stage's last values all through the next one
             logger.log_metrics(scalars | rates, self.global_step)
@@ -406,6 +416,10 @@ class Pi05Module(LightningModule):
     def on_train_start(self) -> None:
         self._trained_at, self._loaded_processor = self.global_step, None
         self._losses = {}
+        self.finite.begin()
+
+    def on_train_end(self) -> None:
+        self.finite.look(self.model)
 
     def on_fit_end(self) -> None:
         # another trainer counts its steps from 0
@@ -433,14 +447,18 @@ class Pi05Module(LightningModule):
         """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities.
 
         The average and the configuration too, which callbacks could not add with `checkpoint.save_weights_only`.
+        Raises NotFinite for weights that are not.
         """
         assert self.processor is not None
+        self.finite.look(self.model)
+        check_savable([*checkpoint["state_dict"].items(), *self.average.items()], self.global_step)
         checkpoint["pi05"] = {
             "model": self.config.to_dict(),
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
             "trained": asdict(self.trained),
             "saved_at": time.time(),
+            "skipped_steps": self.finite.skipped,
         }
         if self.average:
             checkpoint[AVERAGE] = self.average
@@ -450,4 +468,5 @@ class Pi05Module(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._trained = Trained.from_dict(checkpoint["pi05"].get("trained", {}))
         self._trained_at = checkpoint["global_step"]
+        self.finite.skipped = checkpoint["pi05"].get("skipped_steps", 0)
         self._loaded_processor = checkpoint["pi05"]["processor"]

@@ -217,6 +217,8 @@ class Sample:
     targets: dict[str, Any] = field(default_factory=dict)
     """What target makers made of it, by the head's name."""
     key: int = 0
+    frame: int = 0
+    """Its number in the source."""
     skipped: tuple[str, ...] = ()
     """What was wrong with the samples in whose place this one is."""
 
@@ -231,6 +233,8 @@ class Drawn:
     """Tokens that are not padding, images left out."""
     skipped: tuple[str, ...] = ()
     """What was wrong with the samples that others took the place of."""
+    frames: tuple[tuple[str, int], ...] = ()
+    """Of each sample its source and its number there."""
 
 
 @dataclass

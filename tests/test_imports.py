@@ -49,6 +49,7 @@ LAYERS = (
     ("weights",),
     ("losses",),
     ("optim",),
+    ("finite",),
     ("inference",),
     ("policy",),
     ("profiling",),

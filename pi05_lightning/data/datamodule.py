@@ -24,7 +24,7 @@ from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.recipe import Recipe, Stage
-from pi05_lightning.types import Batch, Modality, Shapes, Subset
+from pi05_lightning.types import Batch, Drawn, Modality, Shapes, Subset
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +211,11 @@ class Pi05DataModule(LightningDataModule):
             return set()
         weights = self._mixture.weights(stage)
         return {entry.subset.modality for entry, w in zip(self._mixture.entries, weights, strict=True) if w}
+
+    def addresses(self, drawn: Drawn) -> list[str]:
+        """Where the samples of a training batch are: dataset, episode and frame."""
+        sources = self.sources("train")
+        return [sources[name].address(frame) for name, frame in drawn.frames]
 
     def _check_rejects(self) -> None:
         for name, source in self.sources("train").items():

@@ -101,7 +101,7 @@ class Samples(Dataset[Sample]):
         subset, frame = self.subsets[entry], int(self.indices[entry][index])
         source = self.sources[subset.source]
         try:
-            return self.processor.sample(source[frame], subset, key, self.max_questions)
+            return replace(self.processor.sample(source[frame], subset, key, self.max_questions), frame=frame)
         except BadSample:
             raise  # it carries its address
         except BadFrame as error:
@@ -115,6 +115,7 @@ class Samples(Dataset[Sample]):
         batch.drawn = Drawn(
             names=dict(Counter(str(sample.subset) for sample in samples)),
             text_tokens=sum(len(sample.tokens) for sample in samples),
+            frames=tuple((sample.subset.source, sample.frame) for sample in samples),
             skipped=tuple(problem for sample in samples for problem in sample.skipped),
         )
         if self.augmentation is None:

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pi05_lightning.files.local import replacing
+from pi05_lightning.finite import NotFinite
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_step
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 
@@ -34,8 +36,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, candidates)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, NotFinite):
+            if not exception.intact:
+                return
+            take_back_batches(trainer)
         # a signal stops all ranks after the same step; of another error nobody knows whether all have it
-        if trainer.world_size == 1 or isinstance(exception, Stopped):
+        if trainer.world_size == 1 or isinstance(exception, Stopped | NotFinite):
             super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Stopped) and exception.requeued and trainer.is_global_zero:
             requeue()
@@ -55,3 +61,12 @@ class RunCheckpoint(ModelCheckpoint):
             with replacing(Path(linkpath), one_writer=True) as new:
                 new.symlink_to(os.path.relpath(filepath, new.parent))
         trainer.strategy.barrier()
+
+
+def take_back_batches(trainer: Any) -> None:
+    """Count no batch of the step under way, which is not taken: a resumed run draws all of them again."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    unused = progress.current.processed % trainer.accumulate_grad_batches
+    for count in (progress.current, progress.total):
+        count.processed -= unused
+        count.ready = count.started = count.completed = count.processed

@@ -1,0 +1,169 @@
+"""Steps whose losses or gradients are not finite: none reaches the weights, and no such weights are saved."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pi05_lightning.optim import gradient_norms
+from pi05_lightning.types import Drawn
+
+log = logging.getLogger(__name__)
+
+LOSS, GRADIENT, TOTAL = "the loss ", "the gradient norm of ", "total"
+
+
+class NotFinite(ValueError):
+    """Training stops, since losses, gradients or weights are not finite.
+
+    intact: the state is the one from before the step, so it can be saved and gone on from.
+    """
+
+    def __init__(self, message: str, intact: bool) -> None:
+        super().__init__(message)
+        self.intact = intact
+
+
+@dataclass
+class Step:
+    """What the losses and gradients of a step came to.
+
+    names: of each of `values`, what it is, and which of the step's batches it is of, None for all.  drawn: of each
+    batch.  copied: when the values are on the host.
+    """
+
+    number: int
+    stage: str
+    names: list[tuple[str, int | None]]
+    values: Tensor
+    drawn: list[Drawn]
+    copied: torch.cuda.Event | None
+
+    def problem(self) -> str:
+        """Which losses are not finite, or which gradients where all losses are, in words; empty where nothing is."""
+        bad = {name: value for name, _, value in self._bad if name.startswith(LOSS)} or {
+            name: value for name, _, value in self._bad
+        }
+        named = {name: value for name, value in bad.items() if not name.endswith(TOTAL)} or bad
+        return ", ".join(f"{name} is {value}" for name, value in named.items())
+
+    def suspects(self) -> list[Drawn]:
+        """The batches that have a loss which is not finite; all of the step's where only gradients are not."""
+        bad = {batch for _, batch, _ in self._bad}
+        return [drawn for number, drawn in enumerate(self.drawn) if number in bad] or self.drawn
+
+    @property
+    def _bad(self) -> list[tuple[str, int | None, float]]:
+        named = zip(self.names, self.values.tolist(), strict=True)
+        return [(*name, value) for name, value in named if not math.isfinite(value)]
+
+
+class FiniteSteps:
+    """Looks at every optimizer step before it is taken, and stops training or leaves the step out.
+
+    Ranks decide alike, since losses and gradients are means over all of them. On a GPU a fused optimizer is told on the
+    device to leave the step out, and the host looks one step later, so that it never waits; for other optimizers it
+    waits. Gradients of fp16 are left to its scaler, which leaves out steps that overflow.
+
+    max_skipped: steps that are left out before training stops; 0 stops at the first.
+    addresses: of the samples that a batch was made of.
+    """
+
+    def __init__(self, max_skipped: int, addresses: Callable[[Drawn], list[str]]) -> None:
+        if not max_skipped >= 0:
+            raise ValueError(f"model.max_skipped_steps is {max_skipped}: it must be 0, to stop at the first, or more")
+        self.max_skipped, self.addresses = max_skipped, addresses
+        self.skipped = 0
+        self._losses: dict[tuple[str, int | None], Tensor] = {}
+        self._drawn: list[Drawn] = []
+        self._unseen: Step | None = None
+
+    def begin(self) -> None:
+        """Forget what training that was broken off had seen."""
+        self._losses, self._drawn, self._unseen = {}, [], None
+
+    def saw(self, losses: Mapping[str, Tensor], drawn: Drawn) -> None:
+        """Take note of a batch: its loss terms by name, and their weighted sum as TOTAL."""
+        number = len(self._drawn)
+        self._losses |= {(f"{LOSS}{name}", number): value.detach() for name, value in losses.items()}
+        self._drawn.append(drawn)
+
+    def before_step(
+        self, number: int, stage: str, model: nn.Module, optimizer: Optimizer, *, scaled: bool = False
+    ) -> dict[str, Tensor]:
+        """Whether the step may be taken; the gradient norms of the model's parts, on the device.
+
+        scaled: a gradient scaler watches the gradients, which are not looked at.  Raises NotFinite.
+        """
+        self.look(model)
+        norms = gradient_norms(model.named_parameters())
+        found = self._losses
+        if not scaled:
+            found = found | {(f"{GRADIENT}{part}", None): norm for part, norm in norms.items()}
+        values = torch.stack([value.float() for value in found.values()])
+        step = Step(number, stage, [*found], values, self._drawn, None)
+        self._losses, self._drawn = {}, []
+        if values.is_cuda and (scaled or optimizer.defaults.get("fused")):
+            if not scaled:  # as a gradient scaler tells it
+                optimizer.found_inf = values.isfinite().logical_not().any().float()  # type: ignore[attr-defined]
+            step.values, step.copied = values.to("cpu", non_blocking=True), torch.cuda.Event()
+            step.copied.record()
+            self._unseen = step
+        elif problem := step.problem():
+            self._decide(step, problem, model, intact=True)
+            optimizer.zero_grad()  # without gradients optimizers leave parameters and their own state alone
+        return norms
+
+    def look(self, model: nn.Module) -> None:
+        """Look at what the host has not seen yet. Raises NotFinite."""
+        step, self._unseen = self._unseen, None
+        if step is None:
+            return
+        assert step.copied is not None
+        step.copied.synchronize()
+        if problem := step.problem():
+            self._decide(step, problem, model, intact=False)
+
+    def _decide(self, step: Step, problem: str, model: nn.Module, intact: bool) -> None:
+        what = f"step {step.number} (stage {step.stage}): {problem}"
+        samples = "; ".join(dict.fromkeys(address for drawn in step.suspects() for address in self.addresses(drawn)))
+        if self.skipped < self.max_skipped:
+            self.skipped += 1
+            log.warning("%s. Skipped, as %d of %d may be. Samples: %s", what, self.skipped, self.max_skipped, samples)
+            return
+        earlier = not_finite(model.named_parameters())
+        cause = (
+            f" The weights were not before it ({some(earlier)}): the steps before were too large." if earlier else ""
+        )
+        raise NotFinite(
+            f"{what}. The step was not taken.{cause} Lower the learning rate, clip gradients"
+            " (trainer.gradient_clip_val), mend the data, or have such steps skipped with model.max_skipped_steps (now"
+            f" {self.max_skipped}). Samples: {samples}",
+            intact=intact and not earlier,
+        )
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """The names of those with values that are not finite; waits for the device."""
+    return [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+
+
+def check_savable(weights: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Raises NotFinite for weights, by name, that are to be saved after so many steps and are not finite."""
+    if bad := not_finite(weights):
+        raise NotFinite(
+            f"after step {step - 1} the weights are not finite, and are not saved ({some(bad)}): lower the learning"
+            " rate, and go on from an earlier checkpoint",
+            intact=False,
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many there are more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
