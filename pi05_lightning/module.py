@@ -19,6 +19,7 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
+from pi05_lightning.files.ranges import check
 from pi05_lightning.finite import TOTAL, FiniteSteps, check_savable
 from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
@@ -26,7 +27,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_calls
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.optim import param_groups, stage_schedule
+from pi05_lightning.optim import check_optimizer, param_groups, stage_schedule
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Trained, trained
@@ -107,6 +108,10 @@ class Pi05Module(LightningModule):
         self.config = config or locate(str(init_from)).config()
         self.init_from, self.lora, self.make_optimizer = init_from, lora, optimizer
         self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
+        check_optimizer(optimizer)
+        for name, value in {"flow_draws": flow_draws, "num_steps": num_steps}.items():
+            check(f"model.{name}", value, 1)
+        check("model.accuracy_threshold", accuracy_threshold, 0, above=True)
         if not 0 <= rtc_max_delay < self.config.horizon:
             raise ValueError(f"rtc_max_delay {rtc_max_delay} is not within 0 and the horizon of {self.config.horizon}")
         self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay
@@ -157,9 +162,13 @@ class Pi05Module(LightningModule):
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.
 
-        Raises ValueError for losses that no head of the model has.
+        Raises ValueError for losses that no head of the model has, and patterns that no parameter matches.
         """
         recipe.check_terms(self.model.terms)
+        names = [name for name, _ in (self.model if self.lora is None else self.blank()).named_parameters()]
+        recipe.check_patterns(names)
+        if self.lora is not None:
+            self.lora.check_patterns(names)
         self.recipe = recipe if self.lora is None else recipe.freezing(self.lora.frozen)
 
     def configure_model(self) -> None:
@@ -181,7 +190,7 @@ class Pi05Module(LightningModule):
         if self.compile_model:
             compile_calls(self.model)
 
-    def blank(self, stage: Stage) -> Pi05:
+    def blank(self, stage: Stage | None = None) -> Pi05:
         """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
         with torch.device("meta"):
             model = Pi05(self.config, self._head_factories)
@@ -190,7 +199,7 @@ class Pi05Module(LightningModule):
         if self.activation_checkpointing:
             checkpoint_blocks(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = not stage.freezes(name)
+            parameter.requires_grad = stage is None or not stage.freezes(name)
         return model
 
     def _begin(self) -> None:

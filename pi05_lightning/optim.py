@@ -6,13 +6,15 @@ Also the norms of gradients by part, as they are before clipping.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from pi05_lightning.files.ranges import check
 from pi05_lightning.recipe import Recipe
 
 NO_DECAY = r"(^|\.)bias$|norm|embed_tokens|position_embedding|identity$"
@@ -44,6 +46,17 @@ def stage_schedule(optimizer: Optimizer, recipe: Recipe) -> LambdaLR:
         return lambda step: group["lr_factors"][recipe.number(step)] * recipe.schedule(step)
 
     return LambdaLR(optimizer, [factor(group) for group in optimizer.param_groups])
+
+
+def check_optimizer(make: Callable[[Any], Optimizer]) -> None:
+    """Make an optimizer of nothing much. Raises ValueError for arguments that it, or common sense, does not take."""
+    try:
+        options = make([nn.Parameter(torch.zeros(1))]).defaults
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.optimizer: {error}") from error
+    for name in ("lr", "weight_decay", "momentum", "eps"):
+        if isinstance(options.get(name), int | float):
+            check(f"model.optimizer's {name}", options[name], 0)
 
 
 PARTS = {

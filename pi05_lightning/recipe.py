@@ -14,6 +14,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
+from pi05_lightning.files.ranges import check
+
 FLOW_ALPHA = 10.0  # π0.5 §IV-D
 
 
@@ -36,8 +38,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for name, weight in self.used.items():
-            if weight < 0:
-                raise ValueError(f"loss weight {name} is {weight}: it cannot be negative")
+            check(f"loss weight {name}", weight, 0)
 
     @property
     def used(self) -> dict[str, float]:
@@ -64,10 +65,11 @@ class StageOptions:
     """Cosine decay ends at this share of the learning rate at the stage's last step."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.mixture_temperature <= 1:
-            raise ValueError(
-                f"mixture_temperature {self.mixture_temperature} is not within 0 (plain shares) and 1 (by size)"
-            )
+        check("mixture_temperature", self.mixture_temperature, 0, 1)
+        check("warmup_steps", self.warmup_steps, 0)
+        check("final_lr_factor", self.final_lr_factor, 0, 1)
+        for pattern, factor in self.lr_factors.items():
+            check(f"lr_factors {pattern}", factor, 0)
         for pattern in (*self.freeze, *self.lr_factors):
             try:
                 re.compile(pattern)
@@ -102,6 +104,13 @@ class Stage(StageOptions):
             raise ValueError(f"a stage's name is {self.name!r}: use letters, digits, _, - and . for it")
         if self.steps < 0:
             raise ValueError(f"stage {self.name} has {self.steps} steps: 0 leaves it out, fewer cannot be")
+        check(f"{self.name}: flow_alpha", self.flow_alpha, 0)
+        if self.steps and self.warmup_steps > self.steps:
+            raise ValueError(
+                f"stage {self.name}: stages.{self.name}.warmup_steps is {self.warmup_steps} and"
+                f" stages.{self.name}_steps is {self.steps}, so the learning rate is never reached: give fewer steps of"
+                " warm-up, or more of training"
+            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -202,9 +211,22 @@ class Recipe:
         """The same recipe with more frozen parts, in every stage."""
         return replace(self, stages=tuple(replace(s, freeze=(*s.freeze, *patterns)) for s in self.stages))
 
+    def check_patterns(self, names: Collection[str]) -> None:
+        """Raises ValueError for a regular expression that matches none of the parameters' names."""
+        for stage in self.reached:
+            for option in ("freeze", "lr_factors"):
+                for pattern in getattr(stage, option):
+                    if not any(re.search(pattern, name) for name in names):
+                        raise ValueError(
+                            f"stage {stage.name}: {option} {pattern!r} matches no parameter of the model; their names"
+                            f" are like {', '.join(list(names)[:: max(1, len(names) // 4)])}"
+                        )
+
     def check_terms(self, known: Collection[str]) -> None:
         """Raises ValueError for a loss weight of a term that none of the model's heads has."""
         for stage in self.stages:
+            if stage.steps and not stage.weights:
+                raise ValueError(f"stage {stage.name} has steps and no loss that is above 0: give it one, or 0 steps")
             for name in stage.losses.used.keys() - set(known):
                 near = get_close_matches(name, known, 1)
                 hint = f" (did you mean {near[0]}?)" if near else ""

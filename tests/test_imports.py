@@ -62,7 +62,7 @@ LAYERS = (
     ("__init__",),
     ("__main__",),
 )
-ROOT_MODULES = {"types", "recipe", "losses", "optim", "inference", "policy", "module", "__init__", "__main__"}
+ROOT_MODULES = {"types", "recipe", "losses", "optim", "finite", "inference", "policy", "module", "__init__", "__main__"}
 
 
 def imports(file: Path) -> set[str]:

@@ -8,10 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from pi05_lightning.files.shipped import find_config
+from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.models.config import ModelConfig
 
 
@@ -38,13 +38,19 @@ def read_configuration(files: Sequence[str], keys: Mapping[str, Any]) -> Namespa
 
 def is_model(path: Path) -> bool:
     """Whether a YAML file has a model's dimensions at its top, and not a run's settings."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    values = check_layer(path)
+    return bool(values) and values.keys() <= {field.name for field in fields(ModelConfig)}
+
+
+def check_layer(path: Path) -> dict[str, Any]:
+    """What a configuration holds; ValueError for one that is no YAML, says a key twice, or leaves a group empty."""
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no configuration: expected the YAML of a run or of a model")
-    return bool(values) and values.keys() <= {field.name for field in fields(ModelConfig)}
+    for group in ("model", "data", "stages", "ema", "checkpoint", "trainer"):
+        if group in values and values[group] is None:
+            raise ValueError(f"{path}: {group} is empty: give its keys below it, or remove the line")
+    return values
 
 
 class RunKeys(ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
 import traceback
@@ -92,8 +93,17 @@ def said_fully(arg: str, following: Sequence[str], switches: Collection[str]) ->
     return [arg, "true"] if alone and arg.startswith("--") and arg[2:] in switches else [arg]
 
 
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
+"""Errors of the system that a user mends: no space, no permission, a file too large, too many open."""
+
+
 def is_for_the_user(error: Exception) -> bool:
-    """Whether this package raised the error itself: its message is all that helps then, and a traceback hides it."""
+    """Whether the message of an error is all that helps, and a traceback would hide it.
+
+    It is where this package raised the error itself, and where the machine has no room or gives no permission.
+    """
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return Path(raised_in).is_relative_to(PACKAGE)
 

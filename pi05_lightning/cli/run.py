@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn, cast
@@ -28,10 +29,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
+from pi05_lightning.cli.building import mistakes_named
+from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
+from pi05_lightning.files.ranges import check
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.inference import Acting
 from pi05_lightning.module import Pi05Module
@@ -46,7 +50,16 @@ from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.callbacks.throughput import Throughput
-from pi05_lightning.training.run_directory import RUNS, check_free, has_checkpoints, is_run, new_run, write_config
+from pi05_lightning.training.precision import replaced
+from pi05_lightning.training.run_directory import (
+    RUNS,
+    check_free,
+    check_writable,
+    has_checkpoints,
+    is_run,
+    new_run,
+    write_config,
+)
 from pi05_lightning.weights.locate import locate, locate_run, run_of
 
 TRAINER_DEFAULTS = {
@@ -181,6 +194,9 @@ class Pi05CLI(LightningCLI):
             old = run_of(Path(config.ckpt_path)) if config.ckpt_path else None
             config.run = str(old if old and is_run(old) else new_run())
         check_free(Path(config.run))
+        check_writable(Path(config.run))
+        if config.ckpt_path is not None:
+            check_dimensions(Path(config.ckpt_path), config.model.config.as_dict())
         if self.command == "fit" and config.ckpt_path is None and has_checkpoints(Path(config.run)):
             self.parser.error(
                 f"{config.run} holds a run: resume it with --ckpt_path last (or --resume auto, which also starts one),"
@@ -192,13 +208,59 @@ class Pi05CLI(LightningCLI):
         if self.config_init.trainer.logger in (None, True):
             kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
         trainer = self.config_init.trainer
+        check_trainer(trainer, self.command)
         if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
             kwargs["precision"] = "bf16-mixed"
         if trainer.enable_progress_bar is None:
             kwargs["enable_progress_bar"] = True
             if not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in as_list(trainer.callbacks)):
                 kwargs["callbacks"] = [*as_list(trainer.callbacks), ProgressLines()]
-        return super().instantiate_trainer(**kwargs)
+        with mistakes_named(vars(trainer), likely=("accelerator", "devices", "strategy")):
+            made = super().instantiate_trainer(**kwargs)
+        replaced(made.precision_plugin)  # refuses what is not trained in
+        return made
+
+    def instantiate_classes(self) -> None:
+        with mistakes_named():
+            super().instantiate_classes()
+
+
+def check_trainer(trainer: Namespace, command: str) -> None:
+    """ValueError for numbers that Lightning takes without a word, and for which it does nothing, or something else."""
+    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+    for key, bound in least.items():
+        if trainer[key] is not None:
+            check(f"trainer.{key}", trainer[key], bound)
+    if trainer.overfit_batches:
+        raise ValueError("trainer.overfit_batches does nothing for an endless stream: name few `episodes` of a source")
+    if command == "fit":
+        for key in ("max_steps", "max_epochs", "limit_train_batches"):
+            if trainer[key] == 0:
+                raise ValueError(f"trainer.{key} is 0, so nothing would be trained: leave it out, or give a number")
+
+
+def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
+    """ValueError where a checkpoint's model has other dimensions than the configuration says."""
+    there = locate_run(checkpoint).config().to_dict()
+    differing = [
+        f"{key} is {value}, and the checkpoint's {flat(there).get(key)}"
+        for key, value in flat(here).items()
+        if flat(there).get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{checkpoint} is of another model: {'; '.join(differing)}. Leave model.config as it was, or start a new"
+            " run"
+        )
+
+
+def flat(values: Mapping[str, Any], above: str = "model.config") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = f"{above}.{key}"
+        found |= flat(value, inner) if isinstance(value, Mapping) else {inner: value}
+    return found
 
 
 def as_list(value: Any) -> list[Any]:
@@ -238,6 +300,8 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
         known.ckpt_path = rest.pop(0)
 
     configs = [str(find_config(name)) for name in known.config]
+    for file in configs:
+        check_layer(Path(file))
     complete = []
     if known.run is not None:
         complete += ["--run", known.run]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from pi05_lightning.files.ranges import check
 from pi05_lightning.types import Batch
 
 
@@ -35,12 +36,10 @@ class Augmentation:
     """Cameras whose name contains one of these words are not rotated: they see the gripper always at one angle."""
 
     def __post_init__(self) -> None:
-        amounts = {name: getattr(self, name) for name in ("brightness", "contrast", "saturation")}
-        if not 0 < self.crop <= 1 or self.rotation < 0 or not all(0 <= amount <= 1 for amount in amounts.values()):
-            raise ValueError(
-                f"augmentation: crop is {self.crop} and must be in (0, 1], rotation {self.rotation} and must not be"
-                f" negative, and {amounts} must be in [0, 1]"
-            )
+        check("augmentation.crop", self.crop, 0, 1, above=True)
+        check("augmentation.rotation", self.rotation, 0, 180)
+        for name in ("brightness", "contrast", "saturation"):
+            check(f"augmentation.{name}", getattr(self, name), 0, 1)
 
     def draw(self, batch: Batch, cameras: Sequence[str], loc_ids: range) -> Batch:
         """The batch with `augmentation` drawn, on the host: f64[P 7], see `Batch`.

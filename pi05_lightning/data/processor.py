@@ -19,6 +19,7 @@ from pi05_lightning.data.places import frame_to_model, said_to_model
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.files.ranges import check
 from pi05_lightning.types import (
     Answer,
     Batch,
@@ -52,6 +53,8 @@ class Language:
     def __post_init__(self) -> None:
         if not 0 <= self.task_only_share <= 1:
             raise ValueError(f"task_only_share is {self.task_only_share}: it is a share, 0 to 1")
+        check("data.language.questions_per_sample", self.questions_per_sample, 1)
+        check("data.language.max_tokens", self.max_tokens, 1)
 
     @property
     def saying_subtasks(self) -> frozenset[Modality]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from pi05_lightning.files.ranges import check
 from pi05_lightning.files.shipped import ROOT
+from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.types import Shapes
 
 
@@ -21,6 +23,8 @@ class GemmaConfig:
     head_dim: int = 256
 
     def __post_init__(self) -> None:
+        for name in fields(self):
+            check(name.name, getattr(self, name.name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -48,6 +52,8 @@ class VisionConfig:
     """Keypoints: cameras that get an embedding of their own."""
 
     def __post_init__(self) -> None:
+        for name in fields(self):
+            check(f"vision.{name.name}", getattr(self, name.name), 1)
         if self.width % self.num_heads:
             raise ValueError(f"vision width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.num_keypoints % self.keypoints_per_token:
@@ -78,6 +84,12 @@ class ModelConfig:
     """Action dimensions of the model (D); a dataset's actions are padded to it."""
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "fast_vocab_size", "horizon", "action_dim"):
+            check(name, getattr(self, name), 1)
+        check("fast_skip_tokens", self.fast_skip_tokens, 0)
+        side, patch = self.vision.image_size, self.vision.patch_size
+        if self.backbone_type == "siglip_gemma" and side % patch:
+            raise ValueError(f"vision.image_size {side} is not a multiple of vision.patch_size {patch}")
         lm, expert = self.language, self.expert
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(lm, name) != getattr(expert, name):
@@ -111,11 +123,9 @@ class ModelConfig:
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
         """A shipped size: `debug` (tests), `tiny` (the demo) or `base` (π0.5)."""
-        import yaml
-
         folder = ROOT / "configs" / "model"
         path = folder / f"{name}.yaml"
         if not path.is_file():
             known = sorted(path.stem for path in folder.glob("*.yaml"))
             raise ValueError(f"no model size {name!r}; shipped are {', '.join(known)}")
-        return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return cls.from_dict(read_yaml(path))

@@ -6,7 +6,7 @@ Adapters are LoRA's (arXiv 2106.09685), through PEFT: small trained matrices bes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
+from pi05_lightning.files.ranges import check
 from pi05_lightning.models.gemma import Block, ExpertBlock
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.siglip import SiglipBlock
@@ -35,10 +36,21 @@ class Lora:
     """Regular expressions: parameters that are trained whole. All others but the adapters are frozen."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank is {self.rank}: it must be 1 or more")
+        check("lora.rank", self.rank, 1)
+        check("lora.alpha", self.alpha, 0, above=True)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}: it must be in [0, 1)")
+        for pattern in (self.targets, *self.train):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} in lora is no regular expression: {error}") from error
+
+    def check_patterns(self, names: Collection[str]) -> None:
+        """Raises ValueError for a pattern of `train`, other than those by default, that none of the names matches."""
+        for pattern in self.train:
+            if pattern not in Lora.train and not any(re.search(pattern, name) for name in names):
+                raise ValueError(f"lora.train {pattern!r} matches no parameter of the model")
 
     @property
     def frozen(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if not is_local(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         with replacing(Path(path), one_writer=True) as part:
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
+            try:
+                with part.open("wb") as file:
+                    torch.save(checkpoint, file)
+            except (OSError, RuntimeError) as error:  # torch's writer hides the system's error
+                free = shutil.disk_usage(part.parent).free / 2**30
+                raise ValueError(
+                    f"{path} could not be written ({str(error).splitlines()[0]}; {free:.1f} GiB are free): make room,"
+                    " or allow larger files, and go on from the checkpoint before it"
+                ) from error
             try:
                 torch.load(part, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:

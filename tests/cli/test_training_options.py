@@ -71,6 +71,7 @@ def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
         "data.batch_size": "2",
         "data.num_workers": "0",
         "stages.posttrain_steps": "2",
+        "stages.posttrain.warmup_steps": "0",
         "trainer.accelerator": "cpu",
         "trainer.precision": precision,
         "run": str(tmp_path / "run"),

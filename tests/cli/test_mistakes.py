@@ -1,0 +1,159 @@
+"""What a user got wrong is said in a line or two that name the option, before data is read, without a traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pi05_lightning.cli.main import main
+
+OUT_OF_RANGE = {
+    "model.config.horizon": "0",
+    "model.config.action_dim": "-1",
+    "model.config.vocab_size": "0",
+    "model.config.fast_vocab_size": "0",
+    "model.config.fast_skip_tokens": "-1",
+    "model.config.vision.patch_size": "0",
+    "model.config.vision.image_size": "27",
+    "model.config.vision.num_heads": "0",
+    "model.config.language.width": "0",
+    "model.config.language.num_kv_heads": "0",
+    "model.config.expert.mlp_dim": "0",
+    "model.lora": "{rank: 0}",
+    "model.flow_draws": "0",
+    "model.rtc_max_delay": "-1",
+    "model.num_steps": "0",
+    "model.accuracy_threshold": ".nan",
+    "model.max_skipped_steps": "-1",
+    "data.batch_size": "0",
+    "data.num_workers": "-1",
+    "data.length_window": "0",
+    "data.max_bad_share": "1.5",
+    "data.val_samples": "0",
+    "data.augmentation.crop": ".nan",
+    "data.augmentation.rotation": "-1",
+    "data.augmentation.contrast": "2",
+    "data.language.questions_per_sample": "0",
+    "data.language.max_tokens": "0",
+    "data.language.task_only_share": "2",
+    "stages.pretrain_steps": "-1",
+    "stages.flow_alpha": ".nan",
+    "stages.pretrain.warmup_steps": "5",
+    "stages.pretrain.final_lr_factor": "-1",
+    "stages.pretrain.mixture_temperature": ".nan",
+    "stages.pretrain.losses.text": ".inf",
+    "stages.pretrain.freeze": "[no_such_part]",
+    "stages.pretrain.lr_factors": "{no_such_part: 0.5}",
+    "ema.decay": "1",
+    "checkpoint.save_top_k": "-2",
+    "checkpoint.every_n_train_steps": "-1",
+    "trainer.precision": "64-true",
+    "trainer.devices": "0",
+    "trainer.accelerator": "cuda",
+    "trainer.strategy": "nope",
+    "trainer.max_steps": "0",
+    "trainer.accumulate_grad_batches": "0",
+    "trainer.gradient_clip_val": "-1",
+    "trainer.log_every_n_steps": "-1",
+    "trainer.overfit_batches": "2",
+    "trainer.check_val_every_n_epoch": "0",
+    "trainer.val_check_interval": "1.5",
+    "trainer.limit_train_batches": "0",
+    "trainer.logger": "WandbLogger",
+    "run": "/dev/null/run",
+}
+"""An option of `pi05 fit`, and a value that it cannot have."""
+SAID_OTHERWISE = {"trainer.logger": "wandb", "run": "--run", "stages.pretrain_steps": "pretrain has -1 steps"}
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    said = capsys.readouterr().err if isinstance(ended.value.code, int) else str(ended.value.code)
+    assert len(said.strip().splitlines()) <= 2, said
+    return said
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_a_value_that_means_nothing_is_refused_by_its_name_before_data_is_read(
+    option: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if option == "trainer.accelerator" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    values = {"data.sources.web.init_args.path": str(tmp_path / "missing"), "run": str(tmp_path / "run")}
+    flags = [word for key, value in (values | {option: OUT_OF_RANGE[option]}).items() for word in (f"--{key}", value)]
+    said = refused(["fit", "-c", str(config), *flags], capsys)
+    assert SAID_OTHERWISE.get(option, option.rpartition(".")[2]) in said
+
+
+@pytest.mark.parametrize("option", ["lr: -1", "lr: .nan", "lr: .inf", "weight_decay: -1", "betas: [0.9, 1.5]"])
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adam"])
+def test_an_optimizer_that_cannot_be_is_refused_before_data_is_read(
+    optimizer: str, option: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ["--data.sources.web.init_args.path", str(tmp_path / "missing"), "--run", str(tmp_path / "run")]
+    made = f"{{class_path: torch.optim.{optimizer}, init_args: {{lr: 1.0e-3, {option}}}}}"
+    made = made.replace("lr: 1.0e-3, lr", "lr")
+    assert "model.optimizer" in refused(["fit", "-c", str(config), "--model.optimizer", made, *missing], capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "is no configuration"),
+        ("stages:\n", "stages is empty"),
+        ("stages: {}\nmodel: [\n", "not valid YAML"),
+        ("ema: {decay: 0.9}\nstages: {flow_alpha: 1}\nema: {decay: 0.8}\n", r"ema stands twice, in lines 1 and 3"),
+        ("stages:\n  pretrain:\n    losses:\n      text: 1\n      text: 2\n", "pretrain.losses.text stands twice"),
+    ],
+)
+def test_a_file_that_says_nothing_or_a_key_twice_is_named(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, named: str
+) -> None:
+    file = tmp_path / "layer.yaml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "-c", str(config), "-c", str(file), "--run", str(tmp_path / "run")])
+    assert named in f"{ended.value.code}{capsys.readouterr().err}"
+    assert str(file) in str(ended.value.code)
+
+
+def test_a_checkpoint_of_another_model_is_told_by_the_dimensions_that_differ(
+    finished_run: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wider = ["--model.config.language.mlp_dim", "256", "--run", str(tmp_path / "run")]
+    said = refused(["fit", "-c", str(config), "--ckpt_path", str(finished_run), *wider], capsys)
+    was = yaml.safe_load(config.read_text())["model"]["config"]["language"]["mlp_dim"]
+    assert f"model.config.language.mlp_dim is 256, and the checkpoint's {was}" in said
+
+
+def test_a_truncated_checkpoint_is_named(
+    finished_run: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (finished_run / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    args = ["fit", "-c", str(config), "--ckpt_path", str(tmp_path / "half.ckpt"), "--run", str(tmp_path / "run")]
+    assert f"{tmp_path / 'half.ckpt'} is truncated" in refused(args, capsys)
+
+
+WITHOUT_ROOM = """
+import resource, sys, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from pi05_lightning.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+main(sys.argv[1:])
+"""
+
+
+def test_a_checkpoint_that_there_is_no_room_for_is_said_so(config: Path, tmp_path: Path) -> None:
+    args = ["fit", "-c", str(config), "--run", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ROOM, *args], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    assert "could not be written" in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
