@@ -162,14 +162,20 @@ class Pi05Module(LightningModule):
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.
 
-        Raises ValueError for losses that no head of the model has, and patterns that no parameter matches.
+        Raises ValueError for losses that no head of the model has.
         """
         recipe.check_terms(self.model.terms)
+        self.recipe = recipe if self.lora is None else recipe.freezing(self.lora.frozen)
+
+    def check_new(self) -> None:
+        """Before a new run: ValueError for patterns that no parameter matches, and warm-ups longer than their stage.
+
+        A run that is resumed goes on as it was.
+        """
         names = [name for name, _ in (self.model if self.lora is None else self.blank()).named_parameters()]
-        recipe.check_patterns(names)
+        self.recipe.check_followed(names)
         if self.lora is not None:
             self.lora.check_patterns(names)
-        self.recipe = recipe if self.lora is None else recipe.freezing(self.lora.frozen)
 
     def configure_model(self) -> None:
         """Give the parameters memory and values, then add what the options ask for; once."""

@@ -105,12 +105,6 @@ class Stage(StageOptions):
         if self.steps < 0:
             raise ValueError(f"stage {self.name} has {self.steps} steps: 0 leaves it out, fewer cannot be")
         check(f"{self.name}: flow_alpha", self.flow_alpha, 0)
-        if self.steps and self.warmup_steps > self.steps:
-            raise ValueError(
-                f"stage {self.name}: stages.{self.name}.warmup_steps is {self.warmup_steps} and"
-                f" stages.{self.name}_steps is {self.steps}, so the learning rate is never reached: give fewer steps of"
-                " warm-up, or more of training"
-            )
 
     @property
     def weights(self) -> dict[str, float]:
@@ -211,9 +205,18 @@ class Recipe:
         """The same recipe with more frozen parts, in every stage."""
         return replace(self, stages=tuple(replace(s, freeze=(*s.freeze, *patterns)) for s in self.stages))
 
-    def check_patterns(self, names: Collection[str]) -> None:
-        """Raises ValueError for a regular expression that matches none of the parameters' names."""
+    def check_followed(self, names: Collection[str]) -> None:
+        """Raises ValueError for a regular expression that matches none of the parameters' names.
+
+        And for a stage that ends before its warm-up.
+        """
         for stage in self.reached:
+            if stage.warmup_steps > stage.steps:
+                raise ValueError(
+                    f"stage {stage.name}: stages.{stage.name}.warmup_steps is {stage.warmup_steps} and"
+                    f" stages.{stage.name}_steps is {stage.steps}, so the learning rate is never reached: give fewer"
+                    " steps of warm-up, or more of training"
+                )
             for option in ("freeze", "lr_factors"):
                 for pattern in getattr(stage, option):
                     if not any(re.search(pattern, name) for name in names):

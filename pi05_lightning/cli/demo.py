@@ -82,7 +82,8 @@ def parts(out: Path, seed: int, quick: bool) -> list[Part]:
     paths = {"--data.sources.robot.path": robot, "--data.sources.web.path": web, "--data.fast": str(fast)}
     elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
     collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
-    fit = ["--stages.pretrain_steps=4", "--stages.posttrain_steps=4", "--data.val_samples=8"] if quick else []
+    short = ("pretrain_steps=4", "pretrain.warmup_steps=1", "posttrain_steps=4", "posttrain.warmup_steps=1")
+    fit = [*(f"--stages.{option}" for option in short), "--data.val_samples=8"] if quick else []
     rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else ["--execution_horizon", "1", "--noise_scale", "0"]
     return [
         # a directory whose part is not marked as done may be whole all the same

@@ -331,6 +331,8 @@ def run(command: str, args: list[str]) -> None:
     for callback in cast("Any", cli.trainer).callbacks:
         if isinstance(callback, StageSwitch):  # here, as preparing the data may take long
             cli.model.follow(callback.recipe)
+            if command == "fit" and cli.config.ckpt_path is None:
+                cli.model.check_new()
     if command == "predict":
         cli.model.acting = cli.config_init.acting
     cli.model.will_be_restored = cli.config.ckpt_path is not None

@@ -34,6 +34,8 @@ class StageSwitch(Callback):
         if not isinstance(pl_module, Pi05Module):
             raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
         pl_module.follow(self.recipe)
+        if stage == "fit" and trainer.ckpt_path is None:
+            pl_module.check_new()
         trainer.strategy.precision_plugin = replaced(trainer.precision_plugin)
         datamodule_of(trainer).recipe = self.recipe
         if isinstance(trainer.strategy, DDPStrategy):
