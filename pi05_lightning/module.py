@@ -448,9 +448,8 @@ class Pi05Module(LightningModule):
 
     def _learned(self, stage: Stage) -> list[str]:
         """A stage's loss terms that its data has samples of, and that its freezing leaves something to learn."""
-        drawn, backbone = datamodule_of(self.trainer).drawn(stage), list(self.model.backbone.parameters())
-        assert self.processor is not None
-        modalities = {**self.model.terms, "subtask": self.processor.language.saying_subtasks}
+        data, backbone = datamodule_of(self.trainer), list(self.model.backbone.parameters())
+        drawn, modalities = data.drawn(stage), data.trained_by
         learned = []
         for head in self.model.heads.values():
             own = set(list(head.parameters()) or backbone)  # what predicts tokens has no weights of its own

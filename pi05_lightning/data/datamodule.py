@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.clock import align, most_batches, start
 from pi05_lightning.data.fast import FastTokenizer
-from pi05_lightning.data.mixture import Mixture, MixtureSampler
+from pi05_lightning.data.mixture import Mixture, MixtureSampler, TrainedBy
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.samples import BadSampleCount, Observations, Observed, Samples, TrainLoader
@@ -175,18 +175,22 @@ class Pi05DataModule(LightningDataModule):
 
     # --- training
 
+    @cached_property
+    def train_samples(self) -> Samples:
+        """What a mixture draws from."""
+        questions = self.language.questions_per_sample
+        return Samples(self.sources("train"), self.processor, questions, self.augmentation)
+
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
         assert trainer is not None
         if trainer.max_steps == -1:
             raise ValueError("an endless run: set trainer.max_steps, or add the StageSwitch callback, which knows it")
         align(trainer)
-        questions = self.language.questions_per_sample
-        samples = Samples(self.sources("train"), self.processor, questions, self.augmentation)
         self._check_rejects()
-        samples.try_longest()
+        samples = self.train_samples
         entries = samples.entries_with_lengths() if self.length_window > 1 else samples.entries
-        self._mixture = Mixture(entries, self._model.terms, self.batch_size, self.seed, self.length_window)
+        self._mixture = Mixture(entries, self.trained_by, self.batch_size, self.seed, self.length_window)
         sampler = MixtureSampler(
             self._mixture,
             self.recipe or Recipe.of(pretrain_steps=0),
@@ -205,12 +209,18 @@ class Pi05DataModule(LightningDataModule):
             **options,
         )
 
+    @property
+    def trained_by(self) -> TrainedBy:
+        """What each loss term of the model may be learned from, with these prompts."""
+        return {**self._model.terms, "subtask": self.processor.language.saying_subtasks}
+
+    def drawn_entries(self, stage: Stage) -> list[int]:
+        """Which of the training samples' entries a stage of this run draws; none before training has begun."""
+        return [] if self._mixture is None else np.flatnonzero(self._mixture.weights(stage)).tolist()
+
     def drawn(self, stage: Stage) -> set[Modality]:
         """The modalities that a stage of this run draws samples of; none before training has begun."""
-        if self._mixture is None:
-            return set()
-        weights = self._mixture.weights(stage)
-        return {entry.subset.modality for entry, w in zip(self._mixture.entries, weights, strict=True) if w}
+        return {self.train_samples.subsets[number].modality for number in self.drawn_entries(stage)}
 
     def addresses(self, drawn: Drawn) -> list[str]:
         """Where the samples of a training batch are: dataset, episode and frame."""
@@ -245,7 +255,7 @@ class Pi05DataModule(LightningDataModule):
         return "test" if self.trainer is not None and self.trainer.testing else "val"
 
     @cached_property
-    def _validation(self) -> Samples:
+    def validation(self) -> Samples:
         return Samples(self.sources("val"), self.processor)
 
     @cached_property
@@ -255,7 +265,7 @@ class Pi05DataModule(LightningDataModule):
     @property
     def evaluated_subsets(self) -> list[Subset]:
         """What each loader of the part that is measured is of."""
-        return (self._test if self.evaluated == "test" else self._validation).subsets
+        return (self._test if self.evaluated == "test" else self.validation).subsets
 
     @property
     def empty_subsets(self) -> list[Subset]:
@@ -266,7 +276,7 @@ class Pi05DataModule(LightningDataModule):
         return [*(subset for subset in train if subset not in evaluated), *absent]
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        return self._loaders(self._validation)
+        return self._loaders(self.validation)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return self._loaders(self._test)

@@ -22,7 +22,8 @@ from pi05_lightning.data.sources.base import Source
 from pi05_lightning.types import Batch, Drawn, Frame, Modality, Sample, Subset
 
 REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
-LONGEST = 4  # lengths that are tried before training
+LONGEST = 4  # lengths of an entry's texts that are tried before training
+SPREAD = 3  # samples of an entry that are tried besides
 FIRST_DRAWS = 200  # a share of fewer draws says little
 
 log = logging.getLogger(__name__)
@@ -56,16 +57,19 @@ class Samples(Dataset[Sample]):
         """The entries with their samples' lengths, from the sources' tables: no image is read for it."""
         return [self._with_lengths(entry) for entry in self.entries]
 
-    def try_longest(self) -> None:
-        """Make the samples with the longest texts, so that one too long is not found in the middle of a run.
+    def spread(self, entry: int) -> set[int]:
+        """A few indices of an entry, from its first to its last."""
+        return set(np.linspace(0, len(self.indices[entry]) - 1, SPREAD).astype(int).tolist())
 
-        Raises as reading them does; those of sources that skip bad samples are left to be replaced when drawn.
-        """
-        for number, entry in enumerate(self.entries_with_lengths()):
-            if self.sources[entry.subset.source].on_bad_sample != "skip":
-                _, first = np.unique(np.broadcast_to(entry.text, entry.size), return_index=True)
-                for index in first[::-1][:LONGEST]:  # characters are not quite tokens
-                    self._read(number, int(index), 0)
+    def longest(self, entry: int) -> set[int]:
+        """Indices of an entry with the longest texts, by the sources' tables: characters are not quite tokens."""
+        size = len(self.indices[entry])
+        _, first = np.unique(np.broadcast_to(self._with_lengths(self.entries[entry]).text, size), return_index=True)
+        return set(first[-LONGEST:].tolist())
+
+    def address(self, entry: int, index: int) -> str:
+        """Dataset, episode and frame of an entry's index, for messages."""
+        return self.sources[self.subsets[entry].source].address(int(self.indices[entry][index]))
 
     def _with_lengths(self, entry: Entry) -> Entry:
         source, modality = entry.subset.source, entry.subset.modality

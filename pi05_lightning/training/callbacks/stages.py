@@ -14,6 +14,7 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.training.precision import replaced
+from pi05_lightning.training.rehearsal import rehearse
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 class StageSwitch(Callback):
     """Gives module and data their recipe and their precision, freezes what a stage freezes, marks where a stage begins.
 
+    Before the first step it tries what every stage draws and trains, see `rehearse`.
     All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of a
     switch continues as it would have. Without `max_steps` the trainer stops after the last stage.
     Its arguments are those of `Recipe.of`.
@@ -45,6 +47,8 @@ class StageSwitch(Callback):
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        rehearse(trainer, pl_module)
         self._entered = None
         self._enter(trainer, pl_module)
 

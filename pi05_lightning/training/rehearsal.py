@@ -1,0 +1,216 @@
+"""What would fail only later is tried before the first step: samples of everything that is drawn, a step per stage.
+
+The data go the whole way, from the file to the device; the step is taken on the meta device, where no size of model
+needs memory or time. Nothing of it changes training: no generator, no cache of draws, no count of bad samples.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
+from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.samples import Samples
+from pi05_lightning.models.heads.base import Terms
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Stage
+from pi05_lightning.types import Batch, Modality, Sample
+
+PATIENCE = 3.0  # seconds after which the user is told what takes so long
+TORCH = Path(torch.__file__).parent
+DEFAULT_LOSSES = {"pretrain": PRETRAIN.losses.used, "posttrain": POSTTRAIN.losses.used}
+
+log = logging.getLogger(__name__)
+
+
+def on_first_rank(trainer: Trainer, check: Callable[[], None]) -> None:
+    """Check something on the first rank. What it raises there ends all ranks: none waits for the others' gradients."""
+    failed: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except Exception as error:
+            failed = error
+    message = trainer.strategy.broadcast(None if failed is None else str(failed))
+    if failed is not None:
+        raise failed
+    if message is not None:
+        raise ValueError(message)
+
+
+def rehearse(trainer: Trainer, module: Pi05Module) -> None:
+    """Try what the stages that this run still reaches draw and train, and what it validates on.
+
+    Raises ValueError with the stage, the `source/modality`, the sample's address or the term, and the cause.
+    """
+    on_first_rank(trainer, Rehearsal(trainer, module).run)
+
+
+class Rehearsal:
+    """Of the stages from the trainer's step on."""
+
+    def __init__(self, trainer: Trainer, module: Pi05Module) -> None:
+        self.trainer, self.module, self.data = trainer, module, datamodule_of(trainer)
+        self._told = time.monotonic() + PATIENCE
+
+    def run(self) -> None:
+        with isolate_rng():
+            read: dict[int, list[Sample]] = {}
+            for stage in remaining(self.trainer, self.module):
+                self._rehearse(stage, read)
+            if self.trainer.enable_validation:
+                validation = self.data.validation
+                for number in range(len(validation.subsets)):
+                    found = self._read(validation, number, validation.spread(number), "validation")
+                    validation.collate(found)
+
+    def _rehearse(self, stage: Stage, read: dict[int, list[Sample]]) -> None:
+        """read: samples by the number of their entry, those of earlier stages included."""
+        samples, entries = self.data.train_samples, self.data.drawn_entries(stage)
+        modalities = {samples.subsets[number].modality for number in entries}
+        check_fed(stage, self.module, self.data, modalities)
+        for number in entries:
+            if number not in read:
+                telling = samples.spread(number) | samples.longest(number)
+                read[number] = self._read(samples, number, telling, f"stage {stage.name}")
+        learning = self._step(stage, [sample for number in entries for sample in read[number]])
+        for number in entries:
+            subset = samples.subsets[number]
+            terms = {t for t in stage.weights if subset.modality in self.data.trained_by[t]}
+            if not terms & learning:
+                raise ValueError(
+                    f"stage {stage.name}: nothing is learned from {subset}, as all that its losses"
+                    f" ({', '.join(terms)}) would train is frozen, or has a learning rate of 0: draw none of it in this"
+                    " stage's mixture, or change freeze and lr_factors"
+                )
+
+    def _read(self, samples: Samples, number: int, indices: Iterable[int], when: str) -> list[Sample]:
+        """Samples of an entry."""
+        found = []
+        for index in sorted(indices):
+            if time.monotonic() > self._told:
+                log.info("before the first step: samples of everything that will be drawn are tried …")
+                self._told = float("inf")
+            try:
+                found.append(samples[number, index, index])
+            except Exception as error:
+                address = "" if isinstance(error, ValueError) else f" {samples.address(number, index)}:"
+                raise ValueError(f"{when}, {samples.subsets[number]}:{address} {cause(error)}") from error
+        return found
+
+    def _step(self, stage: Stage, drawn: list[Sample]) -> set[str]:
+        """Train on samples as the stage will, and forget it. The loss terms that reach something that learns."""
+        try:
+            terms = self._terms(stage, self._batch(drawn))
+        except Exception as error:
+            raise ValueError(f"stage {stage.name}{self._culprit(stage, drawn)}: {cause(error)}") from error
+        return {name for name, term in terms.items() if term.values.requires_grad} | (stage.weights.keys() - terms)
+
+    def _culprit(self, stage: Stage, drawn: list[Sample]) -> str:
+        """What of it alone fails too."""
+        for subset in dict.fromkeys(sample.subset for sample in drawn):
+            try:
+                self._terms(stage, self._batch([sample for sample in drawn if sample.subset == subset]))
+            except Exception:
+                return f", {subset}"
+        return ""
+
+    def _batch(self, drawn: list[Sample]) -> Batch:
+        """A batch as the training step gets it."""
+        batch = self.trainer.precision_plugin.convert_input(self.data.train_samples.collate(drawn))
+        batch = self.module.on_before_batch_transfer(batch, 0)
+        batch = self.module.transfer_batch_to_device(batch, self.module.device, 0)
+        batch = self.data.on_after_batch_transfer(batch, 0)
+        assert isinstance(batch, Batch)
+        return batch
+
+    def _terms(self, stage: Stage, batch: Batch) -> Terms:
+        """The loss terms of a batch, after a backward pass from those that have something to learn."""
+        model = self.module.blank(stage)
+        for name, own in model.named_parameters():
+            own.requires_grad = stage.lr_factor(name) != 0
+        for whole, part in zip(self.module.model.parameters(), model.parameters(), strict=True):
+            part.data = part.data.to(whole.dtype)
+        insulate = self.module.knowledge_insulation
+        try:
+            return step(model, batch.to("meta"), stage, insulate)
+        except Exception as error:
+            # a head may look at values, of which there are none there; then the true model says whether it fails
+            log.debug("stage %s on the meta device: %s", stage.name, error)
+            return self._true_terms(stage, batch)
+
+    def _true_terms(self, stage: Stage, batch: Batch) -> Terms:
+        """With the weights and on the device that are trained, which it leaves as they are."""
+        model = self.module.model
+        tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for name, parameter in model.named_parameters():
+            tensors[name] = parameter.detach().requires_grad_(stage.lr_factor(name) != 0)
+
+        def call(*args: object, **options: object) -> Terms:
+            return functional_call(model, tensors, args, options)
+
+        # what is compiled runs as it is where a mode watches, see `compile_calls`
+        with self.trainer.precision_plugin.train_step_context(), FlopCounterMode(display=False):
+            return step(call, batch, stage, self.module.knowledge_insulation)
+
+
+def step(model: Pi05 | Callable[..., Terms], batch: Batch, stage: Stage, insulate: bool) -> Terms:
+    """A training step's forward and backward pass on one rank, without an optimizer: the loss terms."""
+    terms = model(batch, stage.weights, insulate=insulate)
+    sums = [stage.weights[name] * (term.values * term.mask).sum() for name, term in terms.items()]
+    learning = [value for value in sums if value.requires_grad]
+    if learning:
+        torch.stack(learning).sum().backward()
+    return terms
+
+
+def remaining(trainer: Trainer, module: Pi05Module) -> Iterable[Stage]:
+    """The stages of the steps from the trainer's own on, up to its last."""
+    recipe = module.recipe
+    first, last = recipe.number(trainer.global_step), recipe.number(max(trainer.max_steps - 1, trainer.global_step))
+    return [stage for stage in recipe.stages[first : last + 1] if stage.steps]
+
+
+def check_fed(stage: Stage, module: Pi05Module, data: Pi05DataModule, drawn: Collection[Modality]) -> None:
+    """Say which losses of a stage nothing that it draws can train.
+
+    Raises ValueError where that cannot be meant: the weight is not the default one, or the head's own parameters would
+    stay as they are.
+    """
+    trained_by, default = data.trained_by, DEFAULT_LOSSES.get(stage.name, {})
+    own = {term for head in module.model.heads.values() if list(head.parameters()) for term in head.terms}
+    for term, weight in stage.losses.used.items():
+        if term not in stage.weights or not set(trained_by[term]).isdisjoint(drawn):
+            continue
+        problem = (
+            f"stage {stage.name}: the loss {term!r} has a weight of {weight:g}, and nothing that the stage draws"
+            f" ({', '.join(sorted(drawn))}) has anything to do with it: it learns from"
+            f" {', '.join(sorted(trained_by[term]))}"
+        )
+        if Modality.FAST in trained_by[term] and data.processor.fast is None:
+            problem += " (which needs a FAST tokenizer: data.fast)"
+        remedy = "draw such samples in this stage's mixture, or give the loss a weight of 0"
+        if term in own or weight != default.get(term):
+            raise ValueError(f"{problem}. {remedy[0].upper()}{remedy[1:]}")
+        log.warning("%s, so it is left out. To say so: %s", problem, remedy)
+
+
+def cause(error: Exception) -> str:
+    """What an error says, with its kind and its place in the code where it is not one of ours."""
+    if isinstance(error, BadSample) or type(error) is ValueError:
+        return str(error)
+    places = [frame for frame in traceback.extract_tb(error.__traceback__) if TORCH not in Path(frame.filename).parents]
+    where = f" ({places[-1].filename}:{places[-1].lineno})" if places else ""
+    return f"{type(error).__name__}: {error}{where}"
