@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.func import functional_call
@@ -26,6 +27,7 @@ from pi05_lightning.models.heads.base import Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Stage
+from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.types import Batch, Modality, Sample
 
 PATIENCE = 3.0  # seconds after which the user is told what takes so long
@@ -33,21 +35,6 @@ TORCH = Path(torch.__file__).parent
 DEFAULT_LOSSES = {"pretrain": PRETRAIN.losses.used, "posttrain": POSTTRAIN.losses.used}
 
 log = logging.getLogger(__name__)
-
-
-def on_first_rank(trainer: Trainer, check: Callable[[], None]) -> None:
-    """Check something on the first rank. What it raises there ends all ranks: none waits for the others' gradients."""
-    failed: Exception | None = None
-    if trainer.is_global_zero:
-        try:
-            check()
-        except Exception as error:
-            failed = error
-    message = trainer.strategy.broadcast(None if failed is None else str(failed))
-    if failed is not None:
-        raise failed
-    if message is not None:
-        raise ValueError(message)
 
 
 def rehearse(trainer: Trainer, module: Pi05Module) -> None:
@@ -101,7 +88,7 @@ class Rehearsal:
         found = []
         for index in sorted(indices):
             if time.monotonic() > self._told:
-                log.info("before the first step: samples of everything that will be drawn are tried …")
+                rank_zero_info("before the first step, samples of all that will be drawn are tried …")
                 self._told = float("inf")
             try:
                 found.append(samples[number, index, index])

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +143,39 @@ def test_newest_checkpoint_is_the_one_with_most_steps_though_files_were_copied(c
 
 
 class Score(Callback):
+    begun = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        Score.begun += 1
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": np.float64(0.5)}
 
 
-def test_a_checkpoint_that_could_not_be_read_again_is_refused_by_its_callbacks_name(config: Path, here: Path) -> None:
-    flag = ["--trainer.callbacks", "[{class_path: tests.cli.test_run_directory.Score}]"]
-    with pytest.raises(SystemExit, match=re.escape("callbacks/Score holds more than tensors and plain types")):
+class Locked(Score):
+    def state_dict(self) -> dict[str, Any]:
+        return {"lock": threading.Lock()}
+
+
+class Added(Score):
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["names"] = np.array(["a"], dtype=object)
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"), [(Score, "callbacks/Score"), (Locked, "callbacks/Locked"), (Added, "names")]
+)
+def test_a_checkpoint_that_could_not_be_read_again_is_refused_by_its_callbacks_name_before_the_first_step(
+    config: Path, here: Path, kind: type, where: str
+) -> None:
+    flag = ["--trainer.callbacks", f"[{{class_path: tests.cli.test_run_directory.{kind.__name__}}}]"]
+    with pytest.raises(SystemExit, match=re.escape(f"{where} holds more than tensors and plain types")):
         main(["fit", "-c", str(config), "--run", "run", *flag])
     assert not list((here / "run/checkpoints").glob("*.ckpt"))
+    assert Score.begun == 0
 
 
 def test_a_checkpoint_of_weights_alone_has_the_average_and_the_configuration(config: Path, here: Path) -> None:

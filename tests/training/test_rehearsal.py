@@ -303,7 +303,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {"module": {"lora": Lora(rank=2, dropout=0.1)}},
     "checkpointing": {"module": {"activation_checkpointing": True}},
     "bf16": {"precision": "bf16-true"},
-    "siglip": {"module": {"config": ModelConfig.preset("debug")}},
+    "keypoints": {"module": {"config": ModelConfig.preset("tiny")}},
 }
 
 

@@ -1,6 +1,7 @@
 """When a run is saved, and that what is saved can be resumed exactly whenever the run is killed."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pi05_lightning.files.local import replacing
 from pi05_lightning.finite import NotFinite
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_step
-from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, check_readable
+from pi05_lightning.training.first_rank import on_first_rank
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -28,6 +30,12 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises ValueError for what could not be read again, hours before the first checkpoint is due."""
+        super().on_train_start(trainer, pl_module)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        on_first_rank(trainer, partial(check_readable, checkpoint))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -20,10 +22,11 @@ from pi05_lightning.module import Pi05Module
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig
-from pi05_lightning.sim.rollout import Lanes, Plan, run_policy_job, view_of
+from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
-from pi05_lightning.sim.trials import Mode, Trial
+from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Mode, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.abilities import UNKNOWN
 
 FOLDER = "rollouts"
@@ -77,23 +80,33 @@ class PeriodicRollout(Callback):
         assert pl_module.processor is not None
         check(self.acting, pl_module.processor, UNKNOWN)  # the weights are yet to be trained
         if any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
-            self._try_out(trainer, pl_module)
+            on_first_rank(trainer, partial(self._try_out, trainer, pl_module))
         else:
             rank_zero_warn(
                 f"PeriodicRollout: no stage trains `actions: {self.acting.actions}`, so nothing is rolled out"
             )
 
-    @rank_zero_only
     def _try_out(self, trainer: Trainer, module: Pi05Module) -> None:
-        """Open every task once: what is missing shows now, not after hours of training."""
+        """Open every task once, act once and film it: what is missing shows now, not after hours of training.
+
+        Raises ValueError where the policy cannot act on what it sees.
+        """
         with (
             isolate_rng(),
             self._policy(trainer, module) as policy,
             closing(Lanes(self.env, view_of(policy))) as lanes,
+            TemporaryDirectory() as folder,
         ):
-            for task in self.tasks or self.env.tasks(policy.processor.robots[policy.robot]):
-                for env in lanes.of(task, 1):
-                    env.reset(0)
+            first, *others = {job.task: job.trials[0] for job in self._plan(policy).jobs()}.values()
+            step = replace(first, record=True, max_seconds=1e-9)  # a single action, as there are no shorter episodes
+            run_policy_job(Job((step,)), policy, lanes)
+            if not step.success and step.reason not in (OUT_OF_TIME, ENDED):
+                raise ValueError(f"PeriodicRollout: the policy could not act at task {step.task}: {step.reason}")
+            video.write(Path(folder, "film.mp4"), step)
+            video.gif(step)
+            for trial in others:
+                for env in lanes.of(trial.task, 1):
+                    env.reset(trial.seed)
                     env.observation()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,10 +136,20 @@ class PeriodicRollout(Callback):
 
     def run(self, policy: Pi05Policy) -> dict[str, list[Trial]]:
         """Every task's episodes, over; the first one is filmed."""
-        tasks = self.tasks or self.env.tasks(policy.processor.robots[policy.robot])
-        plan = Plan(
+        plan = self._plan(policy)
+        jobs = list(plan.jobs())
+        jobs[0].trials[0].record = True
+        by_task: dict[str, list[Trial]] = {task: [] for task in plan.tasks}
+        with closing(Lanes(self.env, view_of(policy))) as lanes:
+            for job in jobs:
+                run_policy_job(job, policy, lanes)
+                by_task[job.task] += job.trials
+        return by_task
+
+    def _plan(self, policy: Pi05Policy) -> Plan:
+        return Plan(
             self.env,
-            tasks,
+            self.tasks or self.env.tasks(policy.processor.robots[policy.robot]),
             [self.mode],
             self.episodes,
             split="val",
@@ -134,14 +157,6 @@ class PeriodicRollout(Callback):
             max_seconds=self.max_seconds,
             seed=self.seed,
         )
-        jobs = list(plan.jobs())
-        jobs[0].trials[0].record = True
-        by_task: dict[str, list[Trial]] = {task: [] for task in tasks}
-        with closing(Lanes(self.env, view_of(policy))) as lanes:
-            for job in jobs:
-                run_policy_job(job, policy, lanes)
-                by_task[job.task] += job.trials
-        return by_task
 
     @contextmanager
     def _policy(self, trainer: Trainer, module: Pi05Module) -> Iterator[Pi05Policy]:
