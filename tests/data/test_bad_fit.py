@@ -69,8 +69,8 @@ def test_truncated_video_ends_training_with_its_address(videos_copy: Path, fit: 
     truncate(video_file(videos_copy))
     code, printed, _ = fit(videos_copy, "error")
     assert code == 1
-    assert complaint(printed).startswith("pi05 fit: dataset 'robot', episode ")
-    for part in ("frame", "top", "file-000.mp4", "Restore it", "on_bad_sample: skip"):
+    assert complaint(printed).startswith("pi05 fit: stage posttrain, robot/continuous_robot_actions: ")
+    for part in ("dataset 'robot', episode ", "frame", "top", "file-000.mp4", "Restore it", "on_bad_sample: skip"):
         assert part in complaint(printed)
 
 

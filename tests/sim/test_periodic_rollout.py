@@ -18,7 +18,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.sim.environment import NoSuchEnvironment
-from pi05_lightning.sim.simulators import LeRobotEnv
+from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 
@@ -157,6 +157,25 @@ def test_rollout_of_fast_tokens_that_the_data_has_not_is_refused_at_the_start(co
 def test_what_the_simulator_lacks_shows_before_training(collected, tmp_path, options, message):
     with pytest.raises(NoSuchEnvironment, match=message):
         train(collected, tmp_path, rollout(**options, every_n_steps=1000))
+
+
+class Clumsy(MetaWorld):
+    """Takes fewer action dims than the policy was trained to give."""
+
+    def open(self, task, view):
+        env = super().open(task, view)
+        env.action_low = env.action_low[:3]
+        return env
+
+
+def test_a_policy_that_cannot_act_in_the_simulator_ends_the_run_before_training(collected, tmp_path):
+    with pytest.raises(ValueError, match=r"PeriodicRollout: .*reach-v3: the policy's chunk has the shape .* not"):
+        train(collected, tmp_path, rollout(env=Clumsy(), every_n_steps=1000))
+
+
+def test_a_time_limit_that_leaves_no_time_is_refused_before_training(collected, tmp_path):
+    with pytest.raises(ValueError, match="leaves no time for an action"):
+        train(collected, tmp_path, rollout(max_seconds=-1, every_n_steps=1000))
 
 
 def test_resumed_run_has_no_film_of_steps_that_it_takes_anew(collected, tmp_path):

@@ -39,6 +39,14 @@ def test_ranks_end_equal(ranks: list[Any], part: str) -> None:
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
+def test_what_the_first_rank_finds_before_training_ends_every_rank(videos: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), str(videos), str(tmp_path), ".*"]  # all is frozen
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode != 0
+    assert "ValueError: stage pretrain: nothing is learned from robot/" in done.stderr
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_strategies_that_shard_the_weights_are_refused(train: Callable[..., Any]) -> None:
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
     try:

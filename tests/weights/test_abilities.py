@@ -141,12 +141,6 @@ def test_module_that_was_trained_in_this_process_predicts_with_another_trainer(v
 # --- what counts as trained
 
 
-def test_term_that_the_mixture_never_draws_was_not_trained(fit: Fit) -> None:
-    checkpoint = fit({"subtask": 1, "flow": 1}, {"robot/hl_subtask": 1.0})
-    assert locate(checkpoint).trained.terms == {"subtask": 2}
-    assert not locate(checkpoint).abilities.flow
-
-
 @pytest.mark.parametrize(
     ("language", "says"),
     [
