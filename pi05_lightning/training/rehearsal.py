@@ -116,12 +116,13 @@ class Rehearsal:
 
     def _batch(self, drawn: list[Sample]) -> Batch:
         """A batch as the training step gets it."""
-        batch = self.trainer.precision_plugin.convert_input(self.data.train_samples.collate(drawn))
-        batch = self.module.on_before_batch_transfer(batch, 0)
-        batch = self.module.transfer_batch_to_device(batch, self.module.device, 0)
-        batch = self.data.on_after_batch_transfer(batch, 0)
-        assert isinstance(batch, Batch)
-        return batch
+        batch = self.data.train_samples.collate(drawn)
+        self.module.counts(batch)  # also draws its noise
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        moved = self.module.transfer_batch_to_device(batch, self.module.device, 0)
+        moved = self.data.on_after_batch_transfer(moved, 0)
+        assert isinstance(moved, Batch)
+        return moved
 
     def _terms(self, stage: Stage, batch: Batch) -> Terms:
         """The loss terms of a batch, after a backward pass from those that have something to learn."""
