@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -16,6 +16,7 @@ from torch import Tensor
 from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.places import to_picture
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.models.capture import CapturedChunk
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix
 from pi05_lightning.weights.abilities import UNKNOWN, Abilities, Actions, Trained
@@ -134,6 +135,16 @@ class Inference:
             )
         self.generator = torch.Generator().manual_seed(seed)
         self.failed_decodes = 0
+        self._chunk: Callable[..., Tensor] = model.chunk
+
+    def capture(self) -> None:
+        """From now on chunks are CUDA graphs, which a prompt of a new length waits seconds for.
+
+        Raises ValueError where the model is on no CUDA device.
+        """
+        if self.model.device.type != "cuda":
+            raise ValueError(f"cuda_graph: the model is on {self.model.device}; leave it out, or set device to cuda")
+        self._chunk = CapturedChunk(self.model)
 
     def replans(self, chunk: int) -> bool:
         """Whether a new subtask is predicted before chunk number `chunk` of an episode."""
@@ -204,10 +215,8 @@ class Inference:
             start = torch.from_numpy(np.ascontiguousarray(as_numbers("noise", noise)))
         if start.shape != shape:
             raise ValueError(f"noise has shape {list(start.shape[1:])}: expected [T D] = {list(shape[1:])}")
-        prefix = self.model.backbone(batch, need_hidden=False)
         actions, count = (x.to(device) for x in given) if given else (None, None)
-        sampled = self.model.flow_head.sample(prefix, start[:, None].to(device), self.acting.num_steps, actions, count)
-        return sampled[:, 0].cpu().numpy()
+        return self._chunk(batch, start.to(device), self.acting.num_steps, actions, count).cpu().numpy()
 
     def _given_actions(self, frames: Sequence[Frame], prefix_actions: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
         """Normalised and padded to chunks f32[B T D], and how many of each are given, i64[B]."""

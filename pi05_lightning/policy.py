@@ -53,6 +53,8 @@ class Pi05Policy(Inference):
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         averaged: use a training checkpoint's averaged weights (`ema.decay`) if it has them.
+        cuda_graph: on a CUDA device, sample chunks by CUDA graphs: several times as fast for one robot, after seconds
+            that each new length of prompt takes once.
 
     Raises ValueError when there is no policy at `model_path`, another than expected, or one that was not trained for
     what is asked of it.
@@ -75,6 +77,7 @@ class Pi05Policy(Inference):
         dtype: torch.dtype | None = None,
         tokenizer: str | None = None,
         averaged: bool = True,
+        cuda_graph: bool = False,
         **acting: Any,
     ) -> None:
         if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
@@ -107,6 +110,8 @@ class Pi05Policy(Inference):
         ):
             if wanted not in (None, value):
                 raise ValueError(f"{name} is {value} in {model_path}, not {wanted}: correct it or leave it out")
+        if cuda_graph:
+            self.capture()
         self._begin_queue()
 
     @classmethod

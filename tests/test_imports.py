@@ -25,7 +25,7 @@ LAYERS = (
     ("models.backbone",),
     ("models.heads",),
     ("models.pi05",),
-    ("models.parallelize",),
+    ("models.parallelize", "models.capture"),
     (
         "data.clock",
         "data.columns",

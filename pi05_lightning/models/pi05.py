@@ -87,6 +87,19 @@ class Pi05(nn.Module):
         masks = {name: mask for head in self.heads.values() for name, mask in head.masks(batch).items()}
         return torch.tensor([int(masks[name].sum()) if name in masks else 0 for name in self.terms])
 
+    @torch.no_grad()
+    def chunk(
+        self,
+        batch: Batch,
+        noise: Tensor,
+        num_steps: int = 10,
+        given: Tensor | None = None,
+        num_given: Tensor | None = None,
+    ) -> Tensor:
+        """Action chunks f32[B T D] of a batch without targets, from noise f32[B T D]; see `FlowHead.sample`."""
+        prefix = self.backbone(batch, need_hidden=False)
+        return self.flow_head.sample(prefix, noise[:, None], num_steps, given, num_given)[:, 0]
+
     def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
         """Random initialisation; see `Backbone.reset_parameters`."""
         self.backbone.reset_parameters(ordinal_ids)

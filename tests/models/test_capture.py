@@ -12,10 +12,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from pi05_lightning.models.capture import padded
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
 
-from .small import make_batch, small_config
+from .small import make_batch, small_config, small_model
 
 
 class NothingCrosses(TorchDispatchMode):
@@ -44,12 +45,23 @@ def on_fake_cuda(use: Callable[[Pi05, Batch], object], rows: tuple[str, str] = (
 @pytest.mark.parametrize("continued", [False, True])
 def test_a_chunk_is_computed_without_the_host(draws: int, continued: bool) -> None:
     def chunk(model: Pi05, batch: Batch) -> None:
-        prefix = model.backbone(batch, need_hidden=False)
+        prefix = model.backbone(padded(batch), need_hidden=False)
         given = (batch.actions, torch.ones(2, dtype=torch.long, device="cuda")) if continued else (None, None)
         noise = torch.randn(2, draws, model.config.horizon, model.config.action_dim, device="cuda")
         assert model.flow_head.sample(prefix, noise, 4, *given).device.type == "cuda"
 
     on_fake_cuda(chunk)
+
+
+@torch.no_grad()
+def test_a_prompt_padded_for_a_graph_gives_the_same_chunk() -> None:
+    model = small_model()
+    batch = make_batch(model.config, ["iipp", "ip"])
+    longer = padded(batch)
+    assert longer.tokens.shape == (2, 16)
+    assert padded(longer).tokens.shape == (2, 16)
+    noise = torch.randn(2, model.config.horizon, model.config.action_dim)
+    torch.testing.assert_close(model.chunk(longer, noise), model.chunk(batch, noise))
 
 
 def test_losses_are_computed_without_the_host() -> None:

@@ -1,0 +1,87 @@
+"""Training on CUDA: what the CPU computes, without waiting for the host, and the same again after a resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pi05_lightning.types import Batch
+
+from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+
+Fit = Callable[..., Trainer]
+TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.found.append(float(outputs["loss"]))
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: x.detach().cpu() for name, x in trainer.lightning_module.named_parameters()}
+
+
+def test_both_stages_on_cuda_train_what_the_cpu_trains(fit: Fit) -> None:
+    losses = {device: Losses() for device in ("cpu", "cuda")}
+    for device, callback in losses.items():
+        fit(device, callback)
+    assert len(losses["cuda"].found) == TOTAL
+    assert losses["cuda"].found == pytest.approx(losses["cpu"].found, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_on_cuda_loses_little_against_fp32(fit: Fit, precision: str) -> None:
+    exact, rounded = Losses(), Losses()
+    fit("cuda", exact)
+    fit("cuda", rounded, precision=precision)
+    assert rounded.found == pytest.approx(exact.found, rel=0.1)
+
+
+class NothingWaits(Callback):
+    """From the second batch on, whatever waits for the device raises, until another stage begins, which may."""
+
+    allowed = (0, PRETRAIN_STEPS)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        torch.cuda.set_sync_debug_mode("default" if batch_idx in self.allowed else "error")
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_training_step_does_not_wait_for_the_device(fit: Fit, precision: str, checkpointing: bool) -> None:
+    try:
+        options = {"activation_checkpointing": checkpointing}
+        trainer = fit("cuda", NothingWaits(), precision=precision, module_options=options, enable_checkpointing=False)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.global_step == TOTAL
+
+
+@pytest.mark.parametrize("stopped_at", [PRETRAIN_STEPS - 1, PRETRAIN_STEPS + 1])
+def test_a_run_on_cuda_goes_on_exactly_where_it_was_stopped(
+    fit: Fit, each_step: ModelCheckpoint, tmp_path: Path, stopped_at: int
+) -> None:
+    options = {"deterministic": True, "precision": "bf16-mixed"}
+    try:
+        whole = weights(fit("cuda", each_step, **options))
+        resumed = weights(fit("cuda", ckpt_path=tmp_path / f"step={stopped_at}.ckpt", **options))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(resumed[name], weight) for name, weight in whole.items())
