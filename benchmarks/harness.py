@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +23,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 """Outputs of both sides may differ by this much, relative to the largest; more is an error, and nothing is timed."""
 
 
+def meets(goal: str, value: float) -> bool:
+    """Whether a value is what a goal such as `>= 3` or `<= 0.5` wants; where there is none, it is."""
+    if not goal:
+        return True
+    sign, bound = goal.split()
+    return value >= float(bound) if sign == ">=" else value <= float(bound)
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table. ratio is what the goal speaks of; low and high are its extremes over the pairs."""
@@ -38,10 +47,7 @@ class Row:
 
     @property
     def met(self) -> bool:
-        if not self.goal:
-            return True
-        sign, value = self.goal.split()
-        return self.ratio >= float(value) if sign == ">=" else self.ratio <= float(value)
+        return meets(self.goal, self.ratio)
 
 
 @dataclass(frozen=True)
@@ -138,11 +144,12 @@ def environment() -> str:
         cpu = names[0] if names else cpu
     names = ("torch", "transformers", "lerobot", "lightning", "numpy", "duckdb", "tokenizers")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    installed = [f"{name} {version(name)}" for name in names if importlib.util.find_spec(name)]
     load = os.getloadavg()[0]
     return "\n".join(
         [
             f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, load {load:.1f}",
-            f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names),
+            f"Python {platform.python_version()}, " + ", ".join(installed),
             f"CPU capability {torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d %H:%M')}",
         ]
     )

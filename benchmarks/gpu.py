@@ -1,0 +1,403 @@
+"""π0.5 at full size on one CUDA device: does it run right there, and how fast? `python -m benchmarks.gpu`
+
+Every part is a process of its own, and its figures are written as soon as it ends: the command goes on where it was
+stopped, and --again measures anew. Where there is no CUDA device, it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.harness import check_equal, environment, meets
+from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT, Work
+from pi05_lightning.losses import mean_terms, total_loss
+from pi05_lightning.models.capture import CapturedChunk
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.optim import param_groups
+from pi05_lightning.profiling.accelerators import ACCELERATORS
+from pi05_lightning.profiling.rate import matmul_rate, wait_for
+from pi05_lightning.profiling.step import StepShape
+from pi05_lightning.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
+GIB = 2**30
+LIMIT = 300  # seconds of a part
+CHUNK_TOLERANCE = 2**-6  # of the largest action, in bf16: some of its own steps
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table."""
+
+    name: str
+    value: float
+    unit: str
+    goal: str = ""
+    """`>= 3` or `<= 0.5`; empty where no goal was set."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it is measured. quick: debug sizes and few repeats, on whatever device there is."""
+
+    quick: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def config(self) -> ModelConfig:
+        return DEBUG if self.quick else BASE
+
+    @property
+    def peak(self) -> float:
+        """The published bf16 rate of this device, FLOP/s; of an H100 where it is not known."""
+        name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+        return next((found for key, found in ACCELERATORS.items() if key in name), ACCELERATORS["h100"]).bf16
+
+    def seconds(self, work: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
+        """Median of some calls, each waited for."""
+        times = []
+        for number in range(2 if self.quick else warm_up + repeats):
+            start = time.perf_counter()
+            work()
+            wait_for(self.device)
+            if number >= (1 if self.quick else warm_up):
+                times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+# --- training
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training step: of which stage, in which precision, on how many samples."""
+
+    batch: int
+    precision: str = "bf16-true"
+    checkpointing: bool = False
+    compile: bool = False
+    lora: bool = False
+    pretrain: bool = False
+    goal: str = ""
+
+    @property
+    def shape(self) -> StepShape:
+        """Stage 1 predicts tokens, stage 2 actions."""
+        return StepShape(self.batch, target_tokens=50 if self.pretrain else 0)
+
+    @property
+    def name(self) -> str:
+        parts = ["pretrain" if self.pretrain else "posttrain", self.precision]
+        parts += [word for word in ("lora", "checkpointing", "compile") if getattr(self, word)]
+        return f"training step, {', '.join(parts)}, batch {self.batch}"
+
+
+def training(case: Training) -> Callable[[Place], list[Figure]]:
+    """Forward, backward, clipping and the optimizer's step; the share leaves out what checkpointing computes again."""
+
+    def measure(place: Place) -> list[Figure]:
+        device = place.device
+        torch.set_default_dtype(torch.bfloat16 if case.precision == "bf16-true" else torch.float32)
+        module = Pi05Module(
+            place.config,
+            lora=Lora() if case.lora else None,
+            activation_checkpointing=case.checkpointing,
+            compile=case.compile,
+        )
+        module.follow(Recipe.of(pretrain_steps=int(case.pretrain), posttrain_steps=int(not case.pretrain)))
+        stage = module.recipe.reached[0]
+        weights = {"fast": 1.0} if case.pretrain else {"flow": stage.flow_alpha}
+        with torch.device(device):
+            module.configure_model()
+        model = module.model.train()
+        trains = [name for name, _ in model.named_parameters() if not stage.freezes(name)]
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name in trains
+        torch.set_default_dtype(torch.float32)
+        groups = param_groups(((n, p) for n, p in model.named_parameters() if p.requires_grad), module.recipe)
+        optimizer = module.make_optimizer(groups)
+        batch = case.shape.batch(place.config, device)
+        mixed = case.precision == "bf16-mixed"
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+                loss = loss_of(model, batch, weights)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        step()
+        wait_for(device)
+        first = time.perf_counter() - start
+        seconds = place.seconds(step, repeats=8)
+        flops = case.batch * flops_of_sample(module, case, weights)
+        share = flops / seconds / place.peak
+        figures = [
+            Figure(case.name, case.batch / seconds, "samples/s"),
+            Figure(f"{case.name}: share of the bf16 peak", share, "", case.goal),
+            Figure(f"{case.name}: first step", first, "s"),
+        ]
+        if device.type == "cuda":
+            figures.append(Figure(f"{case.name}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB"))
+        return figures
+
+    return measure
+
+
+def loss_of(model: Pi05, batch: Any, weights: dict[str, float]) -> Tensor:
+    means = mean_terms(model(batch, weights), weights, batch.tokens.device)
+    return total_loss(means, weights)
+
+
+def flops_of_sample(module: Pi05Module, case: Training, weights: dict[str, float]) -> int:
+    """FLOPs of a step without checkpointing, as `FlopCounterMode` counts them, of each of its samples."""
+    plain = Pi05Module(module.config, lora=module.lora)
+    model = plain.blank(module.recipe.reached[0])
+    batch = replace(case.shape, batch_size=1).batch(module.config, "meta")
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, batch, weights).backward()
+    return counter.get_total_flops()
+
+
+# --- action chunks
+
+
+def random_model(place: Place, dtype: torch.dtype = torch.bfloat16) -> Pi05:
+    with torch.device("meta"):
+        model = Pi05(place.config)
+    model.to(dtype).to_empty(device=place.device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # adaRMS too, which begins as zero
+            parameter.normal_(0, parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1)
+    return model.eval()
+
+
+def chunks(place: Place) -> list[Figure]:
+    """One robot's chunk of ten Euler steps, in bf16: launched kernel by kernel, and as one CUDA graph."""
+    figures, model, config = [], random_model(place), place.config
+    ways: dict[str, Callable[..., Tensor]] = {"eager": model.chunk}
+    if place.device.type == "cuda":
+        ways["CUDA graph"] = CapturedChunk(model)
+    noise = torch.randn(1, config.horizon, config.action_dim).to(place.device)
+    for cameras in (2, 3):
+        shape = StepShape(cameras=cameras, prompt_tokens=64)
+        batch = replace(shape.batch(config), actions=torch.zeros(0, config.horizon, config.action_dim)).to(place.device)
+        expected = model.chunk(batch, noise)
+        for way, chunk in ways.items():
+            name = f"one chunk, {way}, {cameras} cameras"
+            start = time.perf_counter()
+            check_equal(name, chunk(batch, noise), expected, CHUNK_TOLERANCE)
+            if way != "eager":
+                figures.append(Figure(f"{name}: first", time.perf_counter() - start, "s"))
+            seconds = place.seconds(lambda c=chunk, b=batch: c(b, noise), repeats=30)
+            figures.append(Figure(name, 1e3 * seconds, "ms", "<= 40" if way != "eager" else ""))
+    if place.device.type == "cuda":
+        figures.append(Figure("chunks: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB"))
+    return figures
+
+
+# --- what it all stands on
+
+
+def ceilings(place: Place) -> list[Figure]:
+    """What this device reaches at best: a large bf16 product, and a large copy (bytes read and written)."""
+    size = 1 << (16 if place.quick else 31)
+    source, target = (torch.empty(size, dtype=torch.uint8, device=place.device) for _ in range(2))
+    seconds = place.seconds(lambda: target.copy_(source), repeats=20)
+    return [
+        Figure(
+            "bf16 product", matmul_rate(torch.bfloat16, place.device, 256 if place.quick else None) / 1e12, "TFLOP/s"
+        ),
+        Figure("copy", 2 * size / seconds / 1e12, "TB/s"),
+    ]
+
+
+def tests(place: Place) -> list[Figure]:
+    """The tests marked `gpu`."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(done.stdout[-6000:], flush=True)
+    if done.returncode:
+        raise AssertionError(f"pytest ended with {done.returncode}")
+    return [Figure("tests marked gpu, all passed", time.perf_counter() - start, "s")]
+
+
+# --- against LeRobot
+
+PEER_BATCH = 8
+
+
+def peer(place: Place) -> list[Figure]:
+    """The same weights and inputs, in LeRobot's own bf16: a chunk, and forward and backward with checkpointing."""
+    from benchmarks.peer import build_lerobot, make_inputs, randomize, with_weights_of
+    from pi05_lightning.models.parallelize import checkpoint_blocks
+
+    config, device = place.config, place.device
+    with torch.device(device):
+        lerobot = build_lerobot(config, dtype="bfloat16")
+    randomize(lerobot)
+    ours = with_weights_of(lerobot, config)
+    figures = []
+    for cameras, work in ((2, ONE_ROBOT), (3, Work(batch=1, present=(True, True, True), tokens=200))):
+        inputs = make_inputs(config, work, str(device))
+        lerobot.eval()
+        ours.eval()
+        with torch.no_grad():
+            check_equal("chunk", inputs.our_chunk(ours), inputs.lerobot_chunk(lerobot), CHUNK_TOLERANCE)
+            assert inputs.batch.noise is not None
+            ways = {
+                "LeRobot": partial(inputs.lerobot_chunk, lerobot),
+                "ours, eager": partial(inputs.our_chunk, ours),
+            }
+            if device.type == "cuda":
+                ways["ours, CUDA graph"] = partial(CapturedChunk(ours), inputs.batch, inputs.batch.noise[:, 0])
+            seconds = {way: place.seconds(chunk, repeats=10) for way, chunk in ways.items()}
+        figures += compared(f"one chunk, {cameras} of 3 cameras", seconds)
+    lerobot.train()
+    ours.train()
+    lerobot.gradient_checkpointing_enable()
+    checkpoint_blocks(ours)
+    inputs = make_inputs(config, Work(batch=2 if place.quick else PEER_BATCH), str(device))
+
+    def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            value = loss().mean()
+            value.backward()
+            model.zero_grad(set_to_none=True)
+            return value.detach()
+
+        return run
+
+    steps = {
+        "LeRobot": step(lerobot, lambda: inputs.lerobot_loss(lerobot)),
+        "ours, eager": step(ours, lambda: inputs.our_loss(ours)),
+    }
+    losses = [run() for run in steps.values()]
+    check_equal("loss", losses[1], losses[0], CHUNK_TOLERANCE)
+    seconds = {way: place.seconds(run, repeats=5) for way, run in steps.items()}
+    name = f"forward and backward with checkpointing, batch {PEER_BATCH}, 2 of 3 cameras, 60 of 200 tokens"
+    return [*figures, *compared(name, seconds)]
+
+
+def compared(name: str, seconds: dict[str, float]) -> list[Figure]:
+    figures = [Figure(f"{name}: {way}", 1e3 * value, "ms") for way, value in seconds.items()]
+    best = min(value for way, value in seconds.items() if way != "LeRobot")
+    return [*figures, Figure(f"{name}: LeRobot over ours", seconds["LeRobot"] / best, "×", ">= 2")]
+
+
+# --- the command
+
+PARTS: dict[str, Callable[[Place], list[Figure]]] = {
+    "tests": tests,
+    "ceilings": ceilings,
+    "chunks": chunks,
+    "train-pure": training(Training(48, checkpointing=True, goal=">= 0.45")),
+    "train-pure-kept": training(Training(8)),
+    "train-mixed": training(Training(16, "bf16-mixed", checkpointing=True, goal=">= 0.45")),
+    "train-lora": training(Training(16, lora=True)),
+    "train-pretrain": training(Training(32, checkpointing=True, pretrain=True)),
+    "train-compiled": training(Training(48, checkpointing=True, compile=True, goal=">= 0.45")),
+    "peer": peer,
+}
+NEEDS = {"tests": ("lerobot", "av", "duckdb"), "peer": ("lerobot",)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--again", action="store_true", help="measure also what is in the results already")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="debug sizes, on the CPU too: only to see that it runs")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        figures = PARTS[args.part](Place(args.quick))
+        args.json.write_text(json.dumps([asdict(figure) for figure in figures]), encoding="utf-8")
+        return
+    if not torch.cuda.is_available() and not args.quick:
+        print("There is no CUDA device here: nothing to measure.")
+        return
+    results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {"parts": {}}
+    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    results["environment"] = environment()
+    failed = []
+    for part in args.only:
+        missing = [name for name in NEEDS.get(part, ()) if importlib.util.find_spec(name) is None]
+        if missing:
+            print(f"--- {part}: left out, as {', '.join(missing)} is not installed", flush=True)
+        elif part in results["parts"] and not args.again:
+            print(f"--- {part}: measured before", flush=True)
+        else:
+            print(f"--- {part}", flush=True)
+            figures = in_its_own_process(part, args.json, args.quick)
+            if figures is None:
+                failed.append(part)
+                continue
+            results["parts"][part] = figures
+            write(results, args.json)
+    print(f"\n{results['device']}\n{results['environment']}\n\n{table(results)}")
+    if failed:
+        sys.exit(f"these parts failed: {', '.join(failed)}")
+
+
+def in_its_own_process(part: str, beside: Path, quick: bool) -> list[dict[str, Any]] | None:
+    """Its figures, None where it failed."""
+    output = beside.with_name(f".{part}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--json", str(output)]
+    start = time.perf_counter()
+    try:
+        code = subprocess.run([*command, "--quick"] if quick else command, timeout=LIMIT).returncode
+    except subprocess.TimeoutExpired:
+        code = f"no result within {LIMIT} s"
+    print(f"    {time.perf_counter() - start:.0f} s, {code or 'done'}", flush=True)
+    figures = json.loads(output.read_text(encoding="utf-8")) if not code else None
+    output.unlink(missing_ok=True)
+    return figures
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| work | measured | goal |", "|---|---|---|"]
+    for figures in results["parts"].values():
+        for figure in (Figure(**values) for values in figures):
+            goal = figure.goal.replace(">=", "≥").replace("<=", "≤")
+            verdict = f"{goal}, {'met' if meets(figure.goal, figure.value) else '**missed**'}" if goal else "–"
+            lines.append(f"| {figure.name} | {figure.value:.3g} {figure.unit} | {verdict} |".replace(" |", " |"))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
