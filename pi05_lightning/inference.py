@@ -137,14 +137,14 @@ class Inference:
         self.failed_decodes = 0
         self._chunk: Callable[..., Tensor] = model.chunk
 
-    def capture(self) -> None:
-        """From now on chunks are CUDA graphs, which a prompt of a new length waits seconds for.
+    def capture(self, compile: bool = False) -> None:
+        """From now on chunks are CUDA graphs, see `CapturedChunk`.
 
         Raises ValueError where the model is on no CUDA device.
         """
         if self.model.device.type != "cuda":
             raise ValueError(f"cuda_graph: the model is on {self.model.device}; leave it out, or set device to cuda")
-        self._chunk = CapturedChunk(self.model)
+        self._chunk = CapturedChunk(self.model, compile)
 
     def replans(self, chunk: int) -> bool:
         """Whether a new subtask is predicted before chunk number `chunk` of an episode."""

@@ -25,7 +25,8 @@ LAYERS = (
     ("models.backbone",),
     ("models.heads",),
     ("models.pi05",),
-    ("models.parallelize", "models.capture"),
+    ("models.parallelize",),
+    ("models.capture",),
     (
         "data.clock",
         "data.columns",

@@ -8,6 +8,7 @@ weights that moved are thrown away.
 from __future__ import annotations
 
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from pi05_lightning.models.parallelize import compiled_blocks
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Target
 
@@ -39,10 +41,13 @@ def padded(batch: Batch, columns: int = COLUMNS) -> Batch:
 
 
 class CapturedChunk:
-    """`Pi05.chunk` as CUDA graphs. A shape's first call captures it, which takes seconds; several threads may call."""
+    """`Pi05.chunk` as CUDA graphs. A shape's first call captures it, which takes a second; several threads may call.
 
-    def __init__(self, model: Pi05) -> None:
-        self.model = model
+    compile: the blocks are compiled before, which takes the first two shapes half a minute each.
+    """
+
+    def __init__(self, model: Pi05, compile: bool = False) -> None:
+        self.model, self.compile = model, compile
         self._lock = Lock()
         self._weights: tuple[int, ...] = ()
         self._forget()
@@ -83,15 +88,15 @@ class CapturedChunk:
         def chunk() -> Tensor:
             return self.model.chunk(Batch(**fields), noise, num_steps, given, num_given)
 
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which no graph can hold
-            chunk()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # other threads of a server may use the device meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = chunk()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with compiled_blocks(self.model) if self.compile else nullcontext():
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries set themselves up in a first call, which no graph can hold
+                chunk()
+            torch.cuda.current_stream().wait_stream(stream)
+            # other threads of a server may use the device meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = chunk()
         return Graph(graph, _tensors(fields, noise, given, num_given), output)
 
 

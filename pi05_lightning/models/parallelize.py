@@ -1,4 +1,4 @@
-"""What is done to a finished model from outside, in this order: adapters, activation checkpointing, compilation.
+"""What is done to a finished model from outside, in this order: adapters, compilation, activation checkpointing.
 
 Adapters are LoRA's (arXiv 2106.09685), through PEFT: small trained matrices beside frozen linear layers.
 """
@@ -6,7 +6,8 @@ Adapters are LoRA's (arXiv 2106.09685), through PEFT: small trained matrices bes
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any
@@ -95,22 +96,21 @@ def merge_adapters(model: Pi05) -> Pi05:
     return model
 
 
-def checkpoint_blocks(model: Pi05) -> None:
-    """Keep of every SigLIP, Gemma and expert block its input alone; the backward pass runs the block once more."""
-    for block in model.modules():
-        if isinstance(block, SiglipBlock | Block | ExpertBlock):
-            # on the instance, so that names of parameters stay what they are
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+def blocks_of(model: Pi05) -> Iterator[nn.Module]:
+    """Every SigLIP, Gemma and expert block."""
+    return (block for block in model.modules() if isinstance(block, SiglipBlock | Block | ExpertBlock))
 
 
-def compile_calls(model: Pi05) -> None:
-    """Compile the two calls that a training step consists of, the backbone's and the flow head's.
+def compile_blocks(model: Pi05) -> None:
+    """Compile every block for training steps; before `checkpoint_blocks`, which runs what it finds once more.
 
-    Without gradients they run as they are: validation and rollouts have more shapes than the compiler keeps graphs
-    for, and once it gives up on a function, training would go on without it.
+    Blocks of a kind have the same code, so that each kind is compiled once, however deep the model. Between them there
+    is little to fuse. Without gradients they run as they are: validation and rollouts have more shapes than the
+    compiler keeps graphs for, and once it gives up on a function, training would go on without it.
     """
-    for part in (model.backbone, model.flow_head):
-        part.forward = _compiled_where_it_learns(part.forward)  # type: ignore[method-assign]
+    for block in blocks_of(model):
+        # on the instance, so that names of parameters stay what they are
+        block.forward = _compiled_where_it_learns(block.forward)
 
 
 def _compiled_where_it_learns(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,3 +123,24 @@ def _compiled_where_it_learns(forward: Callable[..., Any]) -> Callable[..., Any]
         return (compiled if learns else forward)(*args, **options)
 
     return call
+
+
+@contextmanager
+def compiled_blocks(model: Pi05) -> Iterator[None]:
+    """Within it every block is compiled, without gradients too: for what is recorded once and replayed."""
+    own = {block: block.__dict__.get("forward") for block in blocks_of(model)}
+    for block in own:
+        block.forward = torch.compile(block.forward)
+    try:
+        yield
+    finally:
+        for block, forward in own.items():
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def checkpoint_blocks(model: Pi05) -> None:
+    """Keep of every block its input alone; the backward pass runs the block once more."""
+    for block in blocks_of(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)

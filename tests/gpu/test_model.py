@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.capture import CapturedChunk
-from pi05_lightning.models.parallelize import checkpoint_blocks, compile_calls
+from pi05_lightning.models.parallelize import checkpoint_blocks, compile_blocks
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch
 from tests.models.small import make_batch, small_config, small_model, token_nll
@@ -52,12 +52,12 @@ def test_bf16_on_cuda_agrees_with_fp32(mixed: bool) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_calls_on_cuda_give_the_same_loss_and_gradients(checkpointing: bool) -> None:
+def test_compiled_blocks_on_cuda_give_the_same_loss_and_gradients(checkpointing: bool) -> None:
     torch._dynamo.reset()
     plain, compiled = small_model(CONFIG).cuda(), small_model(CONFIG).cuda()
+    compile_blocks(compiled)
     if checkpointing:
         checkpoint_blocks(compiled)
-    compile_calls(compiled)
     loss, gradients = step(plain, everything().to("cuda"))
     other_loss, other_gradients = step(compiled, everything().to("cuda"))
     torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=1e-5)
@@ -70,9 +70,11 @@ def noise_of(batch: Batch, seed: int = 0) -> Tensor:
     return torch.randn(shape, device="cuda", generator=generator)
 
 
-def test_a_captured_chunk_is_the_eager_one_whatever_was_captured_before() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_captured_chunk_is_the_eager_one_whatever_was_captured_before(compile: bool) -> None:
+    torch._dynamo.reset()
     model = small_model(CONFIG).cuda().eval()
-    captured = CapturedChunk(model)
+    captured = CapturedChunk(model, compile)
     for seed, rows in enumerate((["iipp"], ["iippp"], ["iipp"], ["ip"], ["iipp", "ippp"], ["iippp"])):
         batch = prompts(*rows, seed=seed)
         noise = noise_of(batch, seed)

@@ -22,7 +22,7 @@ def test_policy_on_cuda_acts_as_on_the_cpu(fit: Callable[..., Trainer], tmp_path
     frame = trainer.datamodule.sources("val")["robot"][0]
     observation = {"image": frame.images, "state": frame.state, "task": frame.task}
     policies = [Pi05Policy.from_pretrained(path, device=device) for device in ("cpu", "cuda")]
-    policies.append(Pi05Policy.from_pretrained(path, device="cuda", cuda_graph=True))
+    policies += [Pi05Policy.from_pretrained(path, device="cuda", cuda_graph=how) for how in ("plain", "compiled")]
     config = policies[0].model.config
     noise = np.random.default_rng(0).normal(size=(config.horizon, config.action_dim)).astype(np.float32)
     expected, *others = (policy.predict_chunk(observation, noise) for policy in policies)

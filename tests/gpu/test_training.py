@@ -40,7 +40,9 @@ def test_both_stages_on_cuda_train_what_the_cpu_trains(fit: Fit) -> None:
     for device, callback in losses.items():
         fit(device, callback)
     assert len(losses["cuda"].found) == TOTAL
-    assert losses["cuda"].found == pytest.approx(losses["cpu"].found, rel=1e-4)
+    assert losses["cuda"].found[0] == pytest.approx(losses["cpu"].found[0], rel=1e-5)
+    # AdamW's first steps have one length, whatever a gradient's, so that roundings grow
+    assert losses["cuda"].found == pytest.approx(losses["cpu"].found, rel=5e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
