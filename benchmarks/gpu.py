@@ -274,7 +274,7 @@ PEER_BATCH = 8
 def peer(place: Place) -> list[Figure]:
     """The same weights and inputs, in LeRobot's own bf16: a chunk, and forward and backward with checkpointing."""
     from benchmarks.peer import build_lerobot, make_inputs, randomize, with_weights_of
-    from pi05_lightning.models.parallelize import checkpoint_blocks
+    from pi05_lightning.models.parallelize import checkpoint_blocks, compile_blocks
 
     config, device = place.config, place.device
     with torch.device(device):
@@ -302,7 +302,10 @@ def peer(place: Place) -> list[Figure]:
     lerobot.train()
     ours.train()
     lerobot.gradient_checkpointing_enable()
-    checkpoint_blocks(ours)
+    compiled = with_weights_of(lerobot, config).train()
+    compile_blocks(compiled)
+    for model in (ours, compiled):
+        checkpoint_blocks(model)
     inputs = make_inputs(config, Work(batch=2 if place.quick else PEER_BATCH), str(device))
 
     def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -317,18 +320,26 @@ def peer(place: Place) -> list[Figure]:
     steps = {
         "LeRobot": step(lerobot, lambda: inputs.lerobot_loss(lerobot)),
         "ours, eager": step(ours, lambda: inputs.our_loss(ours)),
+        "ours, compiled": step(compiled, lambda: inputs.our_loss(compiled)),
     }
-    losses = [run() for run in steps.values()]
-    check_equal("loss", losses[1], losses[0], CHUNK_TOLERANCE)
+    expected, *losses = (run() for run in steps.values())
+    for loss in losses:
+        check_equal("loss", loss, expected, CHUNK_TOLERANCE)
     seconds = {way: place.seconds(run, repeats=5) for way, run in steps.items()}
     name = f"forward and backward with checkpointing, batch {PEER_BATCH}, 2 of 3 cameras, 60 of 200 tokens"
     return [*figures, *compared(name, seconds)]
 
 
 def compared(name: str, seconds: dict[str, float]) -> list[Figure]:
-    figures = [Figure(f"{name}: {way}", 1e3 * value, "ms") for way, value in seconds.items()]
-    best = min(value for way, value in seconds.items() if way != "LeRobot")
-    return [*figures, Figure(f"{name}: LeRobot over ours", seconds["LeRobot"] / best, "×", ">= 2")]
+    """Of each way its time, and how many times faster than LeRobot each of ours is; the fastest has the goal."""
+    fastest = min(seconds, key=seconds.__getitem__)
+    times = [Figure(f"{name}: {way}", 1e3 * value, "ms") for way, value in seconds.items()]
+    ratios = [
+        Figure(f"{name}: LeRobot over {way}", seconds["LeRobot"] / value, "×", ">= 2" if way == fastest else "")
+        for way, value in seconds.items()
+        if way != "LeRobot"
+    ]
+    return [*times, *ratios]
 
 
 # --- the command
@@ -342,9 +353,9 @@ PARTS: dict[str, Callable[[Place], list[Figure]]] = {
     "train-kept": training(Training(12)),
     "train-lora": training(Training(12, lora=True)),
     "train-pretrain": training(Training(32, checkpointing=True, pretrain=True)),
-    "train-mixed-compiled": training(Training(16, "bf16-mixed", checkpointing=True, compile=True, goal=">= 0.45")),
+    "train-mixed-compiled": training(Training(40, "bf16-mixed", checkpointing=True, compile=True, goal=">= 0.45")),
     "train-checkpointed-compiled": training(Training(64, checkpointing=True, compile=True, goal=">= 0.45")),
-    "train-kept-compiled": training(Training(16, compile=True, goal=">= 0.45")),
+    "train-kept-compiled": training(Training(24, compile=True, goal=">= 0.45")),
     "peer": peer,
 }
 NEEDS = {"tests": ("lerobot", "av", "duckdb"), "peer": ("lerobot",)}
