@@ -187,7 +187,8 @@ def measured(case: Training, place: Place) -> list[Figure]:
 
 
 def loss_of(model: Pi05, batch: Any, weights: dict[str, float]) -> Tensor:
-    means = mean_terms(model(batch, weights), weights, batch.tokens.device)
+    terms = model(batch, weights)
+    means, _ = mean_terms(terms, {name: term.mask.sum() for name, term in terms.items()})
     return total_loss(means, weights)
 
 
