@@ -8,8 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, Namespace
 
+from pi05_lightning.cli.layers import LayeredParser
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.models.config import ModelConfig
@@ -53,7 +54,7 @@ def check_layer(path: Path) -> dict[str, Any]:
     return values
 
 
-class RunKeys(ArgumentParser):
+class RunKeys(LayeredParser):
     """A parser of some of a run's keys, which accepts all others unseen; the parsers that it makes do not."""
 
     of_interest: Sequence[str] | None = None

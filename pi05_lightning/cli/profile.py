@@ -14,6 +14,7 @@ from rich.table import Table
 
 from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.files.shipped import find_model
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
 from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
@@ -106,7 +107,7 @@ def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:
     """
     is_file = {name: name.endswith((".yaml", ".yml")) for name in names}
     weights = [name for name in names if not is_file[name] and Path(name).exists()]
-    files = [name if is_file[name] else f"configs/model/{name}.yaml" for name in names if name not in weights]
+    files = [name if is_file[name] else str(find_model(name)) for name in names if name not in weights]
     settings = read_configuration(files, RUN_KEYS)
     if weights:
         settings["model.config"] = locate(weights[-1]).config()

@@ -43,7 +43,8 @@ class Pi05DataModule(LightningDataModule):
     Which sources and modalities are drawn, and how often, is the recipe's `mixture` (see `StageSwitch`).
 
     Args:
-        sources: by name. What a source can serve as (`source/modality`) are the names that mixtures and metrics use.
+        sources: the datasets, by name. What a source can serve as (`source/modality`) are the names that mixtures and
+            metrics use.
         batch_size: samples per batch and rank.
         tokenizer: `tiny` for the shipped one, or the folder or Hub id of PaliGemma's.
         fast: folder of a FAST tokenizer (`pi05 tokenizer`); without it there are no `fast_robot_actions`.

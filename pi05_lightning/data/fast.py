@@ -21,7 +21,7 @@ import numpy as np
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
-from pi05_lightning.files.local import read_json, write_json, write_text
+from pi05_lightning.files.local import read_json, shown, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -246,7 +246,9 @@ class FastTokenizer:
         folder = Path(folder)
         for name in ("processor_config.json", "tokenizer.json"):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder} is no FAST tokenizer, it has no {name}: make one with `pi05 tokenizer`")
+                raise ValueError(
+                    f"{shown(folder)} is no FAST tokenizer, it has no {name}: make one with `pi05 tokenizer`"
+                )
         config = read_json(folder / "processor_config.json")
         missing = {"scale", "min_token", "vocab_size"} - set(config)
         if missing:

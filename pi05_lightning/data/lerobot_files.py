@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
 from pi05_lightning.data.split import Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
-from pi05_lightning.files.local import read_json
+from pi05_lightning.files.local import read_json, shown
 
 MISSING_SHOWN = 5  # tasks and subtasks that a warning names
 
@@ -46,7 +46,9 @@ def find_dataset(path: str) -> Path:
     if local.is_dir():
         return local
     if not is_hub_id(path):
-        raise ValueError(f"{path}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name.")
+        raise ValueError(
+            f"{shown(path)}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name."
+        )
     import httpx
     from huggingface_hub import snapshot_download
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
@@ -59,7 +61,7 @@ def find_dataset(path: str) -> Path:
         return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
-            f"{path} is no folder here, and the Hub does not give it ({error}): correct the path, check the "
+            f"{shown(path)} is no folder, and the Hub does not give it ({error}): correct the path, check the "
             "connection, or log in if it is private"
         ) from error
 

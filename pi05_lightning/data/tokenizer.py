@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from pi05_lightning.files.hub import local_folder
+from pi05_lightning.files.local import shown
 from pi05_lightning.types import NUM_LOC, NUM_SEG
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]
@@ -62,7 +63,7 @@ class TextTokenizer:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"no tokenizer at {str(name)!r}. PaliGemma's is gated on the Hub: log in with an account that accepted"
+                f"no tokenizer at {shown(name)}. PaliGemma's is gated on the Hub: log in with an account that accepted"
                 " its licence, or give a local folder that holds tokenizer.json and tokenizer_config.json"
             ) from error
         return cls(with_coordinates(tokenizer))

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import httpx
 
+from pi05_lightning.files.local import shown
+
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 FILES = ("*.json", "*.safetensors", "*.model")
 """All that is downloaded: nothing of it can execute code."""
@@ -33,6 +35,6 @@ def local_folder(name: str | Path) -> Path:
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"there is no folder {name} here, and the Hugging Face Hub does not give one of that name ({reason}):"
+            f"there is no folder {shown(name)}, and the Hugging Face Hub does not give one of that name ({reason}):"
             " correct the path, log in if the repository is gated, or download it elsewhere and name its folder"
         ) from error

@@ -34,6 +34,11 @@ def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
         _remove(part)
 
 
+def shown(path: Path | str) -> str:
+    """A path for a message, with the folder that it is relative to: `data/robot (in /home/me)`."""
+    return str(path) if Path(path).expanduser().is_absolute() else f"{path} (in {Path.cwd()})"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file as a whole; makes the folders above it."""
     with replacing(path) as part:
@@ -55,7 +60,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     except FileNotFoundError as error:
         if default is not None:
             return default
-        raise ValueError(f"{path} does not exist: name the folder that holds {path.name}") from error
+        raise ValueError(f"{shown(path)} does not exist: name the folder that holds {path.name}") from error
     except ValueError as error:  # of json, or no UTF-8
         raise ValueError(f"{path} is not valid JSON ({error}): correct or restore it") from error
     if not isinstance(values, dict):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from pi05_lightning.files.ranges import check
-from pi05_lightning.files.shipped import ROOT
+from pi05_lightning.files.shipped import find_model
 from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.types import Shapes
 
@@ -122,10 +122,8 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A shipped size: `debug` (tests), `tiny` (the demo) or `base` (π0.5)."""
-        folder = ROOT / "configs" / "model"
-        path = folder / f"{name}.yaml"
-        if not path.is_file():
-            known = sorted(path.stem for path in folder.glob("*.yaml"))
-            raise ValueError(f"no model size {name!r}; shipped are {', '.join(known)}")
-        return cls.from_dict(read_yaml(path))
+        """A shipped size: `debug` (tests), `tiny` (the demo) or `base` (π0.5); or the path of a YAML file.
+
+        Raises ValueError with the shipped sizes for a name that is neither.
+        """
+        return cls.from_dict(read_yaml(find_model(name)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.local import shown
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora, add_adapters, merge_adapters
 from pi05_lightning.models.pi05 import Pi05
@@ -114,8 +115,8 @@ def find_checkpoint(path: Path) -> Path:
         )
     if not found:
         raise ValueError(
-            f"{path} is neither a checkpoint nor a folder with one: expected a .ckpt file, a run's directory with"
-            f" checkpoints/, or an exported folder with {WEIGHTS}"
+            f"{shown(path)} is neither a checkpoint nor a folder with one: expected a .ckpt file, a run's directory"
+            f" with checkpoints/, or an exported folder with {WEIGHTS}"
         )
     checkpoints = map(TrainingCheckpoint, found)
     return max(checkpoints, key=lambda checkpoint: (checkpoint.steps, checkpoint.saved_at)).path

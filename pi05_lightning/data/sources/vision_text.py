@@ -23,6 +23,7 @@ from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
+from pi05_lightning.files.local import shown
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
@@ -330,7 +331,7 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
     if local.exists() and not is_saved:
         files, builder = _data_files(local)
     elif not local.exists() and not is_hub_id(config.path):
-        raise ValueError(f"{config.path}: no such file or folder. Name one, or a Hub id as owner/name.")
+        raise ValueError(f"{shown(config.path)}: no such file or folder. Name one, or a Hub id as owner/name.")
     try:
         if is_saved:
             found = datasets.load_from_disk(_plain(local))
@@ -345,10 +346,8 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
             version = [(str(file), file.stat().st_mtime_ns) for group in files.values() for file in group]
             parts = {name: _some_rows(part, [name, version], config) for name, part in parts.items()}
     except (pa.ArrowException, OSError, ValueError, NotImplementedError, _DatasetError) as error:
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{config.path} cannot be read ({reason}): correct it, or restore it from its origin"
-        ) from error
+        reason, named = error.__cause__ or error, config.path if local.exists() else shown(config.path)
+        raise ValueError(f"{named} cannot be read ({reason}): correct it, or restore it from its origin") from error
     return folders, parts
 
 

@@ -1,0 +1,113 @@
+"""Configuration files: what they may name, and the one rule for all paths.
+
+Every path is relative to the working directory, whichever file or flag says it. So a run's saved configuration means
+the same wherever the run lies. Upstream goes to the directory of a file while it reads it, which moves some paths (of
+files that hold options) and leaves others (of data and weights).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from pi05_lightning.files.shipped import find_config, find_model
+
+GROUPS = ("model", "data", "stages", "ema", "checkpoint", "trainer", "acting")
+"""A run's options come in these groups; each may stand in a file of its own, as may model.config."""
+MODEL = "model.config"
+
+
+class LayeredParser(ArgumentParser):
+    """A parser whose files, wherever they lie, name paths from the working directory, and models by their size."""
+
+    given: Sequence[str] = ()
+    """The arguments that are being parsed."""
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        if args is not None:
+            self.given = args
+            try:
+                args = [filled_flag(arg, args[place - 1] if place else "") for place, arg in enumerate(args)]
+            except ValueError as error:
+                self.error(str(error), error)
+        return super().parse_args(args, *more, **options)
+
+    def parse_path(self, path: str | os.PathLike, *more: Any, **options: Any) -> Namespace:
+        try:
+            text = read_layer(Path(path))
+        except ValueError as error:
+            self.error(str(error), error)
+        # by its text: upstream would go to the file's directory
+        return self.parse_string(text, path, *more, **options)
+
+
+def filled_flag(arg: str, before: str) -> str:
+    """An argument; the options themselves where it is the file of a group, or a model's file or name."""
+    if arg.startswith("--"):
+        flag, equals, value = arg.partition("=")
+        return f"{flag}={filled(flag[2:], value)}" if equals else arg
+    return filled(before[2:], arg) if before.startswith("--") else arg
+
+
+def filled(key: str, value: str) -> str:
+    if key not in (*GROUPS, MODEL) or not isinstance(plain(value), str):
+        return value
+    return read_layer(file_of(key, value), key)
+
+
+def file_of(key: str, name: str) -> Path:
+    """The file that is meant by its name. ValueError for none."""
+    return find_model(name) if key == MODEL else find_config(name)
+
+
+def plain(value: str) -> Any:
+    """What a value on the command line is as YAML; None if it is none."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return None
+
+
+def read_layer(path: Path, key: str = "") -> str:
+    """The text of a file of options, in which the files that it names for groups and for the model are filled in.
+
+    key: what the file's options are options of; a run when empty.
+    ValueError for files that are missing or no YAML, and for a model that is not shipped.
+    """
+    root = compose(path)
+    return yaml.serialize(root) if root is not None and fill(root, key, path) else path.read_text(encoding="utf-8")
+
+
+def compose(path: Path) -> yaml.Node | None:
+    """The nodes of a YAML file, None of an empty one. ValueError with the place of what is no YAML."""
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+
+
+def fill(node: yaml.Node, key: str, path: Path) -> bool:
+    """Put what files hold in the place of their names; whether there was one."""
+    if not isinstance(node, yaml.MappingNode):
+        return False
+    found = False
+    for place, (name, value) in enumerate(node.value):
+        inner = f"{key}.{name.value}" if key else str(name.value)
+        if inner != MODEL and inner not in GROUPS:
+            continue
+        if isinstance(value, yaml.ScalarNode) and value.tag == "tag:yaml.org,2002:str":
+            try:
+                file = file_of(inner, value.value)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {value.start_mark.line + 1}, {inner}: {error}") from error
+            value = compose(file)
+            node.value[place] = (name, value)
+            found = True
+        if value is not None:
+            found = fill(value, inner, path) or found
+    return found
