@@ -1,0 +1,174 @@
+"""What is wrong with a command line and its files, shortly: the whole key, the file and line, and what was meant."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from pi05_lightning.cli.layers import compose
+from pi05_lightning.data.errors import suggestion
+from pi05_lightning.files.shipped import find_config
+
+# lines of jsonargparse's message about a value that fits none of several types: what a user cannot use
+_NOISE = (
+    r"Does not validate against any of the Union subtypes",
+    r"Subtypes: .*",
+    r"Errors:",
+    r"Given value type: .*",
+    r"Given value: .*",
+    r"- Expected a <class '(NoneType|bool|collections\.abc\.Iterable)'>",
+    r"Subclass types expect one of:",
+    r"- a (class path \(str\)|dict with(out)? .*)",
+    r"Problem with given class_path '[\w.]+':",
+    r"- Not a valid subclass of .*",
+)
+_UNKNOWN = (
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",
+    r"Option '(?P<key>[\w.]+)' is not accepted",
+    r"unrecognized arguments: --(?P<key>[\w.-]+)(=\S*)?",
+)
+_VALUES = (
+    r"Expected a dot import path string: (\S+)",
+    r"Problem with given class_path '([\w.]+)'",
+    r"Expected a path but (\S+) either",
+    r"Got value: (\S+)$",
+)
+_NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A key and its value, in a line of a file or in a flag."""
+
+    key: str
+    value: yaml.Node | None
+    file: str | None
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}: " if self.file else ""
+
+
+def unknown_key(message: str) -> str | None:
+    """The dotted key that a message of jsonargparse says is not known, without the keys around it."""
+    for pattern in _UNKNOWN:
+        if found := re.search(pattern, message):
+            groups = found.groupdict()
+            return ".".join(part for part in (groups.get("group"), groups["key"]) if part)
+    return None
+
+
+def explained(message: str, args: Sequence[str]) -> str:
+    """A message of jsonargparse about these arguments in few lines, with the whole key and where it stands."""
+    around = re.findall(r'Parser key "([\w.+]+)":', message)
+    key = unknown_key(message)
+    if key is not None:
+        hint = re.search(r" \(did you mean ([\w.]+)\?\)", message)
+        outer = around[0] if around else ""
+        said = find(outer, key, args)
+        whole = said.key if said else f"{outer}.{key}" if outer else key
+        meant = f" (did you mean {whole.removesuffix(key)}{hint[1]}?)" if hint else ""
+        dashes = "--" if "unrecognized arguments" in message else ""
+        return f"{said or ''}there is no option {dashes}{whole}{meant}"
+    if not around:
+        return message
+    said = find(around[0], around[-1] if len(around) > 1 else "", args, named_values(message))
+    whole = said.key if said else ".".join(dict.fromkeys(around))
+    return f"{said or ''}{whole}: {shortened(message)}"
+
+
+def elsewhere(message: str, args: Sequence[str]) -> str:
+    """What to write instead, where a path that a message names is there from a file's directory alone; else nothing."""
+    for file in {arg.rpartition("=")[2] for arg in args}:
+        for said in said_in_file(file) if file.endswith((".yaml", ".yml")) else ():
+            path = said.value.value if isinstance(said.value, yaml.ScalarNode) else ""
+            there = Path(file).parent / path
+            if path and path in message and not os.path.exists(path) and os.path.exists(there):
+                return (
+                    f"\n{said}{said.key}: paths are relative to the working directory, not to the file that names them:"
+                    f" write {there}"
+                )
+    return ""
+
+
+def named_values(message: str) -> list[str]:
+    """The values that a message complains about, in the ways in which they may have been written."""
+    found = [value for pattern in _VALUES for value in re.findall(pattern, message, re.MULTILINE)]
+    classes = re.findall(_NO_CLASS, message)
+    return found + [name for module, own in classes for name in (f"{module}.{own}", own)]
+
+
+def no_class(found: re.Match[str]) -> str:
+    module, name = found.groups()
+    return f"there is no {name} in {module}{suggestion(name, dir(sys.modules.get(module)))}"
+
+
+def shortened(message: str) -> str:
+    """What a message of jsonargparse says beside keys, types and values."""
+    lines = [line.strip() for line in message.splitlines()]
+    lines = [re.sub(r'^(- )?Parser key "[\w.+]+": ?', "", line) for line in lines]
+    told = [line for line in lines if line and not any(re.fullmatch(noise, line) for noise in _NOISE)]
+    if not told:
+        kinds, given = re.findall(r"Expected an? <class '([\w.]+)'>", message), re.findall("Given value: (.*)", message)
+        return f"expected {' or '.join(kinds).replace('NoneType', 'null')}, got {' '.join(given[-1:])}"
+    text = "; ".join(dict.fromkeys(line.removeprefix("- ") for line in told))
+    text = re.sub(r"Type typing\.\S+\[.*\] expects a function or a callable class: ", "", text)
+    text = re.sub(r"\. Got value: Namespace\(.*", "", text)
+    text = re.sub(_NO_CLASS, no_class, text)
+    text = re.sub(r"Expected a dot import path string: (\S+)", r"\1 is no known class: give its import path", text)
+    text = re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", text)
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+
+
+# --- where a key stands
+
+
+def find(outer: str, inner: str, args: Sequence[str], values: Sequence[str] = ()) -> Said | None:
+    """Where files and flags last say the key `inner` below the key `outer`, with one of the values if they do at all.
+
+    Without `inner`, where they say one of the values, or the key `outer` itself.
+    """
+    within = re.compile(rf"{re.escape(outer)}(?![^.\[])" if outer else "")
+    below = [said for layer in layers(args) for said in layer if within.match(said.key)]
+    told = [said for said in below if isinstance(said.value, yaml.ScalarNode) and said.value.value in values]
+    named = [said for said in below if (said.key == outer and not inner) or f".{said.key}".endswith(f".{inner}")]
+    both = [said for said in told if said in named]
+    found = both or (named if inner else told) or named
+    return found[-1] if found else None
+
+
+def layers(args: Sequence[str]) -> Iterator[Iterator[Said]]:
+    """What every file and flag of a command line says."""
+    words = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--") else [arg])]
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        if word in ("-c", "--config"):
+            yield said_in_file(value)
+        elif word.startswith("--"):
+            with suppress(yaml.YAMLError):
+                yield said_in(yaml.compose(value, Loader=yaml.SafeLoader), word[2:])
+
+
+def said_in_file(name: str) -> Iterator[Said]:
+    """What a file says; what cannot be read says nothing."""
+    with suppress(ValueError):
+        yield from said_in(compose(find_config(name)), "", name)
+
+
+def said_in(node: yaml.Node | None, key: str, file: str | None = None, line: int = 1) -> Iterator[Said]:
+    """A node and all below it by their dotted keys; items of lists by number, as `stages.then[0].steps`."""
+    if key:
+        yield Said(key, node, file, line)
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            inner = f"{key}.{name.value}" if key else str(name.value)
+            yield from said_in(value, inner, file, name.start_mark.line + 1)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield from said_in(value, f"{key}[{number}]", file, value.start_mark.line + 1)
