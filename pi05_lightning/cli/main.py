@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import re
+import os
 import sys
 import traceback
 from collections.abc import Callable, Collection, Sequence
@@ -13,8 +13,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from jsonargparse import ArgumentParser, auto_cli, set_parsing_settings
+from jsonargparse import auto_cli, set_parsing_settings
 
+from pi05_lightning.cli.help import OfTheParser, asked, command_help, run_help
+from pi05_lightning.cli.layers import LayeredParser
+from pi05_lightning.cli.mistakes import elsewhere, explained, unknown_key
 from pi05_lightning.data.errors import suggestion
 from pi05_lightning.files.shipped import PACKAGE
 
@@ -24,6 +27,13 @@ TRAINER_COMMANDS = {
     "test": "the same on what the datasets declare as their test split",
     "predict": "run a checkpoint over the validation data",
 }
+_NO_CHECKPOINT = "no checkpoint: give its path, or that of a run's directory, as pi05 {} runs/mine"
+NEEDED = {
+    "fit": "nothing to train: give a configuration, as pi05 fit -c configs/finetune.yaml, or a run to go on with, as"
+    " pi05 fit --ckpt_path runs/mine",
+    **{name: _NO_CHECKPOINT.format(name) for name in ("validate", "test", "predict")},
+}
+"""What is said of a command without arguments."""
 # each is the function of this name in the module of this name; its signature is the command line
 COMMANDS = {
     "demo": "the main job end to end: data, training, evaluation, a page",
@@ -40,34 +50,47 @@ COMMANDS = {
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
 
 
-class Parser(ArgumentParser):
+class Parser(LayeredParser):
     """An argument parser that takes no abbreviations, and whose errors are short and name the key that was meant."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, **{"prog": "pi05", "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        parser = getattr(ex, "subcommand_parser", None) or self
-        known = {action.dest for action in parser._actions}
-        hints = "".join(suggestion(key, known) for key in rejected_keys(message))
-        print(f"{parser.prog}: {message}{hints}\nEvery option: {parser.prog} --help", file=sys.stderr)
+        key = unknown_key(message)
+        if key is not None and "(did you mean" not in message:  # of an inner parser, which knew the keys
+            message += suggestion(key, {action.dest for action in self._actions})
+        if not self.exit_on_error:  # of a class inside: whatever it is a part of may take another one
+            super().error(message, ex)
+        told = explained(message, self.given) + elsewhere(message, self.given)
+        print(f"{self.prog}: {told}\nEvery option: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
-
-
-def rejected_keys(message: str) -> list[str]:
-    """The dotted keys that a message of jsonargparse says are unknown."""
-    in_group = re.findall(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-    return (
-        [f"{group}.{option}" for group, option in in_group]
-        + re.findall(r"^Option '([\w.]+)'", message)
-        + (re.findall(r"--([\w.-]+)", message) if message.startswith("unrecognized arguments") else [])
-    )
 
 
 def overview() -> str:
     """What `pi05 --help` prints."""
     lines = [f"  {name:<10} {text}" for name, text in (TRAINER_COMMANDS | COMMANDS).items()]
     return "\n".join(["usage: pi05 COMMAND [options]", "", *lines, "", "Options of one: pi05 COMMAND --help"])
+
+
+def show_help(command: str, topic: str) -> None:
+    """Print what `--help` or `--help.TOPIC` asks for, and exit: with 2 for a topic that there is not."""
+    try:
+        if command in TRAINER_COMMANDS:
+            print(run_help(command, TRAINER_COMMANDS[command], topic))
+        else:
+            print(command_help(command, topic))
+        sys.exit(0)
+    except OfTheParser as error:
+        key, name = error.args
+        ask = [f"--{key}.help", name]
+        if command in TRAINER_COMMANDS:
+            load("run")(command, ask)
+        else:
+            call(load(command), ask, prog=f"pi05 {command}")
+    except ValueError as error:
+        print(f"pi05 {command}: {error}\nEvery option: pi05 {command} --help", file=sys.stderr)
+        sys.exit(2)
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -117,6 +140,11 @@ def main(args: list[str] | None = None) -> None:
     try:
         if command in ("-h", "--help"):
             print(overview())
+        elif command in TRAINER_COMMANDS and not rest:
+            print(f"pi05 {command}: {NEEDED[command]}\nEvery option: pi05 {command} --help", file=sys.stderr)
+            sys.exit(2)
+        elif command in {**TRAINER_COMMANDS, **COMMANDS} and (topic := asked(rest)) is not None:
+            show_help(command, topic)
         elif command in TRAINER_COMMANDS:
             load("run")(command, rest)
         elif command in COMMANDS:
@@ -125,7 +153,10 @@ def main(args: list[str] | None = None) -> None:
             hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
             print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)
             sys.exit(2)
+    except BrokenPipeError:  # of `| head`; Python would try to write what is left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if not is_for_the_user(error):
             raise
-        sys.exit(f"pi05 {command}: {error}")
+        sys.exit(f"pi05 {command}: {error}{elsewhere(str(error), rest)}")

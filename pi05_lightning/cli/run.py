@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from jsonargparse import Namespace, dict_to_namespace
@@ -31,6 +31,7 @@ from rich.console import Console
 
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.configuration import check_layer
+from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
@@ -62,21 +63,6 @@ from pi05_lightning.training.run_directory import (
 )
 from pi05_lightning.weights.locate import locate, locate_run, run_of
 
-TRAINER_DEFAULTS = {
-    # the data is an endless stream indexed by step, which each rank reads its own part of
-    "max_epochs": -1,
-    "use_distributed_sampler": False,
-}
-CHECKPOINT_DEFAULTS = {
-    "filename": "{step:08d}",
-    "auto_insert_metric_name": False,
-    "every_n_train_steps": 1000,
-    "save_last": "link",
-    "enable_version_counter": False,
-    "save_on_exception": True,
-}
-NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "replan_subtask_every", "on_failed_decode"}
-"""Fields of `Acting` that a single chunk does not depend on; the robot, which the data says; and NaN for a chunk."""
 # Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
 NOISE = (
     "💡 Tip",
@@ -162,13 +148,8 @@ class Pi05CLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run", type=str | None, help="The run's directory (default: runs/ and the time).")
-        parser.add_argument("--ckpt_path", type=str | None, help="A checkpoint, a run's directory, or `last`.")
-        parser.add_argument(
-            "--resume",
-            type=Literal["auto"] | None,
-            help="auto: go on with the newest checkpoint of --run if it has one, else start it.",
-        )
+        for name, (kind, text) in RUN_OPTIONS.items():
+            parser.add_argument(f"--{name}", type=kind, help=text)
         # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
         parser.add_lightning_class_args(StageSwitch, "stages")
         parser.add_lightning_class_args(WeightAverage, "ema")

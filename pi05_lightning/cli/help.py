@@ -1,0 +1,233 @@
+"""`pi05 COMMAND --help` and `--help.TOPIC`: from signatures and docstrings as they stand in the source.
+
+The parser itself would have to import torch, Lightning and LeRobot, which takes ten seconds and more.
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal
+
+from pi05_lightning.cli.signatures import Found, Option, find, options_of, sentence, subclasses
+from pi05_lightning.data.errors import suggestion
+
+RUN_OPTIONS: dict[str, tuple[Any, str]] = {
+    "run": (str | None, "The run's directory (default: runs/ and the time)."),
+    "ckpt_path": (str | None, "A checkpoint, a run's directory, or `last`."),
+    "resume": (
+        Literal["auto"] | None,
+        "auto: go on with the newest checkpoint of --run if it has one, else start it.",
+    ),
+}
+"""Options of fit, validate, test and predict that are in no group: their type and what they mean."""
+OF_THE_PARSER = {
+    "-c, --config FILE": "a configuration, or a shipped one's name; several are merged in order, flags win",
+    "--print_config": "print the resolved configuration and stop",
+    "--seed_everything": "seed of everything that is drawn [0]",
+}
+GROUPS = {
+    "data": "pi05_lightning.data.datamodule.Pi05DataModule",
+    "model": "pi05_lightning.module.Pi05Module",
+    "stages": "pi05_lightning.training.callbacks.stages.StageSwitch",
+    "ema": "pi05_lightning.training.callbacks.ema.WeightAverage",
+    "checkpoint": "pi05_lightning.training.callbacks.checkpoint.RunCheckpoint",
+    "acting": "pi05_lightning.inference.Acting",
+    "trainer": "lightning.pytorch.trainer.trainer.Trainer",
+}
+"""What the options of a run are arguments of."""
+TITLES = {
+    "data": "Data",
+    "model": "Model",
+    "stages": "Stages: what is trained when, on which data",
+    "ema": "Average of the weights",
+    "checkpoint": "Checkpoints",
+    "acting": "How the policy acts",
+    "trainer": "Trainer (Lightning's)",
+}
+TRAINER_DEFAULTS: dict[str, Any] = {
+    # the data is an endless stream indexed by step, which each rank reads its own part of
+    "max_epochs": -1,
+    "use_distributed_sampler": False,
+}
+CHECKPOINT_DEFAULTS: dict[str, Any] = {
+    "filename": "{step:08d}",
+    "auto_insert_metric_name": False,
+    "every_n_train_steps": 1000,
+    "save_last": "link",
+    "enable_version_counter": False,
+    "save_on_exception": True,
+}
+NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "replan_subtask_every", "on_failed_decode"}
+"""Fields of `Acting` that a single chunk does not depend on; the robot, which the data says; and NaN for a chunk."""
+LEFT_OUT = {"data": {"seed"}, "model": {"seed"}, "acting": NOT_OF_A_CHUNK}
+"""What --seed_everything decides, and what does not concern a run."""
+MOST_USED = {
+    "trainer": (
+        *("max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision"),
+        *("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch"),
+        *("limit_val_batches", "log_every_n_steps", "logger", "callbacks"),
+    ),
+    "checkpoint": ("every_n_train_steps", "save_top_k", "monitor", "mode", "save_weights_only"),
+}
+"""Of groups with many options, those that the overview shows."""
+EXAMPLES = {
+    "fit": (
+        "pi05 fit -c configs/tiny.yaml -c experiments/001_metaworld/config.yaml --run runs/mine",
+        "pi05 fit --ckpt_path runs/mine",
+    ),
+    "validate": ("pi05 validate runs/mine",),
+    "test": ("pi05 test runs/mine",),
+    "predict": ("pi05 predict runs/mine --acting.num_steps 5",),
+}
+
+
+class OfTheParser(Exception):
+    """A topic that only the parser can describe, which imports the class: the option's key, and the class."""
+
+
+def width() -> int:
+    return min(max(shutil.get_terminal_size((120, 24)).columns, 80), 120)
+
+
+# --- fit, validate, test, predict
+
+
+def run_help(command: str, about: str, topic: str) -> str:
+    """What `--help`, or `--help.TOPIC`, prints. topic: a group, an option of it by its dotted key, or a class of it.
+
+    Raises ValueError for what is no topic, and OfTheParser for a class that is not ours.
+    """
+    groups = {name: path for name, path in GROUPS.items() if name != "acting" or command == "predict"}
+    if not topic:
+        return overview(command, about, groups)
+    group, _, rest = topic.partition(".")
+    if group not in groups:
+        raise ValueError(f"there is no --help.{topic}{suggestion(topic, groups)}: {', '.join(groups)}")
+    return topic_help(group, group, find(groups[group]), group_options(group), rest)
+
+
+def group_options(group: str) -> list[Option]:
+    """The options of a group, with the defaults that they have in a run."""
+    defaults = {"trainer": TRAINER_DEFAULTS, "checkpoint": CHECKPOINT_DEFAULTS}.get(group, {})
+    options = options_of(find(GROUPS[group]))
+    return [option.with_default(defaults) for option in options if option.name not in LEFT_OUT.get(group, ())]
+
+
+def overview(command: str, about: str, groups: Mapping[str, str]) -> str:
+    usage = f"pi05 {command}{'' if command == 'fit' else ' [CHECKPOINT]'} [-c FILE …] [--KEY VALUE …]"
+    lines = [f"usage: {usage}", "", about[0].upper() + about[1:] + ".", ""]
+    lines += [f"  {example}" for example in EXAMPLES[command]]
+    lines += ["", "Every option may stand in a file or be a flag; paths are relative to the working directory.", ""]
+    lines += ["Run", *(row(name, text) for name, text in OF_THE_PARSER.items())]
+    lines += [row(f"--{name}", text) for name, (_, text) in RUN_OPTIONS.items()]
+    for group in groups:
+        options = {option.name: option for option in group_options(group)}
+        shown = MOST_USED.get(group, options)
+        left = len(options) - len(shown)
+        lines += ["", f"{TITLES[group]} (--help.{group}{f': {left} more' if left else ''})"]
+        lines += [row(f"--{group}.{name}", sentence(options[name].text), options[name].shown_default) for name in shown]
+    lines += [
+        "",
+        "More about a group, an option, a class:",
+        f"  pi05 {command} --help.model | --help.data.language | --help.data.sources.LeRobotConfig",
+        f"  pi05 {command} --help.trainer.callbacks.EarlyStopping | --help.model.optimizer.torch.optim.SGD",
+    ]
+    return "\n".join(lines)
+
+
+def row(name: str, text: str, default: str = "") -> str:
+    """An option in one line, without a default that would fill it."""
+    end = f" [{default}]" if 0 < len(default) < 20 else ""
+    return f"  {name:<33} {textwrap.shorten(text, width() - 36 - len(end), placeholder=' …')}{end}"
+
+
+# --- in full
+
+
+def topic_help(key: str, asked: str, found: Found, options: list[Option], rest: str) -> str:
+    """What a topic is about: the options of `found`, or what the rest of the topic names among them.
+
+    key: what the options stand below.  asked: the topic so far.
+    """
+    if not rest:
+        return described(key, asked, found, options)
+    name, _, rest = rest.partition(".")
+    option = next((option for option in options if option.name == name), None)
+    if option is None:
+        known = [option.name for option in options]
+        raise ValueError(f"there is no --help.{below(asked, name)}{suggestion(name, known)}: {', '.join(known)}")
+    key, asked = below(key, name), below(asked, name)
+    for kind in own_types(option):
+        if not kind.is_abstract:
+            inner = f"{key}[0]" if option.kind.startswith(("list", "Sequence")) else key
+            return topic_help(inner, asked, kind, options_of(kind), rest)
+        known_classes = {of.name: of for of in subclasses(kind)}
+        if of := known_classes.get(rest.rpartition(".")[2]):
+            inner = f"{key}.NAME" if option.kind.startswith("dict") else key
+            return described(f"{inner}.init_args", asked, of, options_of(of))
+        if not rest:
+            classes = [row(name, of.summary) for name, of in known_classes.items()]
+            last = f"Options of one: --help.{asked}.{next(iter(known_classes))}"
+            return "\n".join([paragraph(f"--{key}", option.full), "", *classes, "", last])
+    if rest:
+        raise OfTheParser(asked, rest)
+    return paragraph(f"--{key}", option.full)
+
+
+def below(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def own_types(option: Option) -> list[Found]:
+    """The classes of this package that an option's type names."""
+    return [kind for kind in option.types if kind.home.name.startswith("pi05_lightning.")]
+
+
+def described(key: str, asked: str, found: Found, options: Iterable[Option]) -> str:
+    """Every option in full."""
+    lines = [f"{key}: {found.summary}" if found.summary else key, ""]
+    for option in options:
+        more = f" See --help.{asked}.{option.name}." if own_types(option) else ""
+        lines.append(paragraph(f"--{key}.{option.name}", option.full + more))
+    return "\n".join(lines)
+
+
+def paragraph(name: str, text: str) -> str:
+    return "\n".join([f"  {name}", textwrap.fill(text, width(), initial_indent=" " * 6, subsequent_indent=" " * 6)])
+
+
+# --- the other commands
+
+
+def command_help(command: str, topic: str) -> str:
+    """What `--help`, or `--help.OPTION`, prints of a command that is a function.
+
+    Raises ValueError for what is no topic, and OfTheParser for a class that is not ours.
+    """
+    function = find(f"pi05_lightning.cli.{command}.{command}")
+    options = options_of(function)
+    if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
+        options = options_of(options[0].types[0])
+    if topic:
+        return topic_help("", "", function, options, topic)
+    given = [option for option in options if option.default is None and not option.keyword]
+    names = "".join(f" {option.name}" for option in given)
+    lines = [f"usage: pi05 {command}{names} [--OPTION VALUE …]", "", sentence(function.doc) + ".", ""]
+    for option in options:
+        lines.append(paragraph(option.name if option in given else f"--{option.name}", option.full))
+    texts = {"--config FILE": "these options in a file", "--print_config": "print the options as they are, and stop"}
+    return "\n".join([*lines, "", *(row(*text) for text in texts.items())])
+
+
+def asked(args: Collection[str]) -> str | None:
+    """The topic that arguments ask help about, empty for all of it; None where they ask for none."""
+    for place, arg in enumerate(args):
+        if arg in ("-h", "--help"):
+            return ""
+        if arg.startswith("--help."):
+            topic = arg.removeprefix("--help.")
+            following = [*args][place + 1 : place + 2]
+            return ".".join([topic, *(word for word in following if not word.startswith("-"))])
+    return None
