@@ -50,5 +50,5 @@ def find_model(name: str) -> Path:
         return find_config(name)
     except ValueError:
         raise ValueError(
-            f"there is no file {shown(name)}, and no model of that name; shipped models are {', '.join(sizes)}"
+            f"there is no model {name!r} and no file {shown(name)}; shipped models are {', '.join(sizes)}"
         ) from None
