@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from pi05_lightning.files.shipped import find_config, find_model
+from pi05_lightning.files.yaml_files import compose_yaml
 
 GROUPS = ("model", "data", "stages", "ema", "checkpoint", "trainer", "acting")
 """A run's options come in these groups; each may stand in a file of its own, as may model.config."""
@@ -79,16 +80,8 @@ def read_layer(path: Path, key: str = "") -> str:
     key: what the file's options are options of; a run when empty.
     ValueError for files that are missing or no YAML, and for a model that is not shipped.
     """
-    root = compose(path)
+    root = compose_yaml(path)
     return yaml.serialize(root) if root is not None and fill(root, key, path) else path.read_text(encoding="utf-8")
-
-
-def compose(path: Path) -> yaml.Node | None:
-    """The nodes of a YAML file, None of an empty one. ValueError with the place of what is no YAML."""
-    try:
-        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
 def fill(node: yaml.Node, key: str, path: Path) -> bool:
@@ -105,7 +98,7 @@ def fill(node: yaml.Node, key: str, path: Path) -> bool:
                 file = file_of(inner, value.value)
             except ValueError as error:
                 raise ValueError(f"{path}, line {value.start_mark.line + 1}, {inner}: {error}") from error
-            value = compose(file)
+            value = compose_yaml(file)
             node.value[place] = (name, value)
             found = True
         if value is not None:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from pi05_lightning.cli.layers import compose
 from pi05_lightning.data.errors import suggestion
 from pi05_lightning.files.shipped import find_config
+from pi05_lightning.files.yaml_files import compose_yaml
 
 # lines of jsonargparse's message about a value that fits none of several types: what a user cannot use
 _NOISE = (
@@ -158,7 +158,7 @@ def layers(args: Sequence[str]) -> Iterator[Iterator[Said]]:
 def said_in_file(name: str) -> Iterator[Said]:
     """What a file says; what cannot be read says nothing."""
     with suppress(ValueError):
-        yield from said_in(compose(find_config(name)), "", name)
+        yield from said_in(compose_yaml(find_config(name)), "", name)
 
 
 def said_in(node: yaml.Node | None, key: str, file: str | None = None, line: int = 1) -> Iterator[Said]:

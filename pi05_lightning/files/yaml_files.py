@@ -9,18 +9,22 @@ import yaml
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds. ValueError as `check_yaml`."""
-    check_yaml(path)
+    """What a YAML file holds. ValueError as `compose_yaml`."""
+    compose_yaml(path)
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def check_yaml(path: Path) -> None:
-    """ValueError for a file that is no YAML, and for a key that stands twice in one mapping, with both lines."""
+def compose_yaml(path: Path) -> yaml.Node | None:
+    """The nodes of a YAML file, with their lines; None of an empty one.
+
+    ValueError for a file that is no YAML, and for a key that stands twice in one mapping, with both lines.
+    """
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     _check(root, path, "")
+    return root
 
 
 def _check(node: yaml.Node | None, path: Path, above: str) -> None:
