@@ -141,7 +141,7 @@ def test_run_resumed_as_it_was_ends_with_the_same_weights_whatever_its_epochs(
         ({"fast_dev_run": 1, "accumulate_grad_batches": 4}, "fast_dev_run: an epoch of 1 .* such as 4"),
         ({"callbacks": [GradientAccumulationScheduler({2: 4})]}, "without trainer.limit_train_batches the run is one"),
     ],
-    ids=str,
+    ids=["share", "overfit", "limit", "fast_dev_run", "scheduler"],
 )
 def test_options_that_end_an_epoch_within_a_step_or_draw_other_batches_are_refused(
     train: Train, options: dict[str, Any], named: str
