@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -9,13 +10,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
+from pi05_lightning.data.differences import check_measurable, differences
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
@@ -27,13 +29,16 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_blocks
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.optim import check_optimizer, param_groups, stage_schedule
+from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Trained, trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate
-from pi05_lightning.weights.safetensors import fill
+from pi05_lightning.weights.resumed import arguments, check_model, check_steps, find_states, reapply
+from pi05_lightning.weights.safetensors import fill, shapes_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -130,8 +135,11 @@ class Pi05Module(LightningModule):
         """What the weights were trained on before this step."""
         self.acting = Acting()
         """How a prediction acts."""
-        self._loaded_processor: dict[str, Any] | None = None
-        """Of the checkpoint that a prediction loaded, None where the weights are training's own."""
+        self._trained_with: Processor | None = None
+        """What made the samples that the weights were trained on; None where nothing was trained or loaded yet."""
+        self._given_arguments: dict[str, dict[str, Any]] = {}
+        """Of the trainer's callbacks, before a checkpoint's state, see `reapply`."""
+        self._saved_arguments: dict[str, dict[str, Any]] = {}
         self._policies: dict[str, Inference] = {}
         self.average: dict[str, Tensor] = {}
         """Of the weights, by name, if they are averaged."""
@@ -157,7 +165,14 @@ class Pi05Module(LightningModule):
             )
         if stage == "fit":
             check_clock(self.trainer)
-        self.processor = datamodule_of(self.trainer).processor
+        data = datamodule_of(self.trainer)
+        data.measure_with(None if stage == "fit" else self._trained_with)
+        self.processor = data.processor
+        self._given_arguments = {c.state_key: arguments(c) for c in self._callbacks}
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        return cast("Any", self.trainer).callbacks  # Lightning sets them without declaring them
 
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.
@@ -243,7 +258,23 @@ class Pi05Module(LightningModule):
                 " trainer a ckpt_path, or leave will_be_restored False"
             )
 
-    on_validation_start = on_test_start = _check_weights
+    def on_validation_start(self) -> None:
+        """Raises ValueError for data of other robots than the weights know."""
+        self._check_weights()
+        if self.trainer.state.fn != "fit":
+            self._compare(list(datamodule_of(self.trainer).own_processor.robots))
+
+    on_test_start = on_validation_start
+
+    def _compare(self, robots: list[str]) -> None:
+        """Say where the data are not as those that the weights were trained on, whose statistics count."""
+        data = datamodule_of(self.trainer)
+        check_measurable(data.processor, data.own_processor, robots)
+        if data.processor is data.own_processor or not self.trainer.is_global_zero:
+            return
+        for difference in differences(data.processor.to_dict(), data.own_processor):
+            if not difference.harmless:
+                log.warning("%s; what the checkpoint has is used", difference)
 
     def cpu(self) -> Pi05Module:
         """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""
@@ -253,8 +284,9 @@ class Pi05Module(LightningModule):
         # what no stage trains is left out of DDP's buckets; what one stage freezes is frozen by `StageSwitch`, later
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad = self.recipe.trains(name)
-        optimizer = self.make_optimizer(param_groups(self.model.named_parameters(), self.recipe))
-        return [optimizer], [{"scheduler": stage_schedule(optimizer, self.recipe), "interval": "step"}]
+        groups = param_groups(self.model.named_parameters(), self.recipe)
+        optimizer = resumable(self.make_optimizer, groups)
+        return [optimizer], [{"scheduler": StageSchedule(optimizer, self.recipe), "interval": "step"}]
 
     # --- training
 
@@ -387,27 +419,11 @@ class Pi05Module(LightningModule):
         """Raises ValueError for what the policy cannot do, and data whose robots it was not trained on."""
         self._check_weights()
         data = datamodule_of(self.trainer)
-        loaded, self._policies = self._loaded_processor, {}
-        # what normalises is the checkpoint's own, whatever data it predicts on
-        processor = Processor.from_dict(loaded) if loaded else data.processor
+        self._policies = {}
+        self._compare(list(data.predicted_sources))
         for name in data.predicted_sources:
-            robot, here = processor.robots.get(name), data.processor.robots[name]
-            if robot is None:
-                raise ValueError(
-                    f"data.sources.{name}: the checkpoint knows no such robot, only {', '.join(processor.acting)}:"
-                    " name the source as it was in training"
-                )
-            for what, known, found in (
-                ("frames per second", robot.fps, here.fps),
-                ("action dims", robot.action_dim, here.action_dim),
-            ):
-                if known != found:
-                    raise ValueError(
-                        f"data.sources.{name} has {found:g} {what} and the checkpoint was trained with {known:g}:"
-                        " predict on data of the same robot"
-                    )
             acting = replace(self.acting, robot=name)
-            self._policies[name] = Inference(self.model, processor, acting, self.seed, self.trained)
+            self._policies[name] = Inference(self.model, data.processor, acting, self.seed, self.trained)
 
     def predict_step(self, batch: Observed, batch_idx: int, dataloader_idx: int = 0) -> Predicted:
         """Raises ValueError, with the place of the frames, where the policy refuses one, or its own chunk."""
@@ -428,8 +444,14 @@ class Pi05Module(LightningModule):
 
     # --- checkpoints
 
+    def on_fit_start(self) -> None:
+        for callback in self._callbacks:
+            then = self._saved_arguments.get(callback.state_key, {})
+            reapply(callback, then, self._given_arguments[callback.state_key])
+        self._saved_arguments = {}
+
     def on_train_start(self) -> None:
-        self._trained_at, self._loaded_processor = self.global_step, None
+        self._trained_at, self._trained_with = self.global_step, self.processor
         self._losses = {}
         self.finite.begin()
 
@@ -473,6 +495,8 @@ class Pi05Module(LightningModule):
             "trained": asdict(self.trained),
             "saved_at": time.time(),
             "skipped_steps": self.finite.skipped,
+            "init_from": None if self.init_from is None else str(self.init_from),
+            "callbacks": self._given_arguments,
         }
         if self.average:
             checkpoint[AVERAGE] = self.average
@@ -480,7 +504,45 @@ class Pi05Module(LightningModule):
             checkpoint["config"] = self.run_config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._trained = Trained.from_dict(checkpoint["pi05"].get("trained", {}))
+        """Raises ValueError for a checkpoint of another model, and for what a resumed run cannot go on with."""
+        if "pi05" not in checkpoint:
+            raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
+        saved, prefix = checkpoint["pi05"], "model."
+        tensors = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+        check_model(saved, self.config, self.lora, shapes_of(tensors), shapes_of(self.model.state_dict()))
+        self._trained = Trained.from_dict(saved.get("trained", {}))
         self._trained_at = checkpoint["global_step"]
-        self.finite.skipped = checkpoint["pi05"].get("skipped_steps", 0)
-        self._loaded_processor = checkpoint["pi05"]["processor"]
+        self.finite.skipped = saved.get("skipped_steps", 0)
+        self._trained_with = Processor.from_dict(saved["processor"])
+        if self._trainer is None:  # `load_from_checkpoint`
+            return
+        if self.trainer.state.fn == "fit":
+            self._resume(checkpoint)
+        else:
+            data = datamodule_of(self.trainer)
+            data.measure_with(self._trained_with)
+            self.processor = data.processor
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse what a resumed run would silently do otherwise than it was begun, or than it is told."""
+        saved, data = checkpoint["pi05"], datamodule_of(self.trainer)
+        if "optimizer_states" not in checkpoint:
+            raise ValueError(
+                "the checkpoint holds weights alone (checkpoint.save_weights_only), with which no run can be resumed:"
+                " begin a new one from them, with model.init_from instead of ckpt_path"
+            )
+        said = [check_steps(checkpoint["global_step"], self.trainer.max_steps, self.recipe.total_steps)]
+        found = differences(saved["processor"], data.own_processor)
+        if serious := [f"{difference}" for difference in found if not difference.harmless]:
+            raise ValueError(
+                "\n  ".join(["the data are not those that the checkpoint was trained on:", *serious])
+                + "\n  Restore the data and their options, or begin a new run from these weights, with model.init_from"
+                " instead of ckpt_path"
+            )
+        said += [f"{difference}" for difference in found]
+        if self.init_from is not None and str(self.init_from) != saved.get("init_from", str(self.init_from)):
+            said.append(f"model.init_from {str(self.init_from)!r} is not used: the weights are the checkpoint's")
+        for message in filter(None, said if self.trainer.is_global_zero else []):
+            log.warning("%s", message)
+        self._saved_arguments = saved.get("callbacks", {})
+        checkpoint["callbacks"] = find_states(self._callbacks, checkpoint["callbacks"])

@@ -45,7 +45,7 @@ LAYERS = (
     ("data.statistics",),
     ("data.sources",),
     ("data.augment", "data.mixture", "data.processor"),
-    ("data.samples",),
+    ("data.samples", "data.differences"),
     ("data.datamodule",),
     ("weights",),
     ("losses",),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pi05_lightning.optim import param_groups, stage_schedule
+from pi05_lightning.optim import StageSchedule, param_groups
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 
 
@@ -62,7 +62,7 @@ def test_learning_rate_follows_each_groups_factor_of_the_stage(network: torch.nn
     posttrain = StageOptions(lr_factors={"head": 0.5}, final_lr_factor=1.0)
     recipe = Recipe.of(1, 2, pretrain=pretrain, posttrain=posttrain)
     optimizer = torch.optim.SGD(param_groups(network.named_parameters(), recipe), lr=1.0)
-    schedule = stage_schedule(optimizer, recipe)
+    schedule = StageSchedule(optimizer, recipe)
 
     def rate(name: str) -> float:
         parameter = dict(network.named_parameters())[name]

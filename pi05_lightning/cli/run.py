@@ -16,17 +16,18 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
+import yaml
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from pi05_lightning.cli.building import mistakes_named
@@ -62,6 +63,7 @@ from pi05_lightning.training.run_directory import (
     write_config,
 )
 from pi05_lightning.weights.locate import locate, locate_run, run_of
+from pi05_lightning.weights.resumed import REMEDY, differing, flat
 
 # Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
 NOISE = (
@@ -122,6 +124,14 @@ class RunConfig(SaveConfigCallback):
         # upstream writes to where the logger writes, over whatever is there
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_config(Path(trainer.default_root_dir), self.text)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say what is not as in the configuration that the checkpoint was written with."""
+        before, now = (flat(yaml.safe_load(text)) for text in (checkpoint.get("config", self.text), self.text))
+        changed = [f"{key}: {before.get(key)!r} → {value!r}" for key, value in now.items() if before.get(key) != value]
+        if changed and trainer.state.fn == "fit":
+            step = checkpoint["global_step"]
+            rank_zero_info("\n  ".join([f"Other options than the checkpoint's, from step {step} on:", *changed]))
 
 
 class Pi05CLI(LightningCLI):
@@ -222,26 +232,8 @@ def check_trainer(trainer: Namespace, command: str) -> None:
 
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
     """ValueError where a checkpoint's model has other dimensions than the configuration says."""
-    there = locate_run(checkpoint).config().to_dict()
-    differing = [
-        f"{key} is {value}, and the checkpoint's {flat(there).get(key)}"
-        for key, value in flat(here).items()
-        if flat(there).get(key) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"{checkpoint} is of another model: {'; '.join(differing)}. Leave model.config as it was, or start a new"
-            " run"
-        )
-
-
-def flat(values: Mapping[str, Any], above: str = "model.config") -> dict[str, Any]:
-    """Nested values by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = f"{above}.{key}"
-        found |= flat(value, inner) if isinstance(value, Mapping) else {inner: value}
-    return found
+    if found := differing("model.config", locate_run(checkpoint).config().to_dict(), here):
+        raise ValueError(f"{checkpoint} is of another model: {'; '.join(found)}. {REMEDY}")
 
 
 def as_list(value: Any) -> list[Any]:

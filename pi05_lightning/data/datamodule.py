@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -94,6 +96,7 @@ class Pi05DataModule(LightningDataModule):
         self.recipe: Recipe | None = None
         self.opened: dict[Split, dict[str, Source]] = {}
         self._mixture: Mixture | None = None
+        self._given: Processor | None = None
 
     @property
     def _model(self) -> Any:
@@ -132,9 +135,28 @@ class Pi05DataModule(LightningDataModule):
             self.opened[split] = opened
         return self.opened[split]
 
-    @cached_property
+    @property
     def processor(self) -> Processor:
         """What makes samples and batches, and goes into every checkpoint."""
+        return self._given or self.own_processor
+
+    def measure_with(self, processor: Processor | None) -> None:
+        """Make samples with what the weights were trained with, whatever the data's own are; None: with the data's."""
+        if processor is not None:
+            own = self.own_processor
+            ours = replace(
+                own.language, prompts=processor.language.prompts, condition_on=processor.language.condition_on
+            )
+            processor = copy.copy(processor)
+            # no checkpoint has the one, and the other's limits and shares are the run's
+            processor.target_makers, processor.language = own.target_makers, ours
+        self._given = processor
+        for samples in ("_validation", "_test"):
+            vars(self).pop(samples, None)
+
+    @cached_property
+    def own_processor(self) -> Processor:
+        """That of the data: its statistics are the training parts', its text and tokenizers those of the options."""
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
         robots: dict[str, Robot] = {}
         for name, source in self.sources("train").items():

@@ -94,3 +94,29 @@ def test_flag_for_a_source_that_layered_yaml_replaced_says_so(config: Path, caps
     with pytest.raises(SystemExit):
         main(["fit", "-c", "configs/tiny.yaml", "-c", str(config), "--data.sources.robot.init_args.path", "elsewhere"])
     assert "names a source that the configuration does not have" in capsys.readouterr().err
+
+
+def test_flags_of_a_resumed_run_are_said_and_used(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, optimizer = tmp_path / "run", ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr"]
+    main(["fit", "-c", str(config), "--run", str(run), *optimizer, "1e-3"])
+    stages = ["--stages.pretrain_steps", str(STEPS + 2), "--stages.pretrain.final_lr_factor", "1"]
+    main(["fit", "--ckpt_path", str(run), "--model.optimizer.lr", "5e-4", *stages])
+    checkpoint = torch.load(find_checkpoint(run), weights_only=True)
+    assert checkpoint["global_step"] == STEPS + 2
+    assert {group["lr"] for group in checkpoint["optimizer_states"][0]["param_groups"]} == {5e-4}
+    said = next(r.getMessage() for r in caplog.records if "Other options than the checkpoint's" in r.getMessage())
+    assert f"from step {STEPS} on" in said
+    assert "model.optimizer.init_args.lr: 0.001 → 0.0005" in said
+    assert f"stages.pretrain_steps: {STEPS} → {STEPS + 2}" in said
+    assert len(said.splitlines()) == 4
+
+
+def test_a_resumed_run_without_other_flags_says_nothing_of_options(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main(["fit", "-c", str(config), "--run", str(tmp_path), "--trainer.max_steps", "2"])
+    main(["fit", "--ckpt_path", str(tmp_path)])
+    assert "Other options than" not in caplog.text
+    assert "the run is complete after 2 steps" in caplog.text

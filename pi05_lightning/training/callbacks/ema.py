@@ -40,6 +40,7 @@ class WeightAverage(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
         resumed, self.average, self._pairs = self.average, {}, []
+        pl_module.average = self.average
         if self.decay is None:
             return
         for name, parameter in pl_module.model.named_parameters():
@@ -47,7 +48,6 @@ class WeightAverage(Callback):
                 start = resumed.get(name, parameter.detach())
                 self.average[name] = start.to(parameter.device, torch.float32, copy=True)
                 self._pairs.append((self.average[name], parameter))
-        pl_module.average = self.average
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step

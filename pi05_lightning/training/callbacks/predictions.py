@@ -110,7 +110,7 @@ def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, An
     data, path = datamodule_of(trainer), trainer.ckpt_path
     sources = {}
     for name, source in data.predicted_sources.items():
-        robot = data.processor.robots[name]
+        robot = data.own_processor.robots[name]
         sources[name] = {
             "dataset": robot.dataset,
             "samples": sum(pq.read_metadata(file).num_rows for file in (folder / name).glob("*.parquet")),

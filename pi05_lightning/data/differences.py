@@ -1,0 +1,149 @@
+"""Where the data of today are not those that a checkpoint was trained on, without reading anything twice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pi05_lightning.data.processor import Processor
+
+ROUNDING = 1e-6  # of a value and its dim's range: statistics are deterministic, but for a machine's last bit
+SHOWN = 3  # dims of which the values are told
+_TOLD_OTHERWISE = {"quantiles", "state_range", "tasks", "dataset"}
+_UNKNOWN = ("cameras", None)  # to an older checkpoint
+
+
+@dataclass(frozen=True)
+class Difference:
+    """place: the key in the configuration.  what: both values, in words.
+
+    harmless: what the weights have learned holds as before.
+    """
+
+    place: str
+    what: str
+    harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+
+def differences(saved: Mapping[str, Any], today: Processor) -> list[Difference]:
+    """Of a checkpoint's processor (`Processor.to_dict`, whatever an older one lacks left out) and that of the data."""
+    now = today.to_dict()
+    found = [
+        Difference(f"data.language.{key}", _values(value, then))
+        for key, then, value in (
+            *((f"prompts.{k}", v, now["language"]["prompts"].get(k)) for k, v in saved["language"]["prompts"].items()),
+            ("condition_on", saved["language"]["condition_on"], now["language"]["condition_on"]),
+        )
+        if then != value
+    ]
+    if saved["tokenizer"] != now["tokenizer"]:
+        found.append(
+            Difference("data.tokenizer", "is another tokenizer than the checkpoint's: the same text has other ids")
+        )
+    if saved["fast"] != now["fast"]:
+        what, harmless = "is another FAST tokenizer than the checkpoint's: its tokens stand for other actions", False
+        if now["fast"] is None:
+            what = "is null, and the checkpoint has a FAST tokenizer"
+        if saved["fast"] is None:
+            what, harmless = "is a FAST tokenizer, and the checkpoint has none", True
+        found.append(Difference("data.fast", what, harmless))
+    for name in saved["robots"].keys() - now["robots"].keys():
+        found.append(
+            Difference(
+                f"data.sources.{name}",
+                "is gone, and a policy could not act as this robot any more. To train on others alone, keep it and name"
+                " them in the stages' `mixture`",
+            )
+        )
+    for name, robot in now["robots"].items():
+        if name in saved["robots"]:
+            found += _of_robot(f"data.sources.{name}", saved["robots"][name], robot)
+        else:
+            found.append(
+                Difference(f"data.sources.{name}", "is a robot that the checkpoint does not know", harmless=True)
+            )
+    cameras, known = now["cameras"], saved["cameras"]
+    if cameras[: len(known)] != known:
+        found.append(Difference("data.sources: cameras", _values(cameras, known) + ", in the order of their tokens"))
+    elif cameras != known:
+        found.append(Difference("data.sources: cameras", _values(cameras, known), harmless=True))
+    return found
+
+
+def _of_robot(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    found = [
+        Difference(place, f"{key} {_values(now[key], value)}")
+        for key, value in then.items()
+        if key in now and key not in _TOLD_OTHERWISE and (key, value) != _UNKNOWN and _plain(value) != _plain(now[key])
+    ]
+    for part in ("state", "action"):
+        old, new = (np.array([q[part]["q01"], q[part]["q99"]]) for q in (then["quantiles"], now["quantiles"]))
+        found += _of_statistics(place, part, "1 % and 99 % quantile", old, new)
+    if then.get("state_range") is not None and now["state_range"] is not None:
+        old, new = np.array(then["state_range"]), np.array(now["state_range"])
+        # of other dims it was said already
+        found += _of_statistics(place, "state", "least and greatest value", old, new) if old.shape == new.shape else []
+    if then["tasks"] != now["tasks"]:
+        others = sorted(set(then["tasks"]) ^ set(now["tasks"]))
+        found.append(
+            Difference(place, f"has other tasks than the checkpoint: {', '.join(others[:SHOWN])}", harmless=True)
+        )
+    return found
+
+
+def _of_statistics(place: str, part: str, of: str, then: np.ndarray, now: np.ndarray) -> list[Difference]:
+    """then, now: f64[2 A], the lower and the upper statistic of each dim."""
+    if then.shape != now.shape:
+        return [Difference(place, f"{part} has {now.shape[1]} dims, and {then.shape[1]} in the checkpoint")]
+    scale = np.maximum(np.abs(then), np.abs(now)) + np.maximum(np.ptp(then, axis=0), np.ptp(now, axis=0))
+    dims = np.flatnonzero((np.abs(then - now) > ROUNDING * scale).any(0))
+    if not len(dims):
+        return []
+    told = [
+        f"dim {dim} {now[0, dim]:.7g} and {now[1, dim]:.7g} (checkpoint {then[0, dim]:.7g} and {then[1, dim]:.7g})"
+        for dim in dims[:SHOWN]
+    ]
+    more = [f"and also of dims {', '.join(map(str, dims[SHOWN:]))}"] if len(dims) > SHOWN else []
+    return [Difference(place, f"{of} of the {part}: {', '.join([*told, *more])}")]
+
+
+def _values(now: Any, then: Any) -> str:
+    return f"is {now!r}, and {then!r} in the checkpoint"
+
+
+def _plain(value: Any) -> Any:
+    """Lists that are sets, such as a robot's cameras, whatever their order."""
+    return sorted(value) if isinstance(value, list) else value
+
+
+def check_measurable(saved: Processor, today: Processor, robots: list[str]) -> None:
+    """ValueError for data that weights of the saved processor cannot be measured on: other robots than they know."""
+    for name in robots:
+        known, here = saved.robots.get(name), today.robots[name]
+        if known is None:
+            raise ValueError(
+                f"data.sources.{name}: the checkpoint knows no such robot, only {', '.join(saved.acting) or 'none'}:"
+                " name the source as it was in training"
+            )
+        for what, then, now in (
+            ("frames per second", known.fps, here.fps),
+            ("action dims", known.action_dim, here.action_dim),
+            ("state dims", known.state_dim, here.state_dim),
+        ):
+            if then != now:
+                raise ValueError(
+                    f"data.sources.{name} has {now:g} {what} and the checkpoint was trained with {then:g}: use data of"
+                    " the same robot"
+                )
+    if unknown := set(today.cameras) - set(saved.cameras):
+        raise ValueError(
+            f"data.sources have the cameras {', '.join(sorted(unknown))}, which the checkpoint does not know: it has"
+            f" {', '.join(saved.cameras) or 'none'}. Leave them out with the sources'"
+            " `cameras`, or name them as in training"
+        )

@@ -1,0 +1,139 @@
+"""What of a checkpoint holds under the options of today, which may be others than those that it was written with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.parallelize import Lora
+
+REMEDY = "Leave it as it was, or begin a new run from these weights: model.init_from instead of ckpt_path"
+SHOWN = 8  # differences that are listed
+_APPLIED = {"dropout", "train"}
+"""Options of LoRA that change no tensor and nothing that one stands for."""
+
+
+def check_model(
+    saved: Mapping[str, Any],
+    config: ModelConfig,
+    lora: Lora | None,
+    tensors: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """Raises ValueError, with the keys and both values, where a checkpoint's weights are another model's.
+
+    saved: its `pi05` entry.  tensors, expected: name → shape, of its weights and of those of today's model.
+    """
+    problems = differing("model.config", ModelConfig.from_dict(saved["model"]).to_dict(), config.to_dict())
+    then, now = saved.get("lora"), None if lora is None else asdict(lora)
+    if then is None or now is None:
+        problems += [] if then == now else [f"model.lora is {now}, and {then} in the checkpoint"]
+    else:
+        kept = [{key: value for key, value in options.items() if key not in _APPLIED} for options in (then, now)]
+        problems += differing("model.lora", *kept)
+    if not problems and dict(tensors) != dict(expected):
+        names = sorted(name for name in tensors.keys() | expected.keys() if tensors.get(name) != expected.get(name))
+        key = (
+            "model.heads"
+            if all("auxiliary." in name for name in names)
+            else "model.lora"
+            if any(".lora_" in name for name in names)
+            else "the model"
+        )
+        problems = [
+            f"{key} differs: {name} is {_shape(expected.get(name))}, and {_shape(tensors.get(name))} in the checkpoint"
+            for name in names
+        ]
+    if problems:
+        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise ValueError("\n  ".join(["the checkpoint is another model's:", *problems[:SHOWN], *more, REMEDY]))
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def differing(key: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where today's options under a key are others than a checkpoint's, with both values; what it lacks is no other."""
+    before = flat(then, key)
+    found = {name: (value, before.get(name, value)) for name, value in flat(now, key).items()}
+    return [f"{name} is {new!r}, and {old!r} in the checkpoint" for name, (new, old) in found.items() if new != old]
+
+
+def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = f"{above}.{name}".removeprefix(".")
+        found |= flat(value, inner) if isinstance(value, Mapping) and value else {inner: value}
+    return found
+
+
+def check_steps(done: int, max_steps: int, total: int) -> str | None:
+    """What is to be said of the steps that a resumed run has left. ValueError where it shall have fewer than it has.
+
+    max_steps: the trainer's, which are `total`, the stages' together, where the user names none.
+    """
+    longer = "raise the stages' steps, and trainer.max_steps if it is set"
+    if 0 <= max_steps < done:
+        raise ValueError(
+            f"the checkpoint was saved after {done} steps, and the run shall have {max_steps}: {longer}, or give an"
+            " earlier checkpoint as ckpt_path"
+        )
+    if max_steps == done:
+        return f"the run is complete after {done} steps, and nothing is trained. To train on, {longer}"
+    if 0 <= max_steps < total:
+        return f"trainer.max_steps ends the run after {max_steps} of its stages' {total} steps"
+    return None
+
+
+# --- callbacks: a state that is restored must not undo an argument
+
+
+def arguments(callback: Callback) -> dict[str, Any]:
+    """The arguments of a callback that it keeps under their names, of plain types."""
+    names = inspect.signature(type(callback).__init__).parameters
+    values = {name: getattr(callback, name) for name in names if hasattr(callback, name)}
+    # of exactly these types: a checkpoint with others could not be read
+    return {name: value for name, value in values.items() if value is None or type(value) in (bool, int, float, str)}
+
+
+def reapply(callback: Callback, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Give a callback its arguments again where a state undid them; an unchanged one goes on as it was restored.
+
+    then, now: its `arguments` when the checkpoint was written, and before the state was restored.
+    """
+    for name, value in now.items():
+        if name in then and then[name] != value and getattr(callback, name) != value:
+            setattr(callback, name, value)
+    if isinstance(callback, ModelCheckpoint):
+        _keep_best(callback)
+
+
+def _keep_best(callback: ModelCheckpoint) -> None:
+    """Let go of the worst of more checkpoints than `save_top_k` is now; their files stay."""
+    scores, worst_first = callback.best_k_models, callback.mode == "min"
+    ranked = sorted(scores, key=lambda path: float(scores[path]), reverse=worst_first)
+    if not 0 < callback.save_top_k <= len(ranked):
+        return
+    callback.best_k_models = {path: scores[path] for path in ranked[len(ranked) - callback.save_top_k :]}
+    callback.kth_best_model_path = next(iter(callback.best_k_models))
+    callback.kth_value = callback.best_k_models[callback.kth_best_model_path]
+
+
+def find_states(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> dict[str, Any]:
+    """The states of callbacks under their keys of today: Lightning's of a ModelCheckpoint says also when it saves."""
+    keys, found = {callback.state_key for callback in callbacks}, dict(states)
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.state_key not in states:
+            scored = callback.state_key.partition("'every_n_train_steps'")[0]
+            former = [key for key in found if key.startswith(scored) and key not in keys]
+            if len(former) == 1:
+                found[callback.state_key] = found.pop(former[0])
+    return found
