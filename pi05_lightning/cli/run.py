@@ -50,6 +50,7 @@ from pi05_lightning.training.callbacks.mixture import MixtureLog
 from pi05_lightning.training.callbacks.predictions import PredictionsFile
 from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
+from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.training.precision import replaced
@@ -87,7 +88,8 @@ def default_callbacks() -> list[Callback]:
         Throughput(),
         MixtureLog(),
         ValidationExamples(),
-        InterruptBetweenSteps(),  # last, so that all have taken note of the step that it stops after
+        InterruptBetweenSteps(),  # so late that all have taken note of the step that it stops after
+        Restart(),  # what it makes up can be interrupted
     ]
 
 

@@ -24,6 +24,8 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.types import Batch
 
 KILL_AT_BATCH, KILL_AT_FILE_EVENT, SIGNAL_AT_BATCH = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT", "SIGNAL_AT_BATCH"
+SIGNAL_IN_VALIDATION = "SIGNAL_IN_VALIDATION"
+"""After so many optimizer steps; the signal is SIGNAL, as for SIGNAL_AT_BATCH."""
 PATIENCE = 500  # seconds
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.symlink")
 
@@ -35,7 +37,7 @@ def digest(value: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(f"{value.dtype}{list(value.shape)}".encode())
-            found.update(value.detach().contiguous().flatten().view(-1).numpy().tobytes())
+            found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Batch):
             add({field.name: getattr(value, field.name) for field in fields(value)})
         elif isinstance(value, dict):
@@ -78,6 +80,10 @@ class Record(Callback):
         if str(batch_idx) == os.environ.get(KILL_AT_BATCH):
             os.kill(os.getpid(), signal.SIGKILL)
         if str(batch_idx) == os.environ.get(SIGNAL_AT_BATCH) and trainer.global_rank == trainer.world_size - 1:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not trainer.sanity_checking and str(trainer.global_step) == os.environ.get(SIGNAL_IN_VALIDATION):
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from pi05_lightning.module import AVERAGE, Pi05Module
+from pi05_lightning.recipe import Recipe
 
 
 class WeightAverage(Callback):
@@ -32,7 +33,6 @@ class WeightAverage(Callback):
         self.average: dict[str, Tensor] = {}
         self._pairs: list[tuple[Tensor, nn.Parameter]] = []
         self._own: dict[str, Tensor] = {}
-        self._step = 0
 
     # --- training
 
@@ -48,18 +48,14 @@ class WeightAverage(Callback):
                 start = resumed.get(name, parameter.detach())
                 self.average[name] = start.to(parameter.device, torch.float32, copy=True)
                 self._pairs.append((self.average[name], parameter))
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        # with the weights: what other callbacks do at the step's end, or stop it by, finds both
+        trainer.optimizers[0].register_step_post_hook(lambda *_: self._update(trainer.global_step, pl_module.recipe))
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        assert isinstance(pl_module, Pi05Module)
-        if self.decay is None or trainer.global_step == self._step:  # gradients are being accumulated
-            return
-        done, _ = pl_module.recipe.progress(self._step)
+    def _update(self, step: int, recipe: Recipe) -> None:
+        assert self.decay is not None
+        done, _ = recipe.progress(step)
         weight = 1 - min(self.decay, (1 + done) / (10 + done))
-        self._step = trainer.global_step
         for average, parameter in self._pairs:
             average.lerp_(parameter.detach().float(), weight)
 

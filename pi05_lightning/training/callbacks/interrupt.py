@@ -35,8 +35,9 @@ class InterruptBetweenSteps(Callback):
     Then the run is saved and ends with status 128 and the signal's number. Under SLURM its signal (SIGUSR1, as in
     `#SBATCH --signal=USR1@90`) also requeues the job, unless `auto_requeue` is off.
     Inside an optimizer step an end would leave half of the parameters updated, and between accumulated batches it would
-    lose gradients. Several ranks agree on the step, whichever of them the signal reached; there validation is not
-    broken off, since they do not validate equally many batches.
+    lose gradients. A validation is broken off, and made up when the run goes on (`Restart`). Several ranks agree on the
+    step, whichever of them the signal reached; there validation is not broken off, since they do not validate equally
+    many batches.
     """
 
     def __init__(self) -> None:
@@ -75,7 +76,7 @@ class InterruptBetweenSteps(Callback):
         self._stop()
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.world_size == 1:
+        if trainer.world_size == 1 and not within_step(trainer):
             self._stop()
 
     def _stop(self) -> None:
@@ -87,6 +88,12 @@ class InterruptBetweenSteps(Callback):
 def within_step(trainer: Any) -> bool:
     """Whether gradients have been accumulated that no optimizer step has used."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.processed % trainer.accumulate_grad_batches != 0
+
+
+def within_batch(trainer: Any) -> bool:
+    """Whether a training batch is being computed, whose step may be half done."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.ready != progress.processed
 
 
 def requeue() -> None:

@@ -39,7 +39,8 @@ class PeriodicRollout(Callback):
 
     It logs `rollout/success`, the same per task, and `rollout/seconds`, what that cost; a film of the first episode
     goes to TensorBoard and to the run's rollouts/. The initial states are those of the validation split, always the
-    same ones. Weights are the average where there is one (`ema`). Training's random numbers are as without it.
+    same ones. Weights are the average where there is one (`ema`). Training's random numbers are as without it. A
+    rollout that was broken off is run again, from its start, when the run goes on.
 
     Args:
         every_n_steps: optimizer steps from one rollout to the next.
@@ -73,7 +74,21 @@ class PeriodicRollout(Callback):
         self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
         self.mode, self.max_seconds, self.lanes, self.seed = mode, max_seconds, lanes, seed
         self.acting = Acting(hierarchical=None, inference_delay=0, **acting)  # the mode decides; the simulator waits
+        self.is_pending = False
+        """A rollout has begun and is not over."""
         self._last = -1
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            env=self.env, tasks=self.tasks, mode=self.mode, every_n_steps=self.every_n_steps
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_pending": self.is_pending}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.is_pending = state_dict["is_pending"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
@@ -114,6 +129,9 @@ class PeriodicRollout(Callback):
         for film in Path(trainer.default_root_dir, FOLDER).glob("step-*.*"):
             if trainer.is_global_zero and int(film.stem.removeprefix("step-")) > trainer.global_step:
                 film.unlink()  # of steps that a resumed run takes anew
+        if self.is_pending:
+            assert isinstance(pl_module, Pi05Module)
+            self._roll_out(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Pi05Module)
@@ -122,8 +140,13 @@ class PeriodicRollout(Callback):
         if due and self.acting.actions in pl_module.recipe.at(step).weights:
             self._roll_out(trainer, pl_module)
 
-    @rank_zero_only
     def _roll_out(self, trainer: Trainer, module: Pi05Module) -> None:
+        self.is_pending = True
+        self._roll_out_on_one_rank(trainer, module)
+        self.is_pending = False
+
+    @rank_zero_only
+    def _roll_out_on_one_rank(self, trainer: Trainer, module: Pi05Module) -> None:
         start = perf_counter()
         with isolate_rng(), self._policy(trainer, module) as policy:
             by_task = self.run(policy)
