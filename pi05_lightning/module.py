@@ -20,7 +20,7 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.differences import check_measurable, differences
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
-from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all
+from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all, metric_names
 from pi05_lightning.files.ranges import check
 from pi05_lightning.finite import TOTAL, FiniteSteps, check_savable
 from pi05_lightning.inference import Acting, Inference
@@ -398,16 +398,24 @@ class Pi05Module(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.results = compute_all(self.metrics)
-        split = datamodule_of(self.trainer).evaluated
-        values = {
-            f"{split}{'_detail' if '/' in metric else ''}/{name}/{metric}": float(value)
-            for name, metrics in self.results.items()
-            for metric, value in metrics.items()
-        }
+        values = self._by_tag(self.results)
         self.log_dict(values, sync_dist=True)  # the same on every rank already, which Lightning cannot know
         if self.trainer.state.fn != "fit":
             # loggers take it for the x-axis; in double precision, as the default type may be bf16
             self.log("step", torch.tensor(self.measured_step, dtype=torch.float64))
+
+    def _by_tag(self, results: dict[str, dict[str, float]]) -> dict[str, float]:
+        split = datamodule_of(self.trainer).evaluated
+        return {
+            f"{split}{'_detail' if '/' in metric else ''}/{name}/{metric}": float(value)
+            for name, metrics in results.items()
+            for metric, value in metrics.items()
+        }
+
+    def validation_metrics(self) -> list[str]:
+        """What validation of this run's data can log, before it has."""
+        data = datamodule_of(self.trainer)
+        return list(self._by_tag(metric_names(data.evaluated_subsets, data.empty_subsets, self.model)))
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -58,6 +58,15 @@ def compute_all(metrics: Mapping[Subset, SubsetMetrics]) -> dict[str, dict[str, 
             values = values_of(pooled, details=False)
             table[str(modality)] = {key: value for key, value in values.items() if not key.endswith("_real")}
     return table
+
+
+def metric_names(measured: Iterable[Subset], empty: Iterable[Subset], model: Pi05) -> dict[str, dict[str, float]]:
+    """The table that `compute_all` may make, with all that can be counted of the subsets that have samples."""
+    metrics = {subset: SubsetMetrics(subset, model, model.device) for subset in (*measured, *empty)}
+    for subset in measured:
+        for mean in metrics[subset].means.values():
+            mean.update(torch.ones_like(mean.total), torch.ones_like(mean.weight))
+    return compute_all(metrics)
 
 
 def values_of(sums: Mapping[str, Sums], details: bool) -> dict[str, float]:

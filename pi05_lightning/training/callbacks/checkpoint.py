@@ -1,28 +1,57 @@
-"""When a run is saved, and that what is saved can be resumed exactly whenever the run is killed."""
+"""When a run is saved and by which score, and that it can be resumed exactly whenever it is killed."""
+
+from __future__ import annotations
 
 import os
+import re
+import time
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from pi05_lightning.files.local import replacing
 from pi05_lightning.finite import NotFinite
-from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_step
+from pi05_lightning.module import Pi05Module
+from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
+from pi05_lightning.training.callbacks.restart import validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, check_readable
 from pi05_lightning.training.first_rank import on_first_rank
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """ModelCheckpoint for runs that may be killed at any moment.
+    """ModelCheckpoint for runs that may be killed at any moment, whose scores are of the weights in the same file.
+
+    The run is saved every `every_n_train_steps` and at its end; `last.ckpt` is the newest. A step that a validation
+    follows is saved once that is over. With `monitor`, what is saved so is `last.ckpt` alone, and each validation
+    decides by its own result whether its weights are among the `save_top_k` best. Metrics in `filename` are nan for
+    weights that were not validated.
 
     Upstream leaves out the steps after the last multiple of `every_n_train_steps`; for a moment has no `last.ckpt`;
-    and, when one of several ranks fails, waits for the others to save with it. What is saved between two batches whose
-    gradients are accumulated is the state after the last whole step, and a resumed run does the next one anew.
+    when one of several ranks fails, waits for the others to save with it; scores weights by the validation before them;
+    with `monitor` saves none but the best; and forgets these when the run's directory is moved. What is saved between
+    two batches whose gradients are accumulated is the state after the last whole step, and a resumed run does the next
+    one anew.
+
+    Raises ValueError when training starts for a `monitor` that no validation will log, and where another checkpoint
+    callback would write the same files.
     """
+
+    _is_deferred = False
+    """This step is to be saved once its validation is over."""
+    _validated_step = -1
+    _before_validation: frozenset[str] = frozenset()
+    _validation_metrics: frozenset[str] = frozenset()
+    """Names of what validation logs, as far as it did."""
+    _goes_on = False
+    """A run that was scored by this metric before."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.dirpath is None:  # upstream's is the first logger's, which may be anywhere
@@ -36,26 +65,94 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         on_first_rank(trainer, partial(check_readable, checkpoint))
+        self._check_files(trainer)
+        if self.monitor is not None:
+            self._check_monitor(trainer, pl_module, self.monitor)
+            self._rank(trainer)
+
+    # --- when it saves
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self._is_deferred = False
+        if within_step(trainer) or self._should_skip_saving_checkpoint(trainer) or not self._is_time(trainer):
+            return
+        if validation_is_due(trainer):
+            self._is_deferred = True
+        else:
+            self._save_newest(trainer)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        if self._train_time_interval is None:
+            return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+        now, last = time.monotonic(), self._last_time_checked
+        is_time = last is None or now - last >= self._train_time_interval.total_seconds()
+        if trainer.strategy.broadcast(is_time):  # the ranks' clocks differ
+            self._last_time_checked = now
+            return True
+        return False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation = frozenset(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_metrics |= frozenset(trainer.callback_metrics) - self._before_validation
+        is_deferred, self._is_deferred = self._is_deferred, False
+        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self._validated_step = trainer.global_step
+        if self.monitor is not None:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            if is_deferred or self._last_global_step_saved == trainer.global_step:
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        elif is_deferred:
+            self._save_newest(trainer)
+        else:
+            super().on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.monitor is None:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+            self._save_newest(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if isinstance(exception, NotFinite):
-            if not exception.intact:
-                return
-            take_back_batches(trainer)
+            is_whole = exception.intact
+        else:  # Ctrl-C may come while the optimizer updates the weights
+            is_whole = not (isinstance(exception, KeyboardInterrupt) and within_batch(trainer))
         # a signal stops all ranks after the same step; of another error nobody knows whether all have it
-        if trainer.world_size == 1 or isinstance(exception, Stopped | NotFinite):
-            super().on_exception(trainer, pl_module, exception)
+        is_everywhere = trainer.world_size == 1 or isinstance(exception, Stopped | NotFinite)
+        if is_whole and is_everywhere and self._should_save_on_exception(trainer):
+            if within_batch(trainer) or within_step(trainer):
+                take_back_batches(trainer)
+            self._save_newest(trainer)
+            if self._last_global_step_saved != trainer.global_step:  # it keeps the best alone
+                self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+            rank_zero_info(f"{type(exception).__name__}: step {trainer.global_step} is saved in {self.dirpath}")
         if isinstance(exception, Stopped) and exception.requeued and trainer.is_global_zero:
             requeue()
 
-    def _should_save_on_exception(self, trainer: Trainer) -> bool:
-        return not within_step(trainer) and super()._should_save_on_exception(trainer)
+    # --- what it saves
+
+    def _save_newest(self, trainer: Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._last_checkpoint_saved = ""  # there is no file of this step to link to
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+
+    def _monitor_candidates(self, trainer: Trainer) -> dict[str, Tensor]:
+        candidates = super()._monitor_candidates(trainer)
+        if self._validated_step != trainer.global_step:  # they are of other weights
+            stale = self._validation_metrics | set(re.findall(r"\{([^:}]+)", self.filename or "")) - candidates.keys()
+            candidates |= dict.fromkeys(stale, torch.tensor(torch.nan))
+        return candidates
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
@@ -69,6 +166,61 @@ class RunCheckpoint(ModelCheckpoint):
             with replacing(Path(linkpath), one_writer=True) as new:
                 new.symlink_to(os.path.relpath(filepath, new.parent))
         trainer.strategy.barrier()
+
+    # --- whether it can
+
+    def _check_files(self, trainer: Trainer) -> None:
+        for other in trainer.checkpoint_callbacks:
+            if (
+                other is not self
+                and isinstance(other, ModelCheckpoint)
+                and (other.dirpath, other.filename) == (self.dirpath, self.filename)
+            ):
+                raise ValueError(
+                    f"two checkpoint callbacks would write the same files to {self.dirpath} and remove each other's:"
+                    " give one of them a `filename` or a `dirpath` of its own"
+                )
+
+    def _check_monitor(self, trainer: Trainer, pl_module: LightningModule, monitor: str) -> None:
+        if not trainer.enable_validation:
+            raise ValueError(
+                f"checkpoint.monitor is {monitor}, and nothing is validated in this run (trainer.limit_val_batches,"
+                " data.sources with no validation part): leave it out, or validate"
+            )
+        known = set(self._validation_metrics)  # of the sanity check
+        if isinstance(pl_module, Pi05Module):
+            known |= set(pl_module.validation_metrics())
+        if monitor not in known and not self._goes_on:
+            near = get_close_matches(monitor, known, 3, cutoff=0)
+            main = sorted(name for name in known if not name.startswith("val_detail/"))
+            raise ValueError(
+                f"checkpoint.monitor is {monitor}, which no validation of this run logs. Nearest: {', '.join(near)}. It"
+                f" logs {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a"
+                " callback of yours logs is only known with trainer.num_sanity_val_steps of 1 or more"
+            )
+
+    # --- going on
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Paths are those of the run's directory as it is now called."""
+        old, new = state_dict["dirpath"], str(self.dirpath)
+
+        def here(path: str) -> str:
+            return os.path.join(new, os.path.relpath(path, old)) if path and old != new else path
+
+        moved = {name: here(path) for name, path in state_dict.items() if name.endswith("_path")}
+        best = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"dirpath": self.dirpath, "best_k_models": best})
+        self._goes_on = True
+
+    def _rank(self, trainer: Trainer) -> None:
+        """Keep the best that are still there: a run may go on from before some were removed."""
+        found = [path for path in self.best_k_models if self.file_exists(path, trainer)]
+        ranked = sorted(found, key=lambda path: float(self.best_k_models[path]), reverse=self.mode == "max")
+        ranked = ranked[: self.save_top_k if self.save_top_k >= 0 else None]
+        self.best_k_models = {path: self.best_k_models[path] for path in ranked}
+        self.best_model_path, self.kth_best_model_path = (ranked[0], ranked[-1]) if ranked else ("", "")
+        self.best_model_score = self.best_k_models.get(self.best_model_path)
 
 
 def take_back_batches(trainer: Any) -> None:

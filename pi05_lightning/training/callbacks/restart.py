@@ -1,11 +1,10 @@
-"""What a run was stopped in is made up when it goes on: a validation, and Lightning's counters inside a batch."""
+"""What a run was stopped in is made up when it goes on: a validation that was due and not over."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loops.progress import _ProcessedTracker as ProcessedTracker
 
 from pi05_lightning.training.callbacks.interrupt import within_batch
 
@@ -15,9 +14,8 @@ PENDING = "validation_is_pending"
 class Restart(Callback):
     """Runs the validation that was due when a checkpoint was saved and was not over, once, before training goes on.
 
-    Upstream leaves it out, and at a run's last step does nothing at all; it also counts a batch twice that an exception
-    ended, and a step too little for the loggers. A callback that has something to make up itself says so by
-    `is_pending`, so that a run goes on that has taken all its steps.
+    Upstream leaves it out, does nothing at all where a run has taken its last step, and may log later validations a
+    step too early. A callback that has something to make up by itself says so as this one does, by `is_pending`.
     """
 
     def __init__(self) -> None:
@@ -51,11 +49,10 @@ class Restart(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch_loop = trainer.fit_loop.epoch_loop
         epoch_loop.max_steps = self._max_steps
-        total = cast("ProcessedTracker", epoch_loop.batch_progress.total)
-        total.ready = total.started = total.processed  # upstream takes back the count of this epoch alone
         if self.is_pending and trainer.enable_validation:
             loop = epoch_loop.val_loop
             loop.restarting = False  # from its first batch on
+            epoch_loop._batches_that_stepped = trainer.global_step - 1  # what it is logged at, counted from 0
             trainer.validating = True
             loop.run()
             trainer.training = True
@@ -63,7 +60,7 @@ class Restart(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._resumed_at is not None:
-            # what validation is logged at; upstream forgets a step that was saved after its validation
+            # upstream forgets a step that was saved after its validation
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._resumed_at = None
 
