@@ -149,7 +149,7 @@ class Rehearsal:
         def call(*args: object, **options: object) -> Terms:
             return functional_call(model, tensors, args, options)
 
-        # what is compiled runs as it is where a mode watches, see `compile_calls`
+        # what is compiled runs as it is where a mode watches, see `compile_blocks`
         with self.trainer.precision_plugin.train_step_context(), FlopCounterMode(display=False):
             return step(call, batch, stage, self.module.knowledge_insulation)
 
