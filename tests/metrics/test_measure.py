@@ -121,7 +121,7 @@ def test_exact_match_counts_texts_that_are_generated_as_they_should(
 def test_box_iou_counts_answers_with_boxes_alone(
     evaluator: Evaluator, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = data._validation
+    samples = data.validation
     entry = samples.subsets.index(Subset.parse(QA))
     frame = samples.sources["robot"][int(samples.indices[entry][0])]
     asked = [data.processor.sample(frame, Subset.parse(QA), key) for key in range(8)]
@@ -136,7 +136,7 @@ def test_box_iou_counts_answers_with_boxes_alone(
 def test_answers_that_are_boxes_do_not_count_in_exact_match(
     evaluator: Evaluator, data: Pi05DataModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samples = data._validation
+    samples = data.validation
     frame = samples.sources["robot"][int(samples.indices[samples.subsets.index(Subset.parse(QA))][0])]
     asked = [data.processor.sample(frame, Subset.parse(QA), key) for key in range(8)]
     tokenizer, batch = data.processor.tokenizer, data.processor.collate(asked)
@@ -186,8 +186,8 @@ def test_action_error_of_true_tokens_is_what_fast_loses(
     fast = data.processor.fast
     assert fast is not None
     frames = [
-        data._validation.sources["robot"][
-            int(data._validation.indices[data._validation.subsets.index(Subset.parse(FAST))][k])
+        data.validation.sources["robot"][
+            int(data.validation.indices[data.validation.subsets.index(Subset.parse(FAST))][k])
         ]
         for k in batch.key
     ]
