@@ -35,7 +35,14 @@ from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Trained, trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate
-from pi05_lightning.weights.resumed import arguments, check_model, check_steps, find_states, reapply
+from pi05_lightning.weights.resumed import (
+    arguments,
+    check_model,
+    check_steps,
+    find_states,
+    has_options,
+    reapply,
+)
 from pi05_lightning.weights.safetensors import fill, shapes_of
 
 log = logging.getLogger(__name__)
@@ -185,7 +192,7 @@ class Pi05Module(LightningModule):
     def check_new(self) -> None:
         """Before a new run: ValueError for patterns that no parameter matches, and warm-ups longer than their stage.
 
-        A run that is resumed goes on as it was.
+        A run that is resumed with the options it was begun with goes on, and is told of them.
         """
         names = [name for name, _ in (self.model if self.lora is None else self.blank()).named_parameters()]
         self.recipe.check_followed(names)
@@ -548,6 +555,12 @@ class Pi05Module(LightningModule):
                 " instead of ckpt_path"
             )
         said += [f"{difference}" for difference in found]
+        try:
+            self.check_new()
+        except ValueError as error:
+            if not has_options(checkpoint.get("config"), self.run_config, "stages", "model.lora"):
+                raise
+            said.append(f"{error}")
         if self.init_from is not None and str(self.init_from) != saved.get("init_from", str(self.init_from)):
             said.append(f"model.init_from {str(self.init_from)!r} is not used: the weights are the checkpoint's")
         for message in filter(None, said if self.trainer.is_global_zero else []):

@@ -101,9 +101,12 @@ def _carried_on(make: MakeOptimizer, optimizer: Optimizer, saved: dict[str, Any]
         then = next((found for found, _ in before if found is not None), {})
         made = then.get(MADE_WITH, {})
         changed = {key for key, value in group[MADE_WITH].items() if key not in made or not _same(made[key], value)}
-        if made and "class" in changed:
+        # an older checkpoint does not say its class, whose options another one does not have
+        foreign = [] if made else sorted(_options(then).keys() - group.keys())
+        if foreign or (made and "class" in changed):
+            other = made.get("class", f"one with {', '.join(foreign)}")
             raise ValueError(
-                f"model.optimizer is {group[MADE_WITH]['class']}, and {made['class']} in the checkpoint, whose state it"
+                f"model.optimizer is {group[MADE_WITH]['class']}, and {other} in the checkpoint, whose state it"
                 f" cannot use. {REMEDY}"
             )
         own = {first + i: saved["state"][n] for i, (_, n) in enumerate(before) if n in saved["state"]}

@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
 from pi05_lightning.cli.building import mistakes_named
@@ -77,6 +77,7 @@ NOISE = (
     "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
+RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
 
 
 def default_callbacks() -> list[Callback]:
@@ -181,6 +182,10 @@ class Pi05CLI(LightningCLI):
         if config.model.config is None:
             # into the configuration that is saved: the run's checkpoints need no other file
             config.model.config = dict_to_namespace(locate(config.model.init_from).config().to_dict())
+        if config.resume and (self.command != "fit" or not config.run):
+            self.parser.error(RESUME_NEEDS)
+        if config.resume and config.ckpt_path is None:
+            config.ckpt_path = saved_in(config)
         if config.ckpt_path is not None:  # of a file too: what the flag says is a path already
             config.ckpt_path = find_resumed(config.ckpt_path, config.run)
         if not config.run:
@@ -190,10 +195,10 @@ class Pi05CLI(LightningCLI):
         check_writable(Path(config.run))
         if config.ckpt_path is not None:
             check_dimensions(Path(config.ckpt_path), config.model.config.as_dict())
-        if self.command == "fit" and config.ckpt_path is None and has_checkpoints(Path(config.run)):
+        if self.command == "fit" and config.ckpt_path is None and (found := saved_in(config)):
             self.parser.error(
-                f"{config.run} holds a run: resume it with --ckpt_path last (or --resume auto, which also starts one),"
-                " or give another --run"
+                f"{found} holds a run: resume it with --ckpt_path {found} (or --resume auto, which also starts one),"
+                " or give another --run" + (" and checkpoint.dirpath" if config.checkpoint.dirpath else "")
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -202,6 +207,8 @@ class Pi05CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
         trainer = self.config_init.trainer
         check_trainer(trainer, self.command)
+        if trainer.default_root_dir is not None:
+            rank_zero_warn(f"trainer.default_root_dir is not used: the run's directory is --run, {self.config.run}")
         if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
             kwargs["precision"] = "bf16-mixed"
         if trainer.enable_progress_bar is None:
@@ -216,6 +223,14 @@ class Pi05CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with mistakes_named():
             super().instantiate_classes()
+
+
+def saved_in(config: Namespace) -> str | None:
+    """The folder that holds checkpoints of a configuration's run, if it has saved any."""
+    if has_checkpoints(Path(config.run)):
+        return str(config.run)
+    folder = config.checkpoint.dirpath
+    return folder if folder and any(Path(folder).glob("*.ckpt")) else None
 
 
 def check_trainer(trainer: Namespace, command: str) -> None:
@@ -268,7 +283,7 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     given.add_argument("--resume", choices=["auto"])
     known, rest = given.parse_known_args(args)
     if known.resume and (known.run is None or command != "fit"):
-        raise ValueError("--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run")
+        raise ValueError(RESUME_NEEDS)
     if known.resume and known.ckpt_path is None and has_checkpoints(Path(known.run)):
         known.ckpt_path = "last"
     if command != "fit" and rest and not rest[0].startswith("-"):
@@ -280,6 +295,8 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     complete = []
     if known.run is not None:
         complete += ["--run", known.run]
+    if known.resume and known.ckpt_path is None:
+        complete += ["--resume", known.resume]
     if known.ckpt_path is not None:
         checkpoint = find_resumed(known.ckpt_path, known.run)
         complete += ["--ckpt_path", checkpoint]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -73,6 +74,16 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
         inner = f"{above}.{name}".removeprefix(".")
         found |= flat(value, inner) if isinstance(value, Mapping) and value else {inner: value}
     return found
+
+
+def has_options(then: str | None, now: str | None, *groups: str) -> bool:
+    """Whether two configurations, as YAML, agree in groups of options; what one does not say is no disagreement."""
+    before, today = (flat(yaml.safe_load(text)) if text else {} for text in (then, now))
+    return all(
+        before.get(key, value) == value
+        for key, value in today.items()
+        if key.startswith(tuple(f"{group}." for group in groups)) or key in groups
+    )
 
 
 def check_steps(done: int, max_steps: int, total: int) -> str | None:

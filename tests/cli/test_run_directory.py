@@ -96,6 +96,42 @@ def test_one_command_starts_a_run_and_goes_on_with_it(config: Path, here: Path) 
     assert steps(here / "run") == STEPS + 2
 
 
+def test_resume_auto_in_yaml_means_what_the_flag_does(config: Path, here: Path) -> None:
+    (here / "job.yaml").write_text("run: run\nresume: auto\n")
+    command = ["fit", "-c", str(config), "-c", "job.yaml"]
+    main([*command, "--trainer.max_steps", "1"])
+    main([*command, "--trainer.max_steps", "2"])
+    assert steps(here / "run") == 2
+
+
+def test_checkpoints_in_a_folder_of_their_own_are_guarded_and_gone_on_with(config: Path, here: Path) -> None:
+    command = ["fit", "-c", str(config), "--run", "run", "--checkpoint.dirpath", "scratch"]
+    main([*command, "--trainer.max_steps", "1"])
+    with pytest.raises(SystemExit):
+        main(command)
+    assert steps(here / "scratch") == 1
+    main([*command, "--resume", "auto", "--trainer.max_steps", "2"])
+    assert steps(here / "scratch") == 2
+
+
+def test_a_run_resumed_with_the_options_it_has_goes_on_though_a_new_one_is_refused(
+    config: Path, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    main(["fit", "-c", str(config), "--run", "run", "--trainer.max_steps", "1"])
+    content = torch.load(find_checkpoint(here / "run"), weights_only=True)
+    options = yaml.safe_load(content["config"])
+    options["stages"]["pretrain"]["warmup_steps"] = STEPS + 1  # as older versions took it
+    torch.save(content | {"config": yaml.safe_dump(options)}, "old.ckpt")
+    command = ["fit", "--ckpt_path", "old.ckpt", "--trainer.max_steps", "2"]
+    main([*command, "--run", "on"])
+    assert steps(here / "on") == 2
+    assert "so the learning rate is never reached" in caplog.text
+    with pytest.raises(SystemExit, match="freeze 'vizion' matches no parameter"):
+        main(
+            [*command, "--run", "other", "--stages.pretrain.warmup_steps", "0", "--stages.pretrain.freeze", "[vizion]"]
+        )
+
+
 def test_resume_auto_needs_the_runs_name(config: Path, here: Path) -> None:
     with pytest.raises(SystemExit, match="name it with --run"):
         main(["fit", "-c", str(config), "--resume", "auto"])

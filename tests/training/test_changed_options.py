@@ -262,6 +262,8 @@ def test_an_older_checkpoint_without_names_goes_on_with_the_same_groups_alone(tr
     seen = FirstStep()
     train(seen, ckpt_path=tmp_path / "old.ckpt", module_options={"optimizer": adamw(lr=5e-4)})
     assert {group["lr"] for group in seen.options.values()} == {5e-4 * HALF}
+    with pytest.raises(ValueError, match=r"is torch.optim.sgd.SGD, and one with .*betas.* in the checkpoint"):
+        train(ckpt_path=tmp_path / "old.ckpt", module_options={"optimizer": partial(torch.optim.SGD, lr=1e-3)})
     with pytest.raises(ValueError, match="the checkpoint is older than the names"):
         train(ckpt_path=tmp_path / "old.ckpt", stages=posttrain(lr_factors={"flow_head": 0.1}))
 

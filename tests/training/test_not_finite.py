@@ -18,6 +18,7 @@ from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import default_optimizer
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.restart import PENDING, Restart
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -119,3 +120,14 @@ def test_ranks_stop_together_where_one_has_a_loss_that_is_not_finite(videos: Pat
     assert done.returncode
     assert done.stderr.count("NotFinite: step 3 (stage posttrain): the loss flow is nan") == 2
     assert saved(tmp_path / "last.ckpt")["global_step"] == 3
+
+
+def test_a_validation_that_was_over_is_not_due_again_where_the_first_step_after_it_stops(
+    train: Train, tmp_path: Path
+) -> None:
+    each_second: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    train(Restart(), max_steps=SICK, **each_second)
+    on_stop = RunCheckpoint(tmp_path / "stopped", "{step}", every_n_train_steps=100, save_on_exception=True)
+    with pytest.raises(NotFinite):
+        train(Restart(), Sick(SICK, torch.nan), on_stop, ckpt_path=tmp_path / f"step={SICK}.ckpt", **each_second)
+    assert saved(tmp_path / "stopped" / f"step={SICK}.ckpt")[PENDING] is False

@@ -21,7 +21,7 @@ class Restart(Callback):
     def __init__(self) -> None:
         self.is_pending = False
         self._validated = -1
-        """Batches trained on when the last validation was over."""
+        """Batches trained on when no validation was due any more."""
         self._resumed_at: int | None = None
         self._max_steps = -1
 
@@ -57,6 +57,7 @@ class Restart(Callback):
             loop.run()
             trainer.training = True
         self.is_pending = False
+        self._validated = batches(trainer)  # what was due before is over
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._resumed_at is not None:

@@ -31,13 +31,12 @@ class StageSwitch(Callback):
     def __init__(self, *stages: Any, **options: Any) -> None:
         self.recipe = Recipe.of(*stages, **options)
         self._entered: str | None = None
+        self._is_resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Pi05Module):
             raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
         pl_module.follow(self.recipe)
-        if stage == "fit" and trainer.ckpt_path is None:
-            pl_module.check_new()
         trainer.strategy.precision_plugin = replaced(trainer.precision_plugin)
         datamodule_of(trainer).recipe = self.recipe
         if isinstance(trainer.strategy, DDPStrategy):
@@ -45,6 +44,15 @@ class StageSwitch(Callback):
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
         if stage == "fit" and trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._is_resumed = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        if not self._is_resumed:
+            pl_module.check_new()
+        self._is_resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
