@@ -132,6 +132,14 @@ def test_a_run_resumed_with_the_options_it_has_goes_on_though_a_new_one_is_refus
         )
 
 
+def test_a_refused_resume_leaves_the_runs_checkpoint_as_it_was(config: Path, here: Path) -> None:
+    main(["fit", "-c", str(config), "--run", "run", "--trainer.max_steps", "1"])
+    before = find_checkpoint(here / "run").read_bytes()
+    with pytest.raises(SystemExit, match=r"model.optimizer is torch.optim.sgd.SGD"):
+        main(["fit", "--ckpt_path", "run", "--trainer.max_steps", "2", "--model.optimizer", "torch.optim.SGD"])
+    assert find_checkpoint(here / "run").read_bytes() == before
+
+
 def test_resume_auto_needs_the_runs_name(config: Path, here: Path) -> None:
     with pytest.raises(SystemExit, match="name it with --run"):
         main(["fit", "-c", str(config), "--resume", "auto"])

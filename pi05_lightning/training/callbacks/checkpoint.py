@@ -118,7 +118,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_newest(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, NotFinite):
+        if trainer.train_dataloader is None:  # a resumed run's state may be restored in part
+            is_whole = False
+        elif isinstance(exception, NotFinite):
             is_whole = exception.intact
         else:  # Ctrl-C may come while the optimizer updates the weights
             is_whole = not (isinstance(exception, KeyboardInterrupt) and within_batch(trainer))
