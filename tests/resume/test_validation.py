@@ -84,12 +84,15 @@ def test_validation_that_was_broken_off_is_made_up_once_and_at_its_step(
     assert (validations(run), weights(run)) == unbroken
 
 
-def test_validation_that_is_broken_off_again_when_it_is_made_up_stays_due(
+def test_validation_that_is_broken_off_again_stays_due_until_it_was_made_up_once(
     validating: Callable[..., list[str]], unbroken: tuple[Values, str], tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     for args in (validating(run), ["--ckpt_path", str(run)]):
         codes = fit(args, log, **{SIGNAL_IN_VALIDATION: 4, "SIGNAL": TERM})
         assert codes == [128 + TERM], log.read_text()
+    # in the first step after it was made up, of which there is no checkpoint yet
+    codes = fit(["--ckpt_path", str(run)], log, **{SIGNAL_AT_BATCH: 4 * ACCUMULATE, "SIGNAL": KILL})
+    assert codes == [-KILL], log.read_text()
     assert fit(["--ckpt_path", str(run)], log) == [0], log.read_text()
     assert (validations(run), weights(run)) == unbroken

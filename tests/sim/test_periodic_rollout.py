@@ -19,7 +19,9 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
+from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 
 STAGES = {
@@ -28,7 +30,7 @@ STAGES = {
 }
 
 
-def train(collected: Path, folder: Path, *callbacks, steps=(1, 3)) -> Trainer:
+def train(collected: Path, folder: Path, *callbacks, steps=(1, 3), ckpt_path: Path | None = None) -> Trainer:
     seed_everything(0)
     trainer = Trainer(
         accelerator="cpu",
@@ -37,13 +39,14 @@ def train(collected: Path, folder: Path, *callbacks, steps=(1, 3)) -> Trainer:
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, RunCheckpoint) for callback in callbacks),
         logger=TensorBoardLogger(folder, name="", version=""),
         default_root_dir=folder,
         callbacks=[StageSwitch(*steps, **STAGES), *callbacks],
     )
     module = Pi05Module(ModelConfig.preset("debug"), lambda groups: torch.optim.AdamW(groups, lr=1e-3))
-    trainer.fit(module, Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, batch_size=4, num_workers=0))
+    data = Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, batch_size=4, num_workers=0)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -184,6 +187,32 @@ def test_resumed_run_has_no_film_of_steps_that_it_takes_anew(collected, tmp_path
         (tmp_path / "rollouts" / f"step-{step:08d}.mp4").touch()
     train(collected, tmp_path, rollout(every_n_steps=1000))
     assert [film.name for film in (tmp_path / "rollouts").iterdir()] == ["step-00000000.mp4"]
+
+
+@pytest.mark.parametrize("steps", [(0, 2), (0, 3)], ids=["at the last step", "before it"])
+def test_rollout_that_was_broken_off_is_run_again_when_the_run_goes_on(collected, tmp_path, monkeypatch, steps):
+    def crash(self, policy):
+        raise OSError("the simulator is gone")
+
+    def callbacks():
+        return rollout(episodes=1), WeightAverage(0.9), Restart(), RunCheckpoint(save_last=True, save_on_exception=True)
+
+    original = PeriodicRollout.run
+    monkeypatch.setattr(PeriodicRollout, "run", crash)
+    with pytest.raises(OSError, match="gone"):
+        train(collected, tmp_path / "run", *callbacks(), steps=steps)
+    monkeypatch.setattr(PeriodicRollout, "run", original)
+    assert not (tmp_path / "run" / "rollouts").exists()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    for _ in range(2):  # the second time there is nothing to make up
+        train(collected, tmp_path / "run", *callbacks(), steps=steps, ckpt_path=last)
+        assert [film.name for film in (tmp_path / "run" / "rollouts").glob("*.mp4")] == ["step-00000002.mp4"]
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("rollout/success")] == [2]
+    whole = train(collected, tmp_path / "whole", *callbacks(), steps=steps)
+    stored = torch.load(last, weights_only=True)["ema"]
+    assert all(torch.equal(stored[name], average) for name, average in whole.lightning_module.average.items())
 
 
 @pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"episodes": 0}])

@@ -21,7 +21,7 @@ from pi05_lightning.files.local import replacing
 from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
-from pi05_lightning.training.callbacks.restart import validation_is_due
+from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, check_readable
 from pi05_lightning.training.first_rank import on_first_rank
 
@@ -46,6 +46,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     _is_deferred = False
     """This step is to be saved once its validation is over."""
+    _was_pending = False
+    """What this run was stopped in is made up when training starts."""
     _validated_step = -1
     _before_validation: frozenset[str] = frozenset()
     _validation_metrics: frozenset[str] = frozenset()
@@ -60,6 +62,11 @@ class RunCheckpoint(ModelCheckpoint):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._was_pending = anything_is_pending(trainer)
+        if self.monitor is not None:
+            self._rank(trainer)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError for what could not be read again, hours before the first checkpoint is due."""
         super().on_train_start(trainer, pl_module)
@@ -68,7 +75,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._check_files(trainer)
         if self.monitor is not None:
             self._check_monitor(trainer, pl_module, self.monitor)
-            self._rank(trainer)
+        if self._was_pending and not self._should_skip_saving_checkpoint(trainer):
+            self._save_newest(trainer)  # it is made up, which no later start is to do again
 
     # --- when it saves
 

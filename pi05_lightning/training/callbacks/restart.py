@@ -29,11 +29,14 @@ class Restart(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._validated = batches(trainer)
+            self._validated, self.is_pending = batches(trainer), False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        due = self.is_pending or (not within_batch(trainer) and validation_is_due(trainer))
-        checkpoint[PENDING] = due and self._validated != batches(trainer)
+        if self._resumed_at is None:
+            is_over = within_batch(trainer) or self._validated == batches(trainer)
+            checkpoint[PENDING] = not is_over and validation_is_due(trainer)
+        else:  # it has not gone on yet
+            checkpoint[PENDING] = self.is_pending
 
     # --- going on
 
@@ -42,8 +45,7 @@ class Restart(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._max_steps = trainer.max_steps
-        is_pending = any(getattr(callback, "is_pending", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if is_pending and self._resumed_at is not None and 0 <= trainer.max_steps <= self._resumed_at:
+        if anything_is_pending(trainer) and self._resumed_at is not None and 0 <= trainer.max_steps <= self._resumed_at:
             trainer.fit_loop.epoch_loop.max_steps = self._resumed_at + 1  # else not even `on_train_start` comes
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,6 +66,11 @@ class Restart(Callback):
             # upstream forgets a step that was saved after its validation
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._resumed_at = None
+
+
+def anything_is_pending(trainer: Any) -> bool:
+    """Whether a callback has something to make up when training starts."""
+    return any(getattr(callback, "is_pending", False) for callback in trainer.callbacks)
 
 
 def batches(trainer: Trainer) -> int:
