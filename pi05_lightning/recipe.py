@@ -65,6 +65,10 @@ class StageOptions:
     """Cosine decay ends at this share of the learning rate at the stage's last step."""
 
     def __post_init__(self) -> None:
+        for name, share in self.mixture.items():
+            check(f"mixture: the share of {name}", share, 0)
+        if self.mixture and not any(self.mixture.values()):
+            raise ValueError(f"mixture: no share is above 0; got {dict(self.mixture)}")
         check("mixture_temperature", self.mixture_temperature, 0, 1)
         check("warmup_steps", self.warmup_steps, 0)
         check("final_lr_factor", self.final_lr_factor, 0, 1)
@@ -213,9 +217,8 @@ class Recipe:
         for stage in self.reached:
             if stage.warmup_steps > stage.steps:
                 raise ValueError(
-                    f"stage {stage.name}: stages.{stage.name}.warmup_steps is {stage.warmup_steps} and"
-                    f" stages.{stage.name}_steps is {stage.steps}, so the learning rate is never reached: give fewer"
-                    " steps of warm-up, or more of training"
+                    f"stage {stage.name}: its warmup_steps are {stage.warmup_steps} and all of its steps {stage.steps},"
+                    " so the learning rate is never reached: give fewer steps of warm-up, or more of training"
                 )
             for option in ("freeze", "lr_factors"):
                 for pattern in getattr(stage, option):

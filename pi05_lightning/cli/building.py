@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from pi05_lightning.cli.mistakes import shortened
+
 MISTAKES = (ValueError, TypeError, ImportError, OSError, MisconfigurationException, ArgumentError)
 
 
@@ -31,12 +33,12 @@ def mistakes_named(options: Mapping[str, Any] | None = None, likely: Sequence[st
 
 def cause(error: BaseException) -> str:
     """What is behind an error that jsonargparse passed on, with the class that it was about; in one line."""
-    about = ""
+    about, first = "", error
     while "jsonargparse" in traceback.extract_tb(error.__traceback__)[-1].filename:
         if found := re.match(r"Problem with given class_path '([\w.]+)'", str(error)):
             about = f"{found[1]}: "
         behind = error.__cause__ or error.__context__
-        if behind is None:
-            break
+        if behind is None:  # of one of several types that the value may have; the first error tells of all
+            return about + shortened(str(first))
         error = behind
     return about + " ".join(str(error).split())

@@ -89,8 +89,13 @@ def show_help(command: str, topic: str) -> None:
         else:
             call(load(command), ask, prog=f"pi05 {command}")
     except ValueError as error:
-        print(f"pi05 {command}: {error}\nEvery option: pi05 {command} --help", file=sys.stderr)
-        sys.exit(2)
+        refuse(command, str(error))
+
+
+def refuse(command: str, message: str) -> NoReturn:
+    """Exit for a mistake in the arguments of a command."""
+    print(f"pi05 {command}: {message}\nEvery option: pi05 {command} --help", file=sys.stderr)
+    sys.exit(2)
 
 
 def load(name: str) -> Callable[..., Any]:
@@ -141,8 +146,7 @@ def main(args: list[str] | None = None) -> None:
         if command in ("-h", "--help"):
             print(overview())
         elif command in TRAINER_COMMANDS and not rest:
-            print(f"pi05 {command}: {NEEDED[command]}\nEvery option: pi05 {command} --help", file=sys.stderr)
-            sys.exit(2)
+            refuse(command, NEEDED[command])
         elif command in {**TRAINER_COMMANDS, **COMMANDS} and (topic := asked(rest)) is not None:
             show_help(command, topic)
         elif command in TRAINER_COMMANDS:

@@ -21,13 +21,14 @@ _NOISE = (
     r"Does not validate against any of the Union subtypes",
     r"Subtypes: .*",
     r"Errors:",
+    r"Expected a path but ([\[{]|null |[\d.]+ ).*either not accessible or invalid",
     r"Given value type: .*",
     r"Given value: .*",
-    r"- Expected a <class '(NoneType|bool|collections\.abc\.Iterable)'>",
+    r"Expected a <class '(NoneType|bool|list|collections\.abc\.Iterable)'>",
     r"Subclass types expect one of:",
-    r"- a (class path \(str\)|dict with(out)? .*)",
+    r"a (class path \(str\)|dict with(out)? .*)",
     r"Problem with given class_path '[\w.]+':",
-    r"- Not a valid subclass of .*",
+    r"Not a valid subclass of .*",
 )
 _UNKNOWN = (
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",
@@ -40,6 +41,7 @@ _VALUES = (
     r"Expected a path but (\S+) either",
     r"Got value: (\S+)$",
 )
+_NO_GROUP = r"Unable to load config ['\"](.*)['\"]"
 _NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'"
 
 
@@ -112,19 +114,29 @@ def no_class(found: re.Match[str]) -> str:
 
 def shortened(message: str) -> str:
     """What a message of jsonargparse says beside keys, types and values."""
-    lines = [line.strip() for line in message.splitlines()]
-    lines = [re.sub(r'^(- )?Parser key "[\w.+]+": ?', "", line) for line in lines]
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    lines = [re.sub(r'^Parser key "[\w.+]+": ?', "", line) for line in lines]
     told = [line for line in lines if line and not any(re.fullmatch(noise, line) for noise in _NOISE)]
+    kinds, given = re.findall(r"Expected an? <class '([\w.]+)'>", message), re.findall("Given value: (.*)", message)
     if not told:
-        kinds, given = re.findall(r"Expected an? <class '([\w.]+)'>", message), re.findall("Given value: (.*)", message)
         return f"expected {' or '.join(kinds).replace('NoneType', 'null')}, got {' '.join(given[-1:])}"
-    text = "; ".join(dict.fromkeys(line.removeprefix("- ") for line in told))
+    groups = [line for line in told if re.fullmatch(_NO_GROUP, line)]
+    told = [line for line in told if line not in groups] or groups
+    switch = " or true or false" if "bool" in kinds else ""
+    text = "; ".join(dict.fromkeys(_plain(line, switch, given[0] if given else "") for line in told))
     text = re.sub(r"Type typing\.\S+\[.*\] expects a function or a callable class: ", "", text)
     text = re.sub(r"\. Got value: Namespace\(.*", "", text)
-    text = re.sub(_NO_CLASS, no_class, text)
-    text = re.sub(r"Expected a dot import path string: (\S+)", r"\1 is no known class: give its import path", text)
-    text = re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", text)
     return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+
+
+def _plain(line: str, switch: str, given: str) -> str:
+    """A line of jsonargparse's in words. switch: what may be written instead of one of the names in it."""
+    line = re.sub(_NO_CLASS, no_class, line)
+    line = re.sub(_NO_GROUP, r"expected the options below it, or a file with them, got \1", line)
+    line = re.sub(r"Expected a dot import path string: (\S+)", r"\1 is no known class: give its import path", line)
+    if found := re.fullmatch(r"Expected a typing\.Literal\[(.*)\]", line):
+        return f"expected {found[1].replace(', ', ' or ')}{switch}, got {given}"
+    return re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", line)
 
 
 # --- where a key stands

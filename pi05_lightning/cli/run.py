@@ -27,13 +27,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
-from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser
+from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, refuse
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
@@ -159,6 +159,8 @@ class Pi05CLI(LightningCLI):
         # upstream warns whenever args are given and the process has some of its own, which is how `pi05` works
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
+        if not isinstance(self.config.seed_everything, bool):
+            check("seed_everything", self.config.seed_everything, 0, 2**32 - 1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, (kind, text) in RUN_OPTIONS.items():
@@ -207,8 +209,7 @@ class Pi05CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
         trainer = self.config_init.trainer
         check_trainer(trainer, self.command)
-        if trainer.default_root_dir is not None:
-            rank_zero_warn(f"trainer.default_root_dir is not used: the run's directory is --run, {self.config.run}")
+        check_saved(self.config.checkpoint)
         if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
             kwargs["precision"] = "bf16-mixed"
         if trainer.enable_progress_bar is None:
@@ -236,15 +237,28 @@ def saved_in(config: Namespace) -> str | None:
 def check_trainer(trainer: Namespace, command: str) -> None:
     """ValueError for numbers that Lightning takes without a word, and for which it does nothing, or something else."""
     least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
+    least |= {"num_sanity_val_steps": -1, "min_steps": 0, "min_epochs": 0}
     for key, bound in least.items():
         if trainer[key] is not None:
             check(f"trainer.{key}", trainer[key], bound)
-    if trainer.overfit_batches:
-        raise ValueError("trainer.overfit_batches does nothing for an endless stream: name few `episodes` of a source")
+    if isinstance(trainer.val_check_interval, int | float):
+        check("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
+    if trainer.default_root_dir is not None:
+        raise ValueError("trainer.default_root_dir is not where a run lies: give its directory as --run")
     if command == "fit":
         for key in ("max_steps", "max_epochs", "limit_train_batches"):
             if trainer[key] == 0:
                 raise ValueError(f"trainer.{key} is 0, so nothing would be trained: leave it out, or give a number")
+
+
+def check_saved(checkpoint: Namespace) -> None:
+    """ValueError where nothing would be saved before the end of the run."""
+    others = checkpoint.train_time_interval, checkpoint.every_n_epochs
+    if checkpoint.every_n_train_steps == 0 and not any(others):
+        raise ValueError(
+            "checkpoint.every_n_train_steps is 0, so a run that is killed would be lost: give a number, or"
+            " checkpoint.train_time_interval beside it"
+        )
 
 
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
@@ -274,7 +288,7 @@ def find_resumed(path: str, run: str | None) -> str:
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
     """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
 
-    Raises ValueError for a file that does not exist.
+    Raises ValueError for a checkpoint that does not exist, and exits with 2 for a file that is no configuration.
     """
     given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     given.add_argument("-c", "--config", action="append", default=[])
@@ -289,9 +303,12 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     if command != "fit" and rest and not rest[0].startswith("-"):
         known.ckpt_path = rest.pop(0)
 
-    configs = [str(find_config(name)) for name in known.config]
-    for file in configs:
-        check_layer(Path(file))
+    try:
+        configs = [str(find_config(name)) for name in known.config]
+        for file in configs:
+            check_layer(Path(file))
+    except ValueError as error:
+        refuse(command, str(error))
     complete = []
     if known.run is not None:
         complete += ["--run", known.run]
@@ -322,9 +339,11 @@ def run(command: str, args: list[str]) -> None:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
     for callback in cast("Any", cli.trainer).callbacks:
         if isinstance(callback, StageSwitch):  # here, as preparing the data may take long
-            cli.model.follow(callback.recipe)
-            if command == "fit" and cli.config.ckpt_path is None:
-                cli.model.check_new()
+            callback.apply(cli.trainer, cli.model, command)
+            if command == "fit":
+                cli.datamodule.check_mixtures(callback.recipe)
+                if cli.config.ckpt_path is None:
+                    cli.model.check_new()
     if command == "predict":
         cli.model.acting = cli.config_init.acting
     cli.model.will_be_restored = cli.config.ckpt_path is not None

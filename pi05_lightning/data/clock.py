@@ -43,6 +43,12 @@ def check_clock(trainer: Trainer) -> None:
             " trainer.limit_train_batches the run is one epoch: set it to the batches of an epoch"
         )
     length = _epoch(trainer)
+    interval = options.val_check_interval
+    if isinstance(interval, int) and interval > length and options.check_val_every_n_epoch is not None:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}, and the run has {length} batches, so it would never validate:"
+            " give fewer, or set trainer.limit_val_batches to 0 for no validation and val_check_interval to null"
+        )
     for batches in _possible(trainer):
         if length % batches:
             key = "fast_dev_run" if options.fast_dev_run else "limit_train_batches"

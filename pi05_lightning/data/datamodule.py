@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.clock import align, most_batches, start
+from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler, TrainedBy
 from pi05_lightning.data.processor import Language, Processor
@@ -163,18 +164,25 @@ class Pi05DataModule(LightningDataModule):
             robot = source.checked_robot()
             if robot is not None:
                 robots[name] = robot
-        fast = FastTokenizer.load(self.fast_path) if self.fast_path else None
-        if fast is not None:
-            self._check_fast(fast, robots)
+        if self._fast is not None:
+            self._check_fast(self._fast, robots)
         return Processor(
             shapes=self.shapes,
-            tokenizer=TextTokenizer.load(self.tokenizer_name),
+            tokenizer=self._tokenizer,
             cameras=list(cameras),
             robots=robots,
             language=self.language,
-            fast=fast,
+            fast=self._fast,
             target_makers=self._model.target_makers if self._model else {},
         )
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.load(self.tokenizer_name)
+
+    @cached_property
+    def _fast(self) -> FastTokenizer | None:
+        return FastTokenizer.load(self.fast_path) if self.fast_path else None
 
     def _check_fast(self, fast: FastTokenizer, robots: Mapping[str, Robot]) -> None:
         """ValueError for a tokenizer that was fitted on chunks of another size."""
@@ -191,7 +199,19 @@ class Pi05DataModule(LightningDataModule):
                     f" {robot.action_dim}: {remedy}"
                 )
 
+    def check_mixtures(self, recipe: Recipe) -> None:
+        """ValueError for a name in a stage's mixture that no data can have; nothing is opened."""
+        known = [str(Subset(name, modality)) for name in self.configs for modality in Modality]
+        for stage in recipe.reached:
+            for name in stage.mixture:
+                if name not in known:
+                    raise ValueError(
+                        f"stage {stage.name}, mixture: there is no {name}{suggestion(name, known)}; data.sources are"
+                        f" {', '.join(self.configs)}, each with {', '.join(Modality)}"
+                    )
+
     def prepare_data(self) -> None:
+        _ = self._tokenizer, self._fast  # before the datasets, which take longer to open
         for split in ("train", self.evaluated):
             for source in self.sources(split).values():
                 source.prepare()

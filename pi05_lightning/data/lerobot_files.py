@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
-from pi05_lightning.data.split import Split, check_fraction, held_out, named_parts
+from pi05_lightning.data.split import Split, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json, shown
 
@@ -220,7 +220,6 @@ class LeRobotFiles:
         Validation may be left without any, with a warning.  Raises ValueError when training is, a number does not
         exist, the condition is no SQL or `splits` cannot be.
         """
-        check_fraction(val_fraction)
         episodes = self.column("episode_index").astype(np.int64)
         if taught is None and "tasks" in self.episodes.column_names:
             tasks = self.episodes.column("tasks").to_pylist()

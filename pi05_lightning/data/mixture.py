@@ -62,7 +62,7 @@ class Mixture:
         """Probabilities f64[entries]: a stage's share of each, × size ** temperature.
 
         Without shares all are equal that the stage's losses train. Raises ValueError for unknown names, for those that
-        nothing is learned from, for negative shares, and when nothing is left to draw.
+        nothing is learned from, and when nothing is left to draw.
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
         # of all where a stage has no losses, which is not refused here
@@ -79,12 +79,10 @@ class Mixture:
                 )
         plain = np.array([shares.get(name, 0.0) for name in names] if shares else learned, dtype=np.float64)
         weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
-        if not shares and not weights.sum():
+        if not weights.sum():
             raise ValueError(
                 f"mixture: nothing is learned from any of {names} in a stage whose losses are {stage.losses.used}"
             )
-        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
-            raise ValueError(f"mixture: a share is a positive number, or 0 for some; got {dict(shares)}")
         return weights / weights.sum()
 
     def batch(

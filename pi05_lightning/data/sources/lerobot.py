@@ -24,9 +24,10 @@ from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns, sentences_of_episodes
-from pi05_lightning.data.split import Split
+from pi05_lightning.data.split import Split, check_fraction
 from pi05_lightning.data.statistics import FeatureStats, offsets, steps_trained_on
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
+from pi05_lightning.files.ranges import check
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,19 @@ class LeRobotConfig(SourceConfig):
     """Take grey, transparent and 16-bit images too: grey in every channel, over white, scaled to 8 bits."""
     on_bad_sample: OnBadSample = "error"
     """Whether a frame that cannot be trained on stops the run or is left out, counted and logged."""
+
+    def __post_init__(self) -> None:
+        check_fraction(self.val_fraction)
+        for key in ("horizon_seconds", "min_range", "box_range", "tolerance_s"):
+            if getattr(self, key) is not None:
+                check(key, getattr(self, key), 0, above=True)
+        if self.horizon_steps is not None:
+            check("horizon_steps", self.horizon_steps, 1)
+            if self.horizon_seconds is not None:
+                raise ValueError("give horizon_steps or horizon_seconds, not both")
+        for key in ("relative_dims", "relative_state_dims"):
+            for dim in getattr(self, key) or ():
+                check(key, dim, 0)
 
     def open(self, name: str, split: Split, shapes: Shapes) -> LeRobotSource:
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""
@@ -295,12 +309,10 @@ class LeRobotSource(Source):
 
     def _chunk_steps(self) -> int:
         fps, seconds, given = self.files.fps, self.config.horizon_seconds, self.config.horizon_steps
-        if not 0 < self.config.tolerance_s < 0.5 / fps:
+        if self.config.tolerance_s >= 0.5 / fps:
             raise ValueError(f"tolerance_s must be between 0 and half a frame, {0.5 / fps:.4f} s at {fps:g} fps")
-        if seconds is not None and given is not None:
-            raise ValueError(f"dataset {self.name!r}: give horizon_steps or horizon_seconds, not both")
         if seconds is None:
-            if given is not None and not 1 <= given <= self.horizon:
+            if given is not None and given > self.horizon:
                 raise ValueError(
                     f"dataset {self.name!r}: horizon_steps {given} is not from 1 to the model's horizon, {self.horizon}"
                     " (model.config.horizon)"

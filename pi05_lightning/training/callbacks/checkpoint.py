@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Collection
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -40,8 +41,8 @@ class RunCheckpoint(ModelCheckpoint):
     two batches whose gradients are accumulated is the state after the last whole step, and a resumed run does the next
     one anew.
 
-    Raises ValueError when training starts for a `monitor` that no validation will log, and where another checkpoint
-    callback would write the same files.
+    Raises ValueError when training starts for a `monitor`, of another callback too, or a name in `filename` that
+    nothing will log, and where another checkpoint callback would write the same files.
     """
 
     _is_deferred = False
@@ -73,8 +74,7 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         on_first_rank(trainer, partial(check_readable, checkpoint))
         self._check_files(trainer)
-        if self.monitor is not None:
-            self._check_monitor(trainer, pl_module, self.monitor)
+        self._check_logged(trainer, pl_module)
         if self._was_pending and not self._should_skip_saving_checkpoint(trainer):
             self._save_newest(trainer)  # it is made up, which no later start is to do again
 
@@ -191,23 +191,26 @@ class RunCheckpoint(ModelCheckpoint):
                     " give one of them a `filename` or a `dirpath` of its own"
                 )
 
-    def _check_monitor(self, trainer: Trainer, pl_module: LightningModule, monitor: str) -> None:
-        if not trainer.enable_validation:
+    def _check_logged(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Raises ValueError for a metric that is asked for and that nothing will log, hours before it is missed."""
+        if self.monitor is not None and not trainer.enable_validation:
             raise ValueError(
-                f"checkpoint.monitor is {monitor}, and nothing is validated in this run (trainer.limit_val_batches,"
-                " data.sources with no validation part): leave it out, or validate"
+                f"checkpoint.monitor is {self.monitor}, and nothing is validated in this run"
+                " (trainer.limit_val_batches, data.sources with no validation part): leave it out, or validate"
             )
         known = set(self._validation_metrics)  # of the sanity check
         if isinstance(pl_module, Pi05Module):
-            known |= set(pl_module.validation_metrics())
-        if monitor not in known and not self._goes_on:
-            near = get_close_matches(monitor, known, 3, cutoff=0)
-            main = sorted(name for name in known if not name.startswith("val_detail/"))
-            raise ValueError(
-                f"checkpoint.monitor is {monitor}, which no validation of this run logs. Nearest: {', '.join(near)}. It"
-                f" logs {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a"
-                " callback of yours logs is only known with trainer.num_sanity_val_steps of 1 or more"
-            )
+            known |= set(pl_module.validation_metrics()) if trainer.enable_validation else set()
+        if self.monitor is not None and not self._goes_on:
+            check_logged("checkpoint.monitor", self.monitor, known)
+        if not logs_of_others(trainer, pl_module):
+            for name in re.findall(r"\{([^:}]+)", self.filename or ""):
+                check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, EarlyStopping) and callback.strict:
+                    check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
+                elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
+                    check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})
 
     # --- going on
 
@@ -240,3 +243,25 @@ def take_back_batches(trainer: Any) -> None:
     for count in (progress.current, progress.total):
         count.processed -= unused
         count.ready = count.started = count.completed = count.processed
+
+
+def check_logged(option: str, name: str, known: Collection[str]) -> None:
+    """Raises ValueError unless a metric is known, with the nearest ones that are."""
+    if name in known:
+        return
+    near = get_close_matches(name, known, 3, cutoff=0)
+    main = sorted(name for name in known if not name.startswith("val_detail/"))
+    raise ValueError(
+        f"{option} is {name}, which no validation of this run logs. Nearest: {', '.join(near)}. It logs"
+        f" {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a callback of yours logs"
+        " is only known with trainer.num_sanity_val_steps of 1 or more"
+    )
+
+
+def logs_of_others(trainer: Trainer, pl_module: LightningModule) -> bool:
+    """Whether a module or callback that is not of these packages may log what nobody knows of before it does."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    classes = [type(pl_module), *(type(callback) for callback in callbacks)]
+    own = any(kind.__module__.partition(".")[0] not in ("lightning", "pi05_lightning") for kind in classes)
+    # rates are logged by names of the optimizer's
+    return own or any(isinstance(callback, LearningRateMonitor) for callback in callbacks)

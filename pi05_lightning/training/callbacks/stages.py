@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
+from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe, Stage
@@ -36,14 +37,21 @@ class StageSwitch(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, Pi05Module):
             raise ValueError(f"StageSwitch drives a Pi05Module, not a {type(pl_module).__name__}")
-        pl_module.follow(self.recipe)
+        self.apply(trainer, pl_module, stage)
         trainer.strategy.precision_plugin = replaced(trainer.precision_plugin)
         datamodule_of(trainer).recipe = self.recipe
         if isinstance(trainer.strategy, DDPStrategy):
             # a stage may leave the expert out of the loss, and any may freeze parts; the user's own choice stays
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
-        if stage == "fit" and trainer.max_steps == -1:
+
+    def apply(self, trainer: Trainer, pl_module: Pi05Module, stage: str) -> None:
+        """Give module and trainer the recipe; no data are needed. Raises ValueError for what cannot be followed."""
+        pl_module.follow(self.recipe)
+        if stage != "fit":
+            return
+        if trainer.max_steps == -1:
             trainer.fit_loop.epoch_loop.max_steps = self.recipe.total_steps
+        check_clock(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._is_resumed = True
