@@ -86,6 +86,9 @@ def with_segment(x: Inputs, segment: Tensor, mask: Tensor, *, causal: bool) -> B
         target_kind=kind.to(torch.uint8),
         target_index=index_targets(kind),
         actions=x.actions[:0],
+        noise=x.batch.noise[:0],
+        action_mask=x.batch.action_mask[:0],
+        time=x.batch.time[:0],
     )
 
 
