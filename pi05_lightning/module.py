@@ -192,11 +192,8 @@ class Pi05Module(LightningModule):
     def check_new(self) -> None:
         """Before a new run: ValueError for patterns that no parameter matches, and warm-ups longer than their stage.
 
-        And where `init_from` has no weights. A run that is resumed with the options it was begun with goes on, and is
-        told of them.
+        A run that is resumed with the options it was begun with goes on, and is told of them.
         """
-        if self.init_from is not None:
-            locate(self.init_from)
         names = [name for name, _ in (self.model if self.lora is None else self.blank()).named_parameters()]
         self.recipe.check_followed(names)
         if self.lora is not None:

@@ -93,7 +93,7 @@ def _carried_on(make: MakeOptimizer, optimizer: Optimizer, saved: dict[str, Any]
     was not saved, and groups that changed since a checkpoint without names.
     """
     place = _places(optimizer, saved["param_groups"])
-    state: dict[int, Any] = {}
+    numbers: dict[int, int] = {}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         first = sum(len(other["params"]) for other in groups)
@@ -109,12 +109,15 @@ def _carried_on(make: MakeOptimizer, optimizer: Optimizer, saved: dict[str, Any]
                 f"model.optimizer is {group[MADE_WITH]['class']}, and {other} in the checkpoint, whose state it"
                 f" cannot use. {REMEDY}"
             )
-        own = {first + i: saved["state"][n] for i, (_, n) in enumerate(before) if n in saved["state"]}
+        own = {n: first + i for i, (_, n) in enumerate(before) if n in saved["state"] and n is not None}
         if changed and own:
-            _check_state(make, group, next(iter(own)) - first, next(iter(own.values())))
+            number, index = next(iter(own.items()))
+            _check_state(make, group, index - first, saved["state"][number])
         kept = {key: value for key, value in then.items() if key not in _NO_OPTIONS | changed}
         groups.append(group | kept | {"params": list(range(first, first + len(before)))})
-        state |= own
+        numbers |= own
+    # in the order that it was saved in, by which the next checkpoint is the same file
+    state = {numbers[n]: kept for n, kept in saved["state"].items() if n in numbers}
     return saved | {"param_groups": groups, "state": state}
 
 

@@ -344,6 +344,8 @@ def run(command: str, args: list[str]) -> None:
                 cli.datamodule.check_mixtures(callback.recipe)
                 if cli.config.ckpt_path is None:
                     cli.model.check_new()
+                    if cli.model.init_from is not None:
+                        locate(cli.model.init_from)
     if command == "predict":
         cli.model.acting = cli.config_init.acting
     cli.model.will_be_restored = cli.config.ckpt_path is not None
