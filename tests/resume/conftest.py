@@ -28,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
             "flow_draws": 2,
         },
-        "data": {"sources": {"robot": robot}, "batch_size": 4},
+        "data": {"sources": {"robot": robot}, "batch_size": 4, "length_window": 2},
         "stages": {
             "pretrain_steps": PRETRAIN_STEPS,
             "posttrain_steps": POSTTRAIN_STEPS,
