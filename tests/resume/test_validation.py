@@ -61,7 +61,7 @@ TERM, KILL = signal.SIGTERM, signal.SIGKILL
 CASES = [
     pytest.param(SIGNAL_IN_VALIDATION, 4, TERM, id="SIGTERM-in-validation"),
     pytest.param(SIGNAL_IN_VALIDATION, 4, KILL, id="SIGKILL-in-validation", marks=pytest.mark.slow),
-    pytest.param(SIGNAL_IN_VALIDATION, STEPS, TERM, id="SIGTERM-in-the-last-validation"),
+    pytest.param(SIGNAL_IN_VALIDATION, STEPS, TERM, id="SIGTERM-in-the-last-validation", marks=pytest.mark.slow),
     pytest.param(SIGNAL_IN_VALIDATION, STEPS, KILL, id="SIGKILL-in-the-last-validation", marks=pytest.mark.slow),
     pytest.param(SIGNAL_AT_BATCH, 4 * ACCUMULATE - 1, TERM, id="SIGTERM-in-the-step-before-validation"),
     pytest.param(SIGNAL_AT_BATCH, 5 * ACCUMULATE - 1, KILL, id="SIGKILL-after-validation", marks=pytest.mark.slow),
@@ -84,6 +84,7 @@ def test_validation_that_was_broken_off_is_made_up_once_and_at_its_step(
     assert (validations(run), weights(run)) == unbroken
 
 
+@pytest.mark.slow
 def test_validation_that_is_broken_off_again_stays_due_until_it_was_made_up_once(
     validating: Callable[..., list[str]], unbroken: tuple[Values, str], tmp_path: Path
 ) -> None:
