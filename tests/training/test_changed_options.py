@@ -128,7 +128,7 @@ def test_what_is_no_longer_frozen_is_trained_with_a_state_that_begins_empty(
 
 
 def test_a_stage_can_be_added_to_a_run(resume: Callable[..., FirstStep], tmp_path: Path) -> None:
-    third = Stage(losses=FLOW[0], mixture=FLOW[1], name="third", steps=2, lr_factors={"flow_head": 0.1})
+    third = Stage(losses=LossWeights(flow=1.0), mixture=FLOW[1], name="third", steps=2, lr_factors={"flow_head": 0.1})
     seen = resume(stages={**STAGES, "then": [third]})
     assert len(seen.options["flow_head.action_in_proj.weight"]["lr_factors"]) == 3
     assert torch.load(tmp_path / "step=8.ckpt", weights_only=True)["pi05"]["trained"]["stages"]["third"] == 2
