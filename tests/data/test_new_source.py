@@ -33,7 +33,7 @@ def test_the_example_trains_and_is_measured(tmp_path: Path) -> None:
     debug = {
         "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
         "data": {"batch_size": 2, "num_workers": 0, "val_samples": 2},
-        "stages": {"pretrain_steps": 1, "posttrain_steps": 1},
+        "stages": {"pretrain_steps": 2, "posttrain_steps": 0},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
     }
     (tmp_path / "debug.yaml").write_text(yaml.safe_dump(debug), encoding="utf-8")
