@@ -61,7 +61,7 @@ def test_seed_reaches_model_and_data(config: Path, finished_run: Path, tmp_path:
 def test_fit_refuses_a_directory_that_holds_a_run(config: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(config), "--run", str(run)])
-    assert "resume it with --ckpt_path last" in capsys.readouterr().err
+    assert f"resume it with --ckpt_path {run}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
