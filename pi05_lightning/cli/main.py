@@ -17,7 +17,7 @@ from jsonargparse import auto_cli, set_parsing_settings
 
 from pi05_lightning.cli.help import OfTheParser, asked, command_help, run_help
 from pi05_lightning.cli.layers import LayeredParser
-from pi05_lightning.cli.mistakes import elsewhere, explained, unknown_key
+from pi05_lightning.cli.mistakes import elsewhere, explained, placed, unknown_key
 from pi05_lightning.data.errors import suggestion
 from pi05_lightning.files.shipped import PACKAGE
 
@@ -163,4 +163,4 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if not is_for_the_user(error):
             raise
-        sys.exit(f"pi05 {command}: {error}{elsewhere(str(error), rest)}")
+        sys.exit(f"pi05 {command}: {placed(str(error), rest)}{error}{elsewhere(str(error), rest)}")

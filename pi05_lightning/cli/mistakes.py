@@ -42,6 +42,8 @@ _VALUES = (
     r"Got value: (\S+)$",
 )
 _NO_GROUP = r"Unable to load config ['\"](.*)['\"]"
+_CLASSES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")
+"""Modules whose classes may be given by their names alone."""
 _NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'"
 
 
@@ -100,6 +102,27 @@ def elsewhere(message: str, args: Sequence[str]) -> str:
     return ""
 
 
+def placed(message: str, args: Sequence[str]) -> str:
+    """Where files and flags last say the number that a message is about, with its whole key; else nothing."""
+    found = re.search(r"(\S+) is (\S+): it must be", message)
+    if found is None:
+        return ""
+    name, value = found[1].rpartition(".")[2], found[2]
+    below = [said for layer in layers(args) for said in layer if f".{said.key}".endswith((f".{found[1]}", f".{name}"))]
+    told = [said for said in below if isinstance(said.value, yaml.ScalarNode) and same_number(said.value.value, value)]
+    return f"{told[-1]}{told[-1].key}: " if told else ""
+
+
+def same_number(one: str, other: str) -> bool:
+    """Whether two texts are the same number; YAML's .nan and .inf are float's nan and inf."""
+    with suppress(ValueError):
+        first, second = (
+            float(text.lstrip(".")) if text.endswith(("nan", "inf")) else float(text) for text in (one, other)
+        )
+        return first == second or (first != first and second != second)
+    return False
+
+
 def named_values(message: str) -> list[str]:
     """The values that a message complains about, in the ways in which they may have been written."""
     found = [value for pattern in _VALUES for value in re.findall(pattern, message, re.MULTILINE)]
@@ -110,6 +133,11 @@ def named_values(message: str) -> list[str]:
 def no_class(found: re.Match[str]) -> str:
     module, name = found.groups()
     return f"there is no {name} in {module}{suggestion(name, dir(sys.modules.get(module)))}"
+
+
+def unknown_class(found: re.Match[str]) -> str:
+    known = [name for module in _CLASSES for name in dir(sys.modules.get(module)) if name[0].isupper()]
+    return f"{found[1]} is no known class{suggestion(found[1], known)}: give its import path"
 
 
 def shortened(message: str) -> str:
@@ -133,7 +161,7 @@ def _plain(line: str, switch: str, given: str) -> str:
     """A line of jsonargparse's in words. switch: what may be written instead of one of the names in it."""
     line = re.sub(_NO_CLASS, no_class, line)
     line = re.sub(_NO_GROUP, r"expected the options below it, or a file with them, got \1", line)
-    line = re.sub(r"Expected a dot import path string: (\S+)", r"\1 is no known class: give its import path", line)
+    line = re.sub(r"Expected a dot import path string: (\S+)", unknown_class, line)
     if found := re.fullmatch(r"Expected a typing\.Literal\[(.*)\]", line):
         return f"expected {found[1].replace(', ', ' or ')}{switch}, got {given}"
     return re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", line)

@@ -24,7 +24,7 @@ import torch
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -245,7 +245,11 @@ def check_trainer(trainer: Namespace, command: str) -> None:
         check("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
     if trainer.default_root_dir is not None:
         raise ValueError("trainer.default_root_dir is not where a run lies: give its directory as --run")
+    if trainer.barebones:
+        raise ValueError("trainer.barebones leaves out the logs and checkpoints that make a run: leave it out")
     if command == "fit":
+        if trainer.max_time is not None and Timer(trainer.max_time).time_remaining() == 0:
+            raise ValueError("trainer.max_time is no time, so nothing would be trained: leave it out, or give more")
         for key in ("max_steps", "max_epochs", "limit_train_batches"):
             if trainer[key] == 0:
                 raise ValueError(f"trainer.{key} is 0, so nothing would be trained: leave it out, or give a number")

@@ -67,7 +67,7 @@ class KeypointStem(nn.Module):
     def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and `keypoints` f32[P K 2] for heads."""
         keypoints = self.keypoints(images, camera)
-        features = fourier_features(keypoints, self.octaves)
+        features = fourier_features(keypoints, self.octaves).to(self.projection.dtype)
         features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_tokens)
         # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
         own = F.one_hot(camera, self.num_cameras).to(features.dtype)

@@ -75,6 +75,8 @@ OUT_OF_RANGE = {
     "trainer.val_check_interval": "10000",
     "trainer.num_sanity_val_steps": "-2",
     "trainer.min_steps": "-1",
+    "trainer.max_time": "00:00:00:00",
+    "trainer.barebones": "true",
     "trainer.default_root_dir": "elsewhere",
     "trainer.limit_train_batches": "0",
     "trainer.logger": "WandbLogger",
@@ -163,6 +165,7 @@ def test_what_a_callback_refuses_is_said_in_its_words(
         ("data.sources", "null", "data.sources: expected dict, got None"),
         ("model.lora", "{rank: 2, targets: [vision]}", "model.lora.targets: expected str, got ['vision']"),
         ("trainer.plugins", "nope", "; nope is no known class: give its import path"),
+        ("trainer.callbacks", "EarlyStoping", "no known class (did you mean EarlyStopping?): give its import path"),
         ("stages", "3", "stages: expected the options below it, or a file with them, got 3"),
     ],
 )
@@ -171,6 +174,25 @@ def test_a_value_of_another_type_is_said_without_the_parsers_words(
 ) -> None:
     said = refused(["fit", "-c", str(config), f"--{flag}", value], capsys)
     assert said.splitlines()[0].endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("stages.pretrain.lr_factors.vision", "stages: {pretrain: {lr_factors: {vision: -1.0}}}"),
+        ("stages.posttrain.mixture.web/web_caption", "stages:\n  posttrain: {mixture: {web/web_caption: .nan}}"),
+        ("stages.posttrain.warmup_steps", "stages:\n  pretrain: {warmup_steps: 0}\n  posttrain: {warmup_steps: -1}"),
+        ("data.sources.web.init_args.stream_rows", "data: {sources: {web: {class_path: %s, init_args: %s}}}"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_its_whole_key_and_its_line(
+    where: str, text: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "layer.yaml"
+    source = ("pi05_lightning.data.sources.vision_text.VisionTextConfig", "{path: missing, stream_rows: 0}")
+    file.write_text(text % source if "%s" in text else text)
+    said = refused(["fit", "-c", str(config), "-c", str(file), "--run", str(tmp_path / "run")], capsys)
+    assert f"{file}, line {len(text.splitlines())}: {where}: " in said
 
 
 @pytest.mark.parametrize("name", ["wbe/web_caption", "web/web_capton"])

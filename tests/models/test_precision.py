@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pi05_lightning.models.config import VisionConfig
 from pi05_lightning.models.gemma import AdaRMSNorm, RMSNorm
+from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.siglip import LayerNorm
 from pi05_lightning.types import Batch
@@ -36,6 +38,22 @@ def test_losses_are_fp32_and_agree_in_every_precision(model: Pi05, batch: Batch)
         for found, expected in ((token_nll(out), token_nll(exact)), (out["flow"].values, exact["flow"].values)):
             assert found.dtype == torch.float32
             assert (found.mean() - expected.mean()).abs() < 0.03 * expected.mean()
+
+
+def test_keypoints_agree_in_every_precision() -> None:
+    vision = VisionConfig(image_size=16, width=8, num_heads=1, num_keypoints=4, keypoints_per_token=2, max_cameras=2)
+    torch.manual_seed(0)
+    stem = KeypointStem(vision, 32)
+    stem.reset_parameters()
+    images, camera = torch.rand(3, 3, 16, 16) * 2 - 1, torch.tensor([0, 1, 0])
+    exact, _ = stem(images, camera)
+    with autocast():
+        mixed, _ = stem(images, camera)
+    pure, seen = stem.bfloat16()(images.bfloat16(), camera)
+    for tokens in (mixed, pure):
+        assert (tokens - exact).norm() < 0.1 * exact.norm()  # the finest feature has 16 periods in the image
+    assert pure.dtype == torch.bfloat16
+    assert seen["keypoints"].dtype == torch.float32
 
 
 def test_mixed_precision_gives_fp32_gradients_to_fp32_weights(model: Pi05, batch: Batch) -> None:
