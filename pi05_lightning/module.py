@@ -44,6 +44,7 @@ from pi05_lightning.weights.resumed import (
     reapply,
 )
 from pi05_lightning.weights.safetensors import fill, shapes_of
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +63,6 @@ class Predicted:
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
-
-
-AVERAGE = "ema"
-"""Where a checkpoint holds the weights' average: {name of the parameter: f32 tensor}."""
 
 
 class Pi05Module(LightningModule):

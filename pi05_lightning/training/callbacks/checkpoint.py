@@ -23,8 +23,9 @@ from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
-from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, check_readable
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.training.first_rank import on_first_rank
+from pi05_lightning.weights.readable import check_readable
 
 
 class RunCheckpoint(ModelCheckpoint):

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from pi05_lightning.module import AVERAGE, Pi05Module
+from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE
 
 
 class WeightAverage(Callback):

@@ -1,0 +1,269 @@
+"""Checkpoints of sharded runs: a directory that every rank writes its shards into, and that any number of ranks reads.
+
+NAME.ckpt/.metadata, *.distcp    tensors, as torch.distributed.checkpoint writes them
+NAME.ckpt/meta.pt                everything else, and the names of the tensors: plain types, and small tensors
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemWriter, StorageReader
+
+from pi05_lightning.weights.readable import check_readable, unwritten
+from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, first_failure, read_layout
+
+META = "meta.pt"
+WEIGHTS, STATES = "state_dict", "optimizer_states"
+"""Where a checkpoint of Lightning's holds what is sharded."""
+AVERAGE = "ema"
+"""Where one of ours holds the weights' average: {name of the parameter: f32 tensor}."""
+PREFIX = "model."
+"""Of the model's tensors among the weights, which are the module's."""
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a checkpoint of several ranks' shards."""
+    return (path / META).is_file()
+
+
+# --- a checkpoint in two parts
+
+
+def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's sharded tensors, each under a key of its own, and all the rest with their names in order.
+
+    The state of an optimizer goes by the names of parameters.  ValueError where it does not say them.
+    """
+    tensors: dict[str, Tensor] = {}
+    rest = dict(checkpoint)
+    for part in (WEIGHTS, AVERAGE):
+        if part in checkpoint:
+            tensors |= {f"{part}/{name}": tensor.detach() for name, tensor in checkpoint[part].items()}
+            rest[part] = list(checkpoint[part])
+    if STATES in checkpoint:
+        (optimizer,) = checkpoint[STATES]
+        names, state = names_of(optimizer["param_groups"]), {}
+        for number, values in optimizer["state"].items():
+            sharded = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+            tensors |= {f"{STATES}/{names[number]}/{key}": value.detach() for key, value in sharded.items()}
+            state[number] = {key: None if key in sharded else value for key, value in values.items()}
+        rest[STATES] = [optimizer | {"state": state}]
+    return tensors, rest
+
+
+def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint that `split` took apart."""
+    checkpoint = dict(rest)
+    for part in (WEIGHTS, AVERAGE):
+        if part in rest:
+            checkpoint[part] = {name: tensors[f"{part}/{name}"] for name in rest[part]}
+    if STATES in rest:
+        (optimizer,) = rest[STATES]
+        names = names_of(optimizer["param_groups"])
+        state = {
+            number: {key: tensors.get(f"{STATES}/{names[number]}/{key}", value) for key, value in values.items()}
+            for number, values in optimizer["state"].items()
+        }
+        checkpoint[STATES] = [optimizer | {"state": state}]
+    return checkpoint
+
+
+def names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
+    """The name of each parameter of an optimizer by its number there."""
+    if not all("param_names" in group for group in groups):
+        raise ValueError(
+            "the checkpoint is older than the names by which its optimizer's state could be told apart: resume it on"
+            " one device, and go on sharded from what is saved there"
+        )
+    return {n: name for group in groups for n, name in zip(group["params"], group["param_names"], strict=True)}
+
+
+def parameter_of(key: str) -> str:
+    """The parameter that a sharded tensor is, or belongs to."""
+    return key.split("/")[1].removeprefix(PREFIX)
+
+
+# --- all ranks
+
+
+@contextmanager
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """What a block raises on one rank ends all of them, where the others would wait for it forever; collective."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    message = None if failed is None else str(failed)
+    messages = [message]
+    if dist.is_initialized():
+        messages *= dist.get_world_size(group)
+        dist.all_gather_object(messages, message, group)
+    if failed is not None:
+        raise failed
+    for other in filter(None, messages):
+        raise ValueError(other)
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+# --- writing
+
+
+def write(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint, every rank its shards, to a file system that all of them share; collective.
+
+    checkpoint: Lightning's, as a single process has it. Its weights, their average (`ema`) and the optimizer's state
+    (by number, with `param_names` in its groups) may be DTensors, of which each rank has its shard.
+
+    It lies beside `path` until it is whole and has been checked, and is then renamed by rank 0: no kill leaves a part
+    under the final name. What a killed run left there is removed.  ValueError on all ranks where one of them fails.
+    """
+    path = Path(path)
+    tensors, rest = split(checkpoint)
+    part = _begin(rest, path)
+    with together(), _writing(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+        dcp.save(tensors, storage_writer=FileSystemWriter(part))
+    with together():
+        if is_first_rank():
+            _finish(part, path)
+
+
+def _begin(rest: dict[str, Any], path: Path) -> Path:
+    """Make the directory that is to become a checkpoint, with all that is not sharded; collective."""
+    part = path.with_name(f".{path.name}.part")
+    with together():
+        if is_first_rank():
+            check_readable(rest)
+            for left in path.parent.glob(".*.ckpt.part"):
+                _remove(left)
+            with _writing(path):
+                part.mkdir(parents=True)
+                with (part / META).open("wb") as file:
+                    torch.save(rest, file)
+                    os.fsync(file.fileno())
+    return part
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """ValueError that says what to do where a disk is full, or the like."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        raise ValueError(unwritten(path, first_failure(error))) from error
+    except (OSError, RuntimeError) as error:
+        raise ValueError(unwritten(path, str(error))) from error
+
+
+def _finish(part: Path, path: Path) -> None:
+    """Give a directory that all ranks have written its name, once it is known to be readable; rank 0's."""
+    check_whole(part)
+    _synchronize(part)
+    replaced = path.with_name(f".{path.name}.replaced.ckpt.part")
+    if os.path.lexists(path):  # no directory takes the place of another one at once
+        path.rename(replaced)
+    part.rename(path)
+    _synchronize(path.parent)
+    _remove(replaced)
+
+
+def _synchronize(folder: Path) -> None:
+    """Have the names in a folder reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_whole(folder: Path) -> None:
+    """ValueError for a directory that lacks a file, a part of one, or a tensor; the tensors are not read."""
+    found, rest = read_layout(folder), read_rest(folder)
+    expected = [f"{part}/{name}" for part in (WEIGHTS, AVERAGE) for name in rest.get(part, [])]
+    missing = [key for key in expected if key not in found]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: use another checkpoint")
+
+
+# --- reading
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint holds beside its tensors, and their names in their place. ValueError if damaged."""
+    return load(folder / META)
+
+
+def load(file: Path) -> dict[str, Any]:
+    """What `torch.save` wrote, tensors mapped from the file; executes nothing that it may contain.
+
+    ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{file} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"
+            f" ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(content, dict) or "pi05" not in content:
+        raise ValueError(f"{file} is a checkpoint of something else: it has no `pi05` entry")
+    return content
+
+
+def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
+    """A checkpoint, sharded or a single file's, as `write` takes it; collective.
+
+    model: whose tensors decide where those of the checkpoint are placed: each as that of its name, an average or an
+    optimizer's state as its parameter. A rank reads the slices that it has of them, whatever the number of ranks that
+    wrote. What is not the model's, or has another shape there, is on the meta device. None: all is read as a whole.
+    ValueError on all ranks where one of them fails.
+    """
+    path = Path(path)
+    reader: StorageReader
+    layout: Layout
+    with together():
+        if is_sharded(path):
+            rest, reader = read_rest(path), ShardReader(path)
+            layout = read_layout(path)
+        else:
+            tensors, rest = split(load(path))
+            reader, layout = MappedReader(tensors), {key: (t.shape, t.dtype) for key, t in tensors.items()}
+        placed = None if model is None else dict(model.state_dict())
+        targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
+        fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)
+        return join(targets, rest)
+
+
+def _room(key: str, shape: torch.Size, dtype: torch.dtype, placed: Mapping[str, Tensor] | None) -> Tensor:
+    """Memory on the host for a tensor of a checkpoint, or a shard of it, as the model's tensor is placed."""
+    if placed is None:
+        return torch.empty(shape, dtype=dtype)
+    like, is_state = placed.get(parameter_of(key)), key.startswith(f"{STATES}/")
+    if like is None or (like.shape != shape and not is_state):
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if like.shape != shape:
+        return torch.empty(shape, dtype=dtype)
+    return torch.empty_like(like, dtype=dtype, device="cpu", requires_grad=False)

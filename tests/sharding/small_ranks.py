@@ -1,0 +1,194 @@
+"""Processes over gloo that shard a small model, without Lightning."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from pi05_lightning.weights import sharded_checkpoint
+
+PATIENCE = 120  # seconds
+
+
+def server() -> Any:
+    """What all ranks fork from, so that none has to import anything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _begin(rank: int, ranks: int, meeting: str, log: Path, work: Callable[..., None], args: tuple[Any, ...]) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    work(*args)
+    dist.destroy_process_group()
+
+
+def start(ranks: int, log: Path, work: Callable[..., None], *args: Any) -> list[Any]:
+    """The processes of so many ranks that do the work."""
+    meeting = log.with_name(f"{log.name}.{len(list(log.parent.iterdir()))}.meeting")
+    meeting.unlink(missing_ok=True)
+    made = [server().Process(target=_begin, args=(rank, ranks, str(meeting), log, work, args)) for rank in range(ranks)]
+    for process in made:
+        process.start()
+    return made
+
+
+def end(processes: list[Any], log: Path) -> list[int | None]:
+    """Exit codes; when one rank ends badly the others are killed, as a launcher would."""
+    running = list(processes)
+    while running:
+        ended = wait([process.sentinel for process in running], PATIENCE)
+        running = [process for process in running if process.sentinel not in ended]
+        for process in processes:
+            if process not in running:
+                process.join()
+        if not ended or any(process.exitcode for process in processes if process not in running):
+            for process in running:
+                process.kill()
+        if not ended:
+            raise TimeoutError(f"no rank ended within {PATIENCE} s: {log.read_text()}")
+    return [process.exitcode for process in processes]
+
+
+class Small(nn.Module):
+    """Rows that no number of ranks divides, a part that is frozen, a buffer, a group per layer and a root."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.frozen = nn.Linear(8, 3)
+        self.unused = nn.Linear(8, 1)
+        self.register_buffer("mean", torch.arange(4.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.table(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden).tanh()
+        return self.frozen(hidden)
+
+
+class Run:
+    """A model with its optimizer and average, sharded over the ranks, or whole in a process without any."""
+
+    def __init__(self, seed: int = 0) -> None:
+        torch.manual_seed(seed)
+        self.model = Small()
+        self.model.frozen.requires_grad_(False)
+        if dist.is_initialized():
+            for module in (*self.model.layers, self.model):
+                fully_shard(module)
+        self.named = dict(self.model.named_parameters())
+        self.average = {name: p.detach().clone() for name, p in self.named.items() if p.requires_grad}
+        trained = list(self.named)
+        self.optimizer = torch.optim.AdamW([{"params": list(self.named.values()), "param_names": trained}], lr=0.01)
+        self.step = 0
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step += 1
+            tokens = torch.randint(11, (4, 3), generator=torch.Generator().manual_seed(self.step))
+            self.model(tokens).pow(2).mean().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for name, average in self.average.items():
+                average.lerp_(self.named[name].detach(), 0.1)
+
+    def checkpoint(self) -> dict[str, Any]:
+        return {
+            "state_dict": {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()},
+            "optimizer_states": [self.optimizer.state_dict()],
+            "ema": self.average,
+            "pi05": {"saved_at": 1.5},
+            "callbacks": {"best": {"score": torch.tensor(0.5)}},
+            "global_step": self.step,
+        }
+
+    def restore(self, path: Path) -> dict[str, Any]:
+        checkpoint = sharded_checkpoint.read(path, self.model)
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()})
+        self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+        self.average, self.step = checkpoint["ema"], checkpoint["global_step"]
+        return checkpoint
+
+    def gathered(self) -> dict[str, Any]:
+        """The checkpoint, whole on every rank."""
+        return whole(self.checkpoint())
+
+
+def whole(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.full_tensor() if hasattr(value, "full_tensor") else value
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    return [whole(item) for item in value] if isinstance(value, list) else value
+
+
+# --- what a rank does
+
+
+def train_and_write(steps: int, path: Path, reference: Path) -> None:
+    """Write a sharded checkpoint, and beside it what a single process would have written."""
+    run = Run()
+    run.train(steps)
+    gathered = run.gathered()
+    if dist.get_rank() == 0:
+        torch.save(gathered, reference)
+    sharded_checkpoint.write(run.checkpoint(), path)
+
+
+def read_and_write(path: Path, reference: Path, other: Path | None) -> None:
+    """Restore a run, which has to be the reference to the bit, and write it again."""
+    run = Run(seed=1)
+    checkpoint = run.restore(path)
+    check_placed(checkpoint, run)
+    gathered = run.gathered()
+    check_same(gathered, torch.load(reference))
+    if other is not None:
+        sharded_checkpoint.write(run.checkpoint(), other)
+
+
+def check_placed(checkpoint: dict[str, Any], run: Run) -> None:
+    """Each tensor is where the parameter is that it belongs to."""
+    (optimizer,) = checkpoint["optimizer_states"]
+    found = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items()}
+    states = [(name, optimizer["state"].get(number, {})) for number, name in enumerate(run.named)]
+    pairs = [*found.items(), *checkpoint["ema"].items()]
+    pairs += [(name, state[key]) for name, state in states for key in ("exp_avg", "exp_avg_sq") if state]
+    assert len(pairs) > 20
+    for name, tensor in pairs:
+        if name in run.named:
+            assert isinstance(tensor, DTensor), name
+            assert tensor.placements == run.named[name].placements
+            assert tensor.to_local().shape == run.named[name].to_local().shape
+
+
+def check_same(found: Any, expected: Any, where: str = "") -> None:
+    """Everything is equal, to the bit, and in the same order."""
+    if isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype, where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert list(found) == list(expected), where
+        for key, value in expected.items():
+            check_same(found[key], value, f"{where}/{key}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for number, value in enumerate(expected):
+            check_same(found[number], value, f"{where}/{number}")
+    else:
+        assert found == expected, where
