@@ -21,9 +21,10 @@ PATIENCE = 120  # seconds
 
 
 def server() -> Any:
-    """What all ranks fork from, so that none has to import anything."""
+    """What all ranks fork from, so that none has to import much."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # the first comes with the first DTensor; this file is not on the path of the process that they fork from
+    context.set_forkserver_preload(["torch._dynamo", sharded_checkpoint.__name__])
     return context
 
 
