@@ -45,7 +45,7 @@ def rollout(
     """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
 
     Args:
-        checkpoint: a .ckpt file, a run's directory or an exported folder.
+        checkpoint: a .ckpt, a run's directory or an exported folder.
         tasks: the simulator's names of tasks; by default those that the checkpoint was trained on (MetaWorld), all of
             `--env.suites` (Libero), the default of the environment (LeRobotEnv).
         env: the simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.

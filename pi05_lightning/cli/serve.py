@@ -37,7 +37,7 @@ def serve(
     as a new connection does.
 
     Args:
-        checkpoint: a .ckpt file, a run's directory or an exported folder.
+        checkpoint: a .ckpt, a run's directory or an exported folder.
         host: address to listen at; 0.0.0.0 listens to the network, where anybody may ask.
         port: 0 takes a free one.
         cameras: the policy's cameras, each with its key in the observation, where that has another name.

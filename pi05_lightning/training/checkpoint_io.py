@@ -1,17 +1,22 @@
-"""Checkpoint files that are there as a whole or not at all, whenever the process is killed."""
+"""Checkpoints that are there as a whole or not at all, whenever the process is killed."""
 
 from __future__ import annotations
 
+import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol as is_local
+from torch import nn
 
 from pi05_lightning.files.local import replacing
 from pi05_lightning.weights.readable import unreadable, unwritten
+from pi05_lightning.weights.sharded_checkpoint import is_sharded, read
+from pi05_lightning.weights.sharded_writer import BackgroundWriter, remove, remove_leftovers, write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -23,6 +28,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if not is_local(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
+        remove_leftovers(Path(path).parent)
         with replacing(Path(path), one_writer=True) as part:
             try:
                 with part.open("wb") as file:
@@ -33,3 +39,44 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.load(part, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
                 raise ValueError(unreadable(checkpoint, str(path), error)) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Of a sharded run too."""
+        return read(Path(path)) if is_sharded(Path(path)) else super().load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if is_local(path) and os.path.lexists(path):
+            remove(Path(path))
+        else:
+            super().remove_checkpoint(path)
+
+
+class ShardedCheckpointIO(AtomicCheckpointIO):
+    """Every rank writes and reads its shards, so that every rank has to call; `then` and `wait` too.
+
+    model: whose tensors say which shard a rank reads.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.in_background = False
+        """Training goes on while a checkpoint is written."""
+        self._writer = BackgroundWriter()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if self.in_background:
+            self._writer.write(checkpoint, Path(path))
+        else:
+            write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return read(Path(path), self.model)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something once what was saved last has its name."""
+        self._writer.then(action)
+
+    def wait(self) -> None:
+        """Until what was saved last has its name. Raises ValueError where it could not be written."""
+        self._writer.wait()

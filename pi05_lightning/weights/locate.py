@@ -10,13 +10,18 @@ from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import ExportedFolder
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.safetensors import CONFIG, weight_files
-from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, find_checkpoint
+from pi05_lightning.weights.training_checkpoint import (
+    TrainingCheckpoint,
+    checkpoints_in,
+    find_checkpoint,
+    is_checkpoint,
+)
 
 
 def locate(
     path: str | Path, *, averaged: bool = True, tokenizer: str | None = None, vision_heads: int | None = None
 ) -> Weights:
-    """The weights at a path: of a `.ckpt` file, a run's directory (its newest checkpoint), a folder or a Hub id.
+    """The weights at a path: of a `.ckpt`, a run's directory (its newest checkpoint), a folder or a Hub id.
 
     The folder is one that we exported, or LeRobot's or openpi's (PyTorch).
 
@@ -41,11 +46,11 @@ def locate(
 
 
 def locate_run(path: Path) -> TrainingCheckpoint:
-    """What training goes on from: a checkpoint file, or the newest of a run's directory. ValueError for none."""
+    """What training goes on from: a checkpoint, or the newest of a run's directory. ValueError for none."""
     return TrainingCheckpoint(find_checkpoint(path))
 
 
 def run_of(checkpoint: Path) -> Path:
     """The directory of the run that a checkpoint or a folder belongs to: the run's own, or its checkpoints/."""
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    folder = checkpoint if checkpoint.is_dir() and not is_checkpoint(checkpoint) else checkpoint.parent
     return folder.parent if folder.name == "checkpoints" else folder

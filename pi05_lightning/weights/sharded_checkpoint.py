@@ -6,23 +6,18 @@ NAME.ckpt/meta.pt                everything else, and the names of the tensors: 
 
 from __future__ import annotations
 
-import os
 import pickle
-import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemWriter, StorageReader
+from torch.distributed.checkpoint import StorageReader
 
-from pi05_lightning.weights.readable import check_readable, unwritten
-from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, first_failure, read_layout
+from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
 META = "meta.pt"
 WEIGHTS, STATES = "state_dict", "optimizer_states"
@@ -121,82 +116,7 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-# --- writing
-
-
-def write(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint, every rank its shards, to a file system that all of them share; collective.
-
-    checkpoint: Lightning's, as a single process has it. Its weights, their average (`ema`) and the optimizer's state
-    (by number, with `param_names` in its groups) may be DTensors, of which each rank has its shard.
-
-    It lies beside `path` until it is whole and has been checked, and is then renamed by rank 0: no kill leaves a part
-    under the final name. What a killed run left there is removed.  ValueError on all ranks where one of them fails.
-    """
-    path = Path(path)
-    tensors, rest = split(checkpoint)
-    part = _begin(rest, path)
-    with together(), _writing(path), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
-        dcp.save(tensors, storage_writer=FileSystemWriter(part))
-    with together():
-        if is_first_rank():
-            _finish(part, path)
-
-
-def _begin(rest: dict[str, Any], path: Path) -> Path:
-    """Make the directory that is to become a checkpoint, with all that is not sharded; collective."""
-    part = path.with_name(f".{path.name}.part")
-    with together():
-        if is_first_rank():
-            check_readable(rest)
-            for left in path.parent.glob(".*.ckpt.part"):
-                _remove(left)
-            with _writing(path):
-                part.mkdir(parents=True)
-                with (part / META).open("wb") as file:
-                    torch.save(rest, file)
-                    os.fsync(file.fileno())
-    return part
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """ValueError that says what to do where a disk is full, or the like."""
-    try:
-        yield
-    except dcp.CheckpointException as error:
-        raise ValueError(unwritten(path, first_failure(error))) from error
-    except (OSError, RuntimeError) as error:
-        raise ValueError(unwritten(path, str(error))) from error
-
-
-def _finish(part: Path, path: Path) -> None:
-    """Give a directory that all ranks have written its name, once it is known to be readable; rank 0's."""
-    check_whole(part)
-    _synchronize(part)
-    replaced = path.with_name(f".{path.name}.replaced.ckpt.part")
-    if os.path.lexists(path):  # no directory takes the place of another one at once
-        path.rename(replaced)
-    part.rename(path)
-    _synchronize(path.parent)
-    _remove(replaced)
-
-
-def _synchronize(folder: Path) -> None:
-    """Have the names in a folder reach the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+# --- reading
 
 
 def check_whole(folder: Path) -> None:
@@ -206,9 +126,6 @@ def check_whole(folder: Path) -> None:
     missing = [key for key in expected if key not in found]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}: use another checkpoint")
-
-
-# --- reading
 
 
 def read_rest(folder: Path) -> dict[str, Any]:
@@ -255,6 +172,25 @@ def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
         targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
         fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)
         return join(targets, rest)
+
+
+def read_some(
+    folder: Path, names: Iterable[str], averaged: Collection[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Weights of a sharded checkpoint by their names in the model, whole, and no more of it; of some the average.
+
+    dtype: what they are cast to; None: that of the weights, of an average too.  ValueError where they are damaged.
+    """
+    layout, tensors, targets = read_layout(folder), {}, {}
+    for name in names:
+        own = f"{WEIGHTS}/{PREFIX}{name}"
+        if own not in layout:
+            raise ValueError(f"{folder} lacks {name}: use another checkpoint")
+        shape, saved = layout[own]
+        tensors[name] = torch.empty(shape, dtype=dtype or saved)
+        targets[f"{AVERAGE}/{name}" if name in averaged else own] = tensors[name]
+    fill_slices(targets, ShardReader(folder))
+    return tensors
 
 
 def _room(key: str, shape: torch.Size, dtype: torch.dtype, placed: Mapping[str, Tensor] | None) -> Tensor:

@@ -1,8 +1,10 @@
-"""Training checkpoints: the file that a run wrote, found, read, and turned into a plain model's tensors."""
+"""Training checkpoints: what a run wrote, found, read, and turned into a plain model's tensors.
+
+They are one file, or of a sharded run a directory; nobody else asks which.
+"""
 
 from __future__ import annotations
 
-import pickle
 import re
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +21,15 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import WEIGHTS, fill
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, is_sharded, load, read_rest, read_some
 
+ONLY_TRAINED = "auxiliary."
+"""What the names of heads that only training has begin with."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
 class TrainingCheckpoint(Weights):
-    """A Lightning checkpoint of ours, which `Pi05Module` wrote.
+    """A Lightning checkpoint of ours, which `Pi05Module` wrote, by one device or by sharded ranks.
 
     averaged: take the averaged weights if it has any.
     """
@@ -35,33 +40,28 @@ class TrainingCheckpoint(Weights):
 
     @cached_property
     def content(self) -> dict[str, Any]:
-        """All that it holds, tensors mapped from the file; executes nothing that it may contain.
+        """All that it holds, tensors mapped from the file; of a directory their names alone.
 
         ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
         """
-        try:
-            content = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{self.path} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"
-                f" ({str(error).splitlines()[0]})"
-            ) from error
-        if not isinstance(content, dict) or "pi05" not in content:
-            raise ValueError(f"{self.path} is a checkpoint of something else: it has no `pi05` entry")
-        return content
+        return read_rest(self.path) if is_sharded(self.path) else load(self.path)
 
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.content["pi05"]["model"])
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        average = self.content.get("ema", {}) if self.averaged else {}
-        tensors = {}
-        for name, own in self.content["state_dict"].items():
-            key = name.removeprefix("model.")
-            if key.startswith("auxiliary."):  # heads that only training has
-                continue
+        average = self.content.get(AVERAGE, {}) if self.averaged else {}
+        names = [key.removeprefix(PREFIX) for key in self.content["state_dict"]]
+        names = [name for name in names if not name.startswith(ONLY_TRAINED)]
+        if is_sharded(self.path):
+            tensors = read_some(self.path, names, average, dtype)
+        else:
             # mapped from a file that may be replaced, they would be read from it page by page while training
-            tensors[key] = average.get(key, own).to(dtype or own.dtype, copy=dtype is not None)
+            own = {name: self.content["state_dict"][PREFIX + name] for name in names}
+            tensors = {
+                name: average.get(name, tensor).to(dtype or tensor.dtype, copy=dtype is not None)
+                for name, tensor in own.items()
+            }
         lora = self.content["pi05"].get("lora")
         return tensors if lora is None else merge(self.config(), Lora(**lora), tensors)
 
@@ -97,15 +97,20 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run's directory."""
     candidates = (*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt"))
     # last.ckpt may be a link whose target a killed process had just replaced
-    return [file for file in candidates if file.exists()]
+    return [path for path in candidates if is_checkpoint(path)]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint itself, a file or a sharded run's directory, and not a folder with some."""
+    return path.is_file() or is_sharded(path)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file itself, or the one with most steps in a run's directory.
+    """The checkpoint itself, or the one with most steps in a run's directory.
 
     ValueError where there is none, and for a damaged one.
     """
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     found = checkpoints_in(path)
     if not found and (pickles := [file.name for kind in PICKLES for file in path.glob(kind)]):
@@ -115,7 +120,7 @@ def find_checkpoint(path: Path) -> Path:
         )
     if not found:
         raise ValueError(
-            f"{shown(path)} is neither a checkpoint nor a folder with one: expected a .ckpt file, a run's directory"
+            f"{shown(path)} is neither a checkpoint nor a folder with one: expected a .ckpt, a run's directory"
             f" with checkpoints/, or an exported folder with {WEIGHTS}"
         )
     checkpoints = map(TrainingCheckpoint, found)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
+import signal
+import sys
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from pi05_lightning.weights import sharded_checkpoint
+from pi05_lightning.weights.sharded_checkpoint import is_sharded, read
+from pi05_lightning.weights.sharded_writer import BackgroundWriter, write
 
 PATIENCE = 120  # seconds
 
@@ -24,7 +30,7 @@ def server() -> Any:
     """What all ranks fork from, so that none has to import much."""
     context = multiprocessing.get_context("forkserver")
     # the first comes with the first DTensor; this file is not on the path of the process that they fork from
-    context.set_forkserver_preload(["torch._dynamo", sharded_checkpoint.__name__])
+    context.set_forkserver_preload(["torch._dynamo", "pi05_lightning.weights.sharded_writer"])
     return context
 
 
@@ -120,7 +126,7 @@ class Run:
         }
 
     def restore(self, path: Path) -> dict[str, Any]:
-        checkpoint = sharded_checkpoint.read(path, self.model)
+        checkpoint = read(path, self.model)
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()})
         self.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
         self.average, self.step = checkpoint["ema"], checkpoint["global_step"]
@@ -149,7 +155,7 @@ def train_and_write(steps: int, path: Path, reference: Path) -> None:
     gathered = run.gathered()
     if dist.get_rank() == 0:
         torch.save(gathered, reference)
-    sharded_checkpoint.write(run.checkpoint(), path)
+    write(run.checkpoint(), path)
 
 
 def read_and_write(path: Path, reference: Path, other: Path | None) -> None:
@@ -160,7 +166,7 @@ def read_and_write(path: Path, reference: Path, other: Path | None) -> None:
     gathered = run.gathered()
     check_same(gathered, torch.load(reference))
     if other is not None:
-        sharded_checkpoint.write(run.checkpoint(), other)
+        write(run.checkpoint(), other)
 
 
 def check_placed(checkpoint: dict[str, Any], run: Run) -> None:
@@ -193,3 +199,59 @@ def check_same(found: Any, expected: Any, where: str = "") -> None:
             check_same(found[number], value, f"{where}/{number}")
     else:
         assert found == expected, where
+
+
+def write_in_background(first: Path, second: Path, reference: Path) -> None:
+    """Train on while two checkpoints are written, and do after each what is to be done once it has its name."""
+    run, writer = Run(), BackgroundWriter()
+    seen: list[bool] = []
+    for path in (first, second):
+        run.train(2)
+        gathered = run.gathered()
+        if dist.get_rank() == 0:
+            torch.save(gathered, reference / f"{path.name}.pt")
+        writer.write(run.checkpoint(), path)
+        writer.then(partial(lambda path: seen.append(is_sharded(path)), path))
+        run.train(3)
+    writer.wait()
+    assert seen == ([True, True] if dist.get_rank() == 0 else seen)
+    assert len(seen) == 2
+
+
+def fail_to_write(folder: Path) -> None:
+    """Where one rank cannot write, all of them say so, and nothing is there."""
+    run, writer = Run(), BackgroundWriter()
+    run.train(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if dist.get_rank() == 1 else resource.RLIM_INFINITY,) * 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(ValueError, match=r"now.ckpt could not be written .*too large"):
+        write(run.checkpoint(), folder / "now.ckpt")
+    done: list[bool] = []
+    writer.write(run.checkpoint(), folder / "later.ckpt")
+    writer.then(lambda: done.append(True))
+    with pytest.raises(ValueError, match=r"later.ckpt could not be written .*too large"):
+        writer.write(run.checkpoint(), folder / "next.ckpt")
+    assert not done
+    with pytest.raises(ValueError, match="callbacks/mine"):
+        write(run.checkpoint() | {"callbacks": {"mine": Path("a")}}, folder / "unreadable.ckpt")
+    assert not list(folder.glob("*.ckpt"))
+
+
+def be_killed(folder: Path, rank: int, event: int) -> None:
+    """Write one checkpoint, then another one, in which a rank is killed at its n-th touch of a file."""
+    run = Run()
+    run.train(1)
+    write(run.checkpoint(), folder / "step=1.ckpt")
+    run.train(1)
+    seen = 0
+
+    def count(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir") and str(folder) in str(args[:2]):
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if dist.get_rank() == rank:
+        sys.addaudithook(count)
+    write(run.checkpoint(), folder / "step=2.ckpt")

@@ -1,9 +1,22 @@
 """Checkpoints of sharded weights, averages and optimizer states, read by other numbers of ranks than wrote them."""
 
+import pickle
+import shutil
 from pathlib import Path
 
+import pytest
 import torch
-from small_ranks import Run, check_same, end, read_and_write, start, train_and_write
+from small_ranks import (
+    Run,
+    be_killed,
+    check_same,
+    end,
+    fail_to_write,
+    read_and_write,
+    start,
+    train_and_write,
+    write_in_background,
+)
 
 from pi05_lightning.weights.sharded_checkpoint import read
 
@@ -20,3 +33,40 @@ def test_from_four_ranks_to_two_to_one_to_two_it_stays_the_same_to_the_bit(tmp_p
     assert end(start(2, log, read_and_write, one, reference, again), log) == [0] * 2, log.read_text()
     check_same(read(again), torch.load(reference))
     assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_written_in_the_background_is_as_it_was_when_it_began(tmp_path: Path) -> None:
+    log, paths = tmp_path / "log", [tmp_path / "first.ckpt", tmp_path / "second.ckpt"]
+    assert end(start(2, log, write_in_background, *paths, tmp_path), log) == [0] * 2, log.read_text()
+    for path in paths:
+        check_same(read(path), torch.load(tmp_path / f"{path.name}.pt"))
+
+
+def test_where_one_rank_cannot_write_all_say_so_and_leave_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert end(start(2, log, fail_to_write, tmp_path), log) == [0] * 2, log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_within_a_write_leaves_the_checkpoint_before_and_no_part_under_a_name(tmp_path: Path, rank: int) -> None:
+    log, folder = tmp_path / "log", tmp_path / "checkpoints"
+    folder.mkdir()
+    codes, kills = [-9], 0
+    while any(codes):
+        codes = end(start(2, log, be_killed, folder, rank, kills + 1), log)
+        assert read(folder / "step=1.ckpt")["global_step"] == 1
+        for path in folder.glob("step=2.ckpt"):
+            assert read(path)["global_step"] == 2
+            shutil.rmtree(path)
+        kills += any(codes)
+    assert kills >= 2, log.read_text()
+    assert [path.name for path in folder.iterdir()] == ["step=1.ckpt"]
+
+
+def test_metadata_execute_nothing(tmp_path: Path) -> None:
+    """DCP's own reader would: its metadata are a pickle."""
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Path.touch))
+    torch.save({"pi05": {}, "state_dict": ["a"]}, tmp_path / "meta.pt")
+    with pytest.raises(ValueError, match="pathlib"):
+        read(tmp_path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
-from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO
 from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.readable import check_readable
 
@@ -42,9 +42,21 @@ class RunCheckpoint(ModelCheckpoint):
     two batches whose gradients are accumulated is the state after the last whole step, and a resumed run does the next
     one anew.
 
+    Of a sharded run checkpoints are directories. None of them is written over another one, which no file system does at
+    once, so that `last.ckpt` is always a link there.
+
+    Args:
+        in_background: training goes on while a sharded run's checkpoint is written, from a copy of each rank's shards
+            in the host's memory. The next one waits for it, and so does the end of the run.
+        options: ModelCheckpoint's.
+
     Raises ValueError when training starts for a `monitor`, of another callback too, or a name in `filename` that
     nothing will log, and where another checkpoint callback would write the same files.
     """
+
+    def __init__(self, *, in_background: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.in_background = in_background
 
     _is_deferred = False
     """This step is to be saved once its validation is over."""
@@ -61,7 +73,14 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:  # upstream's is the first logger's, which may be anywhere
             self.dirpath = os.path.join(trainer.default_root_dir, "checkpoints")
         super().setup(trainer, pl_module, stage)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # no other was asked for
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if isinstance(checkpoint_io, ShardedCheckpointIO):
+            checkpoint_io.in_background = self.in_background
+        elif self.in_background:
+            raise ValueError(
+                "checkpoint.in_background is for sharded runs (trainer.strategy fsdp2), and this is none: leave it out"
+            )
+        elif type(checkpoint_io) is TorchCheckpointIO:  # no other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,6 +144,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_newest(trainer)
+        wait(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.train_dataloader is None:  # a resumed run's state may be restored in part
@@ -141,6 +161,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_newest(trainer)
             if self._last_global_step_saved != trainer.global_step:  # it keeps the best alone
                 self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+            wait(trainer)
             rank_zero_info(f"{type(exception).__name__}: step {trainer.global_step} is saved in {self.dirpath}")
         if isinstance(exception, Stopped) and exception.requeued and trainer.is_global_zero:
             requeue()
@@ -152,6 +173,10 @@ class RunCheckpoint(ModelCheckpoint):
         if self.monitor is None:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        wait(trainer)  # before names are chosen that nothing has
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self._last_global_step_saved != trainer.global_step:
@@ -166,17 +191,40 @@ class RunCheckpoint(ModelCheckpoint):
         return candidates
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        last = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+        former = None
+        if filepath == last:
+            wait(trainer)
+            former = trainer.strategy.broadcast(self._own_target(last))
+            if isinstance(trainer.strategy.checkpoint_io, ShardedCheckpointIO):
+                filepath = self._free_name(trainer, last)
         super()._save_checkpoint(trainer, filepath)
-        if self.save_last == "link":  # before upstream removes the checkpoint that it points to
-            last = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+        if self.save_last == "link" or filepath != last:  # before upstream removes the checkpoint that it points to
             self._link_checkpoint(trainer, filepath, last)
+        if former is not None:
+            self._remove_checkpoint(trainer, former)
+
+    def _own_target(self, last: str) -> str | None:
+        """Where `last.ckpt` points to, if that is nothing but the newest checkpoint."""
+        target = os.path.join(os.path.dirname(last), os.readlink(last)) if os.path.islink(last) else ""
+        return target if os.path.basename(target).startswith(f"{self.CHECKPOINT_NAME_LAST}-") else None
+
+    def _free_name(self, trainer: Trainer, last: str) -> str:
+        """A name for the newest checkpoint, where no other one is, which `last.ckpt` is to point to."""
+        name = f"{last.removesuffix(self.FILE_EXTENSION)}-step={trainer.global_step}"
+        path, version = f"{name}{self.FILE_EXTENSION}", self.STARTING_VERSION
+        while self.file_exists(path, trainer):
+            path, version = f"{name}-v{version}{self.FILE_EXTENSION}", version + 1
+        return path
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero and filepath != linkpath:
-            with replacing(Path(linkpath), one_writer=True) as new:
-                new.symlink_to(os.path.relpath(filepath, new.parent))
+            once_saved(trainer, partial(link, Path(filepath), Path(linkpath)))
         trainer.strategy.barrier()
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        once_saved(trainer, partial(super()._remove_checkpoint, trainer, filepath))
 
     # --- whether it can
 
@@ -235,6 +283,27 @@ class RunCheckpoint(ModelCheckpoint):
         self.best_k_models = {path: self.best_k_models[path] for path in ranked}
         self.best_model_path, self.kth_best_model_path = (ranked[0], ranked[-1]) if ranked else ("", "")
         self.best_model_score = self.best_k_models.get(self.best_model_path)
+
+
+def link(path: Path, name: Path) -> None:
+    """Let a name stand for a checkpoint beside it, from one moment to the next."""
+    with replacing(name, one_writer=True) as new:
+        new.symlink_to(os.path.relpath(path, new.parent))
+
+
+def once_saved(trainer: Trainer, action: Callable[[], None]) -> None:
+    """Do something on this rank once the checkpoint that was saved last has its name."""
+    checkpoint_io = trainer.strategy.checkpoint_io
+    if isinstance(checkpoint_io, ShardedCheckpointIO):
+        checkpoint_io.then(action)
+    else:
+        action()
+
+
+def wait(trainer: Trainer) -> None:
+    """Until the checkpoint that was saved last has its name. Raises ValueError where it could not be written."""
+    if isinstance(trainer.strategy.checkpoint_io, ShardedCheckpointIO):
+        trainer.strategy.checkpoint_io.wait()
 
 
 def take_back_batches(trainer: Any) -> None:

@@ -129,6 +129,9 @@ def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, An
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Of a file's content, or of that of all files of a directory, in the order of their names."""
+    digest = hashlib.sha256()
+    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
