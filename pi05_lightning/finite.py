@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from pi05_lightning.models.shards import own_part
 from pi05_lightning.optim import gradient_norms
 from pi05_lightning.types import Drawn
 
@@ -150,8 +153,19 @@ class FiniteSteps:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """The names of those with values that are not finite; waits for the device."""
-    return [name for name, tensor in tensors if tensor.is_floating_point() and not bool(tensor.isfinite().all())]
+    """The names of those with values that are not finite; waits for the device.
+
+    Where ranks divide them between them, every rank must ask, and all are told the same.
+    """
+    floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
+    if not floating:
+        return []
+    bad = torch.stack([own_part(tensor).isfinite().all().logical_not() for _, tensor in floating])
+    if any(isinstance(tensor, DTensor) for _, tensor in floating):
+        found = bad.byte()
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        bad = found.bool()
+    return [name for (name, _), is_bad in zip(floating, bad.tolist(), strict=True) if is_bad]
 
 
 def check_savable(weights: Iterable[tuple[str, Tensor]], step: int) -> None:

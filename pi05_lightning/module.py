@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
@@ -27,7 +28,17 @@ from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
-from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_blocks
+from pi05_lightning.models.parallelize import (
+    Lora,
+    Sharding,
+    add_adapters,
+    begin_sharded,
+    checkpoint_blocks,
+    compile_blocks,
+    gather,
+    reset_adapters,
+    shard,
+)
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
@@ -43,8 +54,9 @@ from pi05_lightning.weights.resumed import (
     has_options,
     reapply,
 )
-from pi05_lightning.weights.safetensors import fill, shapes_of
+from pi05_lightning.weights.safetensors import check_keys, fill, shapes_of
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE
+from pi05_lightning.weights.shards import MappedReader, fill_slices
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +161,10 @@ class Pi05Module(LightningModule):
         """Of the weights, by name, if they are averaged."""
         self.run_config: str | None = None
         """The configuration of the run, as YAML, if it has one."""
+        self.sharding: Sharding | None = None
+        """How the model is divided between the ranks, if it is; the strategy fsdp2 says so."""
+        self._whole: list[Pi05] = []
+        """The gathered model, while there is one; in a list, as it is no part of this module."""
         self._configured = False
         self._hollow = False
         """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
@@ -162,10 +178,13 @@ class Pi05Module(LightningModule):
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        divides = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+        if not divides:
+            self.sharding = None
+        elif self.sharding is None:
             raise ValueError(
-                f"trainer.strategy {type(strategy).__name__} shards the weights, which the tied embedding, the stages'"
-                " freezing and the averaged weights need whole: use ddp, with LoRA or bf16-true where memory is short"
+                f"trainer.strategy {type(strategy).__name__} shards the weights in a way that this model, its stages'"
+                " freezing and its averaged weights do not support: use fsdp2, which divides them between the ranks too"
             )
         if stage == "fit":
             check_clock(self.trainer)
@@ -199,13 +218,16 @@ class Pi05Module(LightningModule):
     def configure_model(self) -> None:
         """Give the parameters memory and values, then add what the options ask for; once."""
         if self._configured:
+            self._check_sharding()
             return
         self._configured = True
-        if self.model.device.type == "meta":
+        if self.sharding is not None:
+            self._configure_shards(self.sharding)
+        elif self.model.device.type == "meta":
             self.model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
             if not self.will_be_restored:
                 self._begin()
-        if self.lora is not None:
+        if self.lora is not None and self.sharding is None:
             add_adapters(self.model, self.lora)
         if self.model.device.type == "meta":
             self.model.to_empty(device=torch.get_default_device())
@@ -227,19 +249,66 @@ class Pi05Module(LightningModule):
             parameter.requires_grad = stage is None or not stage.freezes(name)
         return model
 
+    def _configure_shards(self, sharding: Sharding) -> None:
+        """As `configure_model`, so that no rank ever has more than its part, and one layer of the others'."""
+        if self.model.device.type != "meta":
+            raise ValueError("a model that has weights already cannot be divided between ranks: make a new Pi05Module")
+        self.model.to(torch.get_default_dtype())
+        base = dict(self.model.named_modules())  # by their names without adapters
+        if self.lora is not None:
+            add_adapters(self.model, self.lora)
+        shard(self.model, sharding)
+        self.model.to_empty(device=torch.get_default_device())
+        if self.will_be_restored:
+            self._hollow = True
+        else:
+            # made of random numbers that are the same on every rank
+            torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))
+            if self.init_from is not None:
+                self._begin_with_slices(base)
+            else:
+                self._reset()
+            if self.lora is not None:
+                reset_adapters(self.model)
+        begin_sharded(self.model)
+
+    def _begin_with_slices(self, base: dict[str, nn.Module]) -> None:
+        assert self.init_from is not None
+        weights = locate(self.init_from)
+        self.model.reset_auxiliary()
+        own = {
+            f"{above}.{name}": parameter
+            for above, module in base.items()
+            for name, parameter in module.named_parameters(recurse=False)
+            if not above.startswith("auxiliary.")
+        }
+        tensors = weights.mapped_tensors()
+        check_keys(shapes_of(tensors), shapes_of(own), where=self.init_from)
+        fill_slices(own, MappedReader(tensors))
+        self._trained = self._carried_on(weights)
+
+    def _check_sharding(self) -> None:
+        """Raises ValueError where it is divided otherwise than this trainer would."""
+        if isinstance(self.model, FSDPModule) != (self.sharding is not None):
+            raise ValueError(
+                "the model was made by a trainer with another strategy, and cannot be divided between ranks, or put"
+                " together, any more: make a new Pi05Module, with model.init_from"
+            )
+
     def _begin(self) -> None:
         if self.init_from is not None:
             weights = locate(self.init_from)
             tensors = weights.tensors(torch.get_default_dtype())
-            # no weights have the auxiliary heads
             auxiliary = self.model.auxiliary.to_empty(device=torch.get_default_device())
-            for name in auxiliary:
-                self.model.heads[name].reset_parameters()
+            self.model.reset_auxiliary()
             fill(self.model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=self.init_from)
             self._trained = self._carried_on(weights)
         else:
             self.model.to_empty(device=torch.get_default_device())
-            self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
+            self._reset()
+
+    def _reset(self) -> None:
+        self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
 
     def _carried_on(self, weights: Weights) -> Trained:
         """What weights were trained on that still holds here: not FAST tokens that stand for other actions now."""
@@ -262,11 +331,27 @@ class Pi05Module(LightningModule):
                 " trainer a ckpt_path, or leave will_be_restored False"
             )
 
+    def gathered(self, keep: bool = True) -> Pi05:
+        """The model with whole weights, as they are now: itself, or where ranks divide them a copy for evaluation.
+
+        Of that, which every rank must ask for, the tensors are in the type that training computes in.  keep: False on
+        ranks that need none; theirs has no memory.
+        """
+        if self.sharding is None:
+            return self.model
+        return gather(self.model, self.blank(), self.sharding.compute, keep).eval()
+
+    @property
+    def whole(self) -> Pi05:
+        """What validation and prediction compute with: calls of parts of it, as many as each rank has a use for."""
+        return self._whole[0] if self._whole else self.model
+
     def on_validation_start(self) -> None:
         """Raises ValueError for data of other robots than the weights know."""
         self._check_weights()
         if self.trainer.state.fn != "fit":
             self._compare(list(datamodule_of(self.trainer).own_processor.robots))
+        self._whole = [self.gathered()]
 
     on_test_start = on_validation_start
 
@@ -333,13 +418,17 @@ class Pi05Module(LightningModule):
             place = self.trainer.global_rank, self.global_step * batches + batch_idx % batches
             torch.manual_seed(hash((self.seed, *place)) % 2**63)
         stage = self.recipe.at(self.global_step)
-        terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation)
+        parts = self.sharding and self.sharding.anywhere(self.model.parts_of(batch, stage.weights))
+        terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation, parts=parts)
         assert batch.step_counts is not None
         counts = self._of_terms(batch.step_counts, stage.weights)
         means, self._step_counts = mean_terms(terms, counts, self.trainer.accumulate_grad_batches)
         loss = total_loss(means, stage.weights)
         if not terms:  # other batches of the step, or ranks, have something to learn from
-            loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
+            if self.sharding is None:
+                loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
+            else:  # no rank has, and none calls a layer
+                loss = loss.detach().requires_grad_()
         for name, value in ({f"{stage.name}/{term}": mean for term, mean in means.items()} | {"total": loss}).items():
             self._losses.setdefault(f"loss/{name}", []).append(value.detach())
         assert batch.drawn is not None
@@ -395,12 +484,13 @@ class Pi05Module(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
         assert self.processor is not None
         subset = datamodule_of(self.trainer).evaluated_subsets[dataloader_idx]
-        evaluator = Evaluator(self.model, self.processor, self.num_steps, self.accuracy_threshold)
+        evaluator = Evaluator(self.whole, self.processor, self.num_steps, self.accuracy_threshold)
         measured = evaluator.measure(batch, subset)
         self.metrics[subset].update(measured)
         return {"measured": measured}
 
     def on_validation_epoch_end(self) -> None:
+        self._whole = []
         self.results = compute_all(self.metrics)
         values = self._by_tag(self.results)
         self.log_dict(values, sync_dist=True)  # the same on every rank already, which Lightning cannot know
@@ -433,9 +523,10 @@ class Pi05Module(LightningModule):
         data = datamodule_of(self.trainer)
         self._policies = {}
         self._compare(list(data.predicted_sources))
+        self._whole = [self.gathered()]
         for name in data.predicted_sources:
             acting = replace(self.acting, robot=name)
-            self._policies[name] = Inference(self.model, data.processor, acting, self.seed, self.trained)
+            self._policies[name] = Inference(self.whole, data.processor, acting, self.seed, self.trained)
 
     def predict_step(self, batch: Observed, batch_idx: int, dataloader_idx: int = 0) -> Predicted:
         """Raises ValueError, with the place of the frames, where the policy refuses one, or its own chunk."""
@@ -453,6 +544,9 @@ class Pi05Module(LightningModule):
                 f"data.sources.{batch.source}, a frame from {batch.places[0]} to {batch.places[-1]}: {error}"
             ) from error
         return Predicted(chunks, subtasks)
+
+    def on_predict_end(self) -> None:
+        self._whole, self._policies = [], {}
 
     # --- checkpoints
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -180,4 +181,5 @@ def gradient_norms(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict
     gradients = {name: parameter.grad for name, parameter in named_parameters if parameter.grad is not None}
     parts = {part: [g for name, g in gradients.items() if re.search(pattern, name)] for part, pattern in PARTS.items()}
     parts["total"] = list(gradients.values())
-    return {part: nn.utils.get_total_norm(own) for part, own in parts.items() if own}
+    norms = {part: nn.utils.get_total_norm(own) for part, own in parts.items() if own}
+    return {part: norm.full_tensor() if isinstance(norm, DTensor) else norm for part, norm in norms.items()}

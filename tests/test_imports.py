@@ -20,7 +20,7 @@ LAYERS = (
     ("types",),
     ("recipe",),
     ("models.config",),
-    ("models.kernels",),
+    ("models.kernels", "models.shards"),
     ("models.gemma", "models.keypoints", "models.siglip"),
     ("models.backbone",),
     ("models.heads",),

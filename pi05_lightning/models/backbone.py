@@ -23,6 +23,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
 from pi05_lightning.models.kernels import Embedding
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
+from pi05_lightning.models.shards import own_part, whole
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Prefix, Target
 
@@ -75,13 +76,14 @@ class Backbone(nn.Module):
         self.layers: list[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(width)
 
-    def forward(self, batch: Batch, *, need_hidden: bool = True) -> Prefix:
+    def forward(self, batch: Batch, *, need_hidden: bool = True, need_vision: bool = False) -> Prefix:
         """Run a whole sequence.
 
         Of the last layer, the flow head reads keys and values, of all columns; what else it computes is for predicting
-        tokens, and done for these alone, or without `need_hidden` for none.
+        tokens, and done for these alone, or without `need_hidden` for none.  need_vision: the vision tower runs even if
+        there is no image, on none.
         """
-        x, mask, causal, vision = self.embed(batch)
+        x, mask, causal, vision = self.embed(batch, need_vision)
         flow_mask = mask.clone()
         given = (batch.target_kind == Target.NONE) | (batch.target_kind == Target.SUBTASK)
         flow_mask[:, -batch.tokens.shape[1] :] &= given
@@ -100,15 +102,17 @@ class Backbone(nn.Module):
         x, layer_kv = last(x, rope, seen[:, :, -tokens:], columns - tokens)
         return Prefix(self.norm(x), [*kv, layer_kv], mask, flow_mask, vision)
 
-    def embed(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    def embed(self, batch: Batch, need_vision: bool = False) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         """-> embeddings [B S W], valid bool[B S], causal bool[B S], images first, then tokens; `Prefix.vision`."""
         rows, cameras = batch.image_mask.shape
         text = self.embed_text(batch.tokens)
-        if not cameras:
+        if not cameras and not need_vision:
             return text, batch.token_mask, batch.causal, {}
         # all present images of all cameras in one call
         dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
         features, vision = self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
+        if not cameras:
+            return text + nothing_of(features), batch.token_mask, batch.causal, vision
         slots = features.new_zeros(rows * cameras, *features.shape[1:])
         slots = slots.index_copy(0, batch.image_index, features)
         images = rearrange(slots, "(b c) n w -> b (c n) w", b=rows)
@@ -151,9 +155,17 @@ class Backbone(nn.Module):
         """
         initialize(self)
         if isinstance(self.vision, KeypointStem):
-            self.vision.reset_parameters()
-        for ids in ordinal_ids or []:
-            place_on_curve(self.embed_tokens.weight, ids)
+            with whole(self.vision):
+                self.vision.reset_parameters()
+        if ordinal_ids:
+            with whole(self.embed_tokens):
+                for ids in ordinal_ids:
+                    place_on_curve(self.embed_tokens.weight, ids)
+
+
+def nothing_of(*tensors: Tensor) -> Tensor:
+    """0, whose gradient reaches the tensors, as zeros."""
+    return torch.stack([tensor.flatten()[:0].sum() for tensor in tensors]).sum()
 
 
 def prefix_mask(valid: Tensor, causal: Tensor) -> Tensor:
@@ -164,22 +176,31 @@ def prefix_mask(valid: Tensor, causal: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialize(module: nn.Module) -> None:
-    """Every weight below `module`, whatever its memory held: variance 1 / fan-in, norms 1, biases and adaRMS 0."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-        elif isinstance(layer, nn.Embedding):
-            nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
-        elif isinstance(layer, nn.LayerNorm):
-            layer.reset_parameters()
-        elif isinstance(layer, RMSNorm):
-            nn.init.zeros_(layer.weight)
+    """Every weight below `module`, whatever its memory held: variance 1 / fan-in, norms 1, biases and adaRMS 0.
+
+    Adapters are left out. Of what is divided between ranks, one layer is whole at a time.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding | nn.LayerNorm | RMSNorm) and ".lora_" not in name:
+            with whole(layer):
+                _initialize_layer(layer)
     for norm in module.modules():
         if isinstance(norm, AdaRMSNorm):
-            nn.init.zeros_(norm.dense.weight)
-            nn.init.zeros_(norm.dense.bias)
+            nn.init.zeros_(own_part(norm.dense.weight))
+            nn.init.zeros_(own_part(norm.dense.bias))
+
+
+def _initialize_layer(layer: nn.Module) -> None:
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    elif isinstance(layer, nn.Embedding):
+        nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
+    elif isinstance(layer, nn.LayerNorm):
+        layer.reset_parameters()
+    elif isinstance(layer, RMSNorm):
+        nn.init.zeros_(layer.weight)
 
 
 @torch.no_grad()

@@ -192,6 +192,8 @@ class ExpertBlock(nn.Module):
 
     def forward(self, x: Tensor, past: KV, modulation: tuple[Tensor, Tensor], context: Context) -> Tensor:
         """x [R·K T W]: T actions a row;  past: this layer's of `context.kv`;  modulation: one per norm, [R·K t 3W]."""
+        # LeRobot's bf16 checkpoints keep the projections before it in fp32
+        x = x.to(self.self_attn.q_proj.weight.dtype)
         y, gate = self.input_layernorm(x, modulation[0])
         own = self.self_attn.keys_values(y, context.rope)
         if context.has_room:

@@ -1,25 +1,31 @@
-"""What is done to a finished model from outside, in this order: adapters, compilation, activation checkpointing.
+"""What is done to a finished model from outside, in this order: adapters, shards, compiling, activation checkpointing.
 
-Adapters are LoRA's (arXiv 2106.09685), through PEFT: small trained matrices beside frozen linear layers.
+Adapters are LoRA's (arXiv 2106.09685), through PEFT: small trained matrices beside frozen linear layers. Sharding is
+PyTorch's FSDP2: each rank keeps a slice of every parameter, and has a group of them whole while it computes with it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.files.ranges import check
-from pi05_lightning.models.gemma import Block, ExpertBlock
+from pi05_lightning.models.gemma import AdaRMSNorm, Block, ExpertBlock
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.shards import whole
 from pi05_lightning.models.siglip import SiglipBlock
 
 
@@ -84,6 +90,24 @@ def add_adapters(model: Pi05, lora: Lora) -> None:
     inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
 
 
+def reset_adapters(model: Pi05) -> None:
+    """Random initialisation of adapters that were put into a model without memory: what PEFT gives those of others.
+
+    Only needed where the model is sharded before its parameters have values.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.lora_A:
+                pair = cast("tuple[nn.Linear, nn.Linear]", (layer.lora_A[name], layer.lora_B[name]))
+                for part in pair:
+                    # PEFT makes the layers before it fills them, which takes random numbers too
+                    nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
+                with whole(pair[0]), whole(pair[1]):
+                    layer.reset_lora_parameters(name, init_lora_weights=True)
+
+
 @torch.no_grad()
 def merge_adapters(model: Pi05) -> Pi05:
     """Add every adapter into the layer it stands beside and remove it, in place."""
@@ -96,7 +120,84 @@ def merge_adapters(model: Pi05) -> Pi05:
     return model
 
 
-def blocks_of(model: Pi05) -> Iterator[nn.Module]:
+@dataclass(frozen=True)
+class Sharding:
+    """How a run divides a model between its ranks.
+
+    mesh: of one axis, all ranks, between which every parameter is divided; or of two, replicas and the ranks of each.
+    compute: what parameters are cast to while a group is whole (None: left as they are); gradients are summed in fp32
+    then.  hosts: a process group of the ranks' processors, through which they agree without waiting for a GPU.
+    waiting: the same, with more patience.
+    """
+
+    mesh: DeviceMesh
+    compute: torch.dtype | None = None
+    hosts: dist.ProcessGroup | None = None
+    waiting: dist.ProcessGroup | None = None
+
+    def anywhere(self, flags: Sequence[bool]) -> list[bool]:
+        """Which of the flags any rank has; every rank must ask."""
+        found = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.hosts)
+        return [bool(flag) for flag in found.tolist()]
+
+    def wait(self) -> None:
+        """Wait for every rank, however long one of them has something to do alone."""
+        dist.barrier(self.waiting)
+
+
+def shard(model: Pi05, sharding: Sharding) -> None:
+    """Divide every parameter of a model, on the meta device or not, between the ranks of a mesh, in place.
+
+    Whole at one time are: a block of SigLIP's, Gemma's or the action expert's; what makes the expert's norms of the
+    flow time, for all blocks; and from the first use to the end of the step the rest, the embedding and the heads
+    foremost. Groups are gathered as they are called, so that every rank must call the same ones, see `Pi05.forward`.
+    """
+    reduce = None if sharding.compute is None else torch.float32
+    policy = MixedPrecisionPolicy(sharding.compute, reduce, cast_forward_inputs=False)
+    divide = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy)
+    # a head of the user's is called on ranks with targets for it, or on no rows: its own parameters are the root's
+    modulation = [norm.dense for norm in model.flow_head.modules() if isinstance(norm, AdaRMSNorm)]
+    divide(modulation)
+    for block in [*blocks_of(model.backbone), *blocks_of(model.flow_head)]:
+        divide(block)
+        if isinstance(block, Block):
+            register_fsdp_forward_method(block, "keys_values")
+    divide(model)
+
+
+def begin_sharded(model: Pi05) -> None:
+    """Ready a sharded model whose parameters have memory; before any of them is frozen.
+
+    FSDP notes once, by those that are trained then, what gradients of a group are summed in. No public call does it
+    for all groups.
+    """
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            raise TypeError(f"{name} is not divided between the ranks, so that its gradients would not be summed")
+        parameter.requires_grad = True
+    assert isinstance(model, FSDPModule)
+    model._get_fsdp_state()._lazy_init()
+
+
+@torch.no_grad()
+def gather(model: Pi05, into: Pi05, compute: torch.dtype | None = None, keep: bool = True) -> Pi05:
+    """A model of whole tensors: `into`, of the same parts without memory; `keep` False, on ranks that need none.
+
+    Every rank must call it. Cast as training computes.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        cast = tensor.to(compute) if compute is not None and tensor.is_floating_point() else tensor
+        found = cast.full_tensor() if isinstance(cast, DTensor) else cast
+        if keep:
+            tensors[name] = found
+    if keep:
+        into.load_state_dict(tensors, assign=True)
+    return into
+
+
+def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """Every SigLIP, Gemma and expert block."""
     return (block for block in model.modules() if isinstance(block, SiglipBlock | Block | ExpertBlock))
 

@@ -13,19 +13,20 @@ What differs from the paper (arXiv 2504.16054):
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pi05_lightning.models.backbone import Backbone
+from pi05_lightning.models.backbone import Backbone, nothing_of
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.heads.base import ByModality, Head, HeadFactory, Terms
+from pi05_lightning.models.heads.base import ByModality, Head, HeadFactory, Term, Terms
 from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.location import NAME as LOCATION
 from pi05_lightning.models.heads.location import LocationHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
+from pi05_lightning.models.shards import whole
 from pi05_lightning.types import Batch, TargetMaker
 
 
@@ -65,12 +66,23 @@ class Pi05(nn.Module):
         """What makes the heads' targets from frames, by the head's name."""
         return {name: head.target_maker for name, head in self.heads.items() if head.target_maker is not None}
 
-    def forward(self, batch: Batch, terms: Collection[str] | None = None, *, insulate: bool = False) -> Terms:
+    def forward(
+        self,
+        batch: Batch,
+        terms: Collection[str] | None = None,
+        *,
+        insulate: bool = False,
+        parts: Sequence[bool] | None = None,
+    ) -> Terms:
         """Loss terms of a batch, from one backbone pass; those that it has no target for are not there.
 
         terms: names of those to compute, by default all.  insulate: the flow loss gives the backbone no gradient
         (knowledge insulation, arXiv 2505.23705).  The flow term needs the batch's noise and time.
+        parts: which parts run, in the order of `parts_of`, by default those that the batch has something for. One that
+        it has nothing for runs on no rows, and its gradients are 0.
         """
+        if parts is not None:
+            return self._in_step(batch, terms, insulate, parts)
         heads = [
             head
             for head in self.heads.values()
@@ -81,6 +93,35 @@ class Pi05(nn.Module):
         for head in heads:
             found |= head.terms_of(batch, prefix.detach() if insulate and head.is_insulated else prefix, self.backbone)
         return {name: term for name, term in found.items() if terms is None or name in terms}
+
+    def parts_of(self, batch: Batch, terms: Collection[str]) -> list[bool]:
+        """Whether a batch has images, and of each head whether it has targets of these terms."""
+        targets = [
+            any(mask.numel() for name, mask in head.masks(batch).items() if name in terms)
+            for head in self.heads.values()
+        ]
+        return [len(batch.pixels) > 0, *targets]
+
+    def _in_step(self, batch: Batch, terms: Collection[str] | None, insulate: bool, parts: Sequence[bool]) -> Terms:
+        """As `forward`, with the layers called in the same order, and the same ones given gradients, on every rank."""
+        need_vision, *used = parts
+        heads = [head for head, is_used in zip(self.heads.values(), used, strict=True) if is_used]
+        if not heads:
+            return {}
+        prefix = self.backbone(batch, need_hidden=any(h.reads_hidden for h in heads), need_vision=need_vision)
+        found: Terms = {}
+        for head in heads:
+            found |= head.terms_of(batch, prefix.detach() if insulate and head.is_insulated else prefix, self.backbone)
+        # what no loss reads here is read elsewhere
+        hidden = [] if prefix.hidden is None else [prefix.hidden]
+        zero = nothing_of(*hidden, *(term.values for term in found.values()))
+        wanted = [name for head in heads for name in head.terms if terms is None or name in terms]
+        result = {name: found[name] for name in wanted if name in found}
+        if not result:
+            empty = zero.new_zeros(0)
+            result[wanted[0]] = Term(empty, empty.bool())
+        first = next(iter(result))
+        return result | {first: Term(result[first].values + zero, result[first].mask)}
 
     def counts(self, batch: Batch) -> Tensor:
         """Elements of each loss term in a batch, i64[terms] in the order of `terms`; the batch is on the host."""
@@ -103,8 +144,15 @@ class Pi05(nn.Module):
     def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
         """Random initialisation; see `Backbone.reset_parameters`."""
         self.backbone.reset_parameters(ordinal_ids)
-        for head in self.heads.values():
-            head.reset_parameters()
+        self.flow_head.reset_parameters()
+        self.reset_auxiliary()
+
+    def reset_auxiliary(self) -> None:
+        """Random initialisation of the auxiliary heads, which no weights on disk have."""
+        for name, head in self.heads.items():
+            if name in self.auxiliary:
+                with whole(head):
+                    head.reset_parameters()
 
     @property
     def device(self) -> torch.device:

@@ -56,3 +56,11 @@ class Unscaled(MixedPrecision):
         gradient_clip_algorithm: GradClipAlgorithmType = GradClipAlgorithmType.NORM,
     ) -> None:
         Precision.clip_gradients(self, optimizer, clip_val, gradient_clip_algorithm)
+
+
+class CastByShard(Unscaled):
+    """bf16 over fp32 weights without autocast: FSDP casts each group of weights as it gathers them."""
+
+    @contextmanager
+    def forward_context(self) -> Generator[None]:
+        yield

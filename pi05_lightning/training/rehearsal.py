@@ -42,21 +42,41 @@ def rehearse(trainer: Trainer, module: Pi05Module) -> None:
 
     Raises ValueError with the stage, the `source/modality`, the sample's address or the term, and the cause.
     """
-    on_first_rank(trainer, Rehearsal(trainer, module).run)
+    rehearsal = Rehearsal(trainer, module)
+    if module.sharding is None:
+        rehearsal.model = module.model
+    on_first_rank(trainer, rehearsal.run)
+    if trainer.strategy.broadcast(rehearsal.needs_weights):
+        rehearsal.model = module.gathered(keep=trainer.is_global_zero)
+        on_first_rank(trainer, rehearsal.run)
+
+
+class NeedsWeights(Exception):
+    """A head looks at values, so that a model with weights has to be tried."""
 
 
 class Rehearsal:
-    """Of the stages from the trainer's step on."""
+    """Of the stages from the trainer's step on.
+
+    model: with the weights that are trained; None where they have to be gathered for it.
+    needs_weights: there was none, and it was needed.
+    """
 
     def __init__(self, trainer: Trainer, module: Pi05Module) -> None:
         self.trainer, self.module, self.data = trainer, module, datamodule_of(trainer)
+        self.model: Pi05 | None = None
+        self.needs_weights = False
         self._told = time.monotonic() + PATIENCE
 
     def run(self) -> None:
         with isolate_rng():
             read: dict[int, list[Sample]] = {}
-            for stage in remaining(self.trainer, self.module):
-                self._rehearse(stage, read)
+            try:
+                for stage in remaining(self.trainer, self.module):
+                    self._rehearse(stage, read)
+            except NeedsWeights:
+                self.needs_weights = True
+                return
             if self.trainer.enable_validation:
                 validation = self.data.validation
                 for number in range(len(validation.subsets)):
@@ -101,6 +121,8 @@ class Rehearsal:
         """Train on samples as the stage will, and forget it. The loss terms that reach something that learns."""
         try:
             terms = self._terms(stage, self._batch(drawn))
+        except NeedsWeights:
+            raise
         except Exception as error:
             raise ValueError(f"stage {stage.name}{self._culprit(stage, drawn)}: {cause(error)}") from error
         return {name for name, term in terms.items() if term.values.requires_grad} | (stage.weights.keys() - terms)
@@ -129,8 +151,9 @@ class Rehearsal:
         model = self.module.blank(stage)
         for name, own in model.named_parameters():
             own.requires_grad = stage.lr_factor(name) != 0
-        for whole, part in zip(self.module.model.parameters(), model.parameters(), strict=True):
-            part.data = part.data.to(whole.dtype)
+        compute = self.module.sharding and self.module.sharding.compute
+        for trained, part in zip(self.module.model.parameters(), model.parameters(), strict=True):
+            part.data = part.data.to(compute or trained.dtype)
         insulate = self.module.knowledge_insulation
         try:
             return step(model, batch.to("meta"), stage, insulate)
@@ -141,7 +164,9 @@ class Rehearsal:
 
     def _true_terms(self, stage: Stage, batch: Batch) -> Terms:
         """With the weights and on the device that are trained, which it leaves as they are."""
-        model = self.module.model
+        if self.model is None:
+            raise NeedsWeights
+        model = self.model
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         for name, parameter in model.named_parameters():
             tensors[name] = parameter.detach().requires_grad_(stage.lr_factor(name) != 0)

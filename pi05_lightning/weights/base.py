@@ -33,6 +33,10 @@ class Weights(ABC):
         be mapped from the file.  `build` and `fill` check that they are a model's, all of them and no others.
         """
 
+    def mapped_tensors(self) -> dict[str, Tensor]:
+        """As `tensors`, where possible mapped from the files, so that a slice is all that is read of one."""
+        return self.tensors()
+
     @abstractmethod
     def processor(self) -> Processor:
         """What stands between the model and a robot."""

@@ -14,7 +14,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import UNKNOWN, Trained
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, read_weights, save_tensors
+from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, map_weights, read_weights, save_tensors
 
 PROCESSOR, TRAINED = "processor.json", "trained.json"
 
@@ -31,6 +31,9 @@ class ExportedFolder(Weights):
 
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         return read_weights(self.path, dtype=dtype)
+
+    def mapped_tensors(self) -> dict[str, Tensor]:
+        return map_weights(self.path)
 
     def processor(self) -> Processor:
         if not (self.path / PROCESSOR).is_file():

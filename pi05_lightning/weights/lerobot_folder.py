@@ -128,6 +128,9 @@ class LeRobotFolder(Weights):
         tensors = read_weights(self.path, set(source.values()), dtype)
         return {ours: tensors[theirs] for ours, theirs in source.items()}
 
+    def mapped_tensors(self) -> dict[str, Tensor]:
+        return self.mapped.tensors
+
     def text_tokenizer(self) -> TextTokenizer:
         return TextTokenizer.load(self.tokenizer or tokenizer_name(self.path))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pi05_lightning.cli.main import main
 from pi05_lightning.training.callbacks.ema import WeightAverage
@@ -35,7 +36,9 @@ def digest(value: Any) -> str:
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
-        if isinstance(value, Tensor):
+        if isinstance(value, DTensor):
+            add(value.to_local())  # each rank its own
+        elif isinstance(value, Tensor):
             found.update(f"{value.dtype}{list(value.shape)}".encode())
             found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, Batch):
@@ -130,7 +133,9 @@ def server() -> Any:
     return context
 
 
-def fit(args: list[str], log: Path, ranks: int = 1, **environment: int | str) -> list[int | None]:
+def fit(
+    args: list[str], log: Path, ranks: int = 1, strategy: str = "ddp", **environment: int | str
+) -> list[int | None]:
     """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would."""
     common = {name: str(int(value)) if isinstance(value, int) else value for name, value in environment.items()}
     if ranks > 1:
@@ -138,7 +143,7 @@ def fit(args: list[str], log: Path, ranks: int = 1, **environment: int | str) ->
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-        args = [*args, "--trainer.devices", str(ranks), "--trainer.strategy", "ddp"]
+        args = [*args, "--trainer.devices", str(ranks), "--trainer.strategy", strategy]
     processes = []
     for rank in range(ranks):
         own = common | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})

@@ -50,7 +50,7 @@ def test_what_the_first_rank_finds_before_training_ends_every_rank(videos: Path,
 def test_strategies_that_shard_the_weights_are_refused(train: Callable[..., Any]) -> None:
     strategy = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
     try:
-        with pytest.raises(ValueError, match=r"ModelParallelStrategy shards the weights.*use ddp"):
+        with pytest.raises(ValueError, match=r"ModelParallelStrategy shards the weights.*use fsdp2"):
             train(strategy=strategy, devices=1)
     finally:
         torch.distributed.destroy_process_group()

@@ -95,8 +95,6 @@ class FlowHead(Head):
         """As `forward`, in a context that serves many calls."""
         modulations = [m.flatten(0, 1) for m in modulations]
         x = self.action_in_proj(x_t.flatten(0, 1).to(self.action_in_proj.weight.dtype))
-        # LeRobot's bf16 checkpoints keep the projections in fp32
-        x = x.to(self.layers[0].self_attn.q_proj.weight.dtype)
         for i, (layer, past) in enumerate(zip(self.layers, context.kv, strict=True)):
             x = layer(x, past, (modulations[2 * i], modulations[2 * i + 1]), context)
         x, _ = self.norm(x, modulations[-1])

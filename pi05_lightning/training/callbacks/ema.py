@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe
@@ -75,15 +76,22 @@ class WeightAverage(Callback):
         assert isinstance(pl_module, Pi05Module)
         parameters = dict(pl_module.model.named_parameters())
         for name, average in self.average.items():
-            # exchanged, not copied: fp32 weights need no further memory
-            self._own[name] = parameters[name].data
-            parameters[name].data = average.to(self._own[name])
+            if isinstance(average, DTensor):  # FSDP has views of its own of what it divided
+                self._own[name] = parameters[name].detach().clone()
+                parameters[name].detach().copy_(average)
+            else:
+                # exchanged, not copied: fp32 weights need no further memory
+                self._own[name] = parameters[name].data
+                parameters[name].data = average.to(self._own[name])
 
     def _restore(self, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
         parameters = dict(pl_module.model.named_parameters())
         for name, own in self._own.items():
-            parameters[name].data = own
+            if isinstance(own, DTensor):
+                parameters[name].detach().copy_(own)
+            else:
+                parameters[name].data = own
         self._own = {}
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from pi05_lightning.inference import Acting, check
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
@@ -95,20 +96,21 @@ class PeriodicRollout(Callback):
         assert pl_module.processor is not None
         check(self.acting, pl_module.processor, UNKNOWN)  # the weights are yet to be trained
         if any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
-            on_first_rank(trainer, partial(self._try_out, trainer, pl_module))
+            with self._weights(trainer, pl_module) as model:
+                on_first_rank(trainer, partial(self._try_out, trainer, pl_module, model))
         else:
             rank_zero_warn(
                 f"PeriodicRollout: no stage trains `actions: {self.acting.actions}`, so nothing is rolled out"
             )
 
-    def _try_out(self, trainer: Trainer, module: Pi05Module) -> None:
+    def _try_out(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> None:
         """Open every task once, act once and film it: what is missing shows now, not after hours of training.
 
         Raises ValueError where the policy cannot act on what it sees.
         """
         with (
             isolate_rng(),
-            self._policy(trainer, module) as policy,
+            self._policy(trainer, module, model) as policy,
             closing(Lanes(self.env, view_of(policy))) as lanes,
             TemporaryDirectory() as folder,
         ):
@@ -142,13 +144,16 @@ class PeriodicRollout(Callback):
 
     def _roll_out(self, trainer: Trainer, module: Pi05Module) -> None:
         self.is_pending = True
-        self._roll_out_on_one_rank(trainer, module)
+        with self._weights(trainer, module) as model:
+            self._roll_out_on_one_rank(trainer, module, model)
+        if module.sharding is not None:
+            module.sharding.wait()  # what comes next has less patience
         self.is_pending = False
 
     @rank_zero_only
-    def _roll_out_on_one_rank(self, trainer: Trainer, module: Pi05Module) -> None:
+    def _roll_out_on_one_rank(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> None:
         start = perf_counter()
-        with isolate_rng(), self._policy(trainer, module) as policy:
+        with isolate_rng(), self._policy(trainer, module, model) as policy:
             by_task = self.run(policy)
         trials = [trial for done in by_task.values() for trial in done]
         metrics = {f"rollout/success/{task}": _success(done) for task, done in by_task.items()}
@@ -182,18 +187,24 @@ class PeriodicRollout(Callback):
         )
 
     @contextmanager
-    def _policy(self, trainer: Trainer, module: Pi05Module) -> Iterator[Pi05Policy]:
-        """The policy that a checkpoint of this moment would give; the module trains on as before afterwards."""
+    def _weights(self, trainer: Trainer, module: Pi05Module) -> Iterator[Pi05]:
+        """The model that a checkpoint of this moment would hold, on the first rank; every rank must enter it."""
         average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), WeightAverage())  # type: ignore[attr-defined]
+        with average.applied(module):
+            yield module.gathered(keep=trainer.is_global_zero)
+
+    @contextmanager
+    def _policy(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> Iterator[Pi05Policy]:
+        """The policy of these weights; the module trains on as before afterwards."""
         assert module.processor is not None
-        training = {name: part.training for name, part in module.model.named_modules()}
+        training = {name: part.training for name, part in model.named_modules()}
         # what was not trained so far is not asked for
         acting = self.acting if module.trained.able("subtask") else replace(self.acting, hierarchical=False)
-        with average.applied(module), trainer.precision_plugin.val_step_context():
+        with trainer.precision_plugin.val_step_context():
             try:
-                yield Pi05Policy((module.model, module.processor), device=module.device, **asdict(acting))
+                yield Pi05Policy((model, module.processor), device=module.device, **asdict(acting))
             finally:
-                for name, part in module.model.named_modules():
+                for name, part in model.named_modules():
                     part.training = training[name]
 
     def _show(self, trainer: Trainer, trial: Trial) -> None:

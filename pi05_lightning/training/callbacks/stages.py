@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
@@ -78,6 +79,8 @@ class StageSwitch(Callback):
         if stage.name == self._entered:
             return
         self._entered = stage.name
+        if isinstance(pl_module.model, FSDPModule):
+            pl_module.model.reshard()  # a parameter that is frozen or not while it is whole would get one gradient more
         for parameter_name, parameter in pl_module.model.named_parameters():
             parameter.requires_grad = not stage.freezes(parameter_name)
         self._announce(trainer, stage, step)
