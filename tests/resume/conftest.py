@@ -60,16 +60,15 @@ def config(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Callable[[int], Path]:
-    """The run that nobody kills, by number of ranks."""
-    runs: dict[int, Path] = {}
+def whole(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Callable[..., Path]:
+    """The run that nobody kills, by number of ranks and strategy."""
+    runs: dict[tuple[int, str], Path] = {}
 
-    def get(ranks: int) -> Path:
-        if ranks not in runs:
-            runs[ranks] = tmp_path_factory.mktemp("whole") / "run"
-            log = runs[ranks].parent / "log"
-            codes = fit(["-c", str(config), "--run", str(runs[ranks]), "--data.num_workers", "0"], log, ranks)
-            assert codes == [0] * ranks, log.read_text()
-        return runs[ranks]
+    def get(ranks: int, strategy: str = "ddp") -> Path:
+        if (ranks, strategy) not in runs:
+            run = runs[ranks, strategy] = tmp_path_factory.mktemp("whole") / "run"
+            log, args = run.parent / "log", ["-c", str(config), "--run", str(run), "--data.num_workers", "0"]
+            assert fit(args, log, ranks, strategy) == [0] * ranks, log.read_text()
+        return runs[ranks, strategy]
 
     return get

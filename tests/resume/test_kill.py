@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from killable_fit import KILL_AT_BATCH, digest, fit, lines
+
+from pi05_lightning.weights.sharded_checkpoint import read
 
 from .conftest import ACCUMULATE, POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -23,44 +24,46 @@ KILLS = {
 
 
 def state(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    return read(run / "checkpoints" / "last.ckpt")
 
 
+Killed = tuple[Path, int, str]
 CASES = [
-    pytest.param((0, 1), id="0-workers-1-rank", marks=pytest.mark.slow),
-    pytest.param((2, 1), id="2-workers-1-rank", marks=pytest.mark.slow),
-    pytest.param((0, 2), id="0-workers-2-ranks", marks=pytest.mark.slow),
-    pytest.param((2, 2), id="2-workers-2-ranks"),
+    pytest.param((0, 1, "ddp"), id="0-workers-1-rank", marks=pytest.mark.slow),
+    pytest.param((2, 1, "ddp"), id="2-workers-1-rank", marks=pytest.mark.slow),
+    pytest.param((0, 2, "ddp"), id="0-workers-2-ranks", marks=pytest.mark.slow),
+    pytest.param((2, 2, "ddp"), id="2-workers-2-ranks"),
+    pytest.param((0, 2, "fsdp2"), id="0-workers-2-ranks-sharded", marks=pytest.mark.slow),
 ]
 
 
 @pytest.fixture(scope="session", params=CASES)
-def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, config: Path) -> tuple[Path, int]:
-    """A run that was killed at each of KILLS and then brought to its end, and its number of ranks."""
-    workers, ranks = request.param
+def killed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, config: Path) -> Killed:
+    """A run that was killed at each of KILLS and then brought to its end, its number of ranks and its strategy."""
+    workers, ranks, strategy = request.param
     folder = tmp_path_factory.mktemp("killed")
     run, log = folder / "run", folder / "log"
     start = ["-c", str(config), "--run", str(run), "--data.num_workers", str(workers)]
     for number, batch in enumerate(KILLS):
         args = ["--ckpt_path", str(run)] if number else start
-        codes = fit(args, log, ranks, **{KILL_AT_BATCH: batch})
+        codes = fit(args, log, ranks, strategy, **{KILL_AT_BATCH: batch})
         assert codes == [-signal.SIGKILL] * ranks, log.read_text()
-    codes = fit(["--ckpt_path", str(run)], log, ranks)
+    codes = fit(["--ckpt_path", str(run)], log, ranks, strategy)
     assert codes == [0] * ranks, log.read_text()
-    return run, ranks
+    return run, ranks, strategy
 
 
-def test_killed_run_ends_with_the_same_weights_and_optimizer_state(killed: tuple[Path, int], whole: Any) -> None:
-    run, ranks = killed
-    found, expected = state(run), state(whole(ranks))
-    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+def test_killed_run_ends_with_the_same_weights_and_optimizer_state(killed: Killed, whole: Any) -> None:
+    run, *ranks = killed
+    found, expected = state(run), state(whole(*ranks))
+    for part in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "ema"):
         assert digest(found[part]) == digest(expected[part]), part
 
 
-def test_killed_run_did_every_batch_as_the_whole_one(killed: tuple[Path, int], whole: Any) -> None:
-    run, ranks = killed
+def test_killed_run_did_every_batch_as_the_whole_one(killed: Killed, whole: Any) -> None:
+    run, ranks, strategy = killed
     for rank in range(ranks):
-        found, expected = lines(run, rank), lines(whole(ranks), rank)
+        found, expected = lines(run, rank), lines(whole(ranks, strategy), rank)
         assert list(expected) == list(range(BATCHES))
         assert found.keys() == expected.keys()
         for batch, attempts in found.items():
