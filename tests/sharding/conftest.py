@@ -9,7 +9,8 @@ import pytest
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.models.config import ModelConfig
 
-sys.path.append(str(Path(__file__).parent))  # the processes import it too, whatever else is called `tests` there
+# the processes import what is there too, whatever else is called `tests` where they are
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "models")]
 
 
 @pytest.fixture(scope="session")
