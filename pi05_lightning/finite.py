@@ -160,12 +160,19 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     floating = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
     if not floating:
         return []
-    bad = torch.stack([own_part(tensor).isfinite().all().logical_not() for _, tensor in floating])
+    bad = torch.stack([_has_bad_value(own_part(tensor)) for _, tensor in floating])
     if any(isinstance(tensor, DTensor) for _, tensor in floating):
         found = bad.byte()
         dist.all_reduce(found, dist.ReduceOp.MAX)
         bad = found.bool()
     return [name for (name, _), is_bad in zip(floating, bad.tolist(), strict=True) if is_bad]
+
+
+def _has_bad_value(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return torch.zeros((), dtype=torch.bool, device=tensor.device)
+    # nan is both the least and the largest; `isfinite` of all takes more memory than a large tensor itself
+    return torch.stack(tensor.aminmax()).isfinite().all().logical_not()
 
 
 def check_savable(weights: Iterable[tuple[str, Tensor]], step: int) -> None:

@@ -36,10 +36,12 @@ from pi05_lightning.models.parallelize import (
     checkpoint_blocks,
     compile_blocks,
     gather,
+    quantize_base,
     reset_adapters,
     shard,
 )
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import Kind, quantizing
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
@@ -91,6 +93,7 @@ class Pi05Module(LightningModule):
         heads: auxiliary heads of your own by name, each a subclass of `Head` by its import path (docs/add-a-loss.md).
             They are trained beside the others; policies and exports leave them out.
         lora: train adapters beside the linear layers instead of the layers.
+        base: keep the layers beside adapters, which are frozen, in 4 bits (nf4) or 8 bits (int8) a value; needs `lora`.
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
         compile: compile every block for training steps: on a GPU half as fast again, after a minute.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
@@ -113,6 +116,7 @@ class Pi05Module(LightningModule):
         init_from: str | None = None,
         heads: dict[str, HeadFactory] | None = None,
         lora: Lora | None = None,
+        base: Kind | None = None,
         activation_checkpointing: bool = False,
         compile: bool = False,
         flow_draws: int = 1,
@@ -127,7 +131,12 @@ class Pi05Module(LightningModule):
         if config is None and init_from is None:
             raise ValueError("a model needs its dimensions: give model.config, or model.init_from")
         self.config = config or locate(str(init_from)).config()
-        self.init_from, self.lora, self.make_optimizer = init_from, lora, optimizer
+        if base is not None and lora is None:
+            raise ValueError(
+                f"model.base {base} is how layers are kept that adapters are trained beside, and there are none: add"
+                " model.lora (--model.lora.rank 16), or leave model.base out"
+            )
+        self.init_from, self.lora, self.base, self.make_optimizer = init_from, lora, base, optimizer
         self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
         check_optimizer(optimizer)
         for name, value in {"flow_draws": flow_draws, "num_steps": num_steps}.items():
@@ -179,6 +188,11 @@ class Pi05Module(LightningModule):
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
         divides = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
+        if divides and self.base is not None:
+            raise ValueError(
+                f"model.base {self.base} is not sharded (trainer.strategy {type(strategy).__name__}): leave model.base"
+                " out, or give trainer.strategy ddp"
+            )
         if not divides:
             self.sharding = None
         elif self.sharding is None:
@@ -225,6 +239,8 @@ class Pi05Module(LightningModule):
             self._configure_shards(self.sharding)
         elif self.model.device.type == "meta":
             self.model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
+            if self.lora is not None and self.base is not None:
+                quantize_base(self.model, self.base, self.lora)
             if not self.will_be_restored:
                 self._begin()
         if self.lora is not None and self.sharding is None:
@@ -242,11 +258,14 @@ class Pi05Module(LightningModule):
         with torch.device("meta"):
             model = Pi05(self.config, self._head_factories)
         if self.lora is not None:
+            if self.base is not None:
+                quantize_base(model, self.base, self.lora)
             add_adapters(model, self.lora)
         if self.activation_checkpointing:
             checkpoint_blocks(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad = stage is None or not stage.freezes(name)
+            # what a quantised layer holds never learns
+            parameter.requires_grad = parameter.is_floating_point() and not (stage and stage.freezes(name))
         return model
 
     def _configure_shards(self, sharding: Sharding) -> None:
@@ -298,7 +317,7 @@ class Pi05Module(LightningModule):
     def _begin(self) -> None:
         if self.init_from is not None:
             weights = locate(self.init_from)
-            tensors = weights.tensors(torch.get_default_dtype())
+            tensors = weights.tensors(torch.get_default_dtype(), quantizing(self.model))
             auxiliary = self.model.auxiliary.to_empty(device=torch.get_default_device())
             self.model.reset_auxiliary()
             fill(self.model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=self.init_from)
@@ -598,6 +617,7 @@ class Pi05Module(LightningModule):
             "model": self.config.to_dict(),
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
+            "base": self.base,
             "trained": asdict(self.trained),
             "saved_at": time.time(),
             "skipped_steps": self.finite.skipped,
@@ -615,7 +635,8 @@ class Pi05Module(LightningModule):
             raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
         saved, prefix = checkpoint["pi05"], "model."
         tensors = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
-        check_model(saved, self.config, self.lora, shapes_of(tensors), shapes_of(self.model.state_dict()))
+        expected = shapes_of(self.model.state_dict())
+        check_model(saved, self.config, self.lora, self.base, shapes_of(tensors), expected)
         self._trained = Trained.from_dict(saved.get("trained", {}))
         self._trained_at = checkpoint["global_step"]
         self.finite.skipped = saved.get("skipped_steps", 0)

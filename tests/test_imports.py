@@ -21,6 +21,7 @@ LAYERS = (
     ("recipe",),
     ("models.config",),
     ("models.kernels", "models.shards"),
+    ("models.quantized",),
     ("models.gemma", "models.keypoints", "models.siglip"),
     ("models.backbone",),
     ("models.heads",),

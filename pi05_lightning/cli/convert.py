@@ -105,7 +105,7 @@ def to_ours(weights: Weights, folder: Path, robot: str | None) -> list[str]:
     keep_robot(processor, robot)
     model = weights.model()
     save(folder, model, processor, weights.trained)
-    return summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items())
+    return [*summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items()), *weights.notes]
 
 
 def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> list[str]:
@@ -202,7 +202,7 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     fate |= dict.fromkeys(unread, "<- kept aside when the checkpoint came")
     made = {PREFIX + LM_HEAD: "<- the embedding", PREFIX + EXPERT_LM_HEAD: "<- zeros, as no loss reads it"}
     lines = summarize((key, tensor, (made | fate)[key]) for key, tensor in tensors.items())
-    report = [*lines, f"{len(tensors)} keys", *notes]
+    report = [*lines, f"{len(tensors)} keys", *weights.notes, *notes]
     if processor is None or robot is None:
         return [*report, "not compared with the policy: it came without a tokenizer, so it is none"]
     if unfit:

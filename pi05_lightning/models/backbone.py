@@ -14,6 +14,7 @@ Sequence and who sees whom (rows attend to columns; i images, p prompt, t predic
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -23,6 +24,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
 from pi05_lightning.models.kernels import Embedding
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
+from pi05_lightning.models.quantized import set_weight
 from pi05_lightning.models.shards import own_part, whole
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Prefix, Target
@@ -186,13 +188,13 @@ def initialize(module: nn.Module) -> None:
                 _initialize_layer(layer)
     for norm in module.modules():
         if isinstance(norm, AdaRMSNorm):
-            nn.init.zeros_(own_part(norm.dense.weight))
+            set_weight(norm.dense, lambda weight: nn.init.zeros_(own_part(weight)))
             nn.init.zeros_(own_part(norm.dense.bias))
 
 
 def _initialize_layer(layer: nn.Module) -> None:
     if isinstance(layer, nn.Linear | nn.Conv2d):
-        nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
+        set_weight(layer, partial(nn.init.normal_, std=layer.weight.shape[1:].numel() ** -0.5))
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
     elif isinstance(layer, nn.Embedding):

@@ -1,4 +1,4 @@
-"""What is done to a finished model from outside, in this order: adapters, shards, compiling, activation checkpointing.
+"""What is done to a finished model from outside, in this order: quantised base, adapters, shards, compiling, rerunning.
 
 Adapters are LoRA's (arXiv 2106.09685), through PEFT: small trained matrices beside frozen linear layers. Sharding is
 PyTorch's FSDP2: each rank keeps a slice of every parameter, and has a group of them whole while it computes with it.
@@ -7,6 +7,7 @@ PyTorch's FSDP2: each rank keeps a slice of every parameter, and has a group of 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.files.ranges import check
 from pi05_lightning.models.gemma import AdaRMSNorm, Block, ExpertBlock
+from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import CLASSES, Kind
 from pi05_lightning.models.shards import whole
 from pi05_lightning.models.siglip import SiglipBlock
 
@@ -72,6 +75,19 @@ def add_adapters(model: Pi05, lora: Lora) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=adapted_layers(model, lora),
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # it merges nothing here
+        inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
+
+
+def adapted_layers(model: Pi05, lora: Lora) -> list[str]:
+    """The names of the linear layers that get adapters; ValueError where `targets` matches none."""
     layers = [
         name
         for name, module in model.named_modules()
@@ -81,13 +97,7 @@ def add_adapters(model: Pi05, lora: Lora) -> None:
     ]
     if not layers:
         raise ValueError(f"lora.targets {lora.targets!r} matches no linear layer that lora.train leaves")
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=layers,
-    )
-    inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
+    return layers
 
 
 def reset_adapters(model: Pi05) -> None:
@@ -108,16 +118,17 @@ def reset_adapters(model: Pi05) -> None:
                     layer.reset_lora_parameters(name, init_lora_weights=True)
 
 
-@torch.no_grad()
-def merge_adapters(model: Pi05) -> Pi05:
-    """Add every adapter into the layer it stands beside and remove it, in place."""
-    from peft.tuners.lora import LoraLayer
+def quantize_base(model: Pi05, kind: Kind, lora: Lora) -> None:
+    """Have the linear layers that adapters leave frozen keep their weights in 4 or 8 bits; before `add_adapters`.
 
+    On the meta device: whatever gives the model values next, has each weight quantised as soon as it is there. The
+    embedding stays as it is, and so do layers whose size does not divide into blocks.
+    """
+    adapted = set(adapted_layers(model, lora))
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            model.set_submodule(name, layer.get_base_layer())
-    return model
+        parameter = f"{name}.base_layer.weight" if name in adapted else f"{name}.weight"
+        if isinstance(layer, Linear) and re.search(lora.frozen, parameter) and CLASSES[kind].takes(layer.weight):
+            model.set_submodule(name, CLASSES[kind](layer))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Abilities, Trained
-from pi05_lightning.weights.safetensors import build
+from pi05_lightning.weights.safetensors import Keep, build, whole
 
 
 class Weights(ABC):
@@ -26,11 +26,12 @@ class Weights(ABC):
         """The model's dimensions."""
 
     @abstractmethod
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
         """The model's tensors under our names, of a model without adapters.
 
         With a dtype, each is cast to it on the way, into memory of its own. Without one they are as they are, and may
         be mapped from the file.  `build` and `fill` check that they are a model's, all of them and no others.
+        keep: what is kept of each, so that the whole of them is never in memory where that is less.
         """
 
     def mapped_tensors(self) -> dict[str, Tensor]:
@@ -40,6 +41,11 @@ class Weights(ABC):
     @abstractmethod
     def processor(self) -> Processor:
         """What stands between the model and a robot."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the tensors, once they were read."""
+        return []
 
     @property
     @abstractmethod

@@ -14,7 +14,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import UNKNOWN, Trained
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, map_weights, read_weights, save_tensors
+from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, Keep, map_weights, read_weights, save_tensors, whole
 
 PROCESSOR, TRAINED = "processor.json", "trained.json"
 
@@ -29,8 +29,8 @@ class ExportedFolder(Weights):
         except TypeError as error:
             raise ValueError(f"{self.path / CONFIG} does not describe a model of pi05_lightning ({error})") from error
 
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        return read_weights(self.path, dtype=dtype)
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+        return read_weights(self.path, dtype=dtype, keep=keep)
 
     def mapped_tensors(self) -> dict[str, Tensor]:
         return map_weights(self.path)

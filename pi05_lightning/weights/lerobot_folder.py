@@ -30,7 +30,7 @@ from pi05_lightning.weights.lerobot import (
     to_ours,
 )
 from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name
-from pi05_lightning.weights.safetensors import CONFIG, check_keys, map_weights, read_weights, shapes_of
+from pi05_lightning.weights.safetensors import CONFIG, Keep, check_keys, map_weights, read_weights, shapes_of, whole
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,10 @@ class LeRobotFolder(Weights):
     def config(self) -> ModelConfig:
         return self.mapped.config
 
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
         """Each is read once, into memory of its own; the heads that no loss reads are left out."""
-        source = self.mapped.source
-        tensors = read_weights(self.path, set(source.values()), dtype)
-        return {ours: tensors[theirs] for ours, theirs in source.items()}
+        ours = {theirs: name for name, theirs in self.mapped.source.items()}
+        return read_weights(self.path, ours, dtype, lambda theirs, tensor: keep(ours[theirs], tensor))
 
     def mapped_tensors(self) -> dict[str, Tensor]:
         return self.mapped.tensors

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.models.quantized import Kind
 
 REMEDY = "Leave it as it was, or begin a new run from these weights: model.init_from instead of ckpt_path"
 SHOWN = 8  # differences that are listed
@@ -24,6 +25,7 @@ def check_model(
     saved: Mapping[str, Any],
     config: ModelConfig,
     lora: Lora | None,
+    base: Kind | None,
     tensors: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
@@ -38,6 +40,8 @@ def check_model(
     else:
         kept = [{key: value for key, value in options.items() if key not in _APPLIED} for options in (then, now)]
         problems += differing("model.lora", *kept)
+    if base != saved.get("base"):
+        problems.append(f"model.base is {base}, and {saved.get('base')} in the checkpoint")
     if not problems and dict(tensors) != dict(expected):
         names = sorted(name for name in tensors.keys() | expected.keys() if tensors.get(name) != expected.get(name))
         key = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,8 +20,15 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"
 """Of weights in several files; what large checkpoints are split into."""
 Shapes = Mapping[str, tuple[int, ...]]
+Keep = Callable[[str, Tensor], Mapping[str, Tensor]]
+"""What is kept of a tensor, and under which names, as soon as it is read; several threads ask at once."""
 READERS = 4
 """Threads that read a file: one alone waits for the disk or copies, where several do both at once."""
+
+
+def whole(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Keep a tensor as it is."""
+    return {name: tensor}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -52,13 +59,13 @@ def map_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_weights(
-    folder: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None
+    folder: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = whole
 ) -> dict[str, Tensor]:
     """The tensors of a folder's weights (all, or those named), as `read_tensors`."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder) or [folder / WEIGHTS]:
         own = None if keys is None else [key for key in map_tensors(file) if key in keys]
-        tensors |= read_tensors(file, own, dtype)
+        tensors |= read_tensors(file, own, dtype, keep)
     return tensors
 
 
@@ -77,28 +84,28 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(
-    path: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None
+    path: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = whole
 ) -> dict[str, Tensor]:
-    """Tensors of a safetensors file (all, or those named) in memory of their own, cast to `dtype` one by one.
+    """What is kept of the tensors of a safetensors file (all, or those named), each cast to `dtype` as it is read.
 
-    Mapped ones would do, but their addresses depend on the file's header, and with them the last bit of every result;
-    and they read from a file that may be gone.  ValueError as `map_tensors`.
+    They are in memory of their own: mapped ones would do, but their addresses depend on the file's header, and with
+    them the last bit of every result; and they read from a file that may be gone.  ValueError as `map_tensors`.
     """
     shapes = map_tensors(path)
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(header_size))
 
-    def read(key: str) -> Tensor:
+    def read(key: str) -> Mapping[str, Tensor]:
         tensor = torch.empty_like(shapes[key])
         with path.open("rb") as file:
             file.seek(8 + header_size + header[key]["data_offsets"][0])
             file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-        return tensor if dtype is None else tensor.to(dtype)
+        return keep(key, tensor if dtype is None else tensor.to(dtype))
 
     wanted = list(shapes if keys is None else keys)
     with ThreadPoolExecutor(READERS) as pool:
-        return dict(zip(wanted, pool.map(read, wanted), strict=True))
+        return {name: tensor for kept in pool.map(read, wanted) for name, tensor in kept.items()}
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from functools import cached_property
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import shown
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.parallelize import Lora, add_adapters, merge_adapters
-from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import WEIGHTS, fill
+from pi05_lightning.weights.safetensors import WEIGHTS, Keep, whole
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, is_sharded, load, read_rest, read_some
 
 ONLY_TRAINED = "auxiliary."
@@ -37,6 +38,8 @@ class TrainingCheckpoint(Weights):
     def __init__(self, path: Path, averaged: bool = True) -> None:
         super().__init__(path)
         self.averaged = averaged
+        self.errors: list[float] = []
+        """Of each layer of a quantised base, once the tensors were read, see `QuantizedLinear`."""
 
     @cached_property
     def content(self) -> dict[str, Any]:
@@ -49,21 +52,35 @@ class TrainingCheckpoint(Weights):
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.content["pi05"]["model"])
 
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+        saved, own = self.content["pi05"], self._own(dtype)
+        if saved.get("lora") is not None:
+            return merge(self.config(), Lora(**saved["lora"]), own, saved.get("base"), dtype, keep, self.errors)
+        kept: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            # mapped from a file that may be replaced, they would be read from it page by page while training
+            kept |= keep(name, tensor.to(dtype or tensor.dtype, copy=dtype is not None))
+        return kept
+
+    def _own(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """What it holds of the model, averaged or not: of a file as it is, but what is averaged in `dtype`."""
         average = self.content.get(AVERAGE, {}) if self.averaged else {}
         names = [key.removeprefix(PREFIX) for key in self.content["state_dict"]]
         names = [name for name in names if not name.startswith(ONLY_TRAINED)]
         if is_sharded(self.path):
-            tensors = read_some(self.path, names, average, dtype)
-        else:
-            # mapped from a file that may be replaced, they would be read from it page by page while training
-            own = {name: self.content["state_dict"][PREFIX + name] for name in names}
-            tensors = {
-                name: average.get(name, tensor).to(dtype or tensor.dtype, copy=dtype is not None)
-                for name, tensor in own.items()
-            }
-        lora = self.content["pi05"].get("lora")
-        return tensors if lora is None else merge(self.config(), Lora(**lora), tensors)
+            return read_some(self.path, names, average, dtype)
+        own = {name: self.content["state_dict"][PREFIX + name] for name in names}
+        return own | {name: average[name].to(dtype or own[name].dtype) for name in average.keys() & own.keys()}
+
+    @property
+    def notes(self) -> list[str]:
+        if not self.errors:
+            return []
+        return [
+            f"the base was trained beside in {self.content['pi05']['base']}: {len(self.errors)} layers are dequantised,"
+            f" which differ from the weights they were made of by {mean(self.errors):.2%} on average and"
+            f" {max(self.errors):.2%} at most (norm of the difference over that of the weight)"
+        ]
 
     def processor(self) -> Processor:
         return Processor.from_dict(self.content["pi05"]["processor"])
@@ -125,15 +142,3 @@ def find_checkpoint(path: Path) -> Path:
         )
     checkpoints = map(TrainingCheckpoint, found)
     return max(checkpoints, key=lambda checkpoint: (checkpoint.steps, checkpoint.saved_at)).path
-
-
-def merge(config: ModelConfig, lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the plain model that those of a model with adapters amount to; the adapters are added in place.
-
-    ValueError that lists every missing, unexpected and misshaped key.
-    """
-    with torch.device("meta"):
-        model = Pi05(config)
-    add_adapters(model, lora)
-    fill(model, tensors)
-    return merge_adapters(model).state_dict()
