@@ -54,6 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, config: Path, third: Path) ->
     return folder / "whole", folder / "killed"
 
 
+@pytest.mark.slow
 def test_run_killed_in_each_of_three_stages_ends_as_the_whole_one(runs: tuple[Path, Path]) -> None:
     whole, killed = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
     assert whole["global_step"] == STEPS

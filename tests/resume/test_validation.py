@@ -63,7 +63,9 @@ CASES = [
     pytest.param(SIGNAL_IN_VALIDATION, 4, KILL, id="SIGKILL-in-validation", marks=pytest.mark.slow),
     pytest.param(SIGNAL_IN_VALIDATION, STEPS, TERM, id="SIGTERM-in-the-last-validation", marks=pytest.mark.slow),
     pytest.param(SIGNAL_IN_VALIDATION, STEPS, KILL, id="SIGKILL-in-the-last-validation", marks=pytest.mark.slow),
-    pytest.param(SIGNAL_AT_BATCH, 4 * ACCUMULATE - 1, TERM, id="SIGTERM-in-the-step-before-validation"),
+    pytest.param(
+        SIGNAL_AT_BATCH, 4 * ACCUMULATE - 1, TERM, id="SIGTERM-in-the-step-before-validation", marks=pytest.mark.slow
+    ),
     pytest.param(SIGNAL_AT_BATCH, 5 * ACCUMULATE - 1, KILL, id="SIGKILL-after-validation", marks=pytest.mark.slow),
 ]
 
