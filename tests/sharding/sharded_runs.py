@@ -40,16 +40,28 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+def weights_of(module: Any) -> dict[str, Tensor]:
+    return {name: whole(value) for name, value in module.model.state_dict().items()}
+
+
 class Notes(DummyLogger, Callback):
-    """Losses and gradients of every step."""
+    """First weights, losses and gradients of every step, what was validated, predicted chunks by their frame."""
 
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[dict[str, float]] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.norms: list[float] = []
+        self.validated: list[dict[str, float]] = []
+        self.chunks: dict[str, Tensor] = {}
+        self.begin: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin = weights_of(pl_module)
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if any(name.startswith("val/") for name in metrics):
+            self.validated.append({name: value for name, value in metrics.items() if name.startswith("val")})
         if "loss/total" in metrics:
             self.losses.append({name: value for name, value in metrics.items() if name.startswith("loss/")})
             self.norms.append(metrics["grad_norm/total"])
@@ -57,6 +69,11 @@ class Notes(DummyLogger, Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         named = pl_module.named_parameters()
         self.gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        self.chunks |= {f"{place}": torch.tensor(x) for place, x in zip(batch.places, outputs.actions, strict=True)}
 
 
 def train(
@@ -70,9 +87,13 @@ def train(
     batch_size: int | None = None,
     module: dict[str, Any] | None = None,
     decay: float | None = 0.9,
+    predict: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train, and say what came of it: losses, gradients, weights and their average, whole on every rank."""
+    """Train, and say what came of it: losses, gradients, weights and their average, whole on every rank.
+
+    predict: with what was trained, at last.
+    """
     seed_everything(0)
     notes, average = Notes(), WeightAverage(decay)
     trained = Pi05Module(
@@ -100,13 +121,19 @@ def train(
         fast=fast,
         num_workers=0,
         length_window=1,
+        val_samples=5,
     )
     trainer.fit(trained, data)
+    if predict:
+        trainer.predict(trained, data, return_predictions=False)
     return {
+        "begin": notes.begin,
         "losses": notes.losses,
         "gradients": notes.gradients,
         "norms": notes.norms,
-        "weights": {name: whole(value) for name, value in trained.model.state_dict().items()},
+        "validated": notes.validated,
+        "chunks": notes.chunks,
+        "weights": weights_of(trained),
         "average": {name: whole(value) for name, value in average.average.items()},
     }
 
