@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,7 @@ def train(
     module: dict[str, Any] | None = None,
     decay: float | None = 0.9,
     predict: bool = False,
+    callbacks: Sequence[Callback] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Train, and say what came of it: losses, gradients, weights and their average, whole on every rank.
@@ -107,11 +109,10 @@ def train(
         use_distributed_sampler=False,
         logger=notes,
         log_every_n_steps=1,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[StageSwitch(*steps, **(stages or two_stages())), average, notes],
-        **{"limit_val_batches": 0} | options,
+        callbacks=[StageSwitch(*steps, **(stages or two_stages())), average, notes, *callbacks],
+        **{"limit_val_batches": 0, "enable_checkpointing": False} | options,
     )
     source = LeRobotConfig(path=dataset, val_fraction=0.2)
     accumulate = options.get("accumulate_grad_batches", 1)
