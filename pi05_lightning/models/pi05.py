@@ -111,7 +111,17 @@ class Pi05(nn.Module):
         prefix = self.backbone(batch, need_hidden=any(h.reads_hidden for h in heads), need_vision=need_vision)
         found: Terms = {}
         for head in heads:
-            found |= head.terms_of(batch, prefix.detach() if insulate and head.is_insulated else prefix, self.backbone)
+            seen = prefix.detach() if insulate and head.is_insulated else prefix
+            try:
+                found |= head.terms_of(batch, seen, self.backbone)
+            except Exception as error:
+                if head.has_targets(batch):
+                    raise
+                raise ValueError(
+                    f"{type(head).__name__}: `loss` fails on a batch that has no targets for it ({error}). Where ranks"
+                    " divide the weights between them it is called on every rank if any of them has some: give no"
+                    " values for no targets"
+                ) from error
         # what no loss reads here is read elsewhere
         hidden = [] if prefix.hidden is None else [prefix.hidden]
         zero = nothing_of(*hidden, *(term.values for term in found.values()))

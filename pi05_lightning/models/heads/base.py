@@ -57,7 +57,11 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:
-        """The terms of a batch that has targets, by name: values f32[...], in the shapes of their masks."""
+        """The terms of a batch that has targets, by name: values f32[...], in the shapes of their masks.
+
+        In a sharded run (`trainer.strategy fsdp2`) also of one that has none, if another rank's has: no values,
+        computed as others are, or nothing.
+        """
 
     def has_targets(self, batch: Batch) -> bool:
         """Whether a batch has anything to learn from; by the masks' shapes, which the host knows."""
