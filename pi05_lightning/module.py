@@ -281,8 +281,7 @@ class Pi05Module(LightningModule):
         if self.will_be_restored:
             self._hollow = True
         else:
-            # made of random numbers that are the same on every rank
-            torch.set_rng_state(self.trainer.strategy.broadcast(torch.get_rng_state()))
+            self._agree_on_chance()
             if self.init_from is not None:
                 self._begin_with_slices(base)
             else:
@@ -290,6 +289,12 @@ class Pi05Module(LightningModule):
             if self.lora is not None:
                 reset_adapters(self.model)
         begin_sharded(self.model)
+
+    def _agree_on_chance(self) -> None:
+        """Have every rank draw the same random numbers: of what they make, each keeps a slice."""
+        generators: list[Any] = [torch.random, *([torch.cuda] if torch.get_default_device().type == "cuda" else [])]
+        for generator in generators:
+            generator.set_rng_state(self.trainer.strategy.broadcast(generator.get_rng_state()))
 
     def _begin_with_slices(self, base: dict[str, nn.Module]) -> None:
         assert self.init_from is not None
