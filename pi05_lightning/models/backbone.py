@@ -157,10 +157,10 @@ class Backbone(nn.Module):
         """
         initialize(self)
         if isinstance(self.vision, KeypointStem):
-            with whole(self.vision):
+            with whole(self.vision, gather=True):
                 self.vision.reset_parameters()
         if ordinal_ids:
-            with whole(self.embed_tokens):
+            with whole(self.embed_tokens, gather=True):
                 for ids in ordinal_ids:
                     place_on_curve(self.embed_tokens.weight, ids)
 

@@ -27,10 +27,11 @@ def slice_of(whole: Tensor, like: DTensor) -> Tensor:
 
 
 @contextmanager
-def whole(module: nn.Module) -> Iterator[None]:
+def whole(module: nn.Module, *, gather: bool = False) -> Iterator[None]:
     """Within it the parameters of a module are whole, on every rank; of what they are then, each keeps its slice.
 
-    Every rank must enter it. Does nothing to parameters that are not divided.
+    gather: they begin with their values, and every rank must enter it; else with anything. Does nothing to parameters
+    that are not divided.
     """
     divided = [
         (part, name, parameter)
@@ -39,7 +40,8 @@ def whole(module: nn.Module) -> Iterator[None]:
         if isinstance(parameter, DTensor)
     ]
     for part, name, parameter in divided:
-        setattr(part, name, nn.Parameter(parameter.full_tensor().detach(), parameter.requires_grad))
+        values = parameter.full_tensor().detach() if gather else own_part(parameter.detach()).new_empty(parameter.shape)
+        setattr(part, name, nn.Parameter(values, parameter.requires_grad))
     try:
         yield
     finally:

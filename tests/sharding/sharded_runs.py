@@ -82,7 +82,7 @@ def train(
     fast: str,
     ranks: int,
     strategy: Any = "fsdp2",
-    model: str = "debug",
+    model: str | ModelConfig = "debug",
     steps: tuple[int, int] = (10, 10),
     stages: dict[str, StageOptions] | None = None,
     batch_size: int | None = None,
@@ -99,7 +99,8 @@ def train(
     seed_everything(0)
     notes, average = Notes(), WeightAverage(decay)
     trained = Pi05Module(
-        ModelConfig.preset(model), **{"optimizer": partial(torch.optim.AdamW, lr=1e-3)} | (module or {})
+        model if isinstance(model, ModelConfig) else ModelConfig.preset(model),
+        **{"optimizer": partial(torch.optim.AdamW, lr=1e-3)} | (module or {}),
     )
     trainer = Trainer(
         accelerator="cpu",
