@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -46,8 +50,10 @@ from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, r
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Trained, trained
+from pi05_lightning.weights.adapter_base import AdapterBase, place_of
+from pi05_lightning.weights.adapters import fill_base
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.locate import locate, run_of
 from pi05_lightning.weights.resumed import (
     arguments,
     check_model,
@@ -57,8 +63,9 @@ from pi05_lightning.weights.resumed import (
     reapply,
 )
 from pi05_lightning.weights.safetensors import check_keys, fill, shapes_of
-from pi05_lightning.weights.sharded_checkpoint import AVERAGE
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, WEIGHTS
 from pi05_lightning.weights.shards import MappedReader, fill_slices
+from pi05_lightning.weights.training_checkpoint import ONLY_TRAINED
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +182,10 @@ class Pi05Module(LightningModule):
         self._whole: list[Pi05] = []
         """The gathered model, while there is one; in a list, as it is no part of this module."""
         self._configured = False
+        self._adapter_base: AdapterBase | None = None
+        """What checkpoints leave out: the weights that adapters were put into, if they are on disk."""
+        self._own: set[str] = set()
+        """Frozen parameters that are not the base's, as they were trained before."""
         self._hollow = False
         """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
         self._losses: dict[str, list[Tensor]] = {}
@@ -327,9 +338,17 @@ class Pi05Module(LightningModule):
             self.model.reset_auxiliary()
             fill(self.model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=self.init_from)
             self._trained = self._carried_on(weights)
+            if self.lora is not None and (self._trainer is None or self.trainer.is_global_zero):  # it alone saves
+                place, dtype = place_of(str(self.init_from), weights), str(torch.get_default_dtype())
+                content = weights.content_hash()
+                self._adapter_base = AdapterBase(content, place, self._run_directory, dtype.removeprefix("torch."))
         else:
             self.model.to_empty(device=torch.get_default_device())
             self._reset()
+
+    @property
+    def _run_directory(self) -> str:
+        return os.path.abspath("." if self._trainer is None else self.trainer.default_root_dir)
 
     def _reset(self) -> None:
         self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
@@ -617,12 +636,16 @@ class Pi05Module(LightningModule):
         """
         assert self.processor is not None
         self.finite.look(self.model)
+        if self._adapter_base is not None:
+            weights = checkpoint[WEIGHTS]
+            checkpoint[WEIGHTS] = {name: weights[name] for name in weights if not self._is_of_base(name)}
         check_savable([*checkpoint["state_dict"].items(), *self.average.items()], self.global_step)
         checkpoint["pi05"] = {
             "model": self.config.to_dict(),
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
             "base": self.base,
+            "adapter_base": None if self._adapter_base is None else asdict(self._adapter_base),
             "trained": asdict(self.trained),
             "saved_at": time.time(),
             "skipped_steps": self.finite.skipped,
@@ -634,12 +657,38 @@ class Pi05Module(LightningModule):
         if self.run_config is not None:
             checkpoint["config"] = self.run_config
 
+    def _is_of_base(self, name: str) -> bool:
+        """Whether a parameter of this module, by its name, is what its base has."""
+        assert self.lora is not None
+        name = name.removeprefix(PREFIX)
+        return not name.startswith(ONLY_TRAINED) and name not in self._own and bool(re.search(self.lora.frozen, name))
+
+    def _complete(self, checkpoint: dict[str, Any], base: AdapterBase) -> None:
+        """Give the model the base that a checkpoint leaves out, and the checkpoint what the model has then."""
+        if self.sharding is not None:
+            raise ValueError(
+                "the checkpoint leaves out the base of its adapters, which ranks that divide the weights do not read:"
+                " resume it with trainer.strategy ddp, or make it whole (pi05 convert) and begin with model.init_from"
+            )
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        run = Path(base.run) if path is None else run_of(Path(path))
+        found_base, weights = base.find(base.places(run, self.init_from), locate)
+        own = [name.removeprefix(PREFIX) for name in checkpoint[WEIGHTS]]
+        dtype = getattr(torch, base.dtype)
+        found = fill_base(self.model, partial(weights.tensors, dtype), own)
+        tensors = self.model.state_dict()
+        checkpoint[WEIGHTS] = {PREFIX + name: tensors[name] for name in found} | checkpoint[WEIGHTS]
+        self._own = {name for name in own if self._is_of_base(name)}
+        self._adapter_base = replace(found_base, run=self._run_directory)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError for a checkpoint of another model, and for what a resumed run cannot go on with."""
         if "pi05" not in checkpoint:
             raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
-        saved, prefix = checkpoint["pi05"], "model."
-        tensors = {name.removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+        saved = checkpoint["pi05"]
+        if saved.get("adapter_base") is not None and self.lora is not None:
+            self._complete(checkpoint, AdapterBase(**saved["adapter_base"]))
+        tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint[WEIGHTS].items()}
         expected = shapes_of(self.model.state_dict())
         check_model(saved, self.config, self.lora, self.base, shapes_of(tensors), expected)
         self._trained = Trained.from_dict(saved.get("trained", {}))
@@ -678,7 +727,12 @@ class Pi05Module(LightningModule):
             if not has_options(checkpoint.get("config"), self.run_config, "stages", "model.lora"):
                 raise
             said.append(f"{error}")
-        if self.init_from is not None and str(self.init_from) != saved.get("init_from", str(self.init_from)):
+        is_base = self._adapter_base is not None and self._adapter_base.is_at(self.init_from)
+        if (
+            self.init_from is not None
+            and str(self.init_from) != saved.get("init_from", str(self.init_from))
+            and not is_base
+        ):
             said.append(f"model.init_from {str(self.init_from)!r} is not used: the weights are the checkpoint's")
         for message in filter(None, said if self.trainer.is_global_zero else []):
             log.warning("%s", message)

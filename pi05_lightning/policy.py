@@ -54,6 +54,7 @@ class Pi05Policy(Inference):
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         averaged: use a training checkpoint's averaged weights (`ema.decay`) if it has them.
+        base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
         cuda_graph: on a CUDA device, sample chunks by CUDA graphs: several times as fast for one robot. `plain` takes
             a second where a prompt has a new length, `compiled` is faster still and takes the first two half a minute.
 
@@ -78,6 +79,7 @@ class Pi05Policy(Inference):
         dtype: torch.dtype | None = None,
         tokenizer: str | None = None,
         averaged: bool = True,
+        base: str | Path | None = None,
         cuda_graph: CudaGraph | None = None,
         **acting: Any,
     ) -> None:
@@ -95,7 +97,7 @@ class Pi05Policy(Inference):
         if isinstance(model_path, tuple):
             (model, processor), trained = model_path, UNKNOWN
         else:
-            weights = locate(model_path, tokenizer=tokenizer, averaged=averaged)
+            weights = locate(model_path, tokenizer=tokenizer, averaged=averaged, base=base)
             processor, trained = weights.processor(), weights.trained
             check(how, processor, trained)
             model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before

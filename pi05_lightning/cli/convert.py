@@ -56,6 +56,7 @@ def convert(
     averaged: bool = True,
     robot: str | None = None,
     data: str | None = None,
+    base: str | None = None,
     force: bool = False,
 ) -> None:
     """Convert a checkpoint and print what became of every key.
@@ -74,13 +75,15 @@ def convert(
             named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
             own, if it is still where it was. Made-up frames are always compared too.
+        base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
+            they were.
         force: write for LeRobot also what it will do otherwise than the policy, and say what that is.
 
     Raises ValueError for what cannot be converted, and for what LeRobot would do otherwise.
     """
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
-    weights = locate(source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads)
+    weights = locate(source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads, base=base)
     with replacing(target, one_writer=True) as folder:
         folder.mkdir()
         if format == "ours":

@@ -40,6 +40,7 @@ def rollout(
     num_workers: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    base: str | None = None,
     **acting: Any,
 ) -> dict[str, Any]:
     """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
@@ -62,6 +63,8 @@ def rollout(
         num_workers: processes; by default one per core.
         seed: of the initial states and the noise.
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
+        base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
+            they were.
         acting: how the policy acts, see `Acting`.
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
@@ -69,7 +72,7 @@ def rollout(
     """
     env.warm_up()  # what is missing shows before the weights are read
     how = Acting(hierarchical=None, inference_delay=0, **acting)  # the modes decide; the simulator waits
-    policy = Pi05Policy.from_pretrained(checkpoint, **asdict(how))
+    policy = Pi05Policy.from_pretrained(checkpoint, base=base, **asdict(how))
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
     found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
@@ -80,7 +83,7 @@ def rollout(
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
     how = replace(how, robot=policy.robot, execution_horizon=policy.execution_horizon)
-    worker = Worker(env, view_of(policy), str(checkpoint), how, device, found)
+    worker = Worker(env, view_of(policy), str(checkpoint), how, device, found, base)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / "rollout"
     out.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ def serve(
     device: str = "cpu",
     dtype: Literal["float32", "bfloat16"] | None = None,
     cuda_graph: CudaGraph | None = None,
+    base: str | None = None,
     seed: int = 0,
     **acting: Any,
 ) -> None:
@@ -48,6 +49,8 @@ def serve(
         dtype: what the weights are cast to; by default they stay as they are.
         cuda_graph: with device cuda, sample chunks by CUDA graphs, see `Pi05Policy`: `plain` or, faster after a longer
             start, `compiled`.
+        base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
+            they were.
         seed: of every client's noise.
         acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent.
 
@@ -57,7 +60,8 @@ def serve(
     how = Acting(inference_delay=0, **acting)  # the client decides when it asks
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
     cast = None if dtype is None else getattr(torch, dtype)
-    policy = Pi05Policy.from_pretrained(checkpoint, device=device, dtype=cast, cuda_graph=cuda_graph, **asdict(how))
+    options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "cuda_graph": cuda_graph}
+    policy = Pi05Policy.from_pretrained(checkpoint, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
     server = PolicyServer(policy, read, seed, str(checkpoint))
     server.warm_up()

@@ -159,12 +159,13 @@ class Worker:
     acting: Acting
     device: str = "cpu"
     dataset: str | None = None
+    base: str | None = None
 
     def __call__(self, job: Job) -> Job:
         """The job, over: what a process returns is a copy."""
         lanes = _lanes_of_process(self.env, self.view)
         if job.mode in POLICY_MODES:
-            run_policy_job(job, _policy(self.checkpoint, self.acting, self.device), lanes)
+            run_policy_job(job, _policy(self.checkpoint, self.acting, self.device, self.base), lanes)
         else:
             run_baseline_job(job, lanes, self.dataset)
         return job
@@ -193,13 +194,13 @@ def _lanes_of_process(env: EnvironmentConfig, view: View) -> Lanes:
 
 
 @cache
-def _policy(checkpoint: str, acting: Acting, device: str) -> Pi05Policy:
+def _policy(checkpoint: str, acting: Acting, device: str, base: str | None) -> Pi05Policy:
     import torch
 
     from pi05_lightning.policy import Pi05Policy
 
     torch.set_num_threads(1)  # as many processes as cores
-    return Pi05Policy.from_pretrained(checkpoint, device=device, **asdict(acting))
+    return Pi05Policy.from_pretrained(checkpoint, device=device, base=base, **asdict(acting))
 
 
 @cache

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora, add_adapters, quantize_base
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.models.quantized import Kind, quantized_layers
+from pi05_lightning.models.quantized import Kind, QuantizedLinear, quantized_layers, quantizing
 from pi05_lightning.weights.safetensors import Keep, check_keys, shapes_of, whole
 
 
@@ -29,34 +29,70 @@ def merge(
     lora: Lora,
     tensors: Mapping[str, Tensor],
     base: Kind | None = None,
+    frozen: Callable[[Keep], dict[str, Tensor]] | None = None,
     dtype: torch.dtype | None = None,
     keep: Keep = whole,
     errors: list[float] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of the plain model that those of a model with adapters amount to; one layer is merged at a time.
 
-    base: what its frozen layers are quantised by, which are made whole.  dtype, keep: see `Weights.tensors`.
+    base: what its frozen layers are quantised by, which are made whole.  frozen: has a plain model's tensors kept, for
+    those that are missing; they are quantised, and made whole again.  dtype, keep: see `Weights.tensors`.
     errors: gets the error of every quantised layer, see `QuantizedLinear`.  ValueError that lists every missing,
     unexpected and misshaped key.
     """
     model = with_adapters(config, lora, base)
-    check_keys(shapes_of(tensors), shapes_of(model.state_dict()))
-    quantized = quantized_layers(model)
+    expected, found = shapes_of(model.state_dict()), shapes_of(tensors)
+    missing = [name for name in expected if name not in found and ".lora_" not in name] if frozen else []
+    check_keys(found | {name: expected[name] for name in missing}, expected)
+    quantized, errors = quantized_layers(model), [] if errors is None else errors
     add = Merging(config, lora, tensors)
+
+    def whole_again(layer: QuantizedLinear, parts: Mapping[str, Tensor]) -> Tensor:
+        errors.append(float(parts["error"]))
+        return layer.dequantize(parts, layer.weight.shape)
+
+    def take(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        # mapped from a file that may be replaced, they would be read from it page by page while training
+        copy = dtype is not None or add.places[name] != name  # what an adapter is added to
+        return keep(name, add(name, tensor.to(dtype or tensor.dtype, copy=copy)))
+
+    def take_missing(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        place = add.places[name]
+        if place in tensors:
+            return {}
+        layer = quantized.get(place)
+        return take(name, tensor if layer is None else whole_again(layer, layer.quantize(tensor)))
+
     merged: dict[str, Tensor] = {}
     for name, place in add.places.items():
-        layer = quantized.get(place)
-        if layer is None:
-            tensor = tensors[place]
-        else:
-            above = place.removesuffix("weight")
-            tensor = layer.dequantize({part: tensors[above + part] for part in layer.parts}, layer.weight.shape)
-            if errors is not None:
-                errors.append(float(tensors[f"{above}error"]))
-        # mapped from a file that may be replaced, they would be read from it page by page while training
-        copy = dtype is not None or place != name  # what the adapter is added to
-        merged |= keep(name, add(name, tensor.to(dtype or tensor.dtype, copy=copy)))
-    return merged
+        layer, above = quantized.get(place), place.removesuffix("weight")
+        if place in tensors:
+            merged |= take(name, tensors[place])
+        elif layer is not None and f"{above}error" in tensors:
+            parts = {part: tensors[above + part] for part in (*layer.parts, "error")}
+            merged |= take(name, whole_again(layer, parts))
+    return merged if frozen is None else merged | frozen(take_missing)
+
+
+def fill_base(model: Pi05, read: Callable[[Keep], Mapping[str, Tensor]], own: Collection[str]) -> list[str]:
+    """Have a model with adapters take over its base's tensors, but for its `own`; the names of what it took, there.
+
+    read: has a plain model's tensors kept.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    quantized = quantizing(model)
+
+    def keep(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
+        above, _, leaf = name.rpartition(".")
+        place = f"{above}.base_layer.{leaf}" if above in adapted else name
+        return {} if place in own else quantized(place, tensor)
+
+    tensors = read(keep)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    return list(tensors)
 
 
 class Merging:

@@ -12,7 +12,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Abilities, Trained
-from pi05_lightning.weights.safetensors import Keep, build, whole
+from pi05_lightning.weights.safetensors import ContentHash, Keep, build, whole
 
 
 class Weights(ABC):
@@ -37,6 +37,15 @@ class Weights(ABC):
     def mapped_tensors(self) -> dict[str, Tensor]:
         """As `tensors`, where possible mapped from the files, so that a slice is all that is read of one."""
         return self.tensors()
+
+    def content_hash(self) -> str:
+        """SHA-256 of all tensors under our names: the same in one file or several, in LeRobot's folder or in ours.
+
+        Each is read once, and none is kept: it takes seconds for 7 GB.
+        """
+        content = ContentHash()
+        self.tensors(keep=content.add)
+        return content.hexdigest()
 
     @abstractmethod
     def processor(self) -> Processor:

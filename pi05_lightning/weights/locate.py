@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from pi05_lightning.files.hub import local_folder
 from pi05_lightning.files.local import read_json
+from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import ExportedFolder
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
@@ -19,7 +21,12 @@ from pi05_lightning.weights.training_checkpoint import (
 
 
 def locate(
-    path: str | Path, *, averaged: bool = True, tokenizer: str | None = None, vision_heads: int | None = None
+    path: str | Path,
+    *,
+    averaged: bool = True,
+    tokenizer: str | None = None,
+    vision_heads: int | None = None,
+    base: str | Path | None = None,
 ) -> Weights:
     """The weights at a path: of a `.ckpt`, a run's directory (its newest checkpoint), a folder or a Hub id.
 
@@ -29,6 +36,7 @@ def locate(
     tokenizer: of LeRobot's and openpi's: where PaliGemma's text tokenizer is, if not where the folder says.
     vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
         each if the width divides, else 16.
+    base: of a checkpoint of adapters: where its base is now, if not where it was.
     ValueError when there are no weights, or a folder has checkpoints beside them.
     """
     folder = local_folder(path)
@@ -38,11 +46,17 @@ def locate(
             " a checkpoint, or move one of the two"
         )
     if not weight_files(folder):
-        return TrainingCheckpoint(find_checkpoint(folder), averaged)
+        checkpoint = find_checkpoint(folder)
+        return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     # ours says what backbone it has
     if "backbone_type" in read_json(folder / CONFIG, default={}):
         return ExportedFolder(folder)
     return LeRobotFolder(folder, tokenizer, vision_heads)
+
+
+def find_base(base: AdapterBase, checkpoint: Path, given: str | Path | None = None) -> Weights:
+    """The base of a checkpoint of adapters, which may be given. ValueError where it is not found, see `AdapterBase`."""
+    return base.find(base.places(run_of(checkpoint), given), locate)[1]
 
 
 def locate_run(path: Path) -> TrainingCheckpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,22 @@ READERS = 4
 def whole(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Keep a tensor as it is."""
     return {name: tensor}
+
+
+class ContentHash:
+    """SHA-256 of the names, types, shapes and values of tensors, in whatever order they come."""
+
+    def __init__(self) -> None:
+        self._digests: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Take note of a tensor; nothing of it is kept."""
+        content = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._digests[name] = f"{name} {tensor.dtype} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
+        return {}
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("\n".join(sorted(self._digests.values())).encode()).hexdigest()
 
 
 def weight_files(folder: Path) -> list[Path]:

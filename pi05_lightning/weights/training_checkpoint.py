@@ -6,7 +6,8 @@ They are one file, or of a sharded run a directory; nobody else asks which.
 from __future__ import annotations
 
 import re
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -19,9 +20,10 @@ from pi05_lightning.files.local import shown
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import WEIGHTS, Keep, whole
+from pi05_lightning.weights.safetensors import WEIGHTS, ContentHash, Keep, whole
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, is_sharded, load, read_rest, read_some
 
 ONLY_TRAINED = "auxiliary."
@@ -32,12 +34,15 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 class TrainingCheckpoint(Weights):
     """A Lightning checkpoint of ours, which `Pi05Module` wrote, by one device or by sharded ranks.
 
-    averaged: take the averaged weights if it has any.
+    averaged: take the averaged weights if it has any.  find_base: finds the base that a checkpoint of adapters leaves
+    out, if its tensors are to be read.
     """
 
-    def __init__(self, path: Path, averaged: bool = True) -> None:
+    def __init__(
+        self, path: Path, averaged: bool = True, find_base: Callable[[AdapterBase], Weights] | None = None
+    ) -> None:
         super().__init__(path)
-        self.averaged = averaged
+        self.averaged, self._find_base = averaged, find_base
         self.errors: list[float] = []
         """Of each layer of a quantised base, once the tensors were read, see `QuantizedLinear`."""
 
@@ -55,7 +60,11 @@ class TrainingCheckpoint(Weights):
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
         saved, own = self.content["pi05"], self._own(dtype)
         if saved.get("lora") is not None:
-            return merge(self.config(), Lora(**saved["lora"]), own, saved.get("base"), dtype, keep, self.errors)
+            frozen = None
+            if (base := self.adapter_base) is not None and self._find_base is not None:
+                frozen = partial(self._find_base(base).tensors, getattr(torch, base.dtype))
+            self.errors = []
+            return merge(self.config(), Lora(**saved["lora"]), own, saved.get("base"), frozen, dtype, keep, self.errors)
         kept: dict[str, Tensor] = {}
         for name, tensor in own.items():
             # mapped from a file that may be replaced, they would be read from it page by page while training
@@ -71,6 +80,21 @@ class TrainingCheckpoint(Weights):
             return read_some(self.path, names, average, dtype)
         own = {name: self.content["state_dict"][PREFIX + name] for name in names}
         return own | {name: average[name].to(dtype or own[name].dtype) for name in average.keys() & own.keys()}
+
+    @property
+    def adapter_base(self) -> AdapterBase | None:
+        """The base that it leaves out, if it does."""
+        saved = self.content["pi05"].get("adapter_base")
+        return None if saved is None else AdapterBase(**saved)
+
+    def content_hash(self) -> str:
+        """Of what it holds itself, adapters apart from their base: what merging rounds to depends on the machine."""
+        content = ContentHash()
+        for name, tensor in self._own(None).items():
+            content.add(name, tensor)
+        if self.adapter_base is not None:
+            content.add(f"base {self.adapter_base.sha256}", torch.empty(0))
+        return content.hexdigest()
 
     @property
     def notes(self) -> list[str]:

@@ -1,0 +1,63 @@
+"""The base that a checkpoint of adapters leaves out: named by its content, found again, and no other taken for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pi05_lightning.weights.base import Weights
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """What a checkpoint says of its base.
+
+    sha256: its `Weights.content_hash`.  place: where it was, an absolute path or a Hub id.  run: the directory of the
+    run that it was used in, absolute.  dtype: what its tensors were cast to as they were read, such as `bfloat16`.
+    """
+
+    sha256: str
+    place: str
+    run: str
+    dtype: str
+
+    def places(self, run: Path, given: str | Path | None = None) -> list[str]:
+        """Where it may be: where a user says; where it was; beside the run's directory of today, if both were moved."""
+        found = [] if given is None else [str(given)]
+        found.append(self.place)
+        if Path(self.place).is_absolute():
+            found.append(os.path.normpath(run.absolute() / os.path.relpath(self.place, self.run)))
+        return list(dict.fromkeys(found))
+
+    def find(self, places: Iterable[str], locate: Callable[[str], Weights]) -> tuple[AdapterBase, Weights]:
+        """The weights at the first of some places that has this content, and itself as of there.
+
+        ValueError that says what is at each.
+        """
+        seen = []
+        for place in places:
+            try:
+                weights = locate(place)
+                sha256 = weights.content_hash()
+            except ValueError as error:
+                seen.append(f"{place}: {str(error).splitlines()[0]}")
+                continue
+            if sha256 == self.sha256:
+                return replace(self, place=place_of(place, weights)), weights
+            seen.append(f"{place} has other weights: {sha256}")
+        raise ValueError(
+            "\n  ".join([f"the adapters' base is not found, weights with the SHA-256 {self.sha256}:", *seen])
+            + "\n  Say where it is now: --model.init_from (fit, validate, test, predict), --base (convert, rollout,"
+            " serve), base= (Pi05Policy)"
+        )
+
+    def is_at(self, name: str | None) -> bool:
+        """Whether it was found where a name says."""
+        return name is not None and self.place.startswith(str(Path(name).absolute()) if Path(name).exists() else name)
+
+
+def place_of(name: str, weights: Weights) -> str:
+    """What a checkpoint remembers of where weights were found by a name: their absolute path, or the Hub id."""
+    return str(weights.path.absolute()) if Path(name).exists() else name
