@@ -110,7 +110,6 @@ def test_a_run_is_resumed_exactly(base: str | None, fit: Fit, tmp_path: Path) ->
     expected = {name: tensor.clone() for name, tensor in fit(base=base).lightning_module.state_dict().items()}
     again = fit(base=base, ckpt_path=checkpoint(tmp_path, "step=2"))
     assert_equal(again.lightning_module.state_dict(), expected)  # type: ignore[arg-type]
-    assert checkpoint(tmp_path).stat().st_size < checkpoint(tmp_path, "step=2").stat().st_size * 1.1
 
 
 def test_a_base_that_was_moved_with_the_run_is_found_and_another_place_can_be_said(fit: Fit, tmp_path: Path) -> None:
@@ -142,7 +141,7 @@ def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path) ->
 
 def test_what_was_trained_whole_and_is_frozen_today_stays(fit: Fit, tmp_path: Path) -> None:
     name = "model.backbone.layers.0.input_layernorm.weight"
-    fit(lora=Lora(rank=2, train=(*LORA.train, r"backbone\.layers\.0\.input_layernorm")))
+    fit(steps=2, lora=Lora(rank=2, train=(*LORA.train, r"backbone\.layers\.0\.input_layernorm")))
     trained = torch.load(checkpoint(tmp_path, "step=2"), weights_only=True)["state_dict"][name]
     assert trained.any()
     fit(ckpt_path=checkpoint(tmp_path, "step=2"))
