@@ -46,6 +46,8 @@ class RunCheckpoint(ModelCheckpoint):
     once, so that `last.ckpt` is always a link there.
 
     Args:
+        dirpath: the folder of the checkpoints; by default the run's checkpoints/.
+        filename: a checkpoint's name without .ckpt, in which {step} and metrics, as {val/flow_loss}, are filled in.
         in_background: training goes on while a sharded run's checkpoint is written, from a copy of each rank's shards
             in the host's memory. The next one waits for it, and so does the end of the run.
         options: ModelCheckpoint's.
@@ -54,8 +56,15 @@ class RunCheckpoint(ModelCheckpoint):
     nothing will log, and where another checkpoint callback would write the same files.
     """
 
-    def __init__(self, *, in_background: bool = False, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        dirpath: str | Path | None = None,
+        filename: str | None = None,
+        *,
+        in_background: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(dirpath, filename, **options)
         self.in_background = in_background
 
     _is_deferred = False
