@@ -62,9 +62,8 @@ from pi05_lightning.weights.resumed import (
     has_options,
     reapply,
 )
-from pi05_lightning.weights.safetensors import check_keys, fill, shapes_of
-from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, WEIGHTS
-from pi05_lightning.weights.shards import MappedReader, fill_slices
+from pi05_lightning.weights.safetensors import fill, shapes_of
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT
 from pi05_lightning.weights.training_checkpoint import ONLY_TRAINED
 
 log = logging.getLogger(__name__)
@@ -317,9 +316,7 @@ class Pi05Module(LightningModule):
             for name, parameter in module.named_parameters(recurse=False)
             if not above.startswith("auxiliary.")
         }
-        tensors = weights.mapped_tensors()
-        check_keys(shapes_of(tensors), shapes_of(own), where=self.init_from)
-        fill_slices(own, MappedReader(tensors))
+        weights.fill(own)
         self._trained = self._carried_on(weights)
 
     def _check_sharding(self) -> None:
@@ -637,8 +634,8 @@ class Pi05Module(LightningModule):
         assert self.processor is not None
         self.finite.look(self.model)
         if self._adapter_base is not None:
-            weights = checkpoint[WEIGHTS]
-            checkpoint[WEIGHTS] = {name: weights[name] for name in weights if not self._is_of_base(name)}
+            weights = checkpoint[STATE_DICT]
+            checkpoint[STATE_DICT] = {name: weights[name] for name in weights if not self._is_of_base(name)}
         check_savable([*checkpoint["state_dict"].items(), *self.average.items()], self.global_step)
         checkpoint["pi05"] = {
             "model": self.config.to_dict(),
@@ -673,11 +670,11 @@ class Pi05Module(LightningModule):
         path = None if self._trainer is None else self.trainer.ckpt_path
         run = Path(base.run) if path is None else run_of(Path(path))
         found_base, weights = base.find(base.places(run, self.init_from), locate)
-        own = [name.removeprefix(PREFIX) for name in checkpoint[WEIGHTS]]
+        own = [name.removeprefix(PREFIX) for name in checkpoint[STATE_DICT]]
         dtype = getattr(torch, base.dtype)
         found = fill_base(self.model, partial(weights.tensors, dtype), own)
         tensors = self.model.state_dict()
-        checkpoint[WEIGHTS] = {PREFIX + name: tensors[name] for name in found} | checkpoint[WEIGHTS]
+        checkpoint[STATE_DICT] = {PREFIX + name: tensors[name] for name in found} | checkpoint[STATE_DICT]
         self._own = {name for name in own if self._is_of_base(name)}
         self._adapter_base = replace(found_base, run=self._run_directory)
 
@@ -688,7 +685,7 @@ class Pi05Module(LightningModule):
         saved = checkpoint["pi05"]
         if saved.get("adapter_base") is not None and self.lora is not None:
             self._complete(checkpoint, AdapterBase(**saved["adapter_base"]))
-        tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint[WEIGHTS].items()}
+        tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint[STATE_DICT].items()}
         expected = shapes_of(self.model.state_dict())
         check_model(saved, self.config, self.lora, self.base, shapes_of(tensors), expected)
         self._trained = Trained.from_dict(saved.get("trained", {}))

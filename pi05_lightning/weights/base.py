@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Abilities, Trained
-from pi05_lightning.weights.safetensors import ContentHash, Keep, build, whole
+from pi05_lightning.weights.safetensors import ContentHash, Keep, build, check_keys, shapes_of, whole
+from pi05_lightning.weights.shards import MappedReader, fill_slices
 
 
 class Weights(ABC):
@@ -46,6 +48,15 @@ class Weights(ABC):
         content = ContentHash()
         self.tensors(keep=content.add)
         return content.hexdigest()
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Read the tensors into those of the same names; of a DTensor this rank's slice is all that is read.
+
+        ValueError that lists every missing, unexpected and misshaped key.
+        """
+        tensors = self.mapped_tensors()
+        check_keys(shapes_of(tensors), shapes_of(targets), where=self.path)
+        fill_slices(targets, MappedReader(tensors))
 
     @abstractmethod
     def processor(self) -> Processor:

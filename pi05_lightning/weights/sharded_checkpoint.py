@@ -7,7 +7,7 @@ NAME.ckpt/meta.pt                everything else, and the names of the tensors: 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import StorageReader
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
 META = "meta.pt"
-WEIGHTS, STATES = "state_dict", "optimizer_states"
+STATE_DICT, STATES = "state_dict", "optimizer_states"
 """Where a checkpoint of Lightning's holds what is sharded."""
 AVERAGE = "ema"
 """Where one of ours holds the weights' average: {name of the parameter: f32 tensor}."""
@@ -43,7 +43,7 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     """
     tensors: dict[str, Tensor] = {}
     rest = dict(checkpoint)
-    for part in (WEIGHTS, AVERAGE):
+    for part in (STATE_DICT, AVERAGE):
         if part in checkpoint:
             tensors |= {f"{part}/{name}": tensor.detach() for name, tensor in checkpoint[part].items()}
             rest[part] = list(checkpoint[part])
@@ -61,7 +61,7 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint that `split` took apart."""
     checkpoint = dict(rest)
-    for part in (WEIGHTS, AVERAGE):
+    for part in (STATE_DICT, AVERAGE):
         if part in rest:
             checkpoint[part] = {name: tensors[f"{part}/{name}"] for name in rest[part]}
     if STATES in rest:
@@ -122,7 +122,7 @@ def is_first_rank() -> bool:
 def check_whole(folder: Path) -> None:
     """ValueError for a directory that lacks a file, a part of one, or a tensor; the tensors are not read."""
     found, rest = read_layout(folder), read_rest(folder)
-    expected = [f"{part}/{name}" for part in (WEIGHTS, AVERAGE) for name in rest.get(part, [])]
+    expected = [f"{part}/{name}" for part in (STATE_DICT, AVERAGE) for name in rest.get(part, [])]
     missing = [key for key in expected if key not in found]
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}: use another checkpoint")
@@ -174,23 +174,11 @@ def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
         return join(targets, rest)
 
 
-def read_some(
-    folder: Path, names: Iterable[str], averaged: Collection[str], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Weights of a sharded checkpoint by their names in the model, whole, and no more of it; of some the average.
-
-    dtype: what they are cast to; None: that of the weights, of an average too.  ValueError where they are damaged.
-    """
-    layout, tensors, targets = read_layout(folder), {}, {}
-    for name in names:
-        own = f"{WEIGHTS}/{PREFIX}{name}"
-        if own not in layout:
-            raise ValueError(f"{folder} lacks {name}: use another checkpoint")
-        shape, saved = layout[own]
-        tensors[name] = torch.empty(shape, dtype=dtype or saved)
-        targets[f"{AVERAGE}/{name}" if name in averaged else own] = tensors[name]
-    fill_slices(targets, ShardReader(folder))
-    return tensors
+def keys_of(rest: Mapping[str, Any], averaged: bool) -> dict[str, str]:
+    """The key of each weight by its name in the model; with `averaged` that of its average, if it has one."""
+    average = rest.get(AVERAGE, ()) if averaged else ()
+    names = [name.removeprefix(PREFIX) for name in rest[STATE_DICT]]
+    return {name: f"{AVERAGE}/{name}" if name in average else f"{STATE_DICT}/{PREFIX}{name}" for name in names}
 
 
 def _room(key: str, shape: torch.Size, dtype: torch.dtype, placed: Mapping[str, Tensor] | None) -> Tensor:

@@ -6,7 +6,7 @@ They are one file, or of a sharded run a directory; nobody else asks which.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
@@ -23,8 +23,9 @@ from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import WEIGHTS, ContentHash, Keep, whole
-from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, is_sharded, load, read_rest, read_some
+from pi05_lightning.weights.safetensors import WEIGHTS, ContentHash, Keep, check_keys, shapes_of, whole
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT, is_sharded, keys_of, load, read_rest
+from pi05_lightning.weights.shards import ShardReader, fill_slices, read_layout
 
 ONLY_TRAINED = "auxiliary."
 """What the names of heads that only training has begin with."""
@@ -66,20 +67,36 @@ class TrainingCheckpoint(Weights):
             self.errors = []
             return merge(self.config(), Lora(**saved["lora"]), own, saved.get("base"), frozen, dtype, keep, self.errors)
         kept: dict[str, Tensor] = {}
+        # mapped from a file that may be replaced, they would be read from it page by page while training
+        copy = dtype is not None and not is_sharded(self.path)
         for name, tensor in own.items():
-            # mapped from a file that may be replaced, they would be read from it page by page while training
-            kept |= keep(name, tensor.to(dtype or tensor.dtype, copy=dtype is not None))
+            kept |= keep(name, tensor.to(dtype or tensor.dtype, copy=copy))
         return kept
 
     def _own(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """What it holds of the model, averaged or not: of a file as it is, but what is averaged in `dtype`."""
-        average = self.content.get(AVERAGE, {}) if self.averaged else {}
-        names = [key.removeprefix(PREFIX) for key in self.content["state_dict"]]
-        names = [name for name in names if not name.startswith(ONLY_TRAINED)]
         if is_sharded(self.path):
-            return read_some(self.path, names, average, dtype)
-        own = {name: self.content["state_dict"][PREFIX + name] for name in names}
+            layout = read_layout(self.path)
+            like = {name: layout[f"{STATE_DICT}/{PREFIX}{name}"] for name in self._keys}
+            tensors = {name: torch.empty(shape, dtype=dtype or saved) for name, (shape, saved) in like.items()}
+            fill_slices({self._keys[name]: tensor for name, tensor in tensors.items()}, ShardReader(self.path))
+            return tensors
+        average = self.content.get(AVERAGE, {}) if self.averaged else {}
+        own = {name: self.content[STATE_DICT][PREFIX + name] for name in self._keys}
         return own | {name: average[name].to(dtype or own[name].dtype) for name in average.keys() & own.keys()}
+
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        """Of a policy's weights by their names in the model: the keys in a directory."""
+        keys = keys_of(self.content, self.averaged)
+        return {name: key for name, key in keys.items() if not name.startswith(ONLY_TRAINED)}
+
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        if not is_sharded(self.path) or self.content["pi05"].get("lora") is not None:
+            return super().fill(targets)
+        layout, keys = read_layout(self.path), self._keys
+        check_keys({name: tuple(layout[key][0]) for name, key in keys.items()}, shapes_of(targets), where=self.path)
+        fill_slices({keys[name]: target for name, target in targets.items()}, ShardReader(self.path))
 
     @property
     def adapter_base(self) -> AdapterBase | None:
