@@ -174,7 +174,9 @@ def options_of(found: Found) -> list[Option]:
     if init := found.member("__init__"):
         assert isinstance(init.node, ast.FunctionDef)
         docs = (ast.get_docstring(part) or "" for part in (node, init.node))
-        return arguments(init.node, found.home, *docs)
+        own = arguments(init.node, found.home, *docs)
+        if "super().__init__(**" not in ast.unparse(init.node):
+            return own
     inherited = [option for base in found.bases for option in options_of(base)]
     return list({option.name: option for option in (*inherited, *own)}.values())
 

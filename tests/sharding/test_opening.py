@@ -26,6 +26,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, two_stages: Path) -> Path:
     """The run of two ranks, with averaged weights, that was saved in the background."""
     folder = tmp_path_factory.mktemp("sharded")
     args = ["-c", str(two_stages), "--run", str(folder / "run"), "--checkpoint.in_background", "true"]
+    args += ["--trainer.max_steps", "4"]
     assert fit(args, folder / "log", 2, "fsdp2") == [0, 0], (folder / "log").read_text()
     return folder / "run"
 
@@ -45,7 +46,7 @@ def test_it_is_found_by_run_and_by_name(sharded: Path) -> None:
     assert is_sharded(last)
     assert {path.name for path in last.parent.iterdir()} == {"last.ckpt", os.readlink(last)}
     for path in (sharded, sharded / "checkpoints", last):
-        assert locate_run(path).steps == 7
+        assert locate_run(path).steps == 4
         assert run_of(path) == sharded
 
 
@@ -98,7 +99,7 @@ def test_one_process_trains_on_from_it_and_begins_with_its_weights_as_with_a_fil
     ends = []
     for name, path in {"sharded": sharded, "single": single}.items():
         on, new = tmp_path / f"on-{name}", tmp_path / f"new-{name}"
-        one = [*ALONE, "--stages.posttrain_steps", "5"]
+        one = [*ALONE, "--trainer.max_steps", "5"]
         main(["fit", "--ckpt_path", str(path), "--run", str(on), *one])
         config = ["-c", str(sharded / "config.yaml"), "--model.init_from", str(path), "--trainer.max_steps", "1"]
         main(["fit", *config, "--run", str(new), *ALONE])

@@ -169,7 +169,8 @@ class RunCheckpoint(ModelCheckpoint):
                 take_back_batches(trainer)
             self._save_newest(trainer)
             if self._last_global_step_saved != trainer.global_step:  # it keeps the best alone
-                self._save_checkpoint(trainer, self.format_checkpoint_name(self._monitor_candidates(trainer)))
+                path = self._get_metric_interpolated_filepath_name(self._monitor_candidates(trainer), trainer)
+                self._save_checkpoint(trainer, path)
             wait(trainer)
             rank_zero_info(f"{type(exception).__name__}: step {trainer.global_step} is saved in {self.dirpath}")
         if isinstance(exception, Stopped) and exception.requeued and trainer.is_global_zero:
@@ -200,13 +201,15 @@ class RunCheckpoint(ModelCheckpoint):
         return candidates
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        last = os.path.join(str(self.dirpath), self.CHECKPOINT_NAME_LAST + self.FILE_EXTENSION)
+        last = self._named(self.CHECKPOINT_NAME_LAST)
         former = None
         if filepath == last:
             wait(trainer)
             former = trainer.strategy.broadcast(self._own_target(last))
             if isinstance(trainer.strategy.checkpoint_io, ShardedCheckpointIO):
-                filepath = self._free_name(trainer, last)
+                filepath = self._free_name(
+                    trainer, self._named(f"{self.CHECKPOINT_NAME_LAST}-step={trainer.global_step}")
+                )
         super()._save_checkpoint(trainer, filepath)
         if self.save_last == "link" or filepath != last:  # before upstream removes the checkpoint that it points to
             self._link_checkpoint(trainer, filepath, last)
@@ -218,13 +221,23 @@ class RunCheckpoint(ModelCheckpoint):
         target = os.path.join(os.path.dirname(last), os.readlink(last)) if os.path.islink(last) else ""
         return target if os.path.basename(target).startswith(f"{self.CHECKPOINT_NAME_LAST}-") else None
 
-    def _free_name(self, trainer: Trainer, last: str) -> str:
-        """A name for the newest checkpoint, where no other one is, which `last.ckpt` is to point to."""
-        name = f"{last.removesuffix(self.FILE_EXTENSION)}-step={trainer.global_step}"
-        path, version = f"{name}{self.FILE_EXTENSION}", self.STARTING_VERSION
-        while self.file_exists(path, trainer):
-            path, version = f"{name}-v{version}{self.FILE_EXTENSION}", version + 1
-        return path
+    def _named(self, name: str) -> str:
+        return os.path.join(str(self.dirpath), name + self.FILE_EXTENSION)
+
+    def _get_metric_interpolated_filepath_name(
+        self, monitor_candidates: dict[str, Tensor], trainer: Trainer, del_filepath: str | None = None
+    ) -> str:
+        path = super()._get_metric_interpolated_filepath_name(monitor_candidates, trainer, del_filepath)
+        is_sharded = isinstance(trainer.strategy.checkpoint_io, ShardedCheckpointIO)
+        return self._free_name(trainer, path) if is_sharded else path
+
+    def _free_name(self, trainer: Trainer, path: str) -> str:
+        """The path, or one like it, where there is no checkpoint yet."""
+        free, version = path, self.STARTING_VERSION
+        while self.file_exists(free, trainer):
+            free = f"{path.removesuffix(self.FILE_EXTENSION)}-v{version}{self.FILE_EXTENSION}"
+            version += 1
+        return free
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
