@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import StorageReader
+from torch.distributed.tensor import DTensor
 
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
@@ -53,7 +54,7 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
         for number, values in optimizer["state"].items():
             sharded = {key: value for key, value in values.items() if isinstance(value, Tensor)}
             tensors |= {f"{STATES}/{names[number]}/{key}": value.detach() for key, value in sharded.items()}
-            state[number] = {key: None if key in sharded else value for key, value in values.items()}
+            state[number] = {key: kind_of(value) if key in sharded else value for key, value in values.items()}
         rest[STATES] = [optimizer | {"state": state}]
     return tensors, rest
 
@@ -73,6 +74,14 @@ def join(tensors: Mapping[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
         }
         checkpoint[STATES] = [optimizer | {"state": state}]
     return checkpoint
+
+
+def kind_of(tensor: Tensor) -> dict[str, Any] | None:
+    """What makes memory for a tensor: nothing for a plain one, options for one in torchao's 8 bits."""
+    local: Any = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not type(local).__module__.startswith("torchao."):
+        return None
+    return {"signed": local.signed, "block_size": local.block_size}
 
 
 def names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
@@ -170,8 +179,33 @@ def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
             reader, layout = MappedReader(tensors), {key: (t.shape, t.dtype) for key, t in tensors.items()}
         placed = None if model is None else dict(model.state_dict())
         targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
+        targets |= {key: in_8_bits(targets[key], **kind) for key, kind in kinds_of(rest).items()}
         fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)
         return join(targets, rest)
+
+
+def kinds_of(rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the tensors of an optimizer's state that are no plain ones: what makes memory for them, see `kind_of`."""
+    kinds: dict[str, dict[str, Any]] = {}
+    for optimizer in rest.get(STATES, ()):
+        names = names_of(optimizer["param_groups"])
+        for number, values in optimizer["state"].items():
+            kinds |= {f"{STATES}/{names[number]}/{k}": kind for k, kind in values.items() if isinstance(kind, dict)}
+    return kinds
+
+
+def in_8_bits(tensor: Tensor, signed: bool, block_size: int) -> Tensor:
+    """Memory for a tensor's values in torchao's 8 bits, where its optimizers would keep them so."""
+    from torchao.optim.subclass_8bit import OptimState8bit  # takes seconds to import
+
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if local.is_meta or local.numel() < 4096 or local.numel() % block_size:
+        return tensor
+    made = OptimState8bit.zeros(local.shape, signed, block_size, local.device, local.dtype)
+    if not isinstance(tensor, DTensor):
+        return made
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(made, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
 
 
 def keys_of(rest: Mapping[str, Any], averaged: bool) -> dict[str, str]:

@@ -64,6 +64,14 @@ def test_a_kill_within_a_write_leaves_the_checkpoint_before_and_no_part_under_a_
     assert [path.name for path in folder.iterdir()] == ["step=1.ckpt"]
 
 
+def test_state_in_eight_bits_stays_so_to_the_bit(tmp_path: Path) -> None:
+    from eight_bits import check_same, exp_avg, state, write_and_read
+
+    log, path = tmp_path / "log", tmp_path / "eight.ckpt"
+    assert end(start(2, log, write_and_read, path), log) == [0, 0], log.read_text()
+    check_same(exp_avg(read(path)), state())
+
+
 def test_metadata_execute_nothing(tmp_path: Path) -> None:
     """DCP's own reader would: its metadata are a pickle."""
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Path.touch))
