@@ -25,6 +25,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     From there, on another file system, upstream copies: a kill leaves half a checkpoint under the final name.
     """
 
+    with_state = True
+    """Of a sharded run's checkpoint the optimizer's state is read too, which only training needs."""
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if not is_local(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
@@ -42,7 +45,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Of a sharded run too."""
-        return read(Path(path)) if is_sharded(Path(path)) else super().load_checkpoint(path, *args, **kwargs)
+        if is_sharded(Path(path)):
+            return read(Path(path), with_state=self.with_state)
+        return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:
         if is_local(path) and os.path.lexists(path):
@@ -71,7 +76,7 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
             write(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return read(Path(path), self.model)
+        return read(Path(path), self.model, with_state=self.with_state)
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what was saved last has its name."""

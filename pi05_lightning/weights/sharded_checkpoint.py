@@ -159,12 +159,13 @@ def load(file: Path) -> dict[str, Any]:
     return content
 
 
-def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
+def read(path: Path, model: nn.Module | None = None, *, with_state: bool = True) -> dict[str, Any]:
     """A checkpoint, sharded or a single file's, as `write` takes it; collective.
 
     model: whose tensors decide where those of the checkpoint are placed: each as that of its name, an average or an
     optimizer's state as its parameter. A rank reads the slices that it has of them, whatever the number of ranks that
     wrote. What is not the model's, or has another shape there, is on the meta device. None: all is read as a whole.
+    with_state: the optimizer's state too.
     ValueError on all ranks where one of them fails.
     """
     path = Path(path)
@@ -178,6 +179,9 @@ def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
             tensors, rest = split(load(path))
             reader, layout = MappedReader(tensors), {key: (t.shape, t.dtype) for key, t in tensors.items()}
         placed = None if model is None else dict(model.state_dict())
+        if not with_state:
+            rest.pop(STATES, None)
+            layout = {key: found for key, found in layout.items() if not key.startswith(f"{STATES}/")}
         targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
         targets |= {key: in_8_bits(targets[key], **kind) for key, kind in kinds_of(rest).items()}
         fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)

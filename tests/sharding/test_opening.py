@@ -62,6 +62,11 @@ def test_its_tensors_are_those_of_a_file(sharded: Path, single: Path, averaged: 
     assert any(not torch.equal(own[name], average[name]) for name in own)
 
 
+def test_what_does_not_train_does_not_read_the_optimizer_state(sharded: Path) -> None:
+    last = sharded / "checkpoints" / "last.ckpt"
+    assert read(last).keys() - read(last, with_state=False).keys() == {"optimizer_states"}
+
+
 def test_the_policy_acts_as_that_of_a_file(sharded: Path, single: Path) -> None:
     chunks = []
     for path in (sharded, single):
