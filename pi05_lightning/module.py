@@ -156,7 +156,7 @@ class Pi05Module(LightningModule):
         self.processor: Processor | None = None
         self.metrics: dict[Subset, SubsetMetrics] = {}
         self.results: dict[str, dict[str, float]] = {}
-        self._head_factories = heads
+        self.head_factories = heads
         with torch.device("meta"):
             self.model = Pi05(self.config, heads)
         self.follow(Recipe.of(pretrain_steps=0))
@@ -266,7 +266,7 @@ class Pi05Module(LightningModule):
     def blank(self, stage: Stage | None = None) -> Pi05:
         """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
         with torch.device("meta"):
-            model = Pi05(self.config, self._head_factories)
+            model = Pi05(self.config, self.head_factories)
         if self.lora is not None:
             if self.base is not None:
                 quantize_base(model, self.base, self.lora)

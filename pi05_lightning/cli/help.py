@@ -20,6 +20,7 @@ RUN_OPTIONS: dict[str, tuple[Any, str]] = {
         Literal["auto"] | None,
         "auto: go on with the newest checkpoint of --run if it has one, else start it.",
     ),
+    "force": (bool, "fit: go on though the memory that is free is forecast not to be enough."),
 }
 """Options of fit, validate, test and predict that are in no group: their type and what they mean."""
 OF_THE_PARSER = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from pi05_lightning.files.shipped import find_model
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
 from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
+from pi05_lightning.profiling.free import free_memory
 from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.profiling.step import StepShape
 from pi05_lightning.profiling.workload import Workload
@@ -132,7 +132,7 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
     for title, counter in counters.items():
         console.print(cost_table(title, work, counter, chosen, utilization))
     console.print(memory_table(memory))
-    needed, free = sum(memory.values()), free_memory()
+    needed, free = sum(memory.values()), free_memory(work.device)
     console.print(
         f"On one {accelerator} ({chosen.source}) the step {'fits' if needed < chosen.memory else 'does not fit'} into"
         f" {chosen.memory / 1e9:.0f} GB. The estimates take the larger of FLOPs at {utilization:.0%} of the peak and"
@@ -151,16 +151,6 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
     console.print(f"A plain matrix product reaches {rate / 1e9:,.0f} GFLOP/s on this machine.", highlight=False)
     for title, taken in seconds.items():
         console.print(time_table(title, taken, counters[title], rate))
-
-
-def free_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # --- tables

@@ -33,7 +33,7 @@ from rich.console import Console
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
-from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, refuse
+from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, refuse, said_fully
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
@@ -45,6 +45,7 @@ from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.dashboard import Dashboard
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.examples import ValidationExamples
+from pi05_lightning.training.callbacks.forecast import MemoryForecast
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps
 from pi05_lightning.training.callbacks.mixture import MixtureLog
 from pi05_lightning.training.callbacks.predictions import PredictionsFile
@@ -84,6 +85,7 @@ RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: na
 def default_callbacks() -> list[Callback]:
     """What every run has, beside the callbacks that its configuration names."""
     return [
+        MemoryForecast(),
         PredictionsFile(),
         Provenance(),
         Dashboard(),
@@ -117,6 +119,7 @@ class RunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         what = config.clone()
         what.run = what.ckpt_path = what.resume = None
+        what.force = False
         super().__init__(parser, what, **kwargs)
 
     @cached_property
@@ -165,7 +168,7 @@ class Pi05CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, (kind, text) in RUN_OPTIONS.items():
-            parser.add_argument(f"--{name}", type=kind, help=text)
+            parser.add_argument(f"--{name}", type=kind, default=False if kind is bool else None, help=text)
         # groups of their own rather than items of trainer.callbacks: lists in layered YAML replace each other
         parser.add_lightning_class_args(StageSwitch, "stages")
         parser.add_lightning_class_args(WeightAverage, "ema")
@@ -340,9 +343,13 @@ def silence_noise() -> None:
 def run(command: str, args: list[str]) -> None:
     """Do what `pi05 fit | validate | test | predict` with these arguments says."""
     silence_noise()
+    switches = {name for name, (kind, _) in RUN_OPTIONS.items() if kind is bool}
+    args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
     for callback in cast("Any", cli.trainer).callbacks:
+        if isinstance(callback, MemoryForecast):
+            callback.force = cli.config.force
         if isinstance(callback, StageSwitch):  # here, as preparing the data may take long
             callback.apply(cli.trainer, cli.model, command)
             if command == "fit":
