@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.profiling.memory import activation_peak
+from pi05_lightning.profiling.step import StepShape
+from pi05_lightning.profiling.strategies import Step, Strategy
 
 
 def counts(options: Options) -> list[Row]:
@@ -36,6 +38,23 @@ def counts(options: Options) -> list[Row]:
     ):
         memory = [peak(*side, config) for side in sides(config, checkpointing)]
         rows.append(share(name, "<= 0.5", "GiB", [memory[0] / 2**30], [memory[1] / 2**30]))
+    return rows + sharded(config, (8,) if options.quick else (1, 8, 64))
+
+
+def sharded(config: ModelConfig, numbers: Sequence[int]) -> list[Row]:
+    """Of each of so many ranks, in pure bf16: what it keeps, over its share of the whole, and what it sends."""
+    step = Step(config, StepShape(target_tokens=50), True, weights=torch.bfloat16, compute=torch.bfloat16)
+    whole = step.count(Strategy(1))
+    rows = []
+    for ranks in numbers:
+        rank = step.count(Strategy(ranks, ranks)) if ranks > 1 else whole
+        bound = 1.15 * whole.kept / ranks + rank.group
+        name = f"sharded, {ranks} ranks: "
+        kept = [bound / 2**30], [rank.kept / 2**30]
+        rows.append(share(f"{name}weights, gradients, AdamW and average, over the bound", "<= 1", "GiB", *kept))
+        sent = 3 * whole.weights
+        if ranks > 1:
+            rows.append(share(f"{name}sent in a step", "<= 1.05", "GiB", [sent / 2**30], [rank.sent / 2**30]))
     return rows
 
 

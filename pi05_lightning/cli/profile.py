@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.files.ranges import check
 from pi05_lightning.files.shipped import find_model
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
@@ -20,6 +21,7 @@ from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
 from pi05_lightning.profiling.free import free_memory
 from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.profiling.step import StepShape
+from pi05_lightning.profiling.strategies import Step, strategies
 from pi05_lightning.profiling.workload import Workload
 from pi05_lightning.weights.locate import locate
 
@@ -34,6 +36,7 @@ RUN_KEYS: dict[str, Any] = {
     "trainer.precision": int | str | None,
 }
 GIB = 2**30
+KEPT = ("weights", "gradients", "optimizer", "average", "activations")
 console = Console()
 
 
@@ -50,6 +53,8 @@ def profile(
     accelerator: Literal["rtx4090", "l40s", "a100", "h100", "h200"] = "h100",
     utilization: float = 0.4,
     measure: bool = True,
+    devices: int = 1,
+    strategy: Literal["fsdp2", "hsdp", "ddp"] | None = None,
 ) -> None:
     """What a training step and an action chunk of a configuration cost, by component.
 
@@ -70,11 +75,15 @@ def profile(
         accelerator: whose published rates the estimate takes.
         utilization: share of the peak matrix rate that the estimate assumes.
         measure: whether to time it on this machine.
+        devices: ranks that share a step, of `batch_size` samples each. More than one, or a strategy: what each of them
+            holds and sends is counted instead, by strategy.
+        strategy: the one that comes first in that table.
 
     Raises ValueError for configurations that cannot be read, and sizes that make no step.
     """
     if not 0 < utilization <= 1:
         raise ValueError(f"utilization is {utilization}: it is a share, above 0 and at most 1")
+    check("devices", devices, 1)
     config, settings = read_run([configuration] if isinstance(configuration, str) else configuration)
     shape = StepShape(
         batch_size=first(batch_size, settings["data.batch_size"], 1),
@@ -91,6 +100,10 @@ def profile(
         checkpointing=first(activation_checkpointing, settings["model.activation_checkpointing"], False),
         dtype=DTYPES[precision or ("bf16" if "bf16" in str(settings["trainer.precision"]) else "fp32")],
     )
+    if devices > 1 or strategy:
+        pure = precision is None and settings["trainer.precision"] == "bf16-true"
+        show_strategies(work, devices, strategy, torch.bfloat16 if pure else torch.float32)
+        return
     show(work, accelerator, utilization, measure)
 
 
@@ -151,6 +164,21 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
     console.print(f"A plain matrix product reaches {rate / 1e9:,.0f} GFLOP/s on this machine.", highlight=False)
     for title, taken in seconds.items():
         console.print(time_table(title, taken, counters[title], rate))
+
+
+def show_strategies(work: Workload, devices: int, chosen: str | None, weights: torch.dtype) -> None:
+    """Print what each rank holds and sends in a step."""
+    step = Step(work.config, work.shape, work.checkpointing, work.insulate, weights, work.dtype)
+    ways = strategies(devices)
+    if chosen is not None and not any(name.startswith(chosen) for name in ways):
+        raise ValueError(f"strategy {chosen} does not divide {devices} devices: known for these are {', '.join(ways)}")
+    table = table_of(f"each of {devices} ranks, GiB", ["strategy"], [*KEPT, "all", "sent/step"])
+    table.columns[0].no_wrap = True
+    for name in sorted(ways, key=lambda name: not name.startswith(chosen or "")):
+        rank = step.count(ways[name])
+        held = [getattr(rank, part) for part in KEPT]
+        table.add_row(name, *(number(size / GIB) for size in (*held, sum(held), rank.sent)))
+    console.print(table)
 
 
 # --- tables

@@ -53,6 +53,11 @@ class Memory:
         parts = [f"{name} {gib(size)}" for name, size in asdict(self).items() if size]
         return f"{gib(self.total)} GiB ({', '.join(parts)})"
 
+    def divided(self, shards: int) -> Memory:
+        """On each of so many ranks that a sharded model is divided between; gathered groups hold a sixth of it."""
+        parts = {name: getattr(self, name) // shards for name in ("weights", "gradients", "optimizer", "average")}
+        return replace(self, **parts, activations=self.activations + (0 if shards == 1 else self.weights // 6))
+
     def fits(self, free: float) -> bool:
         """Whether it may fit, as far as a forecast can tell."""
         return self.total * (1 - MARGIN) <= free
@@ -64,6 +69,7 @@ class Trainer:
 
     precision: 32-true, bf16-mixed, bf16-true.  accumulates: several batches to a step.  averages: weights are averaged.
     buckets: gradients are copied to be sent, as DDP does.  device: what the step would run on, cpu or cuda.
+    shards: ranks that the model is divided between.
     """
 
     precision: str = "32-true"
@@ -71,6 +77,7 @@ class Trainer:
     averages: bool = False
     buckets: bool = False
     device: str = "cpu"
+    shards: int = 1
 
     @property
     def weights(self) -> torch.dtype:
@@ -131,6 +138,7 @@ def forecast(
             average=4 * sum(p.numel() for p in of_average),
             activations=max(step.activations, optimizer.temporary, validating),
         )
+        memory = memory.divided(trainer.shards)
         if trainer.device == "cpu":
             heap = min(HEAP, memory.gradients + memory.activations) + HEAP_SHARE * memory.total
             memory = replace(memory, heap=int(heap))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from weakref import finalize
 
 import torch
@@ -140,7 +140,10 @@ def make_fake(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None 
     with fake:
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                made = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
+                own = parameter.dtype
+                made = torch.empty(
+                    parameter.shape, dtype=dtype if dtype and own.is_floating_point else own, device=device
+                )
                 setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
@@ -149,37 +152,53 @@ def make_fake(model: nn.Module, fake: FakeTensorMode, dtype: torch.dtype | None 
 @contextmanager
 def tracking(*held: object) -> Iterator[Callable[[], int]]:
     """Within it, the most bytes that were held at once so far, with what is held from before."""
-    tracker = _Held()
+    tracker = Held()
     for tensors in held:
         tracker.saw(tensors)
     with tracker:
         yield lambda: tracker.peak
 
 
-class _Held(TorchDispatchMode):
+class Held(TorchDispatchMode):
     """Counts the bytes of storages from the operation that makes them until they go.
 
-    PyTorch's own tracker of memory hooks the gradient of every parameter, and refuses those that are frozen.
+    PyTorch's own tracker of memory hooks the gradient of every parameter, and refuses those that are frozen. As
+    that does, this one hooks the resizing of storages, by which FSDP gives memory back.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._storages: set[int] = set()
+        self._storages: dict[int, int] = {}
+        self._resize = torch.UntypedStorage.resize_
+
+    def __enter__(self) -> Self:
+        def resize_(storage: torch.UntypedStorage, size: int) -> None:
+            self._resize(storage, size)
+            if storage._cdata in self._storages:
+                self._count(storage._cdata, storage.nbytes())
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def saw(self, values: object) -> None:
         for tensor in parts_of(values):
             storage = tensor.untyped_storage()
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self._storages:
-                self._storages.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                finalize(storage, self._went, key, size)
+            if storage._cdata not in self._storages:
+                self._count(storage._cdata, storage.nbytes())
+                finalize(storage, self._count, storage._cdata, None)
 
-    def _went(self, key: int, size: int) -> None:
-        self._storages.discard(key)
-        self.now -= size
+    def _count(self, key: int, size: int | None) -> None:
+        """A storage has so many bytes now; None: it is gone."""
+        self.now += (size or 0) - self._storages.pop(key, 0)
+        if size is not None:
+            self._storages[key] = size
+        self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -140,6 +140,7 @@ MID = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     "options",
     [

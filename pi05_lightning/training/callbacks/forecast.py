@@ -76,6 +76,7 @@ class Forecaster:
             averages=any(average.decay is not None for average in averages),
             buckets=isinstance(trainer.strategy, DDPStrategy),
             device="cuda" if self.device.type == "cuda" else "cpu",
+            shards=module.sharding.mesh.size(-1) if module.sharding else 1,
         )
 
     def run(self) -> None:
@@ -102,7 +103,7 @@ class Forecaster:
             log.warning("the run needs more memory than is free, and goes on as --force says")
             return
         rank_zero_info("It does not fit. Looking for what would …")
-        found = list(self.fitting(free))
+        found = [*self.fitting(free), *self.ranks(memory, free)]
         remedy = f"It would fit with {', or with '.join(found)}" if found else "No change that is known here is enough"
         raise ValueError(
             f"the run needs {memory} in stage {name}, and {gib(free)} GiB are free. {remedy}. --force goes on"
@@ -158,6 +159,14 @@ class Forecaster:
                     yield f"{words} {batch} ({gib(need.total)} GiB)".strip()
                     return
 
+    def ranks(self, memory: Memory, free: int) -> Iterator[str]:
+        """How many devices would do, each with as much memory, in words; for a GPU's, as ranks share a machine's."""
+        if self.device.type != "cpu" and self.deciding.shards == 1 and self.module.base is None:
+            for devices in (2, 4, 8, 16, 32, 64):
+                if memory.divided(devices).total <= free:
+                    yield f"--trainer.devices {devices} --trainer.strategy fsdp2"
+                    return
+
     def smaller(self, changes: Mapping[str, Any], free: int) -> tuple[int, Memory] | None:
         """The largest batch, a part of the one that is too large, with which it fits."""
         sizes = [size for size in range(self.data.batch_size - 1, 0, -1) if self.data.batch_size % size == 0]
@@ -177,8 +186,13 @@ class Forecaster:
         made = self.module.make_optimizer([nn.Parameter(torch.zeros(1))])
         if isinstance(made, torch.optim.AdamW):
             yield {"optimizer": eight_bits}, "--model.optimizer torchao.optim.AdamW8bit"
-        if self.module.lora is None:
-            yield {"lora": Lora()}, "--model.lora.rank 16"
+        adapters: dict[str, Any] = {} if self.module.lora else {"lora": Lora()}
+        flags = [] if self.module.lora else ["--model.lora.rank 16"]
+        if adapters:
+            yield adapters, flags[0]
+        if self.module.base is None and self.module.sharding is None:
+            for kind in ("int8", "nf4"):
+                yield adapters | {"base": kind}, " ".join([*flags, f"--model.base {kind}"])
 
 
 CHECKPOINTING = {"activation_checkpointing": True}, "--model.activation_checkpointing true"
@@ -197,6 +211,7 @@ def variant(module: Pi05Module, recipe: Recipe, changes: Mapping[str, Any]) -> P
         "optimizer": module.make_optimizer,
         "heads": module.head_factories,
         "lora": module.lora,
+        "base": module.base,
         "activation_checkpointing": module.activation_checkpointing,
         "knowledge_insulation": module.knowledge_insulation,
     }

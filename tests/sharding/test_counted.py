@@ -1,0 +1,55 @@
+"""What each rank of a sharded run keeps and sends, counted on the sharded model with ranks that are not there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pi05_lightning.cli.profile import profile
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.profiling.step import StepShape
+from pi05_lightning.profiling.strategies import Step, Strategy
+
+SHAPE = StepShape(batch_size=2, cameras=2, prompt_tokens=5, target_tokens=4)
+
+
+def bf16(config: ModelConfig) -> Step:
+    return Step(config, SHAPE, checkpointing=True, weights=torch.bfloat16, compute=torch.bfloat16)
+
+
+def check_bounds(step: Step, ranks: int) -> None:
+    whole, rank = step.count(Strategy(1)), step.count(Strategy(ranks, ranks))
+    assert rank.kept <= 1.15 * whole.kept / ranks + rank.group
+    assert 0.5 * 3 * whole.weights < rank.sent <= 1.05 * 3 * whole.weights
+
+
+@pytest.mark.parametrize("ranks", [64, pytest.param(8, marks=pytest.mark.slow)])
+def test_each_rank_keeps_its_part_and_sends_three_times_the_parameters(ranks: int) -> None:
+    check_bounds(bf16(ModelConfig.preset("debug")), ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [8, 64])
+def test_bounds_hold_at_full_size(ranks: int) -> None:
+    check_bounds(bf16(ModelConfig()), ranks)
+
+
+def test_replicas_keep_more_each_and_sum_their_gradients() -> None:
+    step = bf16(ModelConfig.preset("debug"))
+    sharded, replicated = step.count(Strategy(8, 8)), step.count(Strategy(8, 4))
+    assert replicated.weights == pytest.approx(2 * sharded.weights, rel=0.05)
+
+
+def test_adapters_send_little() -> None:
+    step = bf16(ModelConfig.preset("debug"))
+    whole, adapters = step.count(Strategy(8)), step.count(Strategy(8, lora=True))
+    assert adapters.sent < 0.3 * whole.sent
+    assert adapters.optimizer < 0.3 * whole.optimizer
+
+
+@pytest.mark.slow
+def test_command_prints_the_strategies_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    profile("debug", devices=4, strategy="fsdp2")
+    printed = capsys.readouterr().out
+    for words in ("fsdp2", "hsdp 2 × 2", "ddp", "LoRA", "nf4", "sent"):
+        assert words in printed
