@@ -172,7 +172,8 @@ def show_strategies(work: Workload, devices: int, chosen: str | None, weights: t
     ways = strategies(devices)
     if chosen is not None and not any(name.startswith(chosen) for name in ways):
         raise ValueError(f"strategy {chosen} does not divide {devices} devices: known for these are {', '.join(ways)}")
-    table = table_of(f"each of {devices} ranks, GiB", ["strategy"], ["weights", "grads", "AdamW", "EMA", "acts", "all", "sent"])
+    headings = ["weights", "grads", "AdamW", "EMA", "acts", "all", "sent"]
+    table = table_of(f"each of {devices} ranks, GiB", ["strategy"], headings)
     table.columns[0].no_wrap = True
     for name in sorted(ways, key=lambda name: not name.startswith(chosen or "")):
         rank = step.count(ways[name])
