@@ -175,7 +175,7 @@ def options_of(found: Found) -> list[Option]:
         assert isinstance(init.node, ast.FunctionDef)
         docs = (ast.get_docstring(part) or "" for part in (node, init.node))
         own = arguments(init.node, found.home, *docs)
-        if "super().__init__(**" not in ast.unparse(init.node):
+        if not re.search(r"super\(\)\.__init__\([^()]*\*\*", ast.unparse(init.node)):
             return own
     inherited = [option for base in found.bases for option in options_of(base)]
     return list({option.name: option for option in (*inherited, *own)}.values())
