@@ -59,7 +59,10 @@ class StageSchedule(LambdaLR):
         factors = [factor(self.last_epoch) for factor in self.lr_lambdas]
         self._last_lr = [rate * factor for rate, factor in zip(self.base_lrs, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):  # as torchao's optimizers compile it in
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
 
 MADE_WITH = "made_with"

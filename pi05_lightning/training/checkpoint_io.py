@@ -15,7 +15,7 @@ from torch import nn
 
 from pi05_lightning.files.local import replacing
 from pi05_lightning.weights.readable import unreadable, unwritten
-from pi05_lightning.weights.sharded_checkpoint import is_sharded, read
+from pi05_lightning.weights.sharded_checkpoint import is_sharded, read, unpickle
 from pi05_lightning.weights.sharded_writer import BackgroundWriter, remove, remove_leftovers, write
 
 
@@ -47,6 +47,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Of a sharded run too."""
         if is_sharded(Path(path)):
             return read(Path(path), with_state=self.with_state)
+        if is_local(path):
+            return unpickle(Path(path), mapped=False)
         return super().load_checkpoint(path, *args, **kwargs)
 
     def remove_checkpoint(self, path: Any) -> None:

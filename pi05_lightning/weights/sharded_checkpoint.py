@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import StorageReader
 from torch.distributed.tensor import DTensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
@@ -142,13 +143,28 @@ def read_rest(folder: Path) -> dict[str, Any]:
     return load(folder / META)
 
 
+def unpickle(file: Path, *, mapped: bool = True) -> Any:
+    """What `torch.save` wrote, tensors mapped from the file or not; executes nothing that it may contain.
+
+    torchao's types, of an optimizer's state in 8 bits or less, are allowed by importing them.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError:
+        if not any(name.startswith("torchao.optim.") for name in get_unsafe_globals_in_checkpoint(file)):
+            raise
+        import torchao.optim  # noqa: F401
+
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+
+
 def load(file: Path) -> dict[str, Any]:
-    """What `torch.save` wrote, tensors mapped from the file; executes nothing that it may contain.
+    """A checkpoint of ours, as `unpickle`, tensors mapped from the file.
 
     ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = unpickle(file)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{file} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
+import os
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,6 +45,9 @@ class StageSwitch(Callback):
         self.apply(trainer, pl_module, stage)
         trainer.strategy.precision_plugin = replaced(trainer.precision_plugin)
         datamodule_of(trainer).recipe = self.recipe
+        if trainer.world_size > 1:  # on a CPU, ranks that compile at once in one folder read each other's half files
+            folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_rank{trainer.local_rank}")
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
         if isinstance(trainer.strategy, DDPStrategy):
             # a stage may leave the expert out of the loss, and any may freeze parts; the user's own choice stays
             trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
