@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def _annotate(root: Path) -> None:
     info = json.loads((root / "meta" / "info.json").read_text())
     info["features"] |= language_feature_info()
     (root / "meta" / "info.json").write_text(json.dumps(info))
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a test leaves in the environment, such as the port of its ranks, is gone for the next one."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
