@@ -44,6 +44,7 @@ from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.dashboard import Dashboard
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.end_together import EndTogether
 from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.forecast import MemoryForecast
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps
@@ -85,6 +86,7 @@ RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: na
 def default_callbacks() -> list[Callback]:
     """What every run has, beside the callbacks that its configuration names."""
     return [
+        EndTogether(),
         MemoryForecast(),
         PredictionsFile(),
         Provenance(),

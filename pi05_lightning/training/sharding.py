@@ -21,6 +21,7 @@ from pi05_lightning.training.checkpoint_io import ShardedCheckpointIO
 from pi05_lightning.training.precision import CastByShard
 
 NAME = "fsdp2"
+TIMEOUT = timedelta(minutes=30)
 PATIENCE = timedelta(days=1)
 """How long ranks wait for what the first one does alone, such as a rollout."""
 
@@ -35,10 +36,12 @@ class FSDP2(ModelParallelStrategy):
         replicas: copies of the model, each divided between as many ranks as the others (HSDP). Slices are gathered
             within a replica, and gradients are averaged over all: with as many replicas as nodes, weights stay within
             their node. 1: one copy, divided between all ranks.
+        timeout: how long a rank waits for the others, as hours:minutes:seconds, before it fails because one of them
+            hangs.
     """
 
-    def __init__(self, replicas: int = 1) -> None:
-        super().__init__()
+    def __init__(self, replicas: int = 1, timeout: timedelta = TIMEOUT) -> None:
+        super().__init__(timeout=timeout)
         check("replicas of the strategy fsdp2", replicas, 1)
         self.replicas = replicas
         self._sharding: Sharding | None = None
@@ -63,7 +66,8 @@ class FSDP2(ModelParallelStrategy):
             del axes["replicate"]
         kind = self.root_device.type
         self._device_mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        hosts, waiting = dist.new_group(backend="gloo"), dist.new_group(backend="gloo", timeout=PATIENCE)
+        hosts = dist.new_group(backend="gloo", timeout=self._timeout)
+        waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         return Sharding(self._device_mesh, self._compute_dtype(), hosts, waiting)
 
     def _compute_dtype(self) -> torch.dtype | None:

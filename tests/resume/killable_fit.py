@@ -136,9 +136,14 @@ def server() -> Any:
 
 
 def fit(
-    args: list[str], log: Path, ranks: int = 1, strategy: str = "ddp", **environment: int | str
+    args: list[str],
+    log: Path,
+    ranks: int = 1,
+    strategy: str = "ddp",
+    kill_others: bool = True,
+    **environment: int | str,
 ) -> list[int | None]:
-    """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would."""
+    """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would, or are not."""
     common = {name: str(int(value)) if isinstance(value, int) else value for name, value in environment.items()}
     if ranks > 1:
         with socket.socket() as free:
@@ -158,7 +163,8 @@ def fit(
         for process in processes:
             if process not in running:
                 process.join()
-        if not ended or any(process.exitcode for process in processes if process not in running):
+        is_bad = any(process.exitcode for process in processes if process not in running)
+        if not ended or (kill_others and is_bad):
             for process in running:
                 process.kill()
         if not ended:
