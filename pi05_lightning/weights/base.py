@@ -43,7 +43,7 @@ class Weights(ABC):
     def content_hash(self) -> str:
         """SHA-256 of all tensors under our names: the same in one file or several, in LeRobot's folder or in ours.
 
-        Each is read once, and none is kept: it takes seconds for 7 GB.
+        Each is read once, and none is kept.
         """
         content = ContentHash()
         self.tensors(keep=content.add)
