@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -141,6 +142,8 @@ def main(args: list[str] | None = None) -> None:
 
     Exits with 2 on a mistake in the arguments, with 1 when the command refuses to go on.
     """
+    # torchao's, where it is imported for the first time
+    warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     try:
         if command in ("-h", "--help"):

@@ -73,7 +73,6 @@ NOISE = (
     "💡 Tip",
     "TPU available: False",
     r"`isinstance\(treespec, LeafSpec\)`",
-    "invalid escape sequence",  # in torchao, where it is imported for the first time
     "skip_none parameter was deprecated",
     "The dirpath has changed from",  # a run's directory may be moved
     r"Checkpoint directory .* exists and is not empty",  # a resumed run's does
