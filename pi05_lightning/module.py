@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.data.clock import check_clock
@@ -45,26 +42,28 @@ from pi05_lightning.models.parallelize import (
     shard,
 )
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.models.quantized import Kind, quantizing
+from pi05_lightning.models.quantized import Kind
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
 from pi05_lightning.weights.abilities import Trained, trained
-from pi05_lightning.weights.adapter_base import AdapterBase, place_of
-from pi05_lightning.weights.adapters import fill_base
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.locate import locate, run_of
+from pi05_lightning.weights.beginning import begin, begin_slices, carried_on
+from pi05_lightning.weights.left_out import LeftOut
+from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.resumed import (
     arguments,
+    check_data,
     check_model,
+    check_origin,
     check_steps,
+    check_whole,
     find_states,
     has_options,
     reapply,
 )
-from pi05_lightning.weights.safetensors import fill, shapes_of
+from pi05_lightning.weights.safetensors import shapes_of
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT
-from pi05_lightning.weights.training_checkpoint import ONLY_TRAINED
 
 log = logging.getLogger(__name__)
 
@@ -181,10 +180,8 @@ class Pi05Module(LightningModule):
         self._whole: list[Pi05] = []
         """The gathered model, while there is one; in a list, as it is no part of this module."""
         self._configured = False
-        self._adapter_base: AdapterBase | None = None
+        self._left_out = None if lora is None else LeftOut(lora)
         """What checkpoints leave out: the weights that adapters were put into, if they are on disk."""
-        self._own: set[str] = set()
-        """Frozen parameters that are not the base's, as they were trained before."""
         self._hollow = False
         """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
         self._losses: dict[str, list[Tensor]] = {}
@@ -245,23 +242,54 @@ class Pi05Module(LightningModule):
             self._check_sharding()
             return
         self._configured = True
+        blank = self.model.device.type == "meta"
+        weights = locate(self.init_from) if self.init_from and blank and not self.will_be_restored else None
         if self.sharding is not None:
-            self._configure_shards(self.sharding)
-        elif self.model.device.type == "meta":
-            self.model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
-            if self.lora is not None and self.base is not None:
-                quantize_base(self.model, self.base, self.lora)
-            if not self.will_be_restored:
-                self._begin()
-        if self.lora is not None and self.sharding is None:
-            add_adapters(self.model, self.lora)
-        if self.model.device.type == "meta":
-            self.model.to_empty(device=torch.get_default_device())
-            self._hollow = True
+            self._make_shards(self.sharding, weights)
+        else:
+            self._make(weights)
+        if weights is not None:
+            self._trained = carried_on(weights, self.processor)
         if self.compile_model:
             compile_blocks(self.model)
         if self.activation_checkpointing:
             checkpoint_blocks(self.model)
+
+    def _make(self, weights: Weights | None) -> None:
+        blank = self.model.device.type == "meta"
+        if blank:
+            self.model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
+            if self.lora is not None and self.base is not None:
+                quantize_base(self.model, self.base, self.lora)
+            if not self.will_be_restored:
+                begin(self.model, weights, self.processor)
+                # the first rank alone saves
+                if self._left_out is not None and weights is not None and self._is_first:
+                    self._left_out.begin(str(self.init_from), weights, self._run_directory)
+        if self.lora is not None:
+            add_adapters(self.model, self.lora)
+        if blank and self.will_be_restored:
+            self.model.to_empty(device=torch.get_default_device())
+            self._hollow = True
+
+    def _make_shards(self, sharding: Sharding, weights: Weights | None) -> None:
+        """As `_make`, so that no rank ever has more than its part, and one layer of the others'."""
+        if self.model.device.type != "meta":
+            raise ValueError("a model that has weights already cannot be divided between ranks: make a new Pi05Module")
+        self.model.to(torch.get_default_dtype())
+        plain = dict(self.model.named_modules())
+        if self.lora is not None:
+            add_adapters(self.model, self.lora)
+        shard(self.model, sharding)
+        self.model.to_empty(device=torch.get_default_device())
+        if self.will_be_restored:
+            self._hollow = True
+        else:
+            self._agree_on_chance()
+            begin_slices(self.model, plain, weights, self.processor)
+            if self.lora is not None:
+                reset_adapters(self.model)
+        begin_sharded(self.model)
 
     def blank(self, stage: Stage | None = None) -> Pi05:
         """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
@@ -278,46 +306,11 @@ class Pi05Module(LightningModule):
             parameter.requires_grad = parameter.is_floating_point() and not (stage and stage.freezes(name))
         return model
 
-    def _configure_shards(self, sharding: Sharding) -> None:
-        """As `configure_model`, so that no rank ever has more than its part, and one layer of the others'."""
-        if self.model.device.type != "meta":
-            raise ValueError("a model that has weights already cannot be divided between ranks: make a new Pi05Module")
-        self.model.to(torch.get_default_dtype())
-        base = dict(self.model.named_modules())  # by their names without adapters
-        if self.lora is not None:
-            add_adapters(self.model, self.lora)
-        shard(self.model, sharding)
-        self.model.to_empty(device=torch.get_default_device())
-        if self.will_be_restored:
-            self._hollow = True
-        else:
-            self._agree_on_chance()
-            if self.init_from is not None:
-                self._begin_with_slices(base)
-            else:
-                self._reset()
-            if self.lora is not None:
-                reset_adapters(self.model)
-        begin_sharded(self.model)
-
     def _agree_on_chance(self) -> None:
         """Have every rank draw the same random numbers: of what they make, each keeps a slice."""
         generators: list[Any] = [torch.random, *([torch.cuda] if torch.get_default_device().type == "cuda" else [])]
         for generator in generators:
             generator.set_rng_state(self.trainer.strategy.broadcast(generator.get_rng_state()))
-
-    def _begin_with_slices(self, base: dict[str, nn.Module]) -> None:
-        assert self.init_from is not None
-        weights = locate(self.init_from)
-        self.model.reset_auxiliary()
-        own = {
-            f"{above}.{name}": parameter
-            for above, module in base.items()
-            for name, parameter in module.named_parameters(recurse=False)
-            if not above.startswith("auxiliary.")
-        }
-        weights.fill(own)
-        self._trained = self._carried_on(weights)
 
     def _check_sharding(self) -> None:
         """Raises ValueError where it is divided otherwise than this trainer would."""
@@ -327,37 +320,13 @@ class Pi05Module(LightningModule):
                 " together, any more: make a new Pi05Module, with model.init_from"
             )
 
-    def _begin(self) -> None:
-        if self.init_from is not None:
-            weights = locate(self.init_from)
-            tensors = weights.tensors(torch.get_default_dtype(), quantizing(self.model))
-            auxiliary = self.model.auxiliary.to_empty(device=torch.get_default_device())
-            self.model.reset_auxiliary()
-            fill(self.model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=self.init_from)
-            self._trained = self._carried_on(weights)
-            if self.lora is not None and (self._trainer is None or self.trainer.is_global_zero):  # it alone saves
-                place, dtype = place_of(str(self.init_from), weights), str(torch.get_default_dtype())
-                content = weights.content_hash()
-                self._adapter_base = AdapterBase(content, place, self._run_directory, dtype.removeprefix("torch."))
-        else:
-            self.model.to_empty(device=torch.get_default_device())
-            self._reset()
+    @property
+    def _is_first(self) -> bool:
+        return self._trainer is None or self.trainer.is_global_zero
 
     @property
     def _run_directory(self) -> str:
         return os.path.abspath("." if self._trainer is None else self.trainer.default_root_dir)
-
-    def _reset(self) -> None:
-        self.model.reset_parameters(self.processor.tokenizer.ordinal_ids() if self.processor else None)
-
-    def _carried_on(self, weights: Weights) -> Trained:
-        """What weights were trained on that still holds here: not FAST tokens that stand for other actions now."""
-        found, fast = weights.trained, self.processor and self.processor.fast
-        if "fast" in found.terms and fast is not None:
-            theirs = weights.processor().fast
-            if theirs is None or theirs.to_dict() != fast.to_dict():
-                return replace(found, terms={name: n for name, n in found.terms.items() if name != "fast"})
-        return found
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_state_dict(*args, **kwargs)
@@ -633,16 +602,15 @@ class Pi05Module(LightningModule):
         """
         assert self.processor is not None
         self.finite.look(self.model)
-        if self._adapter_base is not None:
-            weights = checkpoint[STATE_DICT]
-            checkpoint[STATE_DICT] = {name: weights[name] for name in weights if not self._is_of_base(name)}
+        if self._left_out is not None:
+            checkpoint[STATE_DICT] = self._left_out.strip(checkpoint[STATE_DICT])
         check_savable([*checkpoint["state_dict"].items(), *self.average.items()], self.global_step)
         checkpoint["pi05"] = {
             "model": self.config.to_dict(),
             "processor": self.processor.to_dict(),
             "lora": None if self.lora is None else asdict(self.lora),
             "base": self.base,
-            "adapter_base": None if self._adapter_base is None else asdict(self._adapter_base),
+            "adapter_base": self._left_out and self._left_out.to_dict(),
             "trained": asdict(self.trained),
             "saved_at": time.time(),
             "skipped_steps": self.finite.skipped,
@@ -654,37 +622,20 @@ class Pi05Module(LightningModule):
         if self.run_config is not None:
             checkpoint["config"] = self.run_config
 
-    def _is_of_base(self, name: str) -> bool:
-        """Whether a parameter of this module, by its name, is what its base has."""
-        assert self.lora is not None
-        name = name.removeprefix(PREFIX)
-        return not name.startswith(ONLY_TRAINED) and name not in self._own and bool(re.search(self.lora.frozen, name))
-
-    def _complete(self, checkpoint: dict[str, Any], base: AdapterBase) -> None:
-        """Give the model the base that a checkpoint leaves out, and the checkpoint what the model has then."""
-        if self.sharding is not None:
-            raise ValueError(
-                "the checkpoint leaves out the base of its adapters, which ranks that divide the weights do not read:"
-                " resume it with trainer.strategy ddp, or make it whole (pi05 convert) and begin with model.init_from"
-            )
-        path = None if self._trainer is None else self.trainer.ckpt_path
-        run = Path(base.run) if path is None else run_of(Path(path))
-        found_base, weights = base.find(base.places(run, self.init_from), locate)
-        own = [name.removeprefix(PREFIX) for name in checkpoint[STATE_DICT]]
-        dtype = getattr(torch, base.dtype)
-        found = fill_base(self.model, partial(weights.tensors, dtype), own)
-        tensors = self.model.state_dict()
-        checkpoint[STATE_DICT] = {PREFIX + name: tensors[name] for name in found} | checkpoint[STATE_DICT]
-        self._own = {name for name in own if self._is_of_base(name)}
-        self._adapter_base = replace(found_base, run=self._run_directory)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError for a checkpoint of another model, and for what a resumed run cannot go on with."""
         if "pi05" not in checkpoint:
             raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
         saved = checkpoint["pi05"]
-        if saved.get("adapter_base") is not None and self.lora is not None:
-            self._complete(checkpoint, AdapterBase(**saved["adapter_base"]))
+        if saved.get("adapter_base") is not None and self._left_out is not None:
+            if self.sharding is not None:
+                raise ValueError(
+                    "the checkpoint leaves out the base of its adapters, which ranks that divide the weights do not"
+                    " read: resume it with trainer.strategy ddp, or make it whole (pi05 convert) and begin with"
+                    " model.init_from"
+                )
+            path = None if self._trainer is None else self.trainer.ckpt_path
+            self._left_out.complete(checkpoint, self.model, path, self.init_from, self._run_directory)
         tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint[STATE_DICT].items()}
         expected = shapes_of(self.model.state_dict())
         check_model(saved, self.config, self.lora, self.base, shapes_of(tensors), expected)
@@ -703,34 +654,18 @@ class Pi05Module(LightningModule):
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
         """Refuse what a resumed run would silently do otherwise than it was begun, or than it is told."""
-        saved, data = checkpoint["pi05"], datamodule_of(self.trainer)
-        if "optimizer_states" not in checkpoint:
-            raise ValueError(
-                "the checkpoint holds weights alone (checkpoint.save_weights_only), with which no run can be resumed:"
-                " begin a new one from them, with model.init_from instead of ckpt_path"
-            )
+        saved = checkpoint["pi05"]
+        check_whole(checkpoint)
         said = [check_steps(checkpoint["global_step"], self.trainer.max_steps, self.recipe.total_steps)]
-        found = differences(saved["processor"], data.own_processor)
-        if serious := [f"{difference}" for difference in found if not difference.harmless]:
-            raise ValueError(
-                "\n  ".join(["the data are not those that the checkpoint was trained on:", *serious])
-                + "\n  Restore the data and their options, or begin a new run from these weights, with model.init_from"
-                " instead of ckpt_path"
-            )
-        said += [f"{difference}" for difference in found]
+        said += check_data(saved["processor"], datamodule_of(self.trainer).own_processor)
         try:
             self.check_new()
         except ValueError as error:
             if not has_options(checkpoint.get("config"), self.run_config, "stages", "model.lora"):
                 raise
             said.append(f"{error}")
-        is_base = self._adapter_base is not None and self._adapter_base.is_at(self.init_from)
-        if (
-            self.init_from is not None
-            and str(self.init_from) != saved.get("init_from", str(self.init_from))
-            and not is_base
-        ):
-            said.append(f"model.init_from {str(self.init_from)!r} is not used: the weights are the checkpoint's")
+        if not (self._left_out and self._left_out.is_at(self.init_from)):
+            said.append(check_origin(self.init_from, saved))
         for message in filter(None, said if self.trainer.is_global_zero else []):
             log.warning("%s", message)
         self._saved_arguments = saved.get("callbacks", {})

@@ -11,6 +11,8 @@ import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pi05_lightning.data.differences import differences
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.models.quantized import Kind
@@ -88,6 +90,37 @@ def has_options(then: str | None, now: str | None, *groups: str) -> bool:
         for key, value in today.items()
         if key.startswith(tuple(f"{group}." for group in groups)) or key in groups
     )
+
+
+def check_whole(checkpoint: Mapping[str, Any]) -> None:
+    """Raises ValueError for a checkpoint with which no run can go on, as it has no optimizer's state."""
+    if "optimizer_states" not in checkpoint:
+        raise ValueError(
+            "the checkpoint holds weights alone (checkpoint.save_weights_only), with which no run can be resumed:"
+            " begin a new one from them, with model.init_from instead of ckpt_path"
+        )
+
+
+def check_data(then: Mapping[str, Any], now: Processor) -> list[str]:
+    """What is to be said of data that are not quite as they were. ValueError where they are others.
+
+    then: the processor of the checkpoint, as a dictionary.  now: that of the data as they are.
+    """
+    found = differences(then, now)
+    if serious := [f"{difference}" for difference in found if not difference.harmless]:
+        raise ValueError(
+            "\n  ".join(["the data are not those that the checkpoint was trained on:", *serious])
+            + "\n  Restore the data and their options, or begin a new run from these weights, with model.init_from"
+            " instead of ckpt_path"
+        )
+    return [f"{difference}" for difference in found]
+
+
+def check_origin(init_from: str | None, saved: Mapping[str, Any]) -> str | None:
+    """What is to be said of weights to begin with that are not those that the run began with."""
+    if init_from is None or str(init_from) == saved.get("init_from", str(init_from)):
+        return None
+    return f"model.init_from {str(init_from)!r} is not used: the weights are the checkpoint's"
 
 
 def check_steps(done: int, max_steps: int, total: int) -> str | None:

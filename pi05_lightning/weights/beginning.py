@@ -1,0 +1,66 @@
+"""A model's first values: those of weights on disk, or chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import quantizing
+from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.safetensors import fill
+
+
+def begin(model: Pi05, weights: Weights | None, processor: Processor | None) -> None:
+    """Give a model on the meta device memory and values, quantised where it keeps them so.
+
+    Auxiliary heads begin by chance.  ValueError that lists every key that does not fit.
+    """
+    device = torch.get_default_device()
+    if weights is None:
+        model.to_empty(device=device)
+        _reset(model, processor)
+        return
+    tensors = weights.tensors(torch.get_default_dtype(), quantizing(model))
+    auxiliary = model.auxiliary.to_empty(device=device)
+    model.reset_auxiliary()
+    fill(model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=weights.path)
+
+
+def begin_slices(
+    model: Pi05, plain: Mapping[str, nn.Module], weights: Weights | None, processor: Processor | None
+) -> None:
+    """Give a sharded model that has memory its values; of weights each rank reads its slices alone.
+
+    plain: its modules by their names without adapters; those are left as they are.
+    """
+    if weights is None:
+        _reset(model, processor)
+    else:
+        model.reset_auxiliary()
+        own = {
+            f"{above}.{name}": parameter
+            for above, module in plain.items()
+            for name, parameter in module.named_parameters(recurse=False)
+            if not above.startswith("auxiliary.")
+        }
+        weights.fill(own)
+
+
+def _reset(model: Pi05, processor: Processor | None) -> None:
+    model.reset_parameters(processor.tokenizer.ordinal_ids() if processor else None)
+
+
+def carried_on(weights: Weights, processor: Processor | None) -> Trained:
+    """What weights were trained on that still holds: not FAST tokens that stand for other actions in a processor."""
+    found, fast = weights.trained, processor and processor.fast
+    if "fast" in found.terms and fast is not None:
+        theirs = weights.processor().fast
+        if theirs is None or theirs.to_dict() != fast.to_dict():
+            return replace(found, terms={name: n for name, n in found.terms.items() if name != "fast"})
+    return found
