@@ -39,7 +39,7 @@ LAYERS = (
         "data.split",
         "data.prompt",
     ),
-    ("data.places", "data.robot", "data.frames", "data.lerobot_files"),
+    ("data.looks", "data.places", "data.robot", "data.frames", "data.lerobot_files"),
     ("data.boxes",),
     ("data.observation",),
     ("data.frame_cache",),

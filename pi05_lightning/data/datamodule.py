@@ -163,7 +163,7 @@ class Pi05DataModule(LightningDataModule):
         for name, source in self.sources("train").items():
             robot = source.checked_robot()
             if robot is not None:
-                robots[name] = robot
+                robots[name] = replace(robot, looks=source.looks())
         if self._fast is not None:
             self._check_fast(self._fast, robots)
         return Processor(

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from pi05_lightning.data.looks import Look
 from pi05_lightning.data.processor import Processor
 
 ROUNDING = 1e-6  # of a value and its dim's range: statistics are deterministic, but for a machine's last bit
 SHOWN = 3  # dims of which the values are told
-_TOLD_OTHERWISE = {"quantiles", "state_range", "tasks", "dataset"}
+ANOTHER_LOOK = 8.0  # grey levels between the means of two cameras' images
+_TOLD_OTHERWISE = {"quantiles", "state_range", "tasks", "dataset", "looks"}
 _UNKNOWN = ("cameras", None)  # to an older checkpoint
 
 
@@ -89,6 +91,12 @@ def _of_robot(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> li
         old, new = np.array(then["state_range"]), np.array(now["state_range"])
         # of other dims it was said already
         found += _of_statistics(place, "state", "least and greatest value", old, new) if old.shape == new.shape else []
+    for camera in then.get("looks", {}).keys() & now["looks"].keys():
+        distance = Look.from_dict(then["looks"][camera]).distance(Look.from_dict(now["looks"][camera]))
+        if distance > ANOTHER_LOOK:
+            found.append(
+                Difference(place, f"the images of {camera} differ by {distance:.0f} grey levels from the checkpoint's")
+            )
     if then["tasks"] != now["tasks"]:
         others = sorted(set(then["tasks"]) ^ set(now["tasks"]))
         found.append(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from pi05_lightning.data.looks import Look
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.types import Frame
 
@@ -51,6 +52,8 @@ class Robot:
     """The cameras of its data; None where an older checkpoint does not say."""
     state_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Least and greatest value of every dim of the state in the training part; None where nothing tells."""
+    looks: Mapping[str, Look] = field(default_factory=dict)
+    """How the images of its cameras look; those of which nothing tells are left out."""
 
     @property
     def state_dim(self) -> int:
@@ -103,6 +106,7 @@ class Robot:
             "tasks": list(self.tasks),
             "cameras": None if self.cameras is None else list(self.cameras),
             "state_range": None if self.state_range is None else [list(values) for values in self.state_range],
+            "looks": {camera: look.to_dict() for camera, look in self.looks.items()},
             "quantiles": {part: {"q01": q.q01.tolist(), "q99": q.q99.tolist()} for part, q in quantiles.items()},
             "relative": None if self.relative is None else {k: list(v) for k, v in asdict(self.relative).items()},
         }
@@ -117,5 +121,6 @@ class Robot:
             "relative": RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
             "cameras": None if cameras is None else tuple(cameras),
             "state_range": None if state_range is None else tuple(map(tuple, state_range)),
+            "looks": {camera: Look.from_dict(look) for camera, look in values.get("looks", {}).items()},
         }
         return cls(Normalize(**quantiles), **plain)

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 
 from pi05_lightning.data.errors import OnBadSample, Rejects
+from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.split import Split
 from pi05_lightning.types import Frame, Modality, Shapes
@@ -85,6 +86,10 @@ class Source(ABC):
     def robot(self) -> Robot | None:
         """What a policy must know of the robot in the data; None for data without one."""
         return None
+
+    def looks(self) -> dict[str, Look]:
+        """How the images of its cameras look, as far as it can tell."""
+        return {}
 
     def checked_robot(self) -> Robot | None:
         """`robot`, after `check` left out what its statistics do not explain: they are of what is left."""

@@ -7,8 +7,9 @@ uint8, language columns become subtasks and answers, and data that cannot be tra
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -19,6 +20,7 @@ from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
 from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
+from pi05_lightning.data.looks import Look
 from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
@@ -31,6 +33,8 @@ from pi05_lightning.files.ranges import check
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 log = logging.getLogger(__name__)
+
+LOOKED_AT = 16  # frames that tell how a camera's images look
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,18 @@ class LeRobotSource(Source):
             cameras=tuple(self.cameras.values()),
             state_range=self._state_range(),
         )
+
+    def looks(self) -> dict[str, Look]:
+        """Of a few frames from all over the split, as they are before they are resized."""
+        rows = np.unique(self._rows[np.linspace(0, len(self._rows) - 1, LOOKED_AT).astype(int)]) if len(self) else []
+        found = {camera: Look.of(self._readable(store, rows)) for camera, store in self._images.items()}
+        return {camera: look for camera, look in found.items() if look is not None}
+
+    @staticmethod
+    def _readable(store: FrameStore | CachedFrames, rows: Iterable[int]) -> Iterator[np.ndarray]:
+        for row in rows:
+            with suppress(BadImage):  # whoever trains on it is told
+                yield (store.origin if isinstance(store, CachedFrames) else store).read(row)
 
     def _state_range(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """Least and greatest state of the frames that are trained on; None without any."""

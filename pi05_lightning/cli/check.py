@@ -1,0 +1,164 @@
+"""`pi05 check`: what a policy expects beside what a dataset or a simulator gives, before any rollout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.evaluation.agreement import Finding, Given, agreement, compare_predictions, differs
+from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.inference import Acting, Inference
+from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
+from pi05_lightning.sim.glimpse import glimpse
+from pi05_lightning.weights.abilities import Abilities
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.locate import locate
+
+STYLES = {"ok": "green", "differs": "bold red", "unknown": "yellow"}
+
+
+def check(
+    checkpoint: Path,
+    dataset: str | None = None,
+    env: EnvironmentConfig | None = None,
+    robot: str | None = None,
+    cameras: dict[str, str] | None = None,
+    state_keys: list[str] | None = None,
+    action_keys: list[str] | None = None,
+    frames: int = 16,
+    tasks: list[str] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    base: str | None = None,
+) -> None:
+    """Compare what a policy expects with what a dataset or a simulator gives; exit status 1 where anything differs.
+
+    Cameras, their images (turned, mirrored, red and blue swapped, proportions), state and actions (dims, units, signs,
+    ranges), rate, chunks, instructions, statistics and heads, each with what the policy would do and how to mend it.
+
+    Args:
+        checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
+        dataset: a LeRobot dataset, a folder or Hub id; by default, where no env is given, the policy's demonstrations.
+        env: a simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        robot: the data source whose robot it acts as, where the policy was trained on several.
+        cameras: image features of the dataset, each with its camera name, as in training.
+        state_keys: features that make the state, as in training; by default observation.state.
+        action_keys: features that make the action, as in training; by default action.
+        frames: frames of the dataset at which the policy is asked, to compare its actions with what was done; 0: none.
+        tasks: the simulator's tasks; by default the first few that a rollout would run.
+        seed: of the initial states and the noise.
+        device: where the policy runs.
+        tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
+        base: of a checkpoint of adapters: where its base is, if not where it was.
+    """
+    weights = locate(checkpoint, tokenizer=tokenizer, base=base)
+    processor = weights.processor()
+    name = processor.acting_as(robot)
+    policy = processor.robots[name]
+    if dataset is None and env is None:
+        if not policy.dataset:
+            raise ValueError("nothing to compare with: give --dataset or --env")
+        dataset = policy.dataset
+    abilities, horizon = Abilities.of(processor, weights.trained), weights.config().horizon
+    policy = replace(policy, cameras=processor.cameras_of(name))
+    found: list[Finding] = []
+    if dataset is not None:
+        chosen = LeRobotConfig(
+            path=dataset,
+            cameras=cameras,
+            state_keys=state_keys or ["observation.state"],
+            action_keys=action_keys or ["action"],
+            val_fraction=0,
+            on_bad_sample="skip",
+        )
+        source = open_dataset(chosen, policy, horizon)
+        here = source.robot()
+        assert here is not None
+        here = replace(here, looks=source.looks(), cameras=tuple(source.camera_names))
+        episodes = np.unique(source.episode, return_counts=True)[1]
+        given = Given(here, dataset, episode_seconds=float(episodes.max()) / here.fps)
+        said = agreement(policy, abilities, horizon, given)
+        if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
+            said += predictions(weights, processor, name, abilities, source, frames, seed, device)
+        show(f"{checkpoint} beside {dataset}", said)
+        found += said
+    if env is not None:
+        view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
+        try:
+            given = glimpse(env, tasks or env.tasks(policy), view, seed)
+            said = agreement(policy, abilities, horizon, given)
+        except NoSuchEnvironment as error:
+            said = [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
+        show(f"{checkpoint} beside {type(env).__name__}", said)
+        found += said
+    if differs(found):
+        sys.exit(1)
+
+
+REFUSED = {"cameras", "state", "action"}
+"""What no prediction can be made, or compared, with."""
+
+
+def open_dataset(config: LeRobotConfig, policy: Robot, horizon: int) -> LeRobotSource:
+    """The dataset, its actions relative in the dims that the policy's are, where it has such dims."""
+    relative, features = policy.relative, LeRobotFiles.open(find_dataset(config.path)).features
+    widths = [
+        sum(features[k]["shape"][0] for k in keys if k in features) for keys in (config.action_keys, config.state_keys)
+    ]
+    if relative and max(relative.dims) < widths[0] and max(relative.state_dims) < widths[1]:
+        config = replace(config, relative_dims=list(relative.dims), relative_state_dims=list(relative.state_dims))
+    return LeRobotSource(config, config.path, "train", horizon, (0, 0))
+
+
+def predictions(
+    weights: Weights,
+    processor: Processor,
+    robot: str,
+    abilities: Abilities,
+    source: LeRobotSource,
+    frames: int,
+    seed: int,
+    device: str,
+) -> list[Finding]:
+    """Ask the policy at frames from all over a dataset."""
+    acting = Acting(
+        robot=robot, actions="flow" if abilities.flow else "fast", max_state_distance=None, hierarchical=False
+    )
+    policy = Inference(weights.model().to(device), processor, acting, seed, weights.trained)
+    wanted = policy.inputs.cameras
+    predicted, recorded = [], []
+    indices = np.unique(np.linspace(0, len(source) - 1, frames).astype(int))
+    for index in tqdm(indices, unit="frame", desc="asking"):
+        frame = source[int(index)]
+        assert frame.actions is not None
+        assert frame.action_is_pad is not None
+        shown = replace(frame, images={camera: frame.images[camera] for camera in wanted}, actions=None)
+        chunk = policy.predict_chunks([shown], [frame.subtask])[0]
+        predicted.append(chunk[~frame.action_is_pad])
+        recorded.append(frame.actions[~frame.action_is_pad])
+    return compare_predictions(predicted, recorded, processor.robots[robot])
+
+
+def show(title: str, findings: Sequence[Finding]) -> None:
+    """A table, and below it what each difference leads to."""
+    console = Console()
+    table = table_of(title, ["", "", "the policy expects", "it is given"])
+    for finding in findings:
+        style = STYLES[finding.verdict]
+        table.add_row(finding.what, f"[{style}]{finding.verdict}[/]", finding.expected, finding.given)
+    console.print(table)
+    for finding in findings:
+        if finding.verdict == "differs":
+            mend = f" Mend: {finding.mend}." if finding.mend else ""
+            console.print(f"{finding.what}: {finding.given}: {finding.then}.{mend}", highlight=False, markup=False)

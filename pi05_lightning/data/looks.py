@@ -1,0 +1,77 @@
+"""How a camera's images look on average: enough to tell one that is turned, mirrored, or has its colours swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+SIDE = 8
+LEAST_CONTRAST = 2.0  # grey levels; a flatter mean tells nothing
+ALIKE = 0.5
+"""Correlation from which on two means show the same scene."""
+THE_SAME, BETTER = 0.02, 0.4
+"""Of what lacks to a correlation of 1: up to the first nothing was changed, and else a change must leave less than the
+second part of it."""
+
+_TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "": lambda mean: mean,
+    "upside down": lambda mean: mean[:, ::-1],
+    "mirrored": lambda mean: mean[:, :, ::-1],
+    "turned by 180°": lambda mean: mean[:, ::-1, ::-1],
+    "turned by 90° to the left": lambda mean: np.rot90(mean, 1, (1, 2)),
+    "turned by 90° to the right": lambda mean: np.rot90(mean, -1, (1, 2)),
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """The mean of a camera's images, u8[3 SIDE SIDE], and their height and width in pixels."""
+
+    mean: np.ndarray
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, images: Iterable[np.ndarray]) -> Look | None:
+        """Of images [3 h w] of 0..255; None of none."""
+        means, size = [], (0, 0)
+        for image in images:
+            size = int(image.shape[1]), int(image.shape[2])
+            means.append(F.adaptive_avg_pool2d(torch.as_tensor(np.ascontiguousarray(image)).float(), SIDE))
+        return cls(torch.stack(means).mean(0).round().byte().numpy(), size) if means else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types that a checkpoint can carry."""
+        return {"mean": self.mean.tolist(), "size": list(self.size)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Look:
+        """The inverse of `to_dict`."""
+        return cls(np.array(values["mean"], np.uint8), tuple(values["size"]))
+
+    def distance(self, other: Look) -> float:
+        """Root mean square of the difference of both means, in grey levels."""
+        return float(np.sqrt(np.mean((self.mean.astype(float) - other.mean) ** 2)))
+
+    def shown_as(self, other: Look) -> str | None:
+        """What was done to images of this look to have them look as another's do: "", "upside down", "mirrored, …".
+
+        None where nothing tells, as the two show other scenes, or hardly anything.
+        """
+        mean, seen = self.mean.astype(float), other.mean.astype(float)
+        if min(mean.std(), seen.std()) < LEAST_CONTRAST:
+            return None
+        scores = {
+            ", ".join(filter(None, (turn, colour))): float(np.corrcoef(change(mean[order]).ravel(), seen.ravel())[0, 1])
+            for turn, change in _TURNS.items()
+            for colour, order in {"": [0, 1, 2], "red and blue swapped": [2, 1, 0]}.items()
+        }
+        best = max(scores, key=lambda change: scores[change])
+        if scores[best] < ALIKE:
+            return None
+        lacking = 1 - scores[""]
+        return best if lacking > THE_SAME and 1 - scores[best] < BETTER * lacking else ""

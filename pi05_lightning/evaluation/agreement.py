@@ -1,0 +1,356 @@
+"""Whether a policy is given what it was trained on, what follows where it is not, and how to mend it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from pi05_lightning.data.errors import suggestion
+from pi05_lightning.data.prompt import clean_task
+from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.weights.abilities import Abilities
+
+Verdict = Literal["ok", "differs", "unknown"]
+
+FAR = 1.0  # ranges (q99 - q01) beyond the training data from which on values are others
+NARROW = 1 / 20  # of the training data's range: less is other units, or a dim that rests
+ENDS = 0.1  # of an interval's width: how near values must come to both its ends to be taken for it
+FOLLOWED = 0.3  # correlation of predicted and recorded actions from which on the policy does as was done
+SIGNIFICANT = 2.5  # a correlation times the root of the frames: below, chance may have made it
+UNITS = {
+    180 / np.pi: ("degrees", "radians"),
+    1000.0: ("millimetres", "metres"),
+    100.0: ("centimetres or per cent", "metres or shares"),
+    255.0: ("0..255", "0..1"),
+}
+"""Factor between two units: the smaller one and the larger one."""
+INTERVALS = ((0.0, 1.0), (-1.0, 1.0), (0.0, 100.0), (-100.0, 100.0), (0.0, 255.0))
+"""What grippers and normalised commands are given in."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was compared.
+
+    expected, given: in words.  then: what the policy would do, and mend: what to do about it, where it differs.
+    """
+
+    what: str
+    verdict: Verdict
+    expected: str = ""
+    given: str = ""
+    then: str = ""
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a policy would be given: as a robot, as if it had been trained on that.
+
+    bounds: its actions' quantiles are the least and the greatest that are taken, as of a simulator.
+    """
+
+    robot: Robot
+    name: str
+    bounds: bool = False
+    resting: bool = False
+    """Its states are those that episodes begin with, whose ranges tell nothing."""
+    episode_seconds: float | None = None
+    """Of the longest one."""
+
+
+def agreement(policy: Robot, abilities: Abilities, horizon: int, given: Given) -> list[Finding]:
+    """What there is to say of a policy and what it is given; horizon: actions of a chunk."""
+    return [
+        *_heads(abilities),
+        *_cameras(policy, given),
+        *_looks(policy, given),
+        *_vector("state", policy.normalize.state, given.robot.normalize.state, given),
+        *_actions(policy, given),
+        *_rate(policy, given),
+        *_horizon(policy, horizon, given),
+        *_instructions(policy, given),
+        _statistics(policy, given),
+    ]
+
+
+def _heads(abilities: Abilities) -> Iterator[Finding]:
+    able = [name for name in ("flow", "fast") if getattr(abilities, name)]
+    trained = ", ".join(f"{name} ({steps} steps)" for name, steps in abilities.stages.items()) or "not recorded"
+    subtasks = "subtasks are said first" if abilities.subtasks else "the task alone conditions them"
+    if able:
+        yield Finding("heads", "ok", f"actions by {' or '.join(able)}; {subtasks}", f"trained: {trained}")
+    else:
+        then = "it cannot act"
+        yield Finding(
+            "heads", "differs", "a head for actions", f"trained: {trained}", then, "train the posttrain stage"
+        )
+
+
+def _cameras(policy: Robot, given: Given) -> Iterator[Finding]:
+    if policy.cameras is None:
+        yield Finding("cameras", "unknown", "an older checkpoint does not say", _listed(given.robot.cameras))
+        return
+    here = given.robot.cameras or ()
+    missing = [camera for camera in policy.cameras if camera not in here]
+    if not missing:
+        yield Finding("cameras", "ok", _listed(policy.cameras), _listed(here))
+        return
+    spare = [camera for camera in here if camera not in policy.cameras]
+    mend = (
+        f"name them as the policy does: `cameras`, as {{{spare[0]}: {missing[0]}}}"
+        if spare
+        else (f"add them, or act without: --missing_cameras '[{', '.join(missing)}]'")
+    )
+    then = f"every observation is refused: {', '.join(missing)} missing"
+    yield Finding("cameras", "differs", _listed(policy.cameras), _listed(here), then, mend)
+
+
+def _looks(policy: Robot, given: Given) -> Iterator[Finding]:
+    for camera in policy.cameras or ():
+        ours, theirs = policy.looks.get(camera), given.robot.looks.get(camera)
+        what = f"image {camera}"
+        if theirs is None:
+            continue  # the cameras' names differ, and that was said
+        size = f"{theirs.size[1]} × {theirs.size[0]}"
+        if ours is None:
+            yield Finding(what, "unknown", "the checkpoint does not say how its images look", size)
+            continue
+        expected = f"{ours.size[1]} × {ours.size[0]}"
+        change = ours.shown_as(theirs)
+        if change:
+            then = "it sees a scene that it was never trained on"
+            mend = f"turn the images back before they reach the policy, or train on images that are {change}"
+            yield Finding(what, "differs", expected, f"{size}, {change}", then, mend)
+        elif ours.size[0] * theirs.size[1] != ours.size[1] * theirs.size[0]:
+            then = "the picture fills another part of what the model sees"
+            yield Finding(what, "differs", expected, size, then, f"crop or render it in the proportions of {expected}")
+        elif change is None:
+            yield Finding(what, "unknown", expected, f"{size}; another scene, or too plain to tell how it is turned")
+        else:
+            yield Finding(what, "ok", expected, size)
+
+
+def _vector(what: str, ours: Quantiles, theirs: Quantiles, given: Given) -> Iterator[Finding]:
+    """Dims, units, signs and ranges of a state or an action, by both quantiles."""
+    if len(ours) != len(theirs):
+        then = "every observation is refused" if what == "state" else "its actions cannot be executed"
+        mend = f"choose the features that it was trained on, with {what}_keys"
+        yield Finding(what, "differs", f"{len(ours)} dims", f"{len(theirs)} dims", then, mend)
+        return
+    if not len(ours):
+        yield Finding(what, "ok", "none", "none")
+        return
+    problems = _problems(ours, theirs, given.resting)
+    if not problems:
+        yield Finding(what, "ok", f"{len(ours)} dims", f"{len(theirs)} dims, in the same range")
+    for problem, dims in problems.items():
+        then = "it takes them for others" if what == "state" else "its actions do other things here than there"
+        shown = f"{problem}: {_quantiles(theirs, dims)}"
+        mend = f"convert {what}[{', '.join(map(str, dims))}] of {given.name} before the policy sees it"
+        yield Finding(f"{what}, dims {_span(dims)}", "differs", _quantiles(ours, dims), shown, then, mend)
+
+
+def _problems(ours: Quantiles, theirs: Quantiles, resting: bool) -> dict[str, list[int]]:
+    """In words, what makes dims other than they were: the dims."""
+    far = np.maximum(ours.distance(theirs.q01), ours.distance(theirs.q99))
+    ranges = np.asarray(ours.q99 - ours.q01, float), np.asarray(theirs.q99 - theirs.q01, float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = ranges[1] / ranges[0]
+    narrow = (ratio < NARROW) & (ranges[1] > 0) & (not resting)
+    found: dict[str, list[int]] = {}
+    for dim in range(len(ours)):
+        before, now = ((float(q.q01[dim]), float(q.q99[dim])) for q in (ours, theirs))
+        problem = None if resting else _other_interval(before, now) or _opposite(before, now)
+        # one dim may rest where the others move
+        if problem is None and (far[dim] > FAR or (narrow[dim] and narrow.mean() >= 0.5)):
+            problem = _other_unit(ratio[dim]) or (f"{far[dim]:.3g} ranges beyond" if far[dim] > FAR else None)
+        if problem is not None:
+            found.setdefault(problem, []).append(dim)
+    return found
+
+
+def _other_interval(before: tuple[float, float], now: tuple[float, float]) -> str | None:
+    first, second = _interval(before), _interval(now)
+    if first is None or second is None or first == second:
+        return None
+    return f"in {second[0]:g}..{second[1]:g} where {first[0]:g}..{first[1]:g} is expected"
+
+
+def _interval(values: tuple[float, float]) -> tuple[float, float] | None:
+    for low, high in INTERVALS:
+        margin = ENDS * (high - low)
+        if abs(values[0] - low) <= margin and abs(values[1] - high) <= margin:
+            return low, high
+    return None
+
+
+def _opposite(before: tuple[float, float], now: tuple[float, float]) -> str | None:
+    span = before[1] - before[0]
+    direct = abs(now[0] - before[0]) + abs(now[1] - before[1])
+    turned = abs(now[0] + before[1]) + abs(now[1] + before[0])
+    return "of the opposite sign" if span > 0 and turned < 0.2 * span and direct > 0.5 * span else None
+
+
+def _other_unit(ratio: float) -> str | None:
+    """In words, what a quotient of two ranges means that is near that of two units."""
+    for factor, (small, large) in UNITS.items():
+        if factor / 1.5 < ratio < factor * 1.5:
+            return f"like {small} where {large} are expected"
+        if factor / 1.5 < 1 / ratio < factor * 1.5:
+            return f"like {large} where {small} are expected"
+    return None
+
+
+def _actions(policy: Robot, given: Given) -> Iterator[Finding]:
+    ours, theirs = policy.normalize.action, given.robot.normalize.action
+    if given.bounds:
+        yield from _bounds(policy, theirs, given.name)
+        return
+    yield from _vector("action", ours, theirs, given)
+    then = policy.relative
+    kind = "absolute, or offsets as they were recorded" if then is None else f"dims {_span(then.dims)} from the state"
+    now = given.robot.relative
+    if then == now:
+        yield Finding("relative actions", "ok", kind, kind)
+    else:
+        mend = "give relative_dims as in training"
+        yield Finding("relative actions", "differs", kind, "otherwise", "its actions end elsewhere", mend)
+
+
+def _bounds(policy: Robot, bounds: Quantiles, where: str) -> Iterator[Finding]:
+    ours = policy.normalize.action
+    if len(ours) != len(bounds):
+        mend = "name the simulator and the options that its data came from"
+        yield Finding(
+            "action", "differs", f"{len(ours)} dims", f"{len(bounds)} dims", "its actions cannot be executed", mend
+        )
+        return
+    absolute = [dim for dim in range(len(ours)) if policy.relative is None or dim not in policy.relative.dims]
+    clipped, other = [], []
+    for dim in absolute:
+        low, high = float(bounds.q01[dim]), float(bounds.q99[dim])
+        least, most = float(ours.q01[dim]), float(ours.q99[dim])
+        margin = ENDS * (high - low)
+        if least < low - margin or most > high + margin:
+            clipped.append(dim)
+        elif _other_interval((low, high), (least, most)):
+            other.append(dim)
+    for dims, given, then, mend in (
+        (clipped, "beyond what is taken", "what is beyond is clipped or refused", "convert the actions' units"),
+        (
+            other,
+            "another interval than is taken",
+            "a part of the range is never reached, as a gripper that cannot close",
+            "map the action to the simulator's interval, or train on data that use it",
+        ),
+    ):
+        if dims:
+            yield Finding(
+                f"action, dims {_span(dims)}",
+                "differs",
+                _quantiles(ours, dims),
+                f"{given}: {_quantiles(bounds, dims)}",
+                then,
+                f"{mend} ({where})",
+            )
+    if not clipped and not other:
+        yield Finding("action", "ok", f"{len(ours)} dims", "within the bounds")
+
+
+def _rate(policy: Robot, given: Given) -> Iterator[Finding]:
+    expected, rate = f"{policy.fps:g} Hz", f"{given.robot.fps:g} Hz"
+    if abs(policy.fps - given.robot.fps) <= 1e-6 * policy.fps:
+        yield Finding("rate", "ok", expected, rate)
+    else:
+        times = given.robot.fps / policy.fps
+        then = f"a chunk is executed {times:.3g} times as fast as it was shown"
+        yield Finding("rate", "differs", expected, rate, then, f"ask it, and act, {policy.fps:g} times a second")
+
+
+def _horizon(policy: Robot, horizon: int, given: Given) -> Iterator[Finding]:
+    seconds = horizon / policy.fps
+    expected = f"chunks of {horizon} actions, {seconds:.3g} s"
+    if given.episode_seconds is None:
+        yield Finding("horizon", "ok", expected)
+    elif given.episode_seconds < seconds:
+        then = "the end of every chunk is beyond what was ever shown"
+        shown = f"the longest episode is {given.episode_seconds:.3g} s"
+        yield Finding(
+            "horizon", "differs", expected, shown, then, "execute fewer actions of a chunk, or train on others"
+        )
+    else:
+        yield Finding("horizon", "ok", expected, f"episodes of up to {given.episode_seconds:.3g} s")
+
+
+def _instructions(policy: Robot, given: Given) -> Iterator[Finding]:
+    known = {clean_task(task) for task in policy.tasks}
+    if not known:
+        yield Finding("instructions", "unknown", "the checkpoint does not say", _listed(given.robot.tasks))
+        return
+    foreign = [task for task in given.robot.tasks if clean_task(task) not in known]
+    if not foreign:
+        yield Finding("instructions", "ok", f"{len(known)}", f"{len(given.robot.tasks)}, all of them known")
+        return
+    meant = suggestion(clean_task(foreign[0]), known)
+    yield Finding(
+        "instructions",
+        "differs",
+        _listed(policy.tasks[:1]) + (", …" if len(known) > 1 else ""),
+        f"{len(foreign)} of {len(given.robot.tasks)} that it was never trained on, as {foreign[0]!r}{meant}",
+        "it follows them as far as it generalises",
+        "word them as in training" if meant else "",
+    )
+
+
+def _statistics(policy: Robot, given: Given) -> Finding:
+    ours, theirs = policy.normalize.state, given.robot.normalize.state
+    expected = f"of {policy.dataset or 'the training data'}, as saved in the checkpoint"
+    if not len(ours) or len(ours) != len(theirs):
+        return Finding("statistics", "ok", expected, "not used")
+    least, most = ours.normalize(theirs.q01).min(), ours.normalize(theirs.q99).max()
+    return Finding("statistics", "ok", expected, f"not used; by them its states are {least:.2g} to {most:.2g}")
+
+
+def compare_predictions(predicted: Sequence[np.ndarray], recorded: Sequence[np.ndarray], robot: Robot) -> list[Finding]:
+    """What the policy does at frames of a dataset, beside what was done there.
+
+    predicted, recorded: f32[T A] each, in the robot's units; T may differ from frame to frame.
+    """
+    ours, theirs = np.concatenate(list(predicted)), np.concatenate(list(recorded))
+    span = np.maximum(robot.normalize.action.q99 - robot.normalize.action.q01, 1e-6)
+    error = np.abs(ours - theirs).mean(0) / span
+    moving = (ours.std(0) > 0.01 * span) & (theirs.std(0) > 0.01 * span)
+    follows = np.array(
+        [np.corrcoef(ours[:, dim], theirs[:, dim])[0, 1] if moving[dim] else 0.0 for dim in range(ours.shape[1])]
+    )
+    shown = f"mean error {error.mean():.2g} of the range; correlation by dim {', '.join(f'{r:.2f}' for r in follows)}"
+    opposite = np.flatnonzero(follows * np.sqrt(len(predicted)) < -SIGNIFICANT).tolist()
+    if opposite:
+        mend = f"turn the sign of action[{', '.join(map(str, opposite))}]"
+        then = "it moves the other way"
+        return [Finding(f"predictions, dims {_span(opposite)}", "differs", "the recorded actions", shown, then, mend)]
+    verdict: Verdict = "ok" if moving.any() and follows[moving].mean() >= FOLLOWED else "unknown"
+    return [Finding("predictions", verdict, "the recorded actions", shown)]
+
+
+def _quantiles(quantiles: Quantiles, dims: Sequence[int]) -> str:
+    shown = [f"{quantiles.q01[dim]:.3g}..{quantiles.q99[dim]:.3g}" for dim in dims[:3]]
+    return ", ".join([*shown, "…"] if len(dims) > 3 else shown)
+
+
+def _span(dims: Iterable[int]) -> str:
+    return ", ".join(map(str, dims))
+
+
+def _listed(names: Sequence[str] | None) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def differs(findings: Iterable[Finding]) -> bool:
+    """Whether anything is not as the policy expects it."""
+    return any(finding.verdict == "differs" for finding in findings)

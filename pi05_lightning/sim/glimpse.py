@@ -1,0 +1,64 @@
+"""What a simulator gives a policy, seen in a few episodes' beginnings before any is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from typing import cast
+
+import numpy as np
+from tqdm import tqdm
+
+from pi05_lightning.data.looks import Look
+from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.evaluation.agreement import Given
+from pi05_lightning.sim.environment import EnvironmentConfig, ExpertEnvironment, View
+from pi05_lightning.types import Frame
+
+TASKS, EPISODES = 4, 2
+EXPERT_STEPS, BETWEEN = 60, 6
+"""Steps that an expert, where there is one, shows of an episode, and from one look to the next."""
+
+
+def glimpse(config: EnvironmentConfig, tasks: list[str], view: View, seed: int = 0) -> Given:
+    """Observations of some tasks' initial states, and of what an expert makes of them; no policy acts.
+
+    Raises NoSuchEnvironment as `EnvironmentConfig.open` and `Environment.observation`.
+    """
+    frames: list[Frame] = []
+    sentences: dict[str, None] = {}
+    bounds, fps = Quantiles(np.zeros(0), np.zeros(0)), view.fps
+    chosen = tasks[:TASKS]
+    with tqdm(total=len(chosen) * EPISODES, unit="episode", desc="looking") as bar:
+        for number, task in enumerate(chosen):
+            with closing(config.open(task, view)) as env:
+                sentences[env.sentence] = None
+                bounds, fps = Quantiles(env.action_low, env.action_high), env.fps
+                for start in config.seeds(number, EPISODES, seed):
+                    env.reset(start)
+                    frames.append(env.observation())
+                    if config.has_expert:
+                        frames += shown_by_expert(cast("ExpertEnvironment", env))
+                    bar.update()
+    states = np.stack([frame.state for frame in frames if frame.state is not None] or [np.zeros(0, np.float32)])
+    state = Quantiles(np.quantile(states, 0.01, axis=0), np.quantile(states, 0.99, axis=0))
+    looks = {camera: Look.of(frame.images[camera] for frame in frames) for camera in frames[0].images}
+    robot = Robot(
+        Normalize(state, bounds),
+        fps,
+        tuple(sentences),
+        cameras=tuple(frames[0].images),
+        looks={camera: look for camera, look in looks.items() if look is not None},
+    )
+    return Given(robot, type(config).__name__, bounds=True, resting=not config.has_expert)
+
+
+def shown_by_expert(env: ExpertEnvironment) -> Iterator[Frame]:
+    """Some of what is seen while the expert acts."""
+    for step in range(1, EXPERT_STEPS + 1):
+        if env.ended:
+            return
+        env.expert_step()
+        if step % BETWEEN == 0:
+            yield env.observation()
