@@ -90,7 +90,10 @@ def other_cameras(root: Path) -> None:
         (turned, "image top differs 64 × 48 64 × 48, upside down"),
         (in_degrees, "like degrees where radians are expected"),
         (at_80_hz, "rate differs 10 Hz 80 Hz"),
-        (other_cameras, "cameras: front: every observation is refused: top missing. Mend: name them as the policy does: `cameras`"),
+        (
+            other_cameras,
+            "cameras: front: every observation is refused: top missing. Mend: name them as the policy does: `cameras`",
+        ),
     ],
 )
 def test_a_difference_is_told_with_its_mend_and_exits_1(

@@ -26,9 +26,10 @@ from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns, sentences_of_episodes
+from pi05_lightning.data.sources.lerobot_features import Features, chunk_steps, relative_actions
 from pi05_lightning.data.split import Split, check_fraction
 from pi05_lightning.data.statistics import FeatureStats, offsets, steps_trained_on
-from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
+from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.files.ranges import check
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
@@ -126,11 +127,17 @@ class LeRobotSource(Source):
         self.files = LeRobotFiles.open(find_dataset(config.path))
         if config.task is not None and not config.task.strip():
             raise ValueError(f"dataset {name!r}: `task` is {config.task!r}: say what is done, or leave it out")
-        self.cameras = self._cameras()
-        self._steps = self._chunk_steps()
-        state, action = self._widths(config.state_keys), self._widths(config.action_keys)
-        self._relative = self._relative_actions(sum(state.values()), sum(action.values()))
-        wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range())
+        features = Features(self.files.features, f"dataset {name!r}")
+        self.cameras = features.cameras(self.files.cameras(), config.cameras, config.convert_images)
+        self._box_range = features.box_range(self.cameras, config.box_range)
+        self._steps = chunk_steps(config.horizon_seconds, config.horizon_steps, self.files.fps, horizon, features.where)
+        if config.tolerance_s >= 0.5 / self.files.fps:
+            most = 0.5 / self.files.fps
+            raise ValueError(f"tolerance_s must be between 0 and half a frame, {most:.4f} s at {self.files.fps:g} fps")
+        state, action = features.widths(config.state_keys), features.widths(config.action_keys)
+        relative = config.relative_dims, config.relative_state_dims
+        self._relative = relative_actions(*relative, sum(state.values()), sum(action.values()), features.where)
+        wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range)
         taught = sentences_of_episodes(self.files, config.subtask_key)
         episodes = self.files.choose(split, config.val_fraction, config.episodes, taught)
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
@@ -303,80 +310,6 @@ class LeRobotSource(Source):
         """i64: the episode of every frame."""
         return self.columns.episode[self._rows]
 
-    def _cameras(self) -> dict[str, str]:
-        available = self.files.cameras()
-        cameras = self.config.cameras
-        if cameras is None:
-            cameras = {key: key.rpartition(".")[2] for key in available}
-        self._check_known(cameras, available, "image feature", "`cameras`")
-        for key in cameras:
-            shape = self.files.features[key]["shape"]
-            channels = (3, 1, 4) if self.config.convert_images else (3,)
-            if len(shape) != 3 or not {shape[0], shape[-1]} & {*channels}:
-                raise ValueError(
-                    f"dataset {self.name!r}: {key} has images of shape {list(shape)}, which are not RGB: take others"
-                    " as `cameras`, or grey and transparent ones with `convert_images: true`"
-                )
-        if len(set(cameras.values())) < len(cameras):
-            raise ValueError(
-                f"dataset {self.name!r}: two features share a camera name in {cameras}; name them in `cameras`"
-            )
-        return cameras
-
-    def _chunk_steps(self) -> int:
-        fps, seconds, given = self.files.fps, self.config.horizon_seconds, self.config.horizon_steps
-        if self.config.tolerance_s >= 0.5 / fps:
-            raise ValueError(f"tolerance_s must be between 0 and half a frame, {0.5 / fps:.4f} s at {fps:g} fps")
-        if seconds is None:
-            if given is not None and given > self.horizon:
-                raise ValueError(
-                    f"dataset {self.name!r}: horizon_steps {given} is not from 1 to the model's horizon, {self.horizon}"
-                    " (model.config.horizon)"
-                )
-            return self.horizon if given is None else given
-        steps = round(seconds * fps)
-        if abs(steps - seconds * fps) > 1e-6 or not 1 <= steps <= self.horizon:
-            raise ValueError(
-                f"dataset {self.name!r}: horizon_seconds {seconds:g} is {seconds * fps:g} frames at {fps:g} fps; "
-                f"it must be a whole number of them, from 1 to the model's horizon of {self.horizon}"
-                " (model.config.horizon)"
-            )
-        return steps
-
-    def _widths(self, keys: list[str]) -> dict[str, int]:
-        vectors = {key: f["shape"][0] for key, f in self.files.features.items() if len(f["shape"]) == 1}
-        self._check_known(keys, sorted(vectors), "vector", "the keys")
-        return {key: vectors[key] for key in keys}
-
-    def _check_known(self, keys: Iterable[str], known: list[str], what: str, where: str) -> None:
-        for key in keys:
-            if key not in known:
-                raise ValueError(f"dataset {self.name!r} has no {what} {key!r}; it has {known}: correct {where}")
-
-    def _relative_actions(self, state_dims: int, action_dims: int) -> RelativeActions | None:
-        dims, others = self.config.relative_dims, self.config.relative_state_dims
-        if not dims:
-            return None
-        if others is None:
-            others = dims
-        if len(others) != len(dims) or not (
-            set(dims) <= set(range(action_dims)) and set(others) <= set(range(state_dims))
-        ):
-            raise ValueError(
-                f"dataset {self.name!r}: relative_dims {dims} and relative_state_dims {others} must be as many,"
-                f" dims of an action of {action_dims} and of a state of {state_dims}"
-            )
-        return RelativeActions(tuple(dims), tuple(others))
-
-    def _box_range(self) -> dict[str, tuple[float, float]]:
-        """(height, width) of every camera's image in the units of boxes."""
-        sizes = {}
-        for key in self.cameras:
-            feature, most = self.files.features[key], self.config.box_range
-            height, width = feature["shape"][:2] if feature["shape"][-1] in (1, 3, 4) else feature["shape"][-2:]
-            sizes[key] = (most, most) if most else (float(height), float(width))
-        return sizes
-
     def statistics(self) -> tuple[FeatureStats, FeatureStats]:
         """Of the state and of the action, over exactly what is trained on.
 
@@ -530,7 +463,7 @@ class LeRobotSource(Source):
         """Raises BadSample for a box in pixels of an image whose size is not the declared one."""
         boxed = {answer.camera for answer in answers if "<loc" in answer.answer}
         for key, camera in self.cameras.items() if boxed and not self.config.box_range else ():
-            declared = tuple(map(int, self._box_range()[key]))
+            declared = tuple(map(int, self._box_range[key]))
             if boxed & {camera, None} and sizes[camera] != declared:
                 raise BadSample(
                     f"dataset {self.name!r}, {self.columns.address(row)}, {camera}: its image is"
