@@ -20,6 +20,7 @@ from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.inference import Acting, Inference
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.glimpse import glimpse
+from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.abilities import Abilities
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate
