@@ -2,110 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from dataclasses import replace
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.acting import Acting, check
 from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.places import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.capture import CapturedChunk
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix
-from pi05_lightning.weights.abilities import UNKNOWN, Abilities, Actions, Trained
-
-
-@dataclass(frozen=True)
-class Acting:
-    """How a policy acts: the same options with the same defaults for a robot, a rollout, a server and a prediction."""
-
-    robot: str | None = None
-    """The name of the data source whose robot it acts as; needed where the policy was trained on several robots."""
-    actions: Actions = "flow"
-    """Where actions come from: `flow` samples them with the flow head, `fast` decodes them from FAST tokens."""
-    execution_horizon: int | None = None
-    """Actions of a chunk that are executed before the next chunk; by default half of the model's horizon."""
-    inference_delay: int = 0
-    """Actions that are still executed while the next chunk is computed in the background. They are given to the flow
-    head, so that the next chunk goes on from them (real-time chunking): `rtc_max_delay` of the training at most."""
-    hierarchical: bool | None = None
-    """Whether a subtask is predicted from the task and conditions the actions; otherwise the task alone does. By
-    default it is wherever the policy was trained to."""
-    replan_subtask_every: int = 1
-    """Chunks that a predicted subtask lasts."""
-    num_steps: int = 10
-    """Euler steps per chunk of the flow head."""
-    noise_scale: float = 1.0
-    """Of the noise that a chunk's flow starts from; 0 starts from its mean, which draws nothing."""
-    temperature: float = 0.0
-    """Of subtask and FAST tokens; 0 takes the likeliest."""
-    constrain_fast: bool = True
-    """FAST tokens are chosen among those that can still become a chunk, so that they always decode."""
-    on_failed_decode: Literal["raise", "count"] = "raise"
-    """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them, for which `predict_chunks`
-    returns NaN; what asks for one chunk raises nevertheless."""
-    missing_cameras: tuple[str, ...] = ()
-    """Cameras that an observation may lack although the policy was trained with them."""
-    max_state_distance: float | None = 5.0
-    """How far a state may be outside the training data, in quantile ranges: (q99 - q01) of the dimension beyond the
-    nearer quantile. One that is further is refused, from 1 on it is logged; null refuses none."""
-    max_action_distance: float | None = None
-    """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
-
-    def __post_init__(self) -> None:
-        wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1}
-        bounds = {"max_state_distance": 0, "max_action_distance": 0}
-        for name, least in (wholes | bounds | {"noise_scale": 0, "temperature": 0}).items():
-            value = getattr(self, name)
-            kind: Any = Integral if name in wholes else Real
-            if value is None and name in bounds:
-                continue
-            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
-                whole = "whole " if name in wholes else ""
-                raise ValueError(f"{name} is {value!r}: it must be a {whole}number, and at least {least}")
-        if isinstance(self.missing_cameras, str):
-            raise ValueError(f"missing_cameras is {self.missing_cameras!r}: give a list of names")
-        object.__setattr__(self, "missing_cameras", tuple(self.missing_cameras))
-        if self.actions not in get_args(Actions):
-            raise ValueError(f"actions is {self.actions!r}: expected {' or '.join(get_args(Actions))}")
-        if self.inference_delay and self.actions == "fast":
-            raise ValueError("inference_delay needs the flow head: FAST tokens cannot be made to go on from actions")
-
-    def executed(self, horizon: int) -> int:
-        """Actions that are executed of a chunk of `horizon`. Raises ValueError when a chunk does not hold as many."""
-        if self.inference_delay >= horizon:
-            raise ValueError(f"inference_delay {self.inference_delay} is not below the model's horizon of {horizon}")
-        most = horizon - self.inference_delay
-        if self.execution_horizon is None:
-            return min(max(1, horizon // 2), most)
-        if not isinstance(self.execution_horizon, Integral) or not 1 <= self.execution_horizon <= most:
-            raise ValueError(
-                f"execution_horizon: {self.execution_horizon} (pred_horizon in Python) is no whole number within 1 and"
-                f" {most}: the model's {horizon} actions less {self.inference_delay} of inference_delay"
-            )
-        return self.execution_horizon
-
-
-def check(acting: Acting, processor: Processor, trained: Trained) -> Abilities:
-    """What the policy can do. ValueError, which says that, where it cannot act so, or one of its robots must be named.
-
-    It needs no weights, so that what is wrong shows before they are read.
-    """
-    robot, abilities = processor.acting_as(acting.robot), Abilities.of(processor, trained)
-    if acting.actions == "fast" and processor.fast is None:
-        raise ValueError("`actions: fast`: the policy has no FAST tokenizer; leave it out, or train with data.fast")
-    abilities.check_actions(acting.actions)
-    abilities.check_delay(acting.inference_delay, "inference_delay")
-    if acting.hierarchical and not (processor.predicts_subtasks(robot) and trained.able("subtask")):
-        raise ValueError(f"hierarchical: the policy was not trained to say subtasks as {robot}; leave it out")
-    return abilities
+from pi05_lightning.weights.abilities import UNKNOWN, Trained
 
 
 class Inference:
@@ -119,23 +33,43 @@ class Inference:
     def __init__(
         self, model: Pi05, processor: Processor, acting: Acting, seed: int = 0, trained: Trained = UNKNOWN
     ) -> None:
-        self.model, self.processor, self.acting, self.trained = model.eval(), processor, acting, trained
-        self.abilities = check(acting, processor, trained)
-        self.robot = processor.acting_as(acting.robot)
-        robot = processor.robots[self.robot]
-        self.action_dim = robot.action_dim
-        cameras = processor.cameras_of(self.robot)
-        self.inputs = Inputs(robot, cameras, acting.missing_cameras, acting.max_state_distance)
-        self.execution_horizon = acting.executed(model.config.horizon)
-        predicts = processor.predicts_subtasks(self.robot)
-        self.hierarchical = predicts and trained.able("subtask") and acting.hierarchical is not False
-        if acting.hierarchical is None and predicts and not self.hierarchical:
-            warnings.warn(
-                "the policy was not trained to say subtasks, so the task alone conditions its actions", stacklevel=3
-            )
+        self.model, self.processor, self.trained = model.eval(), processor, trained
         self.generator = torch.Generator().manual_seed(seed)
         self.failed_decodes = 0
         self._chunk: Callable[..., Tensor] = model.chunk
+        self._set(acting)
+        if acting.hierarchical is None and processor.predicts_subtasks(self.robot) and not self.hierarchical:
+            warnings.warn(
+                "the policy was not trained to say subtasks, so the task alone conditions its actions", stacklevel=3
+            )
+
+    def _set(self, acting: Acting) -> None:
+        processor = self.processor
+        self.abilities = check(acting, processor, self.trained)
+        self.robot = processor.acting_as(acting.robot)
+        robot = processor.robots[self.robot]
+        self.action_dim = robot.action_dim
+        self.inputs = Inputs(robot, processor.cameras_of(self.robot), acting.missing_cameras, acting.max_state_distance)
+        self.execution_horizon = acting.executed(self.model.config.horizon)
+        able = processor.predicts_subtasks(self.robot) and self.trained.able("subtask")
+        self.hierarchical = able and acting.hierarchical is not False
+        self.acting = acting
+
+    @property
+    def resolved(self) -> Acting:
+        """How it acts, with what the defaults came to."""
+        return replace(
+            self.acting,
+            robot=self.robot,
+            execution_horizon=self.execution_horizon,
+            hierarchical=self.hierarchical,
+        )
+
+    def acting_as(self, acting: Acting) -> Self:
+        """The same weights, acting otherwise. Raises ValueError where `check` does."""
+        other = copy.copy(self)
+        other._set(acting)
+        return other
 
     def capture(self, compile: bool = False) -> None:
         """From now on chunks are CUDA graphs, see `CapturedChunk`.

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from pi05_lightning.acting import Acting
 from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.differences import check_measurable, differences
@@ -25,7 +26,7 @@ from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all, metric_names
 from pi05_lightning.files.ranges import check
 from pi05_lightning.finite import TOTAL, FiniteSteps, check_savable
-from pi05_lightning.inference import Acting, Inference
+from pi05_lightning.inference import Inference
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory

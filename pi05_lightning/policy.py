@@ -6,19 +6,20 @@ import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.acting import Acting, check
 from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.inference import Acting, Inference, check
+from pi05_lightning.inference import Inference
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
@@ -44,11 +45,8 @@ class Pi05Policy(Inference):
         backbone_type, obs_dim, action_dim, image_dim: what the caller expects of the checkpoint; an error if it is not
             so. Images of any height and width are resized to the model's.
         use_fast_tokens: the checkpoint must have a FAST tokenizer.
-        execution_horizon: actions of a chunk that `predict` hands out before it asks for the next; by default half of
-            the model's horizon.
-        pred_horizon: another name for the same.
-        acting: how it acts, as keywords: the other fields of `Acting`, such as `robot`, `actions` and
-            `inference_delay`.
+        pred_horizon: another name for `execution_horizon`.
+        acting: how it acts, as keywords: the fields of `Acting`, such as `robot`, `actions` and `execution_horizon`.
         seed: of noise and sampled tokens.
         device: where the model runs.
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
@@ -72,7 +70,6 @@ class Pi05Policy(Inference):
         obs_dim: int | None = None,
         action_dim: int | None = None,
         image_dim: Sequence[int] | None = None,
-        execution_horizon: int | None = None,
         pred_horizon: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
@@ -83,16 +80,17 @@ class Pi05Policy(Inference):
         cuda_graph: CudaGraph | None = None,
         **acting: Any,
     ) -> None:
-        if None not in (execution_horizon, pred_horizon) and execution_horizon != pred_horizon:
-            raise ValueError(
-                f"execution_horizon is {execution_horizon} and pred_horizon {pred_horizon}: they mean the same,"
-                " give one"
-            )
-        horizon = pred_horizon if execution_horizon is None else execution_horizon
         known = {field.name for field in fields(Acting)}
         for name in acting.keys() - known:
             raise TypeError(f"Pi05Policy has no option {name!r}{suggestion(name, known | {'pred_horizon', 'device'})}")
-        how = Acting(execution_horizon=horizon, **acting)
+        how = Acting(**acting)
+        if None not in (how.execution_horizon, pred_horizon) and how.execution_horizon != pred_horizon:
+            raise ValueError(
+                f"execution_horizon is {how.execution_horizon} and pred_horizon {pred_horizon}: they mean the same,"
+                " give one"
+            )
+        if pred_horizon is not None:
+            how = replace(how, execution_horizon=pred_horizon)
         check_device(device)
         if isinstance(model_path, tuple):
             (model, processor), trained = model_path, UNKNOWN
@@ -129,6 +127,11 @@ class Pi05Policy(Inference):
     def to_device(self, device: str | torch.device) -> Pi05Policy:
         self.model.to(device)
         return self
+
+    def acting_as(self, acting: Acting) -> Self:
+        policy = super().acting_as(acting)
+        policy._begin_queue()
+        return policy
 
     def session(self, seed: int) -> Pi05Policy:
         """A policy for another robot over the same weights, with a queue, a subtask and noise of its own."""
@@ -176,7 +179,8 @@ class Pi05Policy(Inference):
         if self._worker and self._next is None and len(self._queue) <= self.acting.inference_delay:
             self._given = len(self._queue)
             kept = copy.deepcopy(frame)  # the caller may write into its images meanwhile
-            self._next = self._worker.submit(self.predict_chunk, kept, None, np.stack(self._queue))
+            running = np.stack(self._queue) if self.acting.rtc else None
+            self._next = self._worker.submit(self.predict_chunk, kept, None, running)
         return self._queue.popleft()
 
     def _follow(self, frame: Frame) -> None:

@@ -52,6 +52,7 @@ LAYERS = (
     ("losses",),
     ("optim",),
     ("finite",),
+    ("acting",),
     ("inference",),
     ("policy",),
     ("profiling",),
@@ -64,7 +65,8 @@ LAYERS = (
     ("__init__",),
     ("__main__",),
 )
-ROOT_MODULES = {"types", "recipe", "losses", "optim", "finite", "inference", "policy", "module", "__init__", "__main__"}
+ROOT_MODULES = {"types", "recipe", "losses", "optim", "finite", "acting", "inference", "policy"}
+ROOT_MODULES |= {"module", "__init__", "__main__"}
 
 
 def imports(file: Path) -> set[str]:

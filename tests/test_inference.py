@@ -13,13 +13,13 @@ import torch
 from jsonargparse import ArgumentParser
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
+from pi05_lightning.acting import Acting
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.cli.serve import serve
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator
-from pi05_lightning.inference import Acting
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.serving.server import PolicyServer, Reader
@@ -47,15 +47,35 @@ def policy(data: Pi05DataModule) -> Pi05Policy:
 # --- defaults
 
 
-def test_half_of_a_chunk_is_executed_by_default(policy: Pi05Policy) -> None:
+def test_a_new_chunk_for_every_action_without_noise_is_the_default(policy: Pi05Policy) -> None:
     server = PolicyServer(policy, Reader(policy.processor.cameras, {}, None))
-    assert CONFIG.horizon == 8
-    assert policy.execution_horizon == server.metadata["action_horizon"] == 4
+    assert policy.execution_horizon == server.metadata["action_horizon"] == 1
+    assert policy.acting.noise_scale == 0
 
 
-@pytest.mark.parametrize(("horizon", "delay", "executed"), [(8, 0, 4), (7, 0, 3), (1, 0, 1), (8, 6, 2)])
-def test_default_is_at_least_one_and_leaves_room_for_the_delay(horizon: int, delay: int, executed: int) -> None:
+@pytest.mark.parametrize(("horizon", "delay", "executed"), [(8, 0, 1), (1, 0, 1), (8, 1, 1), (8, 3, 3), (8, 4, 4)])
+def test_a_chunk_lasts_by_default_until_the_next_one_may_have_come(horizon: int, delay: int, executed: int) -> None:
     assert Acting(inference_delay=delay).executed(horizon) == executed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inference_delay": 5}, "inference_delay is 5, and the model's horizon 8: at most 4"),
+        ({"inference_delay": 3, "execution_horizon": 2}, "execution_horizon: 2 .* within 3 and 5"),
+        ({"inference_delay": 3, "execution_horizon": 6}, "execution_horizon: 6 .* within 3 and 5"),
+    ],
+)
+def test_a_chunk_that_does_not_last_until_the_next_one_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Acting(**options).executed(8)
+
+
+def test_actions_of_the_delay_are_given_unless_rtc_is_off() -> None:
+    assert (Acting(inference_delay=2).given, Acting(inference_delay=2, rtc=False).given) == (2, 0)
+    assert Acting(actions="fast", inference_delay=2, rtc=False).executed(8) == 2
+    with pytest.raises(ValueError, match="set rtc to false"):
+        Acting(actions="fast", inference_delay=2)
 
 
 @pytest.mark.parametrize("command", [serve, rollout])
@@ -63,8 +83,7 @@ def test_command_has_the_policys_defaults(command: Callable[..., Any]) -> None:
     parser = ArgumentParser()
     parser.add_function_arguments(command)
     found = {name: value for name, value in vars(parser.get_defaults()).items() if name in asdict(Acting())}
-    assert found.keys() >= {"execution_horizon", "replan_subtask_every", "num_steps", "noise_scale"}
-    assert Acting(**found) == Acting()
+    assert found == asdict(Acting())
 
 
 def test_rollout_during_training_has_the_policys_defaults() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
+from pi05_lightning.acting import Acting
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.transforms import Normalize, Quantiles
-from pi05_lightning.inference import Acting
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.rollout import view_of

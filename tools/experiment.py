@@ -27,7 +27,7 @@ from pi05_lightning.files.local import read_json, write_json, write_text
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 BASE, RECIPE = "configs/tiny.yaml", "001_metaworld"
 # as the demo's, without the baselines that are the same for every training
-ROLLOUT = ("--execution_horizon", "1", "--noise_scale", "0", "--modes", "[policy,flat,mean_replay]", "--videos", "0")
+ROLLOUT = ("--modes", "[policy,flat,mean_replay]", "--videos", "0")
 METRICS = ("flow_loss", "action_mae")  # that validation has of robot/continuous_robot_actions
 MODES = {"policy": "subtask first", "flat": "without subtask", "mean_replay": "mean trajectory"}
 POLICY_MODES = ("policy", "flat")

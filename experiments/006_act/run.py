@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import batched, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from rich.console import Console
 
-from pi05_lightning.inference import Acting, Inference
+from pi05_lightning.acting import Acting
+from pi05_lightning.inference import Inference
 from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.metaworld.environment import MetaWorld
@@ -88,16 +90,17 @@ def train(source: Path, run: Path, seed: int = 0, flags: tuple[str, ...] = ()) -
 
 
 class Act(Inference):
-    """ACT as `run_policy` asks for chunks."""
+    """ACT as `run_policy` asks for chunks: a new one for every action."""
 
-    execution_horizon, hierarchical = 1, False
-    acting = Acting(execution_horizon, hierarchical=hierarchical, noise_scale=0.0)
+    hierarchical = False
+    acting = Acting(hierarchical=hierarchical)
 
     def __init__(self, run: Path) -> None:
         checkpoint = run / "lerobot" / "checkpoints" / "last" / "pretrained_model"
         torch.set_num_threads(1)
         self.policy = ACTPolicy.from_pretrained(checkpoint)
         self.model = SimpleNamespace(config=SimpleNamespace(horizon=self.policy.config.chunk_size, action_dim=1))
+        self.execution_horizon = self.acting.executed(self.policy.config.chunk_size)
         self.preprocess, self.postprocess = make_pre_post_processors(self.policy.config, str(checkpoint))
 
     def predict_chunks(self, frames: list[Frame], *_: object) -> np.ndarray:
@@ -110,7 +113,7 @@ class Act(Inference):
 
 
 def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
-    """Write rollout/rollout.json as `pi05 rollout --execution_horizon 1` does: the same states, the same limits.
+    """Write rollout/rollout.json as `pi05 rollout` does: the same states, the same limits.
 
     The mode is `flat`: ACT is told neither task nor subtask. `mean_replay` shows that the states are the same.
 
@@ -134,7 +137,7 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
             for state in states:
                 trials.append(Trial("mean_replay", task, state, noise_seed=seed))
                 run_baseline(lanes[0], trials[-1], clocks["mean_replay"], replay)
-    result = summarise(trials, clocks) | {"execution_horizon": 1, "env": str(env), "seed": seed}
+    result = summarise(trials, clocks) | {"acting": {"flat": asdict(policy.acting)}, "env": str(env), "seed": seed}
     (run / "rollout").mkdir(exist_ok=True)
     (run / "rollout" / "rollout.json").write_text(json.dumps(result, indent=2))
     Console().print(*tables(result))

@@ -34,7 +34,7 @@ GROUPS = {
     "stages": "pi05_lightning.training.callbacks.stages.StageSwitch",
     "ema": "pi05_lightning.training.callbacks.ema.WeightAverage",
     "checkpoint": "pi05_lightning.training.callbacks.checkpoint.RunCheckpoint",
-    "acting": "pi05_lightning.inference.Acting",
+    "acting": "pi05_lightning.acting.Acting",
     "trainer": "lightning.pytorch.trainer.trainer.Trainer",
 }
 """What the options of a run are arguments of."""

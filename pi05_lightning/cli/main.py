@@ -12,7 +12,7 @@ from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import auto_cli, set_parsing_settings
 
@@ -110,11 +110,19 @@ def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     hints = get_type_hints(function)
     types: list[Any] = [hints[name] for name in signature(function).parameters]
     options = get_type_hints(types[0]) if len(types) == 1 and is_dataclass(types[0]) else hints
-    switches = {name for name, kind in options.items() if kind is bool}
+    switches = {name for name, kind in options.items() if kind is bool or bool in get_args(kind)}
+    args = [underscored(arg, options) for arg in args]
     args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     if len(types) == 1 and is_dataclass(types[0]):
         return function(auto_cli(types, args=args, prog=prog, parser_class=Parser, return_instance=True))
     return auto_cli(function, args=args, prog=prog, parser_class=Parser)
+
+
+def underscored(arg: str, options: Collection[str]) -> str:
+    """A flag whose words are joined by dashes, such as `--as-measured`, under the option's name."""
+    flag, equals, value = arg.partition("=")
+    name = flag[2:].replace("-", "_")
+    return f"--{name}{equals}{value}" if flag.startswith("--") and name in options else arg
 
 
 def said_fully(arg: str, following: Sequence[str], switches: Collection[str]) -> list[str]:

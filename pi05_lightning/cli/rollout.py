@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from pi05_lightning.evaluation.report.run import ROLLOUT, films_of
+from pi05_lightning.acting import ROLLOUT, Acting, weights_of
+from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.local import write_json
-from pi05_lightning.inference import Acting
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.modes import POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise, tables
-from pi05_lightning.sim.trials import Clock, Mode, Trial
+from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.weights.locate import run_of
 
 
@@ -65,13 +66,13 @@ def rollout(
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
             they were.
-        acting: how the policy acts, see `Acting`.
+        acting: how the policy acts in the mode `policy`, see `Acting`.
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
     Raises ValueError for tasks, cameras and modes that the simulator does not have.
     """
     env.warm_up()  # what is missing shows before the weights are read
-    how = Acting(hierarchical=None, inference_delay=0, **acting)  # the modes decide; the simulator waits
+    how = Acting(**acting)
     policy = Pi05Policy.from_pretrained(checkpoint, base=base, **asdict(how))
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
@@ -82,10 +83,12 @@ def rollout(
     )
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
-    how = replace(how, robot=policy.robot, execution_horizon=policy.execution_horizon)
-    worker = Worker(env, view_of(policy), str(checkpoint), how, device, found, base)
+    actings: dict[Mode, Acting] = {
+        mode: policy.acting_as(acting_in(mode, how)).resolved for mode in modes if mode in POLICY_MODES
+    }
+    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base)
     del policy  # maybe gigabytes: every process loads its own
-    out = out or run_of(checkpoint) / "rollout"
+    out = out or run_of(checkpoint) / ROLLOUT.parent
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".films-", dir=out) as films:
         trials, clocks = run_all(plan, worker, num_workers, Path(films))
@@ -114,25 +117,23 @@ def summary_of(trials: list[Trial], clocks: dict[Mode, Clock], plan: Plan, worke
     """What the trials came to, and all that is needed to run them again."""
     return summarise(trials, clocks) | {
         "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
-        "robot": worker.acting.robot,
-        "actions": worker.acting.actions,
-        "execution_horizon": worker.acting.execution_horizon,
-        "noise_scale": worker.acting.noise_scale,
+        "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
         "env": str(plan.env),
         "seed": plan.seed,
         "checkpoint": worker.checkpoint,
+        "weights": weights_of(Path(worker.checkpoint)),
     }
 
 
 def replace_result(out: Path, before: Iterable[Path], films: Path, result: dict[str, Any]) -> None:
     """Put a rollout's films and result into `out` in place of the ones before; what else is there stays."""
-    (out / ROLLOUT).unlink(missing_ok=True)
+    (out / ROLLOUT.name).unlink(missing_ok=True)
     for film in before:
         film.unlink(missing_ok=True)
         film.with_suffix(".png").unlink(missing_ok=True)
     for file in films.iterdir():
         file.replace(out / file.name)
-    write_json(out / ROLLOUT, result)
+    write_json(out / ROLLOUT.name, result)
 
 
 def write_films(folder: Path, trials: Iterable[Trial]) -> None:

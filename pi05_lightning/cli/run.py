@@ -30,6 +30,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
+from pi05_lightning.acting import Acting
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
@@ -39,7 +40,6 @@ from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
 from pi05_lightning.files.ranges import check
 from pi05_lightning.files.shipped import find_config
-from pi05_lightning.inference import Acting
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.dashboard import Dashboard

@@ -11,9 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from pi05_lightning.inference import Acting
+from pi05_lightning.acting import Acting, measured
 from pi05_lightning.policy import CudaGraph, Pi05Policy
 from pi05_lightning.serving.server import PolicyServer, Reader, check_address
+from pi05_lightning.sim.modes import PolicyMode
+
+logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -28,6 +31,7 @@ def serve(
     cuda_graph: CudaGraph | None = None,
     base: str | None = None,
     seed: int = 0,
+    as_measured: bool | PolicyMode = False,
     **acting: Any,
 ) -> None:
     """Serve a checkpoint to openpi's clients until it is interrupted.
@@ -52,18 +56,36 @@ def serve(
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
             they were.
         seed: of every client's noise.
+        as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named; options
+            of `acting` that say otherwise are refused.
         acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent.
 
     Raises ValueError when there is no policy at `checkpoint`, and OSError, before that is read, when the port is taken.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    how = Acting(inference_delay=0, **acting)  # the client decides when it asks
+    how = Acting(**acting)
+    if as_measured:
+        how = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how)
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
     cast = None if dtype is None else getattr(torch, dtype)
     options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "cuda_graph": cuda_graph}
     policy = Pi05Policy.from_pretrained(checkpoint, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
+    logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
     server = PolicyServer(policy, read, seed, str(checkpoint))
     server.warm_up()
     with suppress(KeyboardInterrupt):
         asyncio.run(server.run(host, port))
+
+
+def acting_as_measured(checkpoint: Path, wanted: PolicyMode | None, given: Acting) -> Acting:
+    """How the policy acted in its rollout. ValueError as `measured`, and for given options that would change it."""
+    how, mode = measured(checkpoint, wanted)
+    default = asdict(Acting())
+    for name, value in asdict(given).items():
+        if value != default[name] and value != getattr(how, name):
+            raise ValueError(
+                f"{name}: as_measured serves the mode {mode} of the rollout, which had {name} {getattr(how, name)}, not"
+                f" {value}: leave out one of the two"
+            )
+    return how

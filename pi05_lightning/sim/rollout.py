@@ -6,7 +6,7 @@ A job is a policy or a baseline at one task. What runs it keeps policy and envir
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import batched
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
+from pi05_lightning.sim.modes import MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
-from pi05_lightning.sim.trials import MODES, POLICY_MODES, Clock, Mode, Trial, run_baseline, run_policy
+from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
 
 if TYPE_CHECKING:  # processes that run baselines alone need no model
-    from pi05_lightning.inference import Acting, Inference
+    from pi05_lightning.acting import Acting
+    from pi05_lightning.inference import Inference
     from pi05_lightning.policy import Pi05Policy
 
 
@@ -156,7 +158,8 @@ class Worker:
     env: EnvironmentConfig
     view: View
     checkpoint: str
-    acting: Acting
+    actings: Mapping[Mode, Acting]
+    """How the policy acts, by mode."""
     device: str = "cpu"
     dataset: str | None = None
     base: str | None = None
@@ -165,7 +168,8 @@ class Worker:
         """The job, over: what a process returns is a copy."""
         lanes = _lanes_of_process(self.env, self.view)
         if job.mode in POLICY_MODES:
-            run_policy_job(job, _policy(self.checkpoint, self.acting, self.device, self.base), lanes)
+            acting = self.actings[job.mode]
+            run_policy_job(job, _policy(self.checkpoint, acting, self.device, self.base).acting_as(acting), lanes)
         else:
             run_baseline_job(job, lanes, self.dataset)
         return job
@@ -193,14 +197,19 @@ def _lanes_of_process(env: EnvironmentConfig, view: View) -> Lanes:
     return _LANES[0]
 
 
-@cache
+_POLICIES = list["Pi05Policy"]()  # of this process: the one that it loaded
+
+
 def _policy(checkpoint: str, acting: Acting, device: str, base: str | None) -> Pi05Policy:
-    import torch
+    """The policy of a checkpoint; it acts in some mode."""
+    if not _POLICIES:
+        import torch
 
-    from pi05_lightning.policy import Pi05Policy
+        from pi05_lightning.policy import Pi05Policy
 
-    torch.set_num_threads(1)  # as many processes as cores
-    return Pi05Policy.from_pretrained(checkpoint, device=device, base=base, **asdict(acting))
+        torch.set_num_threads(1)  # as many processes as cores
+        _POLICIES.append(Pi05Policy.from_pretrained(checkpoint, device=device, base=base, **asdict(acting)))
+    return _POLICIES[0]
 
 
 @cache

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from rich.table import Column, Table
 
-from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.acting import Acting
+from pi05_lightning.evaluation.report.tables import shown_option, table_of
 from pi05_lightning.evaluation.statistics import ALL, Success, rates
-from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Clock, Mode, Trial
+from pi05_lightning.sim.modes import Mode
+from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Clock, Trial
 
 
 def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str, Any]:
@@ -64,6 +67,8 @@ def milliseconds(clock: Clock) -> dict[str, dict[str, float]]:
 def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     """Success, failures and times, each as wide as a terminal of 80 columns for five modes."""
     yield success_table(result["success"])
+    if result.get("acting"):
+        yield acting_table(result["acting"])
     if any(by_task for by_task in result["failures"].values()):
         yield _failures(result["failures"])
     yield _times(result["milliseconds"])
@@ -78,6 +83,18 @@ def success_table(success: Success) -> Table:
             table.add_section()
         of_modes = [by_task[task] for by_task in found.values()]
         table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
+    return table
+
+
+def acting_table(acting: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Options of the policy in every mode, without those that are as by default in all of them."""
+    default = asdict(Acting())
+    table = _table("how the policy acted", ["option"], acting)
+    for name in default:
+        values = [options[name] for options in acting.values()]
+        if any(value != default[name] for value in values):
+            table.add_row(name, *map(shown_option, values))
+    table.caption, table.caption_justify = "all other options are the defaults", "left"
     return table
 
 

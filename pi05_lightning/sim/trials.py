@@ -10,20 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
 from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.sim.environment import Environment, ExpertEnvironment
+from pi05_lightning.sim.modes import Mode
 
 if TYPE_CHECKING:
     from pi05_lightning.inference import Inference
-
-Mode = Literal["policy", "flat", "mean_replay", "random", "expert"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-POLICY_MODES: tuple[Mode, ...] = ("policy", "flat")
 
 OUT_OF_TIME = "out of time"
 ENDED = "the environment ended the episode"
@@ -173,7 +170,7 @@ def _decide(policy: Inference, lanes: Sequence[Lane], number: int) -> list[np.nd
     """
     frames, trials = [env.observation() for env, _ in lanes], [trial for _, trial in lanes]
     try:
-        if trials[0].mode == "policy" and policy.replans(number):
+        if policy.replans(number):
             for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
                 trial.subtask = subtask
         noise = _noise(trials, number, policy)

@@ -161,7 +161,7 @@ def test_policy_of_fast_tokens_runs_in_closed_loop(fast_policy, tmp_path):
     with pytest.raises(ValueError, match=r"`actions: flow`.*It can act with `actions: fast`"):
         rollout(fast_policy, ["reach-v3"], **options)
     found = rollout(fast_policy, ["reach-v3"], actions="fast", **options)
-    assert found["actions"] == "fast"
+    assert found["acting"]["policy"]["actions"] == "fast"
     assert found["failures"]["policy"] == {"reach-v3": {OUT_OF_TIME: 1}}
 
 

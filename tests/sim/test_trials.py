@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pi05_lightning.inference import Acting, Inference
+from pi05_lightning.acting import Acting
+from pi05_lightning.inference import Inference
 from pi05_lightning.sim.summary import milliseconds, summarise
 from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_baseline, run_policy
 from pi05_lightning.types import Frame
@@ -194,7 +195,7 @@ def test_times_are_median_and_95th_percentile_in_milliseconds():
 
 
 def test_every_call_of_the_policy_and_every_step_is_timed():
-    _, policy, clock = run(lambda seed: chunk(0.25))
+    _, policy, clock = run(lambda seed: chunk(0.25), execution_horizon=2)
     assert len(clock.decisions) == len(policy.calls) == 2
     assert clock.lanes == [3, 3]
     assert len(clock.steps) == 3 * 4

@@ -194,7 +194,7 @@ def test_delay_that_was_never_trained_is_refused(flow: Path, flow_with_delays: P
         Pi05Policy(flow, inference_delay=1)
     with pytest.raises(ValueError, match=r"inference_delay of 4 actions: .* 3 at most"):
         Pi05Policy(flow_with_delays, inference_delay=4, execution_horizon=1)
-    assert Pi05Policy(flow_with_delays, inference_delay=3).execution_horizon == 4
+    assert Pi05Policy(flow_with_delays, inference_delay=3).execution_horizon == 3
 
 
 def test_more_given_actions_than_were_trained_are_refused(flow_with_delays: Path) -> None:

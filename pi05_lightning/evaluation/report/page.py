@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import mimetypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from pi05_lightning import __version__
 from pi05_lightning.evaluation.report import plots
 from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
 from pi05_lightning.evaluation.report.run import EXAMPLES, Run
+from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, rates
 
 HEADLINES = (
@@ -60,6 +61,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         glance=glance(run),
         overall={mode: by_task[ALL] for mode, by_task in rates(run.success).items()},
         bars=plots.success_bars(run.success) if run.success else None,
+        acting=acting_rows(run.acting),
         labels=plots.MODE_LABELS,
         sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},
         empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
@@ -111,6 +113,12 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
         f"{found['parameters']} parameters" if "parameters" in found else "",
     ]
     return [part for part in parts if part]
+
+
+def acting_rows(acting: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """option -> its value in every mode of the rollout."""
+    names = dict.fromkeys(name for options in acting.values() for name in options)
+    return {name: [shown_option(options.get(name)) for options in acting.values()] for name in names}
 
 
 def glance(run: Run) -> list[Glance]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from pi05_lightning.acting import ROLLOUT
 from pi05_lightning.evaluation.report.metrics import Metrics
 from pi05_lightning.evaluation.statistics import Success
 from pi05_lightning.files.local import read_json
@@ -18,8 +19,6 @@ EXAMPLES = Path("validation", "examples.json")
 """Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
 PROVENANCE = Path("provenance.json")
 """Within a run: commit, command, versions, hardware and data that it was trained with."""
-ROLLOUT = Path("rollout.json")
-"""Within the folder of a rollout: what it came to."""
 Group = Literal["worst", "first"]
 
 
@@ -51,6 +50,8 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     success: Success = field(default_factory=dict)
+    acting: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """How the policy acted in the rollout, by mode."""
     curves: dict[str, Curve] = field(default_factory=dict)
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -66,13 +67,15 @@ def read_run(folder: Path) -> Run:
     if not config.is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no config.yaml (`pi05 fit` writes it)")
     config_yaml = config.read_text(encoding="utf-8")
-    rollout = folder / "rollout"
+    rollout = folder / ROLLOUT.parent
+    result = read_json(folder / ROLLOUT, default={})
     return Run(
         folder=folder,
         config_yaml=config_yaml,
         config=yaml.safe_load(config_yaml),
         metrics=read_json(folder / "metrics.json", default={}),
-        success=read_json(rollout / ROLLOUT, default={}).get("success", {}),
+        success=result.get("success", {}),
+        acting=result.get("acting", {}),
         curves=read_curves(folder),
         examples={
             name: [ExampleFile(**shown) for shown in files]
@@ -88,7 +91,7 @@ def films_of(rollout: Path) -> list[Path]:
 
     Results did not name their films at first: those of their modes and tasks are taken then.
     """
-    result = read_json(rollout / ROLLOUT, default={})
+    result = read_json(rollout / ROLLOUT.name, default={})
     named = [rollout / Path(name).name for name in result.get("films", [])]
     if "films" not in result:
         for mode, by_task in result.get("success", {}).items():

@@ -18,6 +18,15 @@ def table_of(title: str, labels: Iterable[str | Column], figures: Iterable[str] 
     return Table(*columns, title=title, title_justify="left", **options)
 
 
+def shown_option(value: Any) -> str:
+    """An option's value, for a table."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "–"
+    if isinstance(value, bool | None):
+        return {None: "–", True: "yes", False: "no"}[value]
+    return str(value)
+
+
 def metrics_table(metrics: Metrics, part: str = "validation") -> Table:
     """Rows are modalities and datasets; 80 columns wide. part: what was measured."""
     width = max(len(columns) for columns in SECTIONS.values())

@@ -17,15 +17,16 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from pi05_lightning.inference import Acting, check
+from pi05_lightning.acting import Acting, check
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.modes import PolicyMode, acting_in
 from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
-from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Mode, Trial
+from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.abilities import UNKNOWN
@@ -48,7 +49,7 @@ class PeriodicRollout(Callback):
         env: the simulator.
         tasks: by default those that `pi05 rollout` takes.
         episodes: per task.
-        mode: policy (the predicted subtask conditions the actions) or flat (the task alone does).
+        mode: how the policy acts, as `pi05 rollout` calls it: policy (as `acting` says), flat (without subtask).
         max_seconds: simulated time after which an episode has failed; by default the simulator's.
         lanes: episodes that are stepped together.
         seed: of the initial states and the noise.
@@ -64,7 +65,7 @@ class PeriodicRollout(Callback):
         env: EnvironmentConfig = MetaWorld(),  # noqa: B008 - frozen
         tasks: list[str] | None = None,
         episodes: int = 4,
-        mode: Mode = "policy",
+        mode: PolicyMode = "policy",
         max_seconds: float | None = None,
         lanes: int = 8,
         seed: int = 0,
@@ -74,7 +75,7 @@ class PeriodicRollout(Callback):
             raise ValueError("every_n_steps, episodes and lanes: at least 1")
         self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
         self.mode, self.max_seconds, self.lanes, self.seed = mode, max_seconds, lanes, seed
-        self.acting = Acting(hierarchical=None, inference_delay=0, **acting)  # the mode decides; the simulator waits
+        self.acting = acting_in(mode, Acting(**acting))
         self.is_pending = False
         """A rollout has begun and is not over."""
         self._last = -1

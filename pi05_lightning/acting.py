@@ -1,0 +1,157 @@
+"""How a policy acts: one set of options, with one default, for robot, rollout, server, prediction and training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from os.path import relpath
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.local import read_json
+from pi05_lightning.weights.abilities import Abilities, Actions, Trained
+from pi05_lightning.weights.locate import locate, run_of
+
+ROLLOUT = Path("rollout", "rollout.json")
+"""Within a run: what its rollout came to, and how the policy acted in it."""
+
+
+@dataclass(frozen=True)
+class Acting:
+    """How a policy acts, whoever asks it to: on a robot, in a rollout, behind a server, over a dataset, in training."""
+
+    robot: str | None = None
+    """The name of the data source whose robot it acts as; needed where the policy was trained on several robots."""
+    actions: Actions = "flow"
+    """Where actions come from: `flow` samples them with the flow head, `fast` decodes them from FAST tokens."""
+    execution_horizon: int | None = None
+    """Actions of a chunk that are executed before the next chunk; by default 1, or `inference_delay` where that is
+    more: what was seen last decides."""
+    inference_delay: int = 0
+    """Actions of the last chunk that are still executed while the next one is computed in the background, from the
+    observation on that it is computed from."""
+    rtc: bool = True
+    """Whether these actions are given to the flow head, so that the next chunk goes on from them (real-time chunking):
+    `rtc_max_delay` of the training at most. Otherwise the next chunk is joined at the step that is due, with a jump
+    (asynchronous execution)."""
+    hierarchical: bool | None = None
+    """Whether a subtask is predicted from the task and conditions the actions; otherwise the task alone does. By
+    default it is wherever the policy was trained to."""
+    replan_subtask_every: int = 1
+    """Chunks that a predicted subtask lasts."""
+    num_steps: int = 10
+    """Euler steps per chunk of the flow head."""
+    noise_scale: float = 0.0
+    """Of the noise that a chunk's flow starts from: 0 starts from its mean, which draws nothing, 1 is as trained."""
+    temperature: float = 0.0
+    """Of subtask and FAST tokens; 0 takes the likeliest."""
+    constrain_fast: bool = True
+    """FAST tokens are chosen among those that can still become a chunk, so that they always decode."""
+    on_failed_decode: Literal["raise", "count"] = "raise"
+    """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them, for which `predict_chunks`
+    returns NaN; what asks for one chunk raises nevertheless."""
+    missing_cameras: tuple[str, ...] = ()
+    """Cameras that an observation may lack although the policy was trained with them."""
+    max_state_distance: float | None = 5.0
+    """How far a state may be outside the training data, in quantile ranges: (q99 - q01) of the dimension beyond the
+    nearer quantile. One that is further is refused, from 1 on it is logged; null refuses none."""
+    max_action_distance: float | None = None
+    """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
+
+    def __post_init__(self) -> None:
+        wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1}
+        bounds = {"max_state_distance": 0, "max_action_distance": 0}
+        for name, least in (wholes | bounds | {"noise_scale": 0, "temperature": 0}).items():
+            value = getattr(self, name)
+            kind: Any = Integral if name in wholes else Real
+            if value is None and name in bounds:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < math.inf:
+                whole = "whole " if name in wholes else ""
+                raise ValueError(f"{name} is {value!r}: it must be a {whole}number, and at least {least}")
+        if isinstance(self.missing_cameras, str):
+            raise ValueError(f"missing_cameras is {self.missing_cameras!r}: give a list of names")
+        object.__setattr__(self, "missing_cameras", tuple(self.missing_cameras))
+        if self.actions not in get_args(Actions):
+            raise ValueError(f"actions is {self.actions!r}: expected {' or '.join(get_args(Actions))}")
+        if self.given and self.actions == "fast":
+            raise ValueError(
+                "inference_delay with rtc needs the flow head: FAST tokens cannot be made to go on from actions; set"
+                " rtc to false"
+            )
+
+    @property
+    def given(self) -> int:
+        """Actions that the next chunk is told, and goes on from."""
+        return self.inference_delay if self.rtc else 0
+
+    def executed(self, horizon: int) -> int:
+        """Actions that are executed of a chunk of `horizon`.
+
+        Raises ValueError when a chunk does not hold as many, or less than are executed while the next is computed.
+        """
+        delay, most = self.inference_delay, horizon - self.inference_delay
+        if delay > most:
+            raise ValueError(
+                f"inference_delay is {delay}, and the model's horizon {horizon}: at most {horizon // 2}, as a chunk has"
+                " to last until the next one has come"
+            )
+        least = max(1, delay)
+        if self.execution_horizon is None:
+            return least
+        if not isinstance(self.execution_horizon, Integral) or not least <= self.execution_horizon <= most:
+            raise ValueError(
+                f"execution_horizon: {self.execution_horizon} (pred_horizon in Python) is no whole number within"
+                f" {least} and {most}: the model's {horizon} actions less {delay} of inference_delay, which it has to"
+                " last for"
+            )
+        return self.execution_horizon
+
+
+def check(acting: Acting, processor: Processor, trained: Trained) -> Abilities:
+    """What the policy can do. ValueError, which says that, where it cannot act so, or one of its robots must be named.
+
+    It needs no weights, so that what is wrong shows before they are read.
+    """
+    robot, abilities = processor.acting_as(acting.robot), Abilities.of(processor, trained)
+    if acting.actions == "fast" and processor.fast is None:
+        raise ValueError("`actions: fast`: the policy has no FAST tokenizer; leave it out, or train with data.fast")
+    abilities.check_actions(acting.actions)
+    abilities.check_delay(acting.given, "inference_delay")
+    if acting.hierarchical and not (processor.predicts_subtasks(robot) and trained.able("subtask")):
+        raise ValueError(f"hierarchical: the policy was not trained to say subtasks as {robot}; leave it out")
+    return abilities
+
+
+def weights_of(checkpoint: Path) -> str:
+    """Where in its run a checkpoint's weights are: of a run's directory, those of its newest."""
+    return relpath(locate(checkpoint).path.resolve(), run_of(checkpoint).resolve())
+
+
+def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str]:
+    """How a policy acted in the rollout of its run, and in which mode of it; by default in the rollout's first.
+
+    Raises ValueError, which says what to do, where the run has no rollout, or one without this mode or of other
+    weights.
+    """
+    file = run_of(checkpoint) / ROLLOUT
+    anew = f"measure it with `pi05 rollout {checkpoint}`, or leave out as_measured and give the options"
+    result = read_json(file, default={})
+    if not result:
+        raise ValueError(f"as_measured: there is no {file}, so nothing was measured: {anew}")
+    actings = result.get("acting")
+    if not actings:
+        raise ValueError(f"as_measured: {file} says of no policy how it acted: {anew}")
+    mode = next(iter(actings)) if mode is None else mode
+    if mode not in actings:
+        raise ValueError(f"as_measured: {file} has no mode {mode}, only {', '.join(actings)}: {anew}")
+    if (weights := weights_of(checkpoint)) != result["weights"]:
+        raise ValueError(
+            f"as_measured: {file} measured {result['weights']}, and {checkpoint} is {weights} of the run: name the"
+            f" former, or {anew}"
+        )
+    if unknown := actings[mode].keys() - {field.name for field in fields(Acting)}:
+        raise ValueError(f"as_measured: {file} has the option {min(unknown)}, which this version does not know: {anew}")
+    return Acting(**actings[mode]), mode
