@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import asdict
@@ -19,12 +20,14 @@ from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig
-from pi05_lightning.sim.modes import POLICY_MODES, Mode, acting_in
+from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.weights.locate import run_of
+
+logger = logging.getLogger(__name__)
 
 
 def rollout(
@@ -42,6 +45,7 @@ def rollout(
     seed: int = 0,
     device: str = "cpu",
     base: str | None = None,
+    delays: tuple[int, ...] = (),
     **acting: Any,
 ) -> dict[str, Any]:
     """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
@@ -52,9 +56,10 @@ def rollout(
             `--env.suites` (Libero), the default of the environment (LeRobotEnv).
         env: the simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
         episodes: initial states per task, the same for every mode.
-        modes: policy (the predicted subtask conditions the actions), flat (the task alone does), and the baselines
+        modes: policy (as the options of `acting` say), flat (the task alone conditions the actions), fast (actions from
+            FAST tokens), rtc and async (with `delays`: real-time chunking, and without it), and the baselines
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
-            default all that the simulator and the data allow.
+            default all but fast that policy, simulator and data allow.
         out: folder for rollout.json, videos and frames, which take the place of an earlier rollout's; by default
             `rollout` beside the checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
@@ -66,6 +71,8 @@ def rollout(
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
             they were.
+        delays: for rtc and async: actions that are executed while a chunk is computed. One of several is drawn for each
+            chunk, so that [1, 1, 2] is a distribution; by default always `inference_delay`.
         acting: how the policy acts in the mode `policy`, see `Acting`.
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
@@ -77,14 +84,14 @@ def rollout(
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
     found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
-    modes = available_modes(env, found, modes, policy.hierarchical)
-    plan = Plan(
-        env, tasks or env.tasks(robot), modes, episodes, films=videos, lanes=lanes, max_seconds=max_seconds, seed=seed
-    )
+    modes = available_modes(env, found, modes, policy.hierarchical, delayed_modes(policy, how, delays))
+    if {*modes} & {*DELAYED}:
+        acting_in("async", how, delays).executed(policy.model.config.horizon)  # chunks last as long as any delay
+    plan = Plan(env, tasks or env.tasks(robot), modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays)
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
     actings: dict[Mode, Acting] = {
-        mode: policy.acting_as(acting_in(mode, how)).resolved for mode in modes if mode in POLICY_MODES
+        mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base)
     del policy  # maybe gigabytes: every process loads its own
@@ -96,6 +103,17 @@ def rollout(
         replace_result(out, films_of(out), Path(films), result)
     Console().print(*tables(result))
     return result
+
+
+def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> list[Mode]:
+    """Modes with a delay that the policy is able to: none without `delays`, and rtc only where it was trained to."""
+    if not delays:
+        return []
+    most, asked = policy.abilities.max_delay, acting_in("rtc", how, delays).inference_delay
+    if how.actions == "flow" and (most is None or asked <= most):
+        return list(DELAYED)
+    logger.warning("the mode rtc is left out: the policy was not trained to go on from %d actions", asked)
+    return ["async"]
 
 
 def run_all(plan: Plan, worker: Worker, num_workers: int | None, films: Path) -> tuple[list[Trial], dict[Mode, Clock]]:
@@ -117,6 +135,7 @@ def summary_of(trials: list[Trial], clocks: dict[Mode, Clock], plan: Plan, worke
     """What the trials came to, and all that is needed to run them again."""
     return summarise(trials, clocks) | {
         "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
+        "delays": list(plan.delays),
         "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
         "env": str(plan.env),
         "seed": plan.seed,

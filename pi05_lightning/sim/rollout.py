@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
-from pi05_lightning.sim.modes import MODES, POLICY_MODES, Mode
+from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
 
@@ -60,8 +60,12 @@ class Plan:
     """Episodes that are stepped together."""
     max_seconds: float | None = None
     seed: int = 0
+    delays: tuple[int, ...] = ()
+    """Actions that are executed while a chunk is computed, in the modes that have a delay: one is drawn for each."""
 
     def __post_init__(self) -> None:
+        if any(delay < 0 for delay in self.delays):
+            raise ValueError(f"delays is {list(self.delays)}: give numbers of control steps, at least 0")
         if min(self.episodes, self.lanes) < 1:
             raise ValueError("episodes and lanes: at least 1")
 
@@ -71,8 +75,9 @@ class Plan:
             seeds = self.env.seeds(number, self.episodes, self.seed, self.split)
             for mode in self.modes:
                 films = self.films if mode in POLICY_MODES else 0
+                delays = self.delays if mode in DELAYED else ()
                 trials = [
-                    Trial(mode, task, seed, i < films, self.max_seconds, noise_seed=self.seed)
+                    Trial(mode, task, seed, i < films, self.max_seconds, noise_seed=self.seed, delays=delays)
                     for i, seed in enumerate(seeds)
                 ]
                 yield from map(Job, batched(trials, self.lanes))
@@ -112,11 +117,16 @@ def view_of(policy: Inference) -> View:
 
 
 def available_modes(
-    env: EnvironmentConfig, dataset: str | None, wanted: Sequence[Mode] | None, subtasks: bool = True
+    env: EnvironmentConfig,
+    dataset: str | None,
+    wanted: Sequence[Mode] | None,
+    subtasks: bool = True,
+    delayed: Sequence[Mode] = (),
 ) -> tuple[Mode, ...]:
-    """The wanted modes; by default all but those whose expert or demonstrations are not there.
+    """The wanted modes; by default all but `fast` and those whose expert or demonstrations are not there.
 
-    `flat` is left out too, unless it is wanted, where the policy predicts no subtasks: it acts on the task anyhow.
+    By default `flat` is left out too where the policy predicts no subtasks, as it acts on the task anyhow; and of the
+    modes with a delay all that are not in `delayed`.
 
     Raises ValueError when such a one is wanted.
     """
@@ -128,7 +138,8 @@ def available_modes(
     for mode in wanted or ():
         if mode in missing:
             raise ValueError(f"mode {mode}: {missing[mode]}, or leave the mode out")
-    return tuple(wanted or (mode for mode in MODES if mode not in missing and (subtasks or mode != "flat")))
+    left_out = {*missing, "fast"} | ({*DELAYED} - {*delayed}) | (set() if subtasks else {"flat"})
+    return tuple(wanted or (mode for mode in MODES if mode not in left_out))
 
 
 def run_policy_job(job: Job, policy: Inference, lanes: Lanes) -> None:

@@ -24,6 +24,8 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str
     wilson_95     {mode: {task, and "all tasks": [low, high]}} of the success rate
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode that ended by the policy's fault says
+    jumps         {mode: {seams, inside: {mean, p95}, ratio: {mean, p95}}}: from an action to the next one, where chunks
+                  meet and within them, as a share of the actions' range, see `trials.jumps`
     milliseconds  {mode: {decision: {median, p95, lanes}, step: {median, p95}}}: one call of the policy for `lanes`
                   episodes on average, and one action in the simulator
     """
@@ -46,8 +48,26 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str
         "crashed": [
             f"{t.mode} {t.task} seed {t.seed}: {t.reason}" for t in trials if t.reason not in ("", OUT_OF_TIME, ENDED)
         ],
+        "jumps": {mode: found for mode in success if (found := jumps([t for t in trials if t.mode == mode]))},
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
         "max_seconds": {trial.task: trial.max_seconds for trial in trials},
+    }
+
+
+def jumps(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
+    """Mean and 95th percentile of the jumps at seams and inside chunks, and the former over the latter.
+
+    Nothing where no chunk met another, and no ratio where actions are the same inside chunks.
+    """
+    parts = {"seams": [j for t in trials for j in t.seams], "inside": [j for t in trials for j in t.inside]}
+    if not all(parts.values()):
+        return {}
+    measured = {name: {"mean": float(np.mean(j)), "p95": float(np.percentile(j, 95))} for name, j in parts.items()}
+    inside = measured["inside"]
+    ratio = {name: value / inside[name] for name, value in measured["seams"].items() if inside[name] > 0}
+    return {
+        name: {kind: round(value, 4) for kind, value in part.items()}
+        for name, part in (measured | {"ratio": ratio}).items()
     }
 
 
@@ -71,6 +91,8 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
         yield acting_table(result["acting"])
     if any(by_task for by_task in result["failures"].values()):
         yield _failures(result["failures"])
+    if result.get("jumps"):
+        yield _jumps(result["jumps"])
     yield _times(result["milliseconds"])
 
 
@@ -104,6 +126,15 @@ def _failures(failures: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Table:
     for task, reason in sorted(rows):
         counts = [by_task.get(task, {}).get(reason, 0) for by_task in failures.values()]
         table.add_row(task, reason, *(str(count or "·") for count in counts))
+    return table
+
+
+def _jumps(jumps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Table:
+    headings = ("seams, mean", "p95", "inside, mean", "p95", "ratio, mean", "p95")
+    table = table_of("|a(t+1) - a(t)| where chunks meet and inside them, share of the range", ["mode"], headings)
+    for mode, parts in jumps.items():
+        values = [parts[name].get(kind) for name in ("seams", "inside", "ratio") for kind in ("mean", "p95")]
+        table.add_row(mode, *("–" if value is None else f"{value:.3g}" for value in values))
     return table
 
 

@@ -52,7 +52,9 @@ class Trial:
     max_seconds: float | None = None
     """Simulated time after which it has failed; None: what the environment says."""
     noise_seed: int = 0
-    """Of the policy's noise and of random actions."""
+    """Of the policy's noise, of delays and of random actions."""
+    delays: tuple[int, ...] = ()
+    """Actions that are executed while a chunk is computed: one is drawn for each chunk. Empty: `inference_delay`."""
     success: bool = False
     reason: str = ""
     """Why it ended without success; empty while it runs, and after success."""
@@ -62,6 +64,10 @@ class Trial:
     fps: float = 0.0
     """Actions per second."""
     film: list[FilmFrame] = field(default_factory=list)
+    seams: list[float] = field(default_factory=list)
+    """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
+    inside: list[float] = field(default_factory=list)
+    """The same within what a chunk adds to the one before, executed or not."""
 
     def __post_init__(self) -> None:
         if self.max_seconds is not None and self.max_seconds <= 0:
@@ -100,25 +106,71 @@ class Clock:
 Lane = tuple[Environment, Trial]
 
 
+class Motion:
+    """The actions of an episode, from chunk to chunk: the next one is due every `execution_horizon` actions.
+
+    A chunk is computed from the observation at its first step. Meanwhile the last one goes on, for as many actions as
+    the delay says; then the new one is joined at the step that is due. The first chunk is waited for.
+    """
+
+    def __init__(self, policy: Inference, trial: Trial) -> None:
+        self.executed, self.given = policy.execution_horizon, policy.acting.given
+        self.delays = trial.delays or (policy.acting.inference_delay,)
+        self.trial = trial
+        self.chunk: np.ndarray | None = None
+        self._last: np.ndarray | None = None  # action
+        self._origin = 0  # of the last action: the chunk that was computed for it
+
+    @property
+    def prefix(self) -> np.ndarray | None:
+        """What the next chunk is given, f32[d A]; None of the first."""
+        return None if self.chunk is None else self.chunk[self.executed : self.executed + self.given]
+
+    def follow(self, env: Environment, chunk: np.ndarray, number: int, clock: Clock) -> None:
+        """Execute what is due from chunk `number` f32[T A], and from the one before until it has come."""
+        before, self.chunk, delay, begin = self.chunk, chunk, 0, 0
+        if before is not None:
+            seed = [self.trial.noise_seed, self.trial.seed, number]
+            delay = int(np.random.default_rng(seed).choice(self.delays))
+            begin = max(delay, self.given)
+        self.trial.inside += jumps(chunk[self.given if number else 0 :], env)
+        for place in range(min(self.executed, len(chunk))):
+            source, at = (before, self.executed + place) if before is not None and place < delay else (chunk, place)
+            action = source[at]
+            origin = number if place >= begin else number - 1
+            if self._last is not None and origin != self._origin:
+                self.trial.seams += jumps(np.stack([self._last, action]), env)
+            self._last, self._origin = action, origin
+            _take(env, self.trial, partial(env.step, action), clock, source, at)
+            if self.trial.over:
+                break
+
+
+def jumps(actions: np.ndarray, env: Environment) -> list[float]:
+    """|a_{t+1} - a_t| of consecutive actions f32[N A], as a share of the range of each dim, mean over the dims.
+
+    Dims without bounds count in the robot's units.
+    """
+    width = env.action_high - env.action_low
+    return np.abs(np.diff(actions, axis=0) / np.where(np.isfinite(width), width, 1.0)).mean(1).tolist()
+
+
 def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     """Reset the environments and step them together until each succeeds, fails or runs out of time."""
     for env, trial in lanes:
         _begin(env, trial)
-    running, number = list(lanes), 0
+    running, number = [(env, trial, Motion(policy, trial)) for env, trial in lanes], 0
     while running:
         start = perf_counter()
         chunks = _decide(policy, running, number)
         clock.decisions.append(perf_counter() - start)
         clock.lanes.append(len(running))
-        for (env, trial), chunk in zip(running, chunks, strict=True):
+        for (env, trial, motion), chunk in zip(running, chunks, strict=True):
             if isinstance(chunk, str):
                 trial.reason = chunk
-                continue
-            for place, action in enumerate(chunk[: policy.execution_horizon]):
-                _take(env, trial, partial(env.step, action), clock, chunk, place)
-                if trial.over:
-                    break
-        running = [(env, trial) for env, trial in running if not trial.over]
+            else:
+                motion.follow(env, chunk, number, clock)
+        running = [lane for lane in running if not lane[1].over]
         number += 1
 
 
@@ -163,18 +215,20 @@ def _take(
         trial.film.append(FilmFrame(image, trial.subtask or env.sentence, chunk, place))
 
 
-def _decide(policy: Inference, lanes: Sequence[Lane], number: int) -> list[np.ndarray | str]:
+def _decide(
+    policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]], number: int
+) -> list[np.ndarray | str]:
     """For every lane chunk `number` f32[T A], or why there is none.
 
     When a batch fails, each lane is asked for by itself: the others' episodes go on.
     """
-    frames, trials = [env.observation() for env, _ in lanes], [trial for _, trial in lanes]
+    frames, trials = [env.observation() for env, _, _ in lanes], [trial for _, trial, _ in lanes]
     try:
         if policy.replans(number):
             for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
                 trial.subtask = subtask
         noise = _noise(trials, number, policy)
-        chunks = policy.predict_chunks(frames, [trial.subtask for trial in trials], noise)
+        chunks = policy.predict_chunks(frames, [trial.subtask for trial in trials], noise, _given(policy, lanes))
         if len(chunks) != len(lanes):
             raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
@@ -183,7 +237,13 @@ def _decide(policy: Inference, lanes: Sequence[Lane], number: int) -> list[np.nd
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]
-    return [_checked(np.asarray(chunk), env) for chunk, (env, _) in zip(chunks, lanes, strict=True)]
+    return [_checked(np.asarray(chunk), env) for chunk, (env, _, _) in zip(chunks, lanes, strict=True)]
+
+
+def _given(policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]]) -> list[np.ndarray] | None:
+    """What the next chunks are given, f32[d A] each; None where that is nothing."""
+    prefixes = [prefix for *_, motion in lanes if (prefix := motion.prefix) is not None]
+    return prefixes if policy.acting.given and prefixes else None
 
 
 def _checked(chunk: np.ndarray, env: Environment) -> np.ndarray | str:

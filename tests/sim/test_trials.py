@@ -2,60 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
-from pi05_lightning.acting import Acting
-from pi05_lightning.inference import Inference
 from pi05_lightning.sim.summary import milliseconds, summarise
 from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_baseline, run_policy
-from pi05_lightning.types import Frame
-
-HORIZON = 4
-
-
-class Walk:
-    """A number that actions are added to: solved at 1, over at -1."""
-
-    sentence, fps, max_seconds = "reach one", 10.0, 2.0
-    action_low, action_high = np.array([-0.5]), np.array([0.5])
-
-    def reset(self, seed: int) -> None:
-        self.at, self.seed, self.ended = 0.0, seed, False
-
-    def observation(self) -> Frame:
-        image = np.full((3, 8, 8), self.seed, np.uint8)
-        return Frame({"top": image}, self.sentence, state=np.array([self.at, self.seed], np.float32))
-
-    def step(self, action: np.ndarray) -> bool:
-        self.at += float(action[0])
-        self.ended = self.at <= -1
-        return self.at >= 1
-
-    def close(self) -> None: ...
-
-
-class Stub(Inference):
-    """A policy whose actions are `act(seed)`, everywhere the same; `calls` are the seeds it was asked for together."""
-
-    hierarchical = True
-    model = SimpleNamespace(config=SimpleNamespace(horizon=HORIZON, action_dim=1))
-
-    def __init__(self, act, **acting) -> None:
-        self.acting = Acting(**acting)
-        self.execution_horizon = self.acting.executed(HORIZON)
-        self.act, self.calls, self.noise = act, [], []
-
-    def predict_subtasks(self, frames):
-        return [f"subtask {frame.state[0]:.1f}" for frame in frames]
-
-    def predict_chunks(self, frames, subtasks, noise):
-        self.calls.append([int(frame.state[1]) for frame in frames])
-        self.noise.append(noise)
-        return [self.act(int(frame.state[1])) for frame in frames]
+from tests.sim.walk import HORIZON, Stub, Walk, chunk
 
 
 def run(act, seeds=(0, 1, 2), record=False, max_seconds=None, **acting) -> tuple[list[Trial], Stub, Clock]:
@@ -63,10 +16,6 @@ def run(act, seeds=(0, 1, 2), record=False, max_seconds=None, **acting) -> tuple
     trials = [Trial("policy", "walk", seed, record, max_seconds) for seed in seeds]
     run_policy(policy, [(Walk(), trial) for trial in trials], clock)
     return trials, policy, clock
-
-
-def chunk(value: float) -> np.ndarray:
-    return np.full((HORIZON, 1), value, np.float32)
 
 
 def raising(seed: int) -> np.ndarray:

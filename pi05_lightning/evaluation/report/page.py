@@ -61,6 +61,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         glance=glance(run),
         overall={mode: by_task[ALL] for mode, by_task in rates(run.success).items()},
         bars=plots.success_bars(run.success) if run.success else None,
+        jumps=plots.jump_bars(run.jumps) if run.jumps else None,
         acting=acting_rows(run.acting),
         labels=plots.MODE_LABELS,
         sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},

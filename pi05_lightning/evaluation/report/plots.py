@@ -20,6 +20,9 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#99
 MODE_LABELS = {
     "policy": "policy, subtask first",
     "flat": "policy, task only",
+    "fast": "policy, FAST tokens",
+    "rtc": "policy, delay with RTC",
+    "async": "policy, delay without RTC",
     "mean_replay": "mean trajectory",
     "random": "random actions",
     "expert": "scripted expert",
@@ -47,6 +50,22 @@ def success_bars(success: Success) -> str:
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("success rate")
     figure.legend(loc="outside upper center", ncols=len(success), frameon=False, fontsize=8)
+    return as_svg(figure)
+
+
+def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Mean jump of the actions where chunks meet and inside them, per mode; a line up to the 95th percentile."""
+    figure = Figure(figsize=(max(7.0, 1.4 * len(jumps)), 2.8), layout="constrained")
+    axes = figure.subplots()
+    for number, (part, label) in enumerate((("seams", "where chunks meet"), ("inside", "inside chunks"))):
+        means = np.array([parts[part]["mean"] for parts in jumps.values()])
+        above = np.array([parts[part]["p95"] for parts in jumps.values()]) - means
+        error = np.stack([np.zeros_like(means), np.maximum(above, 0)])
+        place = np.arange(len(jumps)) + (number - 0.5) * 0.4
+        axes.bar(place, means, 0.36, yerr=error, color=COLORS[number], label=label, ecolor="#444444")
+    axes.set_xticks(range(len(jumps)), [MODE_LABELS.get(mode, mode) for mode in jumps])
+    axes.set_ylabel("share of the range")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return as_svg(figure)
 
 

@@ -52,6 +52,8 @@ class Run:
     success: Success = field(default_factory=dict)
     acting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How the policy acted in the rollout, by mode."""
+    jumps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """How far the policy's actions jump where chunks meet and inside them, by mode, see `sim.summary.jumps`."""
     curves: dict[str, Curve] = field(default_factory=dict)
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +78,7 @@ def read_run(folder: Path) -> Run:
         metrics=read_json(folder / "metrics.json", default={}),
         success=result.get("success", {}),
         acting=result.get("acting", {}),
+        jumps=result.get("jumps", {}),
         curves=read_curves(folder),
         examples={
             name: [ExampleFile(**shown) for shown in files]

@@ -49,7 +49,8 @@ class PeriodicRollout(Callback):
         env: the simulator.
         tasks: by default those that `pi05 rollout` takes.
         episodes: per task.
-        mode: how the policy acts, as `pi05 rollout` calls it: policy (as `acting` says), flat (without subtask).
+        mode: how the policy acts, as in `pi05 rollout`: policy (as `acting` says), flat (without subtask), fast (FAST
+            tokens), rtc and async (with `inference_delay`, with and without real-time chunking).
         max_seconds: simulated time after which an episode has failed; by default the simulator's.
         lanes: episodes that are stepped together.
         seed: of the initial states and the noise.

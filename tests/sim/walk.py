@@ -1,0 +1,58 @@
+"""The smallest environment, and a policy for it that does as it is told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from pi05_lightning.acting import Acting
+from pi05_lightning.inference import Inference
+from pi05_lightning.types import Frame
+
+HORIZON = 4
+
+
+class Walk:
+    """A number that actions are added to: solved at 1, over at -1."""
+
+    sentence, fps, max_seconds = "reach one", 10.0, 2.0
+    action_low, action_high = np.array([-0.5]), np.array([0.5])
+
+    def reset(self, seed: int) -> None:
+        self.at, self.seed, self.ended = 0.0, seed, False
+
+    def observation(self) -> Frame:
+        image = np.full((3, 8, 8), self.seed, np.uint8)
+        return Frame({"top": image}, self.sentence, state=np.array([self.at, self.seed], np.float32))
+
+    def step(self, action: np.ndarray) -> bool:
+        self.at += float(action[0])
+        self.ended = self.at <= -1
+        return self.at >= 1
+
+    def close(self) -> None: ...
+
+
+class Stub(Inference):
+    """A policy whose actions are `act(seed)`, everywhere the same; `calls` are the seeds it was asked for together."""
+
+    hierarchical = True
+    model = SimpleNamespace(config=SimpleNamespace(horizon=HORIZON, action_dim=1))
+
+    def __init__(self, act, **acting) -> None:
+        self.acting = Acting(**acting)
+        self.execution_horizon = self.acting.executed(HORIZON)
+        self.act, self.calls, self.noise = act, [], []
+
+    def predict_subtasks(self, frames):
+        return [f"subtask {frame.state[0]:.1f}" for frame in frames]
+
+    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None):
+        self.calls.append([int(frame.state[1]) for frame in frames])
+        self.noise.append(noise)
+        return [self.act(int(frame.state[1])) for frame in frames]
+
+
+def chunk(value: float) -> np.ndarray:
+    return np.full((HORIZON, 1), value, np.float32)
