@@ -20,6 +20,7 @@ from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
@@ -46,6 +47,9 @@ def rollout(
     device: str = "cpu",
     base: str | None = None,
     delays: tuple[int, ...] = (),
+    instructions: tuple[Instruction, ...] = ("right",),
+    swaps: dict[str, str] | None = None,
+    paraphrases: Path | None = None,
     **acting: Any,
 ) -> dict[str, Any]:
     """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
@@ -73,6 +77,11 @@ def rollout(
             they were.
         delays: for rtc and async: actions that are executed while a chunk is computed. One of several is drawn for each
             chunk, so that [1, 1, 2] is a distribution; by default always `inference_delay`.
+        instructions: what the policy is told, in each of its modes: right, swapped (another task's instruction),
+            paraphrased (the right one in other words), empty (nothing).
+        swaps: tasks, each with the one whose instruction is given as swapped; by default one of the same scene among
+            `tasks`, or the next of `tasks`.
+        paraphrases: a YAML file with a list of other words for each instruction; by default for some of MetaWorld's.
         acting: how the policy acts in the mode `policy`, see `Acting`.
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
@@ -87,13 +96,18 @@ def rollout(
     modes = available_modes(env, found, modes, policy.hierarchical, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.model.config.horizon)  # chunks last as long as any delay
-    plan = Plan(env, tasks or env.tasks(robot), modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays)
+    tasks = tasks or env.tasks(robot)
+    plan = Plan(
+        *(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions),
+        swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {},
+    )
+    words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
     actings: dict[Mode, Acting] = {
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
-    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base)
+    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / ROLLOUT.parent
     out.mkdir(parents=True, exist_ok=True)
@@ -116,22 +130,23 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     return ["async"]
 
 
-def run_all(plan: Plan, worker: Worker, num_workers: int | None, films: Path) -> tuple[list[Trial], dict[Mode, Clock]]:
+def run_all(plan: Plan, worker: Worker, num_workers: int | None, films: Path) -> tuple[list[Trial], dict[str, Clock]]:
     """Every trial of the plan, its film written to `films` as soon as it is over, and each mode's time."""
-    trials, clocks = list[Trial](), {mode: Clock() for mode in plan.modes}
+    trials, jobs = list[Trial](), list(plan.jobs())
+    clocks = {job.column: Clock() for job in jobs}
     with (
-        closing(run_in_processes(worker, list(plan.jobs()), num_workers)) as results,
-        tqdm(total=len(plan.tasks) * plan.episodes * len(plan.modes), unit="episode", desc="rollout") as bar,
+        closing(run_in_processes(worker, jobs, num_workers)) as results,
+        tqdm(total=sum(len(job.trials) for job in jobs), unit="episode", desc="rollout") as bar,
     ):
         for job in results:
             write_films(films, job.trials)
             trials += job.trials
-            clocks[job.mode].add(job.clock)
+            clocks[job.column].add(job.clock)
             bar.update(len(job.trials))
     return trials, clocks
 
 
-def summary_of(trials: list[Trial], clocks: dict[Mode, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
+def summary_of(trials: list[Trial], clocks: dict[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
     """What the trials came to, and all that is needed to run them again."""
     return summarise(trials, clocks) | {
         "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
@@ -159,5 +174,6 @@ def write_films(folder: Path, trials: Iterable[Trial]) -> None:
     """An mp4 and a PNG of each trial that was filmed, which then forgets its film."""
     for trial in trials:
         if trial.film:
-            video.write(folder / f"{trial.mode}-{trial.task.replace('/', '-')}-{trial.seed}.mp4", trial)
+            column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")
+            video.write(folder / f"{column}-{task}-{trial.seed}.mp4", trial)
             trial.film.clear()

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,6 +70,24 @@ class ExpertEnvironment(Environment, Protocol):
         ...
 
 
+@runtime_checkable
+class SharedScene(Environment, Protocol):
+    """An environment in whose scene other tasks can be solved too.
+
+    solved_other   whether the watched task was solved in one of the steps since
+    """
+
+    @property
+    def solved_other(self) -> bool: ...
+
+    def watch(self, task: str) -> bool:
+        """Watch, for this episode, whether another task is solved; returns whether the scene allows that.
+
+        It does not where the other task needs other things, or is solved from the beginning.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class View:
     """What a policy was trained to see: its cameras in order, their height and width in pixels, frames per second."""
@@ -115,6 +134,10 @@ class EnvironmentConfig(ABC):
         Raises NoSuchEnvironment for an unknown task, cameras that are not there, a rate that cannot be had, a package
         that is missing, and where nothing can be rendered.
         """
+
+    def partners(self, tasks: Sequence[str]) -> dict[str, str]:
+        """task -> another one of its scene, preferably one of `tasks`, for those that have one."""
+        return {}
 
     def warm_up(self) -> None:  # noqa: B027 - by default there is nothing to do
         """Import what `open` needs: a process does it while others still plan.

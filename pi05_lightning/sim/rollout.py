@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from itertools import batched
+from itertools import batched, product
 from multiprocessing.util import Finalize
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
+from pi05_lightning.sim.instructions import Instruction, NoSuchInstruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
@@ -44,6 +47,10 @@ class Job:
     def task(self) -> str:
         return self.trials[0].task
 
+    @property
+    def column(self) -> str:
+        return self.trials[0].column
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -62,6 +69,10 @@ class Plan:
     seed: int = 0
     delays: tuple[int, ...] = ()
     """Actions that are executed while a chunk is computed, in the modes that have a delay: one is drawn for each."""
+    instructions: Sequence[Instruction] = ("right",)
+    """What the policy is told, one after the other in each of its modes."""
+    swaps: Mapping[str, str] = field(default_factory=dict)
+    """task -> the one whose instruction is given as `swapped`."""
 
     def __post_init__(self) -> None:
         if any(delay < 0 for delay in self.delays):
@@ -73,14 +84,23 @@ class Plan:
         """Grouped by task so that environments are reused."""
         for number, task in enumerate(self.tasks):
             seeds = self.env.seeds(number, self.episodes, self.seed, self.split)
-            for mode in self.modes:
-                films = self.films if mode in POLICY_MODES else 0
-                delays = self.delays if mode in DELAYED else ()
-                trials = [
-                    Trial(mode, task, seed, i < films, self.max_seconds, noise_seed=self.seed, delays=delays)
-                    for i, seed in enumerate(seeds)
-                ]
+            for mode, instruction in product(self.modes, self.instructions):
+                if mode not in POLICY_MODES and instruction != self.instructions[0]:
+                    continue  # baselines hear nothing
+                trials = [self._trial(mode, instruction, task, seed, i) for i, seed in enumerate(seeds)]
                 yield from map(Job, batched(trials, self.lanes))
+
+    def _trial(self, mode: Mode, instruction: Instruction, task: str, seed: int, number: int) -> Trial:
+        acts = mode in POLICY_MODES
+        trial = Trial(mode, task, seed, acts and number < self.films, self.max_seconds, noise_seed=self.seed)
+        if mode in DELAYED:
+            trial.delays = self.delays
+        if acts:
+            trial.instruction = instruction
+            trial.other = self.swaps[task] if instruction == "swapped" else None
+            trial.sentence = "" if instruction == "empty" else None
+            trial.number = number
+        return trial
 
 
 class Lanes:
@@ -89,6 +109,7 @@ class Lanes:
     def __init__(self, env: EnvironmentConfig, view: View) -> None:
         self.env, self.view = env, view
         self._task, self._open = "", list[Environment]()
+        self._sentences: dict[str, str] = {}
 
     def of(self, task: str, count: int) -> list[Environment]:
         """So many environments of a task. NoSuchEnvironment as `EnvironmentConfig.open`, and for another rate."""
@@ -104,6 +125,13 @@ class Lanes:
                     f" {self.view.fps:g} frames per second"
                 )
         return self._open[:count]
+
+    def sentence_of(self, task: str) -> str:
+        """The instruction of a task. NoSuchEnvironment as `of`."""
+        if task not in self._sentences:
+            with closing(self.env.open(task, self.view)) as env:
+                self._sentences[task] = env.sentence
+        return self._sentences[task]
 
     def close(self) -> None:
         while self._open:
@@ -142,10 +170,19 @@ def available_modes(
     return tuple(wanted or (mode for mode in MODES if mode not in left_out))
 
 
-def run_policy_job(job: Job, policy: Inference, lanes: Lanes) -> None:
-    """Run the trials together, each in a lane of its own."""
+def run_policy_job(
+    job: Job, policy: Inference, lanes: Lanes, paraphrases: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> None:
+    """Run the trials together, each in a lane of its own. paraphrases: instruction -> the same in other words."""
     start = perf_counter()
-    run_policy(policy, list(zip(lanes.of(job.task, len(job.trials)), job.trials, strict=True)), job.clock)
+    envs = lanes.of(job.task, len(job.trials))
+    policy.inputs.takes_any_task = job.trials[0].instruction != "right"
+    for trial in job.trials:
+        if trial.other is not None:
+            trial.sentence = lanes.sentence_of(trial.other)
+        elif trial.instruction == "paraphrased":
+            trial.sentence = paraphrase(paraphrases, envs[0].sentence, trial.number)
+    run_policy(policy, list(zip(envs, job.trials, strict=True)), job.clock)
     job.clock.seconds += perf_counter() - start
 
 
@@ -174,13 +211,16 @@ class Worker:
     device: str = "cpu"
     dataset: str | None = None
     base: str | None = None
+    paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """instruction -> the same in other words."""
 
     def __call__(self, job: Job) -> Job:
         """The job, over: what a process returns is a copy."""
         lanes = _lanes_of_process(self.env, self.view)
         if job.mode in POLICY_MODES:
             acting = self.actings[job.mode]
-            run_policy_job(job, _policy(self.checkpoint, acting, self.device, self.base).acting_as(acting), lanes)
+            policy = _policy(self.checkpoint, acting, self.device, self.base).acting_as(acting)
+            run_policy_job(job, policy, lanes, self.paraphrases)
         else:
             run_baseline_job(job, lanes, self.dataset)
         return job
@@ -194,7 +234,10 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
     with simulator_processes(processes or os.cpu_count() or 1, worker.env.warm_up) as pool:
         try:
             yield from pool.map(worker, jobs)
-        except NoSuchEnvironment as error:  # from another process, where its traceback helps nobody
+        except (
+            NoSuchEnvironment,
+            NoSuchInstruction,
+        ) as error:  # its traceback is of another process
             raise ValueError(str(error)) from error
 
 

@@ -13,14 +13,17 @@ from rich.table import Column, Table
 from pi05_lightning.acting import Acting
 from pi05_lightning.evaluation.report.tables import shown_option, table_of
 from pi05_lightning.evaluation.statistics import ALL, Success, rates
-from pi05_lightning.sim.modes import Mode
-from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Clock, Trial
+from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, SOLVED_OTHER, Clock, Trial
 
 
-def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str, Any]:
+def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str, Any]:
     """Plain types for rollout.json.
 
+    A mode with another instruction than the right one is `mode, instruction`.
+
     success       {mode: {task: [successes, trials]}}
+    swapped       {mode: {task: {told: task, success: [successes, trials]}}} at the task whose instruction was given;
+                  success is null where the scene does not allow it
     wilson_95     {mode: {task, and "all tasks": [low, high]}} of the success rate
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode that ended by the policy's fault says
@@ -32,10 +35,10 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str
     success: dict[str, dict[str, list[int]]] = {}
     failures: dict[str, dict[str, Counter[str]]] = {}
     for trial in trials:
-        counts = success.setdefault(trial.mode, {}).setdefault(trial.task, [0, 0])
+        counts = success.setdefault(trial.column, {}).setdefault(trial.task, [0, 0])
         counts[0] += trial.success
         counts[1] += 1
-        reasons = failures.setdefault(trial.mode, {}).setdefault(trial.task, Counter())
+        reasons = failures.setdefault(trial.column, {}).setdefault(trial.task, Counter())
         if not trial.success:
             reasons[trial.reason] += 1
     return {
@@ -46,12 +49,28 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[Mode, Clock]) -> dict[str
         },
         "failures": {mode: {task: dict(r) for task, r in by_task.items() if r} for mode, by_task in failures.items()},
         "crashed": [
-            f"{t.mode} {t.task} seed {t.seed}: {t.reason}" for t in trials if t.reason not in ("", OUT_OF_TIME, ENDED)
+            f"{t.column} {t.task} seed {t.seed}: {t.reason}"
+            for t in trials
+            if t.reason not in ("", OUT_OF_TIME, ENDED, SOLVED_OTHER)
         ],
-        "jumps": {mode: found for mode in success if (found := jumps([t for t in trials if t.mode == mode]))},
+        "jumps": {mode: found for mode in success if (found := jumps([t for t in trials if t.column == mode]))},
+        "swapped": swapped(trials),
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
         "max_seconds": {trial.task: trial.max_seconds for trial in trials},
     }
+
+
+def swapped(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Per mode and task: which task's instruction was given, and success at that one."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for trial in trials:
+        if trial.other is not None:
+            told = {"told": trial.other, "success": None}
+            result = found.setdefault(trial.column, {}).setdefault(trial.task, told)
+            if trial.solved_other is not None:
+                successes, count = result["success"] or (0, 0)
+                result["success"] = [successes + trial.solved_other, count + 1]
+    return found
 
 
 def jumps(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
@@ -89,6 +108,8 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     yield success_table(result["success"])
     if result.get("acting"):
         yield acting_table(result["acting"])
+    if result.get("swapped"):
+        yield swapped_table(result["swapped"], result["success"])
     if any(by_task for by_task in result["failures"].values()):
         yield _failures(result["failures"])
     if result.get("jumps"):
@@ -105,6 +126,18 @@ def success_table(success: Success) -> Table:
             table.add_section()
         of_modes = [by_task[task] for by_task in found.values()]
         table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
+    return table
+
+
+def swapped_table(swapped: Mapping[str, Mapping[str, Mapping[str, Any]]], success: Success) -> Table:
+    """Success at the scene's own task, and at the one whose instruction was given."""
+    headings = ("at its own task", "at the task told")
+    table = table_of("told another task's instruction", ["mode", "task", "told"], headings)
+    for mode, by_task in swapped.items():
+        for task, result in by_task.items():
+            own, other = success[mode][task], result["success"]
+            counts = (f"{own[0]}/{own[1]}", f"{other[0]}/{other[1]}" if other else "not in this scene")
+            table.add_row(mode.partition(",")[0], task, result["told"], *counts)
     return table
 
 
@@ -153,4 +186,4 @@ def _times(milliseconds: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Tab
 
 def _table(title: str, labels: Sequence[str], modes: Iterable[str]) -> Table:
     columns = [Column(name, no_wrap=name == "task") for name in labels]
-    return table_of(title, columns, [mode.replace("_", "\n") for mode in modes], pad_edge=False)
+    return table_of(title, columns, [mode.replace("_", "\n").replace(", ", "\n") for mode in modes], pad_edge=False)

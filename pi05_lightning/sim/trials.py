@@ -7,7 +7,7 @@ policy that raises, or whose actions cannot be executed, ends the episode; the r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, cast
@@ -16,13 +16,16 @@ import numpy as np
 import torch
 
 from pi05_lightning.data.observation import NotFinite
-from pi05_lightning.sim.environment import Environment, ExpertEnvironment
+from pi05_lightning.sim.environment import Environment, ExpertEnvironment, SharedScene
+from pi05_lightning.sim.instructions import Instruction
 from pi05_lightning.sim.modes import Mode
+from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
     from pi05_lightning.inference import Inference
 
 OUT_OF_TIME = "out of time"
+SOLVED_OTHER = "it solved the task that it was told"
 ENDED = "the environment ended the episode"
 NOT_FINITE = "the policy's action is not finite"
 _REASON_LENGTH = 160  # of the message of whatever a policy raised
@@ -63,6 +66,15 @@ class Trial:
     subtask: str | None = None
     fps: float = 0.0
     """Actions per second."""
+    number: int = 0
+    """Of the episode among those of its task and mode."""
+    instruction: Instruction = "right"
+    other: str | None = None
+    """Of `swapped`: the task whose instruction is given."""
+    sentence: str | None = None
+    """What the policy is told; None: the environment's instruction."""
+    solved_other: bool | None = None
+    """Of `swapped`: whether the other task was solved; None where the scene does not allow that."""
     film: list[FilmFrame] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)
     """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
@@ -78,8 +90,13 @@ class Trial:
         return self.success or bool(self.reason)
 
     @property
+    def column(self) -> str:
+        """Of the tables: the mode, and the kind of instruction where that is not the right one."""
+        return self.mode if self.instruction == "right" else f"{self.mode}, {self.instruction}"
+
+    @property
     def title(self) -> str:
-        return f"{self.mode} · {self.task}"
+        return f"{self.column} · {self.task}"
 
     @property
     def outcome(self) -> str:
@@ -185,11 +202,24 @@ def run_baseline(env: Environment, trial: Trial, clock: Clock, replay: np.ndarra
             _take(env, trial, partial(env.step, _baseline_action(env, trial, rng, replay)), clock)
 
 
+def told(env: Environment, trial: Trial) -> str:
+    """The instruction that the policy gets."""
+    return env.sentence if trial.sentence is None else trial.sentence
+
+
+def seen(env: Environment, trial: Trial) -> Frame:
+    """An observation as the policy gets it, with the instruction that it is told."""
+    frame = env.observation()
+    return frame if trial.sentence is None else replace(frame, task=trial.sentence)
+
+
 def _begin(env: Environment, trial: Trial) -> None:
     env.reset(trial.seed)
     trial.fps = env.fps
     seconds = env.max_seconds if trial.max_seconds is None else trial.max_seconds
     trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
+    if trial.other is not None and isinstance(env, SharedScene) and env.watch(trial.other):
+        trial.solved_other = False
 
 
 def _take(
@@ -205,14 +235,18 @@ def _take(
     trial.success = step()
     clock.steps.append(perf_counter() - start)
     trial.decisions += 1
+    if trial.solved_other is not None:
+        trial.solved_other = cast("SharedScene", env).solved_other
     if not trial.success:
-        if env.ended:
+        if trial.solved_other:
+            trial.reason = SOLVED_OTHER
+        elif env.ended:
             trial.reason = ENDED
         elif trial.decisions >= round(trial.max_seconds * env.fps):
             trial.reason = OUT_OF_TIME
     if trial.record:
         image = np.concatenate([image.transpose(1, 2, 0) for image in env.observation().images.values()], axis=1)
-        trial.film.append(FilmFrame(image, trial.subtask or env.sentence, chunk, place))
+        trial.film.append(FilmFrame(image, trial.subtask or told(env, trial), chunk, place))
 
 
 def _decide(
@@ -222,7 +256,8 @@ def _decide(
 
     When a batch fails, each lane is asked for by itself: the others' episodes go on.
     """
-    frames, trials = [env.observation() for env, _, _ in lanes], [trial for _, trial, _ in lanes]
+    trials = [trial for _, trial, _ in lanes]
+    frames = [seen(env, trial) for env, trial, _ in lanes]
     try:
         if policy.replans(number):
             for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):

@@ -52,6 +52,8 @@ class Run:
     success: Success = field(default_factory=dict)
     acting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How the policy acted in the rollout, by mode."""
+    swapped: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Success at the task whose instruction was given in another one's scene, see `sim.summary.summarise`."""
     jumps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """How far the policy's actions jump where chunks meet and inside them, by mode, see `sim.summary.jumps`."""
     curves: dict[str, Curve] = field(default_factory=dict)
@@ -78,6 +80,7 @@ def read_run(folder: Path) -> Run:
         metrics=read_json(folder / "metrics.json", default={}),
         success=result.get("success", {}),
         acting=result.get("acting", {}),
+        swapped=result.get("swapped", {}),
         jumps=result.get("jumps", {}),
         curves=read_curves(folder),
         examples={

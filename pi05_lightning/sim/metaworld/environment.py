@@ -103,6 +103,12 @@ def check_task(task: str) -> None:
         raise NoSuchEnvironment(f"MetaWorld has no task {task!r}: use one of {', '.join(task_names())}")
 
 
+def scene_of(task: str) -> str:
+    """The file of the scene that a task is set in, which several may share."""
+    kind: Any = import_metaworld().env_dict.ALL_V3_ENVIRONMENTS[task]
+    return kind.model_name.fget(None)
+
+
 @dataclass(frozen=True)
 class MetaWorld(EnvironmentConfig):
     """MetaWorld's 50 tasks by name, seen as the policy was trained to see them."""
@@ -115,6 +121,15 @@ class MetaWorld(EnvironmentConfig):
     def tasks(self, robot: Robot) -> list[str]:
         """Those that the policy was trained on, from their instructions."""
         return [task_of_sentence(sentence) for sentence in robot.tasks]
+
+    def partners(self, tasks: Sequence[str]) -> dict[str, str]:
+        found = dict[str, str]()
+        for task in tasks:
+            check_task(task)
+            others = [other for other in (*tasks, *task_names()) if other != task and scene_of(other) == scene_of(task)]
+            if others and (others[0] in tasks or len(tasks) == 1):
+                found[task] = others[0]
+        return found
 
     def open(self, task: str, view: View) -> MetaWorldEnvironment:
         repeat = action_repeat("MetaWorld", CONTROL_HZ, view)
@@ -164,6 +179,8 @@ class MetaWorldEnvironment:
         self._env.max_path_length = sys.maxsize  # the caller bounds episodes
         policies: dict[str, Any] = ENV_POLICY_MAP
         self._policy = policies[task]()
+        self._other: Any = None  # the watched task, in a simulator of its own that is put into our state
+        self.solved_other = False
         self._obs = np.zeros(39)
         self._set_up_rendering(image_size)
 
@@ -195,6 +212,31 @@ class MetaWorldEnvironment:
         """Put the robot and the objects where `seed` says; the same for the same (task, seed), whatever came before."""
         self._env.seed(int(np.random.SeedSequence([seed, zlib.crc32(self.task.encode())]).generate_state(1)[0]))
         self._obs, _ = self._env.reset()
+        self._other, self.solved_other = None, False
+
+    def watch(self, task: str) -> bool:
+        """Watch until the next reset whether another task is solved; returns whether this task's scene allows that."""
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+        check_task(task)
+        other: Any = ALL_V3_ENVIRONMENTS[task]()
+        own_size, size = (len(env._random_reset_space.low) for env in (self._env, other))
+        if scene_of(task) == scene_of(self.task) and size == own_size:
+            other._partially_observable = False
+            other._set_task_called = True
+            other._last_rand_vec = self._env._last_rand_vec  # what is where
+            other.reset()
+            self._other = None if self._is_solved(other) else other
+        return self._other is not None
+
+    def _is_solved(self, other: Any) -> bool:
+        """Whether another task of the same scene is solved in our state."""
+        model, data, ours = other.model, other.data, self._env.data
+        model.body_pos[:], model.body_quat[:] = self._env.model.body_pos, self._env.model.body_quat
+        data.qpos[:], data.qvel[:] = ours.qpos, ours.qvel
+        data.mocap_pos[:], data.mocap_quat[:] = ours.mocap_pos, ours.mocap_quat
+        self._mujoco.mj_forward(model, data)
+        return bool(other.evaluate_state(other._get_obs(), np.zeros(4, np.float32))[1]["success"])
 
     def step(self, action: np.ndarray) -> bool:
         """Hold `action` f32[4] (dx, dy, dz, gripper effort, clipped to [-1, 1]) for `action_repeat` control steps.
@@ -207,6 +249,8 @@ class MetaWorldEnvironment:
     def control_step(self, action: np.ndarray) -> bool:
         """One control step of 1/80 s; returns whether the task is solved."""
         self._obs, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
+        if self._other is not None and not self.solved_other:
+            self.solved_other = self._is_solved(self._other)
         return bool(info["success"])
 
     def expert_step(self) -> bool:

@@ -1,0 +1,65 @@
+"""What a policy is told in a rollout: the right instruction, another task's, the same in other words, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from pi05_lightning.files.yaml_files import read_yaml
+
+Instruction = Literal["right", "swapped", "paraphrased", "empty"]
+INSTRUCTIONS: tuple[Instruction, ...] = get_args(Instruction)
+PARAPHRASES = Path(__file__).with_name("paraphrases.yaml")
+
+
+class NoSuchInstruction(ValueError):
+    """A task for which there is no instruction of the kind that was asked for."""
+
+
+def swapped_tasks(tasks: Sequence[str], swaps: Mapping[str, str], partners: Mapping[str, str]) -> dict[str, str]:
+    """task -> the other one whose instruction is given in its scene.
+
+    swaps: as the user says.  partners: tasks of one scene. Where neither says, it is the next one of `tasks`.
+    Raises ValueError where there is no other one, and for swaps of tasks that are not run.
+    """
+    for task in swaps:
+        if task not in tasks:
+            raise ValueError(f"swaps: {task} is not run, only {', '.join(tasks)}")
+    found = {}
+    for place, task in enumerate(tasks):
+        other = swaps.get(task) or partners.get(task) or tasks[(place + 1) % len(tasks)]
+        if other == task:
+            raise ValueError(
+                f"instructions swapped: {task} is the only task, and no other shares its scene: name one, as --swaps"
+                f" '{{{task}: another task}}'"
+            )
+        found[task] = other
+    return found
+
+
+def read_paraphrases(file: Path) -> dict[str, list[str]]:
+    """instruction -> the same in other words, from a YAML file.
+
+    Raises ValueError for a file that is none, or holds anything else.
+    """
+    found = read_yaml(file) if file.is_file() else None
+    if found is None:
+        raise ValueError(f"paraphrases: there is no file {file} with them")
+    for sentence, others in found.items() if isinstance(found, dict) else [(file, None)]:
+        if not isinstance(others, list) or not others or not all(isinstance(o, str) and o.strip() for o in others):
+            raise ValueError(f"{file}, {sentence}: expected an instruction and a list of the same in other words")
+    return found
+
+
+def paraphrase(paraphrases: Mapping[str, Sequence[str]], sentence: str, number: int) -> str:
+    """The instruction in other words, which take turns with the number of the episode.
+
+    Raises NoSuchInstruction, which says what to add, for a sentence without any.
+    """
+    if sentence not in paraphrases:
+        raise NoSuchInstruction(
+            f"instructions paraphrased: there is {sentence!r} in no other words: give a YAML file with a list of them,"
+            f" as `{sentence}: [...]`, with --paraphrases"
+        )
+    return paraphrases[sentence][number % len(paraphrases[sentence])]

@@ -1,0 +1,215 @@
+"""Does a policy follow its instruction? What it is told in a rollout, and success at its task and at the one told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pi05_lightning.cli.rollout import rollout
+from pi05_lightning.evaluation.report.page import render
+from pi05_lightning.evaluation.report.run import read_run
+from pi05_lightning.sim.environment import View
+from pi05_lightning.sim.instructions import (
+    PARAPHRASES,
+    NoSuchInstruction,
+    paraphrase,
+    read_paraphrases,
+    swapped_tasks,
+)
+from pi05_lightning.sim.metaworld.tasks import LANGUAGE
+from pi05_lightning.sim.rollout import Plan
+from pi05_lightning.sim.simulators import MetaWorld
+from pi05_lightning.sim.summary import summarise
+from pi05_lightning.sim.trials import SOLVED_OTHER, Clock, Trial, run_policy
+from tests.sim.walk import Stub, Walk, chunk
+
+VIEW = View(("topview",), 64, 10.0)
+
+
+class Shared(Walk):
+    """A scene in which `back` is solved at -0.5."""
+
+    solved_other = False
+
+    def watch(self, task: str) -> bool:
+        return task == "back"
+
+    def step(self, action: np.ndarray) -> bool:
+        solved = super().step(action)
+        self.solved_other = self.at <= -0.5
+        return solved
+
+
+class Heard(Stub):
+    """Goes forward unless it is told to go back; remembers what it was told."""
+
+    hierarchical = False
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.told: set[str] = set()
+
+    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None):
+        self.told |= {frame.task for frame in frames}
+        return [chunk(-0.25 if frame.task == "go back" else 0.25) for frame in frames]
+
+
+def outcome(env: Walk, **told) -> tuple[Trial, set[str]]:
+    policy, trial = Heard(), Trial("policy", "walk", 0, **told)
+    run_policy(policy, [(env, trial)], Clock())
+    return trial, policy.told
+
+
+def test_policy_that_follows_another_tasks_instruction_succeeds_at_that_one():
+    trial, told = outcome(Shared(), instruction="swapped", other="back", sentence="go back")
+    assert told == {"go back"}
+    assert (trial.success, trial.solved_other, trial.reason) == (False, True, SOLVED_OTHER)
+
+
+def test_policy_that_does_not_succeeds_at_the_scenes_own():
+    trial, _ = outcome(Shared(), instruction="swapped", other="back", sentence="turn around")
+    assert (trial.success, trial.solved_other, trial.reason) == (True, False, "")
+
+
+@pytest.mark.parametrize(("env", "other"), [(Walk(), "back"), (Shared(), "jump")])
+def test_scene_that_does_not_allow_the_other_task_tells_nothing_of_it(env, other):
+    trial, _ = outcome(env, instruction="swapped", other=other, sentence="go back")
+    assert (trial.success, trial.solved_other) == (False, None)
+
+
+def test_summary_counts_at_the_right_task_and_at_the_one_told():
+    told = {"mode": "policy", "instruction": "swapped", "sentence": "x"}
+    trials = [Trial(task="a", seed=i, other="b", solved_other=i < 3, success=i == 3, **told) for i in range(5)]
+    trials += [Trial(task="c", seed=i, other="a", success=i < 2, **told) for i in range(5)]
+    result = summarise([*trials, Trial("policy", "a", 0, success=True)], {})
+    assert result["success"] == {"policy, swapped": {"a": [1, 5], "c": [2, 5]}, "policy": {"a": [1, 1]}}
+    assert result["swapped"] == {
+        "policy, swapped": {"a": {"told": "b", "success": [3, 5]}, "c": {"told": "a", "success": None}}
+    }
+
+
+def test_every_policy_mode_is_told_everything_and_baselines_nothing():
+    instructions, swaps = ("right", "swapped", "paraphrased", "empty"), {"a": "b"}
+    plan = Plan(MetaWorld(), ["a"], ("policy", "flat", "random"), 2, instructions=instructions, swaps=swaps)
+    trials = {job.column: job.trials for job in plan.jobs()}
+    columns = [mode if kind == "right" else f"{mode}, {kind}" for mode in ("policy", "flat") for kind in instructions]
+    assert list(trials) == [*columns, "random"]
+    assert {trial.seed for job in trials.values() for trial in job} == {trial.seed for trial in trials["random"]}
+    assert [trial.sentence for trial in trials["policy, empty"]] == ["", ""]
+    assert {trial.other for trial in trials["flat, swapped"]} == {"b"}
+
+
+def test_other_task_is_one_of_the_scene_or_the_next():
+    tasks = ["faucet-close-v3", "reach-v3", "faucet-open-v3"]
+    partners = MetaWorld().partners(tasks)
+    assert swapped_tasks(tasks, {}, partners) == {
+        "faucet-close-v3": "faucet-open-v3",
+        "reach-v3": "faucet-open-v3",
+        "faucet-open-v3": "faucet-close-v3",
+    }
+    assert swapped_tasks(tasks, {"reach-v3": "push-v3"}, partners)["reach-v3"] == "push-v3"
+    assert MetaWorld().partners(["drawer-open-v3"]) == {"drawer-open-v3": "drawer-close-v3"}
+    with pytest.raises(ValueError, match="no other shares its scene: name one"):
+        swapped_tasks(["reach-v3"], {}, {})
+    with pytest.raises(ValueError, match="swaps: push-v3 is not run"):
+        swapped_tasks(tasks, {"push-v3": "reach-v3"}, {})
+
+
+@pytest.mark.parametrize(
+    ("task", "other"),
+    [
+        ("faucet-close-v3", "faucet-open-v3"),
+        pytest.param("drawer-close-v3", "drawer-open-v3", marks=pytest.mark.slow),
+    ],
+)
+def test_metaworld_judges_the_other_task_of_a_scene_as_its_own_environment_does(task, other):
+    """The other task's expert solves it in this task's scene, and this task's expert does not."""
+    with MetaWorld().open(task, VIEW) as env, MetaWorld().open(other, VIEW) as theirs:
+        for policy, expected in ((theirs._policy, True), (env._policy, False)):
+            env.reset(3)
+            assert env.watch(other)
+            for _ in range(500):
+                policy_view = env._other._get_obs()
+                env.control_step(np.clip(policy.get_action(policy_view if expected else env._obs), -1, 1))
+                if env.solved_other:
+                    break
+            assert env.solved_other is expected
+
+
+@pytest.mark.parametrize(
+    ("task", "other"),
+    [("drawer-open-v3", "drawer-close-v3"), ("reach-v3", "push-v3"), ("faucet-close-v3", "drawer-open-v3")],
+)
+def test_what_is_solved_already_or_not_there_is_not_watched(task, other):
+    with MetaWorld().open(task, VIEW) as env:
+        env.reset(0)
+        assert not env.watch(other)
+        env.step(np.zeros(4, np.float32))
+        assert not env.solved_other
+
+
+def test_watching_another_task_changes_nothing_of_the_own():
+    states = []
+    with MetaWorld().open("faucet-close-v3", VIEW) as env:
+        for watched in (False, True):
+            env.reset(1)
+            if watched:
+                env.watch("faucet-open-v3")
+            for _ in range(20):
+                env.expert_step()
+            states.append(env._obs)
+    np.testing.assert_array_equal(*states)
+
+
+# --- other words
+
+
+def test_shipped_paraphrases_are_of_metaworlds_instructions_and_none_is_one():
+    found = read_paraphrases(PARAPHRASES)
+    assert found.keys() >= {language.sentence for language in LANGUAGE.values()}
+    assert not set(found) & {words for others in found.values() for words in others}
+
+
+def test_paraphrases_take_turns_and_a_sentence_without_any_is_named(tmp_path):
+    file = tmp_path / "words.yaml"
+    file.write_text("open it: [do open it, opening is the task]\n")
+    found = read_paraphrases(file)
+    assert [paraphrase(found, "open it", i) for i in range(3)] == ["do open it", "opening is the task", "do open it"]
+    with pytest.raises(NoSuchInstruction, match=r"'close it' in no other words.* --paraphrases"):
+        paraphrase(found, "close it", 0)
+
+
+@pytest.mark.parametrize("text", ["open it: do\n", "open it: []\n", "- open it\n", "open it: [1]\n"])
+def test_file_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "words.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"words.yaml, .*expected an instruction and a list"):
+        read_paraphrases(tmp_path / "words.yaml")
+    with pytest.raises(ValueError, match="no file"):
+        read_paraphrases(tmp_path / "none.yaml")
+
+
+def test_rollout_tells_the_policy_every_kind_of_instruction(untrained, tmp_path, capsys):
+    """The policy knows two tasks; an instruction that it was never trained on, or none, ends no episode."""
+    out = tmp_path / "rollout"
+    options = {"episodes": 1, "max_seconds": 0.2, "num_workers": 1, "out": out, "modes": ("policy", "random")}
+    instructions = ("right", "swapped", "paraphrased", "empty")
+    tasks = ["reach-v3", "drawer-open-v3"]
+    found = rollout(untrained, tasks, instructions=instructions, **options)
+    columns = ["policy", *(f"policy, {kind}" for kind in instructions[1:]), "random"]
+    assert found["success"].keys() == {*columns}
+    assert found["crashed"] == []
+    assert found["swapped"]["policy, swapped"]["reach-v3"] == {"told": "drawer-open-v3", "success": None}
+    assert (out / "policy-swapped-reach-v3-2000000.mp4").is_file()
+    assert "told another task's instruction" in capsys.readouterr().out
+    (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
+    page = render(read_run(tmp_path), {})
+    assert "<th>policy, paraphrased</th>" in page
+    assert "<td>drawer-open-v3</td><td>0 / 1</td><td>not in this scene</td>" in page
+
+
+@pytest.mark.slow
+def test_instruction_without_other_words_is_named_by_the_rollout(untrained, tmp_path):
+    (tmp_path / "words.yaml").write_text("open the drawer: [pull it]\n")
+    told = {"instructions": ("paraphrased",), "paraphrases": tmp_path / "words.yaml"}
+    with pytest.raises(ValueError, match="'reach the red ball' in no other words"):
+        rollout(untrained, ["reach-v3"], episodes=1, modes=("policy",), num_workers=1, out=tmp_path, **told)
