@@ -60,7 +60,7 @@ CHECKPOINT_DEFAULTS: dict[str, Any] = {
     "enable_version_counter": False,
     "save_on_exception": True,
 }
-NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "replan_subtask_every", "on_failed_decode"}
+NOT_OF_A_CHUNK = {"robot", "execution_horizon", "inference_delay", "rtc", "replan_subtask_every", "on_failed_decode"}
 """Fields of `Acting` that a single chunk does not depend on; the robot, which the data says; and NaN for a chunk."""
 LEFT_OUT = {"data": {"seed"}, "model": {"seed"}, "acting": NOT_OF_A_CHUNK}
 """What --seed_everything decides, and what does not concern a run."""

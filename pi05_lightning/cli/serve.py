@@ -56,9 +56,10 @@ def serve(
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
             they were.
         seed: of every client's noise.
-        as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named; options
-            of `acting` that say otherwise are refused.
-        acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent.
+        as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named (policy,
+            flat, fast, rtc, async); options of `acting` that say otherwise are refused.
+        acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent, beyond
+            those of inference_delay.
 
     Raises ValueError when there is no policy at `checkpoint`, and OSError, before that is read, when the port is taken.
     """

@@ -29,6 +29,7 @@ from pi05_lightning.serving.wire import pack, unpack
 MAX_MESSAGE_BYTES = 256 * 2**20
 TASK_KEYS = ("prompt", "task")
 RESET_KEY = "reset"
+PREFIX_KEY = "prefix_actions"
 NEARLY_THE_SAME = 0.8  # difflib's ratio from which on a key is another one misspelt, whatever it holds
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class Reader:
         found = {key: value for key, value in _flat(message).items() if not self._ignores(key)}
         images, state = self._image_keys(found), self._state_keys(found)
         tasks = {key: _text(key, found[key]) for key in TASK_KEYS if key in found}
-        self._reject_unread(found, {*images.values(), *state, *tasks, RESET_KEY})
+        self._reject_unread(found, {*images.values(), *state, *tasks, RESET_KEY, PREFIX_KEY})
         if self.needs_images and not images:
             raise ValueError(f"no image: expected one of {_listed(self.keys.values())}, got {_listed(found)}")
         observation: dict[str, Any] = {
@@ -112,7 +113,7 @@ class Reader:
     def _reject_unread(self, found: Mapping[str, Any], read: set[str]) -> None:
         """Raises ValueError for a key that a client sends to be read and that nothing reads."""
         state = ("state",) if self.state_keys is None else self.state_keys
-        wanted = {_last(key): key for key in (*self.keys.values(), *state, *TASK_KEYS, RESET_KEY)}
+        wanted = {_last(key): key for key in (*self.keys.values(), *state, *TASK_KEYS, RESET_KEY, PREFIX_KEY)}
         lacking = wanted.keys() - {_last(key) for key in read & found.keys()}
         for key, value in found.items():
             near = difflib.get_close_matches(_last(key), lacking, n=1, cutoff=NEARLY_THE_SAME)
@@ -140,6 +141,8 @@ class PolicyServer:
             "checkpoint": name,
             "cameras": list(read.keys.values()),
             "action_horizon": policy.execution_horizon,
+            "inference_delay": policy.acting.inference_delay,
+            "rtc": policy.acting.given > 0,
             "action_dim": robot.action_dim,
             "fps": robot.fps,
             "tasks": list(robot.tasks),
@@ -217,7 +220,8 @@ class PolicyServer:
         if reset:
             policy.reset()
         start = perf_counter()
-        actions = policy.predict_chunk(observation)[: policy.execution_horizon]
+        sent = policy.acting.inference_delay + policy.execution_horizon
+        actions = policy.predict_chunk(observation, prefix_actions=message.get(PREFIX_KEY))[:sent]
         answer: dict[str, Any] = {"actions": actions, "server_timing": {"infer_ms": 1e3 * (perf_counter() - start)}}
         return answer if policy.subtask is None else answer | {"subtask": policy.subtask}
 

@@ -88,6 +88,22 @@ def test_actions_are_those_of_the_policy(policy, served):
     assert answer["subtask"] == Pi05Policy(served).predict_subtask(OURS)
 
 
+def test_chunk_goes_on_from_the_actions_that_a_client_still_executes(served):
+    running = np.full((2, 2), 0.25, np.float32)
+
+    async def ask(client):
+        given = await client.infer(OBSERVATION | {"prefix_actions": running})
+        return given, await client.infer(OBSERVATION), await client.infer(OBSERVATION | {"prefix_actions": running[0]})
+
+    policy = Pi05Policy(served, inference_delay=2, execution_horizon=3)
+    given, alone, wrong = talk(policy, ask)
+    expected = Pi05Policy(served).predict_chunk(OURS, prefix_actions=running)[:5]
+    np.testing.assert_allclose(given["actions"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(given["actions"][:2], running)
+    assert alone["actions"].shape == (5, 2)
+    assert "prefix_actions has shape [2]" in wrong
+
+
 def test_answer_says_how_long_it_took(policy):
     async def twice(client):
         return [(await client.infer(OBSERVATION))["server_timing"] for _ in range(2)]
