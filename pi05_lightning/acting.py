@@ -147,9 +147,9 @@ def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str]:
     mode = next(iter(actings)) if mode is None else mode
     if mode not in actings:
         raise ValueError(f"as_measured: {file} has no mode {mode}, only {', '.join(actings)}: {anew}")
-    if (weights := weights_of(checkpoint)) != result["weights"]:
+    if (weights := weights_of(checkpoint)) != result.get("weights"):
         raise ValueError(
-            f"as_measured: {file} measured {result['weights']}, and {checkpoint} is {weights} of the run: name the"
+            f"as_measured: {file} measured {result.get('weights')}, and {checkpoint} is {weights} of the run: name the"
             f" former, or {anew}"
         )
     if unknown := actings[mode].keys() - {field.name for field in fields(Acting)}:

@@ -124,9 +124,11 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     if not delays:
         return []
     most, asked = policy.abilities.max_delay, acting_in("rtc", how, delays).inference_delay
-    if how.actions == "flow" and (most is None or asked <= most):
+    if policy.abilities.flow and (most is None or asked <= most):
         return list(DELAYED)
-    logger.warning("the mode rtc is left out: the policy was not trained to go on from %d actions", asked)
+    logger.warning(
+        "the mode rtc is left out: the policy was not trained to go on from %d actions (model.rtc_max_delay)", asked
+    )
     return ["async"]
 
 

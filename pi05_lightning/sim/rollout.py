@@ -75,6 +75,8 @@ class Plan:
     """task -> the one whose instruction is given as `swapped`."""
 
     def __post_init__(self) -> None:
+        if not self.instructions:
+            raise ValueError("instructions: name at least one, such as right")
         if any(delay < 0 for delay in self.delays):
             raise ValueError(f"delays is {list(self.delays)}: give numbers of control steps, at least 0")
         if min(self.episodes, self.lanes) < 1:

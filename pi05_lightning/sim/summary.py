@@ -23,7 +23,7 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
 
     success       {mode: {task: [successes, trials]}}
     swapped       {mode: {task: {told: task, success: [successes, trials]}}} at the task whose instruction was given;
-                  success is null where the scene does not allow it
+                  success is null where it is not judged in this scene
     wilson_95     {mode: {task, and "all tasks": [low, high]}} of the success rate
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode that ended by the policy's fault says
@@ -136,7 +136,7 @@ def swapped_table(swapped: Mapping[str, Mapping[str, Mapping[str, Any]]], succes
     for mode, by_task in swapped.items():
         for task, result in by_task.items():
             own, other = success[mode][task], result["success"]
-            counts = (f"{own[0]}/{own[1]}", f"{other[0]}/{other[1]}" if other else "not in this scene")
+            counts = (f"{own[0]}/{own[1]}", f"{other[0]}/{other[1]}" if other else "not judged in this scene")
             table.add_row(mode.partition(",")[0], task, result["told"], *counts)
     return table
 

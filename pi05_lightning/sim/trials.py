@@ -166,10 +166,11 @@ class Motion:
 def jumps(actions: np.ndarray, env: Environment) -> list[float]:
     """|a_{t+1} - a_t| of consecutive actions f32[N A], as a share of the range of each dim, mean over the dims.
 
-    Dims without bounds count in the robot's units.
+    Dims without a range count in the robot's units.
     """
     width = env.action_high - env.action_low
-    return np.abs(np.diff(actions, axis=0) / np.where(np.isfinite(width), width, 1.0)).mean(1).tolist()
+    scale = np.where(np.isfinite(width) & (width > 0), width, 1.0)
+    return np.abs(np.diff(actions, axis=0) / scale).mean(1).tolist()
 
 
 def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:

@@ -179,7 +179,8 @@ class MetaWorldEnvironment:
         self._env.max_path_length = sys.maxsize  # the caller bounds episodes
         policies: dict[str, Any] = ENV_POLICY_MAP
         self._policy = policies[task]()
-        self._other: Any = None  # the watched task, in a simulator of its own that is put into our state
+        self._others = dict[str, Any]()  # tasks that were watched, in simulators of their own
+        self._other: Any = None  # the one that is watched
         self.solved_other = False
         self._obs = np.zeros(39)
         self._set_up_rendering(image_size)
@@ -219,7 +220,9 @@ class MetaWorldEnvironment:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         check_task(task)
-        other: Any = ALL_V3_ENVIRONMENTS[task]()
+        if task not in self._others:
+            self._others[task] = ALL_V3_ENVIRONMENTS[task]()
+        other = self._others[task]
         own_size, size = (len(env._random_reset_space.low) for env in (self._env, other))
         if scene_of(task) == scene_of(self.task) and size == own_size:
             other._partially_observable = False
@@ -363,7 +366,8 @@ class MetaWorldEnvironment:
     def close(self) -> None:
         """Free the renderer; without it EGL complains when the interpreter exits."""
         self._renderer.close()
-        self._env.close()
+        for env in (self._env, *self._others.values()):
+            env.close()
 
     def __enter__(self) -> MetaWorldEnvironment:
         return self
