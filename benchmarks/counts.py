@@ -42,8 +42,11 @@ def counts(options: Options) -> list[Row]:
 
 
 def sharded(config: ModelConfig, numbers: Sequence[int]) -> list[Row]:
-    """Of each of so many ranks, in pure bf16: what it keeps, over its share of the whole, and what it sends."""
-    step = Step(config, StepShape(target_tokens=50), True, weights=torch.bfloat16, compute=torch.bfloat16)
+    """Of each of so many ranks, bf16 over fp32 weights: what it keeps, over its share of the whole, and what it sends.
+
+    That is over three times the parameters in bf16.
+    """
+    step = Step(config, StepShape(target_tokens=50), True, compute=torch.bfloat16)
     whole = step.count(Strategy(1))
     rows = []
     for ranks in numbers:
@@ -52,7 +55,7 @@ def sharded(config: ModelConfig, numbers: Sequence[int]) -> list[Row]:
         name = f"sharded, {ranks} ranks: "
         kept = [bound / 2**30], [rank.kept / 2**30]
         rows.append(share(f"{name}weights, gradients, AdamW and average, over the bound", "<= 1", "GiB", *kept))
-        sent = 3 * whole.weights
+        sent = 3 * whole.weights / 2
         if ranks > 1:
             rows.append(share(f"{name}sent in a step", "<= 1.05", "GiB", [sent / 2**30], [rank.sent / 2**30]))
     return rows

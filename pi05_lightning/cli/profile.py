@@ -70,7 +70,7 @@ def profile(
         target_tokens: text and FAST tokens that each sample predicts; 0 for flow matching alone.
         draws: noise draws per sample.
         num_steps: Euler steps of a chunk.
-        precision: fp32, or bf16 compute over fp32 weights.
+        precision: fp32, or bf16 compute over fp32 weights; where no configuration says, bf16 on several devices.
         activation_checkpointing: keep only each block's input for the backward pass.
         accelerator: whose published rates the estimate takes.
         utilization: share of the peak matrix rate that the estimate assumes.
@@ -85,6 +85,7 @@ def profile(
         raise ValueError(f"utilization is {utilization}: it is a share, above 0 and at most 1")
     check("devices", devices, 1)
     config, settings = read_run([configuration] if isinstance(configuration, str) else configuration)
+    trained_in = str(first(settings["trainer.precision"], "bf16" if devices > 1 else "fp32"))
     shape = StepShape(
         batch_size=first(batch_size, settings["data.batch_size"], 1),
         cameras=cameras,
@@ -98,10 +99,10 @@ def profile(
         num_steps=num_steps,
         insulate=first(settings["model.knowledge_insulation"], False),
         checkpointing=first(activation_checkpointing, settings["model.activation_checkpointing"], False),
-        dtype=DTYPES[precision or ("bf16" if "bf16" in str(settings["trainer.precision"]) else "fp32")],
+        dtype=DTYPES[precision or ("bf16" if "bf16" in trained_in else "fp32")],
     )
     if devices > 1 or strategy:
-        pure = precision is None and settings["trainer.precision"] == "bf16-true"
+        pure = precision is None and trained_in == "bf16-true"
         show_strategies(work, devices, strategy, torch.bfloat16 if pure else torch.float32)
         return
     show(work, accelerator, utilization, measure)
@@ -173,12 +174,17 @@ def show_strategies(work: Workload, devices: int, chosen: str | None, weights: t
     if chosen is not None and not any(name.startswith(chosen) for name in ways):
         raise ValueError(f"strategy {chosen} does not divide {devices} devices: known for these are {', '.join(ways)}")
     headings = ["weights", "grads", "AdamW", "EMA", "acts", "all", "sent"]
-    table = table_of(f"each of {devices} ranks, GiB", ["strategy"], headings)
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    types = names[work.dtype] if work.dtype == weights else f"{names[work.dtype]} over {names[weights]} weights"
+    table = table_of(f"each of {devices} ranks, GiB, {types}", ["strategy"], headings)
     table.columns[0].no_wrap = True
     for name in sorted(ways, key=lambda name: not name.startswith(chosen or "")):
         rank = step.count(ways[name])
         held = [getattr(rank, part) for part in KEPT]
         table.add_row(name, *(number(size / GIB) for size in (*held, sum(held), rank.sent)))
+    parameters = sum(parameter.numel() for parameter in work.model("meta").parameters())
+    table.caption = f"sent in a step; three times the parameters in bf16 are {number(3 * 2 * parameters / GIB)}"
+    table.caption_justify = "left"
     console.print(table)
 
 

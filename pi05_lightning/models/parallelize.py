@@ -136,13 +136,14 @@ class Sharding:
     """How a run divides a model between its ranks.
 
     mesh: of one axis, all ranks, between which every parameter is divided; or of two, replicas and the ranks of each.
-    compute: what parameters are cast to while a group is whole (None: left as they are); gradients are summed in fp32
-    then.  hosts: a process group of the ranks' processors, through which they agree without waiting for a GPU.
-    waiting: the same, with more patience.
+    compute: what parameters are cast to while a group is whole (None: left as they are).  reduce: what gradients are
+    cast to while ranks sum them (None: left as they are computed).  hosts: a process group of the ranks' processors,
+    through which they agree without waiting for a GPU.  waiting: the same, with more patience.
     """
 
     mesh: DeviceMesh
     compute: torch.dtype | None = None
+    reduce: torch.dtype | None = None
     hosts: dist.ProcessGroup | None = None
     waiting: dist.ProcessGroup | None = None
 
@@ -164,8 +165,7 @@ def shard(model: Pi05, sharding: Sharding) -> None:
     flow time, for all blocks; and from the first use to the end of the step the rest, the embedding and the heads
     foremost. Groups are gathered as they are called, so that every rank must call the same ones, see `Pi05.forward`.
     """
-    reduce = None if sharding.compute is None else torch.float32
-    policy = MixedPrecisionPolicy(sharding.compute, reduce, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(sharding.compute, sharding.reduce, cast_forward_inputs=False)
     divide = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy)
     # a head of the user's is called on ranks with targets for it, or on no rows: its own parameters are the root's
     modulation = [norm.dense for norm in model.flow_head.modules() if isinstance(norm, AdaRMSNorm)]

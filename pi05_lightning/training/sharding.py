@@ -6,7 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from pi05_lightning.training.precision import CastByShard
 
 NAME = "fsdp2"
 TIMEOUT = timedelta(minutes=30)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PATIENCE = timedelta(days=1)
 """How long ranks wait for what the first one does alone, such as a rollout."""
 
@@ -38,12 +39,17 @@ class FSDP2(ModelParallelStrategy):
             their node. 1: one copy, divided between all ranks.
         timeout: how long a rank waits for the others, as hours:minutes:seconds, before it fails because one of them
             hangs.
+        reduce_dtype: the type in which gradients are summed between ranks; by default the one that they are computed
+            in. What is summed over a rank's own samples and accumulated batches, and what the optimizer gets, is fp32
+            over fp32 weights all the same.
     """
 
-    def __init__(self, replicas: int = 1, timeout: timedelta = TIMEOUT) -> None:
+    def __init__(
+        self, replicas: int = 1, timeout: timedelta = TIMEOUT, reduce_dtype: Literal["bf16", "fp32"] | None = None
+    ) -> None:
         super().__init__(timeout=timeout)
         check("replicas of the strategy fsdp2", replicas, 1)
-        self.replicas = replicas
+        self.replicas, self.reduce_dtype = replicas, reduce_dtype
         self._sharding: Sharding | None = None
 
     def setup_environment(self) -> None:
@@ -68,7 +74,8 @@ class FSDP2(ModelParallelStrategy):
         self._device_mesh = init_device_mesh(kind, tuple(axes.values()), mesh_dim_names=tuple(axes))
         hosts = dist.new_group(backend="gloo", timeout=self._timeout)
         waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
-        return Sharding(self._device_mesh, self._compute_dtype(), hosts, waiting)
+        reduce = None if self.reduce_dtype is None else DTYPES[self.reduce_dtype]
+        return Sharding(self._device_mesh, self._compute_dtype(), reduce, hosts, waiting)
 
     def _compute_dtype(self) -> torch.dtype | None:
         """What FSDP casts weights to, in the place of autocast."""

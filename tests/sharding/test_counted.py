@@ -13,25 +13,35 @@ from pi05_lightning.profiling.strategies import Step, Strategy
 SHAPE = StepShape(batch_size=2, cameras=2, prompt_tokens=5, target_tokens=4)
 
 
-def bf16(config: ModelConfig) -> Step:
-    return Step(config, SHAPE, checkpointing=True, weights=torch.bfloat16, compute=torch.bfloat16)
+def bf16(config: ModelConfig, weights: torch.dtype = torch.bfloat16) -> Step:
+    return Step(config, SHAPE, checkpointing=True, weights=weights, compute=torch.bfloat16)
 
 
 def check_bounds(step: Step, ranks: int) -> None:
+    """What is sent, against three times the parameters in bf16."""
     whole, rank = step.count(Strategy(1)), step.count(Strategy(ranks, ranks))
     assert rank.kept <= 1.15 * whole.kept / ranks + rank.group
-    assert 0.5 * 3 * whole.weights < rank.sent <= 1.05 * 3 * whole.weights
+    sent = 3 * 2 * whole.weights // step.weights.itemsize
+    assert 0.5 * sent < rank.sent <= 1.05 * sent
 
 
-@pytest.mark.parametrize("ranks", [64, pytest.param(8, marks=pytest.mark.slow)])
-def test_each_rank_keeps_its_part_and_sends_three_times_the_parameters(ranks: int) -> None:
-    check_bounds(bf16(ModelConfig.preset("debug")), ranks)
+@pytest.mark.parametrize(
+    ("ranks", "weights"),
+    [
+        (64, torch.float32),
+        pytest.param(64, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(8, torch.float32, marks=pytest.mark.slow),
+    ],
+)
+def test_each_rank_keeps_its_part_and_sends_three_times_the_parameters(ranks: int, weights: torch.dtype) -> None:
+    check_bounds(bf16(ModelConfig.preset("debug"), weights), ranks)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("ranks", [8, 64])
-def test_bounds_hold_at_full_size(ranks: int) -> None:
-    check_bounds(bf16(ModelConfig()), ranks)
+def test_bounds_hold_at_full_size(ranks: int, weights: torch.dtype) -> None:
+    check_bounds(bf16(ModelConfig(), weights), ranks)
 
 
 def test_replicas_keep_more_each_and_sum_their_gradients() -> None:
@@ -51,5 +61,5 @@ def test_adapters_send_little() -> None:
 def test_command_prints_the_strategies_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     profile("debug", devices=4, strategy="fsdp2")
     printed = capsys.readouterr().out
-    for words in ("fsdp2", "hsdp 2 × 2", "ddp", "LoRA", "nf4", "sent"):
+    for words in ("bf16 over fp32 weights", "fsdp2", "hsdp 2 × 2", "ddp", "LoRA", "nf4", "three times the parameters"):
         assert words in printed
