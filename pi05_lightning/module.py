@@ -251,6 +251,8 @@ class Pi05Module(LightningModule):
             self._make(weights)
         if weights is not None:
             self._trained = carried_on(weights, self.processor)
+            if self._left_out is not None:
+                self._left_out.begin(str(self.init_from), weights, self._run_directory)
         if self.compile_model:
             compile_blocks(self.model)
         if self.activation_checkpointing:
@@ -264,9 +266,6 @@ class Pi05Module(LightningModule):
                 quantize_base(self.model, self.base, self.lora)
             if not self.will_be_restored:
                 begin(self.model, weights, self.processor)
-                # the first rank alone saves
-                if self._left_out is not None and weights is not None and self._is_first:
-                    self._left_out.begin(str(self.init_from), weights, self._run_directory)
         if self.lora is not None:
             add_adapters(self.model, self.lora)
         if blank and self.will_be_restored:
@@ -278,7 +277,6 @@ class Pi05Module(LightningModule):
         if self.model.device.type != "meta":
             raise ValueError("a model that has weights already cannot be divided between ranks: make a new Pi05Module")
         self.model.to(torch.get_default_dtype())
-        plain = dict(self.model.named_modules())
         if self.lora is not None:
             add_adapters(self.model, self.lora)
         shard(self.model, sharding)
@@ -287,7 +285,7 @@ class Pi05Module(LightningModule):
             self._hollow = True
         else:
             self._agree_on_chance()
-            begin_slices(self.model, plain, weights, self.processor)
+            begin_slices(self.model, weights, self.processor)
             if self.lora is not None:
                 reset_adapters(self.model)
         begin_sharded(self.model)
@@ -320,10 +318,6 @@ class Pi05Module(LightningModule):
                 "the model was made by a trainer with another strategy, and cannot be divided between ranks, or put"
                 " together, any more: make a new Pi05Module, with model.init_from"
             )
-
-    @property
-    def _is_first(self) -> bool:
-        return self._trainer is None or self.trainer.is_global_zero
 
     @property
     def _run_directory(self) -> str:
@@ -629,12 +623,6 @@ class Pi05Module(LightningModule):
             raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
         saved = checkpoint["pi05"]
         if saved.get("adapter_base") is not None and self._left_out is not None:
-            if self.sharding is not None:
-                raise ValueError(
-                    "the checkpoint leaves out the base of its adapters, which ranks that divide the weights do not"
-                    " read: resume it with trainer.strategy ddp, or make it whole (pi05 convert) and begin with"
-                    " model.init_from"
-                )
             path = None if self._trainer is None else self.trainer.ckpt_path
             self._left_out.complete(checkpoint, self.model, path, self.init_from, self._run_directory)
         tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint[STATE_DICT].items()}

@@ -11,6 +11,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora, add_adapters, quantize_base
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind, QuantizedLinear, quantized_layers, quantizing
+from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import Keep, check_keys, shapes_of, whole
 
 
@@ -93,6 +94,26 @@ def fill_base(model: Pi05, read: Callable[[Keep], Mapping[str, Tensor]], own: Co
     tensors = read(keep)
     model.load_state_dict(tensors, strict=False, assign=True)
     return list(tensors)
+
+
+def base_parameters(model: Pi05) -> dict[str, nn.Parameter]:
+    """The parameters that a model has in common with a plain one, by the names there."""
+    named = model.named_parameters()
+    own = ("auxiliary.", ".lora_")
+    return {name.replace(".base_layer", ""): p for name, p in named if not any(part in name for part in own)}
+
+
+@torch.no_grad()
+def fill_base_slices(model: Pi05, weights: Weights, dtype: torch.dtype, own: Collection[str]) -> list[str]:
+    """As `fill_base`, of a sharded model: each rank reads its slices, into parameters of a type of their own.
+
+    They are rounded to `dtype` on the way, as the base was when adapters were first put beside it.
+    """
+    base = base_parameters(model)
+    weights.fill(base)
+    for parameter in base.values():
+        parameter.copy_(parameter.to(dtype))
+    return [name for name, _ in model.named_parameters() if name not in own]
 
 
 class Merging:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import quantizing
 from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.adapters import base_parameters
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import fill
 
@@ -32,24 +31,16 @@ def begin(model: Pi05, weights: Weights | None, processor: Processor | None) -> 
     fill(model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=weights.path)
 
 
-def begin_slices(
-    model: Pi05, plain: Mapping[str, nn.Module], weights: Weights | None, processor: Processor | None
-) -> None:
-    """Give a sharded model that has memory its values; of weights each rank reads its slices alone.
+def begin_slices(model: Pi05, weights: Weights | None, processor: Processor | None) -> None:
+    """Give a sharded model that has memory its values, but for adapters; of weights each rank reads its slices alone.
 
-    plain: its modules by their names without adapters; those are left as they are.
+    ValueError as of `begin`.
     """
     if weights is None:
         _reset(model, processor)
     else:
         model.reset_auxiliary()
-        own = {
-            f"{above}.{name}": parameter
-            for above, module in plain.items()
-            for name, parameter in module.named_parameters(recurse=False)
-            if not above.startswith("auxiliary.")
-        }
-        weights.fill(own)
+        weights.fill(base_parameters(model))
 
 
 def _reset(model: Pi05, processor: Processor | None) -> None:

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.adapter_base import AdapterBase, place_of
-from pi05_lightning.weights.adapters import fill_base
+from pi05_lightning.weights.adapters import fill_base, fill_base_slices
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate, run_of
-from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
+from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT, by_first_rank
 from pi05_lightning.weights.training_checkpoint import ONLY_TRAINED
 
 
@@ -35,9 +36,12 @@ class LeftOut:
         """Frozen parameters that are not the base's, as they were trained before."""
 
     def begin(self, name: str, weights: Weights, run: str) -> None:
-        """Leave out weights that were found by a name, and read in the default type; run: its directory, absolute."""
+        """Leave out weights that were found by a name, and read in the default type; collective.
+
+        run: its directory, absolute.
+        """
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-        self.base = AdapterBase(weights.content_hash(), place_of(name, weights), run, dtype)
+        self.base = AdapterBase(by_first_rank(weights.content_hash), place_of(name, weights), run, dtype)
 
     def to_dict(self) -> dict[str, Any] | None:
         """What a checkpoint says of the base; `complete` reads it."""
@@ -54,16 +58,20 @@ class LeftOut:
     def complete(
         self, checkpoint: dict[str, Any], model: Pi05, path: str | Path | None, given: str | None, run: str
     ) -> None:
-        """Give a model the base that a checkpoint leaves out, and the checkpoint what the model has then.
+        """Give a model the base that a checkpoint leaves out, and the checkpoint what the model has then; collective.
 
         path: the checkpoint's, where it is known.  given: where a user says that the base is.  run: the directory of
         the run that goes on, absolute.  ValueError where the base is not found.
         """
         saved = AdapterBase(**checkpoint["pi05"]["adapter_base"])
         written_in = Path(saved.run) if path is None else run_of(Path(path))
-        found, weights = saved.find(saved.places(written_in, given), locate)
+        found = by_first_rank(lambda: saved.find(saved.places(written_in, given), locate)[0])
+        weights, dtype = locate(found.place), getattr(torch, saved.dtype)
         own = [name.removeprefix(PREFIX) for name in checkpoint[STATE_DICT]]
-        filled = fill_base(model, partial(weights.tensors, getattr(torch, saved.dtype)), own)
+        if isinstance(model, FSDPModule):
+            filled = fill_base_slices(model, weights, dtype, own)
+        else:
+            filled = fill_base(model, partial(weights.tensors, dtype), own)
         tensors = model.state_dict()
         checkpoint[STATE_DICT] = {PREFIX + name: tensors[name] for name in filled} | checkpoint[STATE_DICT]
         self._own = {name for name in own if self._is_of_base(name)}

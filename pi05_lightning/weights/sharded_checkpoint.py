@@ -7,7 +7,7 @@ NAME.ckpt/meta.pt                everything else, and the names of the tensors: 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,17 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
 
 def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def by_first_rank(find: Callable[[], Any]) -> Any:
+    """What the first rank finds, on all of them, and what it raises, as a ValueError on the others; collective."""
+    found = [None]
+    with together():
+        if is_first_rank():
+            found = [find()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 # --- reading

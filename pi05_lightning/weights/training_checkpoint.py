@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import shown
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.models.shards import own_part, slice_of
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.adapters import merge
@@ -92,11 +94,26 @@ class TrainingCheckpoint(Weights):
         return {name: key for name, key in keys.items() if not name.startswith(ONLY_TRAINED)}
 
     def fill(self, targets: Mapping[str, Tensor]) -> None:
-        if not is_sharded(self.path) or self.content["pi05"].get("lora") is not None:
+        if self.content["pi05"].get("lora") is not None:
+            return self._fill_merged(targets)
+        if not is_sharded(self.path):
             return super().fill(targets)
         layout, keys = read_layout(self.path), self._keys
         check_keys({name: tuple(layout[key][0]) for name, key in keys.items()}, shapes_of(targets), where=self.path)
         fill_slices({keys[name]: target for name, target in targets.items()}, ShardReader(self.path))
+
+    def _fill_merged(self, targets: Mapping[str, Tensor]) -> None:
+        """Layers are merged as a whole, one after another, for the same bits whatever a rank keeps of them."""
+        found: dict[str, tuple[int, ...]] = {}
+
+        def keep(name: str, tensor: Tensor) -> dict[str, Tensor]:
+            found[name], target = tuple(tensor.shape), targets.get(name)
+            if target is not None and target.shape == tensor.shape:
+                own_part(target.detach()).copy_(slice_of(tensor, target) if isinstance(target, DTensor) else tensor)
+            return {}
+
+        self.tensors(keep=keep)
+        check_keys(found, shapes_of(targets), where=self.path)
 
     @property
     def adapter_base(self) -> AdapterBase | None:
