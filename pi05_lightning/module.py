@@ -198,8 +198,9 @@ class Pi05Module(LightningModule):
         divides = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
         if divides and self.base is not None:
             raise ValueError(
-                f"model.base {self.base} is not sharded (trainer.strategy {type(strategy).__name__}): leave model.base"
-                " out, or give trainer.strategy ddp"
+                f"model.base {self.base} is not sharded (trainer.strategy {type(strategy).__name__}), as FSDP2 divides"
+                " floating-point weights alone: leave model.base out, or give trainer.strategy ddp, with which each"
+                " rank has the quantised base whole"
             )
         if not divides:
             self.sharding = None
