@@ -109,7 +109,8 @@ class FiniteSteps:
         found = self._losses
         if not scaled:
             found = found | {(f"{GRADIENT}{part}", None): norm for part, norm in norms.items()}
-        values = torch.stack([value.float() for value in found.values()])
+        device = norms[TOTAL].device if TOTAL in norms else None  # the host's, where it is offloaded
+        values = torch.stack([value.to(device, torch.float32) for value in found.values()])
         step = Step(number, stage, [*found], values, self._drawn, None)
         self._losses, self._drawn = {}, []
         if values.is_cuda and (scaled or optimizer.defaults.get("fused")):

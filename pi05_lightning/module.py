@@ -344,7 +344,7 @@ class Pi05Module(LightningModule):
         """
         if self.sharding is None:
             return self.model
-        return gather(self.model, self.blank(), self.sharding.compute, keep).eval()
+        return gather(self.model, self.blank(), self.sharding, keep).eval()
 
     @property
     def whole(self) -> Pi05:
@@ -459,7 +459,8 @@ class Pi05Module(LightningModule):
         values = {name: torch.stack(found).mean() for name, found in losses.items()}
         values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
         values |= self._step_counts
-        scalars = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+        numbers = torch.stack([value.to(self.device, torch.float32) for value in values.values()])
+        scalars = dict(zip(values, numbers.tolist(), strict=True))
         counts = {term: scalars.pop(term) for term in self._step_counts}
         if not any(counts.values()):
             raise nothing_to_learn(stage.weights)

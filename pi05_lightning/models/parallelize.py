@@ -18,7 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
@@ -139,6 +146,7 @@ class Sharding:
     compute: what parameters are cast to while a group is whole (None: left as they are).  reduce: what gradients are
     cast to while ranks sum them (None: left as they are computed).  hosts: a process group of the ranks' processors,
     through which they agree without waiting for a GPU.  waiting: the same, with more patience.
+    offload: slices, their gradients and the optimizer's state stay in the host's memory.
     """
 
     mesh: DeviceMesh
@@ -146,6 +154,7 @@ class Sharding:
     reduce: torch.dtype | None = None
     hosts: dist.ProcessGroup | None = None
     waiting: dist.ProcessGroup | None = None
+    offload: bool = False
 
     def anywhere(self, flags: Sequence[bool]) -> list[bool]:
         """Which of the flags any rank has; every rank must ask."""
@@ -166,7 +175,8 @@ def shard(model: Pi05, sharding: Sharding) -> None:
     foremost. Groups are gathered as they are called, so that every rank must call the same ones, see `Pi05.forward`.
     """
     policy = MixedPrecisionPolicy(sharding.compute, sharding.reduce, cast_forward_inputs=False)
-    divide = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy)
+    kept = CPUOffloadPolicy(pin_memory=sharding.mesh.device_type != "cpu") if sharding.offload else OffloadPolicy()
+    divide = partial(fully_shard, mesh=sharding.mesh, mp_policy=policy, offload_policy=kept)
     # a head of the user's is called on ranks with targets for it, or on no rows: its own parameters are the root's
     modulation = [norm.dense for norm in model.flow_head.modules() if isinstance(norm, AdaRMSNorm)]
     divide(modulation)
@@ -192,14 +202,15 @@ def begin_sharded(model: Pi05) -> None:
 
 
 @torch.no_grad()
-def gather(model: Pi05, into: Pi05, compute: torch.dtype | None = None, keep: bool = True) -> Pi05:
+def gather(model: Pi05, into: Pi05, sharding: Sharding, keep: bool = True) -> Pi05:
     """A model of whole tensors: `into`, of the same parts without memory; `keep` False, on ranks that need none.
 
-    Every rank must call it. Cast as training computes.
+    Every rank must call it. Cast as training computes, and where it does.
     """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        cast = tensor.to(compute) if compute is not None and tensor.is_floating_point() else tensor
+        dtype = (tensor.is_floating_point() and sharding.compute) or tensor.dtype
+        cast = tensor.to(sharding.mesh.device_type, dtype)
         found = cast.full_tensor() if isinstance(cast, DTensor) else cast
         if keep:
             tensors[name] = found

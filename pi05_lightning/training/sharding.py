@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -42,18 +42,26 @@ class FSDP2(ModelParallelStrategy):
         reduce_dtype: the type in which gradients are summed between ranks; by default the one that they are computed
             in. What is summed over a rank's own samples and accumulated batches, and what the optimizer gets, is fp32
             over fp32 weights all the same.
+        offload: weights, gradients, their average and the optimizer's state stay in the host's memory, where the
+            optimizer steps too; a block's weights are copied to the GPU as they are gathered. Untested on a GPU.
     """
 
     def __init__(
-        self, replicas: int = 1, timeout: timedelta = TIMEOUT, reduce_dtype: Literal["bf16", "fp32"] | None = None
+        self,
+        replicas: int = 1,
+        timeout: timedelta = TIMEOUT,
+        reduce_dtype: Literal["bf16", "fp32"] | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__(timeout=timeout)
         check("replicas of the strategy fsdp2", replicas, 1)
-        self.replicas, self.reduce_dtype = replicas, reduce_dtype
+        self.replicas, self.reduce_dtype, self.offload = replicas, reduce_dtype, offload
         self._sharding: Sharding | None = None
 
     def setup_environment(self) -> None:
         """Raises ValueError for a number of ranks that the replicas do not divide, and for fp16."""
+        if self.offload and self.root_device.type == "cuda":
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # norms of gradients are summed on the host
         self._setup_distributed()
         if self._sharding is None:
             self._sharding = self._divide(self.world_size)
@@ -75,7 +83,7 @@ class FSDP2(ModelParallelStrategy):
         hosts = dist.new_group(backend="gloo", timeout=self._timeout)
         waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
         reduce = None if self.reduce_dtype is None else DTYPES[self.reduce_dtype]
-        return Sharding(self._device_mesh, self._compute_dtype(), reduce, hosts, waiting)
+        return Sharding(self._device_mesh, self._compute_dtype(), reduce, hosts, waiting, self.offload)
 
     def _compute_dtype(self) -> torch.dtype | None:
         """What FSDP casts weights to, in the place of autocast."""
@@ -99,8 +107,14 @@ class FSDP2(ModelParallelStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None]:
-        with self.root_device, self.precision_plugin.tensor_init_context():
+        with torch.device("cpu") if self.offload else self.root_device, self.precision_plugin.tensor_init_context():
             yield
+
+    def model_to_device(self) -> None:
+        if self.offload:
+            self._module._device = self.root_device  # where batches go to
+        else:
+            super().model_to_device()
 
     # --- checkpoints: what Lightning and `Pi05Module` know, with tensors of which each rank has its slice
 
@@ -116,7 +130,12 @@ class FSDP2(ModelParallelStrategy):
     lightning_module_state_dict = Strategy.lightning_module_state_dict
     optimizer_state = Strategy.optimizer_state
     load_model_state_dict = Strategy.load_model_state_dict
-    load_optimizer_state_dict = Strategy.load_optimizer_state_dict
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if not self.offload:
+            return Strategy.load_optimizer_state_dict(self, checkpoint)
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)  # upstream's moves it to the GPU
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None

@@ -120,11 +120,12 @@ def test_four_ranks_train_as_one_process_with_replicas_too(videos: Path, fast: P
     ("change", "tolerance"),
     [
         ({"module": {"compile": True}}, 1e-5),
+        ({"strategy": FSDP2(offload=True), "gradient_clip_val": 0.5, **WATCHED}, 1e-5),
         ({"precision": "bf16-mixed"}, 2e-2),
         ({"precision": "bf16-mixed", "strategy": FSDP2(reduce_dtype="fp32")}, 2e-2),
         ({"precision": "bf16-true"}, 2e-2),
     ],
-    ids=["compiled", "bf16-mixed", "bf16-mixed summed in fp32", "bf16-true"],
+    ids=["compiled", "offloaded", "bf16-mixed", "bf16-mixed summed in fp32", "bf16-true"],
 )
 def test_two_ranks_train_as_one_process_in_other_ways(
     videos: Path, fast: Path, change: dict[str, Any], tolerance: float
