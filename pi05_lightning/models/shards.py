@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -24,6 +25,13 @@ def slice_of(whole: Tensor, like: DTensor) -> Tensor:
             parts = whole.chunk(like.device_mesh.size(axis), placement.dim)
             whole = parts[place[axis]] if place[axis] < len(parts) else whole.narrow(placement.dim, 0, 0)
     return whole
+
+
+def rows_of(tensor: Tensor) -> range:
+    """Which rows of a tensor this rank holds."""
+    rows = torch.arange(tensor.shape[0])
+    own = slice_of(rows, tensor) if isinstance(tensor, DTensor) else rows
+    return range(int(own[0]), int(own[-1]) + 1) if len(own) else range(0)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import StorageReader
 from torch.distributed.tensor import DTensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from pi05_lightning.models.shards import own_part, rows_of
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
 META = "meta.pt"
@@ -26,6 +27,8 @@ STATE_DICT, STATES = "state_dict", "optimizer_states"
 """Where a checkpoint of Lightning's holds what is sharded."""
 AVERAGE = "ema"
 """Where one of ours holds the weights' average: {name of the parameter: f32 tensor}."""
+KINDS = "kinds"
+"""Where one of ours holds what tensors in torchao's 8 bits are, see `kind_of`: {key: one of each rank's shards}."""
 PREFIX = "model."
 """Of the model's tensors among the weights, which are the module's."""
 
@@ -210,7 +213,8 @@ def read(path: Path, model: nn.Module | None = None, *, with_state: bool = True)
             rest.pop(STATES, None)
             layout = {key: found for key, found in layout.items() if not key.startswith(f"{STATES}/")}
         targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
-        targets |= {key: in_8_bits(targets[key], **kind) for key, kind in kinds_of(rest).items()}
+        kinds = {key: [kind] for key, kind in kinds_of(rest).items()} | rest.pop(KINDS, {})
+        targets |= {key: in_8_bits(key, targets[key], reader, found) for key, found in kinds.items() if key in targets}
         fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)
         return join(targets, rest)
 
@@ -225,14 +229,42 @@ def kinds_of(rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return kinds
 
 
-def in_8_bits(tensor: Tensor, signed: bool, block_size: int) -> Tensor:
-    """Memory for a tensor's values in torchao's 8 bits, where its optimizers would keep them so."""
+def kinds_of_ranks(rest: Mapping[str, Any]) -> dict[str, list[dict[str, Any] | None]]:
+    """`kinds_of` of every rank's shards, which differ where rows are divided unevenly; collective."""
+    own = kinds_of(rest)
+    found = [own]
+    if dist.is_initialized():
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, own)
+    return {key: [kinds.get(key) for kinds in found] for key in dict.fromkeys(key for kinds in found for key in kinds)}
+
+
+def in_8_bits(
+    key: str, tensor: Tensor, reader: ShardReader | MappedReader, kinds: list[dict[str, Any] | None]
+) -> Tensor:
+    """Memory for a tensor's values in torchao's 8 bits, if all that a rank reads of it is so.
+
+    kinds: of the shards that are read, in their order; one may stand for all.  ValueError where a block of values that
+    share their scale would be divided.
+    """
     from torchao.optim.subclass_8bit import OptimState8bit  # takes seconds to import
 
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    if local.is_meta or local.numel() < 4096 or local.numel() % block_size:
+    local = own_part(tensor)
+    own, shards = rows_of(tensor), reader.rows(key)
+    pairs = zip(shards, kinds if len(kinds) > 1 else kinds * len(shards), strict=False)
+    found = [(shard, kind) for shard, kind in pairs if shard.start < own.stop and own.start < shard.stop]
+    width = local[:1].numel()
+    for shard, kind in found:
+        cuts = (max(own.start, shard.start) - shard.start, min(own.stop, shard.stop) - shard.start)
+        if kind is not None and any(cut * width % kind["block_size"] for cut in cuts):
+            raise ValueError(
+                f"{key} is saved in blocks of {kind['block_size']} values that share their scale, which today's ranks"
+                " would divide: go on with as many ranks as before, or with one"
+            )
+    if local.is_meta or not found or not all(kind for _, kind in found):
         return tensor
-    made = OptimState8bit.zeros(local.shape, signed, block_size, local.device, local.dtype)
+    kind = found[0][1] or {}
+    made = OptimState8bit.zeros(local.shape, **kind, device=local.device, dtype=local.dtype)
     if not isinstance(tensor, DTensor):
         return made
     shape, stride = tensor.shape, tensor.stride()

@@ -17,7 +17,15 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
 from pi05_lightning.weights.readable import check_readable, unwritten
-from pi05_lightning.weights.sharded_checkpoint import META, check_whole, is_first_rank, split, together
+from pi05_lightning.weights.sharded_checkpoint import (
+    KINDS,
+    META,
+    check_whole,
+    is_first_rank,
+    kinds_of_ranks,
+    split,
+    together,
+)
 from pi05_lightning.weights.shards import first_failure
 
 
@@ -44,6 +52,8 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
 def _begin(rest: dict[str, Any], path: Path) -> Path:
     """Make the directory that is to become a checkpoint, with all that is not sharded; collective."""
     part = path.with_name(f".{path.name}.part")
+    if kinds := kinds_of_ranks(rest):
+        rest = rest | {KINDS: kinds}
     with together():
         if is_first_rank():
             check_readable(rest)

@@ -82,12 +82,23 @@ class ShardReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return read_metadata(Path(self.path))
 
+    def rows(self, key: str) -> list[range]:
+        """Those of a tensor that are in each of its shards, in order."""
+        described = self.read_metadata().state_dict_metadata[key]
+        assert isinstance(described, TensorStorageMetadata)
+        shards = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in described.chunks)
+        return [range(first, first + number) for first, number in shards]
+
 
 class MappedReader(StorageReader):
     """Of tensors that are mapped from files: of each, the slices that are wanted are read, and no more."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
+
+    def rows(self, key: str) -> list[range]:
+        """As `ShardReader.rows`."""
+        return [range(self.tensors[key].shape[0])]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return Metadata(

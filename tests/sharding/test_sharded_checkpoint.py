@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,35 @@ def test_state_in_eight_bits_stays_so_to_the_bit(tmp_path: Path) -> None:
     log, path = tmp_path / "log", tmp_path / "eight.ckpt"
     assert end(start(2, log, write_and_read, path), log) == [0, 0], log.read_text()
     check_same(exp_avg(read(path)), state())
+
+
+@pytest.mark.slow
+def test_state_in_eight_bits_goes_on_and_keeps_its_values_from_four_ranks_to_two_to_one(tmp_path: Path) -> None:
+    from eight_bits import go_on, pass_on, values
+
+    log, four, two, one = tmp_path / "log", *(tmp_path / f"{name}.ckpt" for name in ("four", "two", "one"))
+    assert end(start(4, log, go_on, four), log) == [0] * 4, log.read_text()
+    assert end(start(2, log, pass_on, four, two), log) == [0] * 2, log.read_text()
+    pass_on(two, one)
+    assert end(start(4, log, pass_on, one, tmp_path / "again.ckpt"), log) == [0] * 4, log.read_text()
+    expected, *others = (read(path)["optimizer_states"][0]["state"] for path in tmp_path.glob("*.ckpt"))
+    assert len(others) == 3
+    assert {type(state["exp_avg"]).__name__ for state in expected.values()} == {"OptimState8bit", "Tensor"}
+    for other in others:
+        for number, state in expected.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(values(other[number][key]), values(state[key])), (number, key)
+
+
+@pytest.mark.slow
+def test_state_in_eight_bits_of_which_ranks_would_divide_blocks_is_refused(tmp_path: Path) -> None:
+    from eight_bits import write_and_refuse
+
+    log, path = tmp_path / "log", tmp_path / "two.ckpt"
+    for ranks, reads in ((2, False), (4, True)):
+        work = partial(write_and_refuse, reads=reads)
+        assert end(start(ranks, log, work, path), log) == [0] * ranks, log.read_text()
+    read(path)
 
 
 def test_metadata_execute_nothing(tmp_path: Path) -> None:
