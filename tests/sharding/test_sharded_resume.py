@@ -80,6 +80,28 @@ def test_a_signal_to_one_rank_stops_all_and_it_goes_on(tmp_path: Path, two_stage
 
 
 @pytest.mark.slow
+def test_replicas_go_on_after_kills_with_slices_in_the_hosts_memory_too(tmp_path: Path, two_stages: Path) -> None:
+    """Offloaded or not, and of one replica or two, it is the same run to the bit, or begins with the same bits."""
+    log = tmp_path / "log"
+    whole, run, other = (["-c", str(two_stages), "--run", str(tmp_path / name)] for name in ("whole", "run", "other"))
+    batch = ["--data.batch_size", "1"]
+    replicas, offloaded = (
+        json.dumps({"class_path": "pi05_lightning.training.sharding.FSDP2", "init_args": {"replicas": 2} | more})
+        for more in ({}, {"offload": True})
+    )
+    assert fit([*whole, *batch], log, 4, replicas) == [0] * 4, log.read_text()
+    going_on = [*run, *batch, "--resume", "auto"]
+    for strategy, kill in ((replicas, {KILL_AT_BATCH: 7}), (offloaded, {KILL_AT_FILE_EVENT: 12}), (offloaded, {})):
+        codes = fit(going_on, log, 4, strategy, **kill)
+        assert -signal.SIGKILL in codes if kill else codes == [0] * 4, log.read_text()
+    found, expected = (digests(read(tmp_path / name / "checkpoints" / "last.ckpt")) for name in ("run", "whole"))
+    assert found == expected
+    more = ["--ckpt_path", str(tmp_path / "run"), "--stages.posttrain_steps", "5", "--data.batch_size", "2"]
+    assert fit_sharded([*other, *more], log) == [0, 0], log.read_text()
+    assert json.loads((tmp_path / "other" / "begins-with-7.json").read_text()) == expected
+
+
+@pytest.mark.slow
 def test_from_four_ranks_to_two_to_one_to_two_the_global_batch_stays_the_same(tmp_path: Path, two_stages: Path) -> None:
     log = tmp_path / "log"
     one, run = tmp_path / "one", tmp_path / "run"
