@@ -11,8 +11,10 @@ import pytest
 import torch
 from killable_fit import KILL_AT_FILE_EVENT, fit, start_saving
 
+from pi05_lightning.cli.main import main
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
-from pi05_lightning.weights.training_checkpoint import find_checkpoint
+from pi05_lightning.weights.locate import locate_run
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, find_checkpoint
 
 
 def kill_while_saving(path: Path) -> None:
@@ -48,9 +50,23 @@ def test_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def test_a_kill_between_the_last_checkpoint_and_its_link_is_mended_by_the_next_start(
+    config: Path, tmp_path: Path
+) -> None:
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    args = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--trainer.callbacks", "null"]
+    main(["fit", *args, "--trainer.max_steps", "2", "--checkpoint.save_top_k", "-1"])
+    one, two = sorted(file for file in last.parent.glob("*.ckpt") if not file.is_symlink())
+    last.unlink()
+    last.symlink_to(one.name)
+    main(["fit", *args, "--resume", "auto", "--trainer.max_steps", "2"])
+    assert last.resolve() == two.resolve()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a run for each of some fifty events
 def test_run_killed_at_any_file_operation_of_its_checkpoints_can_be_resumed(config: Path, tmp_path: Path) -> None:
+    stale = 0
     for event in count(1):
         run, log = tmp_path / str(event), tmp_path / "log"
         args = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--trainer.max_steps", "3"]
@@ -59,7 +75,13 @@ def test_run_killed_at_any_file_operation_of_its_checkpoints_can_be_resumed(conf
         if saved:  # a link is one, whether or not what it points to exists
             torch.load(find_checkpoint(run), weights_only=True)
             assert (run / "checkpoints" / "last.ckpt").exists() or len(saved) == 1
+            newest, last = locate_run(run), run / "checkpoints" / "last.ckpt"
+            if newest.steps == 3 and TrainingCheckpoint(last).steps < 3:  # killed before the link to it
+                assert fit([*args, "--resume", "auto"], log) == [0], log.read_text()
+                assert TrainingCheckpoint(last).steps == 3
+                stale += 1
         if code == 0:
             break
         assert code == -signal.SIGKILL, log.read_text()
     assert event > 6
+    assert stale

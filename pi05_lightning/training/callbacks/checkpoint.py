@@ -26,6 +26,7 @@ from pi05_lightning.training.callbacks.restart import anything_is_pending, valid
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO
 from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.readable import check_readable
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, is_checkpoint
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -95,6 +96,7 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io.with_state = stage == "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        on_first_rank(trainer, partial(self._link_newest, trainer))
         self._was_pending = anything_is_pending(trainer)
         if self.monitor is not None:
             self._rank(trainer)
@@ -246,6 +248,16 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and filepath != linkpath:
             once_saved(trainer, partial(link, Path(filepath), Path(linkpath)))
         trainer.strategy.barrier()
+
+    def _link_newest(self, trainer: Trainer) -> None:
+        """Do what a kill prevented between a checkpoint and the link to it: a complete run saves no other one."""
+        if trainer.ckpt_path is None:
+            return
+        resumed, last = Path(trainer.ckpt_path), Path(self._named(self.CHECKPOINT_NAME_LAST))
+        if resumed.absolute().parent == last.absolute().parent and (
+            not is_checkpoint(last) or TrainingCheckpoint(last).steps < TrainingCheckpoint(resumed).steps
+        ):
+            link(resumed, last)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         once_saved(trainer, partial(super()._remove_checkpoint, trainer, filepath))
