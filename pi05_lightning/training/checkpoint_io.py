@@ -15,7 +15,7 @@ from torch import nn
 
 from pi05_lightning.files.local import replacing
 from pi05_lightning.weights.readable import unreadable, unwritten
-from pi05_lightning.weights.sharded_checkpoint import is_sharded, read, unpickle
+from pi05_lightning.weights.sharded_checkpoint import is_sharded, read, read_into, unpickle
 from pi05_lightning.weights.sharded_writer import BackgroundWriter, remove, remove_leftovers, write
 
 
@@ -25,8 +25,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     From there, on another file system, upstream copies: a kill leaves half a checkpoint under the final name.
     """
 
-    with_state = True
-    """Of a sharded run's checkpoint the optimizer's state is read too, which only training needs."""
+    evaluated: nn.Module | None = None
+    """Where nothing is trained: the model into which a sharded run's checkpoint is read, so that it is there once."""
+    averaged = False
+    """What is read so are the averages."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if not is_local(path):
@@ -45,8 +47,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Of a sharded run too."""
+        if self.evaluated is not None and is_sharded(Path(path)):
+            return read_into(self.evaluated, Path(path), averaged=self.averaged)
         if is_sharded(Path(path)):
-            return read(Path(path), with_state=self.with_state)
+            return read(Path(path))
         if is_local(path):
             return unpickle(Path(path), mapped=False)
         return super().load_checkpoint(path, *args, **kwargs)
@@ -78,7 +82,9 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
             write(checkpoint, Path(path))
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return read(Path(path), self.model, with_state=self.with_state)
+        if self.evaluated is not None:
+            return read_into(self.evaluated, Path(path), averaged=self.averaged)
+        return read(Path(path), self.model)
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once what was saved last has its name."""

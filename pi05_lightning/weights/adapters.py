@@ -109,10 +109,13 @@ def fill_base_slices(model: Pi05, weights: Weights, dtype: torch.dtype, own: Col
 
     They are rounded to `dtype` on the way, as the base was when adapters were first put beside it.
     """
-    base = base_parameters(model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    base: dict[str, Tensor] = {}
+    for name, parameter in base_parameters(model).items():
+        base[name] = torch.empty_like(parameter) if names[parameter] in own else parameter
     weights.fill(base)
-    for parameter in base.values():
-        parameter.copy_(parameter.to(dtype))
+    for tensor in base.values():
+        tensor.copy_(tensor.to(dtype))
     return [name for name, _ in model.named_parameters() if name not in own]
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import StorageReader
 from torch.distributed.tensor import DTensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
@@ -189,34 +188,46 @@ def load(file: Path) -> dict[str, Any]:
     return content
 
 
-def read(path: Path, model: nn.Module | None = None, *, with_state: bool = True) -> dict[str, Any]:
+def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
     """A checkpoint, sharded or a single file's, as `write` takes it; collective.
 
     model: whose tensors decide where those of the checkpoint are placed: each as that of its name, an average or an
     optimizer's state as its parameter. A rank reads the slices that it has of them, whatever the number of ranks that
     wrote. What is not the model's, or has another shape there, is on the meta device. None: all is read as a whole.
-    with_state: the optimizer's state too.
     ValueError on all ranks where one of them fails.
     """
-    path = Path(path)
-    reader: StorageReader
-    layout: Layout
     with together():
-        if is_sharded(path):
-            rest, reader = read_rest(path), ShardReader(path)
-            layout = read_layout(path)
-        else:
-            tensors, rest = split(load(path))
-            reader, layout = MappedReader(tensors), {key: (t.shape, t.dtype) for key, t in tensors.items()}
+        rest, reader, layout = _open(path)
         placed = None if model is None else dict(model.state_dict())
-        if not with_state:
-            rest.pop(STATES, None)
-            layout = {key: found for key, found in layout.items() if not key.startswith(f"{STATES}/")}
         targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
         kinds = {key: [kind] for key, kind in kinds_of(rest).items()} | rest.pop(KINDS, {})
         targets |= {key: in_8_bits(key, targets[key], reader, found) for key, found in kinds.items() if key in targets}
         fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)
         return join(targets, rest)
+
+
+def read_into(model: nn.Module, path: Path, *, averaged: bool) -> dict[str, Any]:
+    """What `read` gives for a use other than training, its weights being the model's own, into which they are read.
+
+    averaged: they are the averages, where it has any. Those apart, and the optimizer's state, are left out.
+    """
+    with together():
+        rest, reader, layout = _open(path)
+        keys, tensors = keys_of(rest, averaged), dict(model.state_dict())
+        for name, (shape, dtype) in ((name, layout[key]) for name, key in keys.items()):
+            if name not in tensors or tensors[name].shape != shape:
+                tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
+        fill_slices({key: tensors[name] for name, key in keys.items() if not tensors[name].is_meta}, reader)
+        kept = {part: value for part, value in rest.items() if part not in (STATES, KINDS, AVERAGE)}
+        return kept | {STATE_DICT: {PREFIX + name: tensors[name] for name in keys}}
+
+
+def _open(path: Path) -> tuple[dict[str, Any], ShardReader | MappedReader, Layout]:
+    """What a checkpoint, sharded or a single file's, holds beside its tensors; what reads them, and what they are."""
+    if is_sharded(path):
+        return read_rest(path), ShardReader(path), read_layout(path)
+    tensors, rest = split(load(path))
+    return rest, MappedReader(tensors), {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
 
 
 def kinds_of(rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from sharded_runs import train
 
+from pi05_lightning import Pi05Policy
+from pi05_lightning.cli.main import main
 from pi05_lightning.models.config import GemmaConfig, ModelConfig
 
 LARGE = replace(
@@ -44,3 +46,25 @@ def taken(dataset: str, fast: str, ranks: int, init_from: str | None) -> int:
     memory, module = Memory(), {"init_from": init_from}
     train(dataset, fast, ranks, model=LARGE, steps=(0, 1), decay=None, callbacks=[memory], module=module)
     return memory.taken
+
+
+ONE = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.callbacks", "null"]
+
+
+def taken_to_open(how: str, run: str, small: str, folder: str) -> int:
+    """By one process that opens a sharded run for a use of it."""
+
+    def use(path: str) -> None:
+        if how == "policy":
+            Pi05Policy.from_pretrained(path, device="cpu")
+        elif how == "convert":
+            main(["convert", "--source", path, "--target", f"{folder}/{Path(path).name}-converted"])
+        else:
+            out = ["--run", f"{folder}/{Path(path).name}-validated", "--trainer.limit_val_batches", "1"]
+            main(["validate", path, *out, *ONE])
+
+    use(small)  # so that everything is imported
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    use(run)
+    return status("VmHWM") - before

@@ -14,6 +14,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 
@@ -30,7 +31,7 @@ class Remembered(PeriodicRollout):
 
 def roll_out(collected: str, folder: str, ranks: int) -> dict[str, Any]:
     """Train three steps, with a rollout after the second: the weights that acted in it, on the first rank, and those
-    that were trained."""
+    that were trained, and are saved."""
     seed_everything(0)
     rollout = Remembered(every_n_steps=2, tasks=["reach-v3"], episodes=1, max_seconds=0.3)
     notes = Notes()
@@ -43,10 +44,14 @@ def roll_out(collected: str, folder: str, ranks: int) -> dict[str, Any]:
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=False,
         logger=notes,
         default_root_dir=folder,
-        callbacks=[StageSwitch(0, 3, posttrain=FLOW), WeightAverage(0.9), rollout],
+        callbacks=[
+            StageSwitch(0, 3, posttrain=FLOW),
+            WeightAverage(0.9),
+            rollout,
+            RunCheckpoint(every_n_train_steps=3),
+        ],
     )
     module = Pi05Module(ModelConfig.preset("debug"), lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-5))
     source = LeRobotConfig(str(Path(collected) / "robot"))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.cli.main import main
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
@@ -147,3 +148,9 @@ def hsdp(*args: Any, **options: Any) -> dict[str, Any]:
 def several(dataset: str, fast: str, ranks: int, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Several runs in the same processes, by name: of each, the options."""
     return {name: train(dataset, fast, ranks, **options) for name, options in cases.items()}
+
+
+def validate(run: str, out: str, ranks: int) -> None:
+    """`pi05 validate`, of which metrics.json is left."""
+    on = ["--trainer.devices", str(ranks), "--trainer.strategy", "fsdp2" if ranks > 1 else "auto"]
+    main(["validate", run, "--run", out, *on, "--trainer.callbacks", "null", "--trainer.limit_val_batches", "1.0"])

@@ -11,14 +11,18 @@ import pytest
 import torch
 from gathered import digests
 from killable_fit import fit
+from sharded_ranks import on_ranks
+from sharded_runs import validate
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.main import main
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.locate import locate, locate_run, run_of
-from pi05_lightning.weights.sharded_checkpoint import is_sharded, read
+from pi05_lightning.weights.sharded_checkpoint import is_sharded, read, read_into
 
 ALONE = ["--trainer.devices", "1", "--trainer.strategy", "auto", "--trainer.callbacks", "null"]
-ALONE += ["--checkpoint.in_background", "false"]
+AT_ONCE = ["--checkpoint.in_background", "false"]
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +66,14 @@ def test_its_tensors_are_those_of_a_file(sharded: Path, single: Path, averaged: 
     assert any(not torch.equal(own[name], average[name]) for name in own)
 
 
-def test_what_does_not_train_does_not_read_the_optimizer_state(sharded: Path) -> None:
-    last = sharded / "checkpoints" / "last.ckpt"
-    assert read(last).keys() - read(last, with_state=False).keys() == {"optimizer_states"}
+def test_what_does_not_train_reads_the_averages_or_the_weights_into_a_model_and_nothing_else(sharded: Path) -> None:
+    last, model = sharded / "checkpoints" / "last.ckpt", Pi05(ModelConfig.preset("debug"))
+    for averaged in (True, False):
+        found = read_into(model, last, averaged=averaged)
+        assert read(last).keys() - found.keys() == {"optimizer_states", "ema"}
+        for name, tensor in locate(sharded, averaged=averaged).tensors().items():
+            assert torch.equal(model.state_dict()[name], tensor)
+            assert found["state_dict"][f"model.{name}"].data_ptr() == model.state_dict()[name].data_ptr()
 
 
 def test_the_policy_acts_as_that_of_a_file(sharded: Path, single: Path) -> None:
@@ -98,15 +107,27 @@ def test_it_is_validated_and_reported_as_a_file(sharded: Path, single: Path, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sharded", "single"])
+def test_ranks_validate_it_and_a_file_as_one_process(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    path = str(request.getfixturevalue(kind))
+    validate(path, str(tmp_path / "one"), 1)
+    on_ranks(2, validate, path, str(tmp_path / "two"), 2)
+    found, expected = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("two", "one"))
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.slow
 def test_one_process_trains_on_from_it_and_begins_with_its_weights_as_with_a_file(
     sharded: Path, single: Path, tmp_path: Path
 ) -> None:
     ends = []
     for name, path in {"sharded": sharded, "single": single}.items():
         on, new = tmp_path / f"on-{name}", tmp_path / f"new-{name}"
-        one = [*ALONE, "--trainer.max_steps", "5"]
+        one = [*ALONE, *AT_ONCE, "--trainer.max_steps", "5"]
         main(["fit", "--ckpt_path", str(path), "--run", str(on), *one])
         config = ["-c", str(sharded / "config.yaml"), "--model.init_from", str(path), "--trainer.max_steps", "1"]
-        main(["fit", *config, "--run", str(new), *ALONE])
+        main(["fit", *config, "--run", str(new), *ALONE, *AT_ONCE])
         ends.append([digests(read(run / "checkpoints" / "last.ckpt")) for run in (on, new)])
     assert ends[0] == ends[1]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -21,6 +21,7 @@ from torch import Tensor
 from pi05_lightning.files.local import replacing
 from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO
@@ -86,14 +87,17 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint_io = trainer.strategy.checkpoint_io
         if isinstance(checkpoint_io, ShardedCheckpointIO):
             checkpoint_io.in_background = self.in_background
-        elif self.in_background:
+        elif self.in_background and stage == "fit":
             raise ValueError(
                 "checkpoint.in_background is for sharded runs (trainer.strategy fsdp2), and this is none: leave it out"
             )
         elif type(checkpoint_io) is TorchCheckpointIO:  # no other was asked for
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
-            trainer.strategy.checkpoint_io.with_state = stage == "fit"
+        checkpoint_io = trainer.strategy.checkpoint_io
+        if isinstance(checkpoint_io, AtomicCheckpointIO) and isinstance(pl_module, Pi05Module):
+            checkpoint_io.evaluated = None if stage == "fit" else pl_module.model
+            callbacks = cast("Any", trainer).callbacks
+            checkpoint_io.averaged = any(isinstance(c, WeightAverage) and c.validate for c in callbacks)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         on_first_rank(trainer, partial(self._link_newest, trainer))
