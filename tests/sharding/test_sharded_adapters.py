@@ -11,6 +11,8 @@ import pytest
 import torch
 from gathered import digests
 from killable_fit import KILL_AT_BATCH, KILL_AT_FILE_EVENT, fit
+from sharded_ranks import on_ranks
+from sharded_runs import validate
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.models.config import ModelConfig
@@ -129,6 +131,16 @@ def test_ranks_begin_with_a_sharded_run_of_adapters_merged(sharded: Path, option
         content = read(last(tmp_path / f"{ranks}"))
         assert content["pi05"]["adapter_base"]["sha256"] == locate(sharded).content_hash()
     assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_it_is_validated_on_any_number_of_ranks(sharded: Path, tmp_path: Path) -> None:
+    validate(str(sharded), str(tmp_path / "one"), 1)
+    on_ranks(2, validate, str(sharded), str(tmp_path / "two"), 2)
+    found, expected = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("two", "one"))
+    assert expected["robot/continuous_robot_actions"]["samples"]
+    for name, values in expected.items():
+        assert found[name] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.slow
