@@ -53,9 +53,13 @@ def test_installed_wheel_brings_the_shipped_configurations(installed: Path, tmp_
 
 @pytest.mark.slow
 def test_installed_wheel_brings_its_data_files(installed: Path, tmp_path: Path) -> None:
-    script = "from pi05_lightning.data.tokenizer import TextTokenizer; print(TextTokenizer.load('tiny').vocab_size)"
+    script = (
+        "from pi05_lightning.data.tokenizer import TextTokenizer; print(TextTokenizer.load('tiny').vocab_size);"
+        "from pi05_lightning.sim.instructions import PARAPHRASES; print(PARAPHRASES.is_file())"
+    )
     command = [str(installed / "python"), "-c", script]
-    assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip() == "4096"
+    shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert shown.split() == ["4096", "True"]
 
 
 def test_lock_holds_versions_and_no_address() -> None:

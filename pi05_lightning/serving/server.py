@@ -13,7 +13,7 @@ import errno
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from time import perf_counter
 from typing import Any
 
@@ -141,8 +141,7 @@ class PolicyServer:
             "checkpoint": name,
             "cameras": list(read.keys.values()),
             "action_horizon": policy.execution_horizon,
-            "inference_delay": policy.acting.inference_delay,
-            "rtc": policy.acting.given > 0,
+            "acting": asdict(policy.resolved),
             "action_dim": robot.action_dim,
             "fps": robot.fps,
             "tasks": list(robot.tasks),

@@ -106,7 +106,8 @@ def test_server_sends_what_the_rollout_executed(run, flags, sent):
         lines = list[str]()
         while "serving at" not in "".join(lines):
             lines.append(next(server.stderr))
-        assert asyncio.run(metadata(lines[-1].split()[-1]))["action_horizon"] == sent
+        told = asyncio.run(metadata(lines[-1].split()[-1]))
+        assert (told["action_horizon"], told["acting"]["execution_horizon"]) == (sent, sent)
         assert f"execution_horizon {sent}" in "".join(lines)
     finally:
         server.terminate()
