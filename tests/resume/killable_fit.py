@@ -25,7 +25,7 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.types import Batch
 
 KILL_AT_BATCH, KILL_AT_FILE_EVENT, SIGNAL_AT_BATCH = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT", "SIGNAL_AT_BATCH"
-SIGNAL_IN_VALIDATION = "SIGNAL_IN_VALIDATION"
+SIGNAL_IN_VALIDATION, SIGNAL_AT_START = "SIGNAL_IN_VALIDATION", "SIGNAL_AT_START"
 """After so many optimizer steps; the signal is SIGNAL, as for SIGNAL_AT_BATCH."""
 PATIENCE = 500  # seconds
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.symlink")
@@ -59,6 +59,10 @@ def digest(value: Any) -> str:
 
 class Record(Callback):
     """A line per batch in rank<N>.jsonl; then the kill, after the batch and before what else is done at its end."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if SIGNAL_AT_START in os.environ:
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from killable_fit import SIGNAL_AT_BATCH, digest, fit
+from killable_fit import SIGNAL_AT_BATCH, SIGNAL_AT_START, digest, fit
 
 from .conftest import ACCUMULATE
 
@@ -37,15 +37,14 @@ def test_signal_inside_an_accumulated_step_saves_that_step_and_the_run_ends_as_t
         assert digest(state(run)[part]) == digest(state(whole(ranks))[part]), part
 
 
-def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
-    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a SLURM job, whose requeueing is written to `requeued`."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requeued\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
-    run, log = tmp_path / "run", tmp_path / "log"
-    slurm = {
+    return {
         "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "77",
         "SLURM_JOB_NAME": "train",
@@ -54,10 +53,30 @@ def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
         "SLURM_LOCALID": "0",
         "SLURM_NODEID": "0",
     }
+
+
+def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
+    config: Path, whole: Any, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
     command = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--resume", "auto"]
     codes = fit(command, log, **slurm, **{SIGNAL_AT_BATCH: INSIDE, "SIGNAL": signal.SIGUSR1})
     assert codes == [128 + signal.SIGUSR1], log.read_text()
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     assert state(run)["global_step"] == 3
+    assert fit(command, log, **slurm) == [0], log.read_text()
+    assert digest(state(run)["state_dict"]) == digest(state(whole(1))["state_dict"])
+
+
+def test_signal_while_a_run_starts_ends_it_before_its_first_step_and_the_same_command_starts_it_again(
+    config: Path, whole: Any, tmp_path: Path, slurm: dict[str, str]
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--resume", "auto"]
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        codes = fit(command, log, **slurm, **{SIGNAL_AT_START: True, "SIGNAL": signum})
+        assert codes == [128 + signum], log.read_text()
+        assert (tmp_path / "requeued").exists() == (signum == signal.SIGUSR1)
+        assert not list(run.rglob("*.ckpt")), "saved by the trainer's own handler"
     assert fit(command, log, **slurm) == [0], log.read_text()
     assert digest(state(run)["state_dict"]) == digest(state(whole(1))["state_dict"])

@@ -37,26 +37,36 @@ class InterruptBetweenSteps(Callback):
     Inside an optimizer step an end would leave half of the parameters updated, and between accumulated batches it would
     lose gradients. A validation is broken off, and made up when the run goes on (`Restart`). Several ranks agree on the
     step, whichever of them the signal reached; there validation is not broken off, since they do not validate equally
-    many batches.
+    many batches. What comes while the run starts acts before its first step; Ctrl-C at once, and SIGTERM while nothing
+    but data and weights are read.
     """
 
     def __init__(self) -> None:
         self.requested = 0
         self.requeue: int | None = None
+        self._before: Any = signal.SIG_DFL
+        """What handled SLURM's signal before."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.requeue = requeue_signal(trainer) if stage == "fit" else None
+        if self.requeue is not None:  # before the trainer, whose own handler would save elsewhere and train on
+            self._before = signal.signal(self.requeue, self._request)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.requeue is not None:
+            signal.signal(self.requeue, self._before)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # not earlier: the trainer then sets handlers of its own. It puts back those from before when it ends
+        if is_main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(signum, self._request)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # not earlier: the trainer then sets handlers of its own. It puts back those from before when it ends
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python lets no other thread handle signals
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if environment is None and SLURMEnvironment.detect():  # of one process
-            environment = SLURMEnvironment()
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self.requeue = environment.requeue_signal or signal.SIGUSR1
-        for signum in (signal.SIGINT, signal.SIGTERM, *([self.requeue] if self.requeue else [])):
-            signal.signal(signum, self._request)
-
-    on_sanity_check_start = on_train_start
+        self.on_sanity_check_start(trainer, pl_module)
+        if trainer.received_sigterm:  # by the trainer's handler, with which the run would end in a step, and with 0
+            self.requested = signal.SIGTERM
+        self._stop_together(trainer)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = signum
@@ -67,8 +77,10 @@ class InterruptBetweenSteps(Callback):
         rank_zero_info(f"\n{signal.Signals(signum).name}: saving after this step.{hint}")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if within_step(trainer):
-            return
+        if not within_step(trainer):
+            self._stop_together(trainer)
+
+    def _stop_together(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:  # the highest that any rank was sent
             highest = torch.tensor(self.requested, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
@@ -83,6 +95,21 @@ class InterruptBetweenSteps(Callback):
         if self.requested:
             signum, self.requested = self.requested, 0
             raise Stopped(signum, requeued=signum == self.requeue)
+
+
+def is_main_thread() -> bool:
+    """Whether signals can be handled here: Python lets no other thread do so."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def requeue_signal(trainer: Trainer) -> int | None:
+    """The signal by which SLURM asks a job to save and to queue again; None elsewhere."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if environment is None and SLURMEnvironment.detect():  # of one process
+        environment = SLURMEnvironment()
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    return (environment.requeue_signal or signal.SIGUSR1) if is_main_thread() else None
 
 
 def within_step(trainer: Any) -> bool:
@@ -102,8 +129,8 @@ def requeue() -> None:
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     command = shutil.which("scontrol")
     if command is None:
-        log.error("job %s is saved but not requeued: there is no scontrol here", job)
+        log.error("job %s is not requeued: there is no scontrol here", job)
     elif subprocess.run([command, "requeue", job]).returncode:
-        log.error("job %s is saved, but scontrol would not requeue it", job)
+        log.error("job %s is not requeued: scontrol refused to", job)
     else:
-        log.info("job %s is saved and requeued", job)
+        log.info("job %s is requeued", job)
