@@ -49,7 +49,7 @@ def check_layer(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no configuration: expected the YAML of a run or of a model")
     for group in ("model", "data", "stages", "ema", "checkpoint", "trainer"):
-        if group in values and values[group] is None:
+        if group in values and values[group] in (None, []):
             raise ValueError(f"{path}: {group} is empty: give its keys below it, or remove the line")
     return values
 

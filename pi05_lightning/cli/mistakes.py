@@ -110,7 +110,9 @@ def placed(message: str, args: Sequence[str]) -> str:
     name, value = found[1].rpartition(".")[2], found[2]
     below = [said for layer in layers(args) for said in layer if f".{said.key}".endswith((f".{found[1]}", f".{name}"))]
     told = [said for said in below if isinstance(said.value, yaml.ScalarNode) and same_number(said.value.value, value)]
-    return f"{told[-1]}{told[-1].key}: " if told else ""
+    if not told:
+        return ""
+    return f"{told[-1]}" if message.startswith(f"{told[-1].key} ") else f"{told[-1]}{told[-1].key}: "
 
 
 def same_number(one: str, other: str) -> bool:

@@ -16,6 +16,7 @@ import re
 import sys
 import tempfile
 import warnings
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -23,6 +24,7 @@ from typing import Any, NoReturn, cast
 import torch
 import yaml
 from jsonargparse import Namespace, dict_to_namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -79,6 +81,8 @@ NOISE = (
     "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
+# defaults of Lightning's callbacks, such as Timer's, which a saved configuration holds too
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, choice: dumper.represent_data(choice.value))
 RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
 
 
@@ -109,6 +113,30 @@ class RunParser(Parser, LightningArgumentParser):
                 " source's class_path too"
             )
         super().error(message, ex)
+
+
+class RunTrainer(Trainer):
+    """Lightning's trainer, for which a parsed 1 stays one batch and 1.0 all of them.
+
+    Its own annotations are those of the first module that asked for a union of int and float, in whichever order.
+    """
+
+    def __init__(
+        self,
+        *,
+        limit_train_batches: int | float | None = None,
+        limit_val_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        limit_predict_batches: int | float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            limit_train_batches=limit_train_batches,
+            limit_val_batches=limit_val_batches,
+            limit_test_batches=limit_test_batches,
+            limit_predict_batches=limit_predict_batches,
+            **options,
+        )
 
 
 class RunConfig(SaveConfigCallback):
@@ -150,6 +178,7 @@ class Pi05CLI(LightningCLI):
         super().__init__(
             Pi05Module,
             Pi05DataModule,
+            trainer_class=RunTrainer,
             save_config_callback=RunConfig,
             trainer_defaults=TRAINER_DEFAULTS | {"callbacks": default_callbacks()},
             seed_everything_default=0,
@@ -215,6 +244,7 @@ class Pi05CLI(LightningCLI):
         trainer = self.config_init.trainer
         check_trainer(trainer, self.command)
         check_saved(self.config.checkpoint)
+        check_loggers(self.config.trainer.logger)
         if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
             kwargs["precision"] = "bf16-mixed"
         if trainer.enable_progress_bar is None:
@@ -268,6 +298,14 @@ def check_saved(checkpoint: Namespace) -> None:
             "checkpoint.every_n_train_steps is 0, so a run that is killed would be lost: give a number, or"
             " checkpoint.train_time_interval beside it"
         )
+
+
+def check_loggers(loggers: Any) -> None:
+    """ValueError for a number by which a logger divides."""
+    for logger in as_list(loggers):
+        every = logger.init_args.get("flush_logs_every_n_steps") if isinstance(logger, Namespace) else None
+        if every is not None:
+            check("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
 
 
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
@@ -371,6 +409,8 @@ def run(command: str, args: list[str]) -> None:
         if command in ("validate", "test") and cli.trainer.is_global_zero:
             part, file = {"validate": ("validation", "metrics"), "test": ("test", "test_metrics")}[command]
             Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run), file), part))
+    except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
+        raise ValueError(str(error)) from error
     finally:
         if command == "fit" and cli.trainer.interrupted and has_checkpoints(Path(cli.config.run)):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)

@@ -26,6 +26,11 @@ def most_batches(trainer: Trainer) -> int:
 def check_clock(trainer: Trainer) -> None:
     """Raises ValueError for options by which an epoch would end within a step, or batches be none of the mixture's."""
     options, scheduler = _options(trainer), _scheduler(trainer)
+    if trainer.min_steps is not None and 0 <= trainer.max_steps < trainer.min_steps:
+        raise ValueError(
+            f"trainer.min_steps is {trainer.min_steps}, and the run ends after {trainer.max_steps} steps: raise the"
+            " stages' steps, and trainer.max_steps if it is set, or leave min_steps out"
+        )
     if options.overfit_batches:
         raise ValueError(
             "trainer.overfit_batches repeats the first batches of a data set, and stages draw from a mixture: to train"

@@ -28,7 +28,7 @@ class GemmaConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary embedding turns pairs")
+            raise ValueError(f"head_dim is {self.head_dim}: it must be even, as rotary embedding turns pairs")
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,36 @@ def test_a_value_that_means_nothing_is_refused_by_its_name_before_data_is_read(
     assert SAID_OTHERWISE.get(option, option.rpartition(".")[2]) in said
 
 
+CSV = "{class_path: CSVLogger, init_args: {save_dir: logs, flush_logs_every_n_steps: 0}}"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("model.config.expert.head_dim", "3", "model.config.expert.head_dim: head_dim is 3: it must be even"),
+        ("trainer.min_steps", "1000", "trainer.min_steps is 1000, and the run ends after 4 steps"),
+        ("trainer.logger", CSV, "flush_logs_every_n_steps is 0: it must be at least 1"),
+    ],
+)
+def test_a_value_that_does_not_fit_the_rest_is_refused_with_its_key_once(
+    option: str, value: str, told: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(["fit", "-c", str(config), f"--{option}", value, "--run", str(tmp_path / "run")], capsys)
+    assert told in said
+    assert said.count(option) == 1, said
+
+
+def test_two_callbacks_that_write_the_same_checkpoints_are_refused_however_their_folder_is_called(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = (
+        f"{{class_path: ModelCheckpoint, init_args: {{dirpath: {tmp_path}/run/checkpoints, filename: '{{step:08d}}'}}}}"
+    )
+    said = refused(["fit", "-c", str(config), "--trainer.callbacks", other, "--run", "run"], capsys)
+    assert "two checkpoint callbacks would write the same files to run/checkpoints" in said
+
+
 @pytest.mark.parametrize("value", ["0", "-1", ".nan"])
 def test_an_interval_of_validation_that_is_none_is_refused(
     value: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -147,12 +177,16 @@ def test_an_option_of_a_recorded_data_set_is_refused_before_it_is_opened(
 
 @pytest.mark.parametrize(
     ("name", "option"),
-    [("examples.ValidationExamples", "first: -1"), ("rollout.PeriodicRollout", "every_n_steps: 0")],
+    [
+        ("pi05_lightning.training.callbacks.examples.ValidationExamples", "first: -1"),
+        ("pi05_lightning.training.callbacks.rollout.PeriodicRollout", "every_n_steps: 0"),
+        ("StochasticWeightAveraging", "swa_epoch_start: 0.5, swa_lrs: 0.1"),  # when training starts
+    ],
 )
 def test_what_a_callback_refuses_is_said_in_its_words(
     name: str, option: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = f"{{class_path: pi05_lightning.training.callbacks.{name}, init_args: {{{option}}}}}"
+    made = f"{{class_path: {name}, init_args: {{{option}}}}}"
     said = refused(["fit", "-c", str(config), "--trainer.callbacks", made, "--run", str(tmp_path / "run")], capsys)
     assert option.partition(":")[0] in said
     assert "Namespace" not in said

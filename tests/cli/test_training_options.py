@@ -85,6 +85,19 @@ def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
     assert any(name.startswith("backbone.layers") for name in trained)
 
 
+def test_one_batch_stays_one_and_the_whole_the_whole_in_flags_and_files(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("trainer: {limit_test_batches: 1, limit_predict_batches: 1.0}")
+    flags = ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1.0"]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config), "-c", str(layer), *flags, "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    found = [repr(trainer[f"limit_{part}_batches"]) for part in ("train", "val", "test", "predict")]
+    assert found == ["1", "1.0", "1", "1.0"]
+
+
 def test_fit_without_dimensions_and_weights_says_so(without_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "-c", str(without_model)])

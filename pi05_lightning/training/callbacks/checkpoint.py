@@ -273,7 +273,8 @@ class RunCheckpoint(ModelCheckpoint):
             if (
                 other is not self
                 and isinstance(other, ModelCheckpoint)
-                and (other.dirpath, other.filename) == (self.dirpath, self.filename)
+                and other.filename == self.filename
+                and os.path.realpath(str(other.dirpath)) == os.path.realpath(str(self.dirpath))
             ):
                 raise ValueError(
                     f"two checkpoint callbacks would write the same files to {self.dirpath} and remove each other's:"
