@@ -563,6 +563,7 @@ class Pi05Module(LightningModule):
         self._saved_arguments = {}
 
     def on_train_start(self) -> None:
+        self._check_weights()
         self._trained_at, self._trained_with = self.global_step, self.processor
         self._losses = {}
         self.finite.begin()
@@ -636,6 +637,7 @@ class Pi05Module(LightningModule):
         self._trained_with = Processor.from_dict(saved["processor"])
         if self._trainer is None:  # `load_from_checkpoint`
             return
+        checkpoint.setdefault("callbacks", {})  # else, of weights alone, no callback is shown the checkpoint's average
         if self.trainer.state.fn == "fit":
             self._resume(checkpoint)
         else:

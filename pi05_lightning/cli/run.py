@@ -412,5 +412,6 @@ def run(command: str, args: list[str]) -> None:
     except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
         raise ValueError(str(error)) from error
     finally:
-        if command == "fit" and cli.trainer.interrupted and has_checkpoints(Path(cli.config.run)):
+        begun = command == "fit" and cli.trainer.train_dataloader is not None
+        if begun and cli.trainer.interrupted and has_checkpoints(Path(cli.config.run)):
             print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)

@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.run_directory import MARK, new_run
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
@@ -158,12 +161,23 @@ def test_ckpt_path_in_yaml_means_what_the_flag_does(config: Path, here: Path, pa
     assert all(torch.allclose(after["state_dict"][name], value, atol=0.01) for name, value in before.items())
 
 
-def test_a_model_that_waits_for_a_checkpoint_is_never_stepped() -> None:
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_model_that_waits_for_a_checkpoint_is_never_stepped(command: str, captions: Path, tmp_path: Path) -> None:
     module = Pi05Module(ModelConfig.preset("debug"))
     module.will_be_restored = True
-    module.configure_model()
+    data = Pi05DataModule({"web": VisionTextConfig(str(captions), val_fraction=0.3)}, batch_size=2, num_workers=0)
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    steps = {"max_steps": 1, "max_epochs": -1, "limit_val_batches": int(command != "fit"), "num_sanity_val_steps": 0}
+    trainer = Trainer(
+        accelerator="cpu",
+        callbacks=[StageSwitch(1, 0)],
+        default_root_dir=tmp_path,
+        enable_checkpointing=False,
+        **steps,
+        **quiet,
+    )
     with pytest.raises(RuntimeError, match="the model has no weights"):
-        module.on_validation_start()
+        getattr(trainer, command)(module, data)
 
 
 def test_newest_checkpoint_is_the_one_with_most_steps_though_files_were_copied(config: Path, here: Path) -> None:
@@ -222,7 +236,9 @@ def test_a_checkpoint_that_could_not_be_read_again_is_refused_by_its_callbacks_n
     assert Score.begun == 0
 
 
-def test_a_checkpoint_of_weights_alone_has_the_average_and_the_configuration(config: Path, here: Path) -> None:
+def test_a_checkpoint_of_weights_alone_has_the_average_which_is_measured_and_the_configuration(
+    config: Path, here: Path
+) -> None:
     flags = ["--checkpoint.save_weights_only", "true", "--ema.decay", "0.5"]
     main(["fit", "-c", str(config), "--run", "run", *flags])
     content = torch.load(find_checkpoint(here / "run"), weights_only=True)
@@ -230,4 +246,8 @@ def test_a_checkpoint_of_weights_alone_has_the_average_and_the_configuration(con
     weights = locate(here / "run").tensors()
     assert content["ema"]
     assert all(torch.equal(weights[name], average) for name, average in content["ema"].items())
-    main(["validate", "run"])
+    measured = {}
+    for option in ("decay=0.5", "decay=null", "validate=false"):
+        main(["validate", "run", f"--ema.{option}"])
+        measured[option] = (here / "run/metrics.json").read_text()
+    assert measured["decay=0.5"] == measured["decay=null"] != measured["validate=false"]

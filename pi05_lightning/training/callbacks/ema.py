@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -109,3 +110,7 @@ class WeightAverage(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.average = checkpoint.get(AVERAGE, {})
+        if self.average and self.decay is None and self.validate and trainer.state.fn != "fit":
+            rank_zero_info(
+                "ema.decay is null, and the checkpoint's average is used: ema.validate false uses its weights"
+            )
