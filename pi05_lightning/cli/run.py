@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from enum import Enum
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,7 +29,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVWriter
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
@@ -254,6 +256,9 @@ class Pi05CLI(LightningCLI):
         with mistakes_named(vars(trainer), likely=("accelerator", "devices", "strategy")):
             made = super().instantiate_trainer(**kwargs)
         replaced(made.precision_plugin)  # refuses what is not trained in
+        for logger in made.loggers:
+            if isinstance(logger, CSVLogger) and made.is_global_zero:
+                keep_written(Path(logger.log_dir), Path(self.config.run))
         return made
 
     def instantiate_classes(self) -> None:
@@ -306,6 +311,23 @@ def check_loggers(loggers: Any) -> None:
         every = logger.init_args.get("flush_logs_every_n_steps") if isinstance(logger, Namespace) else None
         if every is not None:
             check("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
+
+
+def keep_written(folder: Path, run: Path) -> None:
+    """Rename the metrics.csv that a CSVLogger left in its folder before: another one would begin with deleting it.
+
+    ValueError for the run's own directory, in which `pi05 validate` writes a metrics.csv.
+    """
+    if folder.resolve() == run.resolve():
+        raise ValueError(
+            f"trainer.logger: a CSVLogger would write its metrics.csv into {run}, where that of pi05 validate is: give"
+            " it a name (trainer.logger.init_args.name csv)"
+        )
+    file = folder / CSVWriter.NAME_METRICS_FILE
+    if file.exists():
+        free = next(n for n in count(1) if not file.with_suffix(f".{n}.csv").exists())
+        file.rename(file.with_suffix(f".{free}.csv"))
+        rank_zero_info(f"{file} of an earlier start is {file.with_suffix(f'.{free}.csv')} now")
 
 
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:

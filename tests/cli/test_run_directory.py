@@ -56,6 +56,22 @@ def test_configuration_and_checkpoints_are_in_the_run_whatever_logs(config: Path
     assert steps(here / "run") == STEPS + 1
 
 
+def test_what_a_csv_logger_wrote_is_kept_when_its_run_goes_on(config: Path, here: Path) -> None:
+    loggers = "[{class_path: CSVLogger, init_args: {save_dir: logs, name: csv, version: ''}}]"
+    main(["fit", "-c", str(config), "--run", "run", "--trainer.logger", loggers, "--trainer.log_every_n_steps", "1"])
+    written = (here / "logs/csv/metrics.csv").read_text()
+    main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1)])
+    main(["validate", "run"])
+    assert (here / "logs/csv/metrics.1.csv").read_text() == written
+    assert len(list((here / "logs/csv").glob("metrics*.csv"))) == 3
+
+
+def test_a_csv_logger_in_the_runs_own_directory_is_refused(config: Path, here: Path) -> None:
+    loggers = "[{class_path: CSVLogger, init_args: {save_dir: run, name: '', version: ''}}]"
+    with pytest.raises(SystemExit, match=r"metrics.csv into run, where that of pi05 validate is: give it a name"):
+        main(["fit", "-c", str(config), "--run", "run", "--trainer.logger", loggers])
+
+
 def test_a_directory_with_someone_elses_files_is_no_place_for_a_run(config: Path, here: Path) -> None:
     (here / "config.yaml").write_text("mine: true\n")
     with pytest.raises(SystemExit, match=r"no run's directory, and a run would overwrite its config.yaml"):
