@@ -67,6 +67,21 @@ class Samples(Dataset[Sample]):
         _, first = np.unique(np.broadcast_to(self._with_lengths(self.entries[entry]).text, size), return_index=True)
         return set(first[-LONGEST:].tolist())
 
+    def alike(self, entry: int) -> bool:
+        """Whether each of an entry's samples has images, and says a subtask if any does, by its source's tables.
+
+        What there is to learn from one is then there in all of them, as far as tokens and actions go.
+        """
+        subset, language = self.subsets[entry], self.processor.language
+        source = self.sources[subset.source]
+        if type(source).sizes is Source.sizes:  # it says nothing of them
+            return False
+        sizes = source.sizes(subset.modality)
+        said = np.asarray(sizes.subtask) > 0
+        if subset.modality in language.saying_subtasks and subset.modality is not Modality.HL_SUBTASK and said.any():
+            return bool(np.all(sizes.images) and said.all() and not language.task_only_share)
+        return bool(np.all(sizes.images))
+
     def address(self, entry: int, index: int) -> str:
         """Dataset, episode and frame of an entry's index, for messages."""
         return self.sources[self.subsets[entry].source].address(int(self.indices[entry][index]))

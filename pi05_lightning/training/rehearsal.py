@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.samples import Samples
-from pi05_lightning.models.heads.base import Terms
+from pi05_lightning.models.heads.base import Head, Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Stage
@@ -37,9 +38,10 @@ DEFAULT_LOSSES = {"pretrain": PRETRAIN.losses.used, "posttrain": POSTTRAIN.losse
 log = logging.getLogger(__name__)
 
 
-def rehearse(trainer: Trainer, module: Pi05Module) -> None:
+def rehearse(trainer: Trainer, module: Pi05Module) -> dict[str, set[str]]:
     """Try what the stages that this run still reaches draw and train, and what it validates on.
 
+    Returns, under DDP, of the stages in which every batch trains the same parameters, the names of these.
     Raises ValueError with the stage, the `source/modality`, the sample's address or the term, and the cause.
     """
     rehearsal = Rehearsal(trainer, module)
@@ -49,6 +51,7 @@ def rehearse(trainer: Trainer, module: Pi05Module) -> None:
     if trainer.strategy.broadcast(rehearsal.needs_weights):
         rehearsal.model = module.gathered(keep=trainer.is_global_zero)
         on_first_rank(trainer, rehearsal.run)
+    return trainer.strategy.broadcast(rehearsal.reached)
 
 
 class NeedsWeights(Exception):
@@ -60,12 +63,14 @@ class Rehearsal:
 
     model: with the weights that are trained; None where they have to be gathered for it.
     needs_weights: there was none, and it was needed.
+    reached: by the stage's name, see `rehearse`.
     """
 
     def __init__(self, trainer: Trainer, module: Pi05Module) -> None:
         self.trainer, self.module, self.data = trainer, module, datamodule_of(trainer)
         self.model: Pi05 | None = None
         self.needs_weights = False
+        self.reached: dict[str, set[str]] = {}
         self._told = time.monotonic() + PATIENCE
 
     def run(self) -> None:
@@ -102,6 +107,10 @@ class Rehearsal:
                     f" ({', '.join(terms)}) would train is frozen, or has a learning rate of 0: draw none of it in this"
                     " stage's mixture, or change freeze and lr_factors"
                 )
+        if isinstance(self.trainer.strategy, DDPStrategy):
+            reached = self._reached(stage, [read[number] for number in entries])
+            if reached is not None and all(samples.alike(number) for number in entries):
+                self.reached[stage.name] = reached
 
     def _read(self, samples: Samples, number: int, indices: Iterable[int], when: str) -> list[Sample]:
         """Samples of an entry."""
@@ -148,19 +157,39 @@ class Rehearsal:
 
     def _terms(self, stage: Stage, batch: Batch) -> Terms:
         """The loss terms of a batch, after a backward pass from those that have something to learn."""
-        model = self.module.blank(stage)
+        model = self._blank(stage)
         for name, own in model.named_parameters():
             own.requires_grad = stage.lr_factor(name) != 0
-        compute = self.module.sharding and self.module.sharding.compute
-        for trained, part in zip(self.module.model.parameters(), model.parameters(), strict=True):
-            part.data = part.data.to(compute or trained.dtype)
-        insulate = self.module.knowledge_insulation
         try:
-            return step(model, batch.to("meta"), stage, insulate)
+            return step(model, batch.to("meta"), stage, self.module.knowledge_insulation)
         except Exception as error:
             # a head may look at values, of which there are none there; then the true model says whether it fails
             log.debug("stage %s on the meta device: %s", stage.name, error)
             return self._true_terms(stage, batch)
+
+    def _blank(self, stage: Stage) -> Pi05:
+        """A model without memory, of the types that training computes with, frozen as in a stage."""
+        model = self.module.blank(stage)
+        compute = self.module.sharding and self.module.sharding.compute
+        for trained, part in zip(self.module.model.parameters(), model.parameters(), strict=True):
+            part.data = part.data.to(compute or trained.dtype)
+        return model
+
+    def _reached(self, stage: Stage, drawn: list[list[Sample]]) -> set[str] | None:
+        """The parameters that get a gradient from each of some lists of samples; None where that hangs on which."""
+        if any(not stage.weights.keys().isdisjoint(head.terms) for head in self._auxiliary):
+            return None  # whether it has targets is its own business
+        model, found = self._blank(stage), []
+        for samples in drawn:
+            step(model, self._batch(samples).to("meta"), stage, self.module.knowledge_insulation)
+            found.append({name for name, own in model.named_parameters() if own.grad is not None})
+            model.zero_grad()
+        return found[0] if all(names == found[0] for names in found) else None
+
+    @property
+    def _auxiliary(self) -> list[Head]:
+        model = self.module.model
+        return [head for name, head in model.heads.items() if name in model.auxiliary]
 
     def _true_terms(self, stage: Stage, batch: Batch) -> Terms:
         """With the weights and on the device that are trained, which it leaves as they are."""

@@ -10,7 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.processor import Language
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.types import Modality
 from tests.data.recorded import LENGTHS, STARTS, data_file, open_source, rewrite
 
 EPISODES = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
@@ -107,3 +112,23 @@ def test_language_columns_without_any_row_hold_nothing(videos_copy: Path) -> Non
     source = open_source(videos_copy)
     assert source[9].subtask is None
     assert source[3].answers == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "language", "alike"),
+    [
+        ("subtask_index", Language(condition_on="both"), True),
+        ("subtask_index", Language(condition_on="both", task_only_share=0.1), False),
+        ("language_persistent", Language(condition_on="both"), False),  # the first two frames have none
+        ("language_persistent", Language(condition_on="subtask"), True),  # which is not said
+    ],
+)
+def test_samples_are_alike_where_all_or_none_say_a_subtask(
+    videos_copy: Path, key: str, language: Language, alike: bool
+) -> None:
+    annotate(videos_copy, without=())
+    source = LeRobotConfig(path=str(videos_copy), val_fraction=0, subtask_key=key)
+    data = Pi05DataModule({"robot": source}, shapes=ModelConfig.preset("debug").shapes, language=language)
+    samples = data.train_samples
+    found = {subset.modality: samples.alike(number) for number, subset in enumerate(samples.subsets)}
+    assert found == dict.fromkeys(found, True) | {Modality.CONTINUOUS: alike}

@@ -73,8 +73,7 @@ def test_rank_that_no_broken_connection_reaches_ends_with_the_first_one_that_is_
 @pytest.mark.parametrize(
     "strategy",
     [
-        "{class_path: lightning.pytorch.strategies.DDPStrategy, init_args:"
-        ' {find_unused_parameters: true, timeout: "0:00:10"}}',
+        '{class_path: lightning.pytorch.strategies.DDPStrategy, init_args: {timeout: "0:00:10"}}',
         '{class_path: pi05_lightning.training.sharding.FSDP2, init_args: {timeout: "0:00:10"}}',
     ],
     ids=STRATEGIES,

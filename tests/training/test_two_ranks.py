@@ -28,8 +28,8 @@ def ranks(request: pytest.FixtureRequest, videos: Path, tmp_path_factory: pytest
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_both_stages_are_trained(ranks: list[Any]) -> None:
-    assert [rank["step"] for rank in ranks] == [4, 4]
+def test_all_stages_are_trained(ranks: list[Any]) -> None:
+    assert [rank["step"] for rank in ranks] == [6, 6]
 
 
 @pytest.mark.parametrize("part", ["weights", "average"])
@@ -37,6 +37,22 @@ def test_ranks_end_equal(ranks: list[Any], part: str) -> None:
     first, second = (rank[part] for rank in ranks)
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_ddp_searches_only_where_batches_train_different_parameters(ranks: list[Any]) -> None:
+    # words alone; words or actions, which one batch may have without the other; actions alone
+    assert ranks[0]["searches"] == ranks[1]["searches"] == [False, False, True, True, False, False]
+    waited, got = ranks[0]["waits_for"], [len(gradients) for gradients in ranks[0]["gradients"]]
+    assert [waited[step] for step in (0, 1, 4, 5)] == [got[step] for step in (0, 1, 4, 5)]
+    assert waited[0] < waited[4] < waited[2] == len(ranks[0]["weights"])
+    assert ranks[0]["alive"] == [1] * 6  # each is gone when the next stage's is there
+
+
+@pytest.mark.parametrize("part", ["losses", "gradients", "weights", "average"])
+def test_what_is_trained_is_the_same_bits_as_with_one_ddp_that_searches(ranks: list[Any], part: str) -> None:
+    for rank in ranks:
+        assert all(rank["searching"]["searches"])
+        torch.testing.assert_close(rank[part], rank["searching"][part], rtol=0, atol=0)
 
 
 def test_what_the_first_rank_finds_before_training_ends_every_rank(videos: Path, tmp_path: Path) -> None:

@@ -58,7 +58,10 @@ class Source(ABC):
         return np.arange(len(self) if modality in self.modalities else 0)
 
     def sizes(self, modality: Modality) -> Sizes:
-        """Of the frames in `indices(modality)`: batches of similar length are made of it, so it may be left out."""
+        """Of the frames in `indices(modality)`: batches of similar length are made of it, so it may be left out.
+
+        Where it is not, it has to be right about which frames have an image or a subtask, see `Samples.alike`.
+        """
         return Sizes(images=len(self.camera_names))
 
     def address(self, index: int) -> str:

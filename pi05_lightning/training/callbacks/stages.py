@@ -37,6 +37,8 @@ class StageSwitch(Callback):
     def __init__(self, *stages: Any, **options: Any) -> None:
         self.recipe = Recipe.of(*stages, **options)
         self._entered: str | None = None
+        self._reached: dict[str, set[str]] = {}
+        """See `rehearse`."""
         self._is_resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -48,9 +50,6 @@ class StageSwitch(Callback):
         if trainer.world_size > 1:  # on a CPU, ranks that compile at once in one folder read each other's half files
             folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_rank{trainer.local_rank}")
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-        if isinstance(trainer.strategy, DDPStrategy):
-            # a stage may leave the expert out of the loss, and any may freeze parts; the user's own choice stays
-            trainer.strategy._ddp_kwargs.setdefault("find_unused_parameters", True)
 
     def apply(self, trainer: Trainer, pl_module: Pi05Module, stage: str) -> None:
         """Give module and trainer the recipe; no data are needed. Raises ValueError for what cannot be followed."""
@@ -72,7 +71,7 @@ class StageSwitch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
-        rehearse(trainer, pl_module)
+        self._reached = rehearse(trainer, pl_module)
         self._entered = None
         self._enter(trainer, pl_module)
 
@@ -90,6 +89,8 @@ class StageSwitch(Callback):
             pl_module.model.reshard()  # a parameter that is frozen or not while it is whole would get one gradient more
         for parameter_name, parameter in pl_module.model.named_parameters():
             parameter.requires_grad = not stage.freezes(parameter_name)
+        if isinstance(trainer.strategy, DDPStrategy):
+            wrap(trainer.strategy, pl_module, self._reached.get(stage.name))
         self._announce(trainer, stage, step)
 
     @rank_zero_only
@@ -99,3 +100,19 @@ class StageSwitch(Callback):
             logger.log_metrics({"stage": float(self.recipe.number(step))}, step)
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("stage", f"{stage.name} from step {step}: {stage.weights}", step)
+
+
+def wrap(strategy: DDPStrategy, module: Pi05Module, reached: set[str] | None) -> None:
+    """Have DDP wait for the gradients of what a stage trains, and of nothing else.
+
+    reached: the parameters that every batch trains, on every rank. The others that may learn are frozen then: nothing
+    in the stage would give them a gradient. None: it is not known, and DDP looks at each batch anew.
+    """
+    if reached is not None:
+        for name, parameter in module.model.named_parameters():
+            parameter.requires_grad = name in reached
+    given = strategy._ddp_kwargs
+    search = reached is None or given.get("find_unused_parameters", False)  # the user may want it anyway
+    strategy.model, strategy._ddp_kwargs = module, given | {"find_unused_parameters": search}
+    strategy.configure_ddp()
+    strategy._ddp_kwargs = given
