@@ -1,7 +1,7 @@
 """π0.5 at full size on one CUDA device: does it run right there, and how fast? `python -m benchmarks.gpu`
 
 Every part is a process of its own, and its figures are written as soon as it ends: the command goes on where it was
-stopped, and --again measures anew. Where there is no CUDA device, it says so.
+stopped, and --again measures anew. It stops by itself after ten minutes. Where there is no CUDA device, it says so.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import check_equal, environment, meets
@@ -30,10 +33,11 @@ from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT, Work
 from pi05_lightning.losses import mean_terms, total_loss
 from pi05_lightning.models.capture import CapturedChunk
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.models.parallelize import Lora, Sharding, begin_sharded, checkpoint_blocks, compile_blocks, shard
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.module import Pi05Module
-from pi05_lightning.optim import param_groups
+from pi05_lightning.models.quantized import Kind
+from pi05_lightning.module import Pi05Module, default_optimizer
+from pi05_lightning.optim import MakeOptimizer, param_groups
 from pi05_lightning.profiling.accelerators import ACCELERATORS
 from pi05_lightning.profiling.rate import matmul_rate, wait_for
 from pi05_lightning.profiling.step import StepShape
@@ -43,6 +47,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 GIB = 2**30
 LIMIT = 300  # seconds of a part
+MINUTES = 10.0  # of the command
 CHUNK_TOLERANCE = 2**-6  # of the largest action, in bf16: some of its own steps
 
 
@@ -101,6 +106,10 @@ class Training:
     checkpointing: bool = False
     compile: bool = False
     lora: bool = False
+    base: Kind | None = None
+    """What the layers beside adapters are kept as."""
+    eight_bits: bool = False
+    """AdamW's state, by torchao."""
     pretrain: bool = False
     goal: str = ""
 
@@ -113,7 +122,16 @@ class Training:
     def name(self) -> str:
         parts = ["pretrain" if self.pretrain else "posttrain", self.precision]
         parts += [word for word in ("lora", "checkpointing", "compile") if getattr(self, word)]
+        parts += [f"{self.base} base"] * (self.base is not None) + ["8-bit AdamW"] * self.eight_bits
         return f"training step, {', '.join(parts)}, batch {self.batch}"
+
+    @property
+    def optimizer(self) -> MakeOptimizer:
+        if not self.eight_bits:
+            return default_optimizer
+        from torchao.optim import AdamW8bit  # takes seconds to import
+
+        return partial(AdamW8bit, lr=2e-4, weight_decay=0.01)
 
 
 def training(case: Training) -> Callable[[Place], list[Figure]]:
@@ -132,12 +150,41 @@ def training(case: Training) -> Callable[[Place], list[Figure]]:
     return measure
 
 
-def measured(case: Training, place: Place) -> list[Figure]:
+def sharded(case: Training) -> Callable[[Place], list[Figure]]:
+    """The same with a model that FSDP2 divides between all GPUs of the machine, each of which has `case.batch` samples.
+
+    Without a GPU between two processes.
+    """
+
+    def measure(place: Place) -> list[Figure]:
+        ranks = torch.cuda.device_count() or 2
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(on_rank, (ranks, folder, case, place), nprocs=ranks)
+            return read_figures(Path(folder, "figures.json"))
+
+    return measure
+
+
+def on_rank(rank: int, ranks: int, folder: str, case: Training, place: Place) -> None:
+    if place.device.type == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    compute = torch.bfloat16 if case.precision == "bf16-mixed" else None
+    figures = measured(case, place, Sharding(init_device_mesh(place.device.type, (ranks,)), compute))
+    if rank == 0:
+        write_figures(figures, Path(folder, "figures.json"))
+    dist.destroy_process_group()
+
+
+def measured(case: Training, place: Place, sharding: Sharding | None = None) -> list[Figure]:
     """Samples per second, and the share of the peak of what a step needs, which is less than what is computed again."""
     device, mixed = place.device, case.precision == "bf16-mixed"
     module = Pi05Module(
         place.config,
+        case.optimizer,
         lora=Lora() if case.lora else None,
+        base=case.base,
         activation_checkpointing=case.checkpointing,
         compile=case.compile,
     )
@@ -146,7 +193,10 @@ def measured(case: Training, place: Place) -> list[Figure]:
     weights = {"fast": 1.0} if case.pretrain else {"flow": stage.flow_alpha}
     torch.set_default_dtype(torch.float32 if mixed else torch.bfloat16)
     with torch.device(device):
-        module.configure_model()
+        if sharding is None:
+            module.configure_model()
+        else:
+            configure_shards(module, sharding)
     torch.set_default_dtype(torch.float32)
     model = module.model.train()
     for name, parameter in model.named_parameters():
@@ -154,10 +204,11 @@ def measured(case: Training, place: Place) -> list[Figure]:
     groups = param_groups(((n, p) for n, p in model.named_parameters() if p.requires_grad), module.recipe)
     optimizer = module.make_optimizer(groups)
     batch = case.shape.batch(place.config, device)
+    casts = mixed and sharding is None  # FSDP does it otherwise
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(device.type, torch.bfloat16) if mixed else nullcontext():
+        with torch.autocast(device.type, torch.bfloat16) if casts else nullcontext():
             loss = loss_of(model, batch, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -174,16 +225,32 @@ def measured(case: Training, place: Place) -> list[Figure]:
         case.batch * flops_of_sample(module, case, weights, again) / seconds / place.peak
         for again in (False, case.checkpointing)
     )
+    ranks = sharding.mesh.size() if sharding else 1
+    name = f"{case.name} on each of {ranks} ranks, sharded" if sharding else case.name
     figures = [
-        Figure(case.name, case.batch / seconds, "samples/s"),
-        Figure(f"{case.name}: share of the bf16 peak", needed, "", case.goal),
-        Figure(f"{case.name}: first step", first, "s"),
+        Figure(name, ranks * case.batch / seconds, "samples/s"),
+        Figure(f"{name}: share of the bf16 peak", needed, "", case.goal),
+        Figure(f"{name}: first step", first, "s"),
     ]
     if case.checkpointing:
-        figures.append(Figure(f"{case.name}: share of the bf16 peak with what is computed again", computed, ""))
+        figures.append(Figure(f"{name}: share of the bf16 peak with what is computed again", computed, ""))
     if device.type == "cuda":
-        figures.append(Figure(f"{case.name}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB"))
+        figures.append(Figure(f"{name}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB"))
     return figures
+
+
+def configure_shards(module: Pi05Module, sharding: Sharding) -> None:
+    """As `Pi05Module.configure_model` does under the strategy fsdp2, without a trainer."""
+    model = module.model.to(torch.get_default_dtype())
+    shard(model, sharding)
+    model.to_empty(device=torch.get_default_device())
+    torch.manual_seed(0)  # every rank draws the same, and keeps its slices
+    model.reset_parameters()
+    begin_sharded(model)
+    if module.compile_model:
+        compile_blocks(model)
+    if module.activation_checkpointing:
+        checkpoint_blocks(model)
 
 
 def loss_of(model: Pi05, batch: Any, weights: dict[str, float]) -> Tensor:
@@ -353,6 +420,10 @@ PARTS: dict[str, Callable[[Place], list[Figure]]] = {
     "train-checkpointed": training(Training(32, checkpointing=True)),
     "train-kept": training(Training(12)),
     "train-lora": training(Training(12, lora=True)),
+    "train-nf4": training(Training(12, checkpointing=True, lora=True, base="nf4")),
+    "train-int8": training(Training(12, checkpointing=True, lora=True, base="int8")),
+    "train-8-bit": training(Training(32, checkpointing=True, eight_bits=True)),
+    "train-sharded": sharded(Training(8, "bf16-mixed", checkpointing=True)),
     "train-pretrain": training(Training(32, checkpointing=True, pretrain=True)),
     "train-mixed-compiled": training(Training(40, "bf16-mixed", checkpointing=True, compile=True, goal=">= 0.45")),
     "train-checkpointed-compiled": training(Training(64, checkpointing=True, compile=True, goal=">= 0.45")),
@@ -368,11 +439,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure also what is in the results already")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="debug sizes, on the CPU too: only to see that it runs")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="to stop after (default: %(default)g)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        figures = PARTS[args.part](Place(args.quick))
-        args.json.write_text(json.dumps([asdict(figure) for figure in figures]), encoding="utf-8")
+        write_figures(PARTS[args.part](Place(args.quick)), args.json)
         return
     if not torch.cuda.is_available() and not args.quick:
         print("There is no CUDA device here: nothing to measure.")
@@ -380,40 +451,52 @@ def main() -> None:
     results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {"parts": {}}
     results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results["environment"] = environment()
-    failed = []
+    failed, left, end = [], [], time.monotonic() + 60 * args.minutes
     for part in args.only:
         missing = [name for name in NEEDS.get(part, ()) if importlib.util.find_spec(name) is None]
         if missing:
             print(f"--- {part}: left out, as {', '.join(missing)} is not installed", flush=True)
         elif part in results["parts"] and not args.again:
             print(f"--- {part}: measured before", flush=True)
+        elif (seconds := end - time.monotonic()) <= 0:
+            left.append(part)
         else:
             print(f"--- {part}", flush=True)
-            figures = in_its_own_process(part, args.json, args.quick)
+            figures = in_its_own_process(part, args.json, args.quick, min(LIMIT, seconds))
             if figures is None:
-                failed.append(part)
+                (failed if time.monotonic() < end else left).append(part)
                 continue
             results["parts"][part] = figures
             write(results, args.json)
     print(f"\n{results['device']}\n{results['environment']}\n\n{table(results)}")
+    if left:
+        print(f"\nAfter {args.minutes:g} minutes these are left; the same command goes on with them: {', '.join(left)}")
     if failed:
         sys.exit(f"these parts failed: {', '.join(failed)}")
 
 
-def in_its_own_process(part: str, beside: Path, quick: bool) -> list[dict[str, Any]] | None:
-    """Its figures, None where it failed."""
+def in_its_own_process(part: str, beside: Path, quick: bool, limit: float) -> list[dict[str, Any]] | None:
+    """Its figures, None where it failed, or took more than so many seconds."""
     output = beside.with_name(f".{part}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--json", str(output)]
     start = time.perf_counter()
     try:
-        code = subprocess.run([*command, "--quick"] if quick else command, timeout=LIMIT).returncode
+        code = subprocess.run([*command, "--quick"] if quick else command, timeout=limit).returncode
     except subprocess.TimeoutExpired:
-        code = f"no result within {LIMIT} s"
+        code = f"no result within {limit:.0f} s"
     print(f"    {time.perf_counter() - start:.0f} s, {code or 'done'}", flush=True)
-    figures = json.loads(output.read_text(encoding="utf-8")) if not code else None
+    figures = [asdict(figure) for figure in read_figures(output)] if not code else None
     output.unlink(missing_ok=True)
     return figures
+
+
+def write_figures(figures: list[Figure], path: Path) -> None:
+    path.write_text(json.dumps([asdict(figure) for figure in figures]), encoding="utf-8")
+
+
+def read_figures(path: Path) -> list[Figure]:
+    return [Figure(**values) for values in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def write(results: dict[str, Any], path: Path) -> None:

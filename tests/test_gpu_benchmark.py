@@ -1,8 +1,20 @@
-"""`python -m benchmarks.gpu` where there is no GPU."""
+"""`python -m benchmarks.gpu` where there is no GPU: what it says, what it leaves, and parts of it at debug size."""
 
+from __future__ import annotations
+
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import PARTS, Place
+
+QUICK = Place(quick=True)
 
 
 def test_without_a_gpu_the_benchmark_says_so_and_is_no_failure() -> None:
@@ -10,3 +22,33 @@ def test_without_a_gpu_the_benchmark_says_so_and_is_no_failure() -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     assert "no CUDA device" in done.stdout
+
+
+def test_parts_that_are_measured_or_do_not_fit_into_the_time_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "gpu.json"
+    results.write_text(json.dumps({"parts": {"ceilings": [{"name": "copy", "value": 3.0, "unit": "TB/s"}]}}))
+    words = ["--quick", "--minutes", "0", "--json", str(results), "--only", "ceilings", "train-nf4", "train-sharded"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *words])
+    gpu.main()
+    said = capsys.readouterr().out
+    assert "ceilings: measured before" in said
+    assert "| copy | 3 TB/s |" in said
+    assert "goes on with them: train-nf4, train-sharded" in said
+
+
+@pytest.mark.parametrize("part", ["train-nf4", "train-int8", "train-8-bit"])
+def test_a_part_runs_at_debug_size(part: str) -> None:
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles a step of its optimizers for every shape
+        figures = PARTS[part](QUICK)
+    assert figures[0].unit == "samples/s"
+    assert all(figure.value > 0 for figure in figures)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow  # two more processes
+def test_the_sharded_part_runs_between_two_processes() -> None:
+    figures = PARTS["train-sharded"](QUICK)
+    assert "on each of 2 ranks" in figures[0].name
+    assert all(figure.value > 0 for figure in figures)

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.capture import CapturedChunk
+from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.parallelize import checkpoint_blocks, compile_blocks
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import CLASSES, Kind
 from pi05_lightning.types import Batch
 from tests.models.small import make_batch, small_config, small_model, token_nll
 
@@ -113,3 +115,19 @@ def test_a_captured_chunk_leaves_what_it_was_given_alone() -> None:
     captured(second, noise_of(second, 1))
     assert torch.equal(first.tokens, tokens)
     assert torch.equal(noise, noise_of(first))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_layer_on_cuda_is_the_cpus(kind: Kind, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = Linear(256, 512, dtype=dtype)
+    on_cpu, x = CLASSES[kind](plain), torch.randn(7, 256, dtype=dtype)
+    on_cuda, on_x = CLASSES[kind](plain.cuda()), x.cuda().requires_grad_()
+    torch.testing.assert_close(on_cuda.dequantized(dtype).cpu(), on_cpu.dequantized(dtype))
+    out = on_cuda(on_x)
+    out.sum().backward()
+    assert on_x.grad is not None
+    torch.testing.assert_close(out.cpu(), on_cpu(x), rtol=1e-2, atol=1e-2)
+    expected = on_cpu.dequantized(dtype).sum(0).expand(7, -1)
+    torch.testing.assert_close(on_x.grad.cpu(), expected, rtol=1e-2, atol=1e-2)

@@ -80,7 +80,7 @@ class Notes(DummyLogger, Callback):
 
 def train(
     dataset: str,
-    fast: str,
+    fast: str | None,
     ranks: int,
     strategy: Any = "fsdp2",
     model: str | ModelConfig = "debug",
@@ -95,6 +95,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, and say what came of it: losses, gradients, weights and their average, whole on every rank.
 
+    strategy: of several ranks; one shards nothing, unless it is FSDP2 itself.
     predict: with what was trained, at last.
     """
     seed_everything(0)
@@ -104,9 +105,8 @@ def train(
         **{"optimizer": partial(torch.optim.AdamW, lr=1e-3)} | (module or {}),
     )
     trainer = Trainer(
-        accelerator="cpu",
         devices=ranks,
-        strategy=strategy if ranks > 1 else "auto",
+        strategy=strategy if ranks > 1 or isinstance(strategy, FSDP2) else "auto",
         max_epochs=-1,
         use_distributed_sampler=False,
         logger=notes,
@@ -114,7 +114,7 @@ def train(
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[StageSwitch(*steps, **(stages or two_stages())), average, notes, *callbacks],
-        **{"limit_val_batches": 0, "enable_checkpointing": False} | options,
+        **{"accelerator": "cpu", "limit_val_batches": 0, "enable_checkpointing": False} | options,
     )
     source = LeRobotConfig(path=dataset, val_fraction=0.2)
     accumulate = options.get("accumulate_grad_batches", 1)

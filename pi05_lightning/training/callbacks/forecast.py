@@ -195,9 +195,6 @@ class Forecaster:
                 yield adapters | {"base": kind}, " ".join([*flags, f"--model.base {kind}"])
 
 
-CHECKPOINTING = {"activation_checkpointing": True}, "--model.activation_checkpointing true"
-
-
 def eight_bits(groups: Any) -> Optimizer:
     from torchao.optim import AdamW8bit  # takes seconds to import
 
