@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
 
+# the processes of a sharded run import what is there too, see tests/sharding/conftest.py
+sys.path.append(str(Path(__file__).parents[1] / "sharding"))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: what deterministic products need
 
 PRETRAIN_STEPS, POSTTRAIN_STEPS = 3, 3

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from sharded_ranks import on_ranks
+from sharded_runs import train
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.sharding import FSDP2
 from pi05_lightning.weights.folder import save
-from tests.sharding.sharded_ranks import on_ranks
-from tests.sharding.sharded_runs import train
 
 from .conftest import STAGES
 
