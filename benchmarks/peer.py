@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from benchmarks.sizes import Work
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch, Target, index_targets
+from pi05_lightning.types import Batch, Target
 from pi05_lightning.weights.lerobot import to_ours
 
 
@@ -143,6 +143,7 @@ def make_inputs(config: ModelConfig, work: Work, device: str = "cpu", seed: int 
     tokens = tokens * token_mask
     actions, noise = torch.randn(2, rows, config.horizon, config.action_dim, generator=generator)
     time = 0.001 + 0.999 * torch.rand(rows, generator=generator)
+    nothing = torch.zeros(0, dtype=torch.long)  # `index_targets` would look for targets, which fake tensors cannot say
     batch = Batch(
         pixels=pixels[:, used].flatten(0, 1),
         image_index=torch.arange(rows * len(used)),
@@ -152,7 +153,7 @@ def make_inputs(config: ModelConfig, work: Work, device: str = "cpu", seed: int 
         token_mask=token_mask[:, : work.tokens],
         causal=torch.zeros(rows, work.tokens, dtype=torch.bool),
         target_kind=torch.full((rows, work.tokens), Target.NONE, dtype=torch.uint8),
-        target_index=index_targets(torch.zeros(0, dtype=torch.uint8)),
+        target_index={target: nothing for target in Target if target is not Target.NONE},
         actions=actions,
         action_mask=torch.ones_like(actions, dtype=torch.bool),
         key=torch.arange(rows),
