@@ -52,12 +52,12 @@ def sharded(config: ModelConfig, numbers: Sequence[int]) -> list[Row]:
     for ranks in numbers:
         rank = step.count(Strategy(ranks, ranks)) if ranks > 1 else whole
         bound = 1.15 * whole.kept / ranks + rank.group
-        name = f"sharded, {ranks} ranks: "
+        name = f"sharded, {ranks} rank{'s' * (ranks > 1)}: "
         kept = [bound / 2**30], [rank.kept / 2**30]
         rows.append(share(f"{name}weights, gradients, AdamW and average, over the bound", "<= 1", "GiB", *kept))
-        sent = 3 * whole.weights / 2
         if ranks > 1:
-            rows.append(share(f"{name}sent in a step", "<= 1.05", "GiB", [sent / 2**30], [rank.sent / 2**30]))
+            sent = [3 * whole.weights / 2 / 2**30], [rank.sent / 2**30]
+            rows.append(share(f"{name}sent in a step, over three times bf16", "<= 1.05", "GiB", *sent))
     return rows
 
 
