@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.sizes import MID
 from pi05_lightning.cli.main import main
 from pi05_lightning.files.shipped import shipped_configs
+from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.metaworld.collect import collect
@@ -52,8 +55,15 @@ def fit(demo: Path, run: Path, configs: list[str], *flags: str) -> None:
 @pytest.mark.parametrize("first_stage", [True, False], ids=["first stage", "second stage"])
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_experiment_trains(name: str, first_stage: bool, demo: Path, tmp_path: Path) -> None:
-    flags = () if first_stage else ("--stages.pretrain_steps", "0")
+    flags = [] if first_stage else ["--stages.pretrain_steps", "0"]
+    if "fast" in read_yaml(ROOT / "experiments" / name / "config.yaml").get("data", {}):
+        flags += ["--data.fast", "null"]
     fit(demo, tmp_path / "run", experiment.configs(name), *flags)
+
+
+def test_bases_are_compared_in_the_mid_model() -> None:
+    model = ModelConfig.preset(str(ROOT / "experiments" / "007_quantised_base" / "model.yaml"))
+    assert replace(model, vocab_size=MID.vocab_size) == MID
 
 
 @pytest.mark.parametrize("config", WHOLE)

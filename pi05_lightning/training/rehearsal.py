@@ -107,9 +107,9 @@ class Rehearsal:
                     f" ({', '.join(terms)}) would train is frozen, or has a learning rate of 0: draw none of it in this"
                     " stage's mixture, or change freeze and lr_factors"
                 )
-        if isinstance(self.trainer.strategy, DDPStrategy):
+        if isinstance(self.trainer.strategy, DDPStrategy) and all(samples.alike(number) for number in entries):
             reached = self._reached(stage, [read[number] for number in entries])
-            if reached is not None and all(samples.alike(number) for number in entries):
+            if reached is not None:
                 self.reached[stage.name] = reached
 
     def _read(self, samples: Samples, number: int, indices: Iterable[int], when: str) -> list[Sample]:
