@@ -56,8 +56,8 @@ def sharded(config: ModelConfig, numbers: Sequence[int]) -> list[Row]:
         kept = [bound / 2**30], [rank.kept / 2**30]
         rows.append(share(f"{name}weights, gradients, AdamW and average, over the bound", "<= 1", "GiB", *kept))
         if ranks > 1:
-            sent = [3 * whole.weights / 2 / 2**30], [rank.sent / 2**30]
-            rows.append(share(f"{name}sent in a step, over three times bf16", "<= 1.05", "GiB", *sent))
+            name += "sent in a step, over three times the parameters in bf16"
+            rows.append(share(name, "<= 1.05", "GiB", [3 * whole.weights / 2 / 2**30], [rank.sent / 2**30]))
     return rows
 
 
