@@ -26,6 +26,7 @@ from pi05_lightning.weights.training_checkpoint import find_checkpoint
 STEPS = 2
 SHAPES = ModelConfig.preset("debug").shapes
 # the second robot: five dims, of which two are predicted relative to the state
+ACTING = ("--acting.num_steps", "3", "--acting.noise_scale", "1")
 ARMS = {
     "arm": {"action_keys": ["action"]},
     "two/arms": {
@@ -69,7 +70,7 @@ def run(videos: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("predict")
     (folder / "config.yaml").write_text(yaml.safe_dump(content))
     main(["fit", "-c", str(folder / "config.yaml"), "--run", str(folder / "run")])
-    main(["predict", str(folder / "run"), "--acting.num_steps", "3"])
+    main(["predict", str(folder / "run"), *ACTING])
     return folder / "run"
 
 
@@ -134,7 +135,7 @@ def test_file_says_what_its_numbers_are(run: Path, videos: Path) -> None:
 def test_two_ranks_predict_together_what_one_does_and_replace_it(run: Path, tmp_path: Path) -> None:
     one = read(run, "arm")
     command = [sys.executable, "-m", "pi05_lightning", "predict", str(run), "--run", str(tmp_path)]
-    options = ["--acting.num_steps", "3", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    options = [*ACTING, "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     (tmp_path / "predictions" / "arm").mkdir(parents=True)
     (tmp_path / "predictions" / "arm" / "rank-2.parquet").write_text("of an earlier prediction on three ranks")
     subprocess.run([*command, *options], env=os.environ, check=True, capture_output=True, timeout=600)
