@@ -47,7 +47,7 @@ def weights_of(module: Any) -> dict[str, Tensor]:
 
 
 class Notes(DummyLogger, Callback):
-    """First weights, losses and gradients of every step, what was validated, predicted chunks by their frame."""
+    """First weights, losses and gradients of every step, what was validated, predicted chunks by their frame, in ranges."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,9 @@ class Notes(DummyLogger, Callback):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        self.chunks |= {f"{place}": torch.tensor(x) for place, x in zip(batch.places, outputs.actions, strict=True)}
+        range_of_dims = pl_module.processor.robots[batch.source].normalize.action.span
+        shares = torch.tensor(outputs.actions / range_of_dims)
+        self.chunks |= {f"{place}": chunk for place, chunk in zip(batch.places, shares, strict=True)}
 
 
 def train(
