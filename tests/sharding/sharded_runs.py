@@ -47,7 +47,7 @@ def weights_of(module: Any) -> dict[str, Tensor]:
 
 
 class Notes(DummyLogger, Callback):
-    """First weights, losses and gradients of every step, what was validated, chunks by their frame as shares of ranges."""
+    """First weights, losses and gradients of every step, what was validated, chunks by their frame (in ranges)."""
 
     def __init__(self) -> None:
         super().__init__()
