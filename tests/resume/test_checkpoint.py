@@ -12,6 +12,7 @@ import torch
 from killable_fit import KILL_AT_FILE_EVENT, fit, start_saving
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.training.callbacks.checkpoint import link
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.weights.locate import locate_run
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, find_checkpoint
@@ -40,6 +41,19 @@ def test_what_a_kill_left_of_a_checkpoint_is_gone_with_the_next_one(tmp_path: Pa
     assert [file.name for file in tmp_path.iterdir()] == [".last.ckpt.part"]
     AtomicCheckpointIO().save_checkpoint({"number": 1}, path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_link_that_a_kill_left_half_made_is_no_obstacle(tmp_path: Path, sharded: bool) -> None:
+    checkpoint, last = tmp_path / "1.ckpt", tmp_path / "last.ckpt"
+    if sharded:
+        checkpoint.mkdir()
+    else:
+        checkpoint.touch()
+    (tmp_path / ".last.ckpt.part").symlink_to(checkpoint.name)
+    link(checkpoint, last)
+    assert last.readlink() == Path(checkpoint.name)
+    assert {path.name for path in tmp_path.iterdir()} == {checkpoint.name, last.name}
 
 
 def test_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:

@@ -43,7 +43,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def weights_of(module: Any) -> dict[str, Tensor]:
-    return {name: whole(value) for name, value in module.model.state_dict().items()}
+    # one rank's whole is its slice itself, which training goes on to write into
+    return {name: whole(value).clone() for name, value in module.model.state_dict().items()}
 
 
 class Notes(DummyLogger, Callback):
