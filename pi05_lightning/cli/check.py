@@ -67,13 +67,11 @@ def check(
     weights = locate(checkpoint, tokenizer=tokenizer, base=base)
     processor = weights.processor()
     name = processor.acting_as(robot)
-    policy = processor.robots[name]
+    policy = replace(processor.robots[name], cameras=processor.cameras_of(name))
     if dataset is None and env is None:
         if not policy.dataset:
             raise ValueError("nothing to compare with: give --dataset or --env")
         dataset = policy.dataset
-    abilities, horizon = Abilities.of(processor, weights.trained), weights.config().horizon
-    policy = replace(policy, cameras=processor.cameras_of(name))
     found: list[Finding] = []
     if dataset is not None:
         chosen = LeRobotConfig(
@@ -84,24 +82,11 @@ def check(
             val_fraction=0,
             on_bad_sample="skip",
         )
-        source = open_dataset(chosen, policy, horizon)
-        here = source.robot()
-        assert here is not None
-        here = replace(here, looks=source.looks(), cameras=tuple(source.camera_names))
-        episodes = np.unique(source.episode, return_counts=True)[1]
-        given = Given(here, dataset, episode_seconds=float(episodes.max()) / here.fps)
-        said = agreement(policy, abilities, horizon, given)
-        if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
-            said += predictions(weights, processor, name, abilities, source, frames, seed, device)
+        said = beside_dataset(weights, processor, name, policy, chosen, frames, seed, device)
         show(f"{checkpoint} beside {dataset}", said)
         found += said
     if env is not None:
-        view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
-        try:
-            given = glimpse(env, tasks or env.tasks(policy), view, seed)
-            said = agreement(policy, abilities, horizon, given)
-        except NoSuchEnvironment as error:
-            said = [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
+        said = beside_simulator(weights, processor, policy, env, tasks, seed)
         show(f"{checkpoint} beside {type(env).__name__}", said)
         found += said
     if differs(found):
@@ -110,6 +95,42 @@ def check(
 
 REFUSED = {"cameras", "state", "action"}
 """What no prediction can be made, or compared, with."""
+
+
+def beside_dataset(
+    weights: Weights,
+    processor: Processor,
+    name: str,
+    policy: Robot,
+    chosen: LeRobotConfig,
+    frames: int,
+    seed: int,
+    device: str,
+) -> list[Finding]:
+    """What there is to say of a policy, which acts as the robot of a name, and a dataset."""
+    abilities, horizon = Abilities.of(processor, weights.trained), weights.config().horizon
+    source = open_dataset(chosen, policy, horizon)
+    here = source.robot()
+    assert here is not None
+    here = replace(here, looks=source.looks(), cameras=tuple(source.camera_names))
+    episodes = np.unique(source.episode, return_counts=True)[1]
+    given = Given(here, chosen.path, episode_seconds=float(episodes.max()) / here.fps)
+    said = agreement(policy, abilities, horizon, given)
+    if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
+        said += predictions(weights, processor, name, abilities, source, frames, seed, device)
+    return said
+
+
+def beside_simulator(
+    weights: Weights, processor: Processor, policy: Robot, env: EnvironmentConfig, tasks: list[str] | None, seed: int
+) -> list[Finding]:
+    """What there is to say of a policy and a simulator."""
+    view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
+    try:
+        given = glimpse(env, tasks or env.tasks(policy), view, seed)
+    except NoSuchEnvironment as error:
+        return [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
+    return agreement(policy, Abilities.of(processor, weights.trained), weights.config().horizon, given)
 
 
 def open_dataset(config: LeRobotConfig, policy: Robot, horizon: int) -> LeRobotSource:
