@@ -22,7 +22,8 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.serving.server import PolicyServer, Reader
+from pi05_lightning.serving.reader import Reader
+from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.types import Modality, Subset
 

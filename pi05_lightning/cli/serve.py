@@ -13,7 +13,8 @@ import torch
 
 from pi05_lightning.acting import Acting, measured
 from pi05_lightning.policy import CudaGraph, Pi05Policy
-from pi05_lightning.serving.server import PolicyServer, Reader, check_address
+from pi05_lightning.serving.reader import Reader
+from pi05_lightning.serving.server import PolicyServer, check_address
 from pi05_lightning.sim.modes import PolicyMode
 
 logger = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.serving.server import PolicyServer, Reader
+from pi05_lightning.serving.reader import Reader
+from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.serving.wire import pack, unpack
 from pi05_lightning.weights.folder import save
 
