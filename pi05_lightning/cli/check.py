@@ -19,8 +19,8 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.evaluation.agreement import Finding, Given, agreement, compare_predictions, differs
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.inference import Inference
-from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
-from pi05_lightning.sim.glimpse import glimpse
+from pi05_lightning.sim.environment import EnvironmentConfig, View
+from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.abilities import Abilities
 from pi05_lightning.weights.base import Weights
@@ -86,7 +86,9 @@ def check(
         show(f"{checkpoint} beside {dataset}", said)
         found += said
     if env is not None:
-        said = beside_simulator(weights, processor, policy, env, tasks, seed)
+        abilities, horizon = Abilities.of(processor, weights.trained), weights.config().horizon
+        view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
+        said = beside_simulator(policy, abilities, horizon, env, tasks or env.tasks(policy), view, seed)
         show(f"{checkpoint} beside {type(env).__name__}", said)
         found += said
     if differs(found):
@@ -119,18 +121,6 @@ def beside_dataset(
     if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
         said += predictions(weights, processor, name, abilities, source, frames, seed, device)
     return said
-
-
-def beside_simulator(
-    weights: Weights, processor: Processor, policy: Robot, env: EnvironmentConfig, tasks: list[str] | None, seed: int
-) -> list[Finding]:
-    """What there is to say of a policy and a simulator."""
-    view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
-    try:
-        given = glimpse(env, tasks or env.tasks(policy), view, seed)
-    except NoSuchEnvironment as error:
-        return [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
-    return agreement(policy, Abilities.of(processor, weights.trained), weights.config().horizon, given)
 
 
 def open_dataset(config: LeRobotConfig, policy: Robot, horizon: int) -> LeRobotSource:
@@ -183,5 +173,4 @@ def show(title: str, findings: Sequence[Finding]) -> None:
     console.print(table)
     for finding in findings:
         if finding.verdict == "differs":
-            mend = f" Mend: {finding.mend}." if finding.mend else ""
-            console.print(f"{finding.what}: {finding.given}: {finding.then}.{mend}", highlight=False, markup=False)
+            console.print(str(finding), highlight=False, markup=False)

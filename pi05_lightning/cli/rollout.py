@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,12 +14,14 @@ from rich.console import Console
 from tqdm import tqdm
 
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
+from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
@@ -107,6 +109,8 @@ def rollout(
     actings: dict[Mode, Acting] = {
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
+    for finding in differences(policy, env, tasks, seed):
+        logger.warning("%s (`pi05 check` tells more)", finding)
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / ROLLOUT.parent
@@ -117,6 +121,15 @@ def rollout(
         replace_result(out, films_of(out), Path(films), result)
     Console().print(*tables(result))
     return result
+
+
+def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str], seed: int) -> list[Finding]:
+    """What the simulator gives otherwise than the policy expects, by a look at the beginning of a few episodes."""
+    view = view_of(policy)
+    expected = replace(policy.processor.robots[policy.robot], cameras=view.cameras)
+    horizon = policy.model.config.horizon
+    found = beside_simulator(expected, policy.abilities, horizon, env, tasks, view, seed, expert=False)
+    return [finding for finding in found if finding.verdict == "differs"]
 
 
 def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> list[Mode]:

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 
 SIDE = 8
 LEAST_CONTRAST = 2.0  # grey levels; a flatter mean tells nothing
-ALIKE = 0.5
-"""Correlation from which on two means show the same scene."""
-THE_SAME, BETTER = 0.02, 0.4
-"""Of what lacks to a correlation of 1: up to the first nothing was changed, and else a change must leave less than the
-second part of it."""
+ALIKE = 0.4
+"""Likeness from which on two means show the same scene."""
+AS_LIKE, LIKER = 0.1, 0.25
+"""By how much more a mean may be like the changed one before that says anything, and from where on it was changed."""
+THE_SAME, CLEARLY = 0.02, 0.25
+"""Of what lacks to a likeness of 1: up to the first nothing was changed; where a change leaves less than the second
+part of it, it was changed, however small the gain."""
 
 _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "": lambda mean: mean,
@@ -66,12 +68,25 @@ class Look:
         if min(mean.std(), seen.std()) < LEAST_CONTRAST:
             return None
         scores = {
-            ", ".join(filter(None, (turn, colour))): float(np.corrcoef(change(mean[order]).ravel(), seen.ravel())[0, 1])
+            ", ".join(filter(None, (turn, colour))): _likeness(change(mean[order]), seen)
             for turn, change in _TURNS.items()
             for colour, order in {"": [0, 1, 2], "red and blue swapped": [2, 1, 0]}.items()
         }
         best = max(scores, key=lambda change: scores[change])
-        if scores[best] < ALIKE:
-            return None
-        lacking = 1 - scores[""]
-        return best if lacking > THE_SAME and 1 - scores[best] < BETTER * lacking else ""
+        gain, lacked = scores[best] - scores[""], 1 - scores[""]
+        if gain >= LIKER or (lacked > THE_SAME and lacked - gain < CLEARLY * lacked):
+            return best if scores[best] >= ALIKE else None
+        return "" if scores[""] >= ALIKE and gain <= AS_LIKE else None
+
+
+def _likeness(mean: np.ndarray, other: np.ndarray) -> float:
+    """Correlation of two means [3 SIDE SIDE], up to 1: half of it with, half without what each channel is as a whole.
+
+    The former sees colours, the latter how the scene lies in the picture.
+    """
+    centred = (x - x.mean((1, 2), keepdims=True) for x in (mean, other))
+    return float(np.mean([_correlation(mean, other), _correlation(*centred)]))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) if min(a.std(), b.std()) > 0 else 0.0

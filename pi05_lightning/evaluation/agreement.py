@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from pi05_lightning.data.errors import suggestion
+from pi05_lightning.data.looks import Look
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Quantiles
@@ -46,6 +47,10 @@ class Finding:
     then: str = ""
     mend: str = ""
 
+    def __str__(self) -> str:
+        mend = f" Mend: {self.mend}." if self.mend else ""
+        return f"{self.what}: {self.given}: {self.then}.{mend}"
+
 
 @dataclass(frozen=True)
 class Given:
@@ -68,7 +73,7 @@ def agreement(policy: Robot, abilities: Abilities, horizon: int, given: Given) -
     return [
         *_heads(abilities),
         *_cameras(policy, given),
-        *_looks(policy, given),
+        *compare_looks(policy, given.robot.looks),
         *_vector("state", policy.normalize.state, given.robot.normalize.state, given),
         *_actions(policy, given),
         *_rate(policy, given),
@@ -110,9 +115,10 @@ def _cameras(policy: Robot, given: Given) -> Iterator[Finding]:
     yield Finding("cameras", "differs", _listed(policy.cameras), _listed(here), then, mend)
 
 
-def _looks(policy: Robot, given: Given) -> Iterator[Finding]:
+def compare_looks(policy: Robot, looks: Mapping[str, Look]) -> Iterator[Finding]:
+    """What there is to say of the images that it is given, by camera."""
     for camera in policy.cameras or ():
-        ours, theirs = policy.looks.get(camera), given.robot.looks.get(camera)
+        ours, theirs = policy.looks.get(camera), looks.get(camera)
         what = f"image {camera}"
         if theirs is None:
             continue  # the cameras' names differ, and that was said

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import cast
 
@@ -12,21 +12,42 @@ from tqdm import tqdm
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Normalize, Quantiles
-from pi05_lightning.evaluation.agreement import Given
-from pi05_lightning.sim.environment import EnvironmentConfig, ExpertEnvironment, View
+from pi05_lightning.evaluation.agreement import Finding, Given, agreement
+from pi05_lightning.sim.environment import EnvironmentConfig, ExpertEnvironment, NoSuchEnvironment, View
 from pi05_lightning.types import Frame
+from pi05_lightning.weights.abilities import Abilities
 
 TASKS, EPISODES = 4, 2
 EXPERT_STEPS, BETWEEN = 60, 6
 """Steps that an expert, where there is one, shows of an episode, and from one look to the next."""
 
 
-def glimpse(config: EnvironmentConfig, tasks: list[str], view: View, seed: int = 0) -> Given:
+def beside_simulator(
+    policy: Robot,
+    abilities: Abilities,
+    horizon: int,
+    env: EnvironmentConfig,
+    tasks: Sequence[str],
+    view: View,
+    seed: int = 0,
+    expert: bool = True,
+) -> list[Finding]:
+    """What there is to say of a policy and a simulator; horizon: actions of a chunk.  The others as `glimpse`."""
+    try:
+        given = glimpse(env, tasks, view, seed, expert)
+    except NoSuchEnvironment as error:
+        return [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
+    return agreement(policy, abilities, horizon, given)
+
+
+def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, seed: int = 0, expert: bool = True) -> Given:
     """Observations of some tasks' initial states, and of what an expert makes of them; no policy acts.
 
+    expert: whether one, if there is any, shows some of each episode, which takes seconds.
     Raises NoSuchEnvironment as `EnvironmentConfig.open` and `Environment.observation`.
     """
     frames: list[Frame] = []
+    expert = expert and config.has_expert
     sentences: dict[str, None] = {}
     bounds, fps = Quantiles(np.zeros(0), np.zeros(0)), view.fps
     chosen = tasks[:TASKS]
@@ -38,7 +59,7 @@ def glimpse(config: EnvironmentConfig, tasks: list[str], view: View, seed: int =
                 for start in config.seeds(number, EPISODES, seed):
                     env.reset(start)
                     frames.append(env.observation())
-                    if config.has_expert:
+                    if expert:
                         frames += shown_by_expert(cast("ExpertEnvironment", env))
                     bar.update()
     states = np.stack([frame.state for frame in frames if frame.state is not None] or [np.zeros(0, np.float32)])
@@ -51,7 +72,7 @@ def glimpse(config: EnvironmentConfig, tasks: list[str], view: View, seed: int =
         cameras=tuple(frames[0].images),
         looks={camera: look for camera, look in looks.items() if look is not None},
     )
-    return Given(robot, type(config).__name__, bounds=True, resting=not config.has_expert)
+    return Given(robot, type(config).__name__, bounds=True, resting=not expert)
 
 
 def shown_by_expert(env: ExpertEnvironment) -> Iterator[Frame]:
