@@ -48,6 +48,7 @@ def rollout(
     seed: int = 0,
     device: str = "cpu",
     base: str | None = None,
+    tokenizer: str | None = None,
     delays: tuple[int, ...] = (),
     instructions: tuple[Instruction, ...] = ("right",),
     swaps: dict[str, str] | None = None,
@@ -57,7 +58,7 @@ def rollout(
     """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
 
     Args:
-        checkpoint: a .ckpt, a run's directory or an exported folder.
+        checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
         tasks: the simulator's names of tasks; by default those that the checkpoint was trained on (MetaWorld), all of
             `--env.suites` (Libero), the default of the environment (LeRobotEnv).
         env: the simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
@@ -77,6 +78,7 @@ def rollout(
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
             they were.
+        tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         delays: for rtc and async: actions that are executed while a chunk is computed. One of several is drawn for each
             chunk, so that [1, 1, 2] is a distribution; by default always `inference_delay`.
         instructions: what the policy is told, in each of its modes: right, swapped (another task's instruction),
@@ -91,7 +93,7 @@ def rollout(
     """
     env.warm_up()  # what is missing shows before the weights are read
     how = Acting(**acting)
-    policy = Pi05Policy.from_pretrained(checkpoint, base=base, **asdict(how))
+    policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, **asdict(how))
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
     found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
@@ -111,7 +113,7 @@ def rollout(
     }
     for finding in differences(policy, env, tasks, seed):
         logger.warning("%s (`pi05 check` tells more)", finding)
-    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words)
+    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / ROLLOUT.parent
     out.mkdir(parents=True, exist_ok=True)

@@ -31,6 +31,7 @@ def serve(
     dtype: Literal["float32", "bfloat16"] | None = None,
     cuda_graph: CudaGraph | None = None,
     base: str | None = None,
+    tokenizer: str | None = None,
     seed: int = 0,
     as_measured: bool | PolicyMode = False,
     **acting: Any,
@@ -43,7 +44,7 @@ def serve(
     as a new connection does.
 
     Args:
-        checkpoint: a .ckpt, a run's directory or an exported folder.
+        checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
         host: address to listen at; 0.0.0.0 listens to the network, where anybody may ask.
         port: 0 takes a free one.
         cameras: the policy's cameras, each with its key in the observation, where that has another name.
@@ -56,6 +57,7 @@ def serve(
             start, `compiled`.
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
             they were.
+        tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         seed: of every client's noise.
         as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named (policy,
             flat, fast, rtc, async); options of `acting` that say otherwise are refused.
@@ -70,8 +72,8 @@ def serve(
         how = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how)
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
     cast = None if dtype is None else getattr(torch, dtype)
-    options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "cuda_graph": cuda_graph}
-    policy = Pi05Policy.from_pretrained(checkpoint, **options, **asdict(how))
+    options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "tokenizer": tokenizer}
+    policy = Pi05Policy.from_pretrained(checkpoint, cuda_graph=cuda_graph, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
     server = PolicyServer(policy, read, seed, str(checkpoint))

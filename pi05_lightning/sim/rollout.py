@@ -215,13 +215,14 @@ class Worker:
     base: str | None = None
     paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """instruction -> the same in other words."""
+    tokenizer: str | None = None
 
     def __call__(self, job: Job) -> Job:
         """The job, over: what a process returns is a copy."""
         lanes = _lanes_of_process(self.env, self.view)
         if job.mode in POLICY_MODES:
             acting = self.actings[job.mode]
-            policy = _policy(self.checkpoint, acting, self.device, self.base).acting_as(acting)
+            policy = _policy(self, acting).acting_as(acting)
             run_policy_job(job, policy, lanes, self.paraphrases)
         else:
             run_baseline_job(job, lanes, self.dataset)
@@ -256,15 +257,16 @@ def _lanes_of_process(env: EnvironmentConfig, view: View) -> Lanes:
 _POLICIES = list["Pi05Policy"]()  # of this process: the one that it loaded
 
 
-def _policy(checkpoint: str, acting: Acting, device: str, base: str | None) -> Pi05Policy:
-    """The policy of a checkpoint; it acts in some mode."""
+def _policy(worker: Worker, acting: Acting) -> Pi05Policy:
+    """The policy of a worker's checkpoint; it acts in some mode."""
     if not _POLICIES:
         import torch
 
         from pi05_lightning.policy import Pi05Policy
 
         torch.set_num_threads(1)  # as many processes as cores
-        _POLICIES.append(Pi05Policy.from_pretrained(checkpoint, device=device, base=base, **asdict(acting)))
+        options = {"device": worker.device, "base": worker.base, "tokenizer": worker.tokenizer}
+        _POLICIES.append(Pi05Policy.from_pretrained(worker.checkpoint, **options, **asdict(acting)))
     return _POLICIES[0]
 
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.convert import convert
+from pi05_lightning.cli.rollout import rollout
+from pi05_lightning.sim.simulators import LeRobotEnv
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 
@@ -194,3 +196,18 @@ def test_weights_beside_checkpoints_are_refused(folder: Path, place: str) -> Non
     (folder / place).touch()
     with pytest.raises(ValueError, match=r"weights of its own, and the checkpoints last\.ckpt"):
         locate(folder)
+
+
+@pytest.mark.slow
+def test_rollout_of_a_folder_that_names_no_tokenizer_here_takes_one(
+    folder: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    change_steps(folder, lambda steps: of(steps, "tokenizer_processor")["config"].pop("tokenizer_name"))
+    env = LeRobotEnv(
+        "metaworld", options={"task": "reach-v3"}, cameras={"top": "image", "wrist": "image"}, action_repeat=1
+    )
+    options: dict[str, Any] = {"env": env, "modes": ("policy",), "episodes": 1, "videos": 0, "max_seconds": 0.05}
+    with pytest.raises(ValueError, match="no tokenizer at google/paligemma"):
+        rollout(folder, out=tmp_path, **options)
+    result = rollout(folder, out=tmp_path, tokenizer=str(tokenizer), max_state_distance=None, num_workers=1, **options)
+    assert result["success"]["policy"]["reach-v3"][1] == 1
