@@ -19,12 +19,9 @@ from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.run import read_run
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.rollout import Lanes, Plan, available_modes
-from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld
+from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_policy
 
-needs_libero = pytest.mark.skipif(
-    importlib.util.find_spec("libero") is None, reason="the extra `libero` is not installed (1.2 GB)"
-)
 VIEW = View(("topview", "gripperPOV"), 64, 10.0)
 
 
@@ -266,37 +263,3 @@ def test_missing_package_of_an_environment_is_named():
         pytest.skip("gym-pusht is installed")
     with pytest.raises(NoSuchEnvironment, match=r"pip install 'lerobot\[pusht\]'.*gym_pusht"):
         LeRobotEnv("pusht").open("PushT-v0", VIEW)
-
-
-# --- LIBERO
-
-
-def test_liberos_first_initial_states_are_run_as_it_is_evaluated():
-    assert Libero().seeds(3, 50, seed=0) == list(range(50))
-    assert Libero().seeds(0, 10, seed=1) == list(range(10, 20))
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libero") is not None, reason="the extra `libero` is installed")
-def test_missing_libero_names_the_extra():
-    with pytest.raises(NoSuchEnvironment, match=r"pip install 'pi05_lightning\[libero\]'"):
-        Libero().tasks(None)
-
-
-@pytest.mark.slow
-@needs_libero
-def test_libero_begins_from_the_benchmarks_states_and_has_lerobots_eight_dimensions():
-    from robosuite.utils.transform_utils import quat2axisangle  # what LIBERO's datasets were recorded with
-
-    env = Libero(image_size=64).open("libero_spatial/3", View(("image", "image2"), 64, 20.0))
-    try:
-        env.reset(1)
-        frame = env.observation()
-        raw = env._env._env.env._get_observations()
-        axis_angle = quat2axisangle(raw["robot0_eef_quat"].copy())
-        expected = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
-        assert frame.task == "pick up the black bowl on the cookie box and place it on the plate"
-        np.testing.assert_allclose(frame.state, expected, atol=1e-4)
-        np.testing.assert_array_equal(frame.images["image"], raw["agentview_image"][::-1, ::-1].transpose(2, 0, 1))
-        assert not env.step(np.zeros(7, np.float32))
-    finally:
-        env.close()
