@@ -6,20 +6,32 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pi05_lightning.acting import Acting, check
+from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.places import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.capture import CapturedChunk
+from pi05_lightning.models.heads.token import Generators
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame, Prefix
 from pi05_lightning.weights.abilities import UNKNOWN, Trained
+
+Computed = Any
+"""Of one frame what the model computes: normalised actions f32[T D], or a list of FAST tokens."""
+
+
+class Given(NamedTuple):
+    """Actions that a chunk goes on from, f32[d A]: in the robot's units, and normalised."""
+
+    actions: np.ndarray
+    normalized: np.ndarray
 
 
 class Inference:
@@ -72,7 +84,7 @@ class Inference:
         return other
 
     def capture(self, compile: bool = False) -> None:
-        """From now on chunks are CUDA graphs, see `CapturedChunk`.
+        """From now on the chunk of one frame is a CUDA graph, see `CapturedChunk`; several frames need no graph.
 
         Raises ValueError where the model is on no CUDA device.
         """
@@ -88,16 +100,8 @@ class Inference:
         """What to do next, for each frame. Raises ValueError for one that `Inputs` refuses, or if it cannot say."""
         if not (self.processor.robots[self.robot].has_subtasks and self.trained.able("subtask")):
             raise ValueError("the policy was not trained to say subtasks: ask it for actions alone")
-        prompts = [self.processor.prompt(self.inputs(frame), self.robot, high_level=True) for frame in frames]
-        batch = self.processor.collate(prompts).to(self.model.device)
-        options = {"temperature": self.acting.temperature, "generator": self.generator}
-        opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
-        texts = generate_texts(self.model, self.processor, batch, **options)
-        # what may come before the opening are boxes
-        said = [(text.rpartition(opening)[2] if opening else text).strip() for text in texts]
-        return [to_picture(text, prompt.letterboxes.values()) for text, prompt in zip(said, prompts, strict=True)]
+        return self.say([self.inputs(frame) for frame in frames], self.generator)
 
-    @torch.no_grad()
     def predict_chunks(
         self,
         frames: Sequence[Frame],
@@ -116,76 +120,118 @@ class Inference:
         holds an action beyond `max_action_distance`.
         """
         frames = [self.inputs(frame) for frame in frames]
-        fast = self.acting.actions == "fast"
-        prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
+        given: list[Given | None] = [None] * len(frames)
+        if prefix_actions is not None:
+            given = [self.given(frame, actions) for frame, actions in zip(frames, prefix_actions, strict=True)]
+        start = self.start(noise, len(frames))
+        computed = self.compute(frames, subtasks, start, given, self.generator)
+        return np.stack([self.finish(*row) for row in zip(computed, frames, given, strict=True)])
+
+    # --- the steps of both, for frames that `Inputs` let through
+
+    def say(self, frames: Sequence[Frame], generator: Generators) -> list[str]:
+        """A subtask for each frame."""
+        prompts = [self.processor.prompt(frame, self.robot, high_level=True) for frame in frames]
         batch = self.processor.collate(prompts).to(self.model.device)
-        if fast:
-            if prefix_actions is not None:
-                raise ValueError("prefix_actions need the flow head: leave them out, or set `actions: flow`")
-            chunks, first = self._decode_fast(batch), None
-        else:
-            first = None if prefix_actions is None else [as_numbers("prefix_actions", a) for a in prefix_actions]
-            given = None if first is None else self._given_actions(frames, first)
-            chunks = self._sample_flow(batch, noise, given)
-        real = [self.processor.real_actions(a, f, self.robot) for a, f in zip(chunks, frames, strict=True)]
-        for chunk, begun in zip(real, first or (), strict=False):
-            chunk[: len(begun)] = begun  # as they are, not normalised and back
-        for chunk, frame in zip(real, frames, strict=True):
-            if not (fast and self.acting.on_failed_decode == "count" and np.isnan(chunk).all()):
-                check_actions(chunk, frame, self.processor.robots[self.robot], self.acting.max_action_distance)
-        return np.stack(real)
+        opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
+        options = {"temperature": self.acting.temperature, "generator": generator}
+        texts = generate_texts(self.model, self.processor, batch, **options)
+        # what may come before the opening are boxes
+        said = [(text.rpartition(opening)[2] if opening else text).strip() for text in texts]
+        return [to_picture(text, prompt.letterboxes.values()) for text, prompt in zip(said, prompts, strict=True)]
 
-    # --- normalised actions of a batch
+    def given(self, frame: Frame, prefix_actions: Tensor | np.ndarray) -> Given:
+        """Actions f32[d A] in the robot's units that a chunk goes on from. ValueError where it cannot."""
+        if self.acting.actions == "fast":
+            raise ValueError("prefix_actions need the flow head: leave them out, or set `actions: flow`")
+        actions, dims, horizon = (
+            as_numbers("prefix_actions", prefix_actions),
+            self.action_dim,
+            self.model.config.horizon,
+        )
+        if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= horizon:
+            raise ValueError(
+                f"prefix_actions has shape {list(actions.shape)}: expected [d {dims}] with d below the chunk's"
+                f" {horizon} steps"
+            )
+        self.abilities.check_delay(len(actions), "prefix_actions")
+        normalized = self.processor.normalize(replace(frame, actions=actions), self.robot).actions
+        assert normalized is not None
+        return Given(actions, normalized)
 
-    def _sample_flow(
-        self, batch: Batch, noise: Tensor | np.ndarray | None, given: tuple[Tensor, Tensor] | None
-    ) -> np.ndarray:
-        """f32[B T D]; noise f32[B T D], and given actions as `FlowHead.sample` takes them."""
-        config, device = self.model.config, self.model.device
-        shape = len(batch), config.horizon, config.action_dim
+    def start(self, noise: Tensor | np.ndarray | None, rows: int) -> Tensor | None:
+        """What the flow starts from, f32[B T D]: the noise, or else a draw of it; None where no flow is sampled.
+
+        Raises ValueError for noise that is not finite or of another shape.
+        """
+        if self.acting.actions == "fast":
+            return None
+        shape = rows, self.model.config.horizon, self.model.config.action_dim
         if noise is None:
-            start = self.acting.noise_scale * torch.randn(shape, generator=self.generator)
-        else:
-            start = torch.from_numpy(np.ascontiguousarray(as_numbers("noise", noise)))
+            return self.acting.noise_scale * torch.randn(shape, generator=self.generator)
+        start = torch.from_numpy(np.ascontiguousarray(as_numbers("noise", noise)))
         if start.shape != shape:
             raise ValueError(f"noise has shape {list(start.shape[1:])}: expected [T D] = {list(shape[1:])}")
-        actions, count = (x.to(device) for x in given) if given else (None, None)
-        return self._chunk(batch, start.to(device), self.acting.num_steps, actions, count).cpu().numpy()
+        return start
 
-    def _given_actions(self, frames: Sequence[Frame], prefix_actions: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
-        """Normalised and padded to chunks f32[B T D], and how many of each are given, i64[B]."""
-        horizon, dims = self.model.config.horizon, self.action_dim
-        given = torch.zeros(len(frames), horizon, self.model.config.action_dim)
-        for row, (frame, actions) in enumerate(zip(frames, prefix_actions, strict=True)):
-            if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= horizon:
-                raise ValueError(
-                    f"prefix_actions has shape {list(actions.shape)}: expected [d {dims}] with d below the chunk's"
-                    f" {horizon} steps"
-                )
-            self.abilities.check_delay(len(actions), "prefix_actions")
-            normalized = self.processor.normalize(replace(frame, actions=actions), self.robot).actions
-            assert normalized is not None
-            given[row, : len(actions), :dims] = torch.from_numpy(normalized)
-        return given, torch.tensor([len(actions) for actions in prefix_actions])
+    @torch.no_grad()
+    def compute(
+        self,
+        frames: Sequence[Frame],
+        subtasks: Sequence[str | None],
+        start: Tensor | None,
+        given: Sequence[Given | None],
+        generator: Generators,
+    ) -> list[Computed]:
+        """For each frame what `finish` makes a chunk of."""
+        fast = start is None
+        prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
+        batch = self.processor.collate(prompts).to(self.model.device)
+        if start is None:
+            return generate_fast(
+                self.model,
+                self.processor,
+                self.model.backbone(batch),
+                self.action_dim,
+                constrain=self.acting.constrain_fast,
+                temperature=self.acting.temperature,
+                generator=generator,
+            )
+        device = self.model.device
+        actions, count = (None, None) if not any(given) else (x.to(device) for x in self._stacked(given))
+        chunk = self._chunk if len(batch) == 1 else self.model.chunk
+        return list(chunk(batch, start.to(device), self.acting.num_steps, actions, count).cpu().numpy())
 
-    def _decode_fast(self, batch: Batch) -> np.ndarray:
-        """f32[B T A]; tokens that are no chunk raise FastDecodeError, or are NaN and counted, as configured."""
-        fast, horizon = self.processor.fast, self.model.config.horizon
-        assert fast is not None
-        tokens = generate_fast(
-            self.model,
-            self.processor,
-            self.model.backbone(batch),
-            self.action_dim,
-            constrain=self.acting.constrain_fast,
-            temperature=self.acting.temperature,
-            generator=self.generator,
-        )
-        if self.acting.on_failed_decode == "raise":
-            return np.stack([fast.decode(row, horizon, self.action_dim) for row in tokens])
-        chunks, decoded = fast.decode_batch(tokens, horizon, self.action_dim)
-        self.failed_decodes += int((~decoded).sum())
-        return chunks
+    def _stacked(self, given: Sequence[Given | None]) -> tuple[Tensor, Tensor]:
+        """Given actions as `FlowHead.sample` takes them: f32[B T D], and how many of each row are given, i64[B]."""
+        actions = torch.zeros(len(given), self.model.config.horizon, self.model.config.action_dim)
+        rows = [np.zeros((0, self.action_dim), np.float32) if row is None else row.normalized for row in given]
+        for place, row in zip(actions, rows, strict=True):
+            place[: len(row), : self.action_dim] = torch.from_numpy(row)
+        return actions, torch.tensor([len(row) for row in rows])
+
+    def finish(self, computed: Computed, frame: Frame, given: Given | None) -> np.ndarray:
+        """The chunk f32[T A] in the robot's units.
+
+        Raises ValueError as `predict_chunks`. FAST tokens that are no chunk raise FastDecodeError, or are NaN and
+        counted, as configured.
+        """
+        robot = self.processor.robots[self.robot]
+        if isinstance(computed, list):
+            assert self.processor.fast is not None
+            sizes = self.model.config.horizon, self.action_dim
+            try:
+                computed = self.processor.fast.decode(computed, *sizes)
+            except FastDecodeError:
+                if self.acting.on_failed_decode == "raise":
+                    raise
+                self.failed_decodes += 1
+                return np.full(sizes, np.nan, np.float32)
+        real = self.processor.real_actions(computed, frame, self.robot)
+        if given is not None:
+            real[: len(given.actions)] = given.actions  # as they are, not normalised and back
+        check_actions(real, frame, robot, self.acting.max_action_distance)
+        return real
 
 
 @torch.no_grad()
@@ -204,7 +250,7 @@ def generate_fast(
     *,
     constrain: bool,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> list[list[int]]:
     """FAST tokens that the model writes after each row of a prefix, for chunks of the model's horizon.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -19,7 +20,7 @@ from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.inference import Inference
+from pi05_lightning.inference import Computed, Given, Inference
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
@@ -202,20 +203,23 @@ class Pi05Policy(Inference):
 
         Raises ValueError as `predict_chunks`.
         """
-        frame = self.frame(observation)
-        self._follow(frame)
-        if self.replans(self._chunks):
-            self.subtask = self.predict_subtasks([frame])[0]
-        self._chunks += 1
-        chunk = self.predict_chunks(
-            [frame],
-            [self.subtask],
-            None if noise is None else as_numbers("noise", noise)[None],
-            None if prefix_actions is None else [prefix_actions],
-        )[0]
-        if np.isnan(chunk).any():
-            raise FastDecodeError("the FAST tokens are no chunk: constrain_fast, or ask again")
-        return chunk
+        return predict_together([self.request(observation, noise, prefix_actions)]).of(0)
+
+    def request(
+        self,
+        observation: Observation | Frame,
+        noise: Tensor | np.ndarray | None = None,
+        prefix_actions: Tensor | np.ndarray | None = None,
+    ) -> Request:
+        """What `predict_chunk` is asked for, to be computed later; nothing of the policy changes until then.
+
+        Raises ValueError for all that is wrong with it.
+        """
+        frame = self.processor.as_seen(self.frame(observation))
+        self.processor.prompt(frame, self.robot, high_level=self.hierarchical)  # which may be too long
+        start = None if noise is None else self.start(as_numbers("noise", noise)[None], 1)
+        given = None if prefix_actions is None else self.given(frame, prefix_actions)
+        return Request(self, frame, start, given)
 
     def predict_subtask(self, observation: Observation | Frame) -> str:
         """What to do next, in words."""
@@ -253,6 +257,98 @@ class Pi05Policy(Inference):
             task=given.get("task", ""),
             state=as_vector("state", given["state"]) if "state" in given else None,
         )
+
+
+@dataclass(frozen=True)
+class Request:
+    """A chunk that a policy is asked for: read and checked.  start: f32[1 T D], what its flow starts from, if given."""
+
+    policy: Pi05Policy
+    frame: Frame
+    start: Tensor | None = None
+    given: Given | None = None
+
+
+@dataclass
+class Answers:
+    """For each request its chunk f32[T A] in the robot's units, or why there is none; and how long computing took."""
+
+    chunks: list[np.ndarray | Exception]
+    subtask_seconds: float
+    chunk_seconds: float
+
+    def of(self, place: int) -> np.ndarray:
+        """The chunk of a request. Raises what it failed with."""
+        chunk = self.chunks[place]
+        if isinstance(chunk, Exception):
+            raise chunk
+        return chunk
+
+
+def predict_together(requests: Sequence[Request]) -> Answers:
+    """Chunks of sessions of one policy, each asked once: each answer is what it would be alone, up to rounding.
+
+    A mistake is its own session's. If computing together fails, each is computed by itself.
+    """
+    begun = perf_counter()
+    for request in requests:
+        request.policy._follow(request.frame)
+    replanning = [request for request in requests if request.policy.replans(request.policy._chunks)]
+    failed: dict[int, Exception] = {}
+    subtasks = _of_each(_subtasks, replanning)
+    for request, said in zip(replanning, subtasks, strict=True):
+        if isinstance(said, Exception):
+            failed[id(request)] = said
+        else:
+            request.policy.subtask = said
+    going_on = [request for request in requests if id(request) not in failed]
+    for request in going_on:
+        request.policy._chunks += 1
+    said_at = perf_counter()
+    chunks = dict(zip(map(id, going_on), _of_each(_chunks, going_on), strict=True)) | failed
+    return Answers([chunks[id(request)] for request in requests], said_at - begun, perf_counter() - said_at)
+
+
+def _of_each[T](compute: Callable[[Sequence[Request]], list[T]], requests: Sequence[Request]) -> list[T | Exception]:
+    """What is computed together; if that fails, what is computed of each, or why it cannot be."""
+    if not requests:
+        return []
+    states = [request.policy.generator.get_state() for request in requests]
+    try:
+        return [*compute(requests)]
+    except Exception as error:
+        if len(requests) == 1:
+            return [error]
+        for request, state in zip(requests, states, strict=True):
+            request.policy.generator.set_state(state)
+        return [result for request in requests for result in _of_each(compute, [request])]
+
+
+def _subtasks(requests: Sequence[Request]) -> list[str]:
+    return requests[0].policy.say([r.frame for r in requests], [r.policy.generator for r in requests])
+
+
+def _chunks(requests: Sequence[Request]) -> list[np.ndarray | Exception]:
+    drawn = [r.policy.start(None, 1) if r.start is None else r.start for r in requests]
+    starts = [start for start in drawn if start is not None]
+    computed = requests[0].policy.compute(
+        [r.frame for r in requests],
+        [r.policy.subtask for r in requests],
+        torch.cat(starts) if starts else None,
+        [r.given for r in requests],
+        [r.policy.generator for r in requests],
+    )
+    return [_finished(request, row) for request, row in zip(requests, computed, strict=True)]
+
+
+def _finished(request: Request, computed: Computed) -> np.ndarray | Exception:
+    try:
+        chunk = request.policy.finish(computed, request.frame, request.given)
+    except ValueError as error:
+        return error
+    if np.isnan(chunk).any():
+        return FastDecodeError("the FAST tokens are no chunk: constrain_fast, or ask again")
+    return chunk
 
 
 def check_device(device: str | torch.device) -> None:

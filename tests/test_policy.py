@@ -137,7 +137,7 @@ def test_an_error_in_the_background_reaches_the_caller_once(trained, monkeypatch
     policy = Pi05Policy.from_pretrained(path, pred_horizon=2, inference_delay=1, hierarchical=False)
     policy.predict(observation(data))
     with monkeypatch.context() as broken:
-        broken.setattr(policy, "predict_chunks", fail)
+        broken.setattr(policy, "compute", fail)
         policy.predict(observation(data))
         wait([policy._next])
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -224,9 +224,9 @@ def test_subtask_is_predicted_again_for_every_nth_chunk(trained, monkeypatch: py
     _, data, path = trained
     policy = Pi05Policy.from_pretrained(path, pred_horizon=2, replan_subtask_every=3)
     said, used = iter("abcdef"), []
-    original = policy.predict_chunks
-    monkeypatch.setattr(policy, "predict_subtasks", lambda frames: [next(said)])
-    monkeypatch.setattr(policy, "predict_chunks", lambda *args: used.append(args[1][0]) or original(*args))
+    original = policy.compute
+    monkeypatch.setattr(policy, "say", lambda *args: [next(said)])
+    monkeypatch.setattr(policy, "compute", lambda *args: used.append(args[1][0]) or original(*args))
     for _ in range(14):
         policy.predict(observation(data))
     assert used == ["a", "a", "a", "b", "b", "b", "c"]

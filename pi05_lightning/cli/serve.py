@@ -13,6 +13,7 @@ import torch
 
 from pi05_lightning.acting import Acting, measured
 from pi05_lightning.policy import CudaGraph, Pi05Policy
+from pi05_lightning.serving.batches import Batching
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer, check_address
 from pi05_lightning.sim.modes import PolicyMode
@@ -33,6 +34,9 @@ def serve(
     base: str | None = None,
     tokenizer: str | None = None,
     seed: int = 0,
+    max_batch: int | None = None,
+    batch_wait: float = 0.01,
+    max_waiting: int = 256,
     as_measured: bool | PolicyMode = False,
     **acting: Any,
 ) -> None:
@@ -59,6 +63,10 @@ def serve(
             they were.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         seed: of every client's noise.
+        max_batch: requests of several clients that are computed together at most, by default 32; with cuda_graph 1, as
+            graphs are of one request, and larger batches are computed without them.
+        batch_wait: seconds that requests wait at most, when the model is free, for clients who asked as soon last time.
+        max_waiting: requests that may wait for the model; one more is refused.
         as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named (policy,
             flat, fast, rtc, async); options of `acting` that say otherwise are refused.
         acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent, beyond
@@ -70,13 +78,14 @@ def serve(
     how = Acting(**acting)
     if as_measured:
         how = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how)
+    batching = Batching((1 if cuda_graph else 32) if max_batch is None else max_batch, batch_wait, max_waiting)
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
     cast = None if dtype is None else getattr(torch, dtype)
     options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "tokenizer": tokenizer}
     policy = Pi05Policy.from_pretrained(checkpoint, cuda_graph=cuda_graph, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
-    server = PolicyServer(policy, read, seed, str(checkpoint))
+    server = PolicyServer(policy, read, seed, str(checkpoint), batching)
     server.warm_up()
     with suppress(KeyboardInterrupt):
         asyncio.run(server.run(host, port))

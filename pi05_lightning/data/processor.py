@@ -168,6 +168,12 @@ class Processor:
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
         return Sample(*self._encode(segments), Subset(source, modality), self._resize(images), letterboxes)
 
+    def as_seen(self, frame: Frame) -> Frame:
+        """The frame with its images as `prompt` resizes them: for several prompts they are resized once."""
+        pictures = {camera: image.shape[1:] for camera, image in frame.images.items()} | frame.picture_sizes
+        images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
+        return replace(frame, images=self._resize(images), picture_sizes=pictures)
+
     @property
     def acting(self) -> tuple[str, ...]:
         """Names of the robots whose data held actions; a policy acts as one of them."""

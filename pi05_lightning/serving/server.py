@@ -3,6 +3,7 @@
 The server sends its metadata first. Then every binary message is an observation and is answered by
 {"actions": f32[T A], "subtask": str, "server_timing": {…}}, or by text, which says what was wrong with it.
 Every client has a policy of its own over shared weights: subtask, noise and a client's mistakes concern no other.
+Requests that wait are answered together (batches.py).
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 from aiohttp import WSMsgType, web
 
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.policy import Pi05Policy
-from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
-from pi05_lightning.serving.wire import pack, unpack
+from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
+from pi05_lightning.serving.reader import Reader
+from pi05_lightning.serving.wire import pack
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 
@@ -33,11 +34,14 @@ class PolicyServer:
     """Answers any number of clients.
 
     policy: whose weights all clients share;  read: makes its observations of theirs;  seed: of every client's noise;
-    name: what the metadata calls the policy.
+    name: what the metadata calls the policy;  batching: how requests are answered together.
     """
 
-    def __init__(self, policy: Pi05Policy, read: Reader, seed: int = 0, name: str = "") -> None:
-        self.policy, self.read, self.seed = policy, read, seed
+    def __init__(
+        self, policy: Pi05Policy, read: Reader, seed: int = 0, name: str = "", batching: Batching | None = None
+    ) -> None:
+        self.policy, self.seed = policy, seed
+        self.batches = Batches(read, batching or Batching())
         robot = policy.processor.robots[policy.robot]
         self.metadata = {
             "policy": "pi05_lightning",
@@ -65,7 +69,7 @@ class PolicyServer:
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled. Raises OSError as `check_address`."""
-        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
         await runner.setup()
         try:
             with _explained(host, port):
@@ -80,7 +84,15 @@ class PolicyServer:
         app = web.Application()
         app.router.add_get("/healthz", self._health)
         app.router.add_get("/", self._client)
+        app.cleanup_ctx.append(self._computing)
         return app
+
+    async def _computing(self, app: web.Application) -> AsyncIterator[None]:
+        computing = asyncio.create_task(self.batches.run())
+        yield
+        computing.cancel()
+        with suppress(asyncio.CancelledError):
+            await computing
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(text="OK\n")
@@ -89,8 +101,13 @@ class PolicyServer:
         socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False)
         await socket.prepare(request)
         logger.info("%s connected", request.remote)
-        policy = self.policy.session(self.seed)
         await socket.send_bytes(pack(self.metadata))
+        with self.batches.client(self.policy.session(self.seed)) as client:
+            await self._converse(socket, client, str(request.remote))
+        logger.info("%s disconnected", request.remote)
+        return socket
+
+    async def _converse(self, socket: web.WebSocketResponse, client: Client, name: str) -> None:
         total: float | None = None
         async for message in socket:
             if message.type is not WSMsgType.BINARY:
@@ -98,34 +115,15 @@ class PolicyServer:
                 continue
             start = perf_counter()
             try:
-                answer = await asyncio.to_thread(self._answer, policy, message.data)
+                answer = await self.batches.answer(client, message.data)
             except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
-                logger.warning("%s: %s", request.remote, error, exc_info=not isinstance(error, ValueError))
+                logger.warning("%s: %s", name, error, exc_info=not isinstance(error, ValueError | Busy))
                 await socket.send_str(f"{type(error).__name__}: {error}")
                 continue
             if total is not None:
                 answer["server_timing"]["prev_total_ms"] = 1e3 * total
             await socket.send_bytes(pack(answer))
             total = perf_counter() - start
-        logger.info("%s disconnected", request.remote)
-        return socket
-
-    def _answer(self, policy: Pi05Policy, data: bytes) -> dict[str, Any]:
-        message = unpack(data)
-        observation = self.read(message)
-        reset = message.get(RESET_KEY, False)
-        if not isinstance(reset, bool | np.bool_):
-            raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
-        tasks = policy.processor.robots[policy.robot].tasks
-        if "task" not in observation and len(tasks) != 1:
-            raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
-        if reset:
-            policy.reset()
-        start = perf_counter()
-        sent = policy.acting.inference_delay + policy.execution_horizon
-        actions = policy.predict_chunk(observation, prefix_actions=message.get(PREFIX_KEY))[:sent]
-        answer: dict[str, Any] = {"actions": actions, "server_timing": {"infer_ms": 1e3 * (perf_counter() - start)}}
-        return answer if policy.subtask is None else answer | {"subtask": policy.subtask}
 
 
 async def check_address(host: str, port: int) -> None:

@@ -7,7 +7,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,8 +109,9 @@ def test_answer_says_how_long_it_took(policy):
         return [(await client.infer(OBSERVATION))["server_timing"] for _ in range(2)]
 
     first, second = talk(policy, twice)
-    assert set(first) == {"infer_ms"}
-    assert 0 < first["infer_ms"] < second["prev_total_ms"]
+    assert set(first) == {"infer_ms", "wait_ms", "batch_size"}
+    assert first["batch_size"] == 1
+    assert 0 < first["wait_ms"] + first["infer_ms"] < second["prev_total_ms"]
 
 
 @pytest.mark.parametrize(
@@ -176,34 +176,13 @@ def test_policy_that_crashes_is_answered_with_text_and_the_server_stays(policy, 
 
     async def crash_and_go_on(client, other):
         with monkeypatch.context() as broken:
-            broken.setattr(Pi05Policy, "predict_chunk", crash)
+            broken.setattr(Pi05Policy, "compute", crash)
             error = await client.infer(OBSERVATION)
         return error, await other.infer(OBSERVATION)
 
     error, answer = talk(policy, crash_and_go_on, clients=2)
     assert error == "RuntimeError: out of memory"
     assert answer["actions"].shape[1] == policy.action_dim
-
-
-def test_client_does_not_wait_for_another(policy, monkeypatch):
-    let_go = threading.Event()
-    original = Pi05Policy.predict_chunk
-
-    def slow_for_one(self, observation, **options):
-        if observation["task"] == "wait":
-            assert let_go.wait(60)
-        return original(self, observation, **options)
-
-    monkeypatch.setattr(Pi05Policy, "predict_chunk", slow_for_one)
-
-    async def overtake(slow, quick):
-        waiting = asyncio.create_task(slow.infer({**OBSERVATION, "prompt": "wait"}))
-        first = await quick.infer(OBSERVATION)
-        assert not waiting.done()
-        let_go.set()
-        return first, await waiting
-
-    assert all(answer["actions"].shape[1] == policy.action_dim for answer in talk(policy, overtake, clients=2))
 
 
 def test_client_gets_the_same_whoever_else_asks(policy):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.heads.token import Allowed, TokenHead, generate
+from pi05_lightning.models.heads.token import Allowed, Generators, TokenHead, generate
 from pi05_lightning.types import Modality, Prefix, Target
 
 
@@ -36,7 +36,7 @@ class FastHead(TokenHead):
         *,
         closing_id: int | None = None,
         temperature: float = 0.0,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
         """FAST tokens i64[B n] (valid bool[B n]) that expand to exactly `num_coefficients`, so that they always decode.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.heads.base import ROBOT_ACTIONS
-from pi05_lightning.models.heads.token import TokenHead, generate
+from pi05_lightning.models.heads.token import Generators, TokenHead, generate
 from pi05_lightning.types import Modality, Prefix, Target
 
 
@@ -39,7 +39,7 @@ class SubtaskHead(TokenHead):
         max_tokens: int = 32,
         forced: Tensor | None = None,
         temperature: float = 0.0,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         is_subtask: bool = True,
     ) -> tuple[Tensor, Tensor, Prefix]:
         """Say something after the prefix: tokens i64[B n], valid bool[B n], and the prefix with it (see `generate`)."""

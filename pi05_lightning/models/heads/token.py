@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -80,6 +80,8 @@ class TokenHead(Head):
         return {term: kind for term, kind in self.kinds.items() if len(batch.target_index[kind])}
 
 
+Generators = torch.Generator | Sequence[torch.Generator]
+"""What tokens are drawn with: one generator for all rows, or every row's own, of one device."""
 Allowed = Callable[[Tensor, int], Tensor]
 """(tokens so far i64[B n], step) -> bool[B V] or bool[V]: what may come next."""
 
@@ -95,7 +97,7 @@ def generate(
     forced: Tensor | None = None,
     allowed: Allowed | None = None,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> tuple[Tensor, Tensor, Prefix]:
     """Continue every row of a prefix until its own `stop_id` or `max_tokens`; greedy, or sampled when temperature > 0.
 
@@ -120,7 +122,7 @@ def generate(
             logits = linear(hidden, backbone.embed_tokens.weight).float()
             if allowed is not None:
                 logits = logits.masked_fill(~allowed(_stack(tokens, rows, device), step), -torch.inf)
-            token = _choose(logits, temperature, generator)
+            token = _choose(logits, alive, temperature, generator)
         token = torch.where(alive, token, stop_id)
         tokens.append(token)
         valid.append(alive)
@@ -131,12 +133,22 @@ def generate(
     return _stack(tokens, rows, device), torch.stack(valid, 1), cache.prefix()
 
 
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One id per row of logits [B V]; drawn where the generator is, which may be the CPU."""
+def _choose(logits: Tensor, alive: Tensor, temperature: float, generator: Generators | None) -> Tensor:
+    """One id per row of logits [B V]; drawn where the generator is, which may be the CPU.
+
+    From its own generator a row draws while it is alive: as often as it would without the others.
+    """
     if not temperature:
         return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1).to(generator.device if generator else logits.device)
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    probabilities = (logits / temperature).softmax(-1)
+    if not isinstance(generator, Sequence):
+        probabilities = probabilities.to(generator.device if generator else logits.device)
+        return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+    chosen = logits.argmax(-1)
+    probabilities = probabilities.to(generator[0].device)
+    for row in alive.nonzero()[:, 0].tolist():
+        chosen[row] = torch.multinomial(probabilities[row], 1, generator=generator[row]).item()
+    return chosen
 
 
 def _stack(tokens: list[Tensor], rows: int, device: torch.device) -> Tensor:

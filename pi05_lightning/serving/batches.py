@@ -1,0 +1,215 @@
+"""Requests of many clients, answered together by the one thread that owns the model."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pi05_lightning.policy import Answers, Pi05Policy, Request, predict_together
+from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
+from pi05_lightning.serving.wire import unpack
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How requests are answered together. Raises ValueError for what cannot be."""
+
+    max_batch: int = 32
+    """Requests that are answered together at most."""
+    batch_wait: float = 0.01
+    """Seconds that a request waits at most, when the model is free, for clients who asked as soon last time."""
+    max_waiting: int = 256
+    """Requests that may wait; one more is refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_waiting"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}: give at least 1")
+        if not 0 <= self.batch_wait < math.inf:
+            raise ValueError(f"batch_wait is {self.batch_wait}: give seconds, 0 to wait for nobody")
+
+
+class Busy(RuntimeError):
+    """As many requests wait as may."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What was computed together, for whoever measures: seconds that each request waited, and that computing took."""
+
+    waited: tuple[float, ...]
+    subtask_seconds: float
+    chunk_seconds: float
+
+
+class Client:
+    """A connection: its policy, and when it can be expected to ask again.
+
+    pause: seconds from its last answer to its next request, as they were last time.
+    """
+
+    def __init__(self, policy: Pi05Policy) -> None:
+        self.policy = policy
+        self.answered_at: float | None = None
+        self.pause: float | None = None
+
+    def asks(self, now: float) -> None:
+        self.pause = None if self.answered_at is None else now - self.answered_at
+        self.answered_at = None
+
+    def is_expected(self, now: float, wait: float) -> bool:
+        """Whether it asks within `wait`, or is no later than that, if it pauses as long as last time."""
+        if self.answered_at is None or self.pause is None:
+            return False
+        return abs(self.answered_at + self.pause - now) <= wait
+
+
+@dataclass
+class Waiting:
+    """A request that was read, since when it waits, and its answer to be."""
+
+    request: Request
+    since: float
+    answer: asyncio.Future[dict[str, Any]]
+
+
+class Batches:
+    """Answers the requests that wait together, once `run` runs.
+
+    Messages are read by other threads, so that the model's always has its next batch.  A batch is taken when the model
+    is free; it waits for more, `batch_wait` at most, only while other clients can be expected.
+    on_batch: told of every batch.  waiting: requests that wait.  computing: requests that are being answered.
+    dropped: requests whose client left before they were computed.
+    """
+
+    def __init__(self, read: Reader, batching: Batching, on_batch: Callable[[Batch], None] | None = None) -> None:
+        self.read, self.batching, self.on_batch = read, batching, on_batch
+        self.computing = self.dropped = 0
+        self._queue: deque[Waiting] = deque()
+        self._clients: set[Client] = set()
+        self._reading = 0
+        self._news = asyncio.Event()
+        self._model = ThreadPoolExecutor(1, "model")
+
+    @property
+    def waiting(self) -> int:
+        return self._reading + sum(not waiting.answer.done() for waiting in self._queue)
+
+    @contextmanager
+    def client(self, policy: Pi05Policy) -> Iterator[Client]:
+        """A connection, while it lasts."""
+        client = Client(policy)
+        self._clients.add(client)
+        try:
+            yield client
+        finally:
+            self._clients.remove(client)
+            self._news.set()
+
+    async def answer(self, client: Client, data: bytes) -> dict[str, Any]:
+        """{"actions": f32[T A], "subtask": str, "server_timing": {…}}; cancelled, its request is dropped.
+
+        Raises ValueError for what is wrong with the message, Busy where too many wait, and what computing raises.
+        """
+        if self.waiting >= self.batching.max_waiting:
+            raise Busy(f"{self.waiting} requests wait, as many as may: ask again, or serve with more --max_waiting")
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        client.asks(since)
+        try:
+            waiting = Waiting(await self._read_in_thread(client.policy, data), since, loop.create_future())
+            self._queue.append(waiting)
+            self._news.set()
+            return await waiting.answer
+        finally:
+            client.answered_at = loop.time()
+
+    async def _read_in_thread(self, policy: Pi05Policy, data: bytes) -> Request:
+        self._reading += 1
+        try:
+            return await asyncio.to_thread(self._request, policy, data)
+        finally:
+            self._reading -= 1
+            self._news.set()
+
+    async def run(self) -> None:
+        """Compute what waits, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = await self._next()
+            start, self.computing = loop.time(), len(batch)
+            requests = [waiting.request for waiting in batch]
+            try:
+                answers = await loop.run_in_executor(self._model, predict_together, requests)
+            except Exception as error:
+                answers = Answers([error] * len(batch), 0.0, 0.0)
+            self.computing = 0
+            done = Batch(tuple(start - w.since for w in batch), answers.subtask_seconds, answers.chunk_seconds)
+            for waiting, chunk in zip(batch, answers.chunks, strict=True):
+                if waiting.answer.done():
+                    continue
+                if isinstance(chunk, Exception):
+                    waiting.answer.set_exception(chunk)
+                else:
+                    waiting.answer.set_result(_answer(waiting.request.policy, chunk, start - waiting.since, done))
+            if self.on_batch:
+                self.on_batch(done)
+
+    async def _next(self) -> list[Waiting]:
+        loop = asyncio.get_running_loop()
+        while not self._drop():
+            await self._more()
+        free = loop.time()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(free + self.batching.batch_wait):
+                while self._drop() < self.batching.max_batch and self._expects(free):
+                    await self._more()
+        return [self._queue.popleft() for _ in range(min(self._drop(), self.batching.max_batch))]
+
+    async def _more(self) -> None:
+        self._news.clear()
+        await self._news.wait()
+
+    def _drop(self) -> int:
+        """How many wait, without those whose client left."""
+        staying = deque(waiting for waiting in self._queue if not waiting.answer.done())
+        self.dropped += len(self._queue) - len(staying)
+        self._queue = staying
+        return len(staying)
+
+    def _expects(self, now: float) -> bool:
+        wait = self.batching.batch_wait
+        return self._reading > 0 or any(client.is_expected(now, wait) for client in self._clients)
+
+    def _request(self, policy: Pi05Policy, data: bytes) -> Request:
+        message = unpack(data)
+        observation = self.read(message)
+        reset = message.get(RESET_KEY, False)
+        if not isinstance(reset, bool | np.bool_):
+            raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
+        tasks = policy.processor.robots[policy.robot].tasks
+        if "task" not in observation and len(tasks) != 1:
+            raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
+        request = policy.request(observation, prefix_actions=message.get(PREFIX_KEY))
+        if reset:
+            policy.reset()
+        return request
+
+
+def _answer(policy: Pi05Policy, chunk: np.ndarray, waited: float, batch: Batch) -> dict[str, Any]:
+    sent = policy.acting.inference_delay + policy.execution_horizon
+    timing = {
+        "infer_ms": 1e3 * (batch.subtask_seconds + batch.chunk_seconds),
+        "wait_ms": 1e3 * waited,
+        "batch_size": len(batch.waited),
+    }
+    answer: dict[str, Any] = {"actions": chunk[:sent], "server_timing": timing}
+    return answer if policy.subtask is None else answer | {"subtask": policy.subtask}
