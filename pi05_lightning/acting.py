@@ -59,10 +59,13 @@ class Acting:
     nearer quantile. One that is further is refused, from 1 on it is logged; null refuses none."""
     max_action_distance: float | None = None
     """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
+    max_prompt_bytes: int | None = 1024
+    """Bytes (UTF-8) of an instruction; a longer one is refused before it is read, as each of its tokens costs time.
+    openpi's policies read 200 tokens. null bounds none."""
 
     def __post_init__(self) -> None:
-        wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1}
-        bounds = {"max_state_distance": 0, "max_action_distance": 0}
+        wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "max_prompt_bytes": 1}
+        bounds = {"max_state_distance": 0, "max_action_distance": 0, "max_prompt_bytes": 1}
         for name, least in (wholes | bounds | {"noise_scale": 0, "temperature": 0}).items():
             value = getattr(self, name)
             kind: Any = Integral if name in wholes else Real

@@ -61,7 +61,13 @@ class Inference:
         self.robot = processor.acting_as(acting.robot)
         robot = processor.robots[self.robot]
         self.action_dim = robot.action_dim
-        self.inputs = Inputs(robot, processor.cameras_of(self.robot), acting.missing_cameras, acting.max_state_distance)
+        self.inputs = Inputs(
+            robot,
+            processor.cameras_of(self.robot),
+            acting.missing_cameras,
+            acting.max_state_distance,
+            acting.max_prompt_bytes,
+        )
         self.execution_horizon = acting.executed(self.model.config.horizon)
         able = processor.predicts_subtasks(self.robot) and self.trained.able("subtask")
         self.hierarchical = able and acting.hierarchical is not False

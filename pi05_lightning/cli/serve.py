@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +12,12 @@ import torch
 
 from pi05_lightning.acting import Acting, measured
 from pi05_lightning.policy import CudaGraph, Pi05Policy
+from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.batches import Batching
+from pi05_lightning.serving.limits import Limits
+from pi05_lightning.serving.listen import check_address, listen
 from pi05_lightning.serving.reader import Reader
-from pi05_lightning.serving.server import PolicyServer, check_address
+from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.sim.modes import PolicyMode
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,15 @@ def serve(
     max_batch: int | None = None,
     batch_wait: float = 0.01,
     max_waiting: int = 256,
+    token: str | None = None,
+    token_file: Path | None = None,
+    allowed_hosts: list[str] | None = None,
+    max_clients: int = Limits.max_clients,
+    client_timeout: float = Limits.client_timeout,
+    max_message_bytes: int = Limits.max_message_bytes,
+    max_image_bytes: int = Limits.max_image_bytes,
+    max_values: int = Limits.max_values,
+    drain_timeout: float = 30.0,
     as_measured: bool | PolicyMode = False,
     **acting: Any,
 ) -> None:
@@ -49,7 +60,7 @@ def serve(
 
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
-        host: address to listen at; 0.0.0.0 listens to the network, where anybody may ask.
+        host: address to listen at; 0.0.0.0 listens to the network, which needs a token.
         port: 0 takes a free one.
         cameras: the policy's cameras, each with its key in the observation, where that has another name.
         state_keys: keys of the observation that are concatenated to the state.
@@ -67,28 +78,44 @@ def serve(
             graphs are of one request, and larger batches are computed without them.
         batch_wait: seconds that requests wait at most, when the model is free, for clients who asked as soon last time.
         max_waiting: requests that may wait for the model; one more is refused.
+        token: what clients must give as their api_key. Others on this machine can see it here: set PI05_TOKEN in the
+            environment, or token_file, instead.
+        token_file: a file that holds the token.
+        allowed_hosts: names by which clients reach this machine, besides its host name and its addresses. Web pages of
+            these names may ask too.
+        max_clients: clients at a time; one more is told so.
+        client_timeout: seconds after which a client is gone that asks nothing when it connects, answers no ping, or
+            takes no answer.
+        max_message_bytes: of an observation.
+        max_image_bytes: of one image, or of any other array.
+        max_values: keys, numbers, texts and arrays in an observation; an array counts a few, however large it is.
+        drain_timeout: seconds in which requests that wait are still answered after SIGTERM or SIGINT.
         as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named (policy,
             flat, fast, rtc, async); options of `acting` that say otherwise are refused.
         acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent, beyond
             those of inference_delay.
 
-    Raises ValueError when there is no policy at `checkpoint`, and OSError, before that is read, when the port is taken.
+    Raises ValueError when there is no policy at `checkpoint`, and before that is read for a network without a token,
+    and OSError when the port is taken.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     how = Acting(**acting)
     if as_measured:
         how = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how)
     batching = Batching((1 if cuda_graph else 32) if max_batch is None else max_batch, batch_wait, max_waiting)
+    limits = Limits(
+        max_message_bytes, max_image_bytes, max_values, max_clients=max_clients, client_timeout=client_timeout
+    )
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
+    access = Access.of(host, token, token_file, allowed_hosts or ())
     cast = None if dtype is None else getattr(torch, dtype)
     options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "tokenizer": tokenizer}
     policy = Pi05Policy.from_pretrained(checkpoint, cuda_graph=cuda_graph, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
-    server = PolicyServer(policy, read, seed, str(checkpoint), batching)
+    server = PolicyServer(policy, read, seed, str(checkpoint), batching, limits, access)
     server.warm_up()
-    with suppress(KeyboardInterrupt):
-        asyncio.run(server.run(host, port))
+    asyncio.run(listen(server, host, port, drain_timeout))
 
 
 def acting_as_measured(checkpoint: Path, wanted: PolicyMode | None, given: Acting) -> Acting:

@@ -102,6 +102,7 @@ class Inputs:
         cameras: of the robot's data.
         missing_cameras: those of them that may be missing.
         max_state_distance: quantile ranges beyond the training data from which on a state is refused; None: never.
+        max_prompt_bytes: from which on a task is refused; None: never.
 
     Raises ValueError for a camera in missing_cameras that is none of the robot's.
     """
@@ -112,8 +113,10 @@ class Inputs:
         cameras: Sequence[str],
         missing_cameras: Sequence[str] = (),
         max_state_distance: float | None = None,
+        max_prompt_bytes: int | None = None,
     ) -> None:
-        self.robot, self.cameras, self.max_state_distance = robot, tuple(cameras), max_state_distance
+        self.robot, self.cameras = robot, tuple(cameras)
+        self.max_state_distance, self.max_prompt_bytes = max_state_distance, max_prompt_bytes
         self.missing_cameras = tuple(missing_cameras)
         for camera in self.missing_cameras:
             if camera not in self.cameras:
@@ -125,7 +128,7 @@ class Inputs:
 
     def anew(self) -> Inputs:
         """The same for another caller, to whom nothing has been said yet."""
-        return Inputs(self.robot, self.cameras, self.missing_cameras, self.max_state_distance)
+        return Inputs(self.robot, self.cameras, self.missing_cameras, self.max_state_distance, self.max_prompt_bytes)
 
     @property
     def needed_cameras(self) -> tuple[str, ...]:
@@ -160,6 +163,11 @@ class Inputs:
     def _task(self, task: str) -> str:
         if not isinstance(task, str):
             raise ValueError(f"task is a {type(task).__name__}: give text")
+        size = len(task.encode(errors="surrogatepass"))  # counted first: reading it takes seconds per megabyte
+        if self.max_prompt_bytes is not None and size > self.max_prompt_bytes:
+            raise ValueError(
+                f"task has {size} bytes, and max_prompt_bytes is {self.max_prompt_bytes}: shorten it, or raise that"
+            )
         if self.takes_any_task:
             return task
         trained = self.robot.tasks

@@ -9,23 +9,28 @@ Requests that wait are answered together (batches.py).
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import asdict, replace
-from time import perf_counter
+from functools import partial
 
 import numpy as np
-from aiohttp import WSMsgType, web
+from aiohttp import WSCloseCode, web
 
 from pi05_lightning.data.fast import FastDecodeError
+from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
+from pi05_lightning.serving.connection import Connection, Socket
+from pi05_lightning.serving.limits import LimitError, Limits
+from pi05_lightning.serving.metrics import Metrics
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.wire import pack
 
-MAX_MESSAGE_BYTES = 256 * 2**20
+MAX_TOLD = 2000
+"""Characters of an answer that says what is wrong."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +39,32 @@ class PolicyServer:
     """Answers any number of clients.
 
     policy: whose weights all clients share;  read: makes its observations of theirs;  seed: of every client's noise;
-    name: what the metadata calls the policy;  batching: how requests are answered together.
+    name: what the metadata calls the policy;  batching: how requests are answered together;  limits: of messages and
+    clients, but max_prompt_bytes is the policy's;  access: who may ask.
     """
 
     def __init__(
-        self, policy: Pi05Policy, read: Reader, seed: int = 0, name: str = "", batching: Batching | None = None
+        self,
+        policy: Pi05Policy,
+        read: Reader,
+        seed: int = 0,
+        name: str = "",
+        batching: Batching | None = None,
+        limits: Limits | None = None,
+        access: Access | None = None,
     ) -> None:
         self.policy, self.seed = policy, seed
-        self.batches = Batches(read, batching or Batching())
+        self.limits = replace(limits or Limits(), max_prompt_bytes=policy.acting.max_prompt_bytes)
+        self.access = access or Access()
+        self._connections: dict[Connection, asyncio.Task[object]] = {}
+        self._draining = False
+        self.metrics = Metrics()
+        self.batches = Batches(read, batching or Batching(), self.limits, self.metrics.computed)
+        self.metrics.watch("clients", "Clients that are connected.", lambda: len(self._connections))
+        self.metrics.watch(
+            "pending", "Requests that are not answered yet.", lambda: sum(c.pending for c in self._connections)
+        )
+        self.metrics.watch("queue_length", "Those of them that wait for the model.", lambda: self.batches.waiting)
         robot = policy.processor.robots[policy.robot]
         self.metadata = {
             "policy": "pi05_lightning",
@@ -67,23 +90,13 @@ class PolicyServer:
         with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
             policy.predict_chunk(observation)
 
-    async def run(self, host: str, port: int) -> None:
-        """Serve until cancelled. Raises OSError as `check_address`."""
-        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=1.0, handler_cancellation=True)
-        await runner.setup()
-        try:
-            with _explained(host, port):
-                await web.TCPSite(runner, host, port).start()
-            address, bound = runner.addresses[0][:2]
-            logger.info("serving at ws://%s:%d", address, bound)
-            await asyncio.Event().wait()
-        finally:
-            await runner.cleanup()
-
     def app(self) -> web.Application:
         app = web.Application()
-        app.router.add_get("/healthz", self._health)
         app.router.add_get("/", self._client)
+        app.router.add_get("/healthz", self._health)
+        app.router.add_get("/readyz", self._ready)
+        app.router.add_get("/metrics", self._metrics)
+        app.on_shutdown.append(lambda _: self.drain(0))
         app.cleanup_ctx.append(self._computing)
         return app
 
@@ -94,58 +107,95 @@ class PolicyServer:
         with suppress(asyncio.CancelledError):
             await computing
 
+    async def drain(self, seconds: float) -> bool:
+        """Take no more clients and requests; answer those that wait and close. False where that took too long."""
+        self._draining = True
+        for connection in self._connections:
+            connection.leave()
+        late = set(self._connections.values())
+        if late:
+            _, late = await asyncio.wait(late, timeout=seconds)
+        for connection in self._connections:
+            connection.stop()
+        if late:
+            await asyncio.wait(late)
+        return not late
+
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(text="OK\n")
 
+    async def _ready(self, request: web.Request) -> web.Response:
+        return web.Response(status=503, text="stopping\n") if self._draining else web.Response(text="OK\n")
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        self._let_in(request)
+        return self.metrics.page()
+
+    def _let_in(self, request: web.Request) -> None:
+        try:
+            self.access.check(request)
+        except web.HTTPException as error:
+            logger.warning("%s: %s", request.remote, printable((error.text or error.reason).strip()))
+            self.metrics.failed("access")
+            raise
+
+    def _full(self) -> str | None:
+        """Why one more client is not served, in 123 bytes; None when it is."""
+        if self._draining:
+            return "the server stops"
+        most = self.limits.max_clients
+        return None if len(self._connections) < most else f"{most} clients are connected: raise --max_clients"
+
     async def _client(self, request: web.Request) -> web.WebSocketResponse:
-        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False)
+        self._let_in(request)
+        socket = Socket(self.limits)
         await socket.prepare(request)
-        logger.info("%s connected", request.remote)
-        await socket.send_bytes(pack(self.metadata))
+        if full := self._full():
+            logger.warning("%s: not served, %s", request.remote, full)
+            self.metrics.failed("clients")
+            await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=full.encode())
+            return socket
         with self.batches.client(self.policy.session(self.seed)) as client:
-            await self._converse(socket, client, str(request.remote))
-        logger.info("%s disconnected", request.remote)
+            answer = partial(self._reply, client, request.remote)
+            connection = Connection(request, socket, answer, self.limits, self.metrics)
+            task = asyncio.current_task()
+            assert task is not None
+            self._connections[connection] = task
+            logger.info("%s connected", request.remote)
+            try:
+                await socket.send_bytes(pack(self.metadata))
+                await connection.run()
+            finally:
+                del self._connections[connection]
+                logger.info("%s disconnected", request.remote)
         return socket
 
-    async def _converse(self, socket: web.WebSocketResponse, client: Client, name: str) -> None:
-        total: float | None = None
-        async for message in socket:
-            if message.type is not WSMsgType.BINARY:
-                await socket.send_str(f"an observation is a binary message, not {message.type.name.lower()}")
-                continue
-            start = perf_counter()
-            try:
-                answer = await self.batches.answer(client, message.data)
-            except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
-                logger.warning("%s: %s", name, error, exc_info=not isinstance(error, ValueError | Busy))
-                await socket.send_str(f"{type(error).__name__}: {error}")
-                continue
-            if total is not None:
-                answer["server_timing"]["prev_total_ms"] = 1e3 * total
-            await socket.send_bytes(pack(answer))
-            total = perf_counter() - start
+    async def _reply(self, client: Client, remote: str | None, data: bytes, previous: float | None) -> bytes | str:
+        """The answer to a message, or what is wrong with it."""
+        try:
+            answer = await self.batches.answer(client, data)
+        except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
+            told = printable(f"{type(error).__name__}: {error}")
+            logger.warning("%s: %s", remote, told, exc_info=not isinstance(error, ValueError | Busy))
+            self.metrics.failed(kind_of(error))
+            return told
+        if previous is not None:
+            answer["server_timing"]["prev_total_ms"] = 1e3 * previous
+        self.metrics.requests.inc()
+        return pack(answer)
 
 
-async def check_address(host: str, port: int) -> None:
-    """Raises OSError when no server can listen there, and ValueError for what is no port."""
-    if not 0 <= port < 2**16:
-        raise ValueError(f"port is {port}: give 0, which takes a free one, to 65535")
-    with _explained(host, port):
-        server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port, start_serving=False)
-    server.close()
-    await server.wait_closed()
+def kind_of(error: Exception) -> str:
+    """Of `metrics.KINDS`."""
+    if isinstance(error, LimitError):
+        return "limit"
+    if isinstance(error, Busy):
+        return "queue"
+    of_the_policy = isinstance(error, NotFinite | FastDecodeError) or not isinstance(error, ValueError)
+    return "policy" if of_the_policy else "observation"
 
 
-@contextmanager
-def _explained(host: str, port: int) -> Iterator[None]:
-    """What asyncio says of an address that cannot be listened at, and what to do about it."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            problem = f"port {port} is in use: choose another with --port, or 0 for a free one"
-        elif error.errno in (errno.EACCES, errno.EPERM):
-            problem = f"port {port} is not allowed: choose one from 1024 on with --port"
-        else:
-            problem = "no address of this machine: choose one with --host"
-        raise OSError(f"cannot listen at {host}:{port}, {problem} ({error})") from error
+def printable(text: str) -> str:
+    """What is said to a client, in which its own words may be: on one line of a log, of bounded length."""
+    text = text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]} …"
+    return text if text.isprintable() else ascii(text)[1:-1]

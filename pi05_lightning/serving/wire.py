@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgpack
 import numpy as np
+
+MAX_DTYPE = 32
+"""Characters of a dtype's name."""
 
 _KINDS = "biufSU"  # booleans, numbers, text: never objects, which would be pickled
 
@@ -38,11 +42,21 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: dict[Any, Any]) -> Any:
     if b"__ndarray__" in value:
-        dtype = _checked(np.dtype(value[b"dtype"]))
-        return np.frombuffer(value[b"data"], dtype).reshape(value[b"shape"])
+        dtype, data, shape = _dtype(value[b"dtype"]), value[b"data"], value[b"shape"]
+        claimed = dtype.itemsize * math.prod(shape)
+        if claimed != len(data) or min(shape, default=0) < 0:
+            raise ValueError(f"an array's shape {shape!r} of {dtype} claims {claimed} bytes, and it has {len(data)}")
+        return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in value:
-        return _checked(np.dtype(value[b"dtype"])).type(value[b"data"])
+        return _dtype(value[b"dtype"]).type(value[b"data"])
     return value
+
+
+def _dtype(name: Any) -> np.dtype:
+    """Raises ValueError for what is no plain name: NumPy would build types of any size from lists and dictionaries."""
+    if not isinstance(name, str) or len(name) > MAX_DTYPE:
+        raise ValueError(f"an array's dtype is no name such as '<f4': {str(name)[:MAX_DTYPE]!r}")
+    return _checked(np.dtype(name))
 
 
 def _checked(dtype: np.dtype) -> np.dtype:

@@ -1,0 +1,70 @@
+"""What a server does, in numbers for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
+
+from pi05_lightning.serving.batches import Batch
+
+PARTS = ("reading", "waiting", "subtask", "chunk", "writing")
+KINDS = {
+    "limit": "a message beyond a limit",
+    "observation": "a message that is no observation for this policy",
+    "protocol": "data that is no websocket message, or one too large",
+    "policy": "actions that could not be computed",
+    "queue": "a request beyond those that may wait",
+    "clients": "a client beyond those that are served, or while the server stops",
+    "access": "a token, Host or Origin that is not let in",
+    "slow": "a client that answered no ping, or took no answer",
+    "left": "a client that left before its answer",
+}
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter("pi05_requests", "Observations answered with actions.", registry=self.registry)
+        kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
+        self._failures = Counter("pi05_failures", f"What went wrong. {kinds}.", ["kind"], registry=self.registry)
+        self._seconds = Histogram(
+            "pi05_request_seconds", "Seconds of a request, by part.", ["part"], buckets=SECONDS, registry=self.registry
+        )
+        self._batch_size = Histogram(
+            "pi05_batch_size", "Requests computed together.", buckets=SIZES, registry=self.registry
+        )
+        for kind in KINDS:  # so that they are there before the first
+            self._failures.labels(kind)
+        for part in PARTS:
+            self._seconds.labels(part)
+
+    def watch(self, name: str, meaning: str, value: Callable[[], int]) -> None:
+        """A number that is looked up whenever it is asked for."""
+        Gauge(f"pi05_{name}", meaning, registry=self.registry).set_function(value)
+
+    def failed(self, kind: str) -> None:
+        """Count a failure of one of `KINDS`."""
+        self._failures.labels(kind).inc()
+
+    def computed(self, batch: Batch) -> None:
+        """Count a batch, and the seconds of each of its requests."""
+        self._batch_size.observe(len(batch.read))
+        for read, waited in zip(batch.read, batch.waited, strict=True):
+            for part, seconds in zip(PARTS, (read, waited, batch.subtask_seconds, batch.chunk_seconds), strict=False):
+                self._seconds.labels(part).observe(seconds)
+
+    def written(self, seconds: float) -> None:
+        """Count the seconds of sending actions to a client."""
+        self._seconds.labels("writing").observe(seconds)
+
+    def page(self) -> web.Response:
+        """All of it, in Prometheus' text format."""
+        return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
