@@ -13,11 +13,12 @@ import torch
 from pi05_lightning.acting import Acting, measured
 from pi05_lightning.policy import CudaGraph, Pi05Policy
 from pi05_lightning.serving.access import Access
+from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.batches import Batching
 from pi05_lightning.serving.limits import Limits
-from pi05_lightning.serving.listen import check_address, listen
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
+from pi05_lightning.serving.until_signal import serve_until_signal
 from pi05_lightning.sim.modes import PolicyMode
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def serve(
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
     server = PolicyServer(policy, read, seed, str(checkpoint), batching, limits, access)
     server.warm_up()
-    asyncio.run(listen(server, host, port, drain_timeout))
+    asyncio.run(serve_until_signal(server, host, port, drain_timeout))
 
 
 def acting_as_measured(checkpoint: Path, wanted: PolicyMode | None, given: Acting) -> Acting:

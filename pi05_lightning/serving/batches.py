@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from pi05_lightning.policy import Answers, Pi05Policy, Request, predict_together
-from pi05_lightning.serving.limits import Limits
 from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
 from pi05_lightning.serving.wire import unpack
 
@@ -44,10 +43,8 @@ class Busy(RuntimeError):
 
 @dataclass(frozen=True)
 class Batch:
-    """What was computed together, for whoever measures: seconds that reading each request took, that each waited then,
-    and that computing took."""
+    """What was computed together, for whoever measures: seconds that each request waited, and that computing took."""
 
-    read: tuple[float, ...]
     waited: tuple[float, ...]
     subtask_seconds: float
     chunk_seconds: float
@@ -77,11 +74,10 @@ class Client:
 
 @dataclass
 class Waiting:
-    """A request that was read, since when it waits, when it was read, and its answer to be."""
+    """A request that was read, since when it waits, and its answer to be."""
 
     request: Request
     since: float
-    read_at: float
     answer: asyncio.Future[dict[str, Any]]
 
 
@@ -90,14 +86,12 @@ class Batches:
 
     Messages are read by other threads, so that the model's always has its next batch.  A batch is taken when the model
     is free; it waits for more, `batch_wait` at most, only while other clients can be expected.
-    limits: of a message.  on_batch: told of every batch.  waiting: requests that wait.  computing: requests that are
-    being answered.  dropped: requests whose client left before they were computed.
+    on_batch: told of every batch.  waiting: requests that wait.  computing: requests that are being answered.
+    dropped: requests whose client left before they were computed.
     """
 
-    def __init__(
-        self, read: Reader, batching: Batching, limits: Limits, on_batch: Callable[[Batch], None] | None = None
-    ) -> None:
-        self.read, self.batching, self.limits, self.on_batch = read, batching, limits, on_batch
+    def __init__(self, read: Reader, batching: Batching, on_batch: Callable[[Batch], None] | None = None) -> None:
+        self.read, self.batching, self.on_batch = read, batching, on_batch
         self.computing = self.dropped = 0
         self._queue: deque[Waiting] = deque()
         self._clients: set[Client] = set()
@@ -131,8 +125,7 @@ class Batches:
         since = loop.time()
         client.asks(since)
         try:
-            request = await self._read_in_thread(client.policy, data)
-            waiting = Waiting(request, since, loop.time(), loop.create_future())
+            waiting = Waiting(await self._read_in_thread(client.policy, data), since, loop.create_future())
             self._queue.append(waiting)
             self._news.set()
             return await waiting.answer
@@ -159,9 +152,7 @@ class Batches:
             except Exception as error:
                 answers = Answers([error] * len(batch), 0.0, 0.0)
             self.computing = 0
-            read = tuple(waiting.read_at - waiting.since for waiting in batch)
-            waited = tuple(start - waiting.read_at for waiting in batch)
-            done = Batch(read, waited, answers.subtask_seconds, answers.chunk_seconds)
+            done = Batch(tuple(start - w.since for w in batch), answers.subtask_seconds, answers.chunk_seconds)
             for waiting, chunk in zip(batch, answers.chunks, strict=True):
                 if waiting.answer.done():
                     continue
@@ -199,7 +190,6 @@ class Batches:
         return self._reading > 0 or any(client.is_expected(now, wait) for client in self._clients)
 
     def _request(self, policy: Pi05Policy, data: bytes) -> Request:
-        self.limits.check(data)
         message = unpack(data)
         observation = self.read(message)
         reset = message.get(RESET_KEY, False)

@@ -147,7 +147,7 @@ class Connection:
                 await self._in_time(self.socket.send_str(message))
             else:
                 await self._in_time(self.socket.send_bytes(message))
-                self.metrics.written(perf_counter() - sending)
+                self.metrics.took("writing", perf_counter() - sending)
             self._room.release()
             total = perf_counter() - start
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -10,7 +10,13 @@ from prometheus_client.process_collector import ProcessCollector
 
 from pi05_lightning.serving.batches import Batch
 
-PARTS = ("reading", "waiting", "subtask", "chunk", "writing")
+PARTS = {
+    "reading": "checking and reading its message",
+    "waiting": "from its message, which is read meanwhile, until it is computed",
+    "subtask": "predicting its batch's subtasks",
+    "chunk": "sampling its batch's actions",
+    "writing": "sending its answer",
+}
 KINDS = {
     "limit": "a message beyond a limit",
     "observation": "a message that is no observation for this policy",
@@ -33,10 +39,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter("pi05_requests", "Observations answered with actions.", registry=self.registry)
-        kinds = "; ".join(f"{kind}: {meaning}" for kind, meaning in KINDS.items())
-        self._failures = Counter("pi05_failures", f"What went wrong. {kinds}.", ["kind"], registry=self.registry)
+        self._failures = Counter("pi05_failures", f"What went wrong. {told(KINDS)}.", ["kind"], registry=self.registry)
         self._seconds = Histogram(
-            "pi05_request_seconds", "Seconds of a request, by part.", ["part"], buckets=SECONDS, registry=self.registry
+            "pi05_request_seconds",
+            f"Seconds of a request. {told(PARTS)}.",
+            ["part"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self._batch_size = Histogram(
             "pi05_batch_size", "Requests computed together.", buckets=SIZES, registry=self.registry
@@ -56,15 +65,20 @@ class Metrics:
 
     def computed(self, batch: Batch) -> None:
         """Count a batch, and the seconds of each of its requests."""
-        self._batch_size.observe(len(batch.read))
-        for read, waited in zip(batch.read, batch.waited, strict=True):
-            for part, seconds in zip(PARTS, (read, waited, batch.subtask_seconds, batch.chunk_seconds), strict=False):
-                self._seconds.labels(part).observe(seconds)
+        self._batch_size.observe(len(batch.waited))
+        for waited in batch.waited:
+            self.took("waiting", waited)
+            self.took("subtask", batch.subtask_seconds)
+            self.took("chunk", batch.chunk_seconds)
 
-    def written(self, seconds: float) -> None:
-        """Count the seconds of sending actions to a client."""
-        self._seconds.labels("writing").observe(seconds)
+    def took(self, part: str, seconds: float) -> None:
+        """Count the seconds of one of `PARTS` of a request."""
+        self._seconds.labels(part).observe(seconds)
 
     def page(self) -> web.Response:
         """All of it, in Prometheus' text format."""
         return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def told(meanings: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {meaning}" for name, meaning in meanings.items())

@@ -22,6 +22,7 @@ from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.serving.access import Access
+from pi05_lightning.serving.address import explained
 from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
 from pi05_lightning.serving.connection import Connection, Socket
 from pi05_lightning.serving.limits import LimitError, Limits
@@ -59,7 +60,7 @@ class PolicyServer:
         self._connections: dict[Connection, asyncio.Task[object]] = {}
         self._draining = False
         self.metrics = Metrics()
-        self.batches = Batches(read, batching or Batching(), self.limits, self.metrics.computed)
+        self.batches = Batches(read, batching or Batching(), self.metrics.computed)
         self.metrics.watch("clients", "Clients that are connected.", lambda: len(self._connections))
         self.metrics.watch(
             "pending", "Requests that are not answered yet.", lambda: sum(c.pending for c in self._connections)
@@ -89,6 +90,20 @@ class PolicyServer:
         }
         with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
             policy.predict_chunk(observation)
+
+    async def run(self, host: str, port: int) -> None:
+        """Serve until cancelled. Raises OSError as `check_address`."""
+        patience = self.limits.client_timeout  # also for a request that is never finished
+        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=1.0, keepalive_timeout=patience)
+        await runner.setup()
+        try:
+            with explained(host, port):
+                await web.TCPSite(runner, host, port).start()
+            address, bound = runner.addresses[0][:2]
+            logger.info("serving at ws://%s:%d", f"[{address}]" if ":" in address else address, bound)
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -173,6 +188,7 @@ class PolicyServer:
     async def _reply(self, client: Client, remote: str | None, data: bytes, previous: float | None) -> bytes | str:
         """The answer to a message, or what is wrong with it."""
         try:
+            await asyncio.to_thread(self.limits.check, data)
             answer = await self.batches.answer(client, data)
         except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
             told = printable(f"{type(error).__name__}: {error}")
