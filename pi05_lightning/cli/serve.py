@@ -38,7 +38,7 @@ def serve(
     tokenizer: str | None = None,
     seed: int = 0,
     max_batch: int | None = None,
-    batch_wait: float = 0.01,
+    batch_wait: float = 0.03,
     max_waiting: int = 256,
     token: str | None = None,
     token_file: Path | None = None,
@@ -77,7 +77,8 @@ def serve(
         seed: of every client's noise.
         max_batch: requests of several clients that are computed together at most, by default 32; with cuda_graph 1, as
             graphs are of one request, and larger batches are computed without them.
-        batch_wait: seconds that requests wait at most, when the model is free, for clients who asked as soon last time.
+        batch_wait: seconds that requests wait at most, when the model is free, for clients who asked again as soon last
+            time; one client never waits.
         max_waiting: requests that may wait for the model; one more is refused.
         token: what clients must give as their api_key. Others on this machine can see it here: set PI05_TOKEN in the
             environment, or token_file, instead.

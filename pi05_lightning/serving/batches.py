@@ -9,13 +9,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pi05_lightning.policy import Answers, Pi05Policy, Request, predict_together
-from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
-from pi05_lightning.serving.wire import unpack
 
 
 @dataclass(frozen=True)
@@ -24,8 +21,9 @@ class Batching:
 
     max_batch: int = 32
     """Requests that are answered together at most."""
-    batch_wait: float = 0.01
-    """Seconds that a request waits at most, when the model is free, for clients who asked as soon last time."""
+    batch_wait: float = 0.03
+    """Seconds that requests wait at most, when the model is free, for clients who asked again as soon last time; never
+    longer than computing took last."""
     max_waiting: int = 256
     """Requests that may wait; one more is refused."""
 
@@ -72,26 +70,43 @@ class Client:
         return abs(self.answered_at + self.pause - now) <= wait
 
 
-@dataclass
+@dataclass(frozen=True)
+class Answer:
+    """What a client gets: a chunk f32[T A] and the subtask it is for; how long it waited, and what it was part of."""
+
+    chunk: np.ndarray
+    subtask: str | None
+    waited: float
+    batch: Batch
+
+
+@dataclass(frozen=True)
 class Waiting:
     """A request that was read, since when it waits, and its answer to be."""
 
     request: Request
     since: float
-    answer: asyncio.Future[dict[str, Any]]
+    answer: asyncio.Future[Answer]
 
 
 class Batches:
     """Answers the requests that wait together, once `run` runs.
 
-    Messages are read by other threads, so that the model's always has its next batch.  A batch is taken when the model
-    is free; it waits for more, `batch_wait` at most, only while other clients can be expected.
-    on_batch: told of every batch.  waiting: requests that wait.  computing: requests that are being answered.
-    dropped: requests whose client left before they were computed.
+    A batch is taken when the model is free. It waits for more requests only while other clients can be expected.
+
+    read: makes a message of a client's policy a request, and raises what is wrong with it; other threads call it, so
+    that the model's always has its next batch.  on_batch: told of every batch.
+    waiting: requests that wait.  computing: those being computed.  dropped: those whose client left before they were.
     """
 
-    def __init__(self, read: Reader, batching: Batching, on_batch: Callable[[Batch], None] | None = None) -> None:
+    def __init__(
+        self,
+        read: Callable[[Pi05Policy, bytes], Request],
+        batching: Batching,
+        on_batch: Callable[[Batch], None] | None = None,
+    ) -> None:
         self.read, self.batching, self.on_batch = read, batching, on_batch
+        self._took = 0.0
         self.computing = self.dropped = 0
         self._queue: deque[Waiting] = deque()
         self._clients: set[Client] = set()
@@ -114,10 +129,10 @@ class Batches:
             self._clients.remove(client)
             self._news.set()
 
-    async def answer(self, client: Client, data: bytes) -> dict[str, Any]:
-        """{"actions": f32[T A], "subtask": str, "server_timing": {…}}; cancelled, its request is dropped.
+    async def answer(self, client: Client, data: bytes) -> Answer:
+        """The answer to a message. Cancelled, the request is dropped.
 
-        Raises ValueError for what is wrong with the message, Busy where too many wait, and what computing raises.
+        Raises what `read` does, Busy where too many wait, and what computing raises.
         """
         if self.waiting >= self.batching.max_waiting:
             raise Busy(f"{self.waiting} requests wait, as many as may: ask again, or serve with more --max_waiting")
@@ -135,7 +150,7 @@ class Batches:
     async def _read_in_thread(self, policy: Pi05Policy, data: bytes) -> Request:
         self._reading += 1
         try:
-            return await asyncio.to_thread(self._request, policy, data)
+            return await asyncio.to_thread(self.read, policy, data)
         finally:
             self._reading -= 1
             self._news.set()
@@ -151,7 +166,7 @@ class Batches:
                 answers = await loop.run_in_executor(self._model, predict_together, requests)
             except Exception as error:
                 answers = Answers([error] * len(batch), 0.0, 0.0)
-            self.computing = 0
+            self.computing, self._took = 0, loop.time() - start
             done = Batch(tuple(start - w.since for w in batch), answers.subtask_seconds, answers.chunk_seconds)
             for waiting, chunk in zip(batch, answers.chunks, strict=True):
                 if waiting.answer.done():
@@ -159,7 +174,8 @@ class Batches:
                 if isinstance(chunk, Exception):
                     waiting.answer.set_exception(chunk)
                 else:
-                    waiting.answer.set_result(_answer(waiting.request.policy, chunk, start - waiting.since, done))
+                    subtask = waiting.request.policy.subtask
+                    waiting.answer.set_result(Answer(chunk, subtask, start - waiting.since, done))
             if self.on_batch:
                 self.on_batch(done)
 
@@ -167,10 +183,10 @@ class Batches:
         loop = asyncio.get_running_loop()
         while not self._drop():
             await self._more()
-        free = loop.time()
+        free, wait = loop.time(), min(self.batching.batch_wait, self._took)
         with suppress(TimeoutError):
-            async with asyncio.timeout_at(free + self.batching.batch_wait):
-                while self._drop() < self.batching.max_batch and self._expects(free):
+            async with asyncio.timeout_at(free + wait):
+                while self._drop() < self.batching.max_batch and self._expects(free, wait):
                     await self._more()
         return [self._queue.popleft() for _ in range(min(self._drop(), self.batching.max_batch))]
 
@@ -185,31 +201,5 @@ class Batches:
         self._queue = staying
         return len(staying)
 
-    def _expects(self, now: float) -> bool:
-        wait = self.batching.batch_wait
+    def _expects(self, now: float, wait: float) -> bool:
         return self._reading > 0 or any(client.is_expected(now, wait) for client in self._clients)
-
-    def _request(self, policy: Pi05Policy, data: bytes) -> Request:
-        message = unpack(data)
-        observation = self.read(message)
-        reset = message.get(RESET_KEY, False)
-        if not isinstance(reset, bool | np.bool_):
-            raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
-        tasks = policy.processor.robots[policy.robot].tasks
-        if "task" not in observation and len(tasks) != 1:
-            raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
-        request = policy.request(observation, prefix_actions=message.get(PREFIX_KEY))
-        if reset:
-            policy.reset()
-        return request
-
-
-def _answer(policy: Pi05Policy, chunk: np.ndarray, waited: float, batch: Batch) -> dict[str, Any]:
-    sent = policy.acting.inference_delay + policy.execution_horizon
-    timing = {
-        "infer_ms": 1e3 * (batch.subtask_seconds + batch.chunk_seconds),
-        "wait_ms": 1e3 * waited,
-        "batch_size": len(batch.waited),
-    }
-    answer: dict[str, Any] = {"actions": chunk[:sent], "server_timing": timing}
-    return answer if policy.subtask is None else answer | {"subtask": policy.subtask}

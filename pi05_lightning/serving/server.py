@@ -14,21 +14,22 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from aiohttp import WSCloseCode, web
 
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import NotFinite
-from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.policy import Pi05Policy, Request
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import explained
-from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
+from pi05_lightning.serving.batches import Answer, Batches, Batching, Busy, Client
 from pi05_lightning.serving.connection import Connection, Socket
 from pi05_lightning.serving.limits import LimitError, Limits
 from pi05_lightning.serving.metrics import Metrics
-from pi05_lightning.serving.reader import Reader
-from pi05_lightning.serving.wire import pack
+from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
+from pi05_lightning.serving.wire import pack, unpack
 
 MAX_TOLD = 2000
 """Characters of an answer that says what is wrong."""
@@ -54,13 +55,13 @@ class PolicyServer:
         limits: Limits | None = None,
         access: Access | None = None,
     ) -> None:
-        self.policy, self.seed = policy, seed
+        self.policy, self.read, self.seed = policy, read, seed
         self.limits = replace(limits or Limits(), max_prompt_bytes=policy.acting.max_prompt_bytes)
         self.access = access or Access()
         self._connections: dict[Connection, asyncio.Task[object]] = {}
         self._draining = False
         self.metrics = Metrics()
-        self.batches = Batches(read, batching or Batching(), self.metrics.computed)
+        self.batches = Batches(self._request, batching or Batching(), self.metrics.computed)
         self.metrics.watch("clients", "Clients that are connected.", lambda: len(self._connections))
         self.metrics.watch(
             "pending", "Requests that are not answered yet.", lambda: sum(c.pending for c in self._connections)
@@ -188,8 +189,7 @@ class PolicyServer:
     async def _reply(self, client: Client, remote: str | None, data: bytes, previous: float | None) -> bytes | str:
         """The answer to a message, or what is wrong with it."""
         try:
-            await asyncio.to_thread(self.limits.check, data)
-            answer = await self.batches.answer(client, data)
+            answer = self._message(await self.batches.answer(client, data))
         except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
             told = printable(f"{type(error).__name__}: {error}")
             logger.warning("%s: %s", remote, told, exc_info=not isinstance(error, ValueError | Busy))
@@ -199,6 +199,31 @@ class PolicyServer:
             answer["server_timing"]["prev_total_ms"] = 1e3 * previous
         self.metrics.requests.inc()
         return pack(answer)
+
+    def _request(self, policy: Pi05Policy, data: bytes) -> Request:
+        self.limits.check(data)
+        message = unpack(data)
+        observation = self.read(message)
+        reset = message.get(RESET_KEY, False)
+        if not isinstance(reset, bool | np.bool_):
+            raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
+        tasks = policy.processor.robots[policy.robot].tasks
+        if "task" not in observation and len(tasks) != 1:
+            raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
+        request = policy.request(observation, prefix_actions=message.get(PREFIX_KEY))
+        if reset:
+            policy.reset()
+        return request
+
+    def _message(self, answer: Answer) -> dict[str, Any]:
+        sent = self.policy.acting.inference_delay + self.policy.execution_horizon
+        timing = {
+            "infer_ms": 1e3 * (answer.batch.subtask_seconds + answer.batch.chunk_seconds),
+            "wait_ms": 1e3 * answer.waited,
+            "batch_size": len(answer.batch.waited),
+        }
+        message: dict[str, Any] = {"actions": answer.chunk[:sent], "server_timing": timing}
+        return message if answer.subtask is None else message | {"subtask": answer.subtask}
 
 
 def kind_of(error: Exception) -> str:
