@@ -84,6 +84,7 @@ class Answer:
 class Waiting:
     """A request that was read, since when it waits, and its answer to be."""
 
+    client: Client
     request: Request
     since: float
     answer: asyncio.Future[Answer]
@@ -139,21 +140,21 @@ class Batches:
         loop = asyncio.get_running_loop()
         since = loop.time()
         client.asks(since)
-        try:
-            waiting = Waiting(await self._read_in_thread(client.policy, data), since, loop.create_future())
-            self._queue.append(waiting)
-            self._news.set()
-            return await waiting.answer
-        finally:
-            client.answered_at = loop.time()
-
-    async def _read_in_thread(self, policy: Pi05Policy, data: bytes) -> Request:
         self._reading += 1
         try:
-            return await asyncio.to_thread(self.read, policy, data)
+            request = await asyncio.to_thread(self.read, client.policy, data)
+        except asyncio.CancelledError:
+            self.dropped += 1
+            raise
+        except Exception:
+            client.answered_at = loop.time()
+            raise
         finally:
             self._reading -= 1
             self._news.set()
+        waiting = Waiting(client, request, since, loop.create_future())
+        self._queue.append(waiting)
+        return await waiting.answer
 
     async def run(self) -> None:
         """Compute what waits, until cancelled."""
@@ -166,9 +167,11 @@ class Batches:
                 answers = await loop.run_in_executor(self._model, predict_together, requests)
             except Exception as error:
                 answers = Answers([error] * len(batch), 0.0, 0.0)
-            self.computing, self._took = 0, loop.time() - start
+            now = loop.time()
+            self.computing, self._took = 0, now - start
             done = Batch(tuple(start - w.since for w in batch), answers.subtask_seconds, answers.chunk_seconds)
             for waiting, chunk in zip(batch, answers.chunks, strict=True):
+                waiting.client.answered_at = now
                 if waiting.answer.done():
                     continue
                 if isinstance(chunk, Exception):

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from pi05_lightning.policy import predict_together
 from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
 
 TASKS = ("open the drawer", "push", "close the drawer with the gripper")
-BOUND = {"rtol": 1e-4, "atol": 1e-5}
-"""How far a product of a batch may be from that of a row, by rounding."""
+BOUND = 1e-5
+"""In quantile ranges: how far an action may be from the one that its robot would get alone, by rounding."""
 FREE: dict[str, Any] = {"max_state_distance": None, "noise_scale": 1.0}
 CRASH = "crash"
 
@@ -43,6 +44,12 @@ def together(
     return predict_together([policy.request(seen, prefix_actions=given) for policy, seen, given in asked]).chunks
 
 
+def assert_same(policy: Pi05Policy, chunk: Any, alone: np.ndarray) -> None:
+    assert isinstance(chunk, np.ndarray), chunk
+    quantiles = policy.processor.robots[policy.robot].normalize.action
+    assert np.abs((chunk - alone) / (quantiles.q99 - quantiles.q01)).max() <= BOUND
+
+
 @pytest.mark.parametrize(
     ("options", "goes_on"),
     [
@@ -64,7 +71,7 @@ def test_robot_gets_what_it_would_get_alone(with_fast: Path, options: dict[str, 
         given = [prefix(robot, step) if goes_on else None for robot in asking]
         chunks = together([beside[robot] for robot in asking], seen, given)
         for robot, one, actions, chunk in zip(asking, seen, given, chunks, strict=True):
-            np.testing.assert_allclose(chunk, alone[robot].predict_chunk(one, None, actions), **BOUND)
+            assert_same(policy, chunk, alone[robot].predict_chunk(one, None, actions))
             assert beside[robot].subtask == alone[robot].subtask
 
 
@@ -76,7 +83,7 @@ def test_chunk_that_is_refused_is_the_mistake_of_its_robot(served: Path) -> None
     with pytest.raises(ValueError, match="max_action_distance is 1000"):
         raise chunks[1]  # type: ignore[misc]
     for robot in (0, 2):
-        np.testing.assert_allclose(chunks[robot], alone[robot].predict_chunk(seen[robot]), **BOUND)
+        assert_same(policy, chunks[robot], alone[robot].predict_chunk(seen[robot]))
 
 
 def test_tokens_that_are_no_chunk_are_the_mistake_of_their_robot(with_fast: Path, monkeypatch) -> None:
@@ -107,7 +114,7 @@ def test_batch_that_crashes_is_computed_robot_by_robot(with_fast: Path, monkeypa
     chunks = together(beside, seen, [None] * 3)
     assert str(chunks[1]) == "out of memory"
     for robot in (0, 2):
-        np.testing.assert_allclose(chunks[robot], alone[robot].predict_chunk(seen[robot]), **BOUND)
+        assert_same(policy, chunks[robot], alone[robot].predict_chunk(seen[robot]))
 
 
 # --- which requests are answered together
@@ -222,14 +229,19 @@ def test_mistake_of_a_robot_is_found_before_its_request_joins_the_others(free: P
     assert not model.busy.is_set()
 
 
-def test_robots_that_ask_again_at_once_come_to_be_answered_together(free: Pi05Policy) -> None:
+def test_robots_that_ask_again_at_once_come_to_be_answered_together(free: Pi05Policy, monkeypatch) -> None:
+    compute = Pi05Policy.compute
+    # nobody is waited for longer than computing takes
+    monkeypatch.setattr(Pi05Policy, "compute", lambda *args: [sleep(0.2), compute(*args)][1])
+
     async def run() -> list[int]:
-        async with running(batch_wait=1.0) as (batches, sizes), asyncio.TaskGroup() as group:
+        async with running(batch_wait=60.0) as (batches, sizes), asyncio.TaskGroup() as group:
             for _ in range(3):
-                group.create_task(ask(batches, free, "push", times=8))
+                group.create_task(ask(batches, free, "push", times=5))
         return sizes
 
-    assert asyncio.run(run())[-3:] == [3, 3, 3]
+    sizes = asyncio.run(run())
+    assert (sum(sizes), sizes.count(3) >= 2) == (15, True), sizes
 
 
 def test_nobody_waits_for_a_robot_that_is_not_about_to_ask(free: Pi05Policy) -> None:
