@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
+from time import perf_counter
 
 import numpy as np
 from aiohttp import WSCloseCode, web
@@ -201,6 +202,7 @@ class PolicyServer:
         return pack(answer)
 
     def _request(self, policy: Pi05Policy, data: bytes) -> Request:
+        start = perf_counter()
         self.limits.check(data)
         message = unpack(data)
         observation = self.read(message)
@@ -213,6 +215,7 @@ class PolicyServer:
         request = policy.request(observation, prefix_actions=message.get(PREFIX_KEY))
         if reset:
             policy.reset()
+        self.metrics.took("reading", perf_counter() - start)
         return request
 
     def _message(self, answer: Answer) -> dict[str, Any]:
