@@ -53,10 +53,10 @@ def test_pings_are_answered_while_the_policy_computes(slow: Pi05Policy) -> None:
 
 
 @pytest.mark.slow
-def test_answer_of_a_minute_breaks_no_keepalive(served: Path) -> None:
+def test_answer_that_takes_long_breaks_no_keepalive(served: Path) -> None:
     async def ask() -> float:
         loop = asyncio.get_running_loop()
-        async with served_inside(Pi05Policy(served, num_steps=60_000)) as (_, address):
+        async with served_inside(Pi05Policy(served, num_steps=20_000)) as (_, address):
             client = await greeted(address, ping_interval=2, ping_timeout=2)
             start = loop.time()
             await client.send(MESSAGE)
@@ -64,7 +64,7 @@ def test_answer_of_a_minute_breaks_no_keepalive(served: Path) -> None:
             await client.close()
             return loop.time() - start
 
-    assert asyncio.run(ask()) > 30
+    assert asyncio.run(ask()) > 8
 
 
 def test_requests_of_one_client_are_answered_in_their_order(policy: Pi05Policy) -> None:
