@@ -29,9 +29,15 @@ class CountingServer:
     """
 
     def __init__(
-        self, seconds: float = 0.0, length: int = 8, metadata: dict[str, Any] | None = None, token: str | None = None
+        self,
+        seconds: float = 0.0,
+        length: int = 8,
+        metadata: dict[str, Any] | None = None,
+        token: str | None = None,
+        max_bytes: int | None = None,
     ) -> None:
         self.seconds, self.length, self.metadata, self.token = seconds, length, metadata or {}, token
+        self.max_bytes = max_bytes
         self.asked: list[dict[str, Any]] = []
         self.headers: list[str | None] = []
         self.say: dict[int, Any] = {}
@@ -65,7 +71,7 @@ class CountingServer:
 
     async def run(self, port: int = 0, ready: Any = None, stop: Any = None) -> None:
         async with serve(
-            self.talk, "127.0.0.1", port, process_request=self.let_in, compression=None, max_size=None
+            self.talk, "127.0.0.1", port, process_request=self.let_in, compression=None, max_size=self.max_bytes
         ) as server:
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])

@@ -277,6 +277,23 @@ def test_error_of_the_server_is_raised_or_handed_over(said, message):
     assert message in str(errors[0]) or isinstance(errors[0], ServerError)
 
 
+def test_busy_server_is_asked_again(caplog):
+    server = CountingServer()
+    server.say = {0: "Busy: 64 requests wait", 1: "Busy: 64 requests wait"}
+    with driven(server) as robot:
+        robot.run_to(10)
+        assert robot.controller.latencies.summary()["busy"] == 2
+    assert caplog.text.count("64 requests wait (it is asked again)") == 1
+
+
+def test_observation_that_is_too_large_for_the_server_is_an_error():
+    with driven(CountingServer(max_bytes=1000)) as robot:
+        robot.run_to(5)
+        robot.see = lambda: {"observation/state": np.full(1000, robot.position)}
+        with pytest.raises(ServerError, match="the observation is too large"):
+            robot.run_to(50)
+
+
 def test_observation_that_cannot_be_sent_is_the_callers_error():
     with driven(CountingServer()) as robot, pytest.raises(ValueError, match="a object cannot be sent"):
         robot.controller.step({"observation/state": object()})

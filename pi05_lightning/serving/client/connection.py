@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
-from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from pi05_lightning.serving.wire import unpack
 
@@ -22,12 +22,17 @@ FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds before it connects anew; each is tw
 OPEN_TIMEOUT = 10.0
 PING_INTERVAL, PING_TIMEOUT = 10.0, 20.0
 TRY_AGAIN = (408, 425, 429)  # HTTP statuses from 400 to 499 that are no refusal
+TOO_BIG = 1009  # the websocket's code for a message that is larger than the server takes
 
 logger = logging.getLogger(__name__)
 
 
 class ServerError(RuntimeError):
     """The server's words about what is wrong with an observation, or what is wrong with its answer."""
+
+
+class Busy(ServerError):
+    """The server has too much to do for now."""
 
 
 class Refused(ConnectionError):
@@ -126,6 +131,10 @@ class Connection:
                 await self._converse()
             except InvalidStatus as error:
                 self._rejected(error)
+            except ConnectionClosed as error:
+                self._failed(str(error))
+                if error.rcvd is not None and error.rcvd.code == TOO_BIG:
+                    self._fail_open(ServerError(f"the observation is too large: {error.rcvd.reason}"))
             except (OSError, WebSocketException, asyncio.TimeoutError, ServerError) as error:
                 self._failed(f"{type(error).__name__}: {error}")
             finally:
@@ -205,16 +214,19 @@ class Connection:
     def _disconnected(self) -> None:
         self.metadata = None
         self._requests = asyncio.Queue()
-        for future in self._open:
-            future.set_exception(Lost(self.problem))
-        self._open.clear()
+        self._fail_open(Lost(self.problem))
         self.news.set()
+
+    def _fail_open(self, error: Exception) -> None:
+        for future in self._open:
+            future.set_exception(error)
+        self._open.clear()
 
 
 def _unpacked(data: str | bytes) -> dict[str, Any]:
     """A message's dictionary. Raises ServerError for text, which is what went wrong, and for anything else."""
     if isinstance(data, str):
-        raise ServerError(data)
+        raise Busy(data) if data.startswith("Busy:") else ServerError(data)
     try:
         message = unpack(data)
     except ValueError as error:

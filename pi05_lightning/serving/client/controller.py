@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pi05_lightning.serving.client.actions import ActionQueue, Due
-from pi05_lightning.serving.client.connection import Answer, Connection, Lost, Refused, ServerError
+from pi05_lightning.serving.client.connection import Answer, Busy, Connection, Lost, Refused, ServerError
 from pi05_lightning.serving.client.latencies import Latencies
 from pi05_lightning.serving.client.served import Served
 from pi05_lightning.serving.wire import pack
@@ -80,8 +80,8 @@ class Controller:
         max_wait: seconds that `step` may wait where no action is there; by default 0, and in the mode `waiting`
             `answer_timeout`.
         on_error: gets the server's errors (`ServerError`, `Refused`) and a ValueError where it cannot do what is asked
-            of it; `step` then goes on with the fallback. By default `step` raises them. Lost connections are neither:
-            they are logged, and made anew.
+            of it; `step` then goes on with the fallback. By default `step` raises them. A lost connection and a busy
+            server are no errors: they are logged, and asked again.
         answer_timeout: seconds after which an answer counts as lost.
         log_every: seconds between two lines of the log that say how long answers take; None: none.
 
@@ -319,6 +319,11 @@ class Controller:
         error = asked.future.exception()
         if isinstance(error, Lost):
             self.latencies.counts["lost"] += 1
+            return
+        if isinstance(error, Busy):
+            self.latencies.counts["busy"] += 1
+            self._not_before = monotonic() + RETRY
+            self._warn("%s (it is asked again)", error)
             return
         if asked.dropped:
             return

@@ -12,6 +12,9 @@ import numpy as np
 
 KEPT = 10_000  # the newest answers that percentiles are over
 PERCENTILES = (50, 95, 99)
+COUNTS = ("answers", "steps", "fallback_steps", "late", "errors", "lost", "busy")
+"""Answers that came, control steps, those of the fallback, answers that came later than the server was told, errors of
+the server, answers that a lost connection took along, and requests that the server was too busy for."""
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +22,7 @@ logger = logging.getLogger(__name__)
 class Latencies:
     """Collects latencies and counts, and logs a line every `log_every` seconds; None logs none.
 
-    counts   answers, steps, fallback_steps, late, errors, lost
+    counts   of `COUNTS`
     """
 
     def __init__(self, log_every: float | None) -> None:
@@ -40,7 +43,7 @@ class Latencies:
     def summary(self) -> dict[str, Any]:
         """The counts, and percentiles and maximum of `latency_ms`, the server's part of it, and the delay in steps."""
         return {
-            **{name: self.counts[name] for name in ("answers", "steps", "fallback_steps", "late", "errors", "lost")},
+            **{name: self.counts[name] for name in COUNTS},
             "latency_ms": _spread(1e3 * seconds for seconds in self._seconds),
             "server_ms": _spread(self._server),
             "delay_steps": _spread(self._delays),
@@ -51,7 +54,7 @@ class Latencies:
         server, delay = _spread(self._server), _spread(self._delays)
         logger.info(
             "%d answers: latency %s ms, of which the server %s ms; delay %s steps; %d late; %d of %d steps were the"
-            " fallback's; %d errors, %d answers lost",
+            " fallback's; %d errors, %d answers lost, the server busy %d times",
             counts["answers"],
             _said(latency),
             _said(server),
@@ -61,6 +64,7 @@ class Latencies:
             counts["steps"],
             counts["errors"],
             counts["lost"],
+            counts["busy"],
         )
 
     def log_when_due(self) -> None:
