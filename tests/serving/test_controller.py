@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic, sleep
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -122,7 +124,7 @@ def test_answers_that_take_longer_than_was_told_are_joined_at_the_step_that_is_d
     with driven(server) as robot:
         robot.run_to(40)
     assert robot.controller.latencies.summary()["late"] > 0
-    assert "the server is told 1 at most" in caplog.text
+    assert "the server goes on from 1 at most" in caplog.text
 
 
 def test_server_of_openpi_is_sent_openpis_keys_alone():
@@ -150,6 +152,16 @@ def test_next_chunk_is_asked_for_in_time_where_a_whole_chunk_is_to_be_executed()
     dry = [not from_policy for _, from_policy in robot.got]
     assert sum(dry[dry.index(False) + 20 :]) <= 6  # steps, on a machine that does other things too
     assert summary["answers"] < 14  # yet not at every step
+
+
+@pytest.mark.parametrize("length", [1, 2, 8])
+def test_answers_that_take_longer_than_their_actions_last_still_move_the_robot(length, caplog):
+    server = CountingServer(seconds=0.1, length=length)
+    with driven(server, rate=100) as robot:
+        robot.run_to(3 * length)
+        assert robot.controller.delay is not None
+    assert len(server.asked) <= 8  # every one of which adds something
+    assert f"and held {length} actions" in caplog.text
 
 
 def test_old_chunk_fades_into_the_new_one_by_choice():
@@ -299,11 +311,14 @@ def test_observation_that_cannot_be_sent_is_the_callers_error():
         robot.controller.step({"observation/state": object()})
 
 
-def test_token_is_sent_as_openpis_clients_send_it():
+def test_token_is_sent_as_openpis_clients_send_it(monkeypatch):
     server = CountingServer(token="secret")
     with driven(server, token="secret") as robot:
         robot.run_to(5)
-    assert server.headers == ["Api-Key secret"]
+    monkeypatch.setenv("PI05_TOKEN", "secret")
+    with driven(server):
+        pass
+    assert server.headers == ["Api-Key secret"] * 2
 
 
 def test_wrong_token_is_an_error_and_the_fallback_acts():
@@ -389,6 +404,26 @@ def test_latencies_are_summed_up_and_logged(caplog):
     assert 20 <= summary["latency_ms"]["p50"] <= summary["latency_ms"]["p99"] <= summary["latency_ms"]["max"]
     lines = [record.message for record in caplog.records if "answers: latency p50" in record.message]
     assert len(lines) >= 2  # on the way, and in the end
+
+
+def test_loop_of_the_docs_runs_as_written():
+    page = (ROOT / "docs" / "drive-a-robot.md").read_text(encoding="utf-8")
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (loop,) = (code for language, code in fenced if not language)
+    sent: list[np.ndarray] = []
+    arm = SimpleNamespace(
+        camera=lambda name: np.zeros((48, 64, 3), np.uint8),
+        joints=lambda: np.array([sum(action[0] >= 0 for action in sent), 0.0]),
+        is_on=lambda: len(sent) < 60,
+        send=sent.append,
+        wait_for_the_next_step=lambda: sleep(PERIOD),
+    )
+    server = CountingServer(seconds=0.02, metadata=OURS)
+    with server.running() as url:
+        exec(loop.replace("ws://gpu-server:8000", url), {"robot": arm})
+    assert len(sent) == 60
+    assert sent[-1][0] > 20
+    assert set(server.asked[1]) >= {"observation/topview", "observation/state", "prompt", "prefix_actions"}
 
 
 def test_closed_controller_says_so():

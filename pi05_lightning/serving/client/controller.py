@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ Fallback = Callable[[Seen, np.ndarray | None], Any]
 
 REMEMBERED = 20  # the newest delays, of which the longest is expected next
 RETRY = 0.2  # seconds after an error of the server before it is asked again
+TOKEN_VARIABLE = "PI05_TOKEN"
 PREFIX_KEY, RESET_KEY = "prefix_actions", "reset"
 
 logger = logging.getLogger(__name__)
@@ -76,7 +78,7 @@ class Controller:
         execution_horizon: actions of a chunk that are executed before the next is asked for, if the queue lasts that
             long; by default what the server says, else half a chunk.
         blend: of `asynchronous`: actions over which the last chunk fades into the new one.
-        token: what the server was started with, if it was.
+        token: what the server was started with, if it was; by default the environment variable PI05_TOKEN.
         max_wait: seconds that `step` may wait where no action is there; by default 0, and in the mode `waiting`
             `answer_timeout`.
         on_error: gets the server's errors (`ServerError`, `Refused`) and a ValueError where it cannot do what is asked
@@ -86,6 +88,7 @@ class Controller:
         log_every: seconds between two lines of the log that say how long answers take; None: none.
 
     executed   the `Due` action of the last step; None if it was the fallback's
+    delay      actions that were executed while the last answer was computed
     subtask    that the policy predicted last, if it predicts any
     latencies  percentiles and counts: `latencies.summary()`
 
@@ -118,6 +121,7 @@ class Controller:
         self.fallback, self.rate, self.blend, self.on_error = fallback, rate, blend, on_error
         self.latencies = Latencies(log_every)
         self.executed: Due | None = None
+        self.delay: int | None = None
         self.subtask: str | None = None
         self._mode, self._horizon = mode, execution_horizon
         self._max_wait = (answer_timeout if mode == "waiting" else 0.0) if max_wait is None else max_wait
@@ -126,11 +130,12 @@ class Controller:
         self._queue = ActionQueue()
         self._delays: deque[int] = deque(maxlen=REMEMBERED)
         self._asked: _Asked | None = None
-        self._not_before = 0.0
+        self._not_before = self._seconds = 0.0
         self._chunks = self._length = self._origin = 0
         self._warned: set[str] = set()
         self._closed = False
         self._begin()
+        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         self._connection = Connection(url, token, answer_timeout)
 
     def _begin(self) -> None:
@@ -234,7 +239,7 @@ class Controller:
         """An action lasts as it was when it began, whatever has come since."""
         return self._current if self._has_begun() else self._queue.at(self._step)
 
-    def _delay(self) -> int:
+    def _expected(self) -> int:
         """Actions that will be executed until an answer comes, as far as the last ones tell."""
         return max(self._delays, default=0)
 
@@ -246,7 +251,8 @@ class Controller:
         left = self._queue.left(self._step)
         if self.mode == "waiting" or not left:
             return not left
-        return self._step - self._origin >= self._executed() or left <= self._delay()
+        # beyond half a chunk the answer would repeat what is executed meanwhile, and add ever less
+        return self._step - self._origin >= self._executed() or left <= min(self._expected(), self._length // 2)
 
     def _executed(self) -> int:
         """Actions of a chunk that are executed before the next."""
@@ -257,8 +263,8 @@ class Controller:
         assert self._served is not None
         prefix: list[np.ndarray] = []
         if self.mode == "rtc":
-            expected = min(self._served.given, self._delay() if self._delays else self._served.given)
-            prefix = self._queue.upcoming(self._step, expected)
+            most = self._served.given
+            prefix = self._queue.upcoming(self._step, min(most, self._expected()) if self._delays else most)
         resets = self._resets and self._served.has_episodes
         message = dict(observation)
         if prefix:
@@ -352,15 +358,16 @@ class Controller:
             self._delays.append(delay)
         elif fps is not None:
             self._delays.append(math.ceil(answer.seconds * fps))
+        self.delay, self._seconds = delay, answer.seconds
         if asked.given and delay > asked.given:
             self.latencies.counts["late"] += 1
-        if self.mode == "rtc" and self._delay() > self._served.given:
-            self._warn(
-                "answers take %d actions, and the server is told %d at most: chunks are joined late, with a jump; start"
-                " it with a longer --inference_delay, if the policy was trained for it",
-                self._delay(),
-                self._served.given,
-            )
+            if asked.given == self._served.given:
+                self._warn(
+                    "an answer took %d actions, and the server goes on from %d at most: the chunk is joined late, with"
+                    " a jump; start it with a longer --inference_delay, if the policy was trained for it",
+                    delay,
+                    asked.given,
+                )
 
     def _fall_back(self, observation: Seen) -> np.ndarray:
         self.latencies.counts["fallback_steps"] += 1
@@ -368,10 +375,10 @@ class Controller:
             self._warn("no answers, and the fallback acts: %s", self._connection.problem)
         elif self._last is not None and self.mode != "waiting":
             self._warn(
-                "the queue ran dry, and the fallback acts: answers of %d actions take %d of them; let the server send"
-                " more (--execution_horizon), or answer sooner",
+                "the queue ran dry, and the fallback acts: the last answer took %.2f s and held %d actions; let the"
+                " server send more (--execution_horizon), or answer sooner",
+                self._seconds,
                 self._length,
-                self._delay(),
             )
         return np.asarray(self.fallback(observation, self._last), np.float32)
 
