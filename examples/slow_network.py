@@ -45,7 +45,8 @@ class SlowNetwork:
         except OSError:  # nobody listens there
             writer.close()
             return
-        await asyncio.gather(self._carry(reader, far_writer), self._carry(far_reader, writer))
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(self._carry(reader, far_writer), self._carry(far_reader, writer))
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """What comes in one direction, in its order, each piece half the latency later; then the end."""

@@ -52,6 +52,9 @@ class CountingServer:
             answer = self.say.get(number)
             if answer == "drop":
                 socket.transport.abort()
+            elif answer == "crash":  # as openpi's server does
+                await socket.send("Traceback (most recent call last): KeyError: 'image'")
+                await socket.close(1011, "Internal server error. Traceback included in previous frame.")
             elif answer != "nothing":
                 answer = answer or self.chunk(observation, number)
                 await socket.send(answer if isinstance(answer, str) else pack(answer))

@@ -283,9 +283,9 @@ class Controller:
         try:
             if refused := self._connection.refusal():
                 raise refused
+            self._receive()
             if monotonic() >= self._not_before:
                 self._meet()
-            self._receive()
         except (ServerError, Refused, ValueError) as error:
             self.latencies.counts["errors"] += 1
             self._not_before = monotonic() + RETRY
