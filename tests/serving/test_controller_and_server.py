@@ -18,7 +18,9 @@ import numpy as np
 import pytest
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.serving.client import Controller, ServerError, always
+from pi05_lightning.serving.access import Access
+from pi05_lightning.serving.client import Controller, Refused, ServerError, always
+from pi05_lightning.serving.limits import Limits
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
 from tests.serving import counting
@@ -42,10 +44,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(policy: Pi05Policy) -> Iterator[str]:
+def serving(policy: Pi05Policy, **options: Any) -> Iterator[str]:
     """The server in a thread; its address."""
     loop, port = asyncio.new_event_loop(), free_port()
-    server = PolicyServer(policy, Reader(policy.processor.cameras, {}, None))
+    server = PolicyServer(policy, Reader(policy.processor.cameras, {}, None), **options)
     server.warm_up()
     task = loop.create_task(server.run("127.0.0.1", port))
 
@@ -96,6 +98,41 @@ def test_what_is_wrong_is_said_in_the_servers_words(policy):
         with pytest.raises(ServerError, match="wrist missing, and the policy was trained with top, wrist"):
             drive(controller, 1, {key: value for key, value in OBSERVATION.items() if key != "observation/wrist"})
         drive(controller, 3)
+
+
+def test_token_opens_the_server_to_those_who_have_it(policy):
+    with serving(policy, access=Access(token="secret")) as url:
+        with (
+            Controller(url, always(STILL), token="other") as controller,
+            pytest.raises(Refused, match=r"401: another token.*give the token"),
+        ):
+            controller.connect(20)
+        with Controller(url, always(STILL), token="secret") as controller:
+            controller.connect(20)
+            drive(controller, 3)
+
+
+def test_limits_of_the_server_are_said_with_the_option_that_raises_them(policy):
+    with (
+        serving(policy, limits=Limits(max_message_bytes=10_000)) as url,
+        Controller(url, always(STILL)) as controller,
+    ):
+        controller.connect(20)
+        with pytest.raises(ServerError, match="raise --max_message_bytes"):
+            drive(controller, 1)
+
+
+def test_client_that_is_one_too_many_is_told_so(policy):
+    with (
+        serving(policy, limits=Limits(max_clients=1)) as url,
+        Controller(url, always(STILL)) as first,
+        Controller(url, always(STILL)) as second,
+    ):
+        first.connect(20)
+        with pytest.raises(TimeoutError, match="1 clients are connected: raise --max_clients"):
+            second.connect(1)
+        first.close()
+        second.connect(20)
 
 
 # --- processes of their own
