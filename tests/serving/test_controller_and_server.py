@@ -165,19 +165,24 @@ def test_killed_server_that_comes_back_is_found_again(served):
             drive(controller, 20, seconds=120)
 
 
-@pytest.fixture(scope="module")
-def robot_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uv(*arguments: str | Path) -> str:
+    command = [sys.executable, "-m", "uv", *map(str, arguments)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "plugins").stdout
+
+
+@pytest.fixture(scope="module", params=["3.10", "3.12"])
+def robot_python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter with the client's distribution, and with what that needs."""
     folder = tmp_path_factory.mktemp("robot")
-    for command in (
-        ["build", "--out-dir", folder / "dist", ROOT / "plugins" / "pi05_client"],
-        ["venv", "--python", sys.executable, folder / "venv"],
-    ):
-        subprocess.run([sys.executable, "-m", "uv", *map(str, command)], cwd=folder, check=True)
-    python, (wheel,) = folder / "venv" / "bin" / "python", (folder / "dist").glob("*.whl")
-    install = ["pip", "install", "--python", python, "--constraint", ROOT / "requirements.lock", wheel]
-    subprocess.run([sys.executable, "-m", "uv", *map(str, install)], cwd=folder, check=True)
-    return python
+    try:
+        python = uv("python", "find", "--no-python-downloads", request.param).strip()
+    except subprocess.CalledProcessError:
+        pytest.skip(f"there is no Python {request.param}")
+    uv("build", "--out-dir", folder / "dist", ROOT / "plugins" / "pi05_client")
+    uv("venv", "--python", python, folder / "venv")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    uv("pip", "install", "--python", folder / "venv" / "bin" / "python", wheel)
+    return folder / "venv" / "bin" / "python"
 
 
 def on_the_robot(python: Path, folder: Path, script: str) -> str:
