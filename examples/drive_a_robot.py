@@ -15,6 +15,7 @@ import logging
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ class Robot:
 class Driven:
     """What the episodes of a mode came to. Jumps are those of `pi05 rollout`, between actions that were executed."""
 
-    success: list[bool] = field(default_factory=list)
+    success: dict[str, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    """By task."""
     seconds: list[float] = field(default_factory=list)
     """Of the world's time, of those that succeeded."""
     seams: list[float] = field(default_factory=list)
@@ -86,8 +88,10 @@ class Driven:
     """Commands that came too late, because this machine was too slow."""
 
 
-def drive(robot: Robot, controller: Controller, seed: int, max_seconds: float, driven: Driven) -> None:
-    """One episode, in real time."""
+def drive(
+    robot: Robot, controller: Controller, seed: int, max_seconds: float, driven: Driven, slower: float = 1.0
+) -> None:
+    """One episode, in real time or so many times slower."""
     robot.begin(seed)
     controller.reset()
     before, last, looking = None, None, 0.0
@@ -104,7 +108,7 @@ def drive(robot: Robot, controller: Controller, seed: int, max_seconds: float, d
         start, looking = perf_counter(), 0.0
         action = controller.step(see)
         waited = perf_counter() - start - looking  # rendering costs a simulator's time, not a robot's
-        without = min(int(waited * RATE), round((max_seconds - robot.seconds) * RATE) - 1)
+        without = min(int(waited * RATE / slower), round((max_seconds - robot.seconds) * RATE) - 1)
         for _ in range(without):
             robot.command(stand_still(None, last))
         robot.command(action)
@@ -115,13 +119,13 @@ def drive(robot: Robot, controller: Controller, seed: int, max_seconds: float, d
                 jump = jumps(np.stack([before.action, now.action]), robot.env)
                 (driven.inside if now.chunk == before.chunk else driven.seams).extend(jump)
             before, last = now, now.action
-        due += (1 + without) / RATE
+        due += (1 + without) * slower / RATE
         if (left := due - perf_counter()) > 0:
             sleep(left)
-        elif left < -0.5 / RATE:
+        elif left < -0.5 * slower / RATE:
             driven.missed += 1
             due = perf_counter()
-    driven.success.append(robot.success)
+    driven.success[robot.env.sentence].append(robot.success)
     driven.commands += robot.commands
     if robot.success:
         driven.seconds.append(robot.seconds)
@@ -152,7 +156,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if "rtc" not in arguments.modes:
         options += ["--rtc", "false"]
     found: dict[str, Any] = {}
-    with served(arguments.checkpoint, options) as port, SlowNetwork(port, arguments.latency) as network:
+    latency = arguments.latency * arguments.slower
+    with served(arguments.checkpoint, options) as port, SlowNetwork(port, latency) as network:
         for mode in arguments.modes:
             driven = Driven()
             with Controller(f"ws://127.0.0.1:{network.port}", stand_still, rate=RATE, mode=mode) as controller:
@@ -160,8 +165,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 for number, task in enumerate(tasks):
                     with closing(simulator.open(task, view)) as env:
                         for seed in simulator.seeds(number, arguments.episodes, arguments.seed):
-                            drive(Robot(env), controller, seed, arguments.max_seconds, driven)
-                found[mode] = summary(driven) | {"controller": controller.latencies.summary()}
+                            drive(Robot(env), controller, seed, arguments.max_seconds, driven, arguments.slower)
+                found[mode] = summary(driven) | {
+                    "slower": arguments.slower,
+                    "controller": controller.latencies.summary(),
+                }
     return found
 
 
@@ -176,7 +184,7 @@ def summary(driven: Driven) -> dict[str, Any]:
     seams, inside = spread(driven.seams), spread(driven.inside)
     ratio = {name: seams[name] / inside[name] if seams[name] and inside[name] else None for name in seams}
     return {
-        "success": [sum(driven.success), len(driven.success)],
+        "success": {task: [sum(trials), len(trials)] for task, trials in driven.success.items()},
         "seconds": spread(driven.seconds)["mean"],
         "seams": seams,
         "inside": inside,
@@ -198,8 +206,8 @@ def table(found: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for mode, row in found.items():
-        good, trials = row["success"]
-        latency = row["controller"]["latency_ms"]
+        good, trials = np.sum(list(row["success"].values()), axis=0)
+        latency = {name: ms / row["slower"] for name, ms in row["controller"]["latency_ms"].items()}
         cells = [
             f"`{mode}`",
             f"{good}/{trials}",
@@ -225,6 +233,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--inference_delay", type=int, default=4, help="actions that the server goes on from")
     parser.add_argument("--execution_horizon", type=int, help="actions of a chunk; by default inference_delay")
     parser.add_argument("--max_seconds", type=float, default=10.0, help="after which an episode has failed")
+    parser.add_argument("--slower", type=float, default=1.0, help="than real time, network included: for busy machines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     return parser.parse_args()

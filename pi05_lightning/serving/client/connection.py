@@ -60,7 +60,6 @@ class Connection:
         answer_timeout: seconds after which an answer is no longer waited for; the connection is then made anew.
 
     metadata   what the server said about itself; None while there is no connection
-    made       how often it was connected
     problem    why it is not connected, or was not when it last failed
     news       set when it connects, fails, or an answer comes
 
@@ -72,7 +71,6 @@ class Connection:
             raise ValueError(f"url is {url!r}: give ws://host:port, or wss://host:port")
         self.url, self.answer_timeout = url, answer_timeout
         self.metadata: dict[str, Any] | None = None
-        self.made = 0
         self.problem = "it has not been tried yet"
         self.news = threading.Event()
         self._headers = {"Authorization": f"Api-Key {token}"} if token else None
@@ -135,8 +133,9 @@ class Connection:
                 self._failed(str(error))
                 if error.rcvd is not None and error.rcvd.code == TOO_BIG:
                     self._fail_open(ServerError(f"the observation is too large: {error.rcvd.reason}"))
-            except (OSError, WebSocketException, asyncio.TimeoutError, ServerError) as error:
-                self._failed(f"{type(error).__name__}: {error}")
+            except Exception as error:  # whatever it is, a robot's connection is tried again
+                expected = isinstance(error, OSError | WebSocketException | asyncio.TimeoutError | ServerError)
+                self._failed(f"{type(error).__name__}: {error}", exc_info=not expected)
             finally:
                 self._disconnected()
             await asyncio.sleep(self._delay * random.uniform(0.5, 1))  # a fleet does not come back all at once
@@ -156,7 +155,6 @@ class Connection:
             close_timeout=1.0,
         ) as socket:
             metadata = _unpacked(await asyncio.wait_for(socket.recv(), OPEN_TIMEOUT))
-            self.made += 1
             logger.info("connected to %s", self.url)
             self.metadata = metadata
             self.news.set()
@@ -179,8 +177,9 @@ class Connection:
                 await socket.close()
                 raise
             finally:
-                incoming.cancel()
                 waiting.cancel()
+                if not incoming.cancel() and not incoming.cancelled():
+                    incoming.exception()  # it is said by what failed first
 
     async def _awaited(self, incoming: asyncio.Future[str | bytes]) -> str | bytes:
         try:
@@ -206,9 +205,9 @@ class Connection:
             self._delay = MAX_DELAY
         self._failed(problem)
 
-    def _failed(self, problem: str) -> None:
+    def _failed(self, problem: str, exc_info: bool = False) -> None:
         if problem != self.problem:
-            logger.warning("no connection to %s, trying again: %s", self.url, problem)
+            logger.warning("no connection to %s, trying again: %s", self.url, problem, exc_info=exc_info)
         self.problem = problem
 
     def _disconnected(self) -> None:
