@@ -173,6 +173,14 @@ def test_old_chunk_fades_into_the_new_one_by_choice():
     assert seconds == sorted(seconds)
 
 
+def test_nothing_fades_where_the_server_goes_on_from_what_is_executed():
+    server = CountingServer(metadata=OURS)
+    with driven(server, blend=3) as robot:
+        robot.run_to(30)
+    assert robot.controller.mode == "rtc"
+    assert {float(action[1]) % 1 for action, from_policy in robot.got if from_policy} == {0.0}
+
+
 def test_waiting_executes_a_chunk_and_then_waits():
     server = CountingServer(seconds=0.05, metadata=OURS)
     with driven(server, mode="waiting") as robot:

@@ -344,7 +344,8 @@ class Controller:
         if self.mode == "waiting":
             chunk = chunk[: self._executed()]
         now = self._step + self._has_begun()
-        self._queue.merge(chunk, asked.step, now, self._chunks, asked.given, self.blend)
+        blend = self.blend if self.mode == "asynchronous" else 0
+        self._queue.merge(chunk, asked.step, now, self._chunks, asked.given, blend)
         self._chunks += 1
         self._note(answer, asked, now - asked.step)
 
@@ -380,7 +381,7 @@ class Controller:
                 self._seconds,
                 self._length,
             )
-        return np.asarray(self.fallback(observation, self._last), np.float32)
+        return np.array(self.fallback(observation, None if self._last is None else self._last.copy()), np.float32)
 
     def _warn(self, message: str, *values: object) -> None:
         """Say it once."""
