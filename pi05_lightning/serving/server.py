@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 from aiohttp import WSCloseCode, web

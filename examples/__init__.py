@@ -1,0 +1,1 @@
+"""Programs to start from, each with a page in docs/."""

@@ -1,0 +1,1 @@
+../../../pi05_lightning/__init__.py

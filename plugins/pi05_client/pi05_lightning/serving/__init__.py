@@ -1,0 +1,1 @@
+../../../../pi05_lightning/serving/__init__.py

@@ -1,0 +1,1 @@
+../../../../pi05_lightning/serving/wire.py

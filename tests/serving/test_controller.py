@@ -1,0 +1,457 @@
+"""A robot's control loop against a server of openpi's protocol: what is due is executed, whatever answers take."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from time import monotonic, sleep
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pi05_lightning.serving.client import Controller, Refused, ServerError, always, hold_last
+from tests.serving import counting
+from tests.serving.counting import OURS, CountingServer
+
+ROOT = Path(__file__).parents[2]
+STILL = [-1.0, -1.0]
+PERIOD = 0.01  # seconds of a control step, by which 50 Hz are hurried
+
+
+class Robot:
+    """Counts the actions that it executes, and knows those that it got: (action, whether the policy's)."""
+
+    def __init__(self, controller: Controller) -> None:
+        self.controller, self.position = controller, 0
+        self.got: list[tuple[np.ndarray, bool]] = []
+        self.longest_step = 0.0
+
+    def see(self) -> dict[str, Any]:
+        return {"observation/state": np.array([self.position]), "prompt": "count"}
+
+    def step(self) -> np.ndarray:
+        start = monotonic()
+        action = self.controller.step(self.see)
+        self.longest_step = max(self.longest_step, monotonic() - start)
+        due = self.controller.executed
+        self.got.append((action, due is not None))
+        if due is not None:
+            assert action[0] == due.step == self.position
+            self.position += 1
+        return action
+
+    def run(self, steps: int) -> list[tuple[np.ndarray, bool]]:
+        """Step `steps` times; what it got."""
+        for _ in range(steps):
+            self.step()
+            sleep(PERIOD)
+        return self.got[-steps:]
+
+    def run_until(self, reached: Callable[[], bool], seconds: float = 10.0) -> None:
+        deadline = monotonic() + seconds
+        while not reached():
+            assert monotonic() < deadline, f"it stands at {self.position}: {self.controller.latencies.summary()}"
+            self.run(1)
+
+    def run_to(self, position: int) -> None:
+        self.run_until(lambda: self.position >= position)
+
+    @property
+    def chunks(self) -> list[int]:
+        """Of the executed actions."""
+        return [int(action[1]) for action, from_policy in self.got if from_policy]
+
+
+@contextmanager
+def driven(server: CountingServer, **options: Any) -> Iterator[Robot]:
+    with server.running() as url, Controller(url, always(STILL), **options) as controller:
+        controller.connect(10)
+        yield Robot(controller)
+
+
+@pytest.mark.parametrize("mode", ["waiting", "asynchronous", "rtc"])
+@pytest.mark.parametrize("seconds", [0.0, 0.025])
+def test_every_action_is_executed_at_the_step_that_it_is_due_at(mode, seconds):
+    server = CountingServer(seconds, metadata=OURS)
+    with driven(server, mode=mode) as robot:
+        robot.run_to(50)  # `step` of the robot looks at each
+    assert len(set(robot.chunks)) >= 6
+    assert robot.chunks == sorted(robot.chunks)
+
+
+def test_step_waits_for_nothing():
+    with driven(CountingServer(seconds=0.5, metadata=OURS)) as robot:
+        robot.run_to(6)
+    assert robot.longest_step < 0.3  # seconds, on a machine that does other things too
+
+
+def test_server_is_told_the_actions_that_are_executed_until_it_answers():
+    server = CountingServer(seconds=0.025, metadata=OURS)
+    with driven(server) as robot:
+        robot.run_to(60)
+    assert robot.controller.mode == "rtc"
+    told = [message for message in server.asked if "prefix_actions" in message]
+    assert len(told) >= 5
+    executed = [action for action, from_policy in robot.got if from_policy]
+    for message in told:
+        begin, prefix = int(message["observation/state"][0]), message["prefix_actions"]
+        assert 1 <= len(prefix) <= 4  # what the server goes on from
+        length = min(len(prefix), len(executed) - begin)
+        np.testing.assert_array_equal(prefix[:length], executed[begin : begin + length])
+    assert robot.controller.latencies.summary()["delay_steps"]["max"] <= 8
+
+
+def test_server_is_told_no_more_than_the_last_answers_took():
+    long = OURS | {"action_horizon": 12, "acting": {"inference_delay": 12, "rtc": True}}
+    server = CountingServer(seconds=0.0, length=24, metadata=long)
+    with driven(server, rate=50) as robot:
+        robot.run_to(100)
+    lengths = [len(message["prefix_actions"]) for message in server.asked if "prefix_actions" in message]
+    assert 1 <= lengths[-1] < 12  # an answer of no time is there at the next step, or soon on a busy machine
+
+
+def test_answers_that_take_longer_than_was_told_are_joined_at_the_step_that_is_due(caplog):
+    metadata = OURS | {"acting": {"inference_delay": 1, "rtc": True}}
+    server = CountingServer(seconds=0.035, length=12, metadata=metadata)
+    with driven(server) as robot:
+        robot.run_to(40)
+    assert robot.controller.latencies.summary()["late"] > 0
+    assert "the server goes on from 1 at most" in caplog.text
+
+
+def test_server_of_openpi_is_sent_openpis_keys_alone():
+    server = CountingServer(seconds=0.02)
+    with driven(server) as robot:
+        assert robot.controller.connect() == {}
+        robot.run_to(30)
+    assert robot.controller.mode == "asynchronous"
+    assert {key for message in server.asked for key in message} == {"observation/state", "prompt"}
+
+
+def test_half_a_chunk_is_executed_where_the_server_does_not_say_how_much():
+    server = CountingServer(length=10)
+    with driven(server) as robot:
+        robot.run_to(40)
+    asked_at = [int(message["observation/state"][0]) for message in server.asked]
+    assert set(np.diff(asked_at)[:4]) == {5}
+
+
+def test_next_chunk_is_asked_for_in_time_where_a_whole_chunk_is_to_be_executed():
+    server = CountingServer(seconds=0.025, length=16)
+    with driven(server, execution_horizon=16, rate=100) as robot:
+        robot.run_to(120)
+        summary = robot.controller.latencies.summary()
+    dry = [not from_policy for _, from_policy in robot.got]
+    assert sum(dry[dry.index(False) + 20 :]) <= 6  # steps, on a machine that does other things too
+    assert summary["answers"] < 14  # yet not at every step
+
+
+@pytest.mark.parametrize("length", [1, 2, 8])
+def test_answers_that_take_longer_than_their_actions_last_still_move_the_robot(length, caplog):
+    server = CountingServer(seconds=0.1, length=length)
+    with driven(server, rate=100) as robot:
+        robot.run_to(3 * length)
+        assert robot.controller.delay is not None
+    assert len(server.asked) <= 8  # every one of which adds something
+    assert f"and held {length} actions" in caplog.text
+
+
+def test_old_chunk_fades_into_the_new_one_by_choice():
+    server = CountingServer(seconds=0.0, length=12)
+    with driven(server, blend=3, execution_horizon=6) as robot:
+        robot.run_to(30)
+    seconds = [float(action[1]) for action, from_policy in robot.got if from_policy]
+    assert {0.25, 0.5, 0.75} <= {value % 1 for value in seconds}
+    assert seconds == sorted(seconds)
+
+
+def test_nothing_fades_where_the_server_goes_on_from_what_is_executed():
+    server = CountingServer(metadata=OURS)
+    with driven(server, blend=3) as robot:
+        robot.run_to(30)
+    assert robot.controller.mode == "rtc"
+    assert {float(action[1]) % 1 for action, from_policy in robot.got if from_policy} == {0.0}
+
+
+def test_waiting_executes_a_chunk_and_then_waits():
+    server = CountingServer(seconds=0.05, metadata=OURS)
+    with driven(server, mode="waiting") as robot:
+        robot.run(12)
+    assert [from_policy for _, from_policy in robot.got] == [True] * 12
+    assert robot.chunks == [0] * 4 + [1] * 4 + [2] * 4
+    assert not any("prefix_actions" in message for message in server.asked)
+
+
+def test_action_lasts_several_control_steps_where_the_loop_is_faster_than_the_policy():
+    server, position = CountingServer(seconds=0.03, metadata=OURS | {"fps": 10.0}), [0]
+    with server.running() as url, Controller(url, always(STILL), rate=50) as controller:
+        controller.connect(10)
+        steps, deadline = [], monotonic() + 20
+        while len(steps) < 100:
+            assert monotonic() < deadline
+            action = controller.step(lambda: {"observation/state": np.array([position[0]])})
+            if controller.executed is not None:
+                steps.append(int(action[0]))
+                position[0] = controller.executed.step + (len(steps) % 5 == 0)
+            sleep(PERIOD)
+    assert steps == [number // 5 for number in range(100)]
+    begins = [int(message["observation/state"][0]) for message in server.asked]
+    assert begins == sorted(set(begins))
+
+
+def test_loop_that_is_slower_than_the_policy_is_an_error():
+    with pytest.raises(ValueError, match="50 actions per"), driven(CountingServer(metadata=OURS), rate=20.0):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "async"}, "mode is 'async': expected waiting, asynchronous, rtc"),
+        ({"mode": "rtc", "blend": 2}, "blend"),
+        ({"execution_horizon": 0}, "execution_horizon 0"),
+        ({"rate": 0.0}, "rate is 0.0"),
+    ],
+)
+def test_options_that_cannot_be_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        Controller("ws://127.0.0.1:1", always(STILL), **options)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://127.0.0.1:8000", "ws://"])
+def test_address_that_is_none_is_an_error(url):
+    with pytest.raises(ValueError, match="give ws://host:port"):
+        Controller(url, always(STILL))
+
+
+def test_mode_that_the_server_cannot_is_an_error():
+    with (
+        CountingServer().running() as url,
+        Controller(url, always(STILL), mode="rtc") as controller,
+        pytest.raises(ValueError, match="start it with --inference_delay"),
+    ):
+        controller.connect(10)
+
+
+# --- when there is no answer
+
+
+def test_fallback_acts_by_the_callers_rule_and_the_policy_goes_on_where_it_was():
+    server = CountingServer(seconds=0.1, length=4)
+    with server.running() as url, Controller(url, hold_last(STILL)) as controller:
+        robot = Robot(controller)
+        robot.run_to(12)
+    assert tuple(robot.got[0][0]) == tuple(STILL)
+    for (before, _), (action, from_policy) in pairwise(robot.got):
+        if not from_policy:
+            np.testing.assert_array_equal(action, before)
+    assert {int(action[0]) for action, from_policy in robot.got if not from_policy} >= {-1, 3}
+
+
+def test_fallback_that_raises_ends_the_loop():
+    def give_up(observation, last):
+        raise RuntimeError("nothing to do")
+
+    with Controller("ws://127.0.0.1:1", give_up) as controller, pytest.raises(RuntimeError, match="nothing to do"):
+        controller.step({})
+
+
+def test_no_server_is_said_after_the_time_that_it_was_waited_for():
+    with (
+        Controller("ws://127.0.0.1:1", always(STILL)) as controller,
+        pytest.raises(TimeoutError, match=r"no policy at ws://127\.0\.0\.1:1: .*Connect call failed"),
+    ):
+        controller.connect(0.3)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("ValueError: state has 9 dimensions", "state has 9 dimensions"),
+        ({"actions": np.full((8, 2), np.nan)}, "not finite"),
+        ({"actions": np.zeros(8)}, r"`actions` is float64\[8\]"),
+        ({"subtask": "go"}, "holds no actions"),
+        ({"actions": "go"}, "holds no actions"),
+        ([1, 2], "is no answer but a list"),
+    ],
+)
+def test_error_of_the_server_is_raised_or_handed_over(said, message):
+    server, errors = CountingServer(length=8), []
+    server.say = {2: said, 4: said}
+    with server.running() as url, Controller(url, always(STILL)) as controller:
+        robot = Robot(controller)
+        with pytest.raises(ServerError, match=message):
+            robot.run_to(100)
+        controller.on_error = errors.append
+        robot.run_to(robot.position + 20)
+        assert controller.latencies.summary()["errors"] == 2
+    assert len(errors) == 1
+    assert message in str(errors[0]) or isinstance(errors[0], ServerError)
+
+
+def test_server_of_openpi_that_fails_says_why_and_is_connected_to_anew():
+    server, errors = CountingServer(), []
+    server.say = {2: "crash"}
+    with driven(server, on_error=errors.append) as robot:
+        robot.run_to(30)
+    assert [str(error) for error in errors] == ["Traceback (most recent call last): KeyError: 'image'"]
+    assert len(server.headers) == 2
+
+
+def test_busy_server_is_asked_again(caplog):
+    server = CountingServer()
+    server.say = {0: "Busy: 64 requests wait", 1: "Busy: 64 requests wait"}
+    with driven(server) as robot:
+        robot.run_to(10)
+        assert robot.controller.latencies.summary()["busy"] == 2
+    assert caplog.text.count("64 requests wait (it is asked again)") == 1
+
+
+def test_observation_that_is_too_large_for_the_server_is_an_error():
+    with driven(CountingServer(max_bytes=1000)) as robot:
+        robot.run_to(5)
+        robot.see = lambda: {"observation/state": np.full(1000, robot.position)}
+        with pytest.raises(ServerError, match="the observation is too large"):
+            robot.run_to(50)
+
+
+def test_observation_that_cannot_be_sent_is_the_callers_error():
+    with driven(CountingServer()) as robot, pytest.raises(ValueError, match="a object cannot be sent"):
+        robot.controller.step({"observation/state": object()})
+
+
+def test_token_is_sent_as_openpis_clients_send_it(monkeypatch):
+    server = CountingServer(token="secret")
+    with driven(server, token="secret") as robot:
+        robot.run_to(5)
+    monkeypatch.setenv("PI05_TOKEN", "secret")
+    with driven(server):
+        pass
+    assert server.headers == ["Api-Key secret"] * 2
+
+
+def test_wrong_token_is_an_error_and_the_fallback_acts():
+    errors = []
+    with CountingServer(token="secret").running() as url:
+        with (
+            Controller(url, always(STILL), token="other") as controller,
+            pytest.raises(Refused, match=r"401.*wrong token.*give the token"),
+        ):
+            controller.connect(10)
+        with Controller(url, always(STILL), on_error=errors.append) as controller:
+            robot = Robot(controller)
+            robot.run_until(lambda: bool(errors))
+    assert isinstance(errors[0], Refused)
+    assert robot.position == 0
+
+
+def test_connection_that_is_lost_is_made_anew():
+    server = CountingServer(seconds=0.01)
+    server.say = {2: "drop", 5: "drop"}
+    with driven(server) as robot:
+        robot.run_to(60)
+        assert robot.controller.latencies.summary()["lost"] == 2
+    assert len(server.headers) == 3
+
+
+def test_answer_that_never_comes_is_given_up():
+    server = CountingServer()
+    server.say = {1: "nothing"}
+    with driven(server, answer_timeout=0.3) as robot:
+        robot.run_to(30)
+    assert len(server.headers) == 2
+
+
+def test_server_that_is_killed_and_started_again_costs_no_more_than_the_time_it_is_away():
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, counting.__file__, str(port), "0.02"])
+
+    with CountingServer().running() as url:
+        port = int(url.rpartition(":")[2])  # that is free afterwards
+    process = start()
+    try:
+        with Controller(f"ws://127.0.0.1:{port}", always(STILL)) as controller:
+            controller.connect(20)
+            robot = Robot(controller)
+            robot.run_to(20)
+            process.kill()
+            process.wait()
+            at = robot.position
+            robot.run(20)
+            assert at + 1 <= robot.position <= at + 8  # what was in the queue
+            assert not robot.got[-1][1]
+            process = start()
+            robot.run_to(robot.position + 20)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_episode_begins_anew_and_an_answer_of_the_last_one_is_dropped():
+    server = CountingServer(seconds=0.1, metadata=OURS)
+    with driven(server) as robot:
+        robot.run_until(lambda: len(server.asked) == 2)
+        robot.controller.reset()
+        robot.position, chunks = 0, len(robot.chunks)
+        robot.run_to(12)
+    assert [message.get("reset", False) for message in server.asked[:3]] == [True, False, True]
+    assert [int(message["observation/state"][0]) for message in server.asked[2:]] == sorted(
+        int(message["observation/state"][0]) for message in server.asked[2:]
+    )
+    assert 1 not in robot.chunks[chunks:]
+
+
+def test_latencies_are_summed_up_and_logged(caplog):
+    caplog.set_level(logging.INFO)
+    with driven(CountingServer(seconds=0.02, metadata=OURS), log_every=0.2) as robot:
+        robot.run_to(30)
+        summary = robot.controller.latencies.summary()
+        assert robot.controller.subtask.startswith("chunk")
+    assert summary["steps"] == len(robot.got)
+    assert summary["fallback_steps"] == sum(not from_policy for _, from_policy in robot.got)
+    assert summary["server_ms"]["p50"] == 20.0
+    assert 20 <= summary["latency_ms"]["p50"] <= summary["latency_ms"]["p99"] <= summary["latency_ms"]["max"]
+    lines = [record.message for record in caplog.records if "answers: latency p50" in record.message]
+    assert len(lines) >= 2  # on the way, and in the end
+
+
+def test_loop_of_the_docs_runs_as_written():
+    page = (ROOT / "docs" / "drive-a-robot.md").read_text(encoding="utf-8")
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (loop,) = (code for language, code in fenced if not language)
+    sent: list[np.ndarray] = []
+    arm = SimpleNamespace(
+        camera=lambda name: np.zeros((48, 64, 3), np.uint8),
+        joints=lambda: np.array([sum(action[0] >= 0 for action in sent), 0.0]),
+        is_on=lambda: len(sent) < 60,
+        send=sent.append,
+        wait_for_the_next_step=lambda: sleep(PERIOD),
+    )
+    server = CountingServer(seconds=0.02, metadata=OURS)
+    with server.running() as url:
+        exec(loop.replace("ws://gpu-server:8000", url), {"robot": arm})
+    assert len(sent) == 60
+    assert sent[-1][0] > 20
+    assert set(server.asked[1]) >= {"observation/topview", "observation/state", "prompt", "prefix_actions"}
+
+
+def test_closed_controller_says_so():
+    with driven(CountingServer()) as robot:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        robot.step()
+
+
+def test_importing_the_client_imports_none_of_the_rest():
+    heavy = {"torch", "lightning", "lerobot", "aiohttp", "jsonargparse", "scipy", "PIL"}
+    check = f"import sys, pi05_lightning.serving.client; sys.exit(str({heavy} & sys.modules.keys() or ''))"
+    ran = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stderr.strip() == ""
