@@ -139,6 +139,19 @@ def test_older_checkpoints_robot_has_all_the_cameras(data, model, seen) -> None:
     policy.predict(seen)
 
 
+def test_turned_images_are_said_at_the_first_observation(model, data, seen, caplog) -> None:
+    turned = {camera: np.ascontiguousarray(image[:, ::-1, ::-1]) for camera, image in seen["image"].items()}
+    policy = acting(model, data)
+    for _ in range(2):
+        policy.predict_chunk(seen)
+    assert not spoken(caplog)
+    for _ in range(2):
+        policy.session(0).predict_chunk(seen | {"image": turned})
+    assert len(spoken(caplog)) == 2 * len(turned)
+    for camera in turned:
+        assert any(f"image {camera!r} looks turned by 180°" in said for said in spoken(caplog))
+
+
 def test_task_may_be_left_out_where_the_robot_has_one_and_that_is_said_once(model, data, seen, caplog) -> None:
     policy = acting(model, data, {"tasks": ("close the drawer",)})
     without = {"image": seen["image"], "state": seen["state"]}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.data.errors import suggestion
+from pi05_lightning.data.looks import Look
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.types import Frame
@@ -95,7 +96,7 @@ class Inputs:
     """What a policy needs of an observation: all that its robot's data always had, within the range of that.
 
     What is decided for the caller is logged, once: a task that was left out, a camera that may be missing, a state far
-    outside the training data, a task that was never trained.
+    outside the training data, a task that was never trained, images in the first observation that are turned.
 
     Args:
         robot: whom the policy acts as.
@@ -125,6 +126,7 @@ class Inputs:
         """Whether whatever it is told is passed on, nothing too: to find out whether it follows what it is told."""
         self._tasks = {clean_task(task) for task in robot.tasks}
         self._said: set[str] = set()
+        self._has_looked = False
 
     def anew(self) -> Inputs:
         """The same for another caller, to whom nothing has been said yet."""
@@ -138,6 +140,9 @@ class Inputs:
     def __call__(self, frame: Frame) -> Frame:
         """The frame as the policy may see it. Raises ValueError with key, index and value for what it cannot act on."""
         self._check_images(frame.images)
+        if not self._has_looked:
+            self._has_looked = True
+            self._look_at(frame.images)
         return replace(frame, task=self._task(frame.task), state=self._state(frame.state))
 
     def _check_images(self, images: Mapping[str, np.ndarray]) -> None:
@@ -159,6 +164,16 @@ class Inputs:
             )
         for camera in missing:
             self._say(camera, f"the camera {camera} is missing, as missing_cameras allows")
+
+    def _look_at(self, images: Mapping[str, np.ndarray]) -> None:
+        for camera, image in images.items():
+            expected, seen = self.robot.looks.get(camera), Look.of([image])
+            if expected and seen and (change := expected.shown_as(seen)):
+                self._say(
+                    f"image {camera}",
+                    f"image {camera!r} looks {change}, compared with the training data: turn it back before the policy"
+                    " sees it, or it acts on a scene that it was never trained on (`pi05 check` tells more)",
+                )
 
     def _task(self, task: str) -> str:
         if not isinstance(task, str):
