@@ -72,5 +72,5 @@ lock: $(SETUP) ## resolve the locks anew for all platforms
 
 .PHONY: clean
 clean: ## remove .venv, caches and build output; runs/ and data/ stay
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv {.,plugins/*}/{build,dist,*.egg-info} .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -242,8 +242,7 @@ print(controller.mode, position)
 
 def test_distribution_holds_links_to_the_packages_own_files() -> None:
     plugin = ROOT / "plugins" / "pi05_client"
-    files = [file for file in plugin.rglob("*") if file.is_file() and "build" not in file.parts]
-    code = [file for file in files if file.suffix == ".py"]
+    code = [file for file in plugin.rglob("*.py") if file.relative_to(plugin).parts[0] != "build"]
     assert {file.name for file in code} >= {"__init__.py", "wire.py"}
     assert all(file.is_symlink() for file in code)
     assert (plugin / "pi05_lightning" / "serving" / "client").resolve() == ROOT / "pi05_lightning/serving/client"
