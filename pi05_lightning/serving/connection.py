@@ -156,7 +156,7 @@ class Connection:
 
         aiohttp's own heartbeat takes every byte for an answer, also of a message that never ends.
         """
-        while self._heard:
+        while self._heard or self._room.locked():  # it may be that nothing more is read of it for now
             self._heard = False
             await self._in_time(self.socket.ping())
             for _ in range(10):  # in steps: while this process stands still, the client cannot answer

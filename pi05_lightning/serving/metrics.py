@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.process_collector import ProcessCollector
 
 from pi05_lightning.serving.batches import Batch
+from pi05_lightning.serving.failures import KINDS
 
 PARTS = {
     "reading": "checking and reading its message",
@@ -16,17 +17,6 @@ PARTS = {
     "subtask": "predicting its batch's subtasks",
     "chunk": "sampling its batch's actions",
     "writing": "sending its answer",
-}
-KINDS = {
-    "limit": "a message beyond a limit",
-    "observation": "a message that is no observation for this policy",
-    "protocol": "data that is no websocket message, or one too large",
-    "policy": "actions that could not be computed",
-    "queue": "a request beyond those that may wait",
-    "clients": "a client beyond those that are served, or while the server stops",
-    "access": "a token, Host or Origin that is not let in",
-    "slow": "a client that answered no ping, or took no answer",
-    "left": "a client that left before its answer",
 }
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

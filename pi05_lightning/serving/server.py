@@ -21,19 +21,16 @@ import numpy as np
 from aiohttp import WSCloseCode, web
 
 from pi05_lightning.data.fast import FastDecodeError
-from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.policy import Pi05Policy, Request
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import explained
 from pi05_lightning.serving.batches import Answer, Batches, Batching, Busy, Client
 from pi05_lightning.serving.connection import Connection, Socket
-from pi05_lightning.serving.limits import LimitError, Limits
+from pi05_lightning.serving.failures import kind_of, printable
+from pi05_lightning.serving.limits import Limits
 from pi05_lightning.serving.metrics import Metrics
 from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
 from pi05_lightning.serving.wire import pack, unpack
-
-MAX_TOLD = 2000
-"""Characters of an answer that says what is wrong."""
 
 logger = logging.getLogger(__name__)
 
@@ -227,19 +224,3 @@ class PolicyServer:
         }
         message: dict[str, Any] = {"actions": answer.chunk[:sent], "server_timing": timing}
         return message if answer.subtask is None else message | {"subtask": answer.subtask}
-
-
-def kind_of(error: Exception) -> str:
-    """Of `metrics.KINDS`."""
-    if isinstance(error, LimitError):
-        return "limit"
-    if isinstance(error, Busy):
-        return "queue"
-    of_the_policy = isinstance(error, NotFinite | FastDecodeError) or not isinstance(error, ValueError)
-    return "policy" if of_the_policy else "observation"
-
-
-def printable(text: str) -> str:
-    """What is said to a client, in which its own words may be: on one line of a log, of bounded length."""
-    text = text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]} …"
-    return text if text.isprintable() else ascii(text)[1:-1]

@@ -19,7 +19,8 @@ from pi05_lightning.serving.limits import Limits
 from pi05_lightning.serving.wire import pack, unpack
 from tests.serving.inside import MESSAGE, OBSERVATION, count, served_inside, until
 
-STEPS = 300
+STEPS = 600
+PATIENT = Limits(client_timeout=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_pings_are_answered_while_the_policy_computes(slow: Pi05Policy) -> None:
             return before, len(unpack(await answer)["actions"])
 
     before, actions = asyncio.run(ask())
-    assert before >= 10
+    assert before >= 3
     assert actions == 1
 
 
@@ -100,10 +101,28 @@ def test_client_that_sends_faster_than_it_is_answered_is_told_so(slow: Pi05Polic
             return answers, count(server, "pi05_failures_total", kind="queue")
 
     answers, counted = asyncio.run(ask())
-    assert counted in (more, more - 1, more + 1)  # whether the first waited when the others came
+    assert 1 <= counted <= more + 1  # whether the first waited yet when the others came
     refused = [answer for answer in answers if "wait already" in str(answer)]
     assert len(refused) == counted
     assert answers[-1] in refused
+
+
+def test_client_that_sends_much_faster_than_it_is_answered_is_held_back_and_not_ended(slow: Pi05Policy) -> None:
+    async def ask() -> tuple[int, float]:
+        async with served_inside(slow, limits=PATIENT) as (server, address):
+            client = await greeted(address)
+            await client.send(MESSAGE)
+            sending = asyncio.create_task(asyncio.wait_for(send_all(client), 60))
+            answers = [await client.recv() for _ in range(1 + 8 * MAX_WAITING)]
+            await sending
+            await client.close()
+            return len(answers), count(server, "pi05_failures_total", kind="slow")
+
+    async def send_all(client: ClientConnection) -> None:
+        for number in range(8 * MAX_WAITING):
+            await client.send(MESSAGE if number % MAX_WAITING == 0 else b"")
+
+    assert asyncio.run(ask()) == (1 + 8 * MAX_WAITING, 0)
 
 
 def test_one_more_client_than_may_be_is_told_so(policy: Pi05Policy) -> None:
@@ -199,9 +218,6 @@ class Raw:
 
 def frame(data: bytes, opcode: Opcode = Opcode.BINARY, fin: bool = True) -> bytes:
     return Frame(opcode, data, fin=fin).serialize(mask=True)
-
-
-PATIENT = Limits(client_timeout=0.5)
 
 
 @pytest.mark.parametrize("sent", ["nothing", "a frame byte by byte", "fragments without end"])

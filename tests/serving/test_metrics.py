@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import connect
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.serving.metrics import KINDS, PARTS
+from pi05_lightning.serving.failures import KINDS
+from pi05_lightning.serving.metrics import PARTS
 from tests.serving.inside import MESSAGE, served_inside
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
