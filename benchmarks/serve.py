@@ -40,7 +40,7 @@ SUBTASKS = {
 }
 """Tasks of the demo, each with a subtask that it says there."""
 ONE_AT_A_TIME = ("--max_batch", "1")
-LESSONS = 80
+LESSONS = 40
 """Steps in which the demo's policy learns its subtasks, as texts of random weights have no end."""
 
 
@@ -63,7 +63,7 @@ def served(quick: bool) -> list[Served]:
         return [Served("debug", DEBUG, True, 3, 2, 2, ">= 4", 1)]
     demo = replace(ModelConfig.preset("tiny"), vocab_size=4096)
     return [
-        Served("the demo's policy", demo, True, 32, 10, 40, ">= 4", 5),
+        Served("the demo's policy", demo, True, 32, 20, 40, ">= 4", 5),
         Served("mid", replace(MID, vocab_size=4096), False, 8, 3, 8, ">= 1", 3),
     ]
 
@@ -135,7 +135,7 @@ def client_environment() -> Path:
 def robots(python: Path, policy: Served) -> Iterator[list[Process]]:
     """Processes of openpi's client, one each."""
     size = str(policy.config.vision.image_size)
-    command = [str(python), str(HERE / "openpi_fleet.py")]
+    command = [str(python), str(HERE / "openpi_robot.py")]
     about = [size, ",".join(CAMERAS), str(DIMS), *SUBTASKS]
     with ExitStack() as running:
         yield [
@@ -208,7 +208,7 @@ def make(policy: Served, folder: Path) -> None:
 def teach(model: Pi05, processor: Processor) -> None:
     rng = np.random.default_rng(0)
     size = processor.shapes.image_size
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(LESSONS):
         frames = [
             Frame(

@@ -90,7 +90,7 @@ class Inference:
         return other
 
     def capture(self, compile: bool = False) -> None:
-        """From now on the chunk of one frame is a CUDA graph, see `CapturedChunk`; several frames need no graph.
+        """From now on the chunk of one frame is a CUDA graph, see `CapturedChunk`; those of several are not.
 
         Raises ValueError where the model is on no CUDA device.
         """
@@ -150,11 +150,8 @@ class Inference:
         """Actions f32[d A] in the robot's units that a chunk goes on from. ValueError where it cannot."""
         if self.acting.actions == "fast":
             raise ValueError("prefix_actions need the flow head: leave them out, or set `actions: flow`")
-        actions, dims, horizon = (
-            as_numbers("prefix_actions", prefix_actions),
-            self.action_dim,
-            self.model.config.horizon,
-        )
+        actions = as_numbers("prefix_actions", prefix_actions)
+        dims, horizon = self.action_dim, self.model.config.horizon
         if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= horizon:
             raise ValueError(
                 f"prefix_actions has shape {list(actions.shape)}: expected [d {dims}] with d below the chunk's"

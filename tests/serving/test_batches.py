@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import ClientSession
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.policy import predict_together
 from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
+from pi05_lightning.serving.wire import pack, unpack
+from tests.serving.inside import MESSAGE, OBSERVATION, served_inside, until
 
 TASKS = ("open the drawer", "push", "close the drawer with the gripper")
 BOUND = 1e-5
@@ -163,12 +166,6 @@ async def ask(batches: Batches, policy: Pi05Policy, task: str, times: int = 1) -
             await batches.answer(client, observation(0, task=task))  # type: ignore[arg-type]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 @pytest.fixture
 def free(served: Path) -> Pi05Policy:
     return Pi05Policy(served, **FREE)
@@ -253,6 +250,38 @@ def test_nobody_waits_for_a_robot_that_is_not_about_to_ask(free: Pi05Policy) -> 
     assert not slow.is_expected(now=10.5, wait=9.0), "it is being answered"
     slow.answered_at = 11.0
     assert [slow.is_expected(now, wait=0.1) for now in (11.3, 11.45, 11.55, 11.7)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("way", ["close", "abort"])
+def test_server_answers_the_others_when_it_is_busy_and_when_a_robot_leaves(
+    free: Pi05Policy, model: Model, way: str
+) -> None:
+    async def run() -> None:
+        batching = Batching(max_waiting=2)
+        async with served_inside(free, batching=batching) as (server, address), ClientSession() as session:
+            robots = [await session.ws_connect(f"ws://{address}") for _ in range(4)]
+            for number, robot in enumerate(robots):
+                await robot.receive_bytes()
+                if number < 3:
+                    await robot.send_bytes(pack(OBSERVATION | {"prompt": f"task {number}"}))
+                    await until(lambda number=number: model.busy.is_set() and server.batches.waiting == number)  # type: ignore[misc]
+            busy = robots[3]
+            await busy.send_bytes(MESSAGE)
+            assert (await busy.receive_str()).startswith("Busy: 2 requests wait")
+            if way == "close":
+                await robots[1].close()
+            else:
+                robots[1]._response.connection.transport.abort()  # type: ignore[union-attr]
+            await until(lambda: server.batches.waiting == 1)
+            model.go_on.set()
+            answers = [await robots[number].receive_bytes() for number in (0, 2)]
+            assert [unpack(answer)["actions"].shape[1] for answer in answers] == [2, 2]
+            await busy.send_bytes(MESSAGE)
+            assert "actions" in unpack(await busy.receive_bytes())
+            assert server.batches.dropped == 1
+
+    asyncio.run(run())
+    assert model.computed == ["task 0", "task 2", OBSERVATION["prompt"]]
 
 
 @pytest.mark.parametrize(

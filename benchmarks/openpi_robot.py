@@ -1,6 +1,6 @@
 """One robot of `benchmarks.serve`: openpi's own client, in a process and an environment of its own.
 
-python openpi_fleet.py NUMBER IMAGE_SIZE CAMERAS STATE_DIM TASK…: it reads lines `PORT REQUESTS` from its standard
+python openpi_robot.py NUMBER IMAGE_SIZE CAMERAS STATE_DIM TASK…: it reads lines `PORT REQUESTS` from its standard
 input, asks so often as fast as it is answered, and writes a line of JSON with the seconds of each request.
 """
 
