@@ -16,7 +16,7 @@ help: ## list the targets
 .PHONY: setup
 setup: $(SETUP) ## make .venv with Python 3.12 and install what requirements.lock names (the other targets do this too)
 
-$(SETUP): requirements.lock setup.cfg pyproject.toml
+$(SETUP): requirements.lock setup.cfg pyproject.toml plugins/lerobot_policy_pi05_lightning/pyproject.toml
 	@bash tools/make_venv.sh .venv
 	@touch $@
 
@@ -44,7 +44,7 @@ bench: $(SETUP) ## compare speed and memory with LeRobot on this machine, half a
 lint: $(SETUP) ## ruff, formatting, type check of the package
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
-	@$(BIN)/mypy pi05_lightning
+	@$(BIN)/mypy pi05_lightning plugins/lerobot_policy_pi05_lightning/lerobot_policy_pi05_lightning
 
 .PHONY: format
 format: $(SETUP) ## apply formatting and what ruff can mend

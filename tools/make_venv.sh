@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a virtual environment with Python 3.12 and installs requirements.lock and this package into it.
+# Makes a virtual environment with Python 3.12 and installs requirements.lock, this package and its plugin into it.
 set -euo pipefail
 venv=$1
 
@@ -36,4 +36,5 @@ fi
 echo "Installing the packages of requirements.lock"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' requirements.lock)"
 VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --quiet --requirement requirements.lock
-VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --quiet --no-deps --no-build-isolation --editable .
+VIRTUAL_ENV=$venv "$venv/bin/uv" pip install --quiet --no-deps --no-build-isolation --editable . \
+    --editable ./plugins/lerobot_policy_pi05_lightning

@@ -29,6 +29,7 @@ from pi05_lightning.weights.lerobot_check import (
     open_lerobot,
 )
 from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder, summarize
+from pi05_lightning.weights.lerobot_plugin import save_for_plugin
 from pi05_lightning.weights.lerobot_processor import PALIGEMMA, inexpressible, read_processor, write_lerobot
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import (
@@ -51,7 +52,7 @@ def convert(
     *,
     source: Path,
     target: Path,
-    format: Literal["ours", "lerobot"] = "ours",
+    format: Literal["ours", "lerobot", "plugin"] = "ours",
     tokenizer: str | None = None,
     vision_heads: int | None = None,
     averaged: bool = True,
@@ -68,12 +69,12 @@ def convert(
         source: a folder with LeRobot's or openpi's (PyTorch) model.safetensors, its Hub id, or a checkpoint, run or
             folder of ours.
         target: the folder to make; it must not exist.
-        format: what to make.
+        format: what to make: a folder of ours, one of LeRobot's own pi05, or (`plugin`) one of any policy of ours that
+            this package opens, and LeRobot with the plugin lerobot_policy_pi05_lightning.
         tokenizer: folder or name of the text tokenizer; by default what the source names, which is PaliGemma's.
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
         averaged: of a training checkpoint of ours, take the averaged weights if it has them.
-        robot: keep this one of the policy's robots alone. LeRobot has statistics of one, so of several one must be
-            named.
+        robot: keep this one of the policy's robots alone. LeRobot knows of one, so of several one must be named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
             own, if it is still where it was. Made-up frames are always compared too.
         base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
@@ -89,6 +90,8 @@ def convert(
         folder.mkdir()
         if format == "ours":
             report = to_ours(weights, folder, robot)
+        elif format == "plugin":
+            report = to_plugin(weights, folder, robot)
         else:
             report = to_lerobot(weights, folder, Export(robot, tokenizer, data, force))
     print("\n".join([*report, f"written to {target}"]))
@@ -109,6 +112,16 @@ def to_ours(weights: Weights, folder: Path, robot: str | None) -> list[str]:
     keep_robot(processor, robot)
     model = weights.model()
     save(folder, model, processor, weights.trained)
+    return [*summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items()), *weights.notes]
+
+
+def to_plugin(weights: Weights, folder: Path, robot: str | None) -> list[str]:
+    """Write a folder that LeRobot opens with the plugin, as one of the policy's robots; returns the report."""
+    processor = weights.processor()
+    name = processor.acting_as(robot)
+    keep_robot(processor, name)
+    model = weights.model()
+    save_for_plugin(folder, model, processor, name, weights.trained)
     return [*summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items()), *weights.notes]
 
 

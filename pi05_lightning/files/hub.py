@@ -19,9 +19,10 @@ def is_hub_id(name: str | Path) -> bool:
     return _ID.fullmatch(str(name)) is not None
 
 
-def local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
     """The path itself; for `organisation/name`, unless there is such a folder here, where the Hub's files were put.
 
+    revision: of the Hub's: a branch, a tag or a commit.
     The Hub's own cache is used, so that a second call, or one without a network, downloads nothing.
     ValueError when the Hub cannot be reached, has no such repository or does not give it to this account.
     """
@@ -31,7 +32,7 @@ def local_folder(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

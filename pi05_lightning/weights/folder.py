@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,13 @@ from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, Keep, map_weights, read_weights, save_tensors, whole
 
 PROCESSOR, TRAINED = "processor.json", "trained.json"
+PLUGIN, MODEL = "pi05_lightning", "model"
+"""In a config.json that is LeRobot's: the type of a policy of ours, and under which key the dimensions are."""
+
+
+def is_exported(values: Mapping[str, Any]) -> bool:
+    """Whether the values of a folder's config.json say that it is one that `save` wrote."""
+    return "backbone_type" in values or values.get("type") == PLUGIN
 
 
 class ExportedFolder(Weights):
@@ -25,8 +34,8 @@ class ExportedFolder(Weights):
     def config(self) -> ModelConfig:
         values = read_json(self.path / CONFIG)
         try:
-            return ModelConfig.from_dict(values)
-        except TypeError as error:
+            return ModelConfig.from_dict(values[MODEL] if values.get("type") == PLUGIN else values)
+        except (TypeError, KeyError) as error:
             raise ValueError(f"{self.path / CONFIG} does not describe a model of pi05_lightning ({error})") from error
 
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
@@ -48,15 +57,21 @@ class ExportedFolder(Weights):
         return Trained.from_dict(read_json(self.path / TRAINED, default={}))
 
 
-def save(folder: str | Path, model: Pi05, processor: Processor | None = None, trained: Trained = UNKNOWN) -> None:
+def save(
+    folder: str | Path,
+    model: Pi05,
+    processor: Processor | None = None,
+    trained: Trained = UNKNOWN,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
     """Export a folder: model.safetensors, config.json (dimensions), processor.json (tokenizers, statistics, prompts).
 
     trained.json says what the weights were trained on.  Without a processor they are no policy, but weights to begin a
-    training with.
+    training with.  tensors: the model's, where they are not in itself, as while ranks divide them.
     """
     folder = Path(folder)
     write_json(folder / CONFIG, model.config.to_dict())
     if processor is not None:
         write_json(folder / PROCESSOR, processor.to_dict(), indent=None)
     write_json(folder / TRAINED, asdict(trained))
-    save_tensors(model.state_dict(), folder / WEIGHTS)
+    save_tensors(model.state_dict() if tensors is None else tensors, folder / WEIGHTS)

@@ -19,7 +19,7 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.lerobot import PREFIX
-from pi05_lightning.weights.lerobot_processor import IMAGE, POSTPROCESSOR, PREPROCESSOR, STATE
+from pi05_lightning.weights.lerobot_processor import IMAGE, STATE
 from pi05_lightning.weights.safetensors import shapes_of
 
 if TYPE_CHECKING:
@@ -84,22 +84,13 @@ def open_lerobot(
     folder: Path, tokenizer: Any
 ) -> tuple[PI05Policy, PolicyProcessorPipeline[Any, Any], PolicyProcessorPipeline[Any, Any]]:
     """Stock LeRobot's policy and its two processors, as it opens them; tokenizer: the object that makes tokens."""
+    from lerobot.policies import make_pre_post_processors
     from lerobot.policies.pi05.modeling_pi05 import PI05Policy
-    from lerobot.processor import PolicyProcessorPipeline
-    from lerobot.processor.converters import policy_action_to_transition, transition_to_policy_action
 
     with redirect_stdout(io.StringIO()):
         policy = PI05Policy.from_pretrained(folder)
-    before: PolicyProcessorPipeline[Any, Any] = PolicyProcessorPipeline.from_pretrained(
-        folder, config_filename=PREPROCESSOR, overrides={"tokenizer_processor": {"tokenizer": tokenizer}}
-    )
-    after: PolicyProcessorPipeline[Any, Any] = PolicyProcessorPipeline.from_pretrained(
-        folder,
-        config_filename=POSTPROCESSOR,
-        to_transition=policy_action_to_transition,
-        to_output=transition_to_policy_action,
-    )
-    return policy, before, after
+    overrides = {"tokenizer_processor": {"tokenizer": tokenizer}}
+    return policy, *make_pre_post_processors(policy.config, str(folder), preprocessor_overrides=overrides)
 
 
 def differences(

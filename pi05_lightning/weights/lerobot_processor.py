@@ -18,7 +18,7 @@ from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Frame
@@ -37,11 +37,13 @@ FPS = 50.0  # π0.5's low level
 _VARIANTS = ("gemma_300m", "gemma_2b")
 ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
 
+RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
+
 CONVERTED_STEPS = {
     "rename_observations_processor",
     "to_batch_processor",
-    "relative_actions_processor",  # while it is off
-    "absolute_actions_processor",
+    RELATIVE,
+    ABSOLUTE,
     "normalizer_processor",
     "pi05_prepare_state_tokenizer_processor_step",
     "tokenizer_processor",
@@ -56,16 +58,23 @@ _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10":
 def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Processor, list[str]]:
     """The processor of a LeRobot or openpi checkpoint, and notes on what it does not say.
 
-    ValueError for what is not converted: LeRobot's relative actions, further steps of its processors, statistics that
-    are incomplete or there twice.
+    ValueError for what is not converted: further steps of its processors, statistics that are incomplete or there
+    twice, relative actions that config.json and the processors do not agree on.
     """
     values = read_json(folder / CONFIG, default={})
     steps = [step for file in (PREPROCESSOR, POSTPROCESSOR) for step in steps_of(folder, file)]
-    if values.get("use_relative_actions") or any(s.config.get("enabled") for s in steps if "relative" in s.name):
-        raise ValueError(f"{folder}: LeRobot's relative actions (use_relative_actions) are not converted")
     if others := [step.name for step in steps if step.name not in CONVERTED_STEPS]:
         raise ValueError(f"{folder}: its processors have steps that are not converted: {', '.join(others)}")
     stats, notes = read_stats(folder, values, config)
+    robots = {
+        name: Robot(
+            normalize,
+            FPS,
+            relative=read_relative(folder, values, steps, len(normalize.state), len(normalize.action)),
+            cameras=cameras(values),
+        )
+        for name, normalize in stats.items()
+    }
     notes += [
         f"LeRobot renames observations, {step.config['rename_map']}: send them under the new names"
         for step in steps
@@ -75,10 +84,15 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
         config.shapes,
         tokenizer,
         cameras(values),
-        {name: Robot(normalize, FPS, cameras=cameras(values)) for name, normalize in stats.items()},
+        robots,
         # unclipped, as both of them were trained
         Language(prompts=Prompts(clip_state=False), condition_on="task"),
     )
+    if any(robot.relative for robot in robots.values()):
+        notes.append(
+            "LeRobot's select_action adds to every relative action the state of its own step, the policy that of the"
+            " chunk's first step: of a chunk as a whole, or of its first action, they make the same"
+        )
     if (num_steps := values.get("num_inference_steps", EULER_STEPS)) != EULER_STEPS:
         notes.append(f"LeRobot samples actions in {num_steps} steps: give the policy num_steps {num_steps}")
     return processor, [*notes, f"the control rate is in no file: taken as {FPS:g} per second"]
@@ -100,6 +114,43 @@ def steps_of(folder: Path, file: str) -> list[Step]:
         Step(step.get("registry_name") or str(step.get("class")), step.get("config", {}), step.get("state_file"))
         for step in read_json(folder / file, default={"steps": []})["steps"]
     ]
+
+
+def read_relative(
+    folder: Path, values: Mapping[str, Any], steps: Iterable[Step], state_dim: int, action_dim: int
+) -> RelativeActions | None:
+    """Dims of the action that LeRobot's policy predicts relative to the same dims of the state; None for none of them.
+
+    ValueError where config.json (`values`) and the steps of the two processors, if there are any, differ about them.
+    """
+    configs = {step.name: step.config for step in steps}
+    told = [bool(configs[name].get("enabled")) for name in (RELATIVE, ABSOLUTE) if name in configs]
+    # older checkpoints have no such steps, and older configs no such key
+    told += [False] * (2 - len(told)) if configs else []
+    said = values.get("use_relative_actions", told[0] if told else False)
+    if any(enabled != said for enabled in told):
+        raise ValueError(
+            f"{folder}: use_relative_actions is {str(said).lower()} in config.json, and {RELATIVE} and {ABSOLUTE} of"
+            f" its processors are enabled otherwise: correct one of the two"
+        )
+    if not said:
+        return None
+    from lerobot.lerobot_types import TransitionKey
+    from lerobot.processor import RelativeActionsProcessorStep, create_transition
+
+    if state_dim < action_dim:
+        raise ValueError(f"{folder}: its {action_dim} actions are relative to a state of {state_dim} dimensions")
+    named = {
+        "exclude_joints": values.get("relative_exclude_joints"),
+        "action_names": values.get("action_feature_names"),
+    }
+    options = {key: configs.get(RELATIVE, named).get(key) for key in named}
+    step = RelativeActionsProcessorStep(
+        enabled=True, exclude_joints=options["exclude_joints"] or [], action_names=options["action_names"]
+    )
+    moved = step(create_transition({STATE: torch.ones(1, state_dim)}, torch.zeros(1, action_dim)))
+    dims = tuple(moved[TransitionKey.ACTION][0].nonzero()[:, 0].tolist())
+    return RelativeActions(dims, dims) if dims else None
 
 
 def cameras(values: Mapping[str, Any]) -> tuple[str, ...]:
@@ -227,7 +278,12 @@ def write_lerobot(
         for variant in _VARIANTS
         if all(getattr(modeling_pi05.get_gemma_config(variant), k) == v for k, v in vars(config.expert).items())
     }
+    relative = processor.robots[robot].relative
+    names_of_dims = [f"dim_{dim:03}" for dim in range(len(normalize.action))]
     lerobot_config = PI05Config(
+        use_relative_actions=relative is not None,
+        relative_exclude_joints=[n for dim, n in enumerate(names_of_dims) if relative and dim not in relative.dims],
+        action_feature_names=names_of_dims if relative else None,
         input_features={**images, STATE: PolicyFeature(FeatureType.STATE, (len(normalize.state),))},
         output_features={ACTION: PolicyFeature(FeatureType.ACTION, (len(normalize.action),))},
         action_expert_variant=min(experts, default=PI05Config.action_expert_variant),
@@ -255,7 +311,12 @@ def longest_prompt(processor: Processor, robot: str) -> int:
 def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> None:
     """Write LeRobot's processors, before and after the policy, with their statistics."""
     from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
-    from lerobot.processor import TokenizerProcessorStep, make_default_policy_processor_steps
+    from lerobot.processor import (
+        AbsoluteActionsProcessorStep,
+        RelativeActionsProcessorStep,
+        TokenizerProcessorStep,
+        make_default_policy_processor_steps,
+    )
     from lerobot.processor.factory import make_policy_processor_pipelines
 
     stats = {
@@ -263,6 +324,9 @@ def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> No
         for key, quantiles in ((STATE, normalize.state), (ACTION, normalize.action))
     }
     steps = make_default_policy_processor_steps(config, stats)
+    relative = RelativeActionsProcessorStep(
+        config.use_relative_actions, config.relative_exclude_joints, config.action_feature_names
+    )
     # the step takes any object; only its name is written, and PaliGemma's own need not be at hand for that
     tokenize = TokenizerProcessorStep(
         tokenizer=object(), max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
@@ -271,12 +335,17 @@ def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> No
         input_steps=[
             steps.rename_observations,
             steps.add_batch_dim,
+            relative,
             steps.normalize,
             Pi05PrepareStateTokenizerProcessorStep(max_state_dim=config.max_state_dim),
             tokenize,
             steps.to_device,
         ],
-        output_steps=[steps.unnormalize, steps.to_cpu],
+        output_steps=[
+            steps.unnormalize,
+            AbsoluteActionsProcessorStep(config.use_relative_actions, relative),
+            steps.to_cpu,
+        ],
     )
     for pipeline in pipelines:
         pipeline.save_pretrained(folder)
@@ -292,8 +361,16 @@ def save_pipelines(folder: Path, config: PI05Config, normalize: Normalize) -> No
 def inexpressible(processor: Processor, robot: str, trained: Trained) -> list[str]:
     """What of a policy LeRobot's π0.5 has no way to do, so that it would act otherwise."""
     prompts, problems = processor.language.prompts, []
-    if processor.robots[robot].relative is not None:
-        problems.append(f"{robot} has relative actions (relative_dims): LeRobot would take offsets for positions")
+    relative = processor.robots[robot].relative
+    if relative is not None and relative.dims != relative.state_dims:
+        problems.append(
+            f"{robot}'s actions are relative to other dims of the state (relative_dims {list(relative.dims)},"
+            f" relative_state_dims {list(relative.state_dims)}), and LeRobot's to the same ones"
+        )
+    if relative is not None and processor.robots[robot].state_dim < processor.robots[robot].action_dim:
+        problems.append(
+            f"{robot} has relative actions, for which LeRobot's state has to have as many dims as its action"
+        )
     if processor.predicts_subtasks(robot):
         problems.append(
             "the policy acts on subtasks that it says itself, and LeRobot's on the task alone: train with"

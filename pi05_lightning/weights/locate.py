@@ -9,7 +9,7 @@ from pi05_lightning.files.hub import local_folder
 from pi05_lightning.files.local import read_json
 from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.folder import ExportedFolder
+from pi05_lightning.weights.folder import ExportedFolder, is_exported
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.safetensors import CONFIG, weight_files
 from pi05_lightning.weights.training_checkpoint import (
@@ -48,8 +48,7 @@ def locate(
     if not weight_files(folder):
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
-    # ours says what backbone it has
-    if "backbone_type" in read_json(folder / CONFIG, default={}):
+    if is_exported(read_json(folder / CONFIG, default={})):
         return ExportedFolder(folder)
     return LeRobotFolder(folder, tokenizer, vision_heads)
 

@@ -153,7 +153,7 @@ def test_steps_that_are_not_converted_are_listed(folder: Path) -> None:
 def test_relative_actions_of_the_processor_alone_are_refused(folder: Path) -> None:
     step = {"registry_name": "relative_actions_processor", "config": {"enabled": True}}
     change_steps(folder, lambda steps: steps.insert(2, step))
-    with pytest.raises(ValueError, match="relative actions"):
+    with pytest.raises(ValueError, match=r"use_relative_actions is false in config\.json, and relative_actions"):
         locate(folder).processor()
 
 

@@ -71,7 +71,7 @@ UNLIKE_LEROBOT = {
     "state_bins": (with_prompts(clip_state=True), "clip_state: false"),
     "prompt": (with_prompts(action="{task} <- {state}"), "LeRobot's prompt is 'Task: "),
     "subtasks": (on_subtasks, "condition_on: task"),
-    "relative_actions": (with_robot(relative=RelativeActions((0,), (0,))), "relative_dims"),
+    "relative_actions": (with_robot(relative=RelativeActions((0,), (1,))), "relative_dims"),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.cli.main import call
-from pi05_lightning.data.transforms import RelativeActions
-from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     PREFIX,
@@ -22,7 +19,7 @@ from pi05_lightning.weights.lerobot import (
 )
 from pi05_lightning.weights.locate import locate
 
-from .conftest import Copy, export
+from .conftest import Copy
 
 
 def test_missing_unexpected_and_misshaped_keys_are_listed_by_lerobots_names(copy: Copy) -> None:
@@ -106,24 +103,6 @@ def test_a_truncated_checkpoint_leaves_no_target(source: Path, tmp_path: Path) -
 def test_an_existing_target_is_left_alone(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="already exists"):
         convert(source=source, target=tmp_path)
-
-
-def test_relative_actions_are_refused(copy: Copy, tmp_path: Path) -> None:
-    folder = copy(lambda tensors: None)
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**values, "use_relative_actions": True}))
-    with pytest.raises(ValueError, match="relative"):
-        convert(source=folder, target=tmp_path / "ours")
-
-
-def test_a_policy_of_relative_actions_is_not_exported(ours: Path, tmp_path: Path) -> None:
-    policy = Pi05Policy.from_pretrained(ours)
-    robots = policy.processor.robots
-    robots[policy.robot] = replace(robots[policy.robot], relative=RelativeActions((0,), (0,)))
-    policy.save_pretrained(tmp_path / "trained")
-    with pytest.raises(ValueError, match=r"relative actions \(relative_dims\)"):
-        export(tmp_path / "trained", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_keypoint_backbone_has_no_place_in_lerobot() -> None:

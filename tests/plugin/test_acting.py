@@ -1,0 +1,128 @@
+"""What the plugin's policy does, beside `Pi05Policy` over the folder that LeRobot saved it in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import get_policy_class, make_pre_post_processors
+
+from lerobot_policy_pi05_lightning.modeling_pi05_lightning import Pi05LightningPolicy
+from pi05_lightning import Pi05Policy
+from pi05_lightning.acting import Acting
+from pi05_lightning.cli.convert import convert
+from pi05_lightning.weights.abilities import Trained
+
+from .conftest import Batch, Make
+
+TRAINED = Trained({"posttrain": 1}, {"flow": 1, "subtask": 1}, complete=True)
+
+
+@pytest.fixture
+def saved(make: Make, tmp_path: Path) -> Path:
+    """A policy as `lerobot-train` saves it, with both processors."""
+    policy = make()
+    policy.trained = TRAINED
+    folder = tmp_path / "pretrained_model"
+    policy.save_pretrained(folder)
+    for processor in make_pre_post_processors(policy.config):
+        processor.save_pretrained(folder)
+    return folder
+
+
+def opened(folder: Path, **options: str) -> tuple[Pi05LightningPolicy, Callable[[Batch], Batch], Callable]:
+    """As `lerobot-eval` opens a folder."""
+    config = PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--{k}={v}" for k, v in options.items()])
+    policy = get_policy_class(config.type).from_pretrained(folder, config=config)
+    assert isinstance(policy, Pi05LightningPolicy)
+    return policy, *make_pre_post_processors(config, str(folder))
+
+
+def observations(count: int) -> list[dict]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "image": {name: rng.integers(0, 256, (3, 48, 64), dtype=np.uint8) for name in ("top", "wrist")},
+            "state": rng.normal(size=3).astype(np.float32),
+            "task": "open the drawer" if i % 2 else "close the drawer",
+        }
+        for i in range(count)
+    ]
+
+
+def as_lerobot(several: list[dict]) -> Batch:
+    """The same as LeRobot hands it over: a batch, with images in 0..1."""
+    images = {
+        f"observation.images.{name}": torch.from_numpy(np.stack([o["image"][name] for o in several])).float() / 255
+        for name in ("top", "wrist")
+    }
+    state = torch.from_numpy(np.stack([o["state"] for o in several]))
+    return {**images, "observation.state": state, "task": [o["task"] for o in several]}
+
+
+def test_actions_and_subtasks_are_those_of_our_policy(saved: Path) -> None:
+    policy, before, after = opened(saved, **{"acting.execution_horizon": "2", "acting.replan_subtask_every": "2"})
+    ours = [Pi05Policy(saved, execution_horizon=2, replan_subtask_every=2) for _ in range(3)]
+    for seen in zip(*[iter(observations(15))] * 3, strict=True):
+        several = [{**o, "task": "open the drawer"} for o in seen]
+        action = after(policy.select_action(before(as_lerobot(several)))).numpy()
+        expected = np.stack([one.predict(o) for one, o in zip(ours, several, strict=True)])
+        np.testing.assert_allclose(action, expected, rtol=1e-4, atol=1e-5)
+        assert policy.subtasks == [one.subtask for one in ours]
+    assert policy.generate_text(before(as_lerobot(several))) == [ours[0].predict_subtask(o) for o in several]
+    assert policy.supports_text_generation()
+
+
+def test_other_tasks_and_a_reset_begin_anew(saved: Path) -> None:
+    policy, before, _ = opened(saved, n_action_steps="4")
+    first, second = observations(2)
+    alone = policy.select_action(before(as_lerobot([second])))
+    policy.reset()
+    policy.select_action(before(as_lerobot([first])))  # three actions of its chunk are left
+    torch.testing.assert_close(policy.select_action(before(as_lerobot([second]))), alone)
+
+
+def test_chunk_from_given_noise_is_our_policys(saved: Path) -> None:
+    policy, before, _ = opened(saved)
+    (observation,) = observations(1)
+    noise = torch.randn(policy.config.sizes.horizon, policy.config.sizes.action_dim)
+    chunk = policy.predict_action_chunk(before(as_lerobot([observation])), noise=noise[None])
+    np.testing.assert_allclose(
+        chunk[0], Pi05Policy(saved).predict_chunk(observation, noise=noise), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_export_of_ours_acts_in_lerobot(make: Make, tmp_path: Path, saved: Path) -> None:
+    target = tmp_path / "for_lerobot"
+    convert(source=saved, target=target, format="plugin")
+    policy, before, after = opened(target)
+    (observation,) = observations(1)
+    action = after(policy.select_action(before(as_lerobot([observation]))))
+    np.testing.assert_allclose(action[0], Pi05Policy(saved).predict(observation), rtol=1e-4, atol=1e-5)
+    again = tmp_path / "ours"
+    convert(source=target, target=again)
+    assert Pi05Policy(again).predict(observation).tolist() == Pi05Policy(saved).predict(observation).tolist()
+
+
+def test_training_goes_on_with_the_weights_of_a_folder_and_the_statistics_of_the_dataset(
+    saved: Path, make: Make
+) -> None:
+    policy = make(init_from=str(saved), preset=None)
+    before = Pi05Policy(saved)
+    assert all(torch.equal(v, policy.model.state_dict()[k]) for k, v in before.model.state_dict().items())
+    assert policy.trained == TRAINED
+    assert policy.config.sizes == before.model.config
+
+
+def test_options_that_contradict_are_named(make: Make, saved: Path) -> None:
+    with pytest.raises(ValueError, match="preset tiny: the weights are of other sizes"):
+        make(init_from=str(saved), preset="tiny")
+    with pytest.raises(ValueError, match=r"acting\.inference_delay: LeRobot waits for every chunk"):
+        make(acting=Acting(inference_delay=1))
+    config = json.loads((saved / "config.json").read_text())
+    assert {config["type"], *config["normalization_mapping"].values()} == {"pi05_lightning", "IDENTITY"}

@@ -1,0 +1,95 @@
+"""What LeRobot's batches teach through the plugin, beside what pi05_lightning's own loader makes of the same frames."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from pi05_lightning import Pi05DataModule, Pi05Module
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.types import Drawn, Modality
+
+from .conftest import Batch, Make
+
+ALL = {"text": 1.0, "subtask": 1.0, "fast": 1.0, "flow": 10.0}
+FRAMES = list(range(2, 22))  # 3 and 15 have questions, and all have a subtask but the first two of an episode
+
+
+def test_loss_is_that_of_the_module_on_the_same_frames(
+    make: Make, batch_of: Callable[..., Batch], videos: Path, fast: Path
+) -> None:
+    options: dict[str, Any] = {"losses": ALL, "fast": str(fast), "flow_alpha": 1.0, "augmentation": None}
+    policy = make(flow_draws=2, knowledge_insulation=True, **options).train()
+    batch = batch_of(policy, FRAMES)
+    loss, terms = policy.forward(batch)
+    assert {*terms} == {f"loss_{name}" for name in ALL}
+
+    shapes = policy.config.sizes.shapes
+    data = Pi05DataModule(
+        {"robot": LeRobotConfig(str(videos), val_fraction=0)}, fast=fast, augmentation=None, shapes=shapes
+    )
+    module = Pi05Module(policy.config.sizes, flow_draws=2, knowledge_insulation=True)
+    module.model = policy.model
+    module.follow(policy.config.recipe_of(policy.config.weights))
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    source = data.sources("train")["robot"]
+    samples = [
+        data.processor.sample(source[frame], sample.subset, sample.key, data.language.questions_per_sample)
+        for frame, sample in zip(FRAMES, policy.samples(batch), strict=True)
+    ]
+    assert {sample.subset.modality for sample in samples} == {*Modality} - {Modality.WEB_CAPTION}
+    ours = replace(data.processor.collate(samples), drawn=Drawn({}, 0))
+    ours.step_counts = module.counts(ours)
+    torch.testing.assert_close(loss, module.training_step(ours, 0), rtol=1e-5, atol=1e-5)
+
+
+def test_validation_is_the_same_each_time_and_training_is_not(make: Make, batch_of: Callable[..., Batch]) -> None:
+    policy = make(losses={"subtask": 1.0, "flow": 1.0})
+    batch = batch_of(policy, FRAMES)
+    losses = [[], []]
+    for training in (False, True):
+        policy.train(training)
+        for _ in range(2):
+            losses[training].append(policy.forward(batch)[0].item())
+            policy.update()
+    assert losses[False][0] == losses[False][1]
+    assert losses[True][0] != losses[True][1]
+    assert policy.trained.stages == {"posttrain": 4}
+
+
+def test_what_the_dataset_cannot_teach_is_said_or_refused(
+    make: Make, pictures: Path, fast: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    horizon = ModelConfig.preset("debug").horizon
+    with caplog.at_level(logging.WARNING):
+        policy = make(pictures)
+    assert "subtask is not trained, as the dataset has no subtasks" in caplog.text
+    assert policy.stage.weights == {"flow": 10.0}
+    with pytest.raises(ValueError, match="losses: subtask cannot be trained, as the dataset has no subtasks"):
+        make(pictures, losses={"subtask": 1.0, "flow": 1.0})
+    with pytest.raises(ValueError, match="fast cannot be trained, as there is no FAST tokenizer"):
+        make(losses={"fast": 1.0})
+    with pytest.raises(ValueError, match=f"fast: the tokenizer was fitted on chunks of {horizon} steps, and"):
+        make(losses={"fast": 1.0}, fast=str(fast), chunk_size=horizon + 1)
+    with pytest.raises(ValueError, match=r"stage pretrain has nothing to train: .*questions.*subtasks.*FAST"):
+        make(pictures, stage="pretrain")
+    with pytest.raises(ValueError, match=r"mixture: nothing is learned from qa .* losses \['subtask', 'flow'\]"):
+        make(mixture={"qa": 1.0})
+
+
+def test_frozen_parameters_are_given_to_no_optimizer(make: Make) -> None:
+    policy = make(freeze=["^backbone"], lr_factors={"norm": 0.1}, optimizer_lr=1e-3)
+    groups = policy.get_optim_params()
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    assert given == {id(p) for name, p in policy.model.named_parameters() if not name.startswith("backbone")}
+    assert {round(group["lr"], 6) for group in groups} == {1e-3, 1e-4}
+    with pytest.raises(ValueError, match="freeze 'vison' matches no parameter"):
+        make(freeze=["vison"])
