@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi05_lightning.sim.metaworld.collect import collect
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 
 TASKS = ("reach-v3", "drawer-open-v3")
 
