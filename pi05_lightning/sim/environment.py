@@ -79,6 +79,7 @@ class Demonstrator(ExpertEnvironment, Protocol):
     action_repeat  control steps that an action lasts
     state          f32[S] of the robot
     workspace      the lowest and the highest place the hand can be sent to: f64[3] in metres, twice
+    other_sentences  the instruction in other words, if there are any
     """
 
     @property
@@ -93,6 +94,8 @@ class Demonstrator(ExpertEnvironment, Protocol):
     def state(self) -> np.ndarray: ...
     @property
     def workspace(self) -> tuple[np.ndarray, np.ndarray]: ...
+    @property
+    def other_sentences(self) -> Sequence[str]: ...
 
     def expert_action(self) -> np.ndarray:
         """What the expert does now, for one control step: f32[A]."""

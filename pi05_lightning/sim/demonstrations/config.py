@@ -29,6 +29,9 @@ class CollectConfig:
     """Decides every initial state, push and scene; other seeds share none of them."""
     noise_share: float = 0.5
     """Share of the episodes in which the arm is pushed off its way; the actions stay the expert's."""
+    rephrased_share: float = 0.0
+    """Share of the episodes whose instruction is in other words, which the desk has; those of `pi05 rollout` are not
+    among them."""
     action_repeat: int = 8
     """Control steps of 1/80 s that an action lasts: frames per second are 80 / action_repeat."""
     cameras: tuple[str, ...] | None = None
@@ -54,8 +57,9 @@ class CollectConfig:
             raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
         if self.answers_every < 1:
             raise ValueError(f"answers_every: {self.answers_every} is not a number of frames, give at least 1")
-        if not 0 <= self.noise_share <= 1:
-            raise ValueError(f"noise_share: {self.noise_share} is a share, give it between 0 and 1")
+        for name in ("noise_share", "rephrased_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is a share, give it between 0 and 1")
         if self.image_size % 2:
             raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")
 

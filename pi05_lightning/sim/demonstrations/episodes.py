@@ -106,10 +106,18 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     if not solved:
         return None
     return Episode(
-        task=env.sentence,
+        task=_said(env, config.rephrased_share, seed),
         state=np.stack([frame.state for frame in frames if frame.state is not None]),
         action=np.stack(actions),
         images={name: np.stack([frame.images[name].transpose(1, 2, 0) for frame in frames]) for name in env.cameras},
         subtasks=subtasks,
         answers=answers,
     )
+
+
+def _said(env: Demonstrator, rephrased_share: float, seed: int) -> str:
+    """The instruction, or the same in other words."""
+    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 1])
+    if rephrased_share and not env.other_sentences:
+        raise ValueError(f"rephrased_share: {env.task} has no other words: leave it 0, or leave the task out")
+    return str(rng.choice(env.other_sentences)) if rng.random() < rephrased_share else env.sentence

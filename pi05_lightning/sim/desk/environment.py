@@ -45,7 +45,7 @@ from pi05_lightning.types import Box, Frame
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
 
-_NAMES = {task.sentence: name for name, task in TASKS.items()}
+_NAMES = {sentence: name for name, task in TASKS.items() for sentence in (task.sentence, *task.others)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Desk(DemonstratorConfig):
 
     def tasks(self, robot: Robot) -> list[str]:
         """Those that the policy was trained on, from their instructions; all of one step where it knows none."""
-        return [_NAMES[sentence] for sentence in robot.tasks if sentence in _NAMES] or list(INSTRUCTIONS)
+        return list(dict.fromkeys(_NAMES[s] for s in robot.tasks if s in _NAMES)) or list(INSTRUCTIONS)
 
     def check_task(self, task: str) -> None:
         if task not in TASKS:
@@ -173,6 +173,11 @@ class DeskEnvironment:
     def sentence(self) -> str:
         """The instruction."""
         return self._given.sentence
+
+    @property
+    def other_sentences(self) -> tuple[str, ...]:
+        """The same in other words."""
+        return self._given.others
 
     @property
     def max_seconds(self) -> float:

@@ -49,6 +49,8 @@ class Task:
     expert  what to do next for it
     needs   whether it can be done on a desk that was left so
     leaves  the desk as it is once it is done
+    others  the sentence in other words, for training data that shall have them
+    seconds simulated time after which it has failed
     """
 
     sentence: str
@@ -56,6 +58,7 @@ class Task:
     expert: Callable[[Episode], Move]
     needs: Callable[[Left], bool] = lambda left: True
     leaves: Callable[[Left], Left] = lambda left: left
+    others: tuple[str, ...] = ()
     seconds: float = 6.0
 
 
@@ -86,6 +89,12 @@ def _press(colour: str) -> Task:
         f"press the {colour} button",
         solved=lambda episode: colour in episode.pressed,
         expert=_of_state(experts.press(colour)),
+        others=(
+            f"push the {colour} button",
+            f"hit the {colour} button",
+            f"press the button that is {colour}",
+            f"press down the {colour} one of the buttons",
+        ),
     )
 
 
@@ -97,6 +106,12 @@ def _turn(way: str) -> Task:
         expert=_of_state(experts.turn_faucet(side)),
         needs=lambda left: left.faucet != way,
         leaves=lambda left: replace(left, faucet=way),
+        others=(
+            f"rotate the faucet to the {way}",
+            f"turn the tap {way}wards",
+            f"swing the handle of the faucet to the {way} side",
+            f"the faucet should point to the {way}",
+        ),
     )
 
 
@@ -117,6 +132,12 @@ def _push(colour: str, way: str) -> Task:
         _of_state(experts.push_block(colour, side)),
         needs,
         lambda left: left.with_block(colour, (left.block(colour) or 0) + int(side)),
+        others=(
+            f"slide the {colour} block to the {way}",
+            f"push the {colour} cube {way}wards",
+            f"shove the {colour} cube over to the {way} side",
+            f"move the {colour} block {way}",
+        ),
     )
 
 
@@ -128,6 +149,12 @@ def _store(colour: str) -> Task:
         expert=_of_state(experts.store_block(colour, aside)),
         needs=lambda left: left.drawer != "shut" and left.block(colour) is not None,
         leaves=lambda left: left.with_block(colour, None),
+        others=(
+            f"place the {colour} block in the drawer",
+            f"store the {colour} cube in the drawer",
+            f"drop the {colour} block inside the drawer",
+            f"the {colour} cube belongs into the drawer",
+        ),
     )
 
 
@@ -138,6 +165,12 @@ INSTRUCTIONS: Mapping[str, Task] = {
         expert=_of_state(experts.open_drawer),
         needs=lambda left: left.drawer != "open",
         leaves=lambda left: replace(left, drawer="open"),
+        others=(
+            "pull the drawer open",
+            "slide the drawer out",
+            "get the drawer all the way open",
+            "the drawer should be open",
+        ),
     ),
     "drawer-close": Task(
         "close the drawer",
@@ -145,6 +178,12 @@ INSTRUCTIONS: Mapping[str, Task] = {
         expert=_of_state(experts.close_drawer),
         needs=lambda left: left.drawer != "shut",
         leaves=lambda left: replace(left, drawer="shut"),
+        others=(
+            "push the drawer shut",
+            "slide the drawer shut",
+            "push the drawer back in",
+            "the drawer should be shut",
+        ),
     ),
     **{f"button-{colour}": _press(colour) for colour in BUTTONS},
     **{f"faucet-{way}": _turn(way) for way in _SIDES},

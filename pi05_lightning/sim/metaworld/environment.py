@@ -114,6 +114,7 @@ class MetaWorldEnvironment:
     """
 
     max_seconds = 6.0
+    other_sentences = ()  # of an instruction
     ended = False  # an episode goes on for as long as the caller likes
     action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
 
