@@ -242,7 +242,7 @@ class ChainEnvironment(DeskEnvironment):
     length  all of them
     """
 
-    length = CHAIN_LENGTH
+    done, length = 0, CHAIN_LENGTH
     max_seconds = sum(sorted(task.seconds for task in INSTRUCTIONS.values())[-length:])
 
     def reset(self, seed: int) -> None:

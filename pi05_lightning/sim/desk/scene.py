@@ -39,6 +39,7 @@ _CAP = 0.194 * _BUTTON_SIZE  # from the middle of a button's box up to the top o
 _BUTTON_TRAVEL = 0.06 * _BUTTON_SIZE
 HANDLE = 0.15 * _FAUCET_SIZE  # from the faucet's axis to where its handle is pushed
 _HANDLE_HEIGHT = 0.125 * _FAUCET_SIZE
+_FAUCET_RANGE = 70.0  # degrees to each side: what stands behind it leaves no more room for a hand
 HAND_START = (0.0, 0.45, 0.25)
 HAND_LOW, HAND_HIGH = np.array([-0.4, 0.4, 0.05]), np.array([0.4, 1.0, 0.4])
 CAMERA = "desk"
@@ -75,7 +76,7 @@ def draw_places(rng: np.random.Generator) -> Places:
         return np.array([side * x, y]) + rng.uniform(-1.0, 1.0, 2) * (by_x, by_y)
 
     slots = [near(-0.03, 0.9, 0.01, 0.015), near(-0.27, 0.55, 0.015, 0.015), near(0.28, 0.55, 0.01, 0.015)]
-    rows = [near(0.0, 0.5, 0.05, 0.006), near(0.0, 0.595, 0.05, 0.006)]
+    rows = [near(0.0, 0.5, 0.04, 0.006), near(0.0, 0.595, 0.04, 0.006)]
     return Places(
         drawer=near(0.165, 0.893, 0.015, 0.008),
         faucet=near(-0.19, 0.79, 0.015, 0.015),
@@ -200,6 +201,7 @@ def _model() -> Any:
         other = _spec(file)
         _scale(other, other.body(body), size)
         spec.worldbody.add_frame().attach_body(other.body(body), f"{name}/", "").pos = (0.0, 0.0, height)
+    spec.joint("faucet/knob_Joint_1").range = np.deg2rad([-_FAUCET_RANGE, _FAUCET_RANGE])
     for material in spec.materials:
         owner, _, name = material.name.rpartition("/")
         if name in ("btn_red", "btn_yellow"):
