@@ -15,10 +15,10 @@ class CollectConfig:
 
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
-    env: DemonstratorConfig = MetaWorld()  # noqa: RUF009 - frozen
-    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path."""
     tasks: tuple[str, ...] | None = None
     """The simulator's tasks by name; by default four of MetaWorld's, or all of the desk's of one step."""
+    env: DemonstratorConfig = MetaWorld()  # noqa: RUF009 - frozen
+    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
     val_episodes: int = 10
