@@ -21,7 +21,7 @@ from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.inference import Inference
 from pi05_lightning.sim.environment import EnvironmentConfig, View
 from pi05_lightning.sim.glimpse import beside_simulator
-from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
+from pi05_lightning.sim.simulators import Desk, LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.abilities import Abilities
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate

@@ -59,8 +59,8 @@ def rollout(
 
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
-        tasks: the simulator's names of tasks; by default those that the checkpoint was trained on (MetaWorld, Desk), all of
-            `--env.suites` (Libero), the default of the environment (LeRobotEnv).
+        tasks: the simulator's names of tasks; by default those that the checkpoint was trained on (MetaWorld, Desk),
+            all of `--env.suites` (Libero), the default of the environment (LeRobotEnv).
         env: the simulator: MetaWorld, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
         episodes: initial states per task, the same for every mode.
         modes: policy (as the options of `acting` say), flat (the task alone conditions the actions), fast (actions from
@@ -70,7 +70,8 @@ def rollout(
         out: folder for rollout.json, videos and frames, which take the place of an earlier rollout's; by default
             `rollout` beside the checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
-        max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld, 6 for each step on the desk, LeRobot's in others.
+        max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld,
+            6 for each step of a task on the desk, LeRobot's in others.
         videos: episodes per task and policy mode that are filmed.
         lanes: episodes that a process steps together.
         num_workers: processes; by default one per core.
@@ -85,7 +86,8 @@ def rollout(
             paraphrased (the right one in other words), empty (nothing).
         swaps: tasks, each with the one whose instruction is given as swapped; by default one of the same scene among
             `tasks`, or the next of `tasks`.
-        paraphrases: a YAML file with a list of other words for each instruction; by default for some of MetaWorld's and all of the desk's.
+        paraphrases: a YAML file with a list of other words for each instruction; by default for some of
+            MetaWorld's and all of the desk's.
         acting: how the policy acts in the mode `policy`, see `Acting`.
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
