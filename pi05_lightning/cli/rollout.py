@@ -70,8 +70,8 @@ def rollout(
         out: folder for rollout.json, videos and frames, which take the place of an earlier rollout's; by default
             `rollout` beside the checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
-        max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld,
-            6 for each step of a task on the desk, LeRobot's in others.
+        max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld and
+            for each step on the desk, LeRobot's in others.
         videos: episodes per task and policy mode that are filmed.
         lanes: episodes that a process steps together.
         num_workers: processes; by default one per core.

@@ -225,7 +225,7 @@ class EnvironmentConfig(ABC):
 
 
 @dataclass(frozen=True)
-class DemonstratorConfig(EnvironmentConfig):
+class DemonstratorConfig(EnvironmentConfig, ABC):
     """A simulator with scripted experts that `pi05 collect` records.
 
     control_hz    control steps per second

@@ -50,7 +50,7 @@ _NAMES = {sentence: name for name, task in TASKS.items() for sentence in (task.s
 
 @dataclass(frozen=True)
 class Desk(DemonstratorConfig):
-    """One desk with a drawer, a faucet, three buttons and two blocks, and instructions that are always possible."""
+    """A desk with a drawer, a faucet, three buttons and two blocks: many instructions."""
 
     same_states: bool = False
     """Whether the n-th initial state is the same for all tasks, so that only the instruction tells them apart."""
