@@ -81,9 +81,9 @@ def rollout(
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         delays: for rtc and async: actions that are executed while a chunk is computed, of [1, 1, 2] one for each chunk;
             by default always `inference_delay`.
-        instructions: what the policy is told, in each mode: right, swapped (another task's instruction),
+        instructions: what the policy is told in each mode: right, swapped (another task's instruction),
             paraphrased (the right one in other words), empty (nothing).
-        swaps: tasks, each with the one whose instruction is given as swapped; by default one of its scene among
+        swaps: by task, the one whose instruction is given as swapped; by default of its scene, among
             `tasks`, or the next.
         paraphrases: a YAML file with a list of other words for each instruction; by default MetaWorld's and the desk's.
         acting: how the policy acts in the mode `policy`, see `Acting`.
