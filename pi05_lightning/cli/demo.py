@@ -96,7 +96,8 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
     if scene == "desk":
         collect = ["--env", "Desk", *(collect or ["--episodes", "150", "--scenes", "60"])]
         listening = ["--modes", "[policy,mean_replay]", "--instructions", "[right,swapped,paraphrased,empty]"]
-        rollout = ["--env", "Desk", *listening, *(rollout or ["--episodes", "8"])]
+        # every instruction in the same initial states: the page shows them side by side
+        rollout = ["--env", "Desk", "--env.same_states", "true", *listening, *(rollout or ["--episodes", "8"])]
     return [
         # a directory whose part is not marked as done may be whole all the same
         Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),

@@ -105,7 +105,9 @@ class Cameras:
             camera_id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
             if camera_id < 0:
                 known = ", ".join(model.camera(i).name for i in range(model.ncam))
-                raise NoSuchEnvironment(f"{scene} has no camera {name!r}: use one of {known}")
+                raise NoSuchEnvironment(
+                    f"{scene} has no camera {name!r}: use one of {known}, or the simulator that has it (--env)"
+                )
             camera = changed.get(name, Camera())
             model.cam_pos[camera_id] += camera.offset
             if camera.fovy is not None:
