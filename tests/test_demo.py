@@ -62,6 +62,14 @@ def test_seed_changes_the_training_and_not_the_data(tmp_path: Path) -> None:
     assert {name for name in commands[0] if commands[0][name] != commands[1][name]} == {"fit"}
 
 
+def test_desk_is_collected_trained_and_rolled_out_under_every_kind_of_instruction(tmp_path: Path) -> None:
+    commands = {part.name: part.command for part in parts(tmp_path, 0, quick=False, scene="desk")}
+    assert "--env Desk --episodes" in " ".join(commands["collect"])
+    assert commands["fit"][1:3] == ("-c", "configs/desk.yaml")
+    assert "[right,swapped,paraphrased,empty]" in commands["rollout"]
+    assert commands.keys() == {part.name for part in parts(tmp_path, 0, quick=False)}
+
+
 def test_command_that_fails_ends_the_demo_with_its_status() -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(("stats", "--no-such-option"))

@@ -17,8 +17,8 @@ from pi05_lightning.files.shipped import shipped_configs
 from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.sim.metaworld.collect import collect
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 from tools import experiment
 
 ROOT = Path(__file__).parents[1]

@@ -148,8 +148,12 @@ def test_no_circle_of_folders() -> None:
 
 
 def test_only_metaworlds_folder_imports_metaworld() -> None:
-    importing = {name for name, file in NAMES.items() if {"metaworld", "mujoco"} & imports(file)}
-    assert importing == {"sim.metaworld.environment"}
+    assert {name for name, file in NAMES.items() if "metaworld" in imports(file)} == {"sim.metaworld.environment"}
+
+
+def test_only_scenes_and_what_draws_them_import_mujoco() -> None:
+    importing = {name for name, file in NAMES.items() if "mujoco" in imports(file)}
+    assert importing == {"sim.desk.scene", "sim.metaworld.environment", "sim.rendering"}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("models")])

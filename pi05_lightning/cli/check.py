@@ -21,7 +21,7 @@ from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.inference import Inference
 from pi05_lightning.sim.environment import EnvironmentConfig, View
 from pi05_lightning.sim.glimpse import beside_simulator
-from pi05_lightning.sim.simulators import LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
+from pi05_lightning.sim.simulators import Desk, LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.abilities import Abilities
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate
@@ -52,7 +52,7 @@ def check(
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
         dataset: a LeRobot dataset, a folder or Hub id; by default, where no env is given, the policy's demonstrations.
-        env: a simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        env: a simulator: MetaWorld, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
         robot: the data source whose robot it acts as, where the policy was trained on several.
         cameras: image features of the dataset, each with its camera name, as in training.
         state_keys: features that make the state, as in training; by default observation.state.

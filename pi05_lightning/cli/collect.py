@@ -1,5 +1,5 @@
-"""`pi05 collect`: demonstrations of MetaWorld's scripted experts as a LeRobot dataset."""
+"""`pi05 collect`: demonstrations of a simulator's scripted experts as a LeRobot dataset."""
 
-from pi05_lightning.sim.metaworld.collect import collect
+from pi05_lightning.sim.demonstrations.collect import collect
 
 __all__ = ["collect"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from time import monotonic
+from typing import Literal
 
 from rich.console import Console
 
@@ -23,9 +24,13 @@ from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.sim.summary import success_table
 from pi05_lightning.types import Subset
 
-OUT = Path("runs/demo")
+Scene = Literal["metaworld", "desk"]
+OUT: dict[Scene, Path] = {"metaworld": Path("runs/demo"), "desk": Path("runs/desk")}
 HORIZON = 8  # of configs/model/tiny.yaml
-CONFIGS = ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml")
+CONFIGS: dict[Scene, tuple[str, ...]] = {
+    "metaworld": ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml"),
+    "desk": ("configs/desk.yaml",),
+}
 console = Console()
 
 
@@ -44,19 +49,22 @@ class Part:
         return self.resume if self.resume and self.resume_from.exists() else self.command
 
 
-def demo(out: Path = OUT, seed: int = 0, quick: bool = False) -> None:
+def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Scene = "metaworld") -> None:
     """Data, statistics, tokenizer, training through both stages, validation, rollouts and a page about it.
 
     Interrupted and started again it goes on with the first part that is not done.
 
     Args:
-        out: the directory of everything that is made.
+        out: the directory of everything that is made; by default runs/demo, or runs/desk.
         seed: of the training; the data and the initial states of the rollouts are the same for every seed.
         quick: the smallest amount of everything: shows that all parts run, not how good the policy is.
+        scene: metaworld (four tasks, each with a table of its own) or desk (one, where only the instruction says what
+            to do: about an hour).
 
     Raises ValueError when `out` holds a demo with other arguments, SystemExit with a part's status when one fails.
     """
-    todo = parts(out, seed, quick)
+    out = out or OUT[scene]
+    todo = parts(out, seed, quick, scene)
     for number, part in enumerate(todo, start=1):
         done = Progress(out / "parts" / f"{part.name}.json", part)
         if done.finished:
@@ -74,17 +82,22 @@ def demo(out: Path = OUT, seed: int = 0, quick: bool = False) -> None:
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
 
 
-def parts(out: Path, seed: int, quick: bool) -> list[Part]:
+def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list[Part]:
     """The demo's commands, in order."""
     data, fast, run = out / "data", out / "fast", out / "fit"
     robot, web = str(data / "robot"), str(data / "web")
-    configs = [word for config in CONFIGS for word in ("-c", config)]
+    configs = [word for config in CONFIGS[scene] for word in ("-c", config)]
     paths = {"--data.sources.robot.path": robot, "--data.sources.web.path": web, "--data.fast": str(fast)}
-    elsewhere = [] if out == OUT else [word for flag in paths.items() for word in flag]
+    elsewhere = [] if out == OUT[scene] else [word for flag in paths.items() for word in flag]
     collect = ["--episodes", "4", "--val_episodes", "2", "--scenes", "10"] if quick else []
     short = ("pretrain_steps=4", "pretrain.warmup_steps=1", "posttrain_steps=4", "posttrain.warmup_steps=1")
     fit = [*(f"--stages.{option}" for option in short), "--data.val_samples=8"] if quick else []
     rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else []
+    if scene == "desk":
+        collect = ["--env", "Desk", *(collect or ["--episodes", "150", "--scenes", "60"])]
+        listening = ["--modes", "[policy,mean_replay]", "--instructions", "[right,swapped,paraphrased,empty]"]
+        # every instruction in the same initial states: the page shows them side by side
+        rollout = ["--env", "Desk", "--env.same_states", "true", *listening, *(rollout or ["--episodes", "8"])]
     return [
         # a directory whose part is not marked as done may be whole all the same
         Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),

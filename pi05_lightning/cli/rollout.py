@@ -59,33 +59,33 @@ def rollout(
 
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
-        tasks: the simulator's names of tasks; by default those that the checkpoint was trained on (MetaWorld), all of
-            `--env.suites` (Libero), the default of the environment (LeRobotEnv).
-        env: the simulator: MetaWorld, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        tasks: the simulator's names of tasks; by default those that it was trained on (MetaWorld, Desk),
+            all of `--env.suites` (Libero), the default of the environment (LeRobotEnv).
+        env: the simulator: MetaWorld, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
         episodes: initial states per task, the same for every mode.
-        modes: policy (as the options of `acting` say), flat (the task alone conditions the actions), fast (actions from
+        modes: policy (as `acting` says), flat (the task alone conditions the actions), fast (actions from
             FAST tokens), rtc and async (with `delays`: real-time chunking, and without it), and the baselines
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
             default all but fast that policy, simulator and data allow.
-        out: folder for rollout.json, videos and frames, which take the place of an earlier rollout's; by default
-            `rollout` beside the checkpoint.
+        out: folder for rollout.json, videos and frames, in place of earlier ones; by default `rollout` beside the
+            checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
-        max_seconds: simulated time after which an episode has failed; by default 6 in MetaWorld, LeRobot's in others.
+        max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, LeRobot's in
+            others.
         videos: episodes per task and policy mode that are filmed.
         lanes: episodes that a process steps together.
         num_workers: processes; by default one per core.
         seed: of the initial states and the noise.
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
-        base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
-            they were.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
-        delays: for rtc and async: actions that are executed while a chunk is computed. One of several is drawn for each
-            chunk, so that [1, 1, 2] is a distribution; by default always `inference_delay`.
-        instructions: what the policy is told, in each of its modes: right, swapped (another task's instruction),
+        delays: for rtc and async: actions that are executed while a chunk is computed, of [1, 1, 2] one for each chunk;
+            by default always `inference_delay`.
+        instructions: what the policy is told in each mode: right, swapped (another task's instruction),
             paraphrased (the right one in other words), empty (nothing).
-        swaps: tasks, each with the one whose instruction is given as swapped; by default one of the same scene among
-            `tasks`, or the next of `tasks`.
-        paraphrases: a YAML file with a list of other words for each instruction; by default for some of MetaWorld's.
+        swaps: by task, the one whose instruction is given as swapped; by default of its scene, among
+            `tasks`, or the next.
+        paraphrases: a YAML file with a list of other words for each instruction; by default MetaWorld's and the desk's.
         acting: how the policy acts in the mode `policy`, see `Acting`.
 
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.

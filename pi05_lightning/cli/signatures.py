@@ -151,16 +151,22 @@ def find(path: str) -> Found:
 
 
 def subclasses(base: Found) -> list[Found]:
-    """The classes of this package that are made for a base class, those beside it left out."""
+    """The classes of this package that are made for a base class, those beside it left out.
+
+    What is made for an abstract class beside it, which is made for it too, counts.
+    """
     package = Path(__file__).parents[1]
+    beside = [Found(s, base.home) for s in base.home.statements() if isinstance(s, ast.ClassDef)]
+    bases = [base, *(kind for kind in beside if kind.is_abstract and any(of.node is base.node for of in kind.bases))]
     found = list[Found]()
     for file in sorted(package.rglob("*.py")):
-        if base.name in file.read_text(encoding="utf-8"):
+        text = file.read_text(encoding="utf-8")
+        if any(of.name in text for of in bases):
             source = module(".".join(file.relative_to(package.parent).with_suffix("").parts))
             if source is None or source is base.home:
                 continue
             kinds = [Found(s, source) for s in source.statements() if isinstance(s, ast.ClassDef)]
-            found += [kind for kind in kinds if any(one.node is base.node for one in kind.bases)]
+            found += [kind for kind in kinds if any(one.node is of.node for one in kind.bases for of in bases)]
     return found
 
 

@@ -45,14 +45,17 @@ class Language:
     """What actions are conditioned on: the subtask, the task, or both (the subtask said after the task's prompt)."""
     task_only_share: float = 0.0
     """Share of the action samples that hide the subtask, so that the policy also acts on the task alone."""
+    no_task_share: float = 0.0
+    """Share of the action and subtask samples whose task is left empty: language dropout."""
     questions_per_sample: int = 8
     """Training: at most this many questions about one image share a sample, each answered before the next is asked."""
     max_tokens: int = 1024
     """A sample whose text is longer is bad data."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.task_only_share <= 1:
-            raise ValueError(f"task_only_share is {self.task_only_share}: it is a share, 0 to 1")
+        for name in ("task_only_share", "no_task_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1")
         check("data.language.questions_per_sample", self.questions_per_sample, 1)
         check("data.language.max_tokens", self.max_tokens, 1)
 
@@ -104,7 +107,7 @@ class Processor:
     # --- frames to samples
 
     def sample(self, frame: Frame, subset: Subset, key: int = 0, max_questions: int = 1) -> Sample:
-        """A training or validation sample of a subset. key chooses questions, hides subtasks, and seeds the noise.
+        """A training or validation sample of a subset. key chooses questions, hides subtasks, tasks, and seeds noise.
 
         Raises ValueError when the frame lacks what the modality needs, and BadFrame when it must not be trained on.
         """
@@ -115,6 +118,8 @@ class Processor:
         if problem := outlier(frame):
             raise BadFrame(f"{problem}. {OUTLIER_REMEDY}")
         prompts, language = self.language.prompts, self.language
+        if language.no_task_share and rng.random() < language.no_task_share:
+            frame = replace(frame, task="")
         actions = mask = None
         if modality in (Modality.QA, Modality.WEB_CAPTION):
             if not frame.answers:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from pi05_lightning.sim.splits import split_seeds
-from pi05_lightning.types import Frame
+from pi05_lightning.types import Box, Frame
 
 if TYPE_CHECKING:  # processes that only simulate need not wait for it
     from pi05_lightning.data.robot import Robot
@@ -68,6 +68,80 @@ class ExpertEnvironment(Environment, Protocol):
     def expert_step(self) -> bool:
         """What `step` does, with the expert's action."""
         ...
+
+
+class Demonstrator(ExpertEnvironment, Protocol):
+    """An environment whose expert can be recorded, with what it does in words, and which can be asked for the truth.
+
+    task           its name
+    cameras        names of those that it is seen with
+    objects        names of what can be asked about
+    action_repeat  control steps that an action lasts
+    state          f32[S] of the robot
+    workspace      the lowest and the highest place the hand can be sent to: f64[3] in metres, twice
+    other_sentences  the instruction in other words, if there are any
+    """
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def cameras(self) -> tuple[str, ...]: ...
+    @property
+    def objects(self) -> Sequence[str]: ...
+    @property
+    def action_repeat(self) -> int: ...
+    @property
+    def state(self) -> np.ndarray: ...
+    @property
+    def workspace(self) -> tuple[np.ndarray, np.ndarray]: ...
+    @property
+    def other_sentences(self) -> Sequence[str]: ...
+
+    def expert_action(self) -> np.ndarray:
+        """What the expert does now, for one control step: f32[A]."""
+        ...
+
+    def control_step(self, action: np.ndarray) -> bool:
+        """One control step; returns whether the task is solved."""
+        ...
+
+    def subtask(self) -> str:
+        """What the expert is doing at the moment, in words."""
+        ...
+
+    def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """{camera: uint8[3 h w]}."""
+        ...
+
+    def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
+        """{camera: {object, or "gripper": (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""
+        ...
+
+    def positions(self) -> dict[str, np.ndarray]:
+        """Where the objects and the gripper are: f64[3] in metres, x to the right and y away from the robot."""
+        ...
+
+    def facts(self) -> Iterable[tuple[str, str]]:
+        """Questions about the state of things beyond where they are, and their answers."""
+        ...
+
+    def place_hand(self, position: np.ndarray, effort: float) -> None:
+        """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
+        ...
+
+
+@runtime_checkable
+class Chained(Environment, Protocol):
+    """An environment that gives one instruction after the other, for as long as each is done.
+
+    done    instructions that were done in a row
+    length  all of them
+    """
+
+    @property
+    def done(self) -> int: ...
+    @property
+    def length(self) -> int: ...
 
 
 @runtime_checkable
@@ -148,3 +222,25 @@ class EnvironmentConfig(ABC):
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         """Seeds of a task's initial states; number: the task's place among those that run."""
         return split_seeds(split, episodes, seed, start=number * episodes)
+
+
+@dataclass(frozen=True)
+class DemonstratorConfig(EnvironmentConfig, ABC):
+    """A simulator with scripted experts that `pi05 collect` records.
+
+    control_hz    control steps per second
+    cameras       that are filmed where the user names none
+    demonstrated  tasks that are recorded where the user names none
+    """
+
+    has_expert = True
+    control_hz: ClassVar[int]
+    cameras: ClassVar[tuple[str, ...]]
+    demonstrated: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def check_task(self, task: str) -> None:
+        """Raises NoSuchEnvironment, a ValueError, when there is no task of this name."""
+
+    @abstractmethod
+    def open(self, task: str, view: View) -> Demonstrator: ...

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
-from pi05_lightning.sim.metaworld.environment import check_rendering, choose_rendering
+from pi05_lightning.sim.rendering import check_rendering, choose_rendering
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
-from pi05_lightning.sim.metaworld.environment import check_rendering, choose_rendering
+from pi05_lightning.sim.rendering import check_rendering, choose_rendering
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot

@@ -9,7 +9,7 @@ import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import batched, product
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi05_lightning.sim.environment import Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
+from pi05_lightning.sim.environment import Chained, Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
 from pi05_lightning.sim.instructions import Instruction, NoSuchInstruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
@@ -178,6 +178,8 @@ def run_policy_job(
     """Run the trials together, each in a lane of its own. paraphrases: instruction -> the same in other words."""
     start = perf_counter()
     envs = lanes.of(job.task, len(job.trials))
+    if isinstance(envs[0], Chained) and job.trials[0].instruction != "right":
+        raise NoSuchInstruction(f"{job.task} gives one instruction after the other: its only kind of them is right")
     policy.inputs.takes_any_task = job.trials[0].instruction != "right"
     for trial in job.trials:
         if trial.other is not None:
@@ -192,7 +194,7 @@ def run_baseline_job(job: Job, lanes: Lanes, dataset: str | None) -> None:
     """Run the trials one after another. dataset: the demonstrations, for mean_replay."""
     start = perf_counter()
     (env,) = lanes.of(job.task, 1)
-    replay = _mean_trajectory(str(dataset), env.sentence) if job.mode == "mean_replay" else None
+    replay = partial(_mean_trajectory, str(dataset)) if job.mode == "mean_replay" else None
     for trial in job.trials:
         run_baseline(env, trial, job.clock, replay)
     job.clock.seconds += perf_counter() - start

@@ -1,7 +1,8 @@
 """The simulators that `--env` and YAML know by their bare names; any other goes by its import path."""
 
+from pi05_lightning.sim.desk.environment import Desk
 from pi05_lightning.sim.lerobot_env import LeRobotEnv
 from pi05_lightning.sim.libero import Libero
 from pi05_lightning.sim.metaworld.environment import MetaWorld
 
-__all__ = ["LeRobotEnv", "Libero", "MetaWorld"]
+__all__ = ["Desk", "LeRobotEnv", "Libero", "MetaWorld"]

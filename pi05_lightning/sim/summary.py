@@ -24,6 +24,8 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
     success       {mode: {task: [successes, trials]}}
     swapped       {mode: {task: {told: task, success: [successes, trials]}}} at the task whose instruction was given;
                   success is null where it is not judged in this scene
+    chains        {mode: {task: {episodes, in_a_row: [of episodes with at least 1, 2, … done], mean}}} of instructions
+                  that were done one after the other
     wilson_95     {mode: {task, and "all tasks": [low, high]}} of the success rate
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode that ended by the policy's fault says
@@ -55,6 +57,7 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
         ],
         "jumps": {mode: found for mode in success if (found := jumps([t for t in trials if t.column == mode]))},
         "swapped": swapped(trials),
+        "chains": chains(trials),
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
         "max_seconds": {trial.task: trial.max_seconds for trial in trials},
     }
@@ -70,6 +73,23 @@ def swapped(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:
             if trial.solved_other is not None:
                 successes, count = result["success"] or (0, 0)
                 result["success"] = [successes + trial.solved_other, count + 1]
+    return found
+
+
+def chains(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Per mode and task with several instructions: how many were done in a row, as CALVIN counts them."""
+    done: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        if trial.done is not None:
+            done.setdefault((trial.column, trial.task), []).append(trial)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for (column, task), episodes in done.items():
+        counts = [trial.done or 0 for trial in episodes]
+        found.setdefault(column, {})[task] = {
+            "episodes": len(counts),
+            "in_a_row": [sum(count >= n for count in counts) for n in range(1, episodes[0].length + 1)],
+            "mean": round(float(np.mean(counts)), 4),
+        }
     return found
 
 
@@ -110,6 +130,8 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
         yield acting_table(result["acting"])
     if result.get("swapped"):
         yield swapped_table(result["swapped"], result["success"])
+    if result.get("chains"):
+        yield chains_table(result["chains"])
     if any(by_task for by_task in result["failures"].values()):
         yield _failures(result["failures"])
     if result.get("jumps"):
@@ -138,6 +160,17 @@ def swapped_table(swapped: Mapping[str, Mapping[str, Mapping[str, Any]]], succes
             own, other = success[mode][task], result["success"]
             counts = (f"{own[0]}/{own[1]}", f"{other[0]}/{other[1]}" if other else "not judged in this scene")
             table.add_row(mode.partition(",")[0], task, result["told"], *counts)
+    return table
+
+
+def chains_table(chains: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    """Episodes with at least one, two, … instructions done in a row, and how many on average."""
+    length = max(len(result["in_a_row"]) for by_task in chains.values() for result in by_task.values())
+    headings = (*map(str, range(1, length + 1)), "mean")
+    table = table_of("episodes with so many instructions done in a row", ["mode", "task", "episodes"], headings)
+    for mode, by_task in chains.items():
+        for task, result in by_task.items():
+            table.add_row(mode, task, *map(str, (result["episodes"], *result["in_a_row"])), f"{result['mean']:.2f}")
     return table
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pi05_lightning.data.observation import NotFinite
-from pi05_lightning.sim.environment import Environment, ExpertEnvironment, SharedScene
+from pi05_lightning.sim.environment import Chained, Environment, ExpertEnvironment, SharedScene
 from pi05_lightning.sim.instructions import Instruction
 from pi05_lightning.sim.modes import Mode
 from pi05_lightning.types import Frame
@@ -75,6 +75,10 @@ class Trial:
     """What the policy is told; None: the environment's instruction."""
     solved_other: bool | None = None
     """Of `swapped`: whether the other task was solved; None where the scene does not allow that."""
+    done: int | None = None
+    """Of a chain: instructions that were done in a row."""
+    length: int = 1
+    """Instructions of the episode."""
     film: list[FilmFrame] = field(default_factory=list)
     seams: list[float] = field(default_factory=list)
     """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
@@ -192,15 +196,28 @@ def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
         number += 1
 
 
-def run_baseline(env: Environment, trial: Trial, clock: Clock, replay: np.ndarray | None = None) -> None:
-    """One episode of the scripted expert, of uniformly random actions, or of the trajectory `replay` f32[N A]."""
+def run_baseline(
+    env: Environment, trial: Trial, clock: Clock, replay: Callable[[str], np.ndarray] | None = None
+) -> None:
+    """One episode of the scripted expert, of uniformly random actions, or of a trajectory.
+
+    replay: instruction -> the trajectory f32[N A].
+    """
     _begin(env, trial)
     rng = np.random.default_rng([trial.noise_seed, trial.seed])
+    sentence, since = env.sentence, 0
     while not trial.over:
+        if env.sentence != sentence:
+            sentence, since = env.sentence, trial.decisions
         if trial.mode == "expert":
             _take(env, trial, cast("ExpertEnvironment", env).expert_step, clock)
         else:
-            _take(env, trial, partial(env.step, _baseline_action(env, trial, rng, replay)), clock)
+            if replay is None:
+                action = _random_action(env, trial, rng)
+            else:
+                trajectory = replay(sentence)
+                action = trajectory[min(trial.decisions - since, len(trajectory) - 1)]
+            _take(env, trial, partial(env.step, action), clock)
 
 
 def told(env: Environment, trial: Trial) -> str:
@@ -219,6 +236,8 @@ def _begin(env: Environment, trial: Trial) -> None:
     trial.fps = env.fps
     seconds = env.max_seconds if trial.max_seconds is None else trial.max_seconds
     trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
+    if isinstance(env, Chained):
+        trial.done, trial.length = 0, env.length
     if trial.other is not None and isinstance(env, SharedScene) and env.watch(trial.other):
         trial.solved_other = False
 
@@ -238,6 +257,8 @@ def _take(
     trial.decisions += 1
     if trial.solved_other is not None:
         trial.solved_other = cast("SharedScene", env).solved_other
+    if trial.done is not None:
+        trial.done = cast("Chained", env).done
     if not trial.success:
         if trial.solved_other:
             trial.reason = SOLVED_OTHER
@@ -297,9 +318,7 @@ def _noise(trials: Sequence[Trial], number: int, policy: Inference) -> torch.Ten
     return policy.acting.noise_scale * torch.from_numpy(np.stack(draws))
 
 
-def _baseline_action(env: Environment, trial: Trial, rng: np.random.Generator, replay: np.ndarray | None) -> np.ndarray:
-    if replay is not None:
-        return replay[min(trial.decisions, len(replay) - 1)]
+def _random_action(env: Environment, trial: Trial, rng: np.random.Generator) -> np.ndarray:
     if not np.isfinite([env.action_low, env.action_high]).all():
         raise ValueError(f"the actions of {trial.task} have no bounds to draw from: leave out the mode random")
     return rng.uniform(env.action_low, env.action_high)

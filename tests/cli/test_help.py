@@ -109,6 +109,14 @@ def test_sources_are_listed_and_each_has_its_options(capsys: pytest.CaptureFixtu
     assert all(f"--data.sources.NAME.init_args.{name}\n" in shown for name in names)
 
 
+@pytest.mark.parametrize("command", ["collect", "rollout"])
+def test_simulators_are_listed_and_each_has_its_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = printed([command, "--help.env"], capsys)
+    assert all(re.search(f"^  {name} ", listed, re.MULTILINE) for name in ("Desk", "MetaWorld"))
+    assert "DemonstratorConfig " not in listed.replace("DemonstratorConfig of", "")
+    assert "--env.init_args.same_states" in printed([command, "--help.env", "Desk"], capsys)
+
+
 @pytest.mark.parametrize(
     "topic", ["--help.trainer.callbacks.EarlyStopping", "--help.model.optimizer.torch.optim.AdamW"]
 )

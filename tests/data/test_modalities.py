@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from PIL import Image
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture
+from pi05_lightning.data.processor import Language
 from pi05_lightning.data.samples import Samples
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import Recipe
@@ -98,3 +101,19 @@ def test_one_frame_is_its_subtask_its_fast_chunk_and_its_continuous_chunk(parsed
         Modality.CONTINUOUS: set(),
     }
     np.testing.assert_array_equal(made[Modality.FAST].actions, made[Modality.CONTINUOUS].actions)
+
+
+def test_share_of_the_samples_is_told_no_task(videos: Path) -> None:
+    def prompts(**language: float) -> list[str]:
+        source = {"robot": LeRobotConfig(str(videos))}
+        data = Pi05DataModule(source, shapes=SHAPES, language=Language(condition_on="task", **language))
+        frame, subset = data.sources("train")["robot"][0], Subset("robot", Modality.CONTINUOUS)
+        samples = [data.processor.sample(frame, subset, key) for key in range(100)]
+        return [data.processor.tokenizer.decode(sample.tokens.tolist()) for sample in samples]
+
+    (always,) = set(prompts())
+    task = re.search("Task: (.+), State: ", always)
+    assert task is not None
+    sometimes = prompts(no_task_share=0.3)
+    assert set(sometimes) == {always, always.replace(task[1], "")}
+    assert 15 <= sum(prompt != always for prompt in sometimes) <= 45

@@ -11,8 +11,8 @@ from sharded_ranks import on_ranks
 from sharded_rollouts import roll_out
 
 from pi05_lightning.cli.rollout import rollout
-from pi05_lightning.sim.metaworld.collect import collect
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.weights.sharded_checkpoint import is_sharded, read
 
 pytestmark = pytest.mark.slow

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pi05_lightning.sim.metaworld.collect import collect
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 
 TASKS = ("reach-v3", "drawer-open-v3")
 
@@ -23,7 +23,11 @@ def collected(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def untrained(collected, tmp_path_factory) -> Path:
-    """An exported policy for the collected data, as chance made it."""
+    return as_chance_made_it(collected / "robot", tmp_path_factory.mktemp("untrained"))
+
+
+def as_chance_made_it(dataset: Path, folder: Path) -> Path:
+    """An exported policy for a dataset, untrained, in `folder`."""
     from pi05_lightning import Pi05DataModule
     from pi05_lightning.data.sources.lerobot import LeRobotConfig
     from pi05_lightning.models.config import ModelConfig
@@ -31,10 +35,9 @@ def untrained(collected, tmp_path_factory) -> Path:
     from pi05_lightning.weights.folder import save
 
     sizes = ModelConfig.preset("debug")
-    data = Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, shapes=sizes.shapes)
+    data = Pi05DataModule({"robot": LeRobotConfig(str(dataset))}, shapes=sizes.shapes)
     model = Pi05(sizes)
     model.reset_parameters()
-    folder = tmp_path_factory.mktemp("untrained")
     save(folder, model, data.processor)
     return folder
 

@@ -13,9 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pi05_lightning.sim.metaworld.collect import collect
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.episodes import record_episode
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
-from pi05_lightning.sim.metaworld.episodes import record_episode
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
 from pi05_lightning.sim.splits import split_seeds
 
@@ -188,8 +188,8 @@ def test_rates_that_cannot_be_are_rejected(tmp_path, name, value):
 
 PROGRAM = """
 from pathlib import Path
-from pi05_lightning.sim.metaworld.collect import collect
-from pi05_lightning.sim.metaworld.config import CollectConfig
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 if __name__ == "__main__":
     collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=100, num_workers=1, overwrite=True))
 """

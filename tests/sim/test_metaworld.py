@@ -85,7 +85,7 @@ def test_step_holds_the_action_for_its_control_steps(drawer):
 def test_leaving_out_what_is_out_of_view_changes_no_pixel(drawer, monkeypatch):
     drawer.reset(0)
     images = drawer.render()
-    monkeypatch.setattr(drawer, "_in_view", lambda camera: np.full(drawer._env.model.ngeom, True))
+    monkeypatch.setattr(drawer._views, "_in_view", lambda data, camera: np.full(drawer._env.model.ngeom, True))
     np.testing.assert_equal(drawer.render(), images)
 
 

@@ -53,6 +53,7 @@ class Run:
     acting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How the policy acted in the rollout, by mode."""
     swapped: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    chains: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Success at the task whose instruction was given in another one's scene, see `sim.summary.summarise`."""
     jumps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """How far the policy's actions jump where chunks meet and inside them, by mode, see `sim.summary.jumps`."""
@@ -81,6 +82,7 @@ def read_run(folder: Path) -> Run:
         success=result.get("success", {}),
         acting=result.get("acting", {}),
         swapped=result.get("swapped", {}),
+        chains=result.get("chains", {}),
         jumps=result.get("jumps", {}),
         curves=read_curves(folder),
         examples={

@@ -9,73 +9,32 @@ What differs from plain MetaWorld:
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
-from pi05_lightning.sim.metaworld.tasks import GRIPPER, ModelPart, task_language, task_of_sentence
+from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
+from pi05_lightning.sim.metaworld.tasks import task_language, task_of_sentence
+from pi05_lightning.sim.rendering import GRIPPER, Camera, Cameras, check_rendering
 from pi05_lightning.types import Box, Frame
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
 
 CONTROL_HZ = 80  # MetaWorld: 5 MuJoCo steps of 2.5 ms
-STATE_NAMES = ("x", "y", "z", "gripper_opening")
-ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
 _PLACING_STEPS = 100  # MuJoCo steps in which the hand follows wherever it is sent
-_VISIBLE_PIXELS = 4  # fewer of an object are a sliver behind something else
-_HIDDEN_GROUP = 5  # a geom group that MuJoCo does not draw
-
-
-@dataclass(frozen=True)
-class Camera:
-    """A MetaWorld camera, moved by `offset` metres and zoomed to `fovy` degrees; `rotate` turns the image by 180°."""
-
-    offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    fovy: float | None = None
-    rotate: bool = False
-
 
 CAMERAS = {"topview": Camera((0.0, 0.15, 0.0), fovy=28.0), "corner2": Camera(rotate=True)}
 """Cameras that are not used as MetaWorld defines them."""
 
 POLICY_CAMERAS = ("topview", "gripperPOV")
-
-
-def choose_rendering() -> None:
-    """Off-screen with EGL, unless the user chose otherwise; before MuJoCo is imported, which reads it then."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in the calling thread: at this size its pool only costs
-
-
-@cache
-def check_rendering() -> None:
-    """Raises NoSuchEnvironment, which says what to install or to set, where MuJoCo cannot render."""
-    choose_rendering()
-    try:
-        import mujoco
-
-        gl = mujoco.GLContext(8, 8)
-        gl.make_current()
-        mujoco.MjrContext(mujoco.MjModel.from_xml_string("<mujoco/>"), mujoco.mjtFontScale.mjFONTSCALE_100).free()
-        gl.free()
-    except Exception as error:  # each of its backends has its own ways to fail
-        raise NoSuchEnvironment(
-            f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')} ({type(error).__name__}: {error}):"
-            " set MUJOCO_GL=egl and install Mesa's EGL (Debian, Ubuntu: apt-get install libegl1 libegl-mesa0"
-            " libgl1-mesa-dri libopengl0)"
-        ) from error
 
 
 def import_metaworld() -> ModuleType:
@@ -110,10 +69,15 @@ def scene_of(task: str) -> str:
 
 
 @dataclass(frozen=True)
-class MetaWorld(EnvironmentConfig):
+class MetaWorld(DemonstratorConfig):
     """MetaWorld's 50 tasks by name, seen as the policy was trained to see them."""
 
-    has_expert = True
+    control_hz = CONTROL_HZ
+    cameras = POLICY_CAMERAS
+    demonstrated = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "faucet-close-v3")
+
+    def check_task(self, task: str) -> None:
+        check_task(task)
 
     def warm_up(self) -> None:
         import_metaworld()
@@ -150,6 +114,7 @@ class MetaWorldEnvironment:
     """
 
     max_seconds = 6.0
+    other_sentences = ()  # of an instruction
     ended = False  # an episode goes on for as long as the caller likes
     action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
 
@@ -167,6 +132,7 @@ class MetaWorldEnvironment:
 
         self.task = task
         self.language = task_language(task)
+        self.objects = tuple(self.language.objects)
         self.cameras = tuple(cameras)
         self.action_repeat = action_repeat
         self._mujoco = mujoco
@@ -183,31 +149,8 @@ class MetaWorldEnvironment:
         self._other: Any = None  # the one that is watched
         self.solved_other = False
         self._obs = np.zeros(39)
-        self._set_up_rendering(image_size)
-
-    def _set_up_rendering(self, size: int) -> None:
-        mujoco, model = self._mujoco, self._env.model
-        self._camera_ids = {}
-        for name in self.cameras:
-            camera_id = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, name)
-            if camera_id < 0:
-                known = ", ".join(model.camera(i).name for i in range(model.ncam))
-                raise NoSuchEnvironment(f"{self.task} has no camera {name!r}: use one of {known}")
-            camera = CAMERAS.get(name, Camera())
-            model.cam_pos[camera_id] += camera.offset
-            if camera.fovy is not None:
-                model.cam_fovy[camera_id] = camera.fovy
-            self._camera_ids[name] = camera_id
-        model.vis.quality.offsamples = 0
-        model.vis.quality.shadowsize = 1
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self._renderer = mujoco.Renderer(model, size, size)
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self._renderer.scene.flags[flag] = False
-        self._draw_options = mujoco.MjvOption()
-        self._objects = {name: self._ids(part) for name, part in {**self.language.objects, "gripper": GRIPPER}.items()}
-        self._is_geom = {name: np.isin(np.arange(model.ngeom + 1), ids[0]) for name, ids in self._objects.items()}
-        self._is_site = {name: np.isin(np.arange(model.nsite + 1), ids[1]) for name, ids in self._objects.items()}
+        things = {**self.language.objects, "gripper": GRIPPER}
+        self._views = Cameras(task, self._env.model, image_size, self.cameras, CAMERAS, things)
 
     def reset(self, seed: int) -> None:
         """Put the robot and the objects where `seed` says; the same for the same (task, seed), whatever came before."""
@@ -292,11 +235,11 @@ class MetaWorldEnvironment:
 
     def positions(self) -> dict[str, np.ndarray]:
         """Where the task's objects and the gripper are: f64[3] in metres, x to the right and y away from the robot."""
-        data, places = self._env.data, {}
-        for name, (geoms, sites) in self._objects.items():
-            places[name] = np.concatenate([data.geom_xpos[geoms], data.site_xpos[sites]]).mean(0)
-        places["gripper"] = self._env.tcp_center.copy()
-        return places
+        return self._views.positions(self._env.data) | {"gripper": self._env.tcp_center.copy()}
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Nothing is asked beyond where things are."""
+        yield from ()
 
     def place_hand(self, position: np.ndarray, effort: float) -> None:
         """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
@@ -311,61 +254,15 @@ class MetaWorldEnvironment:
 
     def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """{camera: uint8[3 h w]}."""
-        return {name: np.ascontiguousarray(self._draw(name).transpose(2, 0, 1)) for name in cameras or self.cameras}
+        return self._views.images(self._env.data, cameras or self.cameras)
 
     def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
-        """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible, from MuJoCo's segmentation."""
-        self._renderer.enable_segmentation_rendering()
-        found = {name: self._boxes_of(self._draw(name)) for name in cameras or self.cameras}
-        self._renderer.disable_segmentation_rendering()
-        return found
-
-    def _boxes_of(self, segmentation: np.ndarray) -> dict[str, Box]:
-        ids, kinds = np.moveaxis(segmentation, 2, 0)
-        geom_ids = np.where(kinds == int(self._mujoco.mjtObj.mjOBJ_GEOM), ids, -1)
-        site_ids = np.where(kinds == int(self._mujoco.mjtObj.mjOBJ_SITE), ids, -1)
-        size, boxes = len(ids), {}
-        for name in self._objects:
-            shown = self._is_geom[name][geom_ids] | self._is_site[name][site_ids]
-            if shown.sum() >= _VISIBLE_PIXELS:
-                rows, columns = np.flatnonzero(shown.any(1)), np.flatnonzero(shown.any(0))
-                boxes[name] = (rows[0] / size, columns[0] / size, (rows[-1] + 1) / size, (columns[-1] + 1) / size)
-        return boxes
-
-    def _ids(self, part: ModelPart) -> tuple[np.ndarray, np.ndarray]:
-        """Geom and site ids of a part."""
-        model = self._env.model
-        bodies = {model.body(name).id for name in part.bodies}
-        material = None if part.material is None else model.mat(part.material).id
-        geoms = [model.geom(name).id for name in part.geoms]
-        for geom in range(model.ngeom if part.bodies or part.material else 0):
-            drawn = model.geom_group[geom] < 3
-            inside = not part.bodies or model.geom_bodyid[geom] in bodies
-            if drawn and inside and material in (None, model.geom_matid[geom]):
-                geoms.append(geom)
-        return np.array(geoms, int), np.array([model.site(name).id for name in part.sites], int)
-
-    def _draw(self, name: str) -> np.ndarray:
-        model, data = self._env.model, self._env.data
-        groups = model.geom_group.copy()
-        model.geom_group[:] = np.where(self._in_view(self._camera_ids[name]), groups, _HIDDEN_GROUP)
-        self._renderer.update_scene(data, camera=name, scene_option=self._draw_options)
-        model.geom_group[:] = groups
-        image = self._renderer.render()
-        return image[::-1, ::-1] if CAMERAS.get(name, Camera()).rotate else image
-
-    def _in_view(self, camera_id: int) -> np.ndarray:
-        """bool[ngeom]: the bounding sphere touches the camera's pyramid. This halves the time of drawing."""
-        model, data = self._env.model, self._env.data
-        centre = (data.geom_xpos - data.cam_xpos[camera_id]) @ data.cam_xmat[camera_id].reshape(3, 3)
-        slope = np.tan(np.deg2rad(model.cam_fovy[camera_id]) / 2)
-        depth, radius = -centre[:, 2], model.geom_rbound
-        outside = (np.abs(centre[:, :2]) - slope * depth[:, None]).max(1) / np.sqrt(1 + slope**2)
-        return (radius == 0) | ((outside <= radius) & (depth + radius > 0))  # radius 0: planes
+        """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""
+        return self._views.boxes(self._env.data, cameras or self.cameras)
 
     def close(self) -> None:
         """Free the renderer; without it EGL complains when the interpreter exits."""
-        self._renderer.close()
+        self._views.close()
         for env in (self._env, *self._others.values()):
             env.close()
 

@@ -11,18 +11,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pi05_lightning.sim.rendering import ModelPart, bodies
+
 Parsed = Mapping[str, np.ndarray]
 """An expert's own reading of the observation, by its names: hand_pos, goal_pos, drwr_pos, …"""
-
-
-@dataclass(frozen=True)
-class ModelPart:
-    """Where a named thing is in the MuJoCo model: the geoms of some bodies, of a material, or both; geoms; sites."""
-
-    bodies: tuple[str, ...] = ()
-    material: str | None = None
-    geoms: tuple[str, ...] = ()
-    sites: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,18 +31,13 @@ class TaskLanguage:
     phase: Callable[[Parsed], str] | None = None
 
 
-def _bodies(*names: str) -> ModelPart:
-    return ModelPart(bodies=names)
-
-
-GRIPPER = _bodies("right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad")
 _GOAL = ModelPart(sites=("goal",))
 _PUCK = ModelPart(geoms=("objGeom",))
 _WINDOW = {
     "window handle": ModelPart(bodies=("windowb_a",), material="window_white"),
-    "window": _bodies("windowb_a", "windowb_b"),
+    "window": bodies("windowb_a", "windowb_b"),
 }
-_BUTTON = {"button": _bodies("button"), "button box": _bodies("buttonbox")}
+_BUTTON = {"button": bodies("button"), "button box": bodies("buttonbox")}
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> float:
@@ -119,7 +106,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "drawer-open-v3": TaskLanguage(
         "open the drawer",
-        {"drawer handle": _PUCK, "drawer": _bodies("drawer_link", "drawercase_link")},
+        {"drawer handle": _PUCK, "drawer": bodies("drawer_link", "drawercase_link")},
         _approach("drwr_pos", (0.0, 0.0, -0.02), 0.06, 0.04, _BEHIND, "drawer handle", "pull the drawer open"),
     ),
     "button-press-topdown-v3": TaskLanguage("press the button from above", _BUTTON, _press_topdown),
@@ -131,17 +118,17 @@ LANGUAGE: dict[str, TaskLanguage] = {
     ),
     "faucet-close-v3": TaskLanguage(
         "close the faucet",
-        {"faucet handle": _bodies("faucet_link2"), "faucet": _bodies("faucet_link", "faucet_link2")},
+        {"faucet handle": bodies("faucet_link2"), "faucet": bodies("faucet_link", "faucet_link2")},
         _approach("faucet_pos", (0.04, 0.0, 0.03), 0.04, 0.04, _BESIDE, "faucet handle", "push the faucet handle shut"),
     ),
     "coffee-push-v3": TaskLanguage(
         "push the mug under the coffee machine",
-        {"mug": _bodies("mug"), "coffee machine": _bodies("cm_link")},
+        {"mug": bodies("mug"), "coffee machine": bodies("cm_link")},
         _approach("mug_pos", (0.01, 0.0, 0.05), 0.06, 0.02, _ONTO, "mug", "push the mug under the coffee machine"),
     ),
     "lever-pull-v3": TaskLanguage(
         "pull the lever up",
-        {"lever": _bodies("lever_link1")},
+        {"lever": bodies("lever_link1")},
         _approach("lever_pos", (0.0, -0.055, 0.0), 0.02, 0.02, _BELOW, "lever", "pull the lever up"),
     ),
     "sweep-into-v3": TaskLanguage(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.types import Answer, Box, box_to_text
 
 _CLOSED = 0.7  # of the gripper's opening in [0, 1]; closed on nothing it is 0.5, open 1.0
@@ -14,7 +14,7 @@ _BESIDE = 0.02  # metres within which two things are at the same place along an 
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
 
 
-def answers(env: MetaWorldEnvironment, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[Answer, ...]:
+def answers(env: Demonstrator, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[Answer, ...]:
     """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper.
 
     boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them.
@@ -26,8 +26,9 @@ def answers(env: MetaWorldEnvironment, boxes: Mapping[str, Mapping[str, Box]]) -
         if (name, camera) != ("gripper", _WRIST_CAMERA)
     ]
     camera, places = next(iter(boxes)), env.positions()
-    for name in env.language.objects:
+    for name in env.objects:
         asked.append(Answer(f"where is the {name}?", direction(places[name] - places["gripper"]), camera))
+    asked += [Answer(question, answer, camera) for question, answer in env.facts()]
     asked.append(Answer("is the gripper closed?", "yes" if env.state[3] < _CLOSED else "no", camera))
     return tuple(asked)
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import io
 import zlib
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pi05_lightning.sim.metaworld import questions
-from pi05_lightning.sim.metaworld.config import Piece
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.sim.demonstrations import questions
+from pi05_lightning.sim.demonstrations.config import Piece
+from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
 
 FRAMES_PER_SCENE = 4
@@ -26,7 +27,7 @@ _FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
 def record_scenes(piece: Piece) -> list[dict[str, Any]]:
     """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns."""
     config, rows = piece.config, []
-    with MetaWorldEnvironment(piece.task, config.image_size, config.cameras, config.action_repeat) as env:
+    with closing(config.env.open(piece.task, config.view)) as env:
         for seed in split_seeds(piece.split, piece.count, config.seed, start=_FIRST_SCENE + piece.first):
             rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
             env.reset(seed)
@@ -50,7 +51,7 @@ def write_scenes(path: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
     datasets.enable_progress_bars()
 
 
-def _row(env: MetaWorldEnvironment, camera: str) -> dict[str, Any]:
+def _row(env: Demonstrator, camera: str) -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.fromarray(env.render([camera])[camera].transpose(1, 2, 0)).save(buffer, "PNG")
     boxes = env.boxes([camera])
@@ -58,7 +59,7 @@ def _row(env: MetaWorldEnvironment, camera: str) -> dict[str, Any]:
     return {
         "image": {"bytes": buffer.getvalue()},
         "camera": camera,
-        "task": env.language.sentence,
+        "task": env.sentence,
         "caption": questions.caption(boxes[camera]),
         "question": [answer.question for answer in asked],
         "answer": [answer.answer for answer in asked],

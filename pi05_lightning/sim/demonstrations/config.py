@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi05_lightning.sim.metaworld.environment import CONTROL_HZ, POLICY_CAMERAS
+from pi05_lightning.sim.environment import DemonstratorConfig, View
+from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what --env knows by name
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Demonstrations of MetaWorld's scripted experts, as a LeRobot v3 dataset with language."""
+    """Demonstrations of a simulator's scripted experts, as a LeRobot v3 dataset with language."""
 
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
-    tasks: tuple[str, ...] = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "faucet-close-v3")
-    """MetaWorld tasks by name."""
+    tasks: tuple[str, ...] | None = None
+    """The simulator's tasks by name; by default four of MetaWorld's, or all of the desk's of one step."""
+    env: DemonstratorConfig = MetaWorld()  # noqa: RUF009 - frozen
+    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
     val_episodes: int = 10
@@ -26,10 +29,13 @@ class CollectConfig:
     """Decides every initial state, push and scene; other seeds share none of them."""
     noise_share: float = 0.5
     """Share of the episodes in which the arm is pushed off its way; the actions stay the expert's."""
+    rephrased_share: float = 0.0
+    """Share of the episodes whose instruction is in other words, which the desk has; those of `pi05 rollout` are not
+    among them."""
     action_repeat: int = 8
     """Control steps of 1/80 s that an action lasts: frames per second are 80 / action_repeat."""
-    cameras: tuple[str, ...] = POLICY_CAMERAS
-    """MetaWorld cameras to film with."""
+    cameras: tuple[str, ...] | None = None
+    """The simulator's cameras to film with; by default one of the scene and one on the wrist."""
     image_size: int = 64
     """Height and width of the images in pixels."""
     answers_every: int = 2
@@ -44,23 +50,33 @@ class CollectConfig:
     """Replace `out` when it exists."""
 
     def __post_init__(self) -> None:
-        if self.action_repeat < 1 or CONTROL_HZ % self.action_repeat:
-            raise ValueError(
-                f"action_repeat: {self.action_repeat} does not divide {CONTROL_HZ} Hz; use 1, 2, 4, 5, 8 or 10"
-            )
+        rate = self.env.control_hz
+        if self.action_repeat < 1 or rate % self.action_repeat:
+            raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use 1, 2, 4, 5, 8 or 10")
         if self.episodes < 1 or self.val_episodes < 0 or self.scenes < 0:
             raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
         if self.answers_every < 1:
             raise ValueError(f"answers_every: {self.answers_every} is not a number of frames, give at least 1")
-        if not 0 <= self.noise_share <= 1:
-            raise ValueError(f"noise_share: {self.noise_share} is a share, give it between 0 and 1")
+        for name in ("noise_share", "rephrased_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} is a share, give it between 0 and 1")
         if self.image_size % 2:
             raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")
 
     @property
     def fps(self) -> int:
         """Frames, and actions, per second."""
-        return CONTROL_HZ // self.action_repeat
+        return self.env.control_hz // self.action_repeat
+
+    @property
+    def recorded(self) -> tuple[str, ...]:
+        """The tasks."""
+        return self.env.demonstrated if self.tasks is None else self.tasks
+
+    @property
+    def view(self) -> View:
+        """What is seen of them."""
+        return View(self.env.cameras if self.cameras is None else self.cameras, self.image_size, self.fps)
 
 
 @dataclass(frozen=True)

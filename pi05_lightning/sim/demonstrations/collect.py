@@ -1,4 +1,4 @@
-"""Records demonstrations of MetaWorld's scripted experts as a LeRobot v3 dataset, with language."""
+"""Records demonstrations of a simulator's scripted experts as a LeRobot v3 dataset, with language."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pi05_lightning.sim.metaworld.config import CollectConfig, Piece
-from pi05_lightning.sim.metaworld.environment import MetaWorld, check_task
-from pi05_lightning.sim.metaworld.episodes import Block, record_block
-from pi05_lightning.sim.metaworld.scenes import record_scenes, write_scenes
+from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
+from pi05_lightning.sim.demonstrations.episodes import Block, record_block
+from pi05_lightning.sim.demonstrations.scenes import record_scenes, write_scenes
 from pi05_lightning.sim.processes import simulator_processes
 
 ROBOT, WEB = "robot", "web"
@@ -35,8 +34,8 @@ def collect(config: CollectConfig) -> Path:
     Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
     tasks or cameras and when an expert fails too often.
     """
-    for task in config.tasks:
-        check_task(task)
+    for task in config.recorded:
+        config.env.check_task(task)
     out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
     if out.exists() and not config.overwrite:
         raise FileExistsError(f"{out} already exists. Delete it, choose another out, or set overwrite: true.")
@@ -66,17 +65,17 @@ def _make(root: Path, config: CollectConfig) -> None:
     root.mkdir()
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
-    with simulator_processes(config.num_workers or os.cpu_count() or 1, MetaWorld().warm_up) as pool:
-        from pi05_lightning.sim.metaworld.lerobot_writer import (  # slow: while the workers import theirs
+    with simulator_processes(config.num_workers or os.cpu_count() or 1, config.env.warm_up) as pool:
+        from pi05_lightning.sim.demonstrations.lerobot_writer import (  # slow: while the workers import theirs
             video_path,
             write_dataset,
         )
 
         blocks: list[Block] = []
-        for split, task, first, count in _pieces(config.tasks, episodes):
-            videos = {camera: video_path(root / ROBOT, camera, len(blocks)) for camera in config.cameras}
+        for split, task, first, count in _pieces(config.recorded, episodes):
+            videos = {camera: video_path(root / ROBOT, camera, len(blocks)) for camera in config.view.cameras}
             blocks.append(Block(config, task, split, first, count, videos))
-        pictures = [Piece(config, task, split, *rest) for split, task, *rest in _pieces(config.tasks, scenes)]
+        pictures = [Piece(config, task, split, *rest) for split, task, *rest in _pieces(config.recorded, scenes)]
         total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
         with tqdm(total=total, unit=" initial states") as bar:
             write_dataset(root / ROBOT, config, _run(pool, record_block, blocks, bar), _split_ranges(config))
@@ -96,7 +95,7 @@ def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str,
 
 
 def _split_ranges(config: CollectConfig) -> dict[str, str]:
-    train, val = config.episodes * len(config.tasks), config.val_episodes * len(config.tasks)
+    train, val = config.episodes * len(config.recorded), config.val_episodes * len(config.recorded)
     return {"train": f"0:{train}", **({"val": f"{train}:{train + val}"} if val else {})}
 
 

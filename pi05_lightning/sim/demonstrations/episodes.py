@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from pi05_lightning.sim.demonstrations import questions
+from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
-from pi05_lightning.sim.metaworld import questions
-from pi05_lightning.sim.metaworld.config import CollectConfig, Piece
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.types import Answer, Frame
 
@@ -56,7 +57,7 @@ def record_block(spec: Block) -> list[Episode]:
     config = spec.config
     seeds = split_seeds(spec.split, spec.count * ATTEMPTS, config.seed, start=spec.first * ATTEMPTS)
     episodes: list[Episode] = []
-    with MetaWorldEnvironment(spec.task, config.image_size, config.cameras, config.action_repeat) as env:
+    with closing(config.env.open(spec.task, config.view)) as env:
         for seed in seeds:
             episode = record_episode(env, seed, config)
             if episode is not None:
@@ -75,7 +76,7 @@ def record_block(spec: Block) -> list[Episode]:
     return [replace(e, images={name: film[:, thin, thin] for name, film in e.images.items()}) for e in episodes]
 
 
-def record_episode(env: MetaWorldEnvironment, seed: int, config: CollectConfig) -> Episode | None:
+def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episode | None:
     """The expert from initial state `seed` until `tail_frames` after success, or None where it does not succeed.
 
     A frame's action is the mean of what the expert does, closed loop, until the next one: held that long, it brings
@@ -105,10 +106,18 @@ def record_episode(env: MetaWorldEnvironment, seed: int, config: CollectConfig) 
     if not solved:
         return None
     return Episode(
-        task=env.language.sentence,
+        task=_said(env, config.rephrased_share, seed),
         state=np.stack([frame.state for frame in frames if frame.state is not None]),
         action=np.stack(actions),
         images={name: np.stack([frame.images[name].transpose(1, 2, 0) for frame in frames]) for name in env.cameras},
         subtasks=subtasks,
         answers=answers,
     )
+
+
+def _said(env: Demonstrator, rephrased_share: float, seed: int) -> str:
+    """The instruction, or the same in other words."""
+    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 1])
+    if rephrased_share and not env.other_sentences:
+        raise ValueError(f"rephrased_share: {env.task} has no other words: leave it 0, or leave the task out")
+    return str(rng.choice(env.other_sentences)) if rng.random() < rephrased_share else env.sentence

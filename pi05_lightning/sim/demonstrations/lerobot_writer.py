@@ -22,11 +22,12 @@ from lerobot.datasets.language import LANGUAGE_EVENTS, LANGUAGE_PERSISTENT, lang
 from lerobot.datasets.utils import DEFAULT_CHUNK_SIZE, DEFAULT_DATA_PATH, DEFAULT_VIDEO_PATH
 
 from pi05_lightning.sim import encoding
-from pi05_lightning.sim.metaworld.config import CollectConfig
-from pi05_lightning.sim.metaworld.environment import ACTION_NAMES, STATE_NAMES
-from pi05_lightning.sim.metaworld.episodes import Episode
+from pi05_lightning.sim.demonstrations.config import CollectConfig
+from pi05_lightning.sim.demonstrations.episodes import Episode
 from pi05_lightning.types import Answer
 
+STATE_NAMES = ("x", "y", "z", "gripper_opening")  # of MetaWorld's arm
+ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
 _TOOL_CALLS = ("tool_calls", pa.list_(pa.string()))
 _EVENT = [("role", pa.string()), ("content", pa.string()), ("style", pa.string()), ("camera", pa.string()), _TOOL_CALLS]
 _EVENTS = pa.list_(pa.struct(_EVENT))
@@ -52,7 +53,7 @@ def write_dataset(
     """
     size = config.image_size
     image = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
-    features: dict[str, Any] = {image_key(camera): image for camera in config.cameras}
+    features: dict[str, Any] = {image_key(camera): image for camera in config.view.cameras}
     features["observation.state"] = {"dtype": "float32", "shape": (4,), "names": list(STATE_NAMES)}
     features["action"] = {"dtype": "float32", "shape": (4,), "names": list(ACTION_NAMES)}
     meta = LeRobotDatasetMetadata.create(

@@ -1,0 +1,1 @@
+"""Scripted experts' demonstrations, with language, of any simulator that has them."""

@@ -1,0 +1,1 @@
+"""The desk: one scene, many instructions, made of MetaWorld's things and arm."""

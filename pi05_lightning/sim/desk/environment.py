@@ -1,0 +1,274 @@
+"""The desk as a robot that can be asked for the truth: one scene, many instructions.
+
+As in `sim.metaworld`, a decision lasts `action_repeat` control steps of 1/80 s, and a policy sees images, its
+instruction and four values of the arm alone. What stands where depends on the seed and, where it is not said
+otherwise, on the task's name, as other numbers would: the instruction cannot be read off the picture.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pi05_lightning.sim.desk.experts import Move
+from pi05_lightning.sim.desk.scene import (
+    BLOCKS,
+    CAMERA,
+    HAND_HIGH,
+    HAND_LOW,
+    OBJECTS,
+    Tabletop,
+    draw_places,
+)
+from pi05_lightning.sim.desk.tasks import (
+    CHAIN,
+    CHAIN_LENGTH,
+    INSTRUCTIONS,
+    OPEN,
+    SHUT,
+    TASKS,
+    TURNED,
+    Episode,
+    Task,
+    draw_chain,
+)
+from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
+from pi05_lightning.sim.metaworld.environment import import_metaworld
+from pi05_lightning.sim.rendering import GRIPPER, Cameras
+from pi05_lightning.sim.splits import split_seeds
+from pi05_lightning.types import Box, Frame
+
+if TYPE_CHECKING:
+    from pi05_lightning.data.robot import Robot
+
+_NAMES = {sentence: name for name, task in TASKS.items() for sentence in (task.sentence, *task.others)}
+
+
+@dataclass(frozen=True)
+class Desk(DemonstratorConfig):
+    """A desk with a drawer, a faucet, three buttons and two blocks: many instructions."""
+
+    same_states: bool = False
+    """Whether the n-th initial state is the same for all tasks, so that only the instruction tells them apart."""
+
+    control_hz = 80
+    cameras = (CAMERA, "gripperPOV")
+    demonstrated = tuple(INSTRUCTIONS)
+
+    def warm_up(self) -> None:
+        import_metaworld()
+
+    def tasks(self, robot: Robot) -> list[str]:
+        """Those that the policy was trained on, from their instructions; all of one step where it knows none."""
+        return list(dict.fromkeys(_NAMES[s] for s in robot.tasks if s in _NAMES)) or list(INSTRUCTIONS)
+
+    def check_task(self, task: str) -> None:
+        if task not in TASKS:
+            known = ", ".join(TASKS)
+            raise NoSuchEnvironment(f"the desk has no task {task!r}: use one of {known}; in a rollout also {CHAIN}")
+
+    def partners(self, tasks: Sequence[str]) -> dict[str, str]:
+        """The one that is half of the list away: tasks that are alike are neighbours."""
+        names = [name for name in (tasks if len(tasks) > 1 else INSTRUCTIONS) if name in INSTRUCTIONS]
+        others = {name: names[(place + len(names) // 2) % len(names)] for place, name in enumerate(names)}
+        return {name: other for name, other in others.items() if name in tasks and name != other}
+
+    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+        return split_seeds(split, episodes, seed) if self.same_states else super().seeds(number, episodes, seed, split)
+
+    def open(self, task: str, view: View) -> DeskEnvironment:
+        if task != CHAIN:
+            self.check_task(task)
+        repeat = action_repeat("the desk", self.control_hz, view)
+        kind = ChainEnvironment if task == CHAIN else DeskEnvironment
+        return kind(task, view.image_size, view.cameras, repeat, self.same_states)
+
+
+class DeskEnvironment:
+    """The desk at one task.
+
+    Args:
+        task: a name of `TASKS`.
+        image_size: height and width of the images, in pixels.
+        cameras: `desk`, or MetaWorld's (gripperPOV, topview, corner, …).
+        steps: control steps that one `step` lasts.
+        same_states: whether `reset` puts things in the same places whatever the task.
+
+    Raises NoSuchEnvironment, a ValueError, on an unknown camera. Close it before the interpreter exits.
+    """
+
+    objects = tuple(OBJECTS)
+    ended = False
+    action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
+    workspace = (HAND_LOW, HAND_HIGH)
+
+    def __init__(
+        self,
+        task: str,
+        image_size: int = 64,
+        cameras: Sequence[str] = Desk.cameras,
+        steps: int = 8,
+        same_states: bool = False,
+    ) -> None:
+        self.task = task
+        self.cameras = tuple(cameras)
+        self.action_repeat = steps
+        self._key = () if same_states else (zlib.crc32(task.encode()),)
+        self._desk = Tabletop()
+        things = {**OBJECTS, "gripper": GRIPPER}
+        self._views = Cameras("the desk", self._desk.model, image_size, self.cameras, {}, things)
+        self._given = TASKS.get(task) or next(iter(INSTRUCTIONS.values()))
+        self._other: Task | None = None
+        self.solved_other = False
+
+    def reset(self, seed: int) -> None:
+        """Put the robot and all things where `seed` says; the same for the same seed, whatever came before."""
+        self._desk.reset(draw_places(np.random.default_rng([seed, *self._key])))
+        self._episode = Episode.beginning(self._desk.state())
+        self._other, self.solved_other = None, False
+
+    def watch(self, task: str) -> bool:
+        """Watch until the next reset whether another task is solved; returns whether it is not solved already."""
+        Desk().check_task(task)
+        self._other = None if TASKS[task].solved(self._episode) else TASKS[task]
+        return self._other is not None
+
+    def step(self, action: np.ndarray) -> bool:
+        """Hold `action` f32[4] (dx, dy, dz, gripper effort, clipped to [-1, 1]) for `action_repeat` control steps.
+
+        Returns whether the task succeeded in one of them.
+        """
+        successes = [self.control_step(action) for _ in range(self.action_repeat)]
+        return any(successes)
+
+    def control_step(self, action: np.ndarray) -> bool:
+        """One control step of 1/80 s; returns whether the task is solved."""
+        self._desk.act(np.clip(action, -1.0, 1.0))
+        self._episode = self._episode.after(self._desk.state())
+        if self._other is not None and not self.solved_other:
+            self.solved_other = self._other.solved(self._episode)
+        return self._given.solved(self._episode)
+
+    def expert_step(self) -> bool:
+        """As long as a `step`, with what the expert does at each control step."""
+        successes = [self.control_step(self.expert_action()) for _ in range(self.action_repeat)]
+        return any(successes)
+
+    def expert_action(self) -> np.ndarray:
+        """What the scripted expert does now, for one control step: f32[4] in [-1, 1]."""
+        return self._move().action(self._episode.now.hand)
+
+    def subtask(self) -> str:
+        """What the expert is doing at the moment, in words."""
+        return self._move().words
+
+    def _move(self) -> Move:
+        return self._given.expert(self._episode)
+
+    @property
+    def sentence(self) -> str:
+        """The instruction."""
+        return self._given.sentence
+
+    @property
+    def other_sentences(self) -> tuple[str, ...]:
+        """The same in other words."""
+        return self._given.others
+
+    @property
+    def max_seconds(self) -> float:
+        return self._given.seconds
+
+    @property
+    def fps(self) -> float:
+        """Actions per second."""
+        return Desk.control_hz / self.action_repeat
+
+    @property
+    def state(self) -> np.ndarray:
+        """f32[4]: hand position in metres, gripper opening in [0, 1]."""
+        return np.array([*self._episode.now.hand, self._episode.now.gripper], np.float32)
+
+    def observation(self) -> Frame:
+        """What a policy may see: images, the instruction and `state`."""
+        return Frame(images=self.render(), task=self.sentence, state=self.state)
+
+    def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """{camera: uint8[3 h w]}."""
+        return self._views.images(self._desk.data, cameras or self.cameras)
+
+    def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
+        """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""
+        return self._views.boxes(self._desk.data, cameras or self.cameras)
+
+    def positions(self) -> dict[str, np.ndarray]:
+        """Where the things and the gripper are: f64[3] in metres, x to the right and y away from the robot."""
+        return self._views.positions(self._desk.data) | {"gripper": self._desk.fingertips}
+
+    def facts(self) -> Iterator[tuple[str, str]]:
+        """Questions about the state of things, and their answers."""
+        now = self._episode.now
+        drawer = "yes" if now.drawer_open > OPEN else "no" if now.drawer_open < SHUT else "half"
+        yield "is the drawer open?", drawer
+        angle = now.faucet_angle
+        yield "where does the faucet point?", "left" if angle < -TURNED else "right" if angle > TURNED else "ahead"
+        for colour in BLOCKS:
+            yield f"is the {colour} block in the drawer?", "yes" if now.in_drawer(colour) else "no"
+
+    def place_hand(self, position: np.ndarray, effort: float) -> None:
+        """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
+        self._desk.place_hand(position, effort)
+        self._episode = self._episode.after(self._desk.state())
+
+    def close(self) -> None:
+        """Free the renderer; without it EGL complains when the interpreter exits."""
+        self._views.close()
+
+    def __enter__(self) -> DeskEnvironment:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class ChainEnvironment(DeskEnvironment):
+    """Instructions one after the other without a reset, as CALVIN has them: the first that fails ends the episode.
+
+    done    instructions that were done in a row
+    length  all of them
+    """
+
+    done, length = 0, CHAIN_LENGTH
+    max_seconds = sum(sorted(task.seconds for task in INSTRUCTIONS.values())[-length:])
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        self._chain = draw_chain(np.random.default_rng([seed, *self._key, 1]), self.length)
+        self.done, self.ended = 0, False
+        self._give()
+
+    def _give(self) -> None:
+        self._given = INSTRUCTIONS[self._chain[self.done]]
+        self._episode = Episode.beginning(self._episode.now)
+        self._steps_left = round(self._given.seconds * Desk.control_hz)
+
+    def watch(self, task: str) -> bool:
+        """Nothing else is judged while instructions change."""
+        return False
+
+    def control_step(self, action: np.ndarray) -> bool:
+        """One control step; returns whether all instructions are done."""
+        if self.done == self.length:
+            return True
+        if super().control_step(action):
+            self.done += 1
+            if self.done < self.length:
+                self._give()
+        else:
+            self._steps_left -= 1
+            self.ended = self.ended or self._steps_left <= 0
+        return self.done == self.length

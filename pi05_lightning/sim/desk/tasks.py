@@ -1,0 +1,233 @@
+"""What can be asked for at the desk: instructions, when they are done, who shows how, and which may follow one another.
+
+Every instruction of one step is possible in every initial state, so the picture never tells which one is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pi05_lightning.sim.desk import experts
+from pi05_lightning.sim.desk.experts import Expert, Move
+from pi05_lightning.sim.desk.scene import BLOCK, BLOCKS, BUTTONS, DRAWER_WIDTH, State
+
+OPEN, SHUT = 0.93, 0.07  # of the drawer's way
+TURNED = 55.0  # degrees
+PUSHED = 0.06  # metres to a side
+_ON_DESK = BLOCK + 0.01
+_PRESSED = 0.7  # of a button's way
+_SIDES = {"left": -1.0, "right": 1.0}
+CHAIN = "chain"
+CHAIN_LENGTH = 5  # as in CALVIN
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What happened since an instruction was given: how it was then and is now, and the buttons pressed meanwhile."""
+
+    start: State
+    now: State
+    pressed: frozenset[str] = frozenset()
+
+    @classmethod
+    def beginning(cls, state: State) -> Episode:
+        return cls(state, state)
+
+    def after(self, state: State) -> Episode:
+        down = {colour for colour, depth in state.pressed.items() if depth > _PRESSED}
+        return replace(self, now=state, pressed=self.pressed | down)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An instruction.
+
+    solved  whether it is done
+    expert  what to do next for it
+    needs   whether it can be done on a desk that was left so
+    leaves  the desk as it is once it is done
+    others  the sentence in other words, for training data that shall have them
+    seconds simulated time after which it has failed
+    """
+
+    sentence: str
+    solved: Callable[[Episode], bool]
+    expert: Callable[[Episode], Move]
+    needs: Callable[[Left], bool] = lambda left: True
+    leaves: Callable[[Left], Left] = lambda left: left
+    others: tuple[str, ...] = ()
+    seconds: float = 6.0
+
+
+@dataclass(frozen=True)
+class Left:
+    """How instructions leave the desk, in words: enough to say which can follow.
+
+    blocks: {colour: pushes to the right, less those to the left; None in the drawer}
+    """
+
+    drawer: str = "half"
+    faucet: str = "middle"
+    blocks: tuple[tuple[str, int | None], ...] = tuple((colour, 0) for colour in BLOCKS)
+
+    def block(self, colour: str) -> int | None:
+        return dict(self.blocks)[colour]
+
+    def with_block(self, colour: str, place: int | None) -> Left:
+        return replace(self, blocks=tuple({**dict(self.blocks), colour: place}.items()))
+
+
+def _of_state(expert: Expert) -> Callable[[Episode], Move]:
+    return lambda episode: expert(episode.now)
+
+
+def _press(colour: str) -> Task:
+    return Task(
+        f"press the {colour} button",
+        solved=lambda episode: colour in episode.pressed,
+        expert=_of_state(experts.press(colour)),
+        others=(
+            f"push the {colour} button",
+            f"hit the {colour} button",
+            f"press the button that is {colour}",
+            f"press down the {colour} one of the buttons",
+        ),
+    )
+
+
+def _turn(way: str) -> Task:
+    side = _SIDES[way]
+    return Task(
+        f"turn the faucet to the {way}",
+        solved=lambda episode: side * episode.now.faucet_angle > TURNED,
+        expert=_of_state(experts.turn_faucet(side)),
+        needs=lambda left: left.faucet != way,
+        leaves=lambda left: replace(left, faucet=way),
+        others=(
+            f"rotate the faucet to the {way}",
+            f"turn the tap {way}wards",
+            f"swing the handle of the faucet to the {way} side",
+            f"the faucet should point to the {way}",
+        ),
+    )
+
+
+def _push(colour: str, way: str) -> Task:
+    side = _SIDES[way]
+
+    def solved(episode: Episode) -> bool:
+        before, now = episode.start.blocks[colour], episode.now.blocks[colour]
+        return bool(side * (now[0] - before[0]) > PUSHED and now[2] < _ON_DESK)
+
+    def needs(left: Left) -> bool:
+        place = left.block(colour)
+        return place is not None and abs(place + side) <= 1
+
+    return Task(
+        f"push the {colour} block to the {way}",
+        solved,
+        _of_state(experts.push_block(colour, side)),
+        needs,
+        lambda left: left.with_block(colour, (left.block(colour) or 0) + int(side)),
+        others=(
+            f"slide the {colour} block to the {way}",
+            f"push the {colour} cube {way}wards",
+            f"shove the {colour} cube over to the {way} side",
+            f"move the {colour} block {way}",
+        ),
+    )
+
+
+def _store(colour: str) -> Task:
+    aside = (-0.5 if colour == BLOCKS[0] else 0.5) * DRAWER_WIDTH
+    return Task(
+        f"put the {colour} block into the drawer",
+        solved=lambda episode: episode.now.in_drawer(colour),
+        expert=_of_state(experts.store_block(colour, aside)),
+        needs=lambda left: left.drawer != "shut" and left.block(colour) is not None,
+        leaves=lambda left: left.with_block(colour, None),
+        others=(
+            f"place the {colour} block in the drawer",
+            f"store the {colour} cube in the drawer",
+            f"drop the {colour} block inside the drawer",
+            f"the {colour} cube belongs into the drawer",
+        ),
+    )
+
+
+INSTRUCTIONS: Mapping[str, Task] = {
+    "drawer-open": Task(
+        "open the drawer",
+        solved=lambda episode: episode.now.drawer_open > OPEN,
+        expert=_of_state(experts.open_drawer),
+        needs=lambda left: left.drawer != "open",
+        leaves=lambda left: replace(left, drawer="open"),
+        others=(
+            "pull the drawer open",
+            "slide the drawer out",
+            "get the drawer all the way open",
+            "the drawer should be open",
+        ),
+    ),
+    "drawer-close": Task(
+        "close the drawer",
+        solved=lambda episode: episode.now.drawer_open < SHUT,
+        expert=_of_state(experts.close_drawer),
+        needs=lambda left: left.drawer != "shut",
+        leaves=lambda left: replace(left, drawer="shut"),
+        others=(
+            "push the drawer shut",
+            "slide the drawer shut",
+            "push the drawer back in",
+            "the drawer should be shut",
+        ),
+    ),
+    **{f"button-{colour}": _press(colour) for colour in BUTTONS},
+    **{f"faucet-{way}": _turn(way) for way in _SIDES},
+    **{f"block-{colour}-{way}": _push(colour, way) for colour in BLOCKS for way in _SIDES},
+    **{f"block-{colour}-drawer": _store(colour) for colour in BLOCKS},
+}
+"""Of one step each."""
+
+
+def _steps(sentence: str, *names: str) -> Task:
+    """An instruction for which several of the others have to be done, in any order."""
+    steps = [INSTRUCTIONS[name] for name in names]
+
+    def expert(episode: Episode) -> Move:
+        return next((step for step in steps if not step.solved(episode)), steps[-1]).expert(episode)
+
+    return Task(sentence, lambda episode: all(step.solved(episode) for step in steps), expert, seconds=6.0 * len(steps))
+
+
+SEVERAL_STEPS: Mapping[str, Task] = {
+    "tidy-up": _steps(
+        "tidy up: put the blocks into the drawer and close it",
+        *(f"block-{colour}-drawer" for colour in BLOCKS),
+        "drawer-close",
+    ),
+    **{
+        f"store-{colour}": _steps(
+            f"put the {colour} block into the drawer and close it", f"block-{colour}-drawer", "drawer-close"
+        )
+        for colour in BLOCKS
+    },
+    "all-buttons": _steps("press all buttons", *(f"button-{colour}" for colour in BUTTONS)),
+}
+TASKS: Mapping[str, Task] = {**INSTRUCTIONS, **SEVERAL_STEPS}
+
+
+def draw_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> list[str]:
+    """Instructions of one step, each of which is possible after those before it, and none that was just given."""
+    return list(_chain(rng, length))
+
+
+def _chain(rng: np.random.Generator, length: int) -> Iterator[str]:
+    left, last = Left(), ""
+    for _ in range(length):
+        last = str(rng.choice([n for n, task in INSTRUCTIONS.items() if n != last and task.needs(left)]))
+        left = INSTRUCTIONS[last].leaves(left)
+        yield last

@@ -1,0 +1,187 @@
+"""The desk: one scene in which every instruction is possible, and only the instruction says which one is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from pi05_lightning.sim.demonstrations import questions
+from pi05_lightning.sim.desk.environment import ChainEnvironment, Desk, DeskEnvironment
+from pi05_lightning.sim.desk.scene import BLOCKS, BUTTONS, OBJECTS
+from pi05_lightning.sim.desk.tasks import CHAIN, CHAIN_LENGTH, INSTRUCTIONS, SEVERAL_STEPS, TASKS, Left, draw_chain
+from pi05_lightning.sim.environment import NoSuchEnvironment, View
+from pi05_lightning.sim.instructions import PARAPHRASES, read_paraphrases
+from pi05_lightning.sim.splits import split_seeds
+
+VIEW = View(Desk.cameras, 64, 10.0)
+HELD_OUT = split_seeds("rollout", 100)
+
+
+@pytest.fixture(scope="module")
+def desk() -> Iterator[DeskEnvironment]:
+    with Desk(same_states=True).open("drawer-open", VIEW) as env:
+        yield env
+
+
+def begin(env: DeskEnvironment, name: str, seed: int) -> None:
+    """As an environment of another task would, which costs a renderer."""
+    env._given = TASKS[name]
+    env.reset(seed)
+
+
+def actions_to_success(env: DeskEnvironment) -> int | None:
+    """How many of the expert's actions it takes; None if it runs out of time."""
+    for number in range(1, round(env.max_seconds * env.fps) + 1):
+        if env.expert_step():
+            return number
+    return None
+
+
+def test_there_are_at_least_twelve_instructions_and_no_two_are_the_same():
+    assert len(INSTRUCTIONS) >= 12
+    assert len({task.sentence for task in TASKS.values()}) == len(TASKS)
+
+
+@pytest.mark.parametrize("name", INSTRUCTIONS)
+def test_each_instruction_is_possible_in_the_same_state_and_does_no_other(desk, name):
+    begin(desk, name, HELD_OUT[0])
+    assert not any(TASKS[task].solved(desk._episode) for task in TASKS)
+    assert actions_to_success(desk) is not None
+    for _ in range(2):
+        desk.expert_step()
+    assert [other for other in INSTRUCTIONS if TASKS[other].solved(desk._episode)] == [name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+def test_experts_solve_at_least_97_of_100_held_out_states(name):
+    with Desk().open(name, VIEW) as env:
+        solved = 0
+        for seed in HELD_OUT:
+            env.reset(seed)
+            solved += actions_to_success(env) is not None
+    assert solved >= 97
+
+
+def test_state_depends_on_seed_and_task_or_on_the_seed_alone(desk):
+    def seen(env: DeskEnvironment, seed: int) -> np.ndarray:
+        env.reset(seed)
+        return env.render()["desk"]
+
+    with Desk().open("drawer-open", VIEW) as env, Desk(same_states=True).open("button-red", VIEW) as same:
+        first = seen(env, 0)
+        steps = actions_to_success(env), env.state
+        assert not np.array_equal(seen(env, 1), first)
+        actions_to_success(env)
+        np.testing.assert_array_equal(seen(env, 0), first)
+        np.testing.assert_equal((actions_to_success(env), env.state), steps)
+        assert not np.array_equal(seen(same, 0), first)
+        desk.reset(0)
+        np.testing.assert_array_equal(seen(same, 0), desk.render()["desk"])
+    config = Desk(same_states=True)
+    assert config.seeds(3, 2, 0) == config.seeds(0, 2, 0)
+    assert not {*Desk().seeds(3, 2, 0)} & {*Desk().seeds(0, 2, 0)}
+
+
+def test_everything_is_visible_at_the_start_and_where_its_box_says(desk):
+    for seed in HELD_OUT[:8]:
+        desk.reset(seed)
+        boxes, image = desk.boxes()["desk"], desk.render()["desk"]
+        assert boxes.keys() == {*OBJECTS, "gripper"}
+        for colour, channel in {"red": 0, "blue": 2, "green": 1}.items():
+            name = f"{colour} {'block' if colour in BLOCKS else 'button'}"
+            top, left, bottom, right = (round(64 * edge) for edge in boxes[name])
+            means = image[:, top:bottom, left:right].mean((1, 2))
+            assert means.argmax() == channel, f"{name} at seed {seed} is {means}"
+
+
+def test_questions_ask_for_the_state_of_things(desk):
+    begin(desk, "block-green-drawer", HELD_OUT[1])
+
+    def told() -> dict[str, str]:
+        return {a.question: a.answer for a in questions.answers(desk, desk.boxes(["desk"]))}
+
+    before = told()
+    actions_to_success(desk)
+    after = told()
+    assert before["is the drawer open?"] == "half"
+    assert (before["is the green block in the drawer?"], after["is the green block in the drawer?"]) == ("no", "yes")
+    assert {f"where is the {colour} button?" for colour in BUTTONS} <= before.keys()
+
+
+def test_other_task_is_watched_whichever_it_is(desk):
+    partners = Desk().partners(list(INSTRUCTIONS))
+    assert partners.keys() == INSTRUCTIONS.keys()
+    assert {*partners.values()} == {*INSTRUCTIONS}
+    assert Desk().partners(["button-red"])["button-red"] in INSTRUCTIONS
+    begin(desk, "faucet-left", HELD_OUT[2])
+    assert desk.watch("button-red")
+    assert actions_to_success(desk) is not None
+    assert not desk.solved_other
+    begin(desk, "button-red", HELD_OUT[2])
+    assert desk.watch("faucet-left")
+    while not desk.solved_other:
+        desk.control_step(TASKS["faucet-left"].expert(desk._episode).action(desk._episode.now.hand))
+    assert not TASKS["button-red"].solved(desk._episode)
+    assert not desk.watch("faucet-left")
+
+
+def test_unknown_tasks_and_cameras_are_named():
+    with pytest.raises(NoSuchEnvironment, match=r"no task 'juggle': use one of drawer-open, .*also chain"):
+        Desk().open("juggle", VIEW)
+    with pytest.raises(NoSuchEnvironment, match=r"no camera 'front': use one of .*desk"):
+        Desk().open("button-red", View(("front",), 64, 10.0))
+
+
+# --- several steps, and chains
+
+
+def test_chains_hold_only_what_is_possible_after_what_was_done():
+    for seed in range(200):
+        left, last = Left(), ""
+        chain = draw_chain(np.random.default_rng(seed))
+        assert len(chain) == CHAIN_LENGTH
+        for name in chain:
+            assert name != last
+            assert INSTRUCTIONS[name].needs(left)
+            left, last = INSTRUCTIONS[name].leaves(left), name
+
+
+def test_expert_does_a_whole_chain_without_a_reset():
+    with Desk().open(CHAIN, VIEW) as env:
+        assert isinstance(env, ChainEnvironment)
+        env.reset(HELD_OUT[0])
+        told = [env.sentence]
+        assert actions_to_success(env) is not None or env.ended
+        assert (env.done, env.ended) == (CHAIN_LENGTH, False)
+        env.reset(HELD_OUT[0])
+        assert (env.done, env.sentence) == (0, told[0])
+        for _ in range(60):
+            env.step(np.zeros(4))
+        assert (env.done, env.ended) == (0, True)
+
+
+@pytest.mark.parametrize("name", ["store-green", pytest.param("tidy-up", marks=pytest.mark.slow)])
+def test_several_steps_are_done_once_all_of_them_are(name):
+    with Desk().open(name, VIEW) as env:
+        env.reset(HELD_OUT[3])
+        subtasks = []
+        for _ in range(round(env.max_seconds * env.fps)):
+            subtasks.append(env.subtask())
+            if env.expert_step():
+                break
+        else:
+            pytest.fail("the expert ran out of time")
+        assert env._episode.now.in_drawer("green")
+        assert subtasks[-1] == "push the drawer shut"
+        assert SEVERAL_STEPS[name].sentence == env.sentence
+
+
+def test_words_for_training_are_no_paraphrase_that_a_rollout_says():
+    held_out = read_paraphrases(PARAPHRASES)
+    assert held_out.keys() >= {task.sentence for task in TASKS.values()}
+    said = {words for task in TASKS.values() for words in (task.sentence, *task.others)}
+    assert not said & {words for others in held_out.values() for words in others}
+    assert all(len(task.others) >= 4 for task in INSTRUCTIONS.values())

@@ -1,0 +1,122 @@
+"""From the desk's experts to a dataset, and from there to a rollout that tells whether a policy listens."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pi05_lightning.cli.rollout import rollout
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.evaluation.report.page import render
+from pi05_lightning.evaluation.report.run import read_run
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.desk.environment import Desk
+from pi05_lightning.sim.desk.tasks import CHAIN, INSTRUCTIONS
+from pi05_lightning.sim.environment import View
+from pi05_lightning.sim.instructions import NoSuchInstruction
+from pi05_lightning.sim.rollout import Job, Lanes, run_policy_job
+from pi05_lightning.sim.summary import summarise
+from pi05_lightning.sim.trials import Clock, Trial, run_baseline
+from tests.sim.conftest import as_chance_made_it, config
+from tests.sim.walk import Stub, Walk
+
+NAMES = ("button-red", "drawer-open")
+SENTENCES = [INSTRUCTIONS[name].sentence for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> Path:
+    few = {"episodes": 2, "val_episodes": 1, "scenes": 1}
+    return collect(config(tmp_path_factory.mktemp("desk") / "data", env=Desk(), tasks=NAMES, **few)) / "robot"
+
+
+@pytest.fixture(scope="module")
+def policy(recorded, tmp_path_factory) -> Path:
+    return as_chance_made_it(recorded, tmp_path_factory.mktemp("policy"))
+
+
+def test_our_data_module_reads_the_instructions_subtasks_and_boxes_of_both_cameras(recorded):
+    source = LeRobotConfig(str(recorded)).open("robot", "train", ModelConfig.preset("debug").shapes)
+    robot = source.robot()
+    assert sorted(robot.tasks) == sorted(SENTENCES)
+    assert robot.cameras == Desk.cameras
+    first = source[0]
+    assert (first.task, first.subtask) == (SENTENCES[0], "move above the red button")
+    assert {"detect the green block", "is the drawer open?"} <= {answer.question for answer in first.answers}
+
+
+def test_rollout_judges_the_task_told(policy, tmp_path):
+    options = {"episodes": 1, "max_seconds": 0.2, "num_workers": 1, "videos": 0, "out": tmp_path}
+    found = rollout(policy, env=Desk(), modes=("policy",), instructions=("swapped", "paraphrased", "empty"), **options)
+    assert found["swapped"]["policy, swapped"] == {
+        "button-red": {"told": "drawer-open", "success": [0, 1]},
+        "drawer-open": {"told": "button-red", "success": [0, 1]},
+    }
+    assert found["success"]["policy, paraphrased"].keys() == found["success"]["policy, empty"].keys() == {*NAMES}
+    assert found["crashed"] == []
+
+
+def test_chain_is_told_the_right_instructions_alone():
+    job = Job((Trial("policy", CHAIN, 0, instruction="empty", sentence=""),))
+    with (
+        closing(Lanes(Desk(), View(Desk.cameras, 64, 10.0))) as lanes,
+        pytest.raises(NoSuchInstruction, match="chain gives one instruction after the other"),
+    ):
+        run_policy_job(job, Stub(None), lanes)
+
+
+@pytest.mark.slow
+def test_rollout_counts_what_was_done_in_a_row(policy, tmp_path, capsys):
+    out = tmp_path / "rollout"
+    found = rollout(policy, [CHAIN], Desk(), episodes=2, modes=("policy", "expert"), num_workers=1, out=out)
+    assert found["chains"] == {
+        "policy": {CHAIN: {"episodes": 2, "in_a_row": [0] * 5, "mean": 0.0}},
+        "expert": {CHAIN: {"episodes": 2, "in_a_row": [2] * 5, "mean": 5.0}},
+    }
+    assert found["success"]["expert"] == {CHAIN: [2, 2]}
+    assert "instructions done in a row" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
+    assert "<h3>Instructions done in a row</h3>" in render(read_run(tmp_path), {})
+
+
+def test_summary_counts_instructions_in_a_row():
+    trials = [Trial("policy", CHAIN, seed, done=done, length=5) for seed, done in enumerate((0, 2, 5, 5))]
+    assert summarise(trials, {})["chains"] == {
+        "policy": {CHAIN: {"episodes": 4, "in_a_row": [3, 3, 2, 2, 2], "mean": 3.0}}
+    }
+
+
+class TwoWalks(Walk):
+    """To one, and then to two."""
+
+    done, length, sentence = 0, 2, "reach one"
+
+    def step(self, action: np.ndarray) -> bool:
+        self.done = int(super().step(action)) + int(self.at >= 2)
+        self.sentence = ("reach one", "reach two", "")[self.done]
+        return self.done == 2
+
+
+def test_mean_trajectory_begins_anew_with_each_instruction_of_a_chain():
+    ways = {"reach one": np.array([[0.5], [0.5], [0.0]]), "reach two": np.array([[0.25], [0.75], [0.0]])}
+    trial = Trial("mean_replay", "walk", 0)
+    run_baseline(TwoWalks(), trial, Clock(), ways.__getitem__)
+    assert (trial.success, trial.done, trial.length, trial.decisions) == (True, 2, 2, 4)
+
+
+@pytest.mark.slow
+def test_instructions_may_be_recorded_in_other_words_and_in_the_same_states(tmp_path):
+    few = {"episodes": 6, "val_episodes": 1, "scenes": 0, "rephrased_share": 0.7}
+    data = collect(config(tmp_path / "data", env=Desk(same_states=True), tasks=NAMES, **few)) / "robot"
+    source = LeRobotConfig(str(data)).open("robot", "train", ModelConfig.preset("debug").shapes)
+    robot = source.robot()
+    known = {name: {INSTRUCTIONS[name].sentence, *INSTRUCTIONS[name].others} for name in NAMES}
+    assert all(len(known[name] & {*robot.tasks}) > 1 for name in NAMES)
+    assert {*robot.tasks} <= {words for ways in known.values() for words in ways}
+    assert {*Desk().tasks(robot)} == {*NAMES}
+    starts = [source[row] for row in range(len(source)) if source.place(row)["frame_index"] == 0]
+    assert (starts[0].images["desk"] == starts[6].images["desk"]).mean() > 0.9
