@@ -198,8 +198,8 @@ class Batches:
         await self._news.wait()
 
     def _drop(self) -> int:
-        """How many wait, without those whose client left."""
-        staying = deque(waiting for waiting in self._queue if not waiting.answer.done())
+        """How many wait, in the order in which they came, without those whose client left."""
+        staying = deque(sorted((w for w in self._queue if not w.answer.done()), key=lambda waiting: waiting.since))
         self.dropped += len(self._queue) - len(staying)
         self._queue = staying
         return len(staying)
