@@ -119,4 +119,7 @@ def test_instructions_may_be_recorded_in_other_words_and_in_the_same_states(tmp_
     assert {*robot.tasks} <= {words for ways in known.values() for words in ways}
     assert {*Desk().tasks(robot)} == {*NAMES}
     starts = [source[row] for row in range(len(source)) if source.place(row)["frame_index"] == 0]
-    assert (starts[0].images["desk"] == starts[6].images["desk"]).mean() > 0.9
+    images = [frame.images["desk"].astype(int) for frame in starts]
+    apart = [np.abs(image - images[0]).mean() for image in images]
+    assert apart[6] < 2  # another instruction, films apart
+    assert min(apart[1:6]) > 4
