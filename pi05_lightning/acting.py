@@ -27,18 +27,14 @@ class Acting:
     actions: Actions = "flow"
     """Where actions come from: `flow` samples them with the flow head, `fast` decodes them from FAST tokens."""
     execution_horizon: int | None = None
-    """Actions of a chunk that are executed before the next chunk; by default 1, or `inference_delay` where that is
-    more: what was seen last decides."""
+    """Actions of a chunk that are executed before the next one; by default 1, or `inference_delay` if that is more."""
     inference_delay: int = 0
-    """Actions of the last chunk that are still executed while the next one is computed in the background, from the
-    observation on that it is computed from."""
+    """Actions of the last chunk that are still executed while the next one is computed in the background."""
     rtc: bool = True
-    """Whether these actions are given to the flow head, so that the next chunk goes on from them (real-time chunking):
-    `rtc_max_delay` of the training at most. Otherwise the next chunk is joined at the step that is due, with a jump
-    (asynchronous execution)."""
+    """Whether the flow head is given these, `rtc_max_delay` of the training at most, and goes on from them (real-time
+    chunking). Otherwise the next chunk is joined at the step that is due, with a jump (asynchronous execution)."""
     hierarchical: bool | None = None
-    """Whether a subtask is predicted from the task and conditions the actions; otherwise the task alone does. By
-    default it is wherever the policy was trained to."""
+    """Whether a predicted subtask conditions the actions, or the task alone; by default wherever it was trained to."""
     replan_subtask_every: int = 1
     """Chunks that a predicted subtask lasts."""
     num_steps: int = 10
@@ -50,18 +46,16 @@ class Acting:
     constrain_fast: bool = True
     """FAST tokens are chosen among those that can still become a chunk, so that they always decode."""
     on_failed_decode: Literal["raise", "count"] = "raise"
-    """What to do with FAST tokens that are no chunk: raise FastDecodeError, or count them, for which `predict_chunks`
-    returns NaN; what asks for one chunk raises nevertheless."""
+    """FAST tokens that are no chunk raise FastDecodeError, or are counted, and NaN where several chunks are asked."""
     missing_cameras: tuple[str, ...] = ()
-    """Cameras that an observation may lack although the policy was trained with them."""
+    """Cameras of the training that an observation may lack."""
     max_state_distance: float | None = 5.0
-    """How far a state may be outside the training data, in quantile ranges: (q99 - q01) of the dimension beyond the
-    nearer quantile. One that is further is refused, from 1 on it is logged; null refuses none."""
+    """Quantile ranges (q99 - q01) that a state may be outside the training data. One that is further is refused, from
+    1 on it is logged; null refuses none."""
     max_action_distance: float | None = None
     """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
     max_prompt_bytes: int | None = 1024
-    """Bytes (UTF-8) of an instruction; a longer one is refused before it is read, as each of its tokens costs time.
-    openpi's policies read 200 tokens. null bounds none."""
+    """Bytes (UTF-8) of an instruction; a longer one is refused, as it costs time. null bounds none."""
 
     def __post_init__(self) -> None:
         wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "max_prompt_bytes": 1}

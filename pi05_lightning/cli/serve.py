@@ -64,36 +64,28 @@ def serve(
         host: address to listen at; 0.0.0.0 listens to the network, which needs a token.
         port: 0 takes a free one.
         cameras: the policy's cameras, each with its key in the observation, where that has another name.
-        state_keys: keys of the observation that are concatenated to the state.
-        ignored_keys: keys of the observation, or their last parts, that are not for the policy; other arrays that
-            nothing reads are an error.
+        state_keys: keys that make up the state, in their order.
+        ignored_keys: keys, or their last parts, that are not for the policy; others that nothing reads are an error.
         device: where the model runs.
         dtype: what the weights are cast to; by default they stay as they are.
-        cuda_graph: with device cuda, sample chunks by CUDA graphs, see `Pi05Policy`: `plain` or, faster after a longer
-            start, `compiled`.
-        base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
-            they were.
+        cuda_graph: chunks are CUDA graphs: `plain`, or `compiled`, which is faster and starts slowly.
+        base: of a checkpoint of adapters: where its base is, a path or Hub id, if not where it was.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         seed: of every client's noise.
-        max_batch: requests of several clients that are computed together at most, by default 32; with cuda_graph 1, as
-            graphs are of one request, and larger batches are computed without them.
-        batch_wait: seconds that requests wait at most, when the model is free, for clients who asked again as soon last
-            time; one client never waits.
-        max_waiting: requests that may wait for the model; one more is refused.
-        token: what clients must give as their api_key. Others on this machine can see it here: set PI05_TOKEN in the
-            environment, or token_file, instead.
+        max_batch: requests computed together; by default 32, with cuda_graph 1.
+        batch_wait: seconds to wait for clients who are about to ask.
+        max_waiting: requests that may wait for the model.
+        token: what clients give as api_key. Others can read it here: set PI05_TOKEN.
         token_file: a file that holds the token.
-        allowed_hosts: names by which clients reach this machine, besides its host name and its addresses. Web pages of
-            these names may ask too.
+        allowed_hosts: more names by which clients and pages may reach this machine.
         max_clients: clients at a time; one more is told so.
-        client_timeout: seconds after which a client is gone that asks nothing when it connects, answers no ping, or
-            takes no answer.
-        max_message_bytes: of an observation.
+        client_timeout: seconds until a client that is too slow is ended.
+        max_message_bytes: of one observation.
         max_image_bytes: of one image, or of any other array.
-        max_values: keys, numbers, texts and arrays in an observation; an array counts a few, however large it is.
-        drain_timeout: seconds in which requests that wait are still answered after SIGTERM or SIGINT.
-        as_measured: act as in the run's rollout (`pi05 rollout`), in its first mode or the one that is named (policy,
-            flat, fast, rtc, async); options of `acting` that say otherwise are refused.
+        max_values: keys, numbers, texts and arrays in one.
+        drain_timeout: seconds to answer what waits, after SIGTERM.
+        as_measured: act as in the run's rollout, in its first mode or the one that is named; options of `acting` that
+            say otherwise are refused.
         acting: how the policy acts, see `Acting`; execution_horizon is how many actions of a chunk are sent, beyond
             those of inference_delay.
 
