@@ -62,17 +62,21 @@ class Look:
     def shown_as(self, other: Look) -> str | None:
         """What was done to images of this look to have them look as another's do: "", "upside down", "mirrored, …".
 
-        None where nothing tells, as the two show other scenes, or hardly anything.
+        None where nothing tells, as the two show other scenes, or hardly anything, or as this look is as like itself
+        changed in this way as the other is.
         """
         mean, seen = self.mean.astype(float), other.mean.astype(float)
         if min(mean.std(), seen.std()) < LEAST_CONTRAST:
             return None
-        scores = {
-            ", ".join(filter(None, (turn, colour))): _likeness(change(mean[order]), seen)
+        changed = {
+            ", ".join(filter(None, (turn, colour))): change(mean[order])
             for turn, change in _TURNS.items()
             for colour, order in {"": [0, 1, 2], "red and blue swapped": [2, 1, 0]}.items()
         }
+        scores = {change: _likeness(image, seen) for change, image in changed.items()}
         best = max(scores, key=lambda change: scores[change])
+        if best and _likeness(changed[best], mean) >= scores[best]:
+            return None  # these images come both ways, so one that looks changed may be as it should
         gain, lacked = scores[best] - scores[""], 1 - scores[""]
         if gain >= LIKER or (lacked > THE_SAME and lacked - gain < CLEARLY * lacked):
             return best if scores[best] >= ALIKE else None
