@@ -266,13 +266,23 @@ def test_client_that_reads_no_answers_is_ended(policy: Pi05Policy) -> None:
     "data",
     [
         b"\x82\x05hello",  # not masked is let through by aiohttp; five bytes that are no msgpack
-        frame(b"x" * 10)[:1] + b"\xff" * 9,  # a length of 2^64 - 1
-        b"\xf2" + frame(b"x")[1:],  # reserved bits
-        b"\x8b" + frame(b"x")[1:],  # no such opcode
-        frame(b"", Opcode.CONT),  # goes on from nothing
-        b"\x88\x81\0\0\0\0x",  # a close code of one byte
-        b"\x09" + frame(b"x")[1:],  # a ping in fragments
-        frame(b"\xff", Opcode.TEXT),  # text that is no UTF-8
+        frame(b"x" * 10)[:1] + b"\xff" * 9,
+        b"\xf2" + frame(b"x")[1:],
+        b"\x8b" + frame(b"x")[1:],
+        frame(b"", Opcode.CONT),
+        b"\x88\x81\0\0\0\0x",
+        b"\x09" + frame(b"x")[1:],
+        frame(b"\xff", Opcode.TEXT),
+    ],
+    ids=[  # masks are random, and workers have to find the same tests
+        "no msgpack",
+        "a length of 2^64 - 1",
+        "reserved bits",
+        "an unknown opcode",
+        "goes on from nothing",
+        "a close code of one byte",
+        "a ping in fragments",
+        "text that is no UTF-8",
     ],
 )
 def test_what_is_no_websocket_ends_its_connection_alone(policy: Pi05Policy, data: bytes) -> None:
