@@ -86,5 +86,5 @@ def test_key_that_no_file_has_is_none(tmp_path: Path) -> None:
 
 
 def test_file_that_is_missing_is_told_the_shipped_ones() -> None:
-    with pytest.raises(ValueError, match=r"there is no file absent\.yaml; shipped are configs/finetune\.yaml"):
+    with pytest.raises(ValueError, match=r"there is no file absent\.yaml; shipped are configs/desk\.yaml"):
         read_configuration(["absent.yaml"], KEYS)
