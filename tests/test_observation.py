@@ -139,6 +139,14 @@ def test_older_checkpoints_robot_has_all_the_cameras(data, model, seen) -> None:
     policy.predict(seen)
 
 
+def test_task_as_long_as_those_of_the_training_is_taken(model, data, seen) -> None:
+    long = "open the drawer " * 100
+    policy = acting(model, data, {"tasks": (long,)})
+    policy.predict_chunk(seen | {"task": long})
+    with pytest.raises(ValueError, match=f"max_prompt_bytes is {len(long)}: shorten it"):
+        policy.predict_chunk(seen | {"task": long + "now"})
+
+
 def test_turned_images_are_said_at_the_first_observation(model, data, seen, caplog) -> None:
     turned = {camera: np.ascontiguousarray(image[:, ::-1, ::-1]) for camera, image in seen["image"].items()}
     policy = acting(model, data)

@@ -103,7 +103,7 @@ class Inputs:
         cameras: of the robot's data.
         missing_cameras: those of them that may be missing.
         max_state_distance: quantile ranges beyond the training data from which on a state is refused; None: never.
-        max_prompt_bytes: from which on a task is refused; None: never.
+        max_prompt_bytes: from which on a task is refused, unless it was trained with longer ones; None: never.
 
     Raises ValueError for a camera in missing_cameras that is none of the robot's.
     """
@@ -117,7 +117,9 @@ class Inputs:
         max_prompt_bytes: int | None = None,
     ) -> None:
         self.robot, self.cameras = robot, tuple(cameras)
-        self.max_state_distance, self.max_prompt_bytes = max_state_distance, max_prompt_bytes
+        self.max_state_distance = max_state_distance
+        trained = max((_size(task) for task in robot.tasks), default=0)
+        self.max_prompt_bytes = None if max_prompt_bytes is None else max(max_prompt_bytes, trained)
         self.missing_cameras = tuple(missing_cameras)
         for camera in self.missing_cameras:
             if camera not in self.cameras:
@@ -178,7 +180,7 @@ class Inputs:
     def _task(self, task: str) -> str:
         if not isinstance(task, str):
             raise ValueError(f"task is a {type(task).__name__}: give text")
-        size = len(task.encode(errors="surrogatepass"))  # counted first: reading it takes seconds per megabyte
+        size = _size(task)  # counted first: reading it takes seconds per megabyte
         if self.max_prompt_bytes is not None and size > self.max_prompt_bytes:
             raise ValueError(
                 f"task has {size} bytes, and max_prompt_bytes is {self.max_prompt_bytes}: shorten it, or raise that"
@@ -231,6 +233,10 @@ class Inputs:
         if key not in self._said:
             self._said.add(key)
             log.warning(text)
+
+
+def _size(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def check_actions(actions: np.ndarray, frame: Frame, robot: Robot, max_distance: float | None) -> None:

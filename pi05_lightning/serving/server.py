@@ -54,7 +54,7 @@ class PolicyServer:
         access: Access | None = None,
     ) -> None:
         self.policy, self.read, self.seed = policy, read, seed
-        self.limits = replace(limits or Limits(), max_prompt_bytes=policy.acting.max_prompt_bytes)
+        self.limits = replace(limits or Limits(), max_prompt_bytes=policy.inputs.max_prompt_bytes)
         self.access = access or Access()
         self._connections: dict[Connection, asyncio.Task[object]] = {}
         self._draining = False
