@@ -138,7 +138,7 @@ def served(checkpoint: Path, options: list[str]) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "pi05_lightning", "serve", str(checkpoint), "--port", str(port), *options]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command)
     try:
         yield port
     finally:

@@ -194,7 +194,7 @@ class Inputs:
         if not clean_task(task).strip():
             known = f", as {trained[0]!r}, one of {len(trained)} that the policy was trained on" if trained else ""
             raise ValueError(f"task is {'blank' if task else 'missing'}: say what to do{known}")
-        if trained and clean_task(task) not in self._tasks:
+        if trained and task not in self._said and clean_task(task) not in self._tasks:
             hint = suggestion(clean_task(task), self._tasks)
             self._say(task, f"the policy was never trained on the task {task!r}{hint}")
         return task

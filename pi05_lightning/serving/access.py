@@ -57,7 +57,7 @@ class Access:
                 reason="Foreign Host",
                 text=f"Host {host!r} is no name of this server: if it should be one, start it with --allowed_hosts\n",
             )
-        if origin is not None and urlsplit(origin).netloc != host and host_name(origin) not in self.allowed_hosts:
+        if origin is not None and origin.partition("//")[2] != host and host_name(origin) not in self.allowed_hosts:
             raise web.HTTPForbidden(
                 reason="Foreign Origin",
                 text=f"pages of {origin!r} may not ask this server: to let them, start it with --allowed_hosts\n",

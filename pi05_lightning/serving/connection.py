@@ -52,7 +52,9 @@ class Connection:
         answer: Callable[[bytes, float | None], Awaitable[bytes | str]],
         limits: Limits,
         metrics: Metrics,
+        greeting: bytes,
     ) -> None:
+        self.greeting = greeting
         self.request, self.socket, self.answer = request, socket, answer
         self.limits, self.metrics = limits, metrics
         self._waiting: asyncio.Queue[bytes | str | None] = asyncio.Queue()
@@ -134,6 +136,7 @@ class Connection:
 
     async def _reply(self) -> None:
         """Answer what is in the queue, until there is None."""
+        await self._in_time(self.socket.send_bytes(self.greeting))
         total: float | None = None
         while (message := await self._waiting.get()) is not None:
             start = perf_counter()

@@ -28,7 +28,7 @@ class Limits:
     max_message_bytes: of the whole message.  max_image_bytes: of an image, or any other array.  max_values: keys,
     numbers, texts and arrays in all; the numbers in an array are not counted, those in a list are.
     max_prompt_bytes: of an instruction, or any other text; None: those of the message.  max_clients: at a time.
-    client_timeout: seconds in which a client must ask after it connected, answer a ping, and take an answer.
+    client_timeout: seconds in which a client must finish its HTTP request, answer a ping, and take an answer.
     """
 
     max_message_bytes: int = 32 * 2**20

@@ -98,7 +98,10 @@ class Reader:
         wanted = {_last(key): key for key in (*self.keys.values(), *state, *TASK_KEYS, RESET_KEY, PREFIX_KEY)}
         lacking = wanted.keys() - {_last(key) for key in read & found.keys()}
         for key, value in found.items():
-            near = difflib.get_close_matches(_last(key), lacking, n=1, cutoff=NEARLY_THE_SAME)
+            last = _last(key)
+            # difflib is slow for long keys, which cannot be nearly the same: its ratio is 2 · equal letters over all
+            alike = [name for name in lacking if NEARLY_THE_SAME * (len(name) + len(last)) <= 2 * len(name)]
+            near = alike and difflib.get_close_matches(last, alike, n=1, cutoff=NEARLY_THE_SAME)
             is_instruction = isinstance(value, str) and read.isdisjoint(TASK_KEYS)
             if key not in read and (near or is_instruction or _holds_data(value)):
                 known = f"{_listed(self.keys.values())}; {' + '.join(state)}; {' or '.join(TASK_KEYS)}"

@@ -171,13 +171,12 @@ class PolicyServer:
             return socket
         with self.batches.client(self.policy.session(self.seed)) as client:
             answer = partial(self._reply, client, request.remote)
-            connection = Connection(request, socket, answer, self.limits, self.metrics)
+            connection = Connection(request, socket, answer, self.limits, self.metrics, pack(self.metadata))
             task = asyncio.current_task()
             assert task is not None
             self._connections[connection] = task
             logger.info("%s connected", request.remote)
             try:
-                await socket.send_bytes(pack(self.metadata))
                 await connection.run()
             finally:
                 del self._connections[connection]
@@ -210,6 +209,9 @@ class PolicyServer:
         if "task" not in observation and len(tasks) != 1:
             raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
         request = policy.request(observation, prefix_actions=message.get(PREFIX_KEY))
+        given, most = 0 if request.given is None else len(request.given.actions), policy.acting.given
+        if given > most:
+            raise ValueError(f"{PREFIX_KEY} has {given} actions, and --inference_delay lets at most {most} be given")
         if reset:
             policy.reset()
         self.metrics.took("reading", perf_counter() - start)

@@ -102,6 +102,7 @@ ORIGINS = [
     ("http://evil.example", 403),
     ("http://robot.example.evil.example", 403),
     ("https://127.0.0.1:PORT@evil.example", 403),
+    ("http://[x", 403),
     ("null", 403),
     ("", 403),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
 from pathlib import Path
 from typing import Any
@@ -303,5 +304,23 @@ def test_what_is_no_websocket_ends_its_connection_alone(policy: Pi05Policy, data
             await other.send(MESSAGE)
             assert isinstance(await other.recv(), bytes)
             await other.close()
+
+    asyncio.run(ask())
+
+
+def test_client_that_does_not_read_what_the_server_says_of_itself_is_ended(policy: Pi05Policy) -> None:
+    async def ask() -> None:
+        async with served_inside(policy, limits=Limits(client_timeout=0.5)) as (server, address):
+            server.metadata["tasks"] = ["x" * 1000] * 10_000  # more than the buffers of both ends hold
+            host, port = address.split(":")
+            with socket.socket() as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect((host, int(port)))
+                key = base64.b64encode(bytes(16)).decode()
+                upgrade = f"GET / HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                client.sendall(f"{upgrade}Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode())
+                await until(lambda: count(server, "pi05_clients") == 1)
+                await until(lambda: count(server, "pi05_clients") == 0)
+                assert count(server, "pi05_failures_total", kind="slow") == 1
 
     asyncio.run(ask())

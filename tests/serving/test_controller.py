@@ -455,3 +455,28 @@ def test_importing_the_client_imports_none_of_the_rest():
     check = f"import sys, pi05_lightning.serving.client; sys.exit(str({heavy} & sys.modules.keys() or ''))"
     ran = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert ran.stderr.strip() == ""
+
+
+def test_before_an_episode_the_robot_is_held_where_it_is():
+    where = [[1.0], [2.0]]
+    hold = hold_last(lambda: where.pop(0))
+    assert [hold({}, None), hold({}, None), hold({}, [3.0])] == [[1.0], [2.0], [3.0]]
+
+
+def test_last_action_is_held_when_the_server_comes_back_with_other_options():
+    first, second = CountingServer(metadata=OURS), CountingServer(metadata=OURS | {"action_horizon": 3})
+    second.say = dict.fromkeys(range(1000), "nothing")
+    seen = {"observation/state": np.array([7]), "prompt": "count"}
+    with first.running() as url:
+        controller = Controller(url, hold_last([-1.0, -1.0]))
+        controller.connect(10)
+        controller.step(seen, max_wait=5)
+    with controller, second.running(int(url.rpartition(":")[2])):
+        held = []
+        until = monotonic() + 10
+        while not second.asked and monotonic() < until:
+            held.append(controller.step(seen).tolist())
+            sleep(0.02)
+        held += [controller.step(seen).tolist() for _ in range(3)]
+    assert second.asked
+    assert [-1.0, -1.0] not in held

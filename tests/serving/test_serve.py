@@ -90,15 +90,21 @@ def test_chunk_goes_on_from_the_actions_that_a_client_still_executes(served):
 
     async def ask(client):
         given = await client.infer(OBSERVATION | {"prefix_actions": running})
-        return given, await client.infer(OBSERVATION), await client.infer(OBSERVATION | {"prefix_actions": running[0]})
+        others = (running[0], np.zeros((3, 2), np.float32))
+        return (
+            given,
+            await client.infer(OBSERVATION),
+            *[await client.infer(OBSERVATION | {"prefix_actions": other}) for other in others],
+        )
 
     policy = Pi05Policy(served, inference_delay=2, execution_horizon=3)
-    given, alone, wrong = talk(policy, ask)
+    given, alone, wrong, long = talk(policy, ask)
     expected = Pi05Policy(served).predict_chunk(OURS, prefix_actions=running)[:5]
     np.testing.assert_allclose(given["actions"], expected, rtol=1e-5)
     np.testing.assert_array_equal(given["actions"][:2], running)
     assert alone["actions"].shape == (5, 2)
     assert "prefix_actions has shape [2]" in wrong
+    assert "prefix_actions has 3 actions, and --inference_delay lets at most 2 be given" in long
 
 
 def test_answer_says_how_long_it_took(policy):

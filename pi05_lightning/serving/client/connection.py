@@ -182,10 +182,10 @@ class Connection:
                     incoming.exception()  # it is said by what failed first
 
     async def _awaited(self, incoming: asyncio.Future[str | bytes]) -> str | bytes:
-        try:
-            return await asyncio.wait_for(incoming, self.answer_timeout)
-        except asyncio.TimeoutError:
-            raise Lost(f"no answer within {self.answer_timeout:g} s; answer_timeout allows longer ones") from None
+        done, _ = await asyncio.wait({incoming}, timeout=self.answer_timeout)  # before 3.12 wait_for can lose a cancel
+        if not done:
+            raise Lost(f"no answer within {self.answer_timeout:g} s; answer_timeout allows longer ones")
+        return incoming.result()
 
     def _answered(self, future: Future[Answer], data: str | bytes, seconds: float) -> None:
         self._open.discard(future)

@@ -34,8 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 def hold_last(first: Any) -> Fallback:
-    """The last action again, for robots that are sent positions; `first` before there is one."""
-    return lambda observation, last: first if last is None else last
+    """The last action again, for robots that are sent positions.
+
+    first: an episode's before there is one: an action, or what returns it, such as where the robot is now.
+    """
+    return lambda observation, last: last if last is not None else first() if callable(first) else first
 
 
 def always(action: Any) -> Fallback:
@@ -134,6 +137,7 @@ class Controller:
         self._chunks = self._length = self._origin = 0
         self._warned: set[str] = set()
         self._closed = False
+        self._last: np.ndarray | None = None  # of the episode, whichever server it is from
         self._begin()
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         self._connection = Connection(url, token, answer_timeout)
@@ -142,7 +146,6 @@ class Controller:
         self._queue.clear()
         self._ticks = 0  # control steps with an action of the policy
         self._current: Due | None = None  # the action that has begun, and may last several control steps
-        self._last: np.ndarray | None = None
         self._resets = True
 
     def close(self) -> None:
@@ -213,7 +216,7 @@ class Controller:
     def reset(self) -> None:
         """Begin an episode: forget the queue, and tell the server with the next observation."""
         self._begin()
-        self.executed = self.subtask = None
+        self.executed = self.subtask = self._last = None
         if self._asked is not None:
             self._asked.dropped = True
 
