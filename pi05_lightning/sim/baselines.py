@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.dataset as ds
 
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.sim.environment import same_rate
+from pi05_lightning.sim.environment import NoDemonstrations, same_rate
 
 
 def check_rate(dataset: Path, fps: float) -> None:
@@ -27,19 +27,19 @@ def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
     """Mean action at each time step over the training episodes of a task that last that long: f32[N A].
 
     dataset: a LeRobot v3 folder;  task: the instruction, as the dataset has it.
-    Raises ValueError when no training episode has this task.
+    Raises NoDemonstrations when no training episode has this task.
     """
     files = LeRobotFiles.open(dataset)
     tasks = {sentence: number for number, sentence in files.sentences("tasks", "task").items()}
     if task not in tasks:
-        raise ValueError(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks))}")
+        raise NoDemonstrations(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks))}")
     episodes = files.choose("train", 0.0, None)
     rows = ds.dataset(files.root / "data").to_table(
         columns=["frame_index", "action"],
         filter=(ds.field("task_index") == tasks[task]) & ds.field("episode_index").isin(episodes),
     )
     if not rows.num_rows:
-        raise ValueError(f"{dataset} has no training episode of {task!r}")
+        raise NoDemonstrations(f"{dataset} has no training episode of {task!r}")
     step = rows["frame_index"].to_numpy()
     actions = np.stack(rows["action"].to_numpy())
     total = np.zeros((step.max() + 1, actions.shape[1]))

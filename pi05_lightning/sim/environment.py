@@ -24,6 +24,10 @@ class NoSuchEnvironment(ValueError):
     """What was asked of a simulator does not exist there: a task, a camera, an option, the simulator itself."""
 
 
+class NoDemonstrations(ValueError):
+    """There is no demonstration of what is to be replayed."""
+
+
 class Environment(Protocol):
     """One robot at one task. Close it before the interpreter exits: renderers complain otherwise.
 
@@ -208,6 +212,10 @@ class EnvironmentConfig(ABC):
         Raises NoSuchEnvironment for an unknown task, cameras that are not there, a rate that cannot be had, a package
         that is missing, and where nothing can be rendered.
         """
+
+    def is_chain(self, task: str) -> bool:
+        """Whether it gives one instruction after the other, see `Chained`."""
+        return False
 
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
         """task -> another one of its scene, preferably one of `tasks`, for those that have one."""

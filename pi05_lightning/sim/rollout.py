@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi05_lightning.sim.environment import Chained, Environment, EnvironmentConfig, NoSuchEnvironment, View, same_rate
+from pi05_lightning.sim.environment import (
+    Environment,
+    EnvironmentConfig,
+    NoDemonstrations,
+    NoSuchEnvironment,
+    View,
+    same_rate,
+)
 from pi05_lightning.sim.instructions import Instruction, NoSuchInstruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
@@ -77,6 +84,9 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.instructions:
             raise ValueError("instructions: name at least one, such as right")
+        chains = [task for task in self.tasks if self.env.is_chain(task)]
+        if chains and {*self.instructions} != {"right"}:
+            raise ValueError(f"instructions: {chains[0]} gives its own, one after the other: run it by itself")
         if any(delay < 0 for delay in self.delays):
             raise ValueError(f"delays is {list(self.delays)}: give numbers of control steps, at least 0")
         if min(self.episodes, self.lanes) < 1:
@@ -178,8 +188,6 @@ def run_policy_job(
     """Run the trials together, each in a lane of its own. paraphrases: instruction -> the same in other words."""
     start = perf_counter()
     envs = lanes.of(job.task, len(job.trials))
-    if isinstance(envs[0], Chained) and job.trials[0].instruction != "right":
-        raise NoSuchInstruction(f"{job.task} gives one instruction after the other: its only kind of them is right")
     policy.inputs.takes_any_task = job.trials[0].instruction != "right"
     for trial in job.trials:
         if trial.other is not None:
@@ -196,7 +204,10 @@ def run_baseline_job(job: Job, lanes: Lanes, dataset: str | None) -> None:
     (env,) = lanes.of(job.task, 1)
     replay = partial(_mean_trajectory, str(dataset)) if job.mode == "mean_replay" else None
     for trial in job.trials:
-        run_baseline(env, trial, job.clock, replay)
+        try:
+            run_baseline(env, trial, job.clock, replay)
+        except NoDemonstrations as error:  # the other tasks and modes go on
+            trial.reason = str(error)
     job.clock.seconds += perf_counter() - start
 
 

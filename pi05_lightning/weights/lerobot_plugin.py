@@ -33,20 +33,27 @@ def camera_of(key: str) -> str:
 
 
 def save_for_plugin(folder: Path, model: Pi05, processor: Processor, robot: str, trained: Trained) -> None:
-    """Write a policy, as one of its robots, into a folder that this package and LeRobot with the plugin open."""
+    """Write a policy, as one of its robots, into a folder that this package and LeRobot with the plugin open.
+
+    Raises ValueError for cameras that LeRobot cannot name.
+    """
     only, size = processor.robots[robot], model.config.vision.image_size
+    if dotted := [name for name in processor.cameras_of(robot) if "." in name]:
+        raise ValueError(f"LeRobot takes the last part of a key for a camera's name, and {dotted[0]} has a dot")
     keys = [LONE_IMAGE if name == camera_of(LONE_IMAGE) else IMAGE + name for name in processor.cameras_of(robot)]
     inputs = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in keys}
     if only.state_dim:
         inputs[STATE] = {"type": "STATE", "shape": [only.state_dim]}
     save(folder, model, processor, trained)
-    config = {
+    config: dict[str, Any] = {
         "type": PLUGIN,
         "input_features": inputs,
         "output_features": {ACTION: {"type": "ACTION", "shape": [only.action_dim]}},
         MODEL: model.config.to_dict(),
         "language": asdict(processor.language),
     }
+    if only.relative is not None:
+        config |= {"relative_dims": list(only.relative.dims), "relative_state_dims": list(only.relative.state_dims)}
     write_json(folder / CONFIG, config)
     for pipeline in pipelines({}, {}):
         pipeline.save_pretrained(folder)

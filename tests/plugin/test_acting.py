@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.acting import Acting
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.lerobot_plugin import save_for_plugin
 
 from .conftest import Batch, Make
 
@@ -117,6 +119,23 @@ def test_training_goes_on_with_the_weights_of_a_folder_and_the_statistics_of_the
     assert all(torch.equal(v, policy.model.state_dict()[k]) for k, v in before.model.state_dict().items())
     assert policy.trained == TRAINED
     assert policy.config.sizes == before.model.config
+
+
+def test_folder_needs_nothing_that_lies_elsewhere(make: Make, fast: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(fast, tmp_path / "fast"))
+    make(fast=str(own)).save_pretrained(tmp_path / "saved")
+    shutil.rmtree(own)
+    policy = make(preset=None, init_from=str(tmp_path / "saved"))
+    assert policy.processor.fast is not None
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert [config[name] for name in ("fast", "tokenizer", "init_from")] == [None] * 3
+
+
+def test_export_keeps_that_actions_are_relative(make: Make, tmp_path: Path) -> None:
+    policy = make(relative_dims=[0])
+    save_for_plugin(tmp_path, policy.model, policy.processor, "robot", TRAINED)
+    config = PreTrainedConfig.from_pretrained(tmp_path)
+    assert (config.relative_dims, config.relative_state_dims) == ([0], [0])
 
 
 def test_options_that_contradict_are_named(make: Make, saved: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from lerobot_policy_pi05_lightning.frames import camera_names
 from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
@@ -83,6 +84,27 @@ def test_what_the_dataset_cannot_teach_is_said_or_refused(
         make(pictures, stage="pretrain")
     with pytest.raises(ValueError, match=r"mixture: nothing is learned from qa .* losses \['subtask', 'flow'\]"):
         make(mixture={"qa": 1.0})
+
+
+def test_batch_of_frames_that_serve_as_nothing_has_the_loss_0(make: Make, batch_of, videos: Path) -> None:
+    policy = make(stage="pretrain", losses={"text": 1.0})
+    frames = [n for n in range(20) if not policy.samples(batch_of(policy, [n]))]
+    assert frames
+    loss, parts = policy.forward(batch_of(policy, frames[:2]))
+    loss.backward()
+    assert loss.item() == 0
+    assert not parts
+    policy.update()
+    assert not policy.trained.stages
+
+
+def test_every_image_of_an_observation_is_a_camera() -> None:
+    keys = ["observation.image", "observation.wrist_image"]
+    assert camera_names(keys) == {"observation.image": "image", "observation.wrist_image": "wrist_image"}
+    with pytest.raises(ValueError, match="share the last part of their names"):
+        camera_names(["observation.images.left.rgb", "observation.images.right.rgb"])
+    with pytest.raises(ValueError, match=r"rename front$"):
+        camera_names(["front"])
 
 
 def test_frozen_parameters_are_given_to_no_optimizer(make: Make) -> None:

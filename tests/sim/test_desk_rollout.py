@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,11 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.desk.environment import Desk
 from pi05_lightning.sim.desk.tasks import CHAIN, INSTRUCTIONS
-from pi05_lightning.sim.environment import View
-from pi05_lightning.sim.instructions import NoSuchInstruction
-from pi05_lightning.sim.rollout import Job, Lanes, run_policy_job
+from pi05_lightning.sim.rollout import Plan
 from pi05_lightning.sim.summary import summarise
 from pi05_lightning.sim.trials import Clock, Trial, run_baseline
 from tests.sim.conftest import as_chance_made_it, config
-from tests.sim.walk import Stub, Walk
+from tests.sim.walk import Walk
 
 NAMES = ("button-red", "drawer-open")
 SENTENCES = [INSTRUCTIONS[name].sentence for name in NAMES]
@@ -61,12 +58,17 @@ def test_rollout_judges_the_task_told(policy, tmp_path):
 
 
 def test_chain_is_told_the_right_instructions_alone():
-    job = Job((Trial("policy", CHAIN, 0, instruction="empty", sentence=""),))
-    with (
-        closing(Lanes(Desk(), View(Desk.cameras, 64, 10.0))) as lanes,
-        pytest.raises(NoSuchInstruction, match="chain gives one instruction after the other"),
-    ):
-        run_policy_job(job, Stub(None), lanes)
+    with pytest.raises(ValueError, match="instructions: chain gives its own, one after the other: run it by itself"):
+        Plan(Desk(), ["drawer-open", CHAIN], ("policy",), 1, instructions=("right", "empty"))
+
+
+def test_task_without_demonstrations_ends_no_other(policy, recorded, tmp_path):
+    options = {"episodes": 1, "max_seconds": 0.1, "num_workers": 1, "videos": 0, "out": tmp_path}
+    tasks = ["tidy-up", "button-red"]
+    found = rollout(policy, tasks, Desk(), modes=("mean_replay", "random"), dataset=recorded, **options)
+    assert found["success"]["random"].keys() == {*tasks}
+    (reason,) = found["failures"]["mean_replay"]["tidy-up"]
+    assert "has no task 'tidy up: put the blocks into the drawer and close it'" in reason
 
 
 @pytest.mark.slow

@@ -107,7 +107,10 @@ def _run[Spec: Piece, Result](
 
     def finish() -> Result:
         spec, future = pending.popleft()
-        result = future.result()
+        try:
+            result = future.result()
+        except ValueError as error:  # its traceback is of another process
+            raise ValueError(str(error)) from error
         bar.update(spec.count)
         return result
 

@@ -59,6 +59,9 @@ class Desk(DemonstratorConfig):
     cameras = (CAMERA, "gripperPOV")
     demonstrated = tuple(INSTRUCTIONS)
 
+    def is_chain(self, task: str) -> bool:
+        return task == CHAIN
+
     def warm_up(self) -> None:
         import_metaworld()
 
@@ -262,8 +265,8 @@ class ChainEnvironment(DeskEnvironment):
 
     def control_step(self, action: np.ndarray) -> bool:
         """One control step; returns whether all instructions are done."""
-        if self.done == self.length:
-            return True
+        if self.ended or self.done == self.length:
+            return self.done == self.length
         if super().control_step(action):
             self.done += 1
             if self.done < self.length:

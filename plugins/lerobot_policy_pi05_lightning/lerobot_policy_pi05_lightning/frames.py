@@ -20,7 +20,7 @@ from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.sources.lerobot_columns import Columns
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
-from pi05_lightning.weights.lerobot_plugin import LONE_IMAGE, camera_of
+from pi05_lightning.weights.lerobot_plugin import camera_of
 from pi05_lightning.weights.lerobot_processor import ACTION, STATE
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,15 @@ def as_bytes(images: Tensor) -> np.ndarray:
 
 
 def camera_names(keys: list[str]) -> dict[str, str]:
-    """Image features with their cameras' names. ValueError where two share one."""
-    names = {key: camera_of(key) for key in keys if key.startswith(LONE_IMAGE)}
+    """Image features with their cameras' names.
+
+    Raises ValueError for one that LeRobot's processors drop, and where two share a name.
+    """
+    if lost := [key for key in keys if not key.startswith("observation.")]:
+        raise ValueError(f"LeRobot's processors pass on `observation.…` alone: rename {', '.join(lost)}")
+    names = {key: camera_of(key) for key in keys}
     if len(set(names.values())) < len(names):
-        raise ValueError(f"two image features share the last part of their names: {', '.join(names)}")
+        raise ValueError(f"two image features share the last part of their names: {', '.join(names)}; rename one")
     return names
 
 

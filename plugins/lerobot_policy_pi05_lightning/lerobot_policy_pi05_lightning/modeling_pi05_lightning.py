@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import deque
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
 from pi05_lightning.files.hub import local_folder
 from pi05_lightning.inference import Inference
-from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
+from pi05_lightning.losses import draw_noise, mean_terms, total_loss
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import param_groups
@@ -212,7 +213,9 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         prefix = "model."
         whole = None if state_dict is None else {k.removeprefix(prefix): v for k, v in state_dict.items()}
         save(save_directory, self.model, self.processor, self.trained, whole)
-        self.config._save_pretrained(save_directory)
+        config = copy.copy(self.config)
+        config.init_from = config.tokenizer = config.fast = None  # what they named is in the folder
+        config._save_pretrained(save_directory)
 
     # --- training
 
@@ -272,30 +275,29 @@ class Pi05LightningPolicy(PreTrainedPolicy):
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
         """The stage's loss of a batch of LeRobot's loader, and the loss terms that it is made of.
 
-        Raises ValueError where a batch has nothing that the stage trains.
+        A batch whose frames all serve as nothing, as few have questions, has the loss 0.
         """
         if reduction != "mean":
             raise ValueError("sample_weighting: π0.5's loss terms are means over tokens and actions, not over samples")
-        samples = self.samples(batch)
-        weights = self.stage.weights
-        if not samples:
-            raise nothing_to_learn(weights)
-        host = self.collated(samples)
-        every, device = dict(zip(self.model.terms, self.model.counts(host), strict=True)), self.model.device
-        insulate = self.config.knowledge_insulation and self.training
-        terms = self.model(augment(host.to(device)), weights, insulate=insulate)
+        weights, device = self.stage.weights, self.model.device
+        terms, every = {}, dict.fromkeys(self.model.terms, torch.tensor(0))
+        if samples := self.samples(batch):
+            host = self.collated(samples)
+            every = dict(zip(self.model.terms, self.model.counts(host), strict=True))
+            insulate = self.config.knowledge_insulation and self.training
+            terms = self.model(augment(host.to(device)), weights, insulate=insulate)
         means, found = mean_terms(terms, {name: n.to(device) for name, n in every.items() if name in weights})
         loss = total_loss(means, weights)
-        if not terms:  # other ranks have something to learn from
+        if not terms:  # the next batch has something to learn from, or other ranks have
             loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
         names = [name for name, count in found.items() if count]
-        if not names:
-            raise nothing_to_learn(weights)
         self._learned = set(names)
         return loss, {f"loss_{name}": means[name].item() for name in names}
 
     def update(self) -> None:
         """LeRobot calls it after every optimizer step: take note of what was trained."""
+        if not self._learned:
+            return
         delay = self.config.rtc_max_delay if "flow" in self._learned else 0
         self.trained = self.trained + Trained(
             {self.stage.name: 1}, dict.fromkeys(self._learned, 1), complete=True, delays={delay: 1} if delay else {}
