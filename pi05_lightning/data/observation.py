@@ -170,7 +170,8 @@ class Inputs:
     def _look_at(self, images: Mapping[str, np.ndarray]) -> None:
         for camera, image in images.items():
             expected, seen = self.robot.looks.get(camera), Look.of([image])
-            if expected and seen and (change := expected.shown_as(seen)):
+            change = expected.shown_as(seen) if expected and seen else None
+            if change and "mirrored" not in change:  # things of one image may as well stand the other way round
                 self._say(
                     f"image {camera}",
                     f"image {camera!r} looks {change}, compared with the training data: turn it back before the policy"

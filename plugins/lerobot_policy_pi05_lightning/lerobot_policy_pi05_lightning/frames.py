@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.sources.lerobot_columns import Columns
@@ -83,6 +84,11 @@ class Taught:
     """
 
     def __init__(self, root: Path, cameras: Mapping[str, str], shapes: Shapes, **options: Any) -> None:
+        if missing := [key for key in cameras if key not in LeRobotFiles.open(root).features]:
+            raise ValueError(
+                f"the dataset has no {', '.join(missing)}, and LeRobot tells a policy nothing of --rename_map: give"
+                " --policy.type and --policy.init_from instead of --policy.path, which take the dataset's cameras"
+            )
         config = LeRobotConfig(path=str(root), cameras=dict(cameras), val_fraction=0, **options)
         source = config.open("robot", "train", shapes)
         robot = source.checked_robot()
