@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,14 @@ _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """The mean of a camera's images, u8[3 SIDE SIDE], and their height and width in pixels."""
+    """The mean of a camera's images, u8[3 SIDE SIDE], and their height and width in pixels.
+
+    varied: what some of these images themselves look like beside the mean, as "mirrored" where a scene comes both ways.
+    """
 
     mean: np.ndarray
     size: tuple[int, int]
+    varied: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, images: Iterable[np.ndarray]) -> Look | None:
@@ -44,16 +48,20 @@ class Look:
         for image in images:
             size = int(image.shape[1]), int(image.shape[2])
             means.append(F.adaptive_avg_pool2d(torch.as_tensor(np.ascontiguousarray(image)).float(), SIDE))
-        return cls(torch.stack(means).mean(0).round().byte().numpy(), size) if means else None
+        if not means:
+            return None
+        look = cls(torch.stack(means).mean(0).round().byte().numpy(), size)
+        liker = {best for one in means for best, gain, _ in [look._compared(one.numpy())] if gain > AS_LIKE}
+        return replace(look, varied=tuple(sorted(liker)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types that a checkpoint can carry."""
-        return {"mean": self.mean.tolist(), "size": list(self.size)}
+        return {"mean": self.mean.tolist(), "size": list(self.size), "varied": list(self.varied)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Look:
         """The inverse of `to_dict`."""
-        return cls(np.array(values["mean"], np.uint8), tuple(values["size"]))
+        return cls(np.array(values["mean"], np.uint8), tuple(values["size"]), tuple(values.get("varied", ())))
 
     def distance(self, other: Look) -> float:
         """Root mean square of the difference of both means, in grey levels."""
@@ -62,25 +70,27 @@ class Look:
     def shown_as(self, other: Look) -> str | None:
         """What was done to images of this look to have them look as another's do: "", "upside down", "mirrored, …".
 
-        None where nothing tells, as the two show other scenes, or hardly anything, or as this look is as like itself
-        changed in this way as the other is.
+        None where nothing tells, as the two show other scenes, or hardly anything, or as some of its own images look
+        like that.
         """
-        mean, seen = self.mean.astype(float), other.mean.astype(float)
-        if min(mean.std(), seen.std()) < LEAST_CONTRAST:
+        if min(self.mean.std(), other.mean.std()) < LEAST_CONTRAST:
             return None
-        changed = {
-            ", ".join(filter(None, (turn, colour))): change(mean[order])
+        best, gain, straight = self._compared(other.mean)
+        lacked = 1 - straight
+        if gain >= LIKER or (lacked > THE_SAME and lacked - gain < CLEARLY * lacked):
+            return best if straight + gain >= ALIKE and best not in self.varied else None
+        return "" if straight >= ALIKE and gain <= AS_LIKE else None
+
+    def _compared(self, mean: np.ndarray) -> tuple[str, float, float]:
+        """The change that makes this look likest to a mean, by how much more than none, and how like it is without."""
+        ours = self.mean.astype(float)
+        scores = {
+            ", ".join(filter(None, (turn, colour))): _likeness(change(ours[order]), mean.astype(float))
             for turn, change in _TURNS.items()
             for colour, order in {"": [0, 1, 2], "red and blue swapped": [2, 1, 0]}.items()
         }
-        scores = {change: _likeness(image, seen) for change, image in changed.items()}
         best = max(scores, key=lambda change: scores[change])
-        if best and _likeness(changed[best], mean) >= scores[best]:
-            return None  # these images come both ways, so one that looks changed may be as it should
-        gain, lacked = scores[best] - scores[""], 1 - scores[""]
-        if gain >= LIKER or (lacked > THE_SAME and lacked - gain < CLEARLY * lacked):
-            return best if scores[best] >= ALIKE else None
-        return "" if scores[""] >= ALIKE and gain <= AS_LIKE else None
+        return best, scores[best] - scores[""], scores[""]
 
 
 def _likeness(mean: np.ndarray, other: np.ndarray) -> float:

@@ -171,7 +171,7 @@ class Inputs:
         for camera, image in images.items():
             expected, seen = self.robot.looks.get(camera), Look.of([image])
             change = expected.shown_as(seen) if expected and seen else None
-            if change and "mirrored" not in change:  # things of one image may as well stand the other way round
+            if change:
                 self._say(
                     f"image {camera}",
                     f"image {camera!r} looks {change}, compared with the training data: turn it back before the policy"
