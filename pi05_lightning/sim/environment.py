@@ -149,6 +149,15 @@ class Chained(Environment, Protocol):
 
 
 @runtime_checkable
+class Continued(Demonstrator, Protocol):
+    """A demonstrator whose tasks can follow each other in one scene."""
+
+    def reset_after_others(self, seed: int) -> None:
+        """As `reset`, but the experts of a few other tasks have done theirs since; the same for the same seed."""
+        ...
+
+
+@runtime_checkable
 class SharedScene(Environment, Protocol):
     """An environment in whose scene other tasks can be solved too.
 

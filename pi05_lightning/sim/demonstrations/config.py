@@ -32,6 +32,9 @@ class CollectConfig:
     rephrased_share: float = 0.0
     """Share of the episodes whose instruction is in other words, which the desk has; those of `pi05 rollout` are not
     among them."""
+    continued_share: float = 0.0
+    """Share of the episodes and scenes that begin where the experts of other tasks have just ended, which the desk
+    allows."""
     action_repeat: int = 8
     """Control steps of 1/80 s that an action lasts: frames per second are 80 / action_repeat."""
     cameras: tuple[str, ...] | None = None
@@ -57,7 +60,7 @@ class CollectConfig:
             raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
         if self.answers_every < 1:
             raise ValueError(f"answers_every: {self.answers_every} is not a number of frames, give at least 1")
-        for name in ("noise_share", "rephrased_share"):
+        for name in ("noise_share", "rephrased_share", "continued_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is a share, give it between 0 and 1")
         if self.image_size % 2:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pi05_lightning.sim.demonstrations import questions
+from pi05_lightning.sim.demonstrations.beginning import begin
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.sim.environment import Demonstrator
@@ -84,7 +85,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     """
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
-    env.reset(seed)
+    begin(env, seed, config.continued_share)
     frames: list[Frame] = []
     actions, subtasks, answers = [], [], []
     solved, end = False, config.max_frames

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from pi05_lightning.sim.demonstrations import questions
+from pi05_lightning.sim.demonstrations.beginning import begin
 from pi05_lightning.sim.demonstrations.config import Piece
 from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
@@ -30,7 +31,7 @@ def record_scenes(piece: Piece) -> list[dict[str, Any]]:
     with closing(config.env.open(piece.task, config.view)) as env:
         for seed in split_seeds(piece.split, piece.count, config.seed, start=_FIRST_SCENE + piece.first):
             rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
-            env.reset(seed)
+            begin(env, seed, config.continued_share)
             for number in range(FRAMES_PER_SCENE):
                 env.place_hand(rng.uniform(*env.workspace), effort=rng.choice([-1.0, 1.0]))
                 rows.append(_row(env, env.cameras[number % len(env.cameras)]))

@@ -34,6 +34,7 @@ from pi05_lightning.sim.desk.tasks import (
     TURNED,
     Episode,
     Task,
+    draw_before,
     draw_chain,
 )
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
@@ -57,7 +58,7 @@ class Desk(DemonstratorConfig):
 
     control_hz = 80
     cameras = (CAMERA, "gripperPOV")
-    demonstrated = tuple(INSTRUCTIONS)
+    demonstrated = tuple(TASKS)
 
     def is_chain(self, task: str) -> bool:
         return task == CHAIN
@@ -133,6 +134,20 @@ class DeskEnvironment:
         self._desk.reset(draw_places(np.random.default_rng([seed, *self._key])))
         self._episode = Episode.beginning(self._desk.state())
         self._other, self.solved_other = None, False
+
+    def reset_after_others(self, seed: int) -> None:
+        """As `reset`, but the experts of one to four other instructions have done theirs since."""
+        self.reset(seed)
+        rng = np.random.default_rng([seed, *self._key, 2])
+        own = self._given
+        for name in draw_before(rng, own):
+            self._given = INSTRUCTIONS[name]
+            self._episode = Episode.beginning(self._desk.state())
+            for _ in range(round(self._given.seconds * self.fps)):
+                if self.expert_step():
+                    break
+        self._given = own
+        self._episode = Episode.beginning(self._desk.state())
 
     def watch(self, task: str) -> bool:
         """Watch until the next reset whether another task is solved; returns whether it is not solved already."""

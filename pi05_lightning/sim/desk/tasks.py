@@ -5,8 +5,9 @@ Every instruction of one step is possible in every initial state, so the picture
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -84,16 +85,20 @@ def _of_state(expert: Expert) -> Callable[[Episode], Move]:
     return lambda episode: expert(episode.now)
 
 
+def _said(*parts: Iterable[str]) -> list[str]:
+    """Every sentence with one of each of the parts."""
+    return [" ".join(words) for words in product(*parts)]
+
+
 def _press(colour: str) -> Task:
     return Task(
         f"press the {colour} button",
         solved=lambda episode: colour in episode.pressed,
         expert=_of_state(experts.press(colour)),
         others=(
-            f"push the {colour} button",
-            f"hit the {colour} button",
-            f"press the button that is {colour}",
-            f"press down the {colour} one of the buttons",
+            *_said(("push", "hit", "press down"), (f"the {colour} button", f"the {colour} one of the buttons")),
+            *_said(("press", "push"), (f"the button that is {colour}",)),
+            f"the {colour} button should be pressed",
         ),
     )
 
@@ -107,9 +112,8 @@ def _turn(way: str) -> Task:
         needs=lambda left: left.faucet != way,
         leaves=lambda left: replace(left, faucet=way),
         others=(
-            f"rotate the faucet to the {way}",
-            f"turn the tap {way}wards",
-            f"swing the handle of the faucet to the {way} side",
+            *_said(("turn", "swing"), ("the tap", "the faucet handle"), (f"{way}wards", f"to the {way} side")),
+            *_said(("rotate",), ("the faucet", "the tap"), (f"to the {way}",)),
             f"the faucet should point to the {way}",
         ),
     )
@@ -133,10 +137,12 @@ def _push(colour: str, way: str) -> Task:
         needs,
         lambda left: left.with_block(colour, (left.block(colour) or 0) + int(side)),
         others=(
-            f"slide the {colour} block to the {way}",
-            f"push the {colour} cube {way}wards",
-            f"shove the {colour} cube over to the {way} side",
-            f"move the {colour} block {way}",
+            *_said(
+                ("push", "move", "shove"),
+                (f"the {colour} cube",),
+                (f"to the {way}", f"{way}wards", f"over to the {way} side"),
+            ),
+            *_said(("slide", "move"), (f"the {colour} block",), (f"to the {way}", way)),
         ),
     )
 
@@ -150,10 +156,10 @@ def _store(colour: str) -> Task:
         needs=lambda left: left.drawer != "shut" and left.block(colour) is not None,
         leaves=lambda left: left.with_block(colour, None),
         others=(
-            f"place the {colour} block in the drawer",
-            f"store the {colour} cube in the drawer",
-            f"drop the {colour} block inside the drawer",
+            *_said(("place", "store", "put"), (f"the {colour} cube",), ("in the drawer", "inside the drawer")),
+            *_said(("drop", "place"), (f"the {colour} block",), ("into the drawer", "inside the drawer")),
             f"the {colour} cube belongs into the drawer",
+            f"the {colour} block should be in the drawer",
         ),
     )
 
@@ -166,7 +172,7 @@ INSTRUCTIONS: Mapping[str, Task] = {
         needs=lambda left: left.drawer != "open",
         leaves=lambda left: replace(left, drawer="open"),
         others=(
-            "pull the drawer open",
+            *_said(("pull the drawer", "slide the drawer", "could you pull the drawer"), ("open", "out by its handle")),
             "slide the drawer out",
             "get the drawer all the way open",
             "the drawer should be open",
@@ -179,9 +185,9 @@ INSTRUCTIONS: Mapping[str, Task] = {
         needs=lambda left: left.drawer != "shut",
         leaves=lambda left: replace(left, drawer="shut"),
         others=(
-            "push the drawer shut",
-            "slide the drawer shut",
+            *_said(("push the drawer", "slide the drawer", "could you push the drawer"), ("shut", "closed")),
             "push the drawer back in",
+            "get the drawer shut",
             "the drawer should be shut",
         ),
     ),
@@ -193,14 +199,38 @@ INSTRUCTIONS: Mapping[str, Task] = {
 """Of one step each."""
 
 
-def _steps(sentence: str, *names: str) -> Task:
-    """An instruction for which several of the others have to be done, in any order."""
+def _steps(sentence: str, *names: str, others: tuple[str, ...], stored: tuple[str, ...] = ()) -> Task:
+    """An instruction for which several of the others have to be done, in any order.
+
+    stored: the blocks that shall be in the drawer, and must not be there before.
+    """
     steps = [INSTRUCTIONS[name] for name in names]
+
+    def solved(episode: Episode) -> bool:
+        return all(step.solved(episode) for step in steps)
 
     def expert(episode: Episode) -> Move:
         return next((step for step in steps if not step.solved(episode)), steps[-1]).expert(episode)
 
-    return Task(sentence, lambda episode: all(step.solved(episode) for step in steps), expert, seconds=6.0 * len(steps))
+    def needs(left: Left) -> bool:
+        return not stored or (left.drawer != "shut" and all(left.block(colour) is not None for colour in stored))
+
+    return Task(sentence, solved, expert, needs, others=others, seconds=6.0 * len(steps))
+
+
+def _store_and_close(colour: str) -> Task:
+    return _steps(
+        f"put the {colour} block into the drawer and close it",
+        f"block-{colour}-drawer",
+        "drawer-close",
+        stored=(colour,),
+        others=(
+            f"put the {colour} cube in the drawer and then close it",
+            f"place the {colour} block inside the drawer and shut it",
+            f"store the {colour} block in the drawer and then push it shut",
+            f"the {colour} cube belongs in the drawer and the drawer should be closed",
+        ),
+    )
 
 
 SEVERAL_STEPS: Mapping[str, Task] = {
@@ -208,26 +238,41 @@ SEVERAL_STEPS: Mapping[str, Task] = {
         "tidy up: put the blocks into the drawer and close it",
         *(f"block-{colour}-drawer" for colour in BLOCKS),
         "drawer-close",
+        stored=BLOCKS,
+        others=(
+            "clean the desk: put both blocks in the drawer and shut it",
+            "store both cubes in the drawer and then close it",
+            "both blocks belong in the drawer and the drawer should be closed",
+        ),
     ),
-    **{
-        f"store-{colour}": _steps(
-            f"put the {colour} block into the drawer and close it", f"block-{colour}-drawer", "drawer-close"
-        )
-        for colour in BLOCKS
-    },
-    "all-buttons": _steps("press all buttons", *(f"button-{colour}" for colour in BUTTONS)),
+    **{f"store-{colour}": _store_and_close(colour) for colour in BLOCKS},
+    "all-buttons": _steps(
+        "press all buttons",
+        *(f"button-{colour}" for colour in BUTTONS),
+        others=("push every button", "hit all three buttons", "press down each of the buttons"),
+    ),
 }
 TASKS: Mapping[str, Task] = {**INSTRUCTIONS, **SEVERAL_STEPS}
 
 
 def draw_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> list[str]:
     """Instructions of one step, each of which is possible after those before it, and none that was just given."""
-    return list(_chain(rng, length))
+    return [name for name, _ in _chain(rng, length)]
 
 
-def _chain(rng: np.random.Generator, length: int) -> Iterator[str]:
+def draw_before(rng: np.random.Generator, task: Task) -> list[str]:
+    """Fewer instructions of one step than a chain has, after which a task is possible and was not just done."""
+    while True:
+        chain = list(_chain(rng, int(rng.integers(1, CHAIN_LENGTH))))
+        last, left = chain[-1]
+        if task.needs(left) and INSTRUCTIONS[last] is not task:
+            return [name for name, _ in chain]
+
+
+def _chain(rng: np.random.Generator, length: int) -> Iterator[tuple[str, Left]]:
+    """Each instruction, and how it leaves the desk."""
     left, last = Left(), ""
     for _ in range(length):
         last = str(rng.choice([n for n, task in INSTRUCTIONS.items() if n != last and task.needs(left)]))
         left = INSTRUCTIONS[last].leaves(left)
-        yield last
+        yield last, left
