@@ -47,15 +47,20 @@ class Language:
     """Share of the action samples that hide the subtask, so that the policy also acts on the task alone."""
     no_task_share: float = 0.0
     """Share of the action and subtask samples whose task is left empty: language dropout."""
+    fast_share: float = 0.0
+    """Share of the flow samples with a subtask that go on with the same actions as FAST tokens: both heads learn in one
+    pass, and flow does not see the tokens (arXiv 2505.23705). Needs condition_on: both."""
     questions_per_sample: int = 8
     """Training: at most this many questions about one image share a sample, each answered before the next is asked."""
     max_tokens: int = 1024
     """A sample whose text is longer is bad data."""
 
     def __post_init__(self) -> None:
-        for name in ("task_only_share", "no_task_share"):
+        for name in ("task_only_share", "no_task_share", "fast_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1")
+        if self.fast_share and self.condition_on != "both":
+            raise ValueError(f"fast_share is {self.fast_share}: it needs condition_on: both, not {self.condition_on}")
         check("data.language.questions_per_sample", self.questions_per_sample, 1)
         check("data.language.max_tokens", self.max_tokens, 1)
 
@@ -65,6 +70,11 @@ class Language:
         if self.condition_on == "both" and self.task_only_share < 1:
             return frozenset({Modality.HL_SUBTASK, Modality.CONTINUOUS, Modality.FAST})
         return frozenset({Modality.HL_SUBTASK})
+
+    @property
+    def saying_fast(self) -> frozenset[Modality]:
+        """The modalities whose samples may have FAST tokens to be said."""
+        return frozenset({Modality.FAST, Modality.CONTINUOUS} if self.fast_share else {Modality.FAST})
 
 
 class Processor:
@@ -137,7 +147,7 @@ class Processor:
             subtask = None if rng.random() < language.task_only_share else frame.subtask
             is_fast = modality is Modality.FAST
             segments = prompts.low_level(frame, subtask, language.condition_on, fast=is_fast)
-            if is_fast:
+            if is_fast or (subtask is not None and rng.random() < language.fast_share):
                 segments.append(self._fast_segment(frame.actions))
             actions, mask = self._pad(frame.actions, frame.action_is_pad)
         shown = replace(frame, images=images)
@@ -250,7 +260,10 @@ class Processor:
 
     def _fast_segment(self, actions: np.ndarray) -> Segment:
         if self.fast is None:
-            raise ValueError("fast_robot_actions needs a FAST tokenizer: make one with `pi05 tokenizer` and name it")
+            raise ValueError(
+                "fast_robot_actions and data.language.fast_share need a FAST tokenizer: make one with `pi05 tokenizer`"
+                " and name it as data.fast"
+            )
         prompts = self.language.prompts
         tokens = self.fast.encode(actions[None])[0]
         ids = self.fast.to_vocab(tokens, self.shapes.vocab_size, self.shapes.fast_skip_tokens)

@@ -79,7 +79,8 @@ class Samples(Dataset[Sample]):
         sizes = source.sizes(subset.modality)
         said = np.asarray(sizes.subtask) > 0
         if subset.modality in language.saying_subtasks and subset.modality is not Modality.HL_SUBTASK and said.any():
-            return bool(np.all(sizes.images) and said.all() and not language.task_only_share)
+            some_fast = language.fast_share and subset.modality is Modality.CONTINUOUS
+            return bool(np.all(sizes.images) and said.all() and not language.task_only_share and not some_fast)
         return bool(np.all(sizes.images))
 
     def address(self, entry: int, index: int) -> str:

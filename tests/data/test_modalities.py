@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.training.callbacks.stages import StageSwitch
-from pi05_lightning.types import Modality, Subset, Target
+from pi05_lightning.types import Modality, Sample, Subset, Target
 
 SHAPES = ModelConfig.preset("debug").shapes
 
@@ -101,6 +103,30 @@ def test_one_frame_is_its_subtask_its_fast_chunk_and_its_continuous_chunk(parsed
         Modality.CONTINUOUS: set(),
     }
     np.testing.assert_array_equal(made[Modality.FAST].actions, made[Modality.CONTINUOUS].actions)
+
+
+def test_flow_sample_goes_on_with_the_fast_tokens_of_the_same_actions(parsed: tuple[Samples, Recipe]) -> None:
+    frame = parsed[0].sources["robot"][3]
+    flow, fast = Subset("robot", Modality.CONTINUOUS), Subset("robot", Modality.FAST)
+
+    def made(subset: Subset, **language: float) -> list[Sample]:
+        processor = copy(parsed[0].processor)
+        processor.language = replace(processor.language, condition_on="both", **language)
+        return [processor.sample(frame, subset, key) for key in range(100)]
+
+    def kinds(sample: Sample) -> set[int]:
+        return set(sample.target_kind.tolist())
+
+    for alone, both, said in zip(made(flow), made(flow, fast_share=1.0), made(fast), strict=True):
+        np.testing.assert_array_equal(both.tokens, said.tokens)
+        np.testing.assert_array_equal(both.target_kind, said.target_kind)
+        np.testing.assert_array_equal(both.tokens[: len(alone.tokens)], alone.tokens)
+        np.testing.assert_array_equal(both.actions, alone.actions)
+    some = made(flow, fast_share=0.3, task_only_share=0.2)
+    assert 10 <= sum(Target.FAST in kinds(sample) for sample in some) <= 40
+    assert not any(Target.FAST in kinds(sample) and Target.SUBTASK not in kinds(sample) for sample in some)
+    with pytest.raises(ValueError, match="needs condition_on: both, not task"):
+        Language(condition_on="task", fast_share=0.5)
 
 
 def test_share_of_the_samples_is_told_no_task(videos: Path) -> None:

@@ -10,7 +10,16 @@ import pytest
 from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.desk.environment import ChainEnvironment, Desk, DeskEnvironment
 from pi05_lightning.sim.desk.scene import BLOCKS, BUTTONS, OBJECTS
-from pi05_lightning.sim.desk.tasks import CHAIN, CHAIN_LENGTH, INSTRUCTIONS, SEVERAL_STEPS, TASKS, Left, draw_chain
+from pi05_lightning.sim.desk.tasks import (
+    CHAIN,
+    CHAIN_LENGTH,
+    INSTRUCTIONS,
+    SEVERAL_STEPS,
+    TASKS,
+    Left,
+    draw_before,
+    draw_chain,
+)
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.instructions import PARAPHRASES, read_paraphrases
 from pi05_lightning.sim.splits import split_seeds
@@ -177,6 +186,34 @@ def test_several_steps_are_done_once_all_of_them_are(name):
         assert env._episode.now.in_drawer("green")
         assert subtasks[-1] == "push the drawer shut"
         assert SEVERAL_STEPS[name].sentence == env.sentence
+
+
+@pytest.mark.parametrize("name", ["block-green-drawer", "all-buttons", pytest.param("tidy-up", marks=pytest.mark.slow)])
+def test_task_is_possible_where_others_have_ended(name):
+    with Desk().open(name, VIEW) as env:
+        starts = []
+        for seed in HELD_OUT[:3]:
+            env.reset_after_others(seed)
+            starts.append(env.state[:3])
+            assert env.sentence == TASKS[name].sentence
+            assert not TASKS[name].solved(env._episode)
+            assert actions_to_success(env) is not None
+        env.reset(HELD_OUT[0])
+        assert min(np.linalg.norm(start - env.state[:3]) for start in starts) > 0.02
+        env.reset_after_others(HELD_OUT[2])
+        np.testing.assert_array_equal(env.state[:3], starts[2])
+
+
+def test_no_task_of_the_blocks_follows_what_put_them_away():
+    tidy, store = TASKS["tidy-up"], TASKS["block-green-drawer"]
+    for seed in range(200):
+        for task in (tidy, store):
+            left = Left()
+            for name in draw_before(np.random.default_rng(seed), task):
+                left = INSTRUCTIONS[name].leaves(left)
+            assert left.drawer != "shut"
+            assert left.block("green") is not None
+            assert INSTRUCTIONS[name] is not task
 
 
 def test_words_for_training_are_no_paraphrase_that_a_rollout_says():

@@ -110,6 +110,25 @@ def test_mean_trajectory_begins_anew_with_each_instruction_of_a_chain():
     assert (trial.success, trial.done, trial.length, trial.decisions) == (True, 2, 2, 4)
 
 
+def test_share_of_the_episodes_begins_where_others_ended(recorded, tmp_path):
+    few = {"episodes": 4, "val_episodes": 0, "scenes": 0, "continued_share": 0.5}
+    data = collect(config(tmp_path / "data", env=Desk(), tasks=NAMES[:1], **few)) / "robot"
+
+    def starts(path: Path) -> np.ndarray:
+        source = LeRobotConfig(str(path)).open("robot", "train", ModelConfig.preset("debug").shapes)
+        return np.stack([source[row].state for row in range(len(source)) if source.place(row)["frame_index"] == 0])
+
+    usual = starts(recorded)[0]
+    apart = np.abs(starts(data)[:, :3] - usual[:3]).max(1)
+    assert (apart < 0.005).any()
+    assert (apart > 0.02).any()
+
+
+def test_tasks_without_a_common_scene_cannot_continue(tmp_path):
+    with pytest.raises(ValueError, match=r"continued_share: drawer-open-v3 does not share its scene"):
+        collect(config(tmp_path / "data", tasks=("drawer-open-v3",), episodes=1, scenes=0, continued_share=0.5))
+
+
 @pytest.mark.slow
 def test_instructions_may_be_recorded_in_other_words_and_in_the_same_states(tmp_path):
     few = {"episodes": 6, "val_episodes": 1, "scenes": 0, "rephrased_share": 0.7}

@@ -158,6 +158,12 @@ def test_subtask_that_actions_are_conditioned_on_is_not_learned_by_that(
     assert locate(checkpoint).abilities.subtasks == says
 
 
+def test_fast_tokens_beside_the_flow_are_learned(fit: Fit) -> None:
+    language = Language(condition_on="both", fast_share=1.0)
+    checkpoint = fit({"fast": 1, "subtask": 1, "flow": 1}, CONTINUOUS, language=language)
+    assert locate(checkpoint).trained.terms == {"fast": 2, "subtask": 2, "flow": 2}
+
+
 def test_head_that_was_frozen_was_not_trained(fit: Fit) -> None:
     assert locate(fit({"flow": 1}, CONTINUOUS, freeze=("flow_head",))).trained.terms == {}
     assert locate(fit({"flow": 1}, CONTINUOUS, freeze=("backbone",))).trained.terms == {"flow": 2}
