@@ -9,7 +9,7 @@ import pytest
 
 from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.desk.environment import ChainEnvironment, Desk, DeskEnvironment
-from pi05_lightning.sim.desk.scene import BLOCKS, BUTTONS, OBJECTS
+from pi05_lightning.sim.desk.scene import BLOCKS, BUTTONS, OBJECTS, place_words
 from pi05_lightning.sim.desk.tasks import (
     CHAIN,
     CHAIN_LENGTH,
@@ -184,7 +184,7 @@ def test_several_steps_are_done_once_all_of_them_are(name):
         else:
             pytest.fail("the expert ran out of time")
         assert env._episode.now.in_drawer("green")
-        assert subtasks[-1] == "push the drawer shut"
+        assert subtasks[-1].startswith("push the drawer shut at the back ")
         assert SEVERAL_STEPS[name].sentence == env.sentence
 
 
@@ -214,6 +214,30 @@ def test_no_task_of_the_blocks_follows_what_put_them_away():
             assert left.drawer != "shut"
             assert left.block("green") is not None
             assert INSTRUCTIONS[name] is not task
+
+
+def test_subtask_says_where_the_thing_is_that_it_names_last(desk):
+    begin(desk, "block-green-drawer", HELD_OUT[0])
+    said = []
+    while not TASKS["block-green-drawer"].solved(desk._episode):
+        said.append(desk.subtask())
+        desk.expert_step()
+    places = {
+        words: [subtask.partition(" at the ")[2] for subtask in said if words in subtask]
+        for words in ("grasp", "carry")
+    }
+    block, drawer = desk.positions()["green block"], desk.positions()["drawer"]
+    assert set(places["grasp"]) <= {"front centre", "middle centre"}
+    assert set(places["carry"]) == {"back right" if drawer[0] > 0 else "back left"}
+    assert place_words(block) == place_words(drawer)
+
+
+@pytest.mark.parametrize("thing", OBJECTS)
+def test_place_of_a_thing_is_said_alike_however_little_it_is_moved(desk, thing):
+    for seed in HELD_OUT[:20]:
+        desk.reset(seed)
+        at = desk.positions()[thing]
+        assert len({place_words(at + np.array([x, y, 0.0])) for x in (-0.01, 0.01) for y in (-0.005, 0.005)}) == 1
 
 
 def test_words_for_training_are_no_paraphrase_that_a_rollout_says():

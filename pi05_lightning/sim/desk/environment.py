@@ -23,6 +23,8 @@ from pi05_lightning.sim.desk.scene import (
     OBJECTS,
     Tabletop,
     draw_places,
+    named,
+    place_words,
 )
 from pi05_lightning.sim.desk.tasks import (
     CHAIN,
@@ -181,8 +183,9 @@ class DeskEnvironment:
         return self._move().action(self._episode.now.hand)
 
     def subtask(self) -> str:
-        """What the expert is doing at the moment, in words."""
-        return self._move().words
+        """What the expert is doing at the moment, in words, and where what it is about stands."""
+        words = self._move().words
+        return f"{words} {place_words(self.positions()[named(words)])}"
 
     def _move(self) -> Move:
         return self._given.expert(self._episode)

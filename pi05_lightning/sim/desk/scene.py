@@ -54,6 +54,20 @@ OBJECTS: Mapping[str, ModelPart] = {
 }
 
 
+def named(words: str) -> str:
+    """The last thing of `OBJECTS` that a sentence names, by its longest name."""
+    found = [name for name in OBJECTS if name in words]
+    return max(found, key=lambda name: (words.rindex(name), len(name)))
+
+
+def place_words(position: np.ndarray) -> str:
+    """Where on the desk f64[3] is: no thing begins near the lines between them."""
+    x, y = position[:2]
+    row = "front" if y < 0.575 else "middle" if y < 0.72 else "back"
+    column = "left" if x < -0.11 else "right" if x > 0.11 else "centre"
+    return f"at the {row} {column}"
+
+
 @dataclass(frozen=True)
 class Places:
     """Where everything stands at the beginning: f64[2] of x and y."""
