@@ -43,8 +43,10 @@ class Pi05Policy(Inference):
         model_path: a checkpoint file, a run's directory (its newest checkpoint), an exported folder, or a folder of
             LeRobot's or openpi's (PyTorch), or its Hub id; or a model and its processor themselves.
         policy_type: `pi0.5`, the only one there is.
-        backbone_type, obs_dim, action_dim, image_dim: what the caller expects of the checkpoint; an error if it is not
-            so. Images of any height and width are resized to the model's.
+        backbone_type: what the caller expects of the checkpoint, an error if it is not so; as are the next three.
+        obs_dim: the state's dimensions.
+        action_dim: the action's dimensions.
+        image_dim: [3 H W] of the caller's images. Of any height and width, they are resized to the model's.
         use_fast_tokens: the checkpoint must have a FAST tokenizer.
         pred_horizon: another name for `execution_horizon`.
         acting: how it acts, as keywords: the fields of `Acting`, such as `robot`, `actions` and `execution_horizon`.
