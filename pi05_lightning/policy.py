@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, Literal, Self
 
@@ -20,12 +21,14 @@ from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.inference import Computed, Given, Inference
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.published import save_published
 
 Observation = Mapping[str, Any]
 """{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1].
@@ -126,6 +129,17 @@ class Pi05Policy(Inference):
     def save_pretrained(self, folder: str | Path) -> None:
         """Export weights, dimensions and processor into a folder that `from_pretrained` reads."""
         save(folder, self.model, self.processor, self.trained)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
+        """Publish the policy as `user/name` on the Hugging Face Hub, with a card; returns the commit's address.
+
+        license: an identifier of the Hub's, such as apache-2.0.  `pi05 push` also puts a run's results on the card.
+        Raises ValueError when the Hub refuses or cannot be reached; readers then see what was there before.
+        """
+        check_repo(repo)
+        with TemporaryDirectory() as folder:
+            save_published(Path(folder), repo, self.model, self.processor, self.trained, license)
+            return publish(Path(folder), repo, private=private)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
         self.model.to(device)

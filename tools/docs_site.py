@@ -41,7 +41,14 @@ API = {
         *("data.tokenizer", "data.fast", "data.robot"),
         *("data.sources.base", "data.sources.lerobot", "data.sources.vision_text", "data.sources.language"),
     ),
-    "Weights": ("weights.locate", "weights.base", "weights.abilities", "weights.folder", "weights.lerobot_folder"),
+    "Weights": (
+        "weights.locate",
+        "weights.base",
+        "weights.abilities",
+        "weights.folder",
+        "weights.published",
+        "weights.lerobot_folder",
+    ),
     "Simulation": (
         *("sim.environment", "sim.rollout", "sim.trials", "sim.summary", "sim.baselines"),
         *("sim.metaworld.environment", "sim.desk.environment", "sim.libero", "sim.lerobot_env"),
