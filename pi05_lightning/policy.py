@@ -44,7 +44,7 @@ class Pi05Policy(Inference):
 
     Args:
         model_path: a checkpoint file, a run's directory (its newest checkpoint), an exported folder, or a folder of
-            LeRobot's or openpi's (PyTorch), or its Hub id; or a model and its processor themselves.
+            LeRobot's or openpi's, or its Hub id; or a model and its processor themselves.
         policy_type: `pi0.5`, the only one there is.
         backbone_type: what the caller expects of the checkpoint, an error if it is not so; as are the next three.
         obs_dim: the state's dimensions.
@@ -57,7 +57,7 @@ class Pi05Policy(Inference):
         device: where the model runs.
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
-        averaged: use a training checkpoint's averaged weights (`ema.decay`) if it has them.
+        averaged: use a training checkpoint's averaged weights (`ema.decay`, or openpi's) if it has them.
         base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
         cuda_graph: on a CUDA device, sample chunks by CUDA graphs: several times as fast for one robot. `plain` takes
             a second where a prompt has a new length, `compiled` is faster still and takes the first two half a minute.
