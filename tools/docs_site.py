@@ -18,7 +18,6 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
-from traitlets.config import Config
 
 from pi05_lightning.cli import help as of_commands
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
@@ -119,8 +118,7 @@ def tutorial() -> Iterator[tuple[str, str | bytes]]:
     """
     notebook = nbformat.read(ROOT / TUTORIAL, as_version=4)
     with TemporaryDirectory() as folder:
-        options = Config({"KernelManager": {"transport": "ipc"}})  # nobody else on this machine can talk to it
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}, config=options).execute()
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": folder}}).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":  # progress bars and the like
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
