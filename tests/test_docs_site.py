@@ -15,6 +15,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType
+from urllib.request import urlopen
 
 import pytest
 
@@ -100,9 +101,9 @@ def test_pages_open_without_errors_and_fit_the_screen(site: str, page: str, widt
 
 
 @pytest.mark.slow
-def test_every_command_and_experiment_has_a_page(site: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    (folder,) = (tmp_path_factory.getbasetemp()).glob("site*")
-    for command in TRAINER_COMMANDS | COMMANDS:
-        assert (folder / "reference" / "commands" / command / "index.html").is_file()
-    for experiment in (ROOT / "experiments").glob("0*/README.md"):
-        assert (folder / "experiments" / experiment.parent.name / "index.html").is_file()
+def test_every_command_and_experiment_has_a_page(site: str) -> None:
+    pages = [f"reference/commands/{command}/" for command in TRAINER_COMMANDS | COMMANDS]
+    pages += [f"experiments/{readme.parent.name}/" for readme in (ROOT / "experiments").glob("0*/README.md")]
+    for page in pages:
+        with urlopen(site + page) as answer:  # raises where there is none
+            assert answer.status == 200
