@@ -61,13 +61,18 @@ monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
 experiment: $(RENDERING) ## run an experiment with three seeds on the demo's data and gather it (NAME=002_without_stage_1)
 	@$(BIN)/python tools/experiment.py $(NAME) $(ARGS)
 
+.PHONY: docs
+docs: $(RENDERING) ## run the tutorial and build the documentation as a site in build/site; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q $(ARGS)
+	@echo "Look at it with: python3 -m http.server -d build/site"
+
 .PHONY: libero
 libero: $(SETUP) ## add LIBERO's simulator to .venv (1.2 GB)
 	@VIRTUAL_ENV=.venv $(BIN)/uv pip install -r requirements-libero.lock
 
 .PHONY: lock
 lock: $(SETUP) ## resolve the locks anew for all platforms
-	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --no-header --no-annotate setup.cfg -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --extra docs --extra loggers --no-header --no-annotate setup.cfg -o requirements.lock
 	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra libero -c requirements.lock --no-header --no-annotate setup.cfg -o requirements-libero.lock
 
 .PHONY: clean

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pi05_lightning.policy import Pi05Policy
     from pi05_lightning.training.callbacks.stages import StageSwitch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Pi05DataModule", "Pi05Module", "Pi05Policy", "StageSwitch"]
 
 _HOME = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any, Literal, Self
 
@@ -20,12 +21,14 @@ from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.inference import Computed, Given, Inference
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.published import save_published
 
 Observation = Mapping[str, Any]
 """{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1].
@@ -41,10 +44,12 @@ class Pi05Policy(Inference):
 
     Args:
         model_path: a checkpoint file, a run's directory (its newest checkpoint), an exported folder, or a folder of
-            LeRobot's or openpi's (PyTorch), or its Hub id; or a model and its processor themselves.
+            LeRobot's or openpi's, or its Hub id; or a model and its processor themselves.
         policy_type: `pi0.5`, the only one there is.
-        backbone_type, obs_dim, action_dim, image_dim: what the caller expects of the checkpoint; an error if it is not
-            so. Images of any height and width are resized to the model's.
+        backbone_type: what the caller expects of the checkpoint, an error if it is not so; as are the next three.
+        obs_dim: the state's dimensions.
+        action_dim: the action's dimensions.
+        image_dim: [3 H W] of the caller's images. Of any height and width, they are resized to the model's.
         use_fast_tokens: the checkpoint must have a FAST tokenizer.
         pred_horizon: another name for `execution_horizon`.
         acting: how it acts, as keywords: the fields of `Acting`, such as `robot`, `actions` and `execution_horizon`.
@@ -52,7 +57,7 @@ class Pi05Policy(Inference):
         device: where the model runs.
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
-        averaged: use a training checkpoint's averaged weights (`ema.decay`) if it has them.
+        averaged: use a training checkpoint's averaged weights (`ema.decay`, or openpi's) if it has them.
         base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
         cuda_graph: on a CUDA device, sample chunks by CUDA graphs: several times as fast for one robot. `plain` takes
             a second where a prompt has a new length, `compiled` is faster still and takes the first two half a minute.
@@ -124,6 +129,17 @@ class Pi05Policy(Inference):
     def save_pretrained(self, folder: str | Path) -> None:
         """Export weights, dimensions and processor into a folder that `from_pretrained` reads."""
         save(folder, self.model, self.processor, self.trained)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
+        """Publish the policy as `user/name` on the Hugging Face Hub, with a card; returns the commit's address.
+
+        license: an identifier of the Hub's, such as apache-2.0.  `pi05 push` also puts a run's results on the card.
+        Raises ValueError when the Hub refuses or cannot be reached; readers then see what was there before.
+        """
+        check_repo(repo)
+        with TemporaryDirectory() as folder:
+            save_published(Path(folder), repo, self.model, self.processor, self.trained, license)
+            return publish(Path(folder), repo, private=private)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
         self.model.to(device)

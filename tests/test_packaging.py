@@ -1,12 +1,15 @@
-"""What a user gets: a wheel that works where nothing of the repository is."""
+"""What a user gets: a wheel, and a source distribution, that work where nothing of the repository is."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import pi05_lightning
 
 ROOT = Path(__file__).parents[1]
 
@@ -15,21 +18,21 @@ def uv(*arguments: str | Path) -> None:
     subprocess.run([sys.executable, "-m", "uv", *map(str, arguments)], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` folder of a new environment with the wheel and its dependencies."""
+@pytest.fixture(scope="module", params=["wheel", "sdist"])
+def installed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` folder of a new environment with what was built and its dependencies."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # setuptools leaves its build folder beside what it builds
     for name in ("configs", "experiments", "pi05_lightning"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    uv("build", "--wheel", "--out-dir", folder, source)
-    (wheel,) = folder.glob("*.whl")
+    uv("build", f"--{request.param}", "--out-dir", folder, source)
+    (built,) = folder.glob("*.whl" if request.param == "wheel" else "*.tar.gz")
     environment = folder / "venv"
     uv("venv", "--python", sys.executable, environment)
     python = environment / "bin" / "python"
-    uv("pip", "install", "--python", python, "--constraint", ROOT / "requirements.lock", wheel)
+    uv("pip", "install", "--python", python, "--constraint", ROOT / "requirements.lock", built)
     return environment / "bin"
 
 
@@ -41,18 +44,18 @@ def pi05(installed: Path, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_installed_wheel_answers_help(installed: Path, tmp_path: Path) -> None:
+def test_installed_package_answers_help(installed: Path, tmp_path: Path) -> None:
     assert "usage: pi05 COMMAND" in pi05(installed, tmp_path, "--help")
 
 
 @pytest.mark.slow
-def test_installed_wheel_brings_the_shipped_configurations(installed: Path, tmp_path: Path) -> None:
+def test_installed_package_brings_the_shipped_configurations(installed: Path, tmp_path: Path) -> None:
     layers = ("-c", "configs/tiny.yaml", "-c", "experiments/001_metaworld/config.yaml")
     assert "pretrain_steps: " in pi05(installed, tmp_path, "fit", *layers, "--print_config")
 
 
 @pytest.mark.slow
-def test_installed_wheel_brings_its_data_files(installed: Path, tmp_path: Path) -> None:
+def test_installed_package_brings_its_data_files(installed: Path, tmp_path: Path) -> None:
     script = (
         "from pi05_lightning.data.tokenizer import TextTokenizer; print(TextTokenizer.load('tiny').vocab_size);"
         "from pi05_lightning.sim.instructions import PARAPHRASES; print(PARAPHRASES.is_file())"
@@ -60,6 +63,16 @@ def test_installed_wheel_brings_its_data_files(installed: Path, tmp_path: Path) 
     command = [str(installed / "python"), "-c", script]
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert shown.split() == ["4096", "True"]
+
+
+def test_versions_agree() -> None:
+    """Of the package, its citation, its changelog, and of the plugin, which is made for this one."""
+    (declared,) = re.findall(r"^version = (.*)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
+    assert pi05_lightning.__version__ == declared
+    assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {declared}\n" in (ROOT / "CHANGELOG.md").read_text()
+    plugin = (ROOT / "plugins" / "lerobot_policy_pi05_lightning" / "pyproject.toml").read_text()
+    assert f'"pi05-lightning=={declared}"' in plugin
 
 
 def test_lock_holds_versions_and_no_address() -> None:

@@ -49,6 +49,7 @@ MEDIA = """
     images: [...document.images].map(i => [i.alt, i.naturalWidth > 0]),
     videos: [...document.querySelectorAll("video")].map(v => v.videoWidth > 0),
     played: await Promise.all(play),
+    width: document.documentElement.scrollWidth,
     text: text(document.body),
   });
 })()
@@ -67,6 +68,8 @@ class Visit:
     """Each image's alt text, and whether it is there."""
     videos: list[bool] = field(default_factory=list)
     played: list[bool] = field(default_factory=list)
+    width: int = 0
+    """Of the whole page: more than the screen's where one would have to scroll sideways."""
     text: str = ""
 
 

@@ -1,4 +1,4 @@
-"""`pi05 convert`: checkpoints of LeRobot and openpi (PyTorch) to ours, ours to LeRobot, every key accounted for."""
+"""`pi05 convert`: checkpoints of LeRobot and openpi to ours, ours to LeRobot, every key accounted for."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def convert(
     What was written for LeRobot is opened by LeRobot, and has to answer as the policy does.
 
     Args:
-        source: a folder with LeRobot's or openpi's (PyTorch) model.safetensors, its Hub id, or a checkpoint, run or
-            folder of ours.
+        source: a folder with LeRobot's or openpi's (PyTorch) model.safetensors, its Hub id, a folder with openpi's
+            (JAX) params and assets, or a checkpoint, run or folder of ours.
         target: the folder to make; it must not exist.
         format: what to make: a folder of ours, one of LeRobot's own pi05, or (`plugin`) one of any policy of ours that
             this package opens, and LeRobot with the plugin lerobot_policy_pi05_lightning.
         tokenizer: folder or name of the text tokenizer; by default what the source names, which is PaliGemma's.
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
-        averaged: of a training checkpoint of ours, take the averaged weights if it has them.
+        averaged: of a training checkpoint, ours or openpi's, take the averaged weights if it has them.
         robot: keep this one of the policy's robots alone. LeRobot knows of one, so of several one must be named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
             own, if it is still where it was. Made-up frames are always compared too.
@@ -141,7 +141,7 @@ def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> lis
     else:
         processor, notes = read_processor(weights.path, foreign.config, text)
         keep_robot(processor, robot)
-    save(folder, build(foreign.config, foreign.tensors), processor)
+    save(folder, build(foreign.config, weights.mapped_tensors()), processor)
     keep_origin(weights.path, foreign, folder / ORIGIN)
     return [foreign.report(), *notes]
 
@@ -158,7 +158,8 @@ def keep_origin(source: Path, foreign: Foreign, origin: Path) -> None:
         for key, tensor in foreign.unread.items()
         if key != PREFIX + LM_HEAD or not torch.equal(tensor, foreign.tensors[EMBEDDING])
     }
-    save_tensors(drifted, origin / UNREAD, read_metadata(weight_files(source)[0]))
+    files = weight_files(source)
+    save_tensors(drifted, origin / UNREAD, read_metadata(files[0]) if files else None)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,7 @@ from pi05_lightning.training.run_directory import (
     new_run,
     write_config,
 )
+from pi05_lightning.training.trackio import TrackioLogger  # noqa: F401 - what trainer.logger knows by name
 from pi05_lightning.weights.locate import locate, locate_run, run_of
 from pi05_lightning.weights.resumed import REMEDY, differing, flat
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import httpx
 
@@ -39,3 +41,47 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
             f"there is no folder {shown(name)}, and the Hugging Face Hub does not give one of that name ({reason}):"
             " correct the path, log in if the repository is gated, or download it elsewhere and name its folder"
         ) from error
+
+
+def check_repo(name: str) -> None:
+    """ValueError for what is no name of a repository."""
+    if not is_hub_id(name):
+        raise ValueError(f"{name} is no name of a repository on the Hugging Face Hub: give it as user/name")
+
+
+def publish(
+    folder: Path, repo: str, kind: Literal["model", "dataset"] = "model", private: bool = False, tag: str | None = None
+) -> str:
+    """Put a folder into a repository of the Hub, which is made if there is none; returns the commit's address.
+
+    All files come in one commit, so readers see all of it or nothing. What a push that failed had sent is not sent
+    again. Files that an earlier push wrote into a folder of this one, and that are no longer in it, go in the same
+    commit; what else is in the repository stays.
+    tag: what the commit is called too, in place of an earlier commit.
+    ValueError when the Hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    check_repo(repo)
+    api = HfApi()
+    try:
+        api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            repo_type=kind,
+            folder_path=folder,
+            commit_message="Pushed by pi05_lightning",
+            delete_patterns=[f"{inner.name}/*" for inner in folder.iterdir() if inner.is_dir()],
+        )
+        if tag is not None:
+            with suppress(RevisionNotFoundError):
+                api.delete_tag(repo, tag=tag, repo_type=kind)
+            api.create_tag(repo, tag=tag, repo_type=kind)
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the push to {repo} failed ({reason}), and readers see none of it. Log in with an account that may write"
+            " there (hf auth login), then run the same command again: what was sent already is not sent again"
+        ) from error
+    return commit.commit_url

@@ -11,6 +11,8 @@ from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import ExportedFolder, is_exported
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
+from pi05_lightning.weights.openpi_folder import OpenpiFolder
+from pi05_lightning.weights.orbax import is_orbax
 from pi05_lightning.weights.safetensors import CONFIG, weight_files
 from pi05_lightning.weights.training_checkpoint import (
     TrainingCheckpoint,
@@ -30,9 +32,9 @@ def locate(
 ) -> Weights:
     """The weights at a path: of a `.ckpt`, a run's directory (its newest checkpoint), a folder or a Hub id.
 
-    The folder is one that we exported, or LeRobot's or openpi's (PyTorch).
+    The folder is one that we exported, or LeRobot's, or openpi's (PyTorch, or JAX's `params` and `assets`).
 
-    averaged: a training checkpoint's averaged weights, if it has any.
+    averaged: a training checkpoint's averaged weights, if it has any; of openpi's too.
     tokenizer: of LeRobot's and openpi's: where PaliGemma's text tokenizer is, if not where the folder says.
     vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
         each if the width divides, else 16.
@@ -46,6 +48,8 @@ def locate(
             " a checkpoint, or move one of the two"
         )
     if not weight_files(folder):
+        if is_orbax(folder):
+            return OpenpiFolder(folder, tokenizer, vision_heads, averaged)
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     if is_exported(read_json(folder / CONFIG, default={})):

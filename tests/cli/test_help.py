@@ -81,7 +81,8 @@ def test_a_command_has_the_options_of_the_parser(command: str, capsys: pytest.Ca
     usage = capsys.readouterr().out.partition("\n\n")[0]
     shown = printed([command, "--help"], capsys)
     names = set(re.findall(r"^  (?:--)?(\w+)", shown, re.MULTILINE)) - {"config", "print_config"}
-    assert names == {*re.findall(r"--(\w+)", usage), *re.findall(r" (\w+)$", usage)} - {"config"}
+    arguments = re.findall(r"(?<=\s)(\w+)(?=(?:\s+\w+)*$)", usage)
+    assert names == {*re.findall(r"--(\w+)", usage), *arguments} - {"config"}
 
 
 def test_help_puts_what_is_ours_first_and_the_trainer_last(capsys: pytest.CaptureFixture[str]) -> None:

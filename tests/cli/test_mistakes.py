@@ -79,12 +79,12 @@ OUT_OF_RANGE = {
     "trainer.barebones": "true",
     "trainer.default_root_dir": "elsewhere",
     "trainer.limit_train_batches": "0",
-    "trainer.logger": "WandbLogger",
+    "trainer.logger": "CometLogger",
     "run": "/dev/null/run",
 }
 """An option of `pi05 fit`, and a value that it cannot have."""
 SAID_OTHERWISE = {
-    "trainer.logger": "wandb",
+    "trainer.logger": "comet",
     "run": "--run",
     "stages.pretrain_steps": "pretrain has -1 steps",
     "stages.then": "stage a: its warmup_steps are 3 and all of its steps 2",

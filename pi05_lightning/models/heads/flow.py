@@ -37,7 +37,7 @@ def interpolate(noise: Tensor, actions: Tensor, t: Tensor) -> tuple[Tensor, Tens
 
 
 def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
-    """[sin, cos](2π t / period), log-spaced, in float64 as the shortest period is 4e-3: t [...] -> f32[... width]."""
+    """sin and cos of 2πt / period, log-spaced, in float64 as the shortest period is 4e-3: t [...] -> f32[... width]."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=t.device)
     period = min_period * (max_period / min_period) ** fraction
     angle = t.double()[..., None] * (2 * math.pi / period)

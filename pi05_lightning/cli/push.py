@@ -1,0 +1,231 @@
+"""`pi05 push`: a run's policy, or a dataset that `pi05 collect` wrote, to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, hf_hub_url
+
+from pi05_lightning.cli.convert import keep_robot
+from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
+from pi05_lightning.evaluation.report.run import Run, read_run
+from pi05_lightning.evaluation.statistics import ALL, rates
+from pi05_lightning.files.hub import check_repo, publish
+from pi05_lightning.files.local import read_json, write_text
+from pi05_lightning.training.run_directory import CONFIG, is_run
+from pi05_lightning.weights.locate import locate, run_of
+from pi05_lightning.weights.published import CARD, save_published
+
+FILMS = "films"
+RUN_CONFIG = "run.yaml"
+"""The configuration of the run, in what is published."""
+LEROBOT, IMAGES = Path("meta", "info.json"), Path("dataset_dict.json")
+"""What a folder has that is a LeRobot dataset, and one of `datasets`."""
+
+
+def push(
+    source: Path,
+    repo: str,
+    license: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+    out: Path | None = None,
+    robot: str | None = None,
+    averaged: bool = True,
+    base: str | None = None,
+    tokenizer: str | None = None,
+) -> None:
+    """Publish a run's policy with a card that says what it is, or a dataset.
+
+    Args:
+        source: a run, a checkpoint or a folder of weights; or a dataset of `pi05 collect`: its robot or its web folder.
+        repo: where to, as user/name. It is made if there is none.
+        license: an identifier of the Hub's, such as apache-2.0, for the card.
+        private: make the repository private, where it is made.
+        dry_run: send nothing, and show the files and the card.
+        out: keep what is published in this folder too; it must not exist.
+        robot: publish the policy as this one of its robots alone.
+        averaged: of a training checkpoint, take the averaged weights if it has them.
+        base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
+        tokenizer: of LeRobot's and openpi's weights: the folder of PaliGemma's tokenizer.
+
+    Raises ValueError for what cannot be published, and where the Hub refuses or cannot be reached: readers see all of
+    a push or nothing of it.
+    """
+    check_repo(repo)
+    if out is not None and out.exists():
+        raise ValueError(f"{out} already exists: delete it or name another folder")
+    tag = None
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        if (source / LEROBOT).is_file():
+            kind, tag = "dataset", lerobot_dataset(source, folder, repo, license)
+        elif (source / IMAGES).is_file():
+            kind = "dataset"
+            image_dataset(source, folder, repo, license)
+        elif (source / "robot" / LEROBOT).is_file():
+            raise ValueError(
+                f"{source} holds two datasets: push {source / 'robot'} and {source / 'web'}, each by itself"
+            )
+        else:
+            kind = "model"
+            policy(source, folder, repo, license, robot=robot, averaged=averaged, base=base, tokenizer=tokenizer)
+        print("\n".join(listing(folder)))
+        if out is not None:
+            shutil.copytree(folder, out)
+        if dry_run:
+            print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nnothing was sent")
+        else:
+            print(f"pushed: {publish(folder, repo, 'model' if kind == 'model' else 'dataset', private, tag)}")
+    if license is None:
+        print("No licence is stated: --license apache-2.0 (or another identifier of the Hub's) says who may use it.")
+
+
+def listing(folder: Path) -> Iterator[str]:
+    """The files of a folder and their sizes."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        yield f"{file.stat().st_size:>12,}  {file.relative_to(folder)}"
+
+
+# --- policies
+
+
+def policy(
+    source: Path, folder: Path, repo: str, license: str | None, robot: str | None = None, **options: Any
+) -> None:
+    """Write what is published of a policy; of a run's, with its results, films and configuration."""
+    weights = locate(source, **options)
+    processor = weights.processor()
+    keep_robot(processor, robot)
+    sections: dict[str, str] = {}
+    results: list[EvalResult] = []
+    home = run_of(weights.path)
+    if is_run(home) and (home / CONFIG).is_file():
+        run = read_run(home)
+        films = {film.name: film for film in run.videos}
+        if films:
+            (folder / FILMS).mkdir()
+        for name, film in films.items():
+            shutil.copyfile(film, folder / FILMS / name)
+        write_text(folder / RUN_CONFIG, yaml.safe_dump(named_alone(run.config), sort_keys=False))
+        sections, results = sections_of(run, repo), results_of(run)
+    save_published(folder, repo, weights.model(), processor, weights.trained, license, sections, results)
+
+
+def named_alone(value: Any) -> Any:
+    """A configuration whose absolute paths are their last names: where things lay here is nobody else's business."""
+    if isinstance(value, dict):
+        return {key: named_alone(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [named_alone(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def sections_of(run: Run, repo: str) -> dict[str, str]:
+    """What a card says of a run, by heading."""
+    found = {
+        "### Data": data(run.provenance),
+        "## Success in closed loop": success(run),
+        "## Metrics on validation data": metrics(run),
+        "## Films": films(run, repo),
+    }
+    return {heading: text for heading, text in found.items() if text}
+
+
+def data(provenance: Mapping[str, Any]) -> str:
+    rows = [(name, of.get("train", ""), of.get("val", "")) for name, of in provenance.get("samples", {}).items()]
+    versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
+    made = f"Made with {versions}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
+    return made + table(("source and modality", "samples to train on", "to validate on"), rows) if rows else made
+
+
+def success(run: Run) -> str:
+    """A row per task: successes of trials and the interval in every mode."""
+    if not run.success:
+        return ""
+    found = rates(run.success)
+    tasks = list(next(iter(found.values())))
+    cells = [
+        [f"{(r := by_task[task]).successes}/{r.trials} ({r.low:.2f}–{r.high:.2f})" for by_task in found.values()]
+        for task in tasks
+    ]
+    about = "Episodes that succeeded, and the 95 % Wilson interval of the rate, on initial states not trained on.\n\n"
+    return about + table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
+
+
+def metrics(run: Run) -> str:
+    parts = []
+    for section, columns in SECTIONS.items():
+        rows = section_rows(run.metrics, section)
+        used = [metric for metric in columns if any(metric in run.metrics[row] for row in rows)]
+        cells = [(row, *(number(run.metrics[row][m]) if m in run.metrics[row] else "" for m in used)) for row in rows]
+        if cells:
+            parts.append(table(("modality", *(columns[metric] for metric in used)), cells))
+    return "\n\n".join(parts)
+
+
+def films(run: Run, repo: str) -> str:
+    addresses = [hf_hub_url(repo, film.name, subfolder=FILMS) for film in run.videos]
+    return "\n".join(f'<video controls width="320" src="{address}"></video>' for address in addresses)
+
+
+def results_of(run: Run) -> list[EvalResult]:
+    """Success in every mode of the policy over all tasks, as the Hub lists results."""
+    return [
+        EvalResult(
+            task_type="robotics",
+            dataset_type="simulation",
+            dataset_name=f"{by_task[ALL].trials} held-out initial states",
+            metric_type="success_rate",
+            metric_name=f"success ({mode})",
+            metric_value=round(by_task[ALL].value, 4),
+        )
+        for mode, by_task in rates(run.success).items()
+        if mode in run.acting or mode == "policy"
+    ]
+
+
+def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+# --- datasets
+
+
+def lerobot_dataset(source: Path, folder: Path, repo: str, license: str | None) -> str:
+    """Put a LeRobot dataset into a folder, with LeRobot's card; returns the tag by which LeRobot asks for it."""
+    from lerobot.datasets.io_utils import load_info
+    from lerobot.datasets.utils import create_lerobot_dataset_card
+
+    # caches are left out; files are not copied, as they may be many gigabytes
+    shutil.copytree(
+        source.resolve(),
+        folder,
+        copy_function=os.symlink,
+        ignore=shutil.ignore_patterns("pi05_*", ".*"),
+        dirs_exist_ok=True,
+    )
+    if not (folder / CARD).exists():
+        card = create_lerobot_dataset_card(["pi05_lightning"], load_info(source), license=license, repo_id=repo)
+        write_text(folder / CARD, str(card))
+    return read_json(source / LEROBOT)["codebase_version"]
+
+
+def image_dataset(source: Path, folder: Path, repo: str, license: str | None) -> None:
+    """Write single images with text as parquet files, which `datasets` and the Hub's viewer read, with a card."""
+    from datasets import load_from_disk
+    from huggingface_hub import DatasetCardData
+
+    for split, rows in load_from_disk(source).items():
+        (folder / "data").mkdir(exist_ok=True)
+        rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    about = DatasetCardData(license=license, task_categories=["visual-question-answering"], tags=["pi05_lightning"])
+    text = f"---\n{about.to_yaml()}\n---\n\n# {repo.partition('/')[2]}\n\nSingle images with captions and questions.\n"
+    write_text(folder / CARD, text)

@@ -1,0 +1,59 @@
+"""A checkpoint as openpi's JAX code saves it: `params/` and `assets/`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi05_lightning.files.local import read_json
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.lerobot import config_of
+from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder
+from pi05_lightning.weights.orbax import LORA_A, OrbaxParams, checkpoint_folder, ours, vision_heads
+from pi05_lightning.weights.safetensors import CONFIG, READERS, Keep, check_keys, shapes_of, whole
+
+
+class OpenpiFolder(LeRobotFolder):
+    """What Orbax wrote, read with it: all parameters at once, and only when they are asked for.
+
+    averaged: the parameters that it is used with, which are the average if training kept one; else those that training
+        goes on with, if they are there too.
+    """
+
+    def __init__(
+        self, path: Path, tokenizer: str | None = None, vision_heads: int | None = None, averaged: bool = True
+    ) -> None:
+        super().__init__(checkpoint_folder(path), tokenizer, vision_heads)
+        self.params = OrbaxParams(self.path, averaged)
+
+    @cached_property
+    def mapped(self) -> Foreign:
+        """Dimensions, names and shapes; its tensors have no values. ValueError that lists all that does not fit."""
+        theirs = self.params.on_meta()
+        tensors, source = ours(theirs, self.params.place)
+        heads = self.vision_heads or vision_heads(theirs)
+        config, notes = config_of(shapes_of(tensors), read_json(self.path / CONFIG, default={}), heads)
+        with torch.device("meta"):
+            expected = shapes_of(Pi05(config).state_dict())
+        check_keys(shapes_of(tensors), expected, source, self.params.place)
+        if any(LORA_A in name for name in theirs):
+            notes.append("LoRA is merged into its weights at the scale of openpi's variants, 1")
+        return Foreign(config, tensors, {}, {}, source, tuple(notes))
+
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+        _ = self.mapped  # what does not fit shows before gigabytes are read
+        found, _ = ours(self.params.tensors(), self.params.place)
+
+        def kept(name: str) -> dict[str, Tensor]:
+            tensor = found.pop(name)
+            return dict(keep(name, tensor if dtype is None else tensor.to(dtype)))
+
+        with ThreadPoolExecutor(READERS) as pool:
+            return {name: tensor for part in pool.map(kept, list(found)) for name, tensor in part.items()}
+
+    def mapped_tensors(self) -> dict[str, Tensor]:
+        return self.tensors()

@@ -1,0 +1,237 @@
+"""Policies and datasets on the Hub, which is a server on this machine here: whole or not at all, and loaded from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard, constants
+from PIL import Image
+
+from pi05_lightning import Pi05DataModule, Pi05Policy
+from pi05_lightning.cli.main import main
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.files.local import write_json
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.training.run_directory import write_config
+from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.folder import save
+
+from .loopback_hub import Hub, serving
+
+MODEL, DATA = "models/lab/arm", "datasets/lab/drawers"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serving() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def policy(pictures: Path) -> Pi05Policy:
+    """Untrained, of a dataset that has a place on this machine."""
+    sizes = ModelConfig.preset("debug")
+    data = Pi05DataModule({"robot": LeRobotConfig(str(pictures))}, shapes=sizes.shapes)
+    model = Pi05(sizes)
+    model.reset_parameters()
+    made = Pi05Policy((model, data.processor))
+    made.trained = Trained({"pretrain": 3, "posttrain": 5}, {"flow": 5}, complete=True)
+    return made
+
+
+@pytest.fixture
+def run(policy: Pi05Policy, tmp_path: Path) -> Path:
+    """A run's directory that holds weights, a rollout with a film, metrics, and paths of this machine."""
+    run = tmp_path / "run"
+    save(run, policy.model, policy.processor, policy.trained)
+    write_config(run, yaml.safe_dump({"data": {"fast": "/secret/place/fast"}, "seed_everything": 0}))
+    success = {"policy": {"open-drawer": [9, 10]}, "random": {"open-drawer": [0, 10]}}
+    write_json(run / "rollout" / "rollout.json", {"success": success, "acting": {"policy": {}}, "films": ["one.mp4"]})
+    (run / "rollout" / "one.mp4").write_bytes(b"a film")
+    write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
+    versions = {"pi05_lightning": "0.2.0"}
+    write_json(run / "provenance.json", {"samples": {"robot/qa": {"train": 7, "val": 2}}, "versions": versions})
+    return run
+
+
+def chunk(policy: Pi05Policy) -> np.ndarray:
+    images = {camera: torch.zeros(3, 9, 9) for camera in policy.inputs.cameras}
+    noise = torch.zeros(policy.model.config.horizon, policy.model.config.action_dim)
+    task = policy.processor.robots[policy.robot].tasks[0]
+    return policy.predict_chunk({"image": images, "state": torch.zeros(3), "task": task}, noise)
+
+
+def test_pushed_policy_is_loaded_from_the_hub_and_acts_the_same(hub: Hub, run: Path, policy: Pi05Policy) -> None:
+    main(["push", str(run), "lab/arm", "--license", "apache-2.0"])
+    assert hub.commits == 1
+    assert (chunk(Pi05Policy.from_pretrained("lab/arm")) == chunk(policy)).all()
+
+
+def test_lerobot_reads_the_pushed_configuration(hub: Hub, run: Path) -> None:
+    from lerobot.configs import PreTrainedConfig
+
+    import lerobot_policy_pi05_lightning  # noqa: F401
+
+    main(["push", str(run), "lab/arm"])
+    config = PreTrainedConfig.from_pretrained("lab/arm")
+    assert config.type == "pi05_lightning"
+    assert config.output_features["action"].shape == (2,)
+
+
+def test_card_says_data_stages_results_and_licence(hub: Hub, run: Path) -> None:
+    main(["push", str(run), "lab/arm", "--license", "apache-2.0", "--private"])
+    files = hub.repositories[MODEL]
+    assert hub.private == {MODEL}
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "apache-2.0"
+    assert card.data.pipeline_tag == "robotics"
+    assert [result.metric_value for result in card.data.eval_results] == [0.9]
+    for said in (
+        "| posttrain | 5 |",
+        "| robot/qa | 7 | 2 |",
+        "| open-drawer | 9/10 (0.60–0.98) | 0/10 (0.00–0.28) |",
+        "| robot/continuous_robot_actions | 4 | 0.250 |",
+        "films/one.mp4",
+        'Pi05Policy.from_pretrained("lab/arm")',
+        "--policy.path=lab/arm",
+    ):
+        assert said in card.text, said
+    assert files["films/one.mp4"] == b"a film"
+
+
+def test_no_path_of_this_machine_is_published(hub: Hub, run: Path, pictures: Path) -> None:
+    main(["push", str(run), "lab/arm"])
+    files = hub.repositories[MODEL]
+    assert yaml.safe_load(files["run.yaml"])["data"]["fast"] == "fast"
+    told = [name for name, content in files.items() if str(pictures.parent).encode() in content or b"secret" in content]
+    assert told == []
+
+
+def test_dry_run_shows_folder_and_card_and_sends_nothing(
+    hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["push", str(run), "lab/arm", "--dry-run", "--out", str(tmp_path / "kept")])
+    shown = capsys.readouterr().out
+    assert "model.safetensors" in shown
+    assert "# arm" in shown
+    assert "No licence is stated" in shown
+    assert hub.repositories == {}
+    assert (tmp_path / "kept" / "README.md").read_text() in shown
+
+
+def test_failed_push_leaves_what_readers_saw_and_goes_on_where_it_was(hub: Hub, run: Path) -> None:
+    main(["push", str(run), "lab/arm"])
+    before = dict(hub.repositories[MODEL])
+    (run / "rollout" / "one.mp4").write_bytes(b"another film")
+    (run / "rollout" / "two.mp4").write_bytes(b"a second film")
+    result = json.loads((run / "rollout" / "rollout.json").read_text())
+    write_json(run / "rollout" / "rollout.json", result | {"films": ["one.mp4", "two.mp4"]})
+    hub.sent.clear()
+    hub.refuse_objects_after = 1
+    with pytest.raises(SystemExit, match=r"the push to lab/arm failed .* readers see none of it"):
+        main(["push", str(run), "lab/arm"])
+    assert hub.repositories[MODEL] == before
+    assert len(hub.sent) == 1
+    hub.refuse_objects_after, hub.refuse_commits = None, True
+    with pytest.raises(SystemExit, match="readers see none of it"):
+        main(["push", str(run), "lab/arm"])
+    assert hub.repositories[MODEL] == before
+    hub.refuse_commits = False
+    main(["push", str(run), "lab/arm"])
+    assert hub.repositories[MODEL]["films/two.mp4"] == b"a second film"
+    assert len(hub.sent) == len(set(hub.sent)) == 2
+
+
+def test_films_that_are_gone_leave_with_the_next_push_and_other_files_stay(hub: Hub, run: Path) -> None:
+    main(["push", str(run), "lab/arm"])
+    hub.repositories[MODEL]["theirs.md"] = b"kept"
+    hub.repositories[MODEL]["films/old.mp4"] = b"gone"
+    (run / "rollout" / "one.mp4").write_bytes(b"another film")
+    main(["push", str(run), "lab/arm"])
+    assert "films/old.mp4" not in hub.repositories[MODEL]
+    assert hub.repositories[MODEL]["theirs.md"] == b"kept"
+
+
+def test_policy_pushes_itself(hub: Hub, policy: Pi05Policy, tmp_path: Path) -> None:
+    address = policy.push_to_hub("lab/arm", license="mit")
+    assert address.startswith(hub.address)
+    policy.save_pretrained(tmp_path / "here")
+    opened = Pi05Policy.from_pretrained("lab/arm")
+    assert (chunk(opened) == chunk(Pi05Policy.from_pretrained(tmp_path / "here"))).all()
+    assert opened.trained == policy.trained
+
+
+def test_policy_of_two_robots_is_ours_alone_until_one_is_named(hub: Hub, policy: Pi05Policy, tmp_path: Path) -> None:
+    processor = policy.processor
+    robot = processor.robots["robot"]
+    processor.robots["other"] = replace(robot, tasks=("wave",))
+    try:
+        save(tmp_path / "two", policy.model, processor)
+        main(["push", str(tmp_path / "two"), "lab/arm"])
+        assert "LeRobot takes policies of one robot" in hub.repositories[MODEL]["README.md"].decode()
+        main(["push", str(tmp_path / "two"), "lab/arm", "--robot", "other"])
+        assert "--policy.path=lab/arm" in hub.repositories[MODEL]["README.md"].decode()
+    finally:
+        del processor.robots["other"]
+
+
+def test_recorded_dataset_goes_whole_under_lerobots_tag(hub: Hub, pictures: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "robot"))
+    (source / "meta" / "pi05_stats.json").write_text("a cache")
+    for _ in range(2):
+        main(["push", str(source), "lab/drawers", "--license", "cc-by-4.0"])
+    files = hub.repositories[DATA]
+    names = {str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.is_file()}
+    names = {name for name in names if "pi05_" not in name}
+    assert set(files) == names | {"README.md"}
+    assert all(files[name] == (pictures / name).read_bytes() for name in names)
+    assert hub.tags[DATA] == {"v3.0"}
+    assert "license: cc-by-4.0" in files["README.md"].decode()
+
+
+def test_images_with_text_go_as_parquet(hub: Hub, tmp_path: Path) -> None:
+    rows = {"image": [Image.new("RGB", (8, 8))] * 3, "caption": ["one", "two", "three"]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features)).save_to_disk(tmp_path / "web")
+    main(["push", str(tmp_path / "web"), "lab/drawers"])
+    file = tmp_path / "back.parquet"
+    file.write_bytes(hub.repositories[DATA]["data/train-00000-of-00001.parquet"])
+    back = datasets.load_dataset("parquet", data_files=str(file), cache_dir=str(tmp_path / "read"))["train"]
+    assert back["caption"][:] == rows["caption"]
+    assert back[0]["image"].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "repo", "said"),
+    [
+        ("missing", "lab/arm", "missing"),
+        (".", "arm", "arm is no name of a repository"),
+        (".", "lab/arm", "neither a checkpoint nor"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused(hub: Hub, tmp_path: Path, source: str, repo: str, said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        main(["push", str(tmp_path / source), repo])
+    assert hub.repositories == {}
+
+
+def test_collects_folder_of_two_datasets_is_refused(hub: Hub, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "data" / "robot")
+    with pytest.raises(SystemExit, match="holds two datasets"):
+        main(["push", str(tmp_path / "data"), "lab/drawers"])
