@@ -48,6 +48,7 @@ COMMANDS = {
     "rollout": "closed-loop success in the simulator, beside baselines",
     "value fit": "how an attempt will end, learned from attempts, with its calibration",
     "value label": "which actions were better than expected, written beside a dataset",
+    "experience": "rounds of attempts, judged and learned from, beside what to compare them with",
     "serve": "a policy server that openpi's clients talk to",
 }
 

@@ -16,6 +16,8 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
@@ -90,6 +92,8 @@ class LeRobotConfig(SourceConfig):
     labels: str | None = None
     """File of `pi05 value label` that says of every frame whether its advantage is positive, for prompts to say it;
     `positive` for demonstrations, which all are. Labels that do not fit the dataset, or the value, are an error."""
+    corrections_only: bool = False
+    """Only the frames in which somebody corrected the policy, as their column `intervention` says (DAgger)."""
     same_robot_as: str | None = None
     """Another source of the same robot, whose statistics normalise this one's frames: a policy acts as that one."""
     on_bad_sample: OnBadSample = "error"
@@ -152,6 +156,8 @@ class LeRobotSource(Source):
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
         self._reject_values()
+        if config.corrections_only:
+            self._kept &= self._corrected()
         self._images = {camera: self._store(key) for key, camera in self.cameras.items()}
         self._rows = np.flatnonzero(self._kept)
         self._say_how_it_is_read()
@@ -215,6 +221,13 @@ class LeRobotSource(Source):
         except ValueError as error:
             raise ValueError(f"dataset {self.name!r}, {error}") from error
         return found.get(POSITIVE), found.get(RETURN)
+
+    def _corrected(self) -> np.ndarray:
+        """Which rows' actions were a correction, bool[N]."""
+        attempts = Attempts.read(self.files, demonstrations=True)
+        return attempts.intervention[
+            rows_at(attempts.episode, attempts.frame, (self.columns.episode, self.columns.frame))
+        ]
 
     def indices(self, modality: Modality) -> np.ndarray:
         """i64: frames with a question (qa), with a subtask (hl_subtask), with actions (the two of robot actions)."""
