@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
@@ -17,7 +16,7 @@ from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import Method, Training, configuration
-from pi05_lightning.files.local import read_json, write_json, write_text
+from pi05_lightning.files.local import read_json, write_json, write_once
 
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
@@ -184,18 +183,11 @@ def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
                 todo += plan.judge(name, folder, attempts, number)
             labels = [folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts]
             of_round = method, plan.policy, reading, plan.demonstrations, attempts, labels, plan.training
-            write_once(folder / "experience.yaml", configuration(*of_round))
+            text = yaml.safe_dump(configuration(*of_round), sort_keys=False)
+            write_once(folder / "experience.yaml", text)
             todo += [plan.fit(name, folder), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
             acting = folder / "fit"
     return todo
-
-
-def write_once(file: Path, content: dict[str, Any]) -> None:
-    """Write a configuration. Raises ValueError where another one is there already."""
-    text = yaml.safe_dump(content, sort_keys=False)
-    if file.is_file() and file.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{file} was written by `pi05 experience` with other options: give another out, or those")
-    write_text(file, text)
 
 
 def write_results(out: Path, methods: Sequence[Method], rounds: int) -> None:

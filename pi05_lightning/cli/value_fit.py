@@ -15,7 +15,7 @@ from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.value import Tried, ValueFunction, datasets, longest_of
-from pi05_lightning.files.local import write_json, write_text
+from pi05_lightning.files.local import write_json, write_once
 from pi05_lightning.models.heads.value import NAME, ValueHead
 
 CALIBRATION = "calibration.json"
@@ -53,21 +53,21 @@ def value_fit(
         options: further options of `pi05 fit`, as [--trainer.accelerator, gpu].
 
     Returns and writes the calibration on episodes that are held out.
-    Raises ValueError where nothing says how an episode ended.
+    Raises ValueError where nothing says how an episode ended, and for a run that was begun with other options.
     """
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(tried)
     names = [f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(tried)]
     sources = {}
     for name, one in zip(names, tried, strict=True):
-        file = run / "returns" / f"{name}.parquet"
+        file = run / f"returns{'' if c_fail is None else f'_{c_fail:g}'}" / f"{name}.parquet"
         returns = {RETURN: one.returns(longest, c_fail).astype(np.float32)}
         Labels(one.attempts.episode, one.attempts.frame, returns, {}).write(file, one.files)
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
         options_of_one = {"labels": str(file), "val_fraction": val_fraction, **shared}
         sources[name] = reading.source(one.path, **options_of_one)
     config = configuration(policy, reading, sources, steps, batch_size, lr)
-    write_text(run / "value.yaml", yaml.safe_dump(config, sort_keys=False))
+    write_once(run / "value.yaml", yaml.safe_dump(config, sort_keys=False))
     arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
     run_trainer("fit", [*arguments, *options])
     write_json(run / VALUE_FILE, {"longest": longest, "c_fail": c_fail, "datasets": [one.path for one in tried]})

@@ -82,7 +82,8 @@ def configuration(
         "data": {
             "sources": sources,
             "tokenizer": reading.tokenizer,
-            "language": {**reading.language, "advantage_omission": training.omission},
+            # there is no FAST tokenizer: attempts train the flow alone
+            "language": {**reading.language, "fast_share": 0.0, "advantage_omission": training.omission},
             "batch_size": training.batch_size,
             "length_window": 1,
             "num_workers": 1,

@@ -147,6 +147,15 @@ def test_interventions_are_read_by_the_names_that_lerobot_gives_them(pictures_co
     assert attempts.intervention.tolist() == corrected
 
 
+def test_corrections_alone_can_be_trained_on(pictures_copy: Path) -> None:
+    corrected = [episode == 1 and frame > 4 for episode, length in enumerate(LENGTHS) for frame in range(length)]
+    column(corrected, "intervention", pa.bool_(), pictures_copy)
+    config = LeRobotConfig(str(pictures_copy), val_fraction=0, corrections_only=True)
+    source = LeRobotSource(config, "robot", "train", 3, (14, 14))
+    places = [source.place(index) for index in range(len(source))]
+    assert [(place["episode_index"], place["frame_index"]) for place in places] == [(1, frame) for frame in range(5, 9)]
+
+
 def test_attempts_that_do_not_say_how_they_ended_are_refused(pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing says whether episode 0 succeeded: .*next.success"):
         Attempts.read(LeRobotFiles.open(pictures))
