@@ -14,6 +14,7 @@ from pi05_lightning.files.local import read_json
 from pi05_lightning.weights.abilities import Abilities, Actions, Trained
 from pi05_lightning.weights.locate import locate, run_of
 
+Advantage = Literal["positive", "negative", "none"]
 ROLLOUT = Path("rollout", "rollout.json")
 """Within a run: what its rollout came to, and how the policy acted in it."""
 
@@ -25,30 +26,34 @@ class Acting:
     robot: str | None = None
     """The name of the data source whose robot it acts as; needed where the policy was trained on several robots."""
     actions: Actions = "flow"
-    """Where actions come from: `flow` samples them with the flow head, `fast` decodes them from FAST tokens."""
+    """From the `flow` head, or decoded `fast` tokens."""
     execution_horizon: int | None = None
     """Actions of a chunk that are executed before the next one; by default 1, or `inference_delay` if that is more."""
     inference_delay: int = 0
     """Actions of the last chunk that are still executed while the next one is computed in the background."""
     rtc: bool = True
     """Whether the flow head is given these, `rtc_max_delay` of the training at most, and goes on from them (real-time
-    chunking). Otherwise the next chunk is joined at the step that is due, with a jump (asynchronous execution)."""
+    chunking). Otherwise the next chunk is joined at the step that is due, with a jump."""
     hierarchical: bool | None = None
     """Whether a predicted subtask conditions the actions, or the task alone; by default wherever it was trained to."""
     replan_subtask_every: int = 1
     """Chunks that a predicted subtask lasts."""
     num_steps: int = 10
     """Euler steps per chunk of the flow head."""
+    advantage: Advantage | None = None
+    """What the prompt says of the actions (π*0.6); by default `positive` where it was trained to be told."""
+    guidance: float = 1.0
+    """β: how far the flow follows it; 1 needs one pass."""
     noise_scale: float = 0.0
     """Of the noise that a chunk's flow starts from: 0 starts from its mean, which draws nothing, 1 is as trained."""
     temperature: float = 0.0
     """Of subtask and FAST tokens; 0 takes the likeliest."""
     constrain_fast: bool = True
-    """FAST tokens are chosen among those that can still become a chunk, so that they always decode."""
+    """Only FAST tokens that always decode."""
     on_failed_decode: Literal["raise", "count"] = "raise"
-    """FAST tokens that are no chunk raise FastDecodeError, or are counted, and NaN where several chunks are asked."""
+    """FAST tokens that are no chunk raise FastDecodeError, or are counted, and NaN where several are asked."""
     missing_cameras: tuple[str, ...] = ()
-    """Cameras of the training that an observation may lack."""
+    """Cameras that an observation may lack."""
     max_state_distance: float | None = 5.0
     """Quantile ranges (q99 - q01) that a state may be outside the training data. One that is further is refused, from
     1 on it is logged; null refuses none."""
@@ -60,7 +65,7 @@ class Acting:
     def __post_init__(self) -> None:
         wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "max_prompt_bytes": 1}
         bounds = {"max_state_distance": 0, "max_action_distance": 0, "max_prompt_bytes": 1}
-        for name, least in (wholes | bounds | {"noise_scale": 0, "temperature": 0}).items():
+        for name, least in (wholes | bounds | {"noise_scale": 0, "temperature": 0, "guidance": 0}).items():
             value = getattr(self, name)
             kind: Any = Integral if name in wholes else Real
             if value is None and name in bounds:
@@ -73,6 +78,13 @@ class Acting:
         object.__setattr__(self, "missing_cameras", tuple(self.missing_cameras))
         if self.actions not in get_args(Actions):
             raise ValueError(f"actions is {self.actions!r}: expected {' or '.join(get_args(Actions))}")
+        if self.advantage not in (None, *get_args(Advantage)):
+            raise ValueError(f"advantage is {self.advantage!r}: expected {', '.join(get_args(Advantage))}")
+        if self.guidance != 1 and (self.actions == "fast" or self.advantage == "none"):
+            raise ValueError(
+                f"guidance is {self.guidance}: it leads the flow head towards an advantage, so it needs `actions: flow`"
+                " and an advantage; leave it out"
+            )
         if self.given and self.actions == "fast":
             raise ValueError(
                 "inference_delay with rtc needs the flow head: FAST tokens cannot be made to go on from actions; set"
@@ -117,6 +129,16 @@ def check(acting: Acting, processor: Processor, trained: Trained) -> Abilities:
         raise ValueError("`actions: fast`: the policy has no FAST tokenizer; leave it out, or train with data.fast")
     abilities.check_actions(acting.actions)
     abilities.check_delay(acting.given, "inference_delay")
+    if not abilities.advantage and (acting.advantage in ("positive", "negative") or acting.guidance != 1):
+        raise ValueError(
+            "advantage, guidance: the policy was not trained on actions with their advantage (a stage that draws from"
+            " sources with `labels`): leave them out"
+        )
+    if acting.guidance != 1 and not processor.language.advantage_omission:
+        raise ValueError(
+            "guidance: the policy never acted without an advantage (data.language.advantage_omission was 0), so"
+            " there is nothing to be led away from: leave it out"
+        )
     if acting.hierarchical and not (processor.predicts_subtasks(robot) and trained.able("subtask")):
         raise ValueError(f"hierarchical: the policy was not trained to say subtasks as {robot}; leave it out")
     return abilities

@@ -71,6 +71,8 @@ class Inference:
         self.execution_horizon = acting.executed(self.model.config.horizon)
         able = processor.predicts_subtasks(self.robot) and self.trained.able("subtask")
         self.hierarchical = able and acting.hierarchical is not False
+        able = self.abilities.advantage and acting.advantage != "none"
+        self.advantage = (acting.advantage or "positive") if able else None
         self.acting = acting
 
     @property
@@ -81,6 +83,7 @@ class Inference:
             robot=self.robot,
             execution_horizon=self.execution_horizon,
             hierarchical=self.hierarchical,
+            advantage=self.acting.advantage or self.advantage,
         )
 
     def acting_as(self, acting: Acting) -> Self:
@@ -188,7 +191,12 @@ class Inference:
     ) -> list[Computed]:
         """For each frame what `finish` makes a chunk of."""
         fast = start is None
-        prompts = [self.processor.prompt(f, self.robot, s, fast=fast) for f, s in zip(frames, subtasks, strict=True)]
+        guided = {} if fast or self.acting.guidance == 1 else {"guidance": self.acting.guidance}
+        prompts = [
+            self.processor.prompt(frame, self.robot, subtask, fast=fast, advantage=advantage)
+            for advantage in ((self.advantage, None) if guided else (self.advantage,))
+            for frame, subtask in zip(frames, subtasks, strict=True)
+        ]
         batch = self.processor.collate(prompts).to(self.model.device)
         if start is None:
             return generate_fast(
@@ -203,7 +211,7 @@ class Inference:
         device = self.model.device
         actions, count = (None, None) if not any(given) else (x.to(device) for x in self._stacked(given))
         chunk = self._chunk if len(batch) == 1 else self.model.chunk
-        return list(chunk(batch, start.to(device), self.acting.num_steps, actions, count).cpu().numpy())
+        return list(chunk(batch, start.to(device), self.acting.num_steps, actions, count, **guided).cpu().numpy())
 
     def _stacked(self, given: Sequence[Given | None]) -> tuple[Tensor, Tensor]:
         """Given actions as `FlowHead.sample` takes them: f32[B T D], and how many of each row are given, i64[B]."""

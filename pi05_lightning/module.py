@@ -47,7 +47,7 @@ from pi05_lightning.models.quantized import Kind
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Subset
-from pi05_lightning.weights.abilities import Trained, trained
+from pi05_lightning.weights.abilities import ADVANTAGE, Trained, trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.beginning import begin, begin_slices, carried_on
 from pi05_lightning.weights.left_out import LeftOut
@@ -590,7 +590,8 @@ class Pi05Module(LightningModule):
             own = set(list(head.parameters()) or backbone)  # what predicts tokens has no weights of its own
             if any(stage.lr_factor(name) for name, parameter in self.model.named_parameters() if parameter in own):
                 learned += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(modalities[t])]
-        return learned
+        acts = not {"flow", "fast"}.isdisjoint(learned)
+        return [*learned, ADVANTAGE] if acts and data.tells_advantage(stage) else learned
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities.

@@ -168,6 +168,10 @@ class Frame:
     action_is_pad: np.ndarray | None = None
     embodiment: str = ""
     control_mode: str = ""
+    advantage: str | None = None
+    """Whether what is done is better than what was to be expected, `positive` or `negative`; None where nobody says."""
+    returns: float | None = None
+    """What is left of the episode, from 0 at its success to -1; see `data.returns`."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning.cli.demo import Part, Progress, demo, parts, run_command, write_summary
+from pi05_lightning.cli.demo import demo, parts, write_summary
+from pi05_lightning.cli.parts import Part, Progress, run_command
 from pi05_lightning.files.local import write_json
 
 PART = Part("stats", ("stats", "data"))

@@ -20,12 +20,14 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator
+from pi05_lightning.inference import Inference
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.types import Modality, Subset
+from pi05_lightning.weights.abilities import Trained
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -125,3 +127,56 @@ def test_free_fast_tokens_end_where_they_do_in_training(
     Evaluator(policy.model, processor).decode_fast(processor.collate([sample]), "robot")
     assert closings[:2] == [sample.tokens[-1], sample.tokens[-1]]
     assert sample.tokens[-1] == processor.tokenizer.eos_id
+
+
+# --- advantage
+
+
+def told(data: Pi05DataModule, **acting: Any) -> Inference:
+    """A policy that was trained on actions with their advantage, with weights that are always the same."""
+    torch.manual_seed(0)
+    model = Pi05(CONFIG)
+    model.reset_parameters()
+    for parameter in model.flow_head.parameters():  # adaRMS begins at 0, and the flow would see nothing
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    trained = Trained(terms={"flow": 3, "advantage": 3}, complete=True)
+    return Inference(model, data.processor, Acting(**acting), trained=trained)
+
+
+def chunk(policy: Inference, data: Pi05DataModule) -> np.ndarray:
+    frame = data.sources("train")["robot"][0]
+    frame = replace(frame, subtask=None, answers=(), actions=None, action_is_pad=None, picture_sizes={})
+    noise = np.random.default_rng(0).normal(size=(2, CONFIG.horizon, CONFIG.action_dim)).astype(np.float32)
+    return policy.predict_chunks([frame, frame], [None, "pull"], noise)
+
+
+def test_policy_that_learned_it_is_told_positive_and_says_so(data: Pi05DataModule) -> None:
+    assert told(data).resolved.advantage == "positive"
+    assert told(data, advantage="none").resolved.advantage == "none"
+    np.testing.assert_array_equal(chunk(told(data), data), chunk(told(data, advantage="positive"), data))
+    for other in ("negative", "none"):
+        assert np.abs(chunk(told(data), data) - chunk(told(data, advantage=other), data)).max() > 1e-5
+
+
+def test_without_guidance_the_flow_is_that_of_no_advantage(data: Pi05DataModule) -> None:
+    free = chunk(told(data, advantage="none"), data)
+    np.testing.assert_allclose(chunk(told(data, guidance=0.0), data), free, rtol=1e-4, atol=1e-5)
+    led = chunk(told(data), data)
+    assert np.abs(chunk(told(data, guidance=3.0), data) - led).max() > 1e-5
+
+
+def test_policy_that_did_not_learn_it_is_told_nothing_and_refuses_to_be(policy: Pi05Policy) -> None:
+    assert policy.resolved.advantage is None
+    for acting in (Acting(advantage="positive"), Acting(guidance=2.0)):
+        with pytest.raises(ValueError, match="was not trained on actions with their advantage"):
+            policy.acting_as(acting)
+
+
+def test_guidance_needs_training_that_left_the_advantage_out_and_the_flow(data: Pi05DataModule) -> None:
+    policy = told(data)
+    policy.processor.language = replace(policy.processor.language, advantage_omission=0.0)
+    with pytest.raises(ValueError, match="advantage_omission was 0"):
+        policy.acting_as(Acting(guidance=1.5))
+    for wrong in ({"actions": "fast"}, {"advantage": "none"}):
+        with pytest.raises(ValueError, match="guidance"):
+            Acting(guidance=1.5, **wrong)

@@ -36,7 +36,9 @@ def commands(page: Path) -> list[list[str]]:
     """The words of every `pi05` command in code blocks and in backticks."""
     lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
     spans = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
-    return [text.split() for text in (*lines, *spans) if text.startswith("pi05 ")]
+    found = [text.split() for text in (*lines, *spans) if text.startswith("pi05 ")]
+    names = [" ".join(words[1:3]) for words in found]  # of two words, as `value fit`
+    return [[w[0], name, *w[3:]] if name in cli.COMMANDS else w for w, name in zip(found, names, strict=True)]
 
 
 def pages_with(language: str) -> list[Any]:

@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pi05_lightning.cli.demo import run_command
+from pi05_lightning.cli.parts import run_command
 from pi05_lightning.evaluation.report.plots import COLORS
 from pi05_lightning.files.local import read_json, write_json, write_text
 

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import signal
-import subprocess
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from time import monotonic
 from typing import Literal
 
-from rich.console import Console
-
+from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.evaluation.report.metrics import Metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
 from pi05_lightning.files.local import read_json, write_json
@@ -31,22 +21,6 @@ CONFIGS: dict[Scene, tuple[str, ...]] = {
     "metaworld": ("configs/tiny.yaml", "experiments/001_metaworld/config.yaml"),
     "desk": ("configs/desk.yaml",),
 }
-console = Console()
-
-
-@dataclass(frozen=True)
-class Part:
-    """One `pi05` command of the demo."""
-
-    name: str
-    command: tuple[str, ...]
-    resume: tuple[str, ...] | None = None
-    """What continues it after an interruption, once `resume_from` exists; the command itself otherwise."""
-    resume_from: Path = Path()
-
-    @property
-    def next_command(self) -> tuple[str, ...]:
-        return self.resume if self.resume and self.resume_from.exists() else self.command
 
 
 def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Scene = "metaworld") -> None:
@@ -65,16 +39,7 @@ def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Sce
     """
     out = out or OUT[scene]
     todo = parts(out, seed, quick, scene)
-    for number, part in enumerate(todo, start=1):
-        done = Progress(out / "parts" / f"{part.name}.json", part)
-        if done.finished:
-            console.print(f"[dim]{number}/{len(todo)} {part.name}: done before, in {done.seconds:.0f} s")
-            continue
-        console.rule(f"{number}/{len(todo)} {part.name}", align="left")
-        console.print(f"$ {shlex.join(('pi05', *part.next_command))}", style="bold", soft_wrap=True, highlight=False)
-        with done.timed():
-            run_command(part.next_command)
-        write_summary(out, todo, seed)
+    run_parts(out, todo, lambda: write_summary(out, todo, seed))
     summary = read_json(out / "summary.json")
     metrics = read_json(out / "fit" / "metrics.json", default={})
     console.print(metrics_table(metrics), success_table(summary["success"]))
@@ -113,62 +78,6 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
         Part("rollout", ("rollout", str(run), *rollout)),
         Part("page", ("report", str(run), "--out", str(out / "index.html"), "--summary", str(out / "summary.json"))),
     ]
-
-
-class Progress:
-    """What a part's marker file says: which command it was, the seconds it took so far, and whether it is done."""
-
-    def __init__(self, file: Path, part: Part) -> None:
-        self.file = file
-        self.command = list(part.command)
-        marker = read_json(file, default={})
-        if marker and marker["command"] != self.command:
-            raise ValueError(
-                f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
-                " give another --out, or delete the directory of the earlier demo"
-            )
-        self.finished: bool = marker.get("done", False)
-        self.seconds: float = marker.get("seconds", 0.0)
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Adds the time spent inside, also when it ends early, and marks the part done when it does not."""
-        start = monotonic()
-        try:
-            yield
-            self.finished = True
-        finally:
-            self.seconds += monotonic() - start
-            marker = {"command": self.command, "seconds": round(self.seconds, 1), "done": self.finished}
-            write_json(self.file, marker)
-
-
-def run_command(command: tuple[str, ...]) -> None:
-    """Run a `pi05` command in a process of its own; raises SystemExit with its status when that is not 0.
-
-    Ctrl-C reaches it once and we wait for it, so that training can save before everything ends.
-    """
-    process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []  # signals that came before there was a process to send them to
-
-    def forward(number: int, _: object) -> None:
-        if process is None:
-            early.append(number)
-        else:
-            os.killpg(process.pid, number)
-
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
-        for number in early:
-            forward(number, None)
-        status = process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    if status:
-        console.print(f"pi05 {command[0]} ended with status {status}; the same command again goes on from here.")
-        raise SystemExit(status if status > 0 else 128 - status)
 
 
 def write_summary(out: Path, todo: list[Part], seed: int) -> None:

@@ -207,7 +207,8 @@ def command_help(command: str, topic: str) -> str:
 
     Raises ValueError for what is no topic, and OfTheParser for a class that is not ours.
     """
-    function = find(f"pi05_lightning.cli.{command}.{command}")
+    name = command.replace(" ", "_")
+    function = find(f"pi05_lightning.cli.{name}.{name}")
     options = options_of(function)
     if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
         options = options_of(options[0].types[0])

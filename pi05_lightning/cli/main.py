@@ -47,6 +47,9 @@ COMMANDS = {
     "push": "a run or a dataset to the Hugging Face Hub, with a card",
     "check": "what a policy expects beside what a dataset or a simulator gives it",
     "rollout": "closed-loop success in the simulator, beside baselines",
+    "value fit": "how an attempt will end, learned from attempts, with its calibration",
+    "value label": "which actions were better than expected, written beside a dataset",
+    "experience": "rounds of attempts, judged and learned from, beside what to compare them with",
     "serve": "a policy server that openpi's clients talk to",
 }
 
@@ -72,7 +75,7 @@ class Parser(LayeredParser):
 
 def overview() -> str:
     """What `pi05 --help` prints."""
-    lines = [f"  {name:<10} {text}" for name, text in (TRAINER_COMMANDS | COMMANDS).items()]
+    lines = [f"  {name:<12} {text}" for name, text in (TRAINER_COMMANDS | COMMANDS).items()]
     return "\n".join(["usage: pi05 COMMAND [options]", "", *lines, "", "Options of one: pi05 COMMAND --help"])
 
 
@@ -102,7 +105,8 @@ def refuse(command: str, message: str) -> NoReturn:
 
 
 def load(name: str) -> Callable[..., Any]:
-    """The function of this name in the module of this name."""
+    """The function of this name in the module of this name, words joined by `_`."""
+    name = name.replace(" ", "_")
     return getattr(import_module(f"pi05_lightning.cli.{name}"), name)
 
 
@@ -155,6 +159,8 @@ def main(args: list[str] | None = None) -> None:
     # torchao's, where it is imported for the first time
     warnings.filterwarnings("ignore", "invalid escape sequence", SyntaxWarning)
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if rest and f"{command} {rest[0]}" in COMMANDS:
+        command = f"{command} {rest.pop(0)}"
     try:
         if command in ("-h", "--help"):
             print(overview())

@@ -46,6 +46,15 @@ def real_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
         raise ValueError(f"{where} holds {column.type} where numbers are expected ({error})") from error
 
 
+def rows_at(episode: np.ndarray, frame: np.ndarray, wanted: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """The row of each wanted frame, i64[M], in a table of i64[N] episodes and frames; -1 where it is not there.
+
+    wanted: episodes and frames, i64[M] each.
+    """
+    place = {key: row for row, key in enumerate(zip(episode.tolist(), frame.tolist(), strict=True))}
+    return np.array([place.get(key, -1) for key in zip(*(part.tolist() for part in wanted), strict=True)], dtype=int)
+
+
 def vectors(column: pa.ChunkedArray, width: int, where: str) -> tuple[np.ndarray, np.ndarray]:
     """A numeric column (numbers, or lists of `width` numbers) as f32[N width], and every row's number of values i64[N].
 

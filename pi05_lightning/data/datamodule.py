@@ -160,10 +160,22 @@ class Pi05DataModule(LightningDataModule):
         """That of the data: its statistics are the training parts', its text and tokenizers those of the options."""
         cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
         robots: dict[str, Robot] = {}
+        shared: dict[str, tuple[str, Source]] = {}
         for name, source in self.sources("train").items():
+            if source.same_robot_as is not None:
+                shared[name] = source.same_robot_as, source
+                continue
             robot = source.checked_robot()
             if robot is not None:
                 robots[name] = replace(robot, looks=source.looks())
+        for name, (other, source) in shared.items():
+            if other not in robots or other in shared:
+                raise ValueError(
+                    f"data.sources.{name}: same_robot_as {other!r} names no source with a robot of its own; there are"
+                    f" {', '.join(n for n in robots if n not in shared) or 'none'}"
+                )
+            robots[name] = replace(robots[other], same_as=other)
+            source.check(robots[name])
         if self._fast is not None:
             self._check_fast(self._fast, robots)
         return Processor(
@@ -222,7 +234,7 @@ class Pi05DataModule(LightningDataModule):
     def train_samples(self) -> Samples:
         """What a mixture draws from."""
         questions = self.language.questions_per_sample
-        return Samples(self.sources("train"), self.processor, questions, self.augmentation)
+        return Samples(self.sources("train"), self.processor, questions, self.augmentation, training=True)
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer = self.trainer
@@ -234,6 +246,8 @@ class Pi05DataModule(LightningDataModule):
         samples = self.train_samples
         entries = samples.entries_with_lengths() if self.length_window > 1 else samples.entries
         self._mixture = Mixture(entries, self.trained_by, self.batch_size, self.seed, self.length_window)
+        for stage in self.recipe.reached if self.recipe else ():
+            self.tells_advantage(stage)
         sampler = MixtureSampler(
             self._mixture,
             self.recipe or Recipe.of(pretrain_steps=0),
@@ -265,6 +279,23 @@ class Pi05DataModule(LightningDataModule):
     def drawn(self, stage: Stage) -> set[Modality]:
         """The modalities that a stage of this run draws samples of; none before training has begun."""
         return {self.train_samples.subsets[number].modality for number in self.drawn_entries(stage)}
+
+    def tells_advantage(self, stage: Stage) -> bool:
+        """Whether the actions that a stage of this run draws are said to be better than expected, or not.
+
+        Raises ValueError where those of some sources are and others' are not: what is missing must not be learned as
+        left out.
+        """
+        subsets = [self.train_samples.subsets[number] for number in self.drawn_entries(stage)]
+        names = {s.source for s in subsets if s.modality in (Modality.FAST, Modality.CONTINUOUS)}
+        told = {name for name in names if self.sources("train")[name].tells_advantage}
+        if told and told != names:
+            raise ValueError(
+                f"stage {stage.name}: it draws actions from data.sources.{min(told)}, whose labels say their advantage,"
+                f" and from {', '.join(sorted(names - told))}, which has no labels of it: give it some (`pi05 value"
+                " label`, or `labels: positive` for demonstrations), or leave it out of the stage's mixture"
+            )
+        return bool(told)
 
     def addresses(self, drawn: Drawn) -> list[str]:
         """Where the samples of a training batch are: dataset, episode and frame."""

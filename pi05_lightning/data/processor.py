@@ -50,13 +50,15 @@ class Language:
     fast_share: float = 0.0
     """Share of the flow samples with a subtask that go on with the same actions as FAST tokens: both heads learn in one
     pass, and flow does not see the tokens (arXiv 2505.23705). Needs condition_on: both."""
+    advantage_omission: float = 0.3
+    """Share of the training's action samples that leave out the advantage, where their source says one (`labels`)."""
     questions_per_sample: int = 8
     """Training: at most this many questions about one image share a sample, each answered before the next is asked."""
     max_tokens: int = 1024
     """A sample whose text is longer is bad data."""
 
     def __post_init__(self) -> None:
-        for name in ("task_only_share", "no_task_share", "fast_share"):
+        for name in ("task_only_share", "no_task_share", "fast_share", "advantage_omission"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1")
         if self.fast_share and self.condition_on != "both":
@@ -116,8 +118,12 @@ class Processor:
 
     # --- frames to samples
 
-    def sample(self, frame: Frame, subset: Subset, key: int = 0, max_questions: int = 1) -> Sample:
+    def sample(
+        self, frame: Frame, subset: Subset, key: int = 0, max_questions: int = 1, training: bool = False
+    ) -> Sample:
         """A training or validation sample of a subset. key chooses questions, hides subtasks, tasks, and seeds noise.
+
+        training: some do not say the advantage either.
 
         Raises ValueError when the frame lacks what the modality needs, and BadFrame when it must not be trained on.
         """
@@ -146,8 +152,12 @@ class Processor:
                 raise ValueError(f"{modality} needs actions, and there are none")
             subtask = None if rng.random() < language.task_only_share else frame.subtask
             is_fast = modality is Modality.FAST
-            segments = prompts.low_level(frame, subtask, language.condition_on, fast=is_fast)
-            if is_fast or (subtask is not None and rng.random() < language.fast_share):
+            with_fast = is_fast or (subtask is not None and rng.random() < language.fast_share)
+            advantage = frame.advantage
+            if training and advantage is not None and rng.random() < language.advantage_omission:
+                advantage = None
+            segments = prompts.low_level(frame, subtask, language.condition_on, fast=is_fast, advantage=advantage)
+            if with_fast:
                 segments.append(self._fast_segment(frame.actions))
             actions, mask = self._pad(frame.actions, frame.action_is_pad)
         shown = replace(frame, images=images)
@@ -163,11 +173,19 @@ class Processor:
         return [answer for answer in shuffled if answer.camera == shuffled[0].camera][:most]
 
     def prompt(
-        self, frame: Frame, source: str, subtask: str | None = None, *, high_level: bool = False, fast: bool = False
+        self,
+        frame: Frame,
+        source: str,
+        subtask: str | None = None,
+        *,
+        high_level: bool = False,
+        fast: bool = False,
+        advantage: str | None = None,
     ) -> Sample:
         """What the model gets at inference: the same prompts, and nothing to predict.
 
         subtask: what actions are conditioned on, with places as shares of the picture; None for the task alone.
+        advantage: what is said of the actions that are asked for, if anything.
         """
         letterboxes = self._letterboxes(frame)
         frame = frame_to_model(self.normalize(frame, source), letterboxes)
@@ -176,7 +194,7 @@ class Processor:
         segments = (
             prompts.high_level(frame)
             if high_level
-            else prompts.low_level(frame, subtask, self.language.condition_on, fast=fast)
+            else prompts.low_level(frame, subtask, self.language.condition_on, fast=fast, advantage=advantage)
         )
         modality = Modality.HL_SUBTASK if high_level else Modality.CONTINUOUS
         # not rounded back to uint8, as LeRobot does it; training images are, which is half a grey level
@@ -191,8 +209,8 @@ class Processor:
 
     @property
     def acting(self) -> tuple[str, ...]:
-        """Names of the robots whose data held actions; a policy acts as one of them."""
-        return tuple(name for name, robot in self.robots.items() if robot.acts)
+        """Names of the robots whose data held actions, each once; a policy acts as one of them."""
+        return tuple(name for name, robot in self.robots.items() if robot.acts and not robot.same_as)
 
     def acting_as(self, name: str | None) -> str:
         """The robot of this name, or with None the only one. ValueError when it does not act, or there are several."""

@@ -31,7 +31,8 @@ def clean_task(task: str) -> str:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Templates. What is filled in: `{task}`, `{state}`, `{subtask}`, `{question}`, `{embodiment}`, `{control_mode}`.
+    """Templates. What is filled in: `{task}`, `{state}`, `{subtask}`, `{question}`, `{embodiment}`, `{control_mode}`,
+    `{advantage}`.
 
     Raises ValueError for a template that asks for anything else.
     """
@@ -46,6 +47,8 @@ class Prompts:
     """The prompt that FAST tokens follow when they are conditioned on the subtask alone."""
     subtask: str = "Subtask: {subtask}"
     """What the high level says."""
+    advantage: str = "Advantage: {advantage};\n"
+    """How good the actions are that follow, after all that they are conditioned on (π*0.6)."""
     question: str = "{question}\n"
     fast_opening: str = "Action: "
     fast_closing: str = "|"
@@ -60,6 +63,7 @@ class Prompts:
             "task": robot,
             "fast_subtask": robot | {"subtask"},
             "subtask": {"subtask"},
+            "advantage": {"advantage"},
             "question": {"question"},
         }
         for name, names in allowed.items():
@@ -85,11 +89,29 @@ class Prompts:
     def say_subtask(self, subtask: str) -> Segment:
         return Segment(self.subtask.format(subtask=subtask), loss=Target.SUBTASK)
 
-    def low_level(self, frame: Frame, subtask: str | None, condition_on: ConditionOn, *, fast: bool) -> list[Segment]:
-        """What actions are conditioned on; without a subtask, the task alone.
+    def low_level(
+        self,
+        frame: Frame,
+        subtask: str | None,
+        condition_on: ConditionOn,
+        *,
+        fast: bool,
+        advantage: str | None = None,
+    ) -> list[Segment]:
+        """What actions are conditioned on; without a subtask, the task alone; last the advantage, if any is said.
 
         fast: FAST tokens come next, and they open with "Action: " themselves.
         """
+        segments = self._conditions(frame, subtask, condition_on, fast=fast)
+        if advantage is None:
+            return segments
+        told, last = Segment(self.advantage.format(advantage=advantage)), segments[-1]
+        opening = self.fast_opening
+        if last.loss or not opening or not (last.text or "").endswith(opening):
+            return [*segments, told]
+        return [*segments[:-1], Segment((last.text or "").removesuffix(opening)), told, Segment(opening)]
+
+    def _conditions(self, frame: Frame, subtask: str | None, condition_on: ConditionOn, *, fast: bool) -> list[Segment]:
         if subtask is None or condition_on == "task":
             return [self.fill(self.task if fast else self.action, frame)]
         if condition_on == "subtask":

@@ -52,6 +52,8 @@ class Robot:
     """The cameras of its data; None where an older checkpoint does not say."""
     state_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Least and greatest value of every dim of the state in the training part; None where nothing tells."""
+    same_as: str = ""
+    """The source of which this is the robot, whose statistics these are; its own where it is empty."""
     looks: Mapping[str, Look] = field(default_factory=dict)
     """How the images of its cameras look; those of which nothing tells are left out."""
 

@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class Samples(Dataset[Sample]):
-    """Draws to samples: entry e, index i of what that entry can use, key. augmentation: drawn with every batch."""
+    """Draws to samples: entry e, index i of what that entry can use, key. augmentation: drawn with every batch.
+
+    training: some samples leave out what a policy may also lack.
+    """
 
     def __init__(
         self,
@@ -38,7 +41,9 @@ class Samples(Dataset[Sample]):
         processor: Processor,
         max_questions: int = 1,
         augmentation: Augmentation | None = None,
+        training: bool = False,
     ) -> None:
+        self.training = training
         self.sources, self.processor, self.max_questions = sources, processor, max_questions
         self.augmentation = augmentation
         self.subsets = [
@@ -121,7 +126,8 @@ class Samples(Dataset[Sample]):
         subset, frame = self.subsets[entry], int(self.indices[entry][index])
         source = self.sources[subset.source]
         try:
-            return replace(self.processor.sample(source[frame], subset, key, self.max_questions), frame=frame)
+            sample = self.processor.sample(source[frame], subset, key, self.max_questions, self.training)
+            return replace(sample, frame=frame)
         except BadSample:
             raise  # it carries its address
         except BadFrame as error:

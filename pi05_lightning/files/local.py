@@ -45,6 +45,13 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def write_once(path: Path, text: str) -> None:
+    """Write a text file, or leave it as it is. Raises ValueError where there is one with another text."""
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path} was written with other options: give those, or another directory")
+    write_text(path, text)
+
+
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file as a whole; makes the folders above it."""
     write_text(path, json.dumps(content, indent=indent) + "\n")

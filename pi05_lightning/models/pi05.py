@@ -146,10 +146,14 @@ class Pi05(nn.Module):
         num_steps: int = 10,
         given: Tensor | None = None,
         num_given: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Tensor:
-        """Action chunks f32[B T D] of a batch without targets, from noise f32[B T D]; see `FlowHead.sample`."""
+        """Action chunks f32[B T D] of a batch without targets, from noise f32[B T D]; see `FlowHead.sample`.
+
+        With guidance the batch has as many rows again, those without what is led to.
+        """
         prefix = self.backbone(batch, need_hidden=False)
-        return self.flow_head.sample(prefix, noise[:, None], num_steps, given, num_given)[:, 0]
+        return self.flow_head.sample(prefix, noise[:, None], num_steps, given, num_given, guidance)[:, 0]
 
     def reset_parameters(self, ordinal_ids: list[list[int]] | None = None) -> None:
         """Random initialisation; see `Backbone.reset_parameters`."""

@@ -134,6 +134,18 @@ class Demonstrator(ExpertEnvironment, Protocol):
         ...
 
 
+def act_as_expert(env: Demonstrator, taken: list[np.ndarray]) -> bool:
+    """Let the expert act, closed loop, for as long as an action lasts; returns whether the task was solved meanwhile.
+
+    taken: gets what it did at each control step, f32[A]. Their mean, held that long, brings the hand to the same place.
+    """
+    solved = False
+    for _ in range(env.action_repeat):
+        taken.append(env.expert_action())
+        solved |= env.control_step(taken[-1])
+    return solved
+
+
 @runtime_checkable
 class Chained(Environment, Protocol):
     """An environment that gives one instruction after the other, for as long as each is done.

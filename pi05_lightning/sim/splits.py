@@ -4,6 +4,8 @@ from __future__ import annotations
 
 SPLITS = ("train", "val", "rollout")
 SEEDS_PER_SPLIT = 1_000_000
+EXPERIENCE = "experience"
+"""What a policy tries itself at: the second half of the training's, of which demonstrations take the first."""
 
 
 def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[int]:
@@ -11,8 +13,10 @@ def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[i
 
     Raises ValueError on an unknown split or more seeds than a split has.
     """
+    if split == EXPERIENCE:
+        return split_seeds("train", count, seed, SEEDS_PER_SPLIT // 2 + start)
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown: use one of {', '.join(SPLITS)}")
+        raise ValueError(f"split {split!r} is unknown: use one of {', '.join((*SPLITS, EXPERIENCE))}")
     if seed < 0 or start + count > SEEDS_PER_SPLIT:
         raise ValueError(
             f"a split has {SEEDS_PER_SPLIT} initial states and seeds start at 0: got seed {seed}, {count=}"

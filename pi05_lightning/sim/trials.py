@@ -16,7 +16,14 @@ import numpy as np
 import torch
 
 from pi05_lightning.data.observation import NotFinite
-from pi05_lightning.sim.environment import Chained, Environment, ExpertEnvironment, SharedScene
+from pi05_lightning.sim.environment import (
+    Chained,
+    Demonstrator,
+    Environment,
+    ExpertEnvironment,
+    SharedScene,
+    act_as_expert,
+)
 from pi05_lightning.sim.instructions import Instruction
 from pi05_lightning.sim.modes import Mode
 from pi05_lightning.types import Frame
@@ -40,6 +47,19 @@ class FilmFrame:
     chunk: np.ndarray | None = None
     place: int = 0
     """Of the action in the chunk."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was seen before an action, and what was done: f32[A] in the robot's units.
+
+    subtask: what the policy said, or the expert is doing.  is_correction: whether the expert did it.
+    """
+
+    frame: Frame
+    action: np.ndarray
+    subtask: str | None
+    is_correction: bool = False
 
 
 @dataclass
@@ -84,6 +104,17 @@ class Trial:
     """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
     inside: list[float] = field(default_factory=list)
     """The same within what a chunk adds to the one before, executed or not."""
+    keeps: bool = False
+    """Whether `steps` are kept."""
+    steps: list[Step] = field(default_factory=list)
+    patience: int | None = None
+    """Actions without progress after which the expert takes over, until the end; None: it never does.
+
+    Progress is that the expert would now do something else, in words: see `Demonstrator.subtask`."""
+    corrected: bool = False
+    """Whether the expert has taken over."""
+    phase: tuple[str, int] | None = None
+    """What the expert would be doing, and since which action; of a trial with patience."""
 
     def __post_init__(self) -> None:
         if self.max_seconds is not None and self.max_seconds <= 0:
@@ -147,8 +178,11 @@ class Motion:
         """What the next chunk is given, f32[d A]; None of the first."""
         return None if self.chunk is None else self.chunk[self.executed : self.executed + self.given]
 
-    def follow(self, env: Environment, chunk: np.ndarray, number: int, clock: Clock) -> None:
-        """Execute what is due from chunk `number` f32[T A], and from the one before until it has come."""
+    def follow(self, env: Environment, frame: Frame, chunk: np.ndarray, number: int, clock: Clock) -> None:
+        """Execute what is due from chunk `number` f32[T A], and from the one before until it has come.
+
+        frame: what the chunk was computed from.  It ends early where the expert takes over.
+        """
         before, self.chunk, delay, begin = self.chunk, chunk, 0, 0
         if before is not None:
             seed = [self.trial.noise_seed, self.trial.seed, number]
@@ -162,8 +196,11 @@ class Motion:
             if self._last is not None and origin != self._origin:
                 self.trial.seams += jumps(np.stack([self._last, action]), env)
             self._last, self._origin = action, origin
+            if self.trial.keeps:
+                now = seen(env, self.trial) if place else frame
+                self.trial.steps.append(Step(now, np.array(action, np.float32), self.trial.subtask))
             _take(env, self.trial, partial(env.step, action), clock, source, at)
-            if self.trial.over:
+            if self.trial.over or _is_stuck(env, self.trial):
                 break
 
 
@@ -184,16 +221,20 @@ def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     running, number = [(env, trial, Motion(policy, trial)) for env, trial in lanes], 0
     while running:
         start = perf_counter()
-        chunks = _decide(policy, running, number)
+        frames = [seen(env, trial) for env, trial, _ in running]
+        chunks = _decide(policy, running, frames, number)
         clock.decisions.append(perf_counter() - start)
         clock.lanes.append(len(running))
-        for (env, trial, motion), chunk in zip(running, chunks, strict=True):
+        for (env, trial, motion), frame, chunk in zip(running, frames, chunks, strict=True):
             if isinstance(chunk, str):
                 trial.reason = chunk
             else:
-                motion.follow(env, chunk, number, clock)
-        running = [lane for lane in running if not lane[1].over]
+                motion.follow(env, frame, chunk, number, clock)
+        running = [lane for lane in running if not lane[1].over and not lane[1].corrected]
         number += 1
+    for env, trial in lanes:
+        if trial.corrected:
+            _correct(cast("Demonstrator", env), trial, clock)
 
 
 def run_baseline(
@@ -218,6 +259,28 @@ def run_baseline(
                 trajectory = replay(sentence)
                 action = trajectory[min(trial.decisions - since, len(trajectory) - 1)]
             _take(env, trial, partial(env.step, action), clock)
+
+
+def _is_stuck(env: Environment, trial: Trial) -> bool:
+    """Whether the expert takes over, as the policy has made no progress for too long."""
+    if trial.patience is None:
+        return False
+    now = cast("Demonstrator", env).subtask()
+    if trial.phase is None or trial.phase[0] != now:
+        trial.phase = now, trial.decisions
+    trial.corrected = trial.decisions - trial.phase[1] >= trial.patience
+    return trial.corrected
+
+
+def _correct(env: Demonstrator, trial: Trial, clock: Clock) -> None:
+    """The expert from where the policy is, until the end."""
+    while not trial.over:
+        taken = list[np.ndarray]()
+        frame, subtask = (seen(env, trial), env.subtask()) if trial.keeps else (None, None)
+        _take(env, trial, partial(act_as_expert, env, taken), clock)
+        if frame is not None:
+            action = np.asarray(np.mean(taken, 0, dtype=np.float32))
+            trial.steps.append(Step(frame, action, subtask, is_correction=True))
 
 
 def told(env: Environment, trial: Trial) -> str:
@@ -272,14 +335,13 @@ def _take(
 
 
 def _decide(
-    policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]], number: int
+    policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]], frames: Sequence[Frame], number: int
 ) -> list[np.ndarray | str]:
-    """For every lane chunk `number` f32[T A], or why there is none.
+    """For every lane chunk `number` f32[T A], or why there is none. frames: what each of them sees.
 
     When a batch fails, each lane is asked for by itself: the others' episodes go on.
     """
     trials = [trial for _, trial, _ in lanes]
-    frames = [seen(env, trial) for env, trial, _ in lanes]
     try:
         if policy.replans(number):
             for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
@@ -290,7 +352,8 @@ def _decide(
             raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
-            return [_decide(policy, [lane], number)[0] for lane in lanes]
+            pairs = zip(lanes, frames, strict=True)
+            return [_decide(policy, [lane], [frame], number)[0] for lane, frame in pairs]
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]

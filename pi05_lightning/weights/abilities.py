@@ -11,6 +11,8 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.recipe import Recipe, Stage
 
 Actions = Literal["flow", "fast"]
+ADVANTAGE = "advantage"
+"""Among the terms that were trained: actions were conditioned on the sign of their advantage."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class Abilities:
     """It says what to do next, as one of its robots at least, and acts on it."""
     max_delay: int | None = None
     """Actions that the flow head can go on from (real-time chunking), at most; None where that is not known."""
+    advantage: bool = False
+    """It acts better when it is told to."""
 
     @classmethod
     def of(cls, processor: Processor, trained: Trained) -> Abilities:
@@ -110,6 +114,7 @@ class Abilities:
             fast=bool(robots) and processor.fast is not None and trained.able("fast"),
             subtasks=any(map(processor.predicts_subtasks, robots)) and trained.able("subtask"),
             max_delay=trained.max_delay,
+            advantage=trained.terms.get(ADVANTAGE, 0) > 0,
         )
 
     def check_actions(self, actions: Actions) -> None:

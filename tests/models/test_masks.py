@@ -36,6 +36,18 @@ DRAWINGS = {
         f 1 1 1 1 1 1 1
         a 1 1 1 1 1 . .
     """,
+    "advantage_after_the_subtask": """
+          i p s s p p f f
+        i 1 1 . . . . . .
+        p 1 1 . . . . . .
+        s 1 1 1 . . . . .
+        s 1 1 1 1 . . . .
+        p 1 1 1 1 1 . . .
+        p 1 1 1 1 1 1 . .
+        f 1 1 1 1 1 1 1 .
+        f 1 1 1 1 1 1 1 1
+        a 1 1 1 1 1 1 . .
+    """,
     "boxes_then_subtask": """
           i p t t s s
         i 1 1 . . . .

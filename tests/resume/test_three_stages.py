@@ -21,19 +21,23 @@ KILLS = {2: "in the first stage", ACCUMULATE * SECOND + 3: "in the second", ACCU
 
 
 @pytest.fixture(scope="module")
-def third(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is added to a run of two stages."""
+def third(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
+    """What is added to a run of two stages: one whose actions say their advantage."""
+    sources = yaml.safe_load(config.read_text())["data"]["sources"]
+    told = {**sources["robot"]["init_args"], "labels": "positive", "same_robot_as": "robot"}
+    sources["told"] = sources["robot"] | {"init_args": told}
     stage = {
         "name": "experience",
         "steps": EXPERIENCE_STEPS,
         "losses": {"flow": 1},
         "flow_alpha": 2.0,
-        "mixture": {"robot/continuous_robot_actions": 1.0},
+        "mixture": {"told/continuous_robot_actions": 1.0},
         "freeze": [r"backbone\.vision"],
         "lr_factors": {"flow_head": 0.5},
     }
     file = tmp_path_factory.mktemp("third") / "experience.yaml"
-    file.write_text(yaml.safe_dump({"stages": {"then": [stage]}, "trainer": {"log_every_n_steps": 1}}))
+    content = {"stages": {"then": [stage]}, "data": {"sources": sources}, "trainer": {"log_every_n_steps": 1}}
+    file.write_text(yaml.safe_dump(content))
     return file
 
 
@@ -63,6 +67,13 @@ def test_run_killed_in_each_of_three_stages_ends_as_the_whole_one(runs: tuple[Pa
     batches, again = lines(runs[0], 0), lines(runs[1], 0)
     assert batches.keys() == again.keys() == set(range(ACCUMULATE * STEPS))
     assert all(line == batches[batch][0] for batch, attempts in again.items() for line in attempts)
+
+
+def test_checkpoint_says_that_the_third_stage_was_told_the_advantage(runs: tuple[Path, Path]) -> None:
+    for run in runs:
+        saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["pi05"]
+        assert saved["trained"]["terms"]["advantage"] == EXPERIENCE_STEPS
+        assert saved["processor"]["robots"]["told"]["same_as"] == "robot"
 
 
 def test_every_stage_begins_at_exactly_its_step(runs: tuple[Path, Path]) -> None:

@@ -38,6 +38,10 @@ class Source(ABC):
     """What every frame can serve as."""
     on_bad_sample: OnBadSample = "error"
     """What becomes of a frame that turns out bad only when it is read."""
+    tells_advantage: bool = False
+    """Whether every frame says if what is done in it is better than was to be expected."""
+    same_robot_as: str | None = None
+    """The source whose robot its own is."""
     rejects: Rejects | None = None
     """What was found bad, and left out, when it was opened."""
 

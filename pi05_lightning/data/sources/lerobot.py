@@ -16,9 +16,12 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import CachedFrames, cache_folder, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
+from pi05_lightning.data.labels import POSITIVE, RETURN, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.places import misplaced
@@ -86,6 +89,13 @@ class LeRobotConfig(SourceConfig):
     """How far, in seconds, a video frame may be from its timestamp; less than half a frame."""
     convert_images: bool = False
     """Take grey, transparent and 16-bit images too: grey in every channel, over white, scaled to 8 bits."""
+    labels: str | None = None
+    """File of `pi05 value label` that says of every frame whether its advantage is positive, for prompts to say it;
+    `positive` for demonstrations, which all are. Labels that do not fit the dataset, or the value, are an error."""
+    corrections_only: bool = False
+    """Only the frames in which somebody corrected the policy, as their column `intervention` says (DAgger)."""
+    same_robot_as: str | None = None
+    """Another source of the same robot, whose statistics normalise this one's frames: a policy acts as that one."""
     on_bad_sample: OnBadSample = "error"
     """Whether a frame that cannot be trained on stops the run or is left out, counted and logged."""
 
@@ -144,7 +154,10 @@ class LeRobotSource(Source):
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = np.ones(len(self.columns.episode), dtype=bool)
         self._robot: Robot | None = None
+        self._advantage, self._returns = self._read_labels()
         self._reject_values()
+        if config.corrections_only:
+            self._kept &= self._corrected()
         self._images = {camera: self._store(key) for key, camera in self.cameras.items()}
         self._rows = np.flatnonzero(self._kept)
         self._say_how_it_is_read()
@@ -184,7 +197,37 @@ class LeRobotSource(Source):
             state=self.columns.state[row] if self.config.state_keys else None,
             actions=actions,
             action_is_pad=is_pad,
+            advantage=None if self._advantage is None else ("positive" if self._advantage[row] else "negative"),
+            returns=None if self._returns is None else float(self._returns[row]),
         )
+
+    @property
+    def tells_advantage(self) -> bool:  # type: ignore[override]
+        return self._advantage is not None
+
+    @property
+    def same_robot_as(self) -> str | None:  # type: ignore[override]
+        return self.config.same_robot_as
+
+    def _read_labels(self) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Whether each row's advantage is positive, bool[N], and its return, f32[N], as far as there are labels."""
+        if self.config.labels is None:
+            return None, None
+        if self.config.labels == "positive":
+            return np.ones(len(self.columns.episode), dtype=bool), None
+        path = Path(self.config.labels)
+        try:
+            found = Labels.read(path, self.files).at(self.columns.episode, self.columns.frame, path)
+        except ValueError as error:
+            raise ValueError(f"dataset {self.name!r}, {error}") from error
+        return found.get(POSITIVE), found.get(RETURN)
+
+    def _corrected(self) -> np.ndarray:
+        """Which rows' actions were a correction, bool[N]."""
+        attempts = Attempts.read(self.files, demonstrations=True)
+        return attempts.intervention[
+            rows_at(attempts.episode, attempts.frame, (self.columns.episode, self.columns.frame))
+        ]
 
     def indices(self, modality: Modality) -> np.ndarray:
         """i64: frames with a question (qa), with a subtask (hl_subtask), with actions (the two of robot actions)."""
@@ -304,6 +347,11 @@ class LeRobotSource(Source):
             return None
         state = self.columns.state[self._rows]
         return tuple(state.min(axis=0).tolist()), tuple(state.max(axis=0).tolist())
+
+    @property
+    def rows(self) -> np.ndarray:
+        """i64: the row of every frame in `columns`."""
+        return self._rows
 
     @property
     def episode(self) -> np.ndarray:

@@ -131,21 +131,32 @@ class FlowHead(Head):
         num_steps: int = 10,
         given: Tensor | None = None,
         num_given: Tensor | None = None,
+        guidance: float = 1.0,
     ) -> Tensor:
         """Integrate noise f32[R K T D] to actions with `num_steps` Euler steps from t = 1 to 0.
 
         given f32[R T D], num_given i64[R]: row r's first num_given[r] actions are given, and come back as they are.
+        guidance: β of v_u + β (v_c - v_u) (classifier-free guidance, arXiv 2207.12598). Where it is not 1 the prefix
+        has 2 R rows: the first R give v_c, the others v_u.
         """
         dt = -1.0 / num_steps
         # summed in float64, as LeRobot does: the shortest time period is 4e-3, so float32 errors of t would show
         grid = (1 + torch.arange(num_steps, dtype=torch.float64, device=noise.device) * dt).float()
         draws = noise.shape[1]
         context = self.context(prefix, draws, has_room=True)
+
+        def velocity(x: Tensor, modulations: Modulations) -> Tensor:
+            if guidance == 1:
+                return self.velocity(x, modulations, context)
+            both = [torch.cat([m, m]) if len(m) == len(x) else m for m in modulations]
+            led, free = self.velocity(torch.cat([x, x]), both, context).chunk(2)
+            return free + guidance * (led - free)
+
         table = self.modulate(grid[None])  # [1 steps 1 3W]: a table over time, the same for all rows and draws
         if given is None or num_given is None:
             x = noise
             for step in range(num_steps):
-                x = x + dt * self.velocity(x, [m[:, step, None] for m in table], context)
+                x = x + dt * velocity(x, [m[:, step, None] for m in table])
             return x
         is_given = torch.arange(self.horizon, device=noise.device) < num_given[:, None]
         is_given = repeat(is_given, "r t -> r k t 1", k=draws)
@@ -153,7 +164,7 @@ class FlowHead(Head):
         x = torch.where(is_given, given[:, None], noise)
         for step in range(num_steps):
             mixed = [torch.where(is_given, c, m[:, step, None]) for c, m in zip(clean, table, strict=True)]
-            x = torch.where(is_given, x, x + dt * self.velocity(x, mixed, context))
+            x = torch.where(is_given, x, x + dt * velocity(x, mixed))
         return x
 
     def reset_parameters(self) -> None:

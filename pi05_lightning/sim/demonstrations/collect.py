@@ -34,8 +34,9 @@ def collect(config: CollectConfig) -> Path:
     Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
     tasks or cameras and when an expert fails too often.
     """
-    for task in config.recorded:
-        config.env.check_task(task)
+    if config.policy is None:
+        for task in config.recorded:
+            config.expert_env.check_task(task)
     out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
     if out.exists() and not config.overwrite:
         raise FileExistsError(f"{out} already exists. Delete it, choose another out, or set overwrite: true.")
@@ -47,7 +48,12 @@ def collect(config: CollectConfig) -> Path:
             logger.warning("removing %s, left by an interrupted collect", left)
             shutil.rmtree(left)
     try:
-        _make(partial, config)
+        if config.policy is None:
+            _make(partial, config)
+        else:
+            from pi05_lightning.sim.demonstrations.autonomous import record_policy  # slow, and experts need no model
+
+            record_policy(partial / ROBOT, config)
         if out.exists():
             out.rename(replaced)
         partial.rename(out)
@@ -67,6 +73,7 @@ def _make(root: Path, config: CollectConfig) -> None:
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
     with simulator_processes(config.num_workers or os.cpu_count() or 1, config.env.warm_up) as pool:
         from pi05_lightning.sim.demonstrations.lerobot_writer import (  # slow: while the workers import theirs
+            Recording,
             video_path,
             write_dataset,
         )
@@ -78,7 +85,8 @@ def _make(root: Path, config: CollectConfig) -> None:
         pictures = [Piece(config, task, split, *rest) for split, task, *rest in _pieces(config.recorded, scenes)]
         total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
         with tqdm(total=total, unit=" initial states") as bar:
-            write_dataset(root / ROBOT, config, _run(pool, record_block, blocks, bar), _split_ranges(config))
+            what = Recording(config.out.name, config.view.cameras, config.image_size, config.fps)
+            write_dataset(root / ROBOT, what, _run(pool, record_block, blocks, bar), _split_ranges(config))
             rows: dict[str, list[dict[str, Any]]] = {split: [] for split in scenes}
             for spec, made in zip(pictures, _run(pool, record_scenes, pictures, bar), strict=True):
                 rows[spec.split] += made

@@ -1,24 +1,38 @@
-"""What `pi05 collect` makes."""
+"""What `pi05 collect` makes: demonstrations of experts, or episodes of a policy."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from pi05_lightning.sim.environment import DemonstratorConfig, View
+from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig, View
 from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what --env knows by name
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """Demonstrations of a simulator's scripted experts, as a LeRobot v3 dataset with language."""
+    """Demonstrations of a simulator's scripted experts, or a policy's own episodes, as a LeRobot v3 dataset."""
 
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
     tasks: tuple[str, ...] | None = None
-    """The simulator's tasks by name; by default four of MetaWorld's, or all of the desk's of one step."""
-    env: DemonstratorConfig = MetaWorld()  # noqa: RUF009 - frozen
-    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path."""
+    """The simulator's tasks by name; by default four of MetaWorld's, or all of the desk's of one step; of a policy
+    those that it was trained on."""
+    env: EnvironmentConfig = MetaWorld()  # noqa: RUF009 - frozen
+    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path; for a policy any."""
+    policy: Path | None = None
+    """A checkpoint whose policy acts instead of the expert, as far as it gets, with what it was trained to see: its
+    failures are recorded as well as its successes. It begins where no demonstration does."""
+    acting: dict[str, Any] = field(default_factory=dict)
+    """How the policy acts, as `{noise_scale: 1.0}`: options of `pi05 rollout`."""
+    corrections: int | None = None
+    """Actions of the policy without progress, which is that the expert would do something else, after which the expert
+    takes over until the end. What it does is marked in the column `intervention`."""
+    max_seconds: float | None = None
+    """Simulated time after which a policy's episode has failed; by default what the simulator says."""
+    lanes: int = 8
+    """Episodes of a policy that a process steps together."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
     val_episodes: int = 10
@@ -53,11 +67,21 @@ class CollectConfig:
     """Replace `out` when it exists."""
 
     def __post_init__(self) -> None:
-        rate = self.env.control_hz
-        if self.action_repeat < 1 or rate % self.action_repeat:
-            raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use 1, 2, 4, 5, 8 or 10")
+        if self.policy is None:
+            self._check_demonstrations()
+        elif self.corrections is not None and not self.env.has_expert:
+            raise ValueError(f"corrections: {type(self.env).__name__} has no scripted expert who could take over")
+        if self.corrections is not None and (self.policy is None or self.corrections < 1):
+            raise ValueError(f"corrections: {self.corrections}: give at least 1, and a policy to correct")
+        if self.acting and self.policy is None:
+            raise ValueError("acting says how a policy acts, and there is none: give --policy")
         if self.episodes < 1 or self.val_episodes < 0 or self.scenes < 0:
             raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
+
+    def _check_demonstrations(self) -> None:
+        rate = self.expert_env.control_hz
+        if self.action_repeat < 1 or rate % self.action_repeat:
+            raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use 1, 2, 4, 5, 8 or 10")
         if self.answers_every < 1:
             raise ValueError(f"answers_every: {self.answers_every} is not a number of frames, give at least 1")
         for name in ("noise_share", "rephrased_share", "continued_share"):
@@ -67,19 +91,26 @@ class CollectConfig:
             raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")
 
     @property
+    def expert_env(self) -> DemonstratorConfig:
+        """The simulator, whose experts are recorded. Raises ValueError where it has none."""
+        if not isinstance(self.env, DemonstratorConfig):
+            raise ValueError(f"env: {type(self.env).__name__} has no experts to record: give a --policy")
+        return self.env
+
+    @property
     def fps(self) -> int:
         """Frames, and actions, per second."""
-        return self.env.control_hz // self.action_repeat
+        return self.expert_env.control_hz // self.action_repeat
 
     @property
     def recorded(self) -> tuple[str, ...]:
         """The tasks."""
-        return self.env.demonstrated if self.tasks is None else self.tasks
+        return self.expert_env.demonstrated if self.tasks is None else self.tasks
 
     @property
     def view(self) -> View:
         """What is seen of them."""
-        return View(self.env.cameras if self.cameras is None else self.cameras, self.image_size, self.fps)
+        return View(self.expert_env.cameras if self.cameras is None else self.cameras, self.image_size, self.fps)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ processes decides nothing but the time. Only MuJoCo and the video encoder are im
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.demonstrations.beginning import begin
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
-from pi05_lightning.sim.environment import Demonstrator
+from pi05_lightning.sim.environment import Demonstrator, act_as_expert
 from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.types import Answer, Frame
 
@@ -32,15 +33,25 @@ STATS_STRIDE = 4  # every fourth pixel is plenty for the statistics of an image
 class Episode:
     """What happened, one entry per frame.
 
-    state, action: f32[N 4];  images: {camera: uint8[N h w 3]};  subtasks: the expert's phase;  answers: on the frame.
+    state f32[N S], action f32[N A];  images: {camera: uint8[N h w 3]};  subtasks: the expert's phase, or what the
+    policy said;  answers: on the frame.  Of a policy's episodes, intervention bool[N]: whether the expert acted;
+    outcome: how it went and ended, columns of meta/episodes.
     """
 
     task: str
     state: np.ndarray
     action: np.ndarray
     images: dict[str, np.ndarray]
-    subtasks: list[str]
-    answers: list[tuple[Answer, ...]]
+    subtasks: Sequence[str | None]
+    answers: Sequence[tuple[Answer, ...]]
+    intervention: np.ndarray | None = None
+    outcome: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def thin(self) -> Episode:
+        """The same with images of every `STATS_STRIDE`-th pixel only."""
+        every = slice(None, None, STATS_STRIDE)
+        return replace(self, images={camera: film[:, every, every] for camera, film in self.images.items()})
 
 
 @dataclass(frozen=True)
@@ -51,14 +62,14 @@ class Block(Piece):
 
 
 def record_block(spec: Block) -> list[Episode]:
-    """Make a block, encode its films, and return the episodes with images of every `STATS_STRIDE`-th pixel only.
+    """Make a block, encode its films, and return the thin episodes.
 
     Raises ValueError when the expert solves too few of the initial states.
     """
     config = spec.config
     seeds = split_seeds(spec.split, spec.count * ATTEMPTS, config.seed, start=spec.first * ATTEMPTS)
     episodes: list[Episode] = []
-    with closing(config.env.open(spec.task, config.view)) as env:
+    with closing(config.expert_env.open(spec.task, config.view)) as env:
         for seed in seeds:
             episode = record_episode(env, seed, config)
             if episode is not None:
@@ -70,18 +81,22 @@ def record_block(spec: Block) -> list[Episode]:
                 f"the expert of {spec.task} solved {len(episodes)} of {len(seeds)} initial states and {spec.count} "
                 "episodes are wanted: leave the task out, give it more max_frames, or lower noise_share"
             )
-    for camera, path in spec.videos.items():
+    return filmed(episodes, spec.videos, config.fps)
+
+
+def filmed(episodes: Sequence[Episode], videos: Mapping[str, Path], fps: int) -> list[Episode]:
+    """Encode the episodes' images, one film per camera, and return the thin episodes."""
+    for camera, path in videos.items():
         images = np.concatenate([episode.images[camera] for episode in episodes])
-        encode_video(path, images, config.fps, **SETTINGS, threads=1)
-    thin = slice(None, None, STATS_STRIDE)
-    return [replace(e, images={name: film[:, thin, thin] for name, film in e.images.items()}) for e in episodes]
+        encode_video(path, images, fps, **SETTINGS, threads=1)
+    return [episode.thin for episode in episodes]
 
 
 def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episode | None:
     """The expert from initial state `seed` until `tail_frames` after success, or None where it does not succeed.
 
-    A frame's action is the mean of what the expert does, closed loop, until the next one: held that long, it brings
-    the hand to the same place. Pushes happen between frames and are not recorded, so every action is a clean label.
+    A frame's action is the mean of what the expert does until the next one, see `act_as_expert`. Pushes happen between
+    frames and are not recorded, so every action is a clean label.
     """
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
@@ -93,10 +108,8 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
         answers.append(questions.answers(env, env.boxes()) if len(frames) % config.answers_every == 0 else ())
         subtasks.append(env.subtask())
         frames.append(env.observation())
-        taken, succeeded = [], False
-        for _ in range(env.action_repeat):
-            taken.append(env.expert_action())
-            succeeded |= env.control_step(taken[-1])
+        taken = list[np.ndarray]()
+        succeeded = act_as_expert(env, taken)
         actions.append(np.mean(taken, 0, dtype=np.float32))
         if succeeded and not solved:
             solved, end = True, len(frames) + config.tail_frames

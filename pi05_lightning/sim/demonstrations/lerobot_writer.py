@@ -9,6 +9,7 @@ statistics are LeRobot's own code, and stock `LeRobotDataset(repo_id, root=…)`
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,31 @@ from lerobot.datasets.language import LANGUAGE_EVENTS, LANGUAGE_PERSISTENT, lang
 from lerobot.datasets.utils import DEFAULT_CHUNK_SIZE, DEFAULT_DATA_PATH, DEFAULT_VIDEO_PATH
 
 from pi05_lightning.sim import encoding
-from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import Episode
 from pi05_lightning.types import Answer
 
+INTERVENTION = "intervention"  # LeRobot's own column (rollout/context.py): whether somebody else than the policy acted
 STATE_NAMES = ("x", "y", "z", "gripper_opening")  # of MetaWorld's arm
 ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
 _TOOL_CALLS = ("tool_calls", pa.list_(pa.string()))
 _EVENT = [("role", pa.string()), ("content", pa.string()), ("style", pa.string()), ("camera", pa.string()), _TOOL_CALLS]
 _EVENTS = pa.list_(pa.struct(_EVENT))
 _PERSISTENT = pa.list_(pa.struct([*_EVENT[:3], ("timestamp", pa.float32()), *_EVENT[3:]]))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a dataset is of: the names of its cameras and of the dims of state and action, image size, frame rate."""
+
+    name: str
+    cameras: Sequence[str]
+    image_size: int
+    fps: int
+    state_names: Sequence[str] = STATE_NAMES
+    action_names: Sequence[str] = ACTION_NAMES
+    robot_type: str = "sawyer"
+    of_a_policy: bool = False
+    """Whether the frames say who acted."""
 
 
 def image_key(camera: str) -> str:
@@ -44,23 +60,23 @@ def video_path(root: Path, camera: str, block: int) -> Path:
     return root / DEFAULT_VIDEO_PATH.format(video_key=image_key(camera), **_place(block))
 
 
-def write_dataset(
-    root: Path, config: CollectConfig, blocks: Iterable[Sequence[Episode]], splits: dict[str, str]
-) -> None:
+def write_dataset(root: Path, what: Recording, blocks: Iterable[Sequence[Episode]], splits: dict[str, str]) -> None:
     """Write tables and metadata under `root` (new), beside the films that are or will be at `video_path`.
 
     blocks: in order, their images thinned out, for statistics only;  splits: {name: "first:last" episodes}.
     """
-    size = config.image_size
+    size = what.image_size
     image = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
-    features: dict[str, Any] = {image_key(camera): image for camera in config.view.cameras}
-    features["observation.state"] = {"dtype": "float32", "shape": (4,), "names": list(STATE_NAMES)}
-    features["action"] = {"dtype": "float32", "shape": (4,), "names": list(ACTION_NAMES)}
+    features: dict[str, Any] = {image_key(camera): image for camera in what.cameras}
+    for key, names in (("observation.state", what.state_names), ("action", what.action_names)):
+        features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
+    if what.of_a_policy:
+        features[INTERVENTION] = {"dtype": "bool", "shape": (1,), "names": None}
     meta = LeRobotDatasetMetadata.create(
-        repo_id=config.out.name,
-        fps=config.fps,
+        repo_id=what.name,
+        fps=what.fps,
         features=features | language_feature_info(),
-        robot_type="sawyer",
+        robot_type=what.robot_type,
         root=root,
         metadata_buffer_size=1000,
     )
@@ -86,7 +102,7 @@ def _write_block(meta: LeRobotDatasetMetadata, number: int, block: Sequence[Epis
         stats = {key: get_feature_stats(column, axis=0, keepdims=column.ndim == 1) for key, column in columns.items()}
         stats |= {image_key(camera): _image_stats(images) for camera, images in episode.images.items()}
         stop = start + len(episode.state)
-        where: dict[str, Any] = {f"data/{name}": value for name, value in place.items()}
+        where: dict[str, Any] = {f"data/{name}": value for name, value in place.items()} | dict(episode.outcome)
         for key in meta.video_keys:
             where |= {f"videos/{key}/{name}": value for name, value in place.items()}
             where |= {f"videos/{key}/from_timestamp": start / meta.fps, f"videos/{key}/to_timestamp": stop / meta.fps}
@@ -99,7 +115,8 @@ def _write_block(meta: LeRobotDatasetMetadata, number: int, block: Sequence[Epis
 
 def _columns(meta: LeRobotDatasetMetadata, episode: Episode) -> dict[str, np.ndarray]:
     frames = np.arange(len(episode.state))
-    return {
+    own = {} if episode.intervention is None else {INTERVENTION: episode.intervention}
+    return own | {
         "observation.state": episode.state,
         "action": episode.action,
         "timestamp": (frames / meta.fps).astype(np.float32),
@@ -112,9 +129,10 @@ def _columns(meta: LeRobotDatasetMetadata, episode: Episode) -> dict[str, np.nda
 
 def _table(columns: dict[str, np.ndarray], episode: Episode, fps: int) -> pa.Table:
     arrays = {key: pa.array(list(column) if column.ndim > 1 else column) for key, column in columns.items()}
-    begins = [i for i, text in enumerate(episode.subtasks) if i == 0 or text != episode.subtasks[i - 1]]
-    subtasks = [_row("assistant", episode.subtasks[i], "subtask", None, timestamp=i / fps) for i in begins]
-    arrays[LANGUAGE_PERSISTENT] = pa.array([subtasks] * len(episode.subtasks), _PERSISTENT)
+    said = episode.subtasks
+    begins = [(i, text) for i, text in enumerate(said) if text is not None and (i == 0 or text != said[i - 1])]
+    subtasks = [_row("assistant", text, "subtask", None, timestamp=i / fps) for i, text in begins]
+    arrays[LANGUAGE_PERSISTENT] = pa.array([subtasks] * len(said), _PERSISTENT)
     arrays[LANGUAGE_EVENTS] = pa.array([_events(answers) for answers in episode.answers], _EVENTS)
     return pa.table(arrays)
 

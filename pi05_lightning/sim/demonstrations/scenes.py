@@ -28,7 +28,7 @@ _FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
 def record_scenes(piece: Piece) -> list[dict[str, Any]]:
     """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns."""
     config, rows = piece.config, []
-    with closing(config.env.open(piece.task, config.view)) as env:
+    with closing(config.expert_env.open(piece.task, config.view)) as env:
         for seed in split_seeds(piece.split, piece.count, config.seed, start=_FIRST_SCENE + piece.first):
             rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
             begin(env, seed, config.continued_share)

@@ -1,0 +1,236 @@
+"""`pi05 experience`: rounds of attempts, labels, training and evaluation, as the commands that a user would type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pi05_lightning.cli.parts import Part, console, run_parts
+from pi05_lightning.evaluation.report.plots import COLORS, as_svg
+from pi05_lightning.evaluation.statistics import ALL, Rate, rates
+from pi05_lightning.experience.page import Section, write_page
+from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.rounds import Method, Training, configuration
+from pi05_lightning.files.local import read_json, write_json, write_once
+
+PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
+
+
+def experience(
+    out: Path,
+    *,
+    policy: Path,
+    demonstrations: tuple[str, ...],
+    methods: tuple[Method, ...] = ("recap",),
+    rounds: int = 2,
+    env: str = "MetaWorld",
+    tasks: tuple[str, ...] | None = None,
+    episodes: int = 25,
+    test_episodes: int = 50,
+    noise_scale: float = 1.0,
+    corrections: int | None = None,
+    steps: int = 800,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    demonstrations_share: float = 0.5,
+    value_steps: int = 600,
+    n_steps: int = 50,
+    first_positive_share: float = 0.3,
+    positive_share: float = 0.4,
+    advantage_omission: float = 0.3,
+    max_seconds: float | None = None,
+    num_workers: int | None = None,
+    seed: int = 0,
+) -> None:
+    """Let a policy learn from its own attempts, in rounds, each from the weights it began with, on all data so far.
+
+    A round of `recap`: the policy tries (collect), a value is fitted (value fit), the attempts are labelled (value
+    label), a policy is trained on them (fit) and tried on other initial states (rollout). Interrupted and started again
+    it goes on with the first part that is not done.
+
+    Args:
+        out: the directory of everything that is made.
+        policy: checkpoint that every round begins with.
+        demonstrations: LeRobot datasets that it was trained on.
+        methods: recap, and what to compare it with: successes (of its attempts alone), dagger (the expert's
+            corrections alone), demonstrations (more steps on these).
+        rounds: how often.
+        env: the simulator, as `pi05 collect` takes it.
+        tasks: its tasks; by default those that the policy was trained on.
+        episodes: attempts per task and round.
+        test_episodes: initial states per task that each round's policy is tried on; no attempt begins there.
+        noise_scale: of the noise with which attempts are made, see `Acting`; 0 makes the same attempt each time.
+        corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
+        steps: optimizer steps of a round's policy.
+        batch_size: frames of a step.
+        lr: learning rate.
+        demonstrations_share: of the draws; attempts share the rest.
+        value_steps: optimizer steps of a round's value.
+        n_steps: from the second round on, frames after which the value stands for the rest of an episode.
+        first_positive_share: of the frames in the first round.
+        positive_share: of the frames in later rounds.
+        advantage_omission: share of the samples that leave out the advantage.
+        max_seconds: simulated time after which an episode has failed; by default what the simulator says.
+        num_workers: processes that simulate; by default one per core.
+        seed: of attempts and training; every seed is tried on the same initial states.
+
+    Writes `out`/index.html and results.json: success over the rounds of every method.
+    Raises ValueError when `out` holds rounds with other arguments, SystemExit with a part's status when one fails.
+    """
+    if rounds < 1 or not methods:
+        raise ValueError("rounds, methods: at least one")
+    simulator = ["--env", env]
+    given = {"num_workers": num_workers, "max_seconds": max_seconds, "tasks": tasks and f"[{','.join(tasks)}]"}
+    simulator += [word for name, value in given.items() if value for word in (f"--{name}", str(value))]
+    attempts = ["--episodes", str(episodes), "--val_episodes", "0", "--acting", f"{{noise_scale: {noise_scale}}}"]
+    tests = ["--modes", "[policy]", "--videos", "0", "--episodes", str(test_episodes)]
+    training = Training(steps, batch_size, lr, demonstrations_share, advantage_omission)
+    shares = (first_positive_share, positive_share)
+    plan = Rounds(
+        out,
+        policy,
+        demonstrations,
+        rounds,
+        [*attempts, *simulator],
+        [*tests, *simulator],
+        training,
+        value_steps,
+        n_steps,
+        shares,
+        corrections,
+        seed,
+    )
+    todo = parts(plan, methods)
+    run_parts(out, todo, lambda: write_results(out, methods, rounds))
+    console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What `parts` are made of, beside the methods; see `experience`.
+
+    attempts, tests: options of `pi05 collect` and of `pi05 rollout`.  shares: of positive frames in the first round,
+    and in later ones.
+    """
+
+    out: Path
+    policy: Path
+    demonstrations: Sequence[str]
+    rounds: int
+    attempts: Sequence[str]
+    tests: Sequence[str]
+    training: Training
+    value_steps: int
+    n_steps: int
+    shares: tuple[float, float]
+    corrections: int | None
+    seed: int
+
+    def collect(self, name: str, acting: Path, to: Path, number: int, patience: int | None) -> Part:
+        """Attempts of a round's policy."""
+        corrected = ("--corrections", str(patience)) if patience else ()
+        own = ("--seed", str(1000 * self.seed + number), *corrected, "--overwrite", "true")
+        return Part(name, ("collect", str(to), "--policy", str(acting), *self.attempts, *own))
+
+    def test(self, name: str, acting: Path, to: Path) -> Part:
+        """Success of a policy."""
+        return Part(name, ("rollout", str(acting), *self.tests, "--out", str(to)))
+
+    def judge(self, name: str, folder: Path, attempts: Sequence[str], number: int) -> list[Part]:
+        """A value of all attempts so far, and their labels by it."""
+        value, tried = folder / "value", ("--rollouts", listed(attempts))
+        known = ("--demonstrations", listed(self.demonstrations), "--steps", str(self.value_steps))
+        begun = ("--policy", str(self.policy), "--seed", str(self.seed))
+        ahead = () if number == 1 else ("--n_steps", str(self.n_steps))
+        marks = ("--positive_share", str(self.shares[min(number, 2) - 1]), *ahead, "--out", str(folder / "labels"))
+        return [
+            Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known)),
+            Part(f"{name}-label", ("value", "label", str(value), *tried, *marks)),
+        ]
+
+    def fit(self, name: str, folder: Path) -> Part:
+        """A round's policy."""
+        run, config = folder / "fit", folder / "experience.yaml"
+        begin = ("fit", "-c", str(config), "--run", str(run), "--seed_everything", str(self.seed))
+        return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt")
+
+
+def listed(paths: Sequence[str]) -> str:
+    return f"[{','.join(paths)}]"
+
+
+def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
+    """All commands, in order; what each training takes is written to its experience.yaml."""
+    reading, out = Reading.of(plan.policy), plan.out
+    todo = [plan.test("base-rollout", plan.policy, out / "base")]
+    for method in methods:
+        acting, attempts = plan.policy, list[str]()
+        for number in range(1, plan.rounds + 1):
+            name, folder = f"{method}-{number}", out / method / f"round_{number}"
+            if method != "demonstrations":
+                shared = number == 1 and method != "dagger"  # of the policy that all begin with
+                data = out / "attempts_1" if shared else out / method / f"attempts_{number}"
+                patience = (plan.corrections or PATIENCE) if method == "dagger" else plan.corrections
+                part = plan.collect("collect-1" if shared else f"{name}-collect", acting, data, number, patience)
+                todo += [] if part in todo else [part]
+                attempts.append(str(data / "robot"))
+            if method == "recap":
+                todo += plan.judge(name, folder, attempts, number)
+            labels = [folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts]
+            of_round = method, plan.policy, reading, plan.demonstrations, attempts, labels, plan.training
+            text = yaml.safe_dump(configuration(*of_round), sort_keys=False)
+            write_once(folder / "experience.yaml", text)
+            todo += [plan.fit(name, folder), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
+            acting = folder / "fit"
+    return todo
+
+
+def write_results(out: Path, methods: Sequence[Method], rounds: int) -> None:
+    """results.json and index.html: what there is so far."""
+    found: dict[str, list[Rate]] = {}
+    base = success_of(out / "base")
+    if base is None:
+        return
+    for method in methods:
+        later = [success_of(out / method / f"round_{number}" / "rollout") for number in range(1, rounds + 1)]
+        found[method] = [base, *(rate for rate in later if rate is not None)]
+    numbers = {method: [rate._asdict() for rate in of_rounds] for method, of_rounds in found.items()}
+    write_json(out / "results.json", numbers)
+    rows = [["method", "round", "success", "95 % interval"]]
+    for name, of_rounds in found.items():
+        rows += [
+            [name, str(number), f"{rate.successes}/{rate.trials}", f"{rate.low:.2f} to {rate.high:.2f}"]
+            for number, rate in enumerate(of_rounds)
+        ]
+    text = (
+        "Success at all tasks, in initial states that nobody was trained on; every round begins with the weights of 0."
+    )
+    write_page(out / "index.html", f"Experience {out}", [Section("Success over rounds", [text], rows, [plot(found)])])
+
+
+def success_of(folder: Path) -> Rate | None:
+    """Over all tasks, of a rollout; None where there is none yet."""
+    success = read_json(folder / "rollout.json", default={}).get("success")
+    return rates(success)["policy"][ALL] if success else None
+
+
+def plot(found: dict[str, list[Rate]]) -> str:
+    """Success over rounds with 95 % Wilson intervals, a line per method. SVG."""
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for place, (method, of_rounds) in enumerate(found.items()):
+        heights = [rate.value for rate in of_rounds]
+        below = [rate.value - rate.low for rate in of_rounds]
+        above = [rate.high - rate.value for rate in of_rounds]
+        color = COLORS[place]
+        shifted = [number + 0.03 * place for number in range(len(of_rounds))]
+        axes.errorbar(shifted, heights, [below, above], marker="o", capsize=3, color=color, label=method)
+    axes.set(xlabel="round", ylabel="success rate", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    return as_svg(figure)

@@ -1,0 +1,139 @@
+"""`pi05 value fit`: how an attempt will end, learned from attempts; with its calibration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from pi05_lightning.cli.run import run as run_trainer
+from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels
+from pi05_lightning.experience.calibration import calibration, calibration_plot
+from pi05_lightning.experience.page import Section, write_page
+from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.value import Tried, ValueFunction, datasets, longest_of
+from pi05_lightning.files.local import write_json, write_once
+from pi05_lightning.models.heads.value import NAME, ValueHead
+
+CALIBRATION = "calibration.json"
+
+
+def value_fit(
+    run: Path,
+    *,
+    policy: Path,
+    rollouts: tuple[str, ...] = (),
+    demonstrations: tuple[str, ...] = (),
+    steps: int = 600,
+    batch_size: int = 32,
+    lr: float = 1e-3,
+    c_fail: float | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    options: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Fit a value on attempts: from what a policy sees and is told, how far it is from success.
+
+    It is a `pi05 fit` of a model of its own, which begins with the policy's weights; it is killed and resumed as that.
+
+    Args:
+        run: directory of the value: a run of `pi05 fit`, and value.json, calibration.json and value.html.
+        policy: checkpoint that it begins with, which says how the datasets are read.
+        rollouts: LeRobot datasets of attempts that say how they ended, as those of `pi05 collect --policy`.
+        demonstrations: LeRobot datasets whose episodes all succeeded.
+        steps: optimizer steps.
+        batch_size: frames of a step.
+        lr: learning rate.
+        c_fail: steps that a failure costs; by default as many as the longest episode of its task has.
+        val_fraction: share of the episodes held out where a dataset declares none, for the calibration.
+        seed: of the training.
+        options: further options of `pi05 fit`, as [--trainer.accelerator, gpu].
+
+    Returns and writes the calibration on episodes that are held out.
+    Raises ValueError where nothing says how an episode ended, and for a run that was begun with other options.
+    """
+    tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
+    longest = longest_of(tried)
+    names = [f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(tried)]
+    sources = {}
+    for name, one in zip(names, tried, strict=True):
+        file = run / f"returns{'' if c_fail is None else f'_{c_fail:g}'}" / f"{name}.parquet"
+        returns = {RETURN: one.returns(longest, c_fail).astype(np.float32)}
+        Labels(one.attempts.episode, one.attempts.frame, returns, {}).write(file, one.files)
+        shared = {} if name == names[0] else {"same_robot_as": names[0]}
+        options_of_one = {"labels": str(file), "val_fraction": val_fraction, **shared}
+        sources[name] = reading.source(one.path, **options_of_one)
+    config = configuration(policy, reading, sources, steps, batch_size, lr)
+    write_once(run / "value.yaml", yaml.safe_dump(config, sort_keys=False))
+    arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
+    run_trainer("fit", [*arguments, *options])
+    write_json(run / VALUE_FILE, {"longest": longest, "c_fail": c_fail, "datasets": [one.path for one in tried]})
+    value = ValueFunction(run)
+    about = {"sha256": value.sha256, "longest": longest, "c_fail": c_fail, "policy": str(policy)}
+    write_json(run / VALUE_FILE, about | {"datasets": [one.path for one in tried]})
+    return calibrate(value, tried, reading.options | {"val_fraction": val_fraction}, run)
+
+
+def configuration(
+    policy: Path, reading: Reading, sources: dict[str, Any], steps: int, batch_size: int, lr: float
+) -> dict[str, Any]:
+    """A run of `pi05 fit` that trains the value alone, on what the policy sees before it has said anything."""
+    stage = {
+        "name": NAME,
+        "steps": steps,
+        "losses": {"others": {NAME: 1.0}},
+        "mixture_temperature": 1.0,  # every frame of every dataset counts the same
+        "freeze": ["flow_head"],
+        "warmup_steps": min(20, steps),
+    }
+    return {
+        "model": {
+            "init_from": str(policy),
+            "heads": {NAME: {"class_path": f"{ValueHead.__module__}.{ValueHead.__name__}"}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.01}},
+        },
+        "data": {
+            "sources": sources,
+            "tokenizer": reading.tokenizer,
+            "language": {"condition_on": "task"},
+            "batch_size": batch_size,
+            "num_workers": 1,
+            "augmentation": None,
+        },
+        "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
+        "trainer": {
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 20,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": 1_000_000,
+            "num_sanity_val_steps": 0,
+        },
+    }
+
+
+def calibrate(value: ValueFunction, tried: list[Tried], options: dict[str, Any], run: Path) -> dict[str, Any]:
+    """The calibration on the datasets' validation episodes, written as numbers and as a page."""
+    parts: list[np.ndarray] = []
+    for one in tried:
+        source = value.opened(one, "val", options)
+        if len(source):
+            rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)
+            parts.append(np.stack([value.of(source), returns[rows], one.attempts.success[rows]]))
+    if not parts:
+        raise ValueError("val_fraction: no episode is held out, so nothing tells how good the value is: raise it")
+    predicted, returns, success = np.concatenate(parts, axis=1)
+    found = calibration(predicted, returns, success > 0)
+    write_json(run / CALIBRATION, found)
+    table = [["predicted", "actual", "frames"], *([f"{v:.3f}", f"{r:.3f}", str(n)] for v, r, n in found["bins"])]
+    auc = "all held-out episodes ended alike" if found["auc"] is None else f"{found['auc']:.3f}"
+    said = (
+        f"Of {found['frames']} frames of held-out episodes: mean error {found['mean_error']:.3f} of a range of 1,"
+        f" that of a constant {found['mean_error_of_a_constant']:.3f}; area under the ROC of success {auc}."
+    )
+    figure = calibration_plot(predicted, returns, success > 0)
+    write_page(run / "value.html", f"Value {run}", [Section("Calibration", [said], table, [figure])])
+    Console().print(said, f"page {run / 'value.html'}", sep="\n", highlight=False)
+    return found

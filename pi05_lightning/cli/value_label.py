@@ -1,0 +1,117 @@
+"""`pi05 value label`: advantages and their signs as a column file beside each dataset, of which nothing changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.experience.calibration import film, histograms
+from pi05_lightning.experience.labelling import Judged, judge, labels_path
+from pi05_lightning.experience.page import Section, write_page
+from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.value import ValueFunction, datasets
+
+STRIP = 8  # images of a film
+
+
+def value_label(
+    value: Path,
+    rollouts: tuple[str, ...] = (),
+    demonstrations: tuple[str, ...] = (),
+    n_steps: int | None = None,
+    n_seconds: float | None = None,
+    positive_share: float = 0.3,
+    positive_shares: dict[str, float] | None = None,
+    out: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, str]:
+    """Write of every frame of datasets of attempts how much better it went from there than the value expected.
+
+    Args:
+        value: run of `pi05 value fit`.
+        rollouts: LeRobot datasets of attempts that say how they ended. Corrections in them are always positive.
+        demonstrations: LeRobot datasets whose episodes all succeeded, if they are to be judged too. A source whose
+            frames are positive throughout needs no file: `labels: positive`.
+        n_steps: frames after which the value stands for the rest of the episode; by default none: the whole return.
+        n_seconds: the same in time.
+        positive_share: of each task's frames; the threshold is this quantile of their advantages.
+        positive_shares: others, by the task's instruction.
+        out: folder of the labels and of labels.html; by default each beside its dataset, as NAME.labels.parquet.
+        device: where the value runs.
+
+    Returns {dataset: its labels}, which a source takes as `labels`.
+    Raises ValueError where nothing says how an episode ended, and for a task in which no frame is better than another.
+    """
+    tried, judge_of = datasets(rollouts, demonstrations), ValueFunction(value, device)
+    reading = Reading.of(value)
+    if n_seconds is not None:
+        if n_steps is not None:
+            raise ValueError("give n_steps or n_seconds, not both")
+        n_steps = round(n_seconds * tried[0].files.fps)
+    if n_steps is not None and n_steps < 1:
+        raise ValueError(f"n_steps: {n_steps} frames are no time: give more, or leave it out")
+    for dataset in tried:
+        dataset.scale(judge_of.longest)  # an unknown task shows before the values are computed
+    values = [judge_of.everywhere(one, reading.options) for one in tried]
+    shares = positive_shares or {}
+    judged, thresholds = judge(tried, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
+    about = {
+        "value": str(value.resolve()),
+        "sha256": judge_of.sha256,
+        "n_steps": n_steps,
+        "thresholds": thresholds,
+        "positive_share": positive_share,
+        "positive_shares": shares,
+    }
+    written = {}
+    for one in judged:
+        path = labels_path(one.tried, out)
+        one.labels(about).write(path, one.tried.files)
+        written[one.tried.path] = str(path)
+    page = (out or Path(next(iter(written.values()))).parent) / "labels.html"
+    sections = [histogram_section(judged, thresholds), *film_sections(judge_of, judged, reading.options)]
+    write_page(page, f"Labels of the value {value}", sections)
+    table = table_of("positive frames", ["dataset", "labels"], ["frames", "positive"])
+    for one in judged:
+        table.add_row(
+            one.tried.path, written[one.tried.path], str(len(one.positive)), f"{100 * one.positive.mean():.0f} %"
+        )
+    Console().print(table, f"page {page}", highlight=False)
+    return written
+
+
+def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Section:
+    """The advantages of every task that has a threshold."""
+    found = {
+        task: np.concatenate(
+            [one.advantage[(one.tried.attempts.task == task) & ~one.tried.attempts.intervention] for one in judged]
+        )
+        for task in thresholds
+    }
+    rows = [["task", "threshold", "frames"], *([t, f"{thresholds[t]:.4f}", str(len(a))] for t, a in found.items())]
+    return Section("Advantages and thresholds", rows=rows, figures=[histograms(found, thresholds)])
+
+
+def film_sections(value: ValueFunction, judged: list[Judged], options: dict[str, Any]) -> list[Section]:
+    """V over the frames of a success and of a failure, of the first dataset of attempts that has them."""
+    sections = []
+    for ended, heading in ((True, "A success"), (False, "A failure")):
+        for one in judged:
+            attempts = one.tried.attempts
+            source = value.opened(one.tried, "train", options)
+            shown = np.isin(attempts.episode, source.episode) & (attempts.success == ended)
+            if one.tried.demonstrations or not shown.any():
+                continue
+            episode = attempts.episode[int(np.argmax(shown))]
+            own, rows = attempts.episode == episode, np.flatnonzero(source.episode == episode)
+            frames = [source[int(row)] for row in rows[np.linspace(0, len(rows) - 1, STRIP).astype(int)]]
+            images = [next(iter(frame.images.values())) for frame in frames]
+            title = f"{frames[0].task}, episode {episode}"
+            figure = film(one.value[own], one.positive[own], images, title)
+            sections.append(Section(heading, [one.tried.path], figures=[figure]))
+            break
+    return sections

@@ -1,0 +1,115 @@
+"""How a dataset's episodes went, frame by frame: where each ends, whether it succeeded, and who acted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pi05_lightning.data.columns import real_numbers, vectors, whole_numbers
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+
+SUCCESS, NEXT_SUCCESS = "success", "next.success"
+"""Columns that say whether an episode succeeded: of meta/episodes, and of the frames, true at the end."""
+INTERVENTIONS = ("intervention", "is_intervention", "complementary_info.is_intervention")
+"""Columns of frames in which somebody corrected the policy: LeRobot 0.6.1 records the first (rollout/context.py), and
+its teleoperators call it the second."""
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """N frames of a whole dataset, in its order.
+
+    episode, frame i64[N];  end i64[N]: the row where its episode ends;  success bool[N]: of its episode;
+    intervention bool[N];  task: of each frame.
+    """
+
+    episode: np.ndarray
+    frame: np.ndarray
+    end: np.ndarray
+    success: np.ndarray
+    intervention: np.ndarray
+    task: np.ndarray
+
+    @cached_property
+    def left(self) -> np.ndarray:
+        """i64[N]: frames of its episode that come after it."""
+        return self.end - 1 - np.arange(len(self.end))
+
+    @cached_property
+    def longest(self) -> dict[str, int]:
+        """task -> frames of its longest episode."""
+        first = np.flatnonzero(np.diff(self.episode, prepend=-1))
+        found: dict[str, int] = {}
+        for row in first:
+            found[self.task[row]] = max(found.get(self.task[row], 0), int(self.end[row] - row))
+        return found
+
+    @classmethod
+    def read(cls, files: LeRobotFiles, demonstrations: bool = False) -> Attempts:
+        """Of all episodes.  demonstrations: all of them are successes, whatever they say.
+
+        Raises ValueError where nothing says how an episode ended, and for a file that is damaged.
+        """
+        parts = [_read(files, path) for path in files.data.episodes]
+        if files.data.damaged or not parts:
+            raise ValueError(next(iter(files.data.damaged.values()), f"{files.root}/data holds no frames"))
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        order = np.lexsort((columns["frame"], columns["episode"]))
+        columns = {name: column[order] for name, column in columns.items()}
+        episode = columns["episode"]
+        begins = np.flatnonzero(np.diff(episode, prepend=-1))
+        lengths = np.diff(begins, append=len(episode))
+        ended = np.ones(len(begins)) if demonstrations else _success(files, episode[begins], begins, columns[SUCCESS])
+        if (unknown := np.isnan(ended)).any():
+            raise ValueError(
+                f"{files.root}: nothing says whether episode {episode[begins][unknown][0]} succeeded: give it a column"
+                f" {SUCCESS} in meta/episodes (as `pi05 collect --policy` does) or {NEXT_SUCCESS} in its frames, or"
+                " name the dataset among the demonstrations, which all succeeded"
+            )
+        sentences = files.sentences("tasks", "task")
+        return cls(
+            episode,
+            columns["frame"],
+            np.repeat(begins + lengths, lengths),
+            np.repeat(ended > 0, lengths),
+            columns["intervention"] > 0,
+            np.array([sentences.get(int(number), "") for number in columns["task"]], dtype=object),
+        )
+
+
+def _success(files: LeRobotFiles, episodes: np.ndarray, begins: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """f64 of each episode: 1, 0, or NaN for unknown."""
+    ended: np.ndarray = np.full(len(episodes), np.nan)
+    if SUCCESS in files.episodes.column_names:
+        known = real_numbers(files.episodes.column(SUCCESS).cast(pa.int8()), f"{files.root}/meta/episodes, {SUCCESS}")
+        ended = known[np.searchsorted(files.column("episode_index"), episodes)]
+    by_frames = np.fmax.reduceat(frames, begins)
+    return np.where(np.isnan(ended), by_frames, ended)
+
+
+def _read(files: LeRobotFiles, path: object) -> dict[str, np.ndarray]:
+    """A data file's columns; those that it does not have are NaN (success) or 0 (intervention)."""
+    names = pq.read_schema(path).names
+    corrected = next((name for name in INTERVENTIONS if name in names), None)
+    wanted = ["episode_index", "frame_index", "task_index", *filter(names.__contains__, (NEXT_SUCCESS, corrected))]
+    table = pq.read_table(path, columns=wanted)
+
+    def numbers(name: str | None, missing: float) -> np.ndarray:
+        if name is None or name not in wanted:
+            return np.full(len(table), missing)
+        column = table.column(name)
+        if pa.types.is_boolean(column.type):
+            column = column.cast(pa.int8())
+        return vectors(column, 1, f"{path}, {name}")[0][:, 0].astype(np.float64)
+
+    return {
+        "episode": whole_numbers(table.column("episode_index"), f"{path}, episode_index"),
+        "frame": whole_numbers(table.column("frame_index"), f"{path}, frame_index"),
+        "task": whole_numbers(table.column("task_index"), f"{path}, task_index", null=-1),
+        SUCCESS: numbers(NEXT_SUCCESS, np.nan),
+        "intervention": np.nan_to_num(numbers(corrected, 0.0)),
+    }

@@ -1,0 +1,80 @@
+"""Which frames were better than expected: advantages, thresholds per task, and the signs that prompts say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi05_lightning.data.labels import POSITIVE, RETURN, Labels
+from pi05_lightning.data.returns import bootstrapped, threshold
+from pi05_lightning.experience.value import Tried
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A dataset's frames: scaled returns, values and advantages f64[N]; whether they are positive, bool[N]."""
+
+    tried: Tried
+    returns: np.ndarray
+    value: np.ndarray
+    advantage: np.ndarray
+    positive: np.ndarray
+
+    def labels(self, about: Mapping[str, Any]) -> Labels:
+        """As they are kept."""
+        numbers = {RETURN: self.returns, "value": self.value, "advantage": self.advantage}
+        columns = {name: column.astype(np.float32) for name, column in numbers.items()} | {POSITIVE: self.positive}
+        return Labels(self.tried.attempts.episode, self.tried.attempts.frame, columns, about)
+
+
+def judge(
+    tried: Sequence[Tried],
+    values: Sequence[np.ndarray],
+    longest: dict[str, int],
+    c_fail: float | None,
+    steps: int | None,
+    shares: Mapping[str, float],
+    share: float,
+) -> tuple[list[Judged], dict[str, float]]:
+    """Every dataset's frames judged, and each task's threshold.
+
+    values f64[N]: V of each dataset's frames.  steps: frames after which V stands for the rest; None: the whole return.
+    share, shares: of the frames of a task, and of some tasks by name, that are to be positive. The threshold is a
+    quantile of the advantages of all but corrections, which are positive whatever theirs are.
+
+    Raises ValueError as `threshold`, and for a share that is none.
+    """
+    for name, wanted in {"positive_share": share, **shares}.items():
+        if not 0 < wanted < 1:
+            raise ValueError(f"{name}: {wanted} is no share of the frames, give it between 0 and 1")
+    if unknown := shares.keys() - longest.keys():
+        raise ValueError(f"positive_shares: there is no task {min(unknown)!r}, only {', '.join(longest)}")
+    found = []
+    for one, value in zip(tried, values, strict=True):
+        returns = one.returns(longest, c_fail)
+        target = returns
+        if steps is not None:
+            target = bootstrapped(returns, value, one.attempts.end, one.scale(longest), steps)
+        found.append((one, returns, value, target - value))
+    thresholds = {}
+    for task in longest:
+        own = [advantage[(one.attempts.task == task) & ~one.attempts.intervention] for one, _, _, advantage in found]
+        if sum(map(len, own)):
+            thresholds[task] = threshold(np.concatenate(own), shares.get(task, share), task)
+    judged = []
+    for one, returns, value, advantage in found:
+        above = advantage > np.array([thresholds.get(task, np.inf) for task in one.attempts.task])
+        judged.append(Judged(one, returns, value, advantage, above | one.attempts.intervention))
+    return judged, thresholds
+
+
+def labels_path(tried: Tried, out: Path | None) -> Path:
+    """Where a dataset's labels go: beside it, or into a folder under its name and that of the folder it is in."""
+    root = tried.files.root
+    if out is None:
+        return root.with_name(f"{root.name}.labels.parquet")
+    return out / f"{root.parent.name}-{root.name}.labels.parquet"

@@ -1,0 +1,100 @@
+"""What each round of learning trains on, as a run's configuration: by which method, from which attempts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pi05_lightning.experience.reading import Reading
+
+Method = Literal["recap", "successes", "dagger", "demonstrations"]
+METHODS: tuple[Method, ...] = get_args(Method)
+"""Signs of advantages in the prompt (π*0.6); the policy's successes alone (filtered behaviour cloning); the expert's
+corrections alone (DAgger); more steps on the demonstrations."""
+STAGE = "experience"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a round's policy is trained: optimizer steps, frames of a step, learning rate.
+
+    demonstrations_share: of the draws; the attempts of all rounds share the rest.  omission: share of the samples that
+    leave out the advantage.
+    """
+
+    steps: int
+    batch_size: int
+    lr: float
+    demonstrations_share: float
+    omission: float
+
+
+def configuration(
+    method: Method,
+    policy: Path,
+    reading: Reading,
+    demonstrations: Sequence[str],
+    attempts: Sequence[str],
+    labels: Sequence[Path],
+    training: Training,
+) -> dict[str, Any]:
+    """A run of `pi05 fit` of one stage, from the weights of `policy`, on all data so far.
+
+    attempts: datasets, one of each round.  labels: of the method recap, of each.
+    """
+    is_recap = method == "recap"
+    told = {"labels": "positive"} if is_recap else {}
+    sources = {f"demonstrations_{n}": reading.source(path, **told) for n, path in enumerate(demonstrations)}
+    first = next(iter(sources))
+    for name in [*sources][1:]:
+        sources[name]["init_args"]["same_robot_as"] = first
+    chosen: dict[Method, dict[str, Any]] = {
+        "successes": {"episodes": "success"},
+        "dagger": {"corrections_only": True, "episodes": "corrected"},
+    }
+    own = [] if method == "demonstrations" else list(attempts)
+    shares = {name: (training.demonstrations_share if own else 1.0) / len(sources) for name in sources}
+    for number, path in enumerate(own):
+        options = {"labels": str(labels[number])} if is_recap else chosen[method]
+        # every attempt that is not held out counts: what is left of a filter must not be held out too
+        sources[f"attempts_{number}"] = reading.source(path, same_robot_as=first, val_fraction=0.0, **options)
+        shares[f"attempts_{number}"] = (1 - training.demonstrations_share) / len(own)
+    says_subtasks = reading.language.get("condition_on") == "both"
+    stage = {
+        "name": STAGE,
+        "steps": training.steps,
+        "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
+        "mixture": {f"{name}/continuous_robot_actions": share for name, share in shares.items()},
+        "warmup_steps": min(20, training.steps),
+        "final_lr_factor": 0.05,
+    }
+    return {
+        "model": {
+            "init_from": str(policy),
+            "flow_draws": reading.flow_draws,
+            "optimizer": {
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": training.lr, "betas": [0.9, 0.95], "weight_decay": 0.01},
+            },
+        },
+        "data": {
+            "sources": sources,
+            "tokenizer": reading.tokenizer,
+            # there is no FAST tokenizer: attempts train the flow alone
+            "language": {**reading.language, "fast_share": 0.0, "advantage_omission": training.omission},
+            "batch_size": training.batch_size,
+            "length_window": 1,
+            "num_workers": 1,
+            "augmentation": None,
+        },
+        "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
+        "trainer": {
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 20,
+            "check_val_every_n_epoch": None,
+            "val_check_interval": 1_000_000,
+            "num_sanity_val_steps": 0,
+        },
+    }

@@ -1,0 +1,144 @@
+"""A value as a run of `pi05 value fit` left it: frames in, the expected return out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import batched
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.columns import rows_at
+from pi05_lightning.data.labels import VALUE_FILE
+from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.returns import monte_carlo
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.split import Split
+from pi05_lightning.files.local import read_json
+from pi05_lightning.models.heads.value import NAME, ValueHead
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.locate import locate_run
+from pi05_lightning.weights.safetensors import ContentHash
+from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A dataset of attempts.  demonstrations: all of it succeeded."""
+
+    path: str
+    demonstrations: bool = False
+
+    @cached_property
+    def files(self) -> LeRobotFiles:
+        return LeRobotFiles.open(find_dataset(self.path))
+
+    @cached_property
+    def attempts(self) -> Attempts:
+        return Attempts.read(self.files, self.demonstrations)
+
+    def returns(self, longest: dict[str, int], c_fail: float | None) -> np.ndarray:
+        """Of every frame, f64[N] in [-1, 0].  longest: frames of the longest episode by task, of whichever dataset."""
+        attempts = self.attempts
+        return monte_carlo(attempts.left, attempts.success, self.scale(longest), c_fail)
+
+    def rows(self, source: LeRobotSource) -> np.ndarray:
+        """i64: where the frames of a source of this dataset are in `attempts`."""
+        wanted = source.episode, source.columns.frame[source.rows]
+        return rows_at(self.attempts.episode, self.attempts.frame, wanted)
+
+    def scale(self, longest: dict[str, int]) -> np.ndarray:
+        """i64[N]: of each frame's task the longest episode. Raises ValueError for a task of which that is not known."""
+        if unknown := set(self.attempts.task) - longest.keys():
+            known = ", ".join(longest)
+            raise ValueError(f"{self.path}: the value knows nothing of the task {min(unknown)!r}, only of {known}")
+        return np.array([longest[task] for task in self.attempts.task])
+
+
+def datasets(rollouts: Sequence[str], demonstrations: Sequence[str]) -> list[Tried]:
+    """Raises ValueError where none is named, or one is named twice."""
+    found = [*(Tried(path, demonstrations=True) for path in demonstrations), *map(Tried, rollouts)]
+    if not rollouts:
+        raise ValueError("rollouts: name at least one dataset of attempts, as `pi05 collect --policy` makes them")
+    if twice := {tried.path for tried in found if [t.path for t in found].count(tried.path) > 1}:
+        raise ValueError(f"{min(twice)} is named more than once: name each dataset once")
+    return found
+
+
+def longest_of(tried: Sequence[Tried]) -> dict[str, int]:
+    """task -> frames of its longest episode in all the datasets."""
+    found: dict[str, int] = {}
+    for one in tried:
+        for task, length in one.attempts.longest.items():
+            found[task] = max(length, found.get(task, 0))
+    return found
+
+
+class ValueFunction:
+    """The model of a run of `pi05 value fit`, and what its numbers mean.
+
+    longest: frames of a task's longest episode, which 1 stands for.  c_fail: steps that a failure costs.
+    Raises ValueError for a run that is none of a value.
+    """
+
+    def __init__(self, run: Path, device: str = "cpu") -> None:
+        checkpoint = locate_run(run)
+        tensors: dict[str, Tensor] = {
+            name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.content[STATE_DICT].items()
+        }
+        if not any(name.startswith(f"auxiliary.{NAME}.") for name in tensors):
+            raise ValueError(f"{run} is no run of a value, but of a policy: make one with `pi05 value fit`")
+        self.processor = checkpoint.processor()
+        self.model = Pi05(checkpoint.config(), {NAME: ValueHead})
+        self.model.load_state_dict(tensors)
+        self.model.to(device).eval()
+        content = ContentHash()
+        for name, tensor in tensors.items():
+            content.add(name, tensor)
+        self.sha256 = content.hexdigest()
+        about: dict[str, Any] = read_json(run / VALUE_FILE, default={})
+        self.longest: dict[str, int] = about.get("longest", {})
+        self.c_fail: float | None = about.get("c_fail")
+
+    @torch.no_grad()
+    def of(self, source: LeRobotSource) -> np.ndarray:
+        """V of every frame of a source, f32[N]."""
+        head = self.model.auxiliary[NAME]
+        assert isinstance(head, ValueHead)
+        robot, found = self.processor.acting[0], list[Tensor]()
+        for rows in batched(tqdm(range(len(source)), unit="frame", desc=f"value of {source.name}"), BATCH):
+            prompts = [self.processor.prompt(source[row], robot) for row in rows]
+            batch = self.processor.collate(prompts).to(self.model.device)
+            found.append(head.value(batch, self.model.backbone(batch)).cpu())
+        return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
+
+    def opened(self, tried: Tried, split: Split, options: dict[str, Any]) -> LeRobotSource:
+        """A part of a dataset, as a source that this can be asked about."""
+        config = LeRobotConfig(**{**options, "path": tried.path})
+        return config.open(tried.path, split, self.processor.shapes)
+
+    def everywhere(self, tried: Tried, options: dict[str, Any]) -> np.ndarray:
+        """V of every frame of a dataset, f64[N] in the order of its `Attempts`.
+
+        Raises ValueError for a frame that cannot be read.
+        """
+        attempts = tried.attempts
+        value = np.full(len(attempts.episode), np.nan)
+        for split in ("train", "val", "test"):
+            source = self.opened(tried, split, options)
+            if len(source):
+                value[tried.rows(source)] = self.of(source)
+        if np.isnan(value).any():
+            row = int(np.argmax(np.isnan(value)))
+            where = f"episode {attempts.episode[row]}, frame {attempts.frame[row]}"
+            raise ValueError(f"{tried.path}, {where}: it cannot be read, so its value is not known: mend the dataset")
+        return value

@@ -1,0 +1,134 @@
+"""Records a policy's own episodes, successes and failures, as a LeRobot v3 dataset; an expert may take over.
+
+The policy acts as in a rollout (`sim.rollout`). Every action is a frame: what was seen before it, and what was done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from itertools import batched
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pi05_lightning.acting import Acting
+from pi05_lightning.files.local import write_json
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.sim.demonstrations.config import CollectConfig
+from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
+from pi05_lightning.sim.demonstrations.lerobot_writer import (
+    ACTION_NAMES,
+    STATE_NAMES,
+    Recording,
+    video_path,
+    write_dataset,
+)
+from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment
+from pi05_lightning.sim.rollout import Job, Plan, Worker, run_in_processes, view_of
+from pi05_lightning.sim.splits import EXPERIENCE
+from pi05_lightning.sim.trials import Trial
+from pi05_lightning.weights.locate import locate
+
+PROVENANCE = Path("meta", "pi05_collect.json")
+"""Within a dataset: which policy acted in it, and how."""
+
+
+def record_policy(root: Path, config: CollectConfig) -> None:
+    """Make the dataset `root`: training episodes first, then validation episodes.
+
+    Beside what demonstrations have: `intervention` per frame, whether the expert acted; in meta/episodes `success`,
+    `end_reason` (success, or why not), `corrected` and `seed`; in `PROVENANCE` the policy, the hash of its weights, and
+    how it acted.  Raises ValueError for tasks and cameras that the simulator does not have, and for a policy that does
+    not act at all.
+    """
+    assert config.policy is not None
+    config.env.warm_up()  # what is missing shows before the weights are read
+    policy = Pi05Policy.from_pretrained(config.policy, **asdict(Acting(**config.acting)))
+    view, robot, acting = view_of(policy), policy.processor.robots[policy.robot], policy.resolved
+    if view.fps != round(view.fps):
+        raise NoSuchEnvironment(f"policy: it acts {view.fps:g} times a second, and a dataset needs a whole number")
+    tasks = config.tasks or tuple(config.env.tasks(robot))
+    if isinstance(config.env, DemonstratorConfig):
+        for task in tasks:
+            config.env.check_task(task)
+    jobs = list(_jobs(config, tasks))
+    worker = Worker(config.env, view, str(config.policy), {"policy": acting})
+    known = isinstance(config.env, DemonstratorConfig) and robot.state_dim == len(STATE_NAMES)
+    what = Recording(
+        config.out.name,
+        view.cameras,
+        view.image_size,
+        round(view.fps),
+        STATE_NAMES if known else [f"state_{dim}" for dim in range(robot.state_dim)],
+        ACTION_NAMES if known else [f"action_{dim}" for dim in range(robot.action_dim)],
+        "sawyer" if known else type(config.env).__name__.lower(),
+        of_a_policy=True,
+    )
+    del policy  # maybe gigabytes: every process loads its own
+    train, val = (len(tasks) * count for count in (config.episodes, config.val_episodes))
+    splits = {"train": f"0:{train}", **({"val": f"{train}:{train + val}"} if val else {})}
+    write_dataset(root, what, _blocks(root, what, worker, jobs, config.num_workers), splits)
+    provenance = {
+        "policy": str(config.policy),
+        "sha256": locate(config.policy).content_hash(),
+        "acting": asdict(acting),
+        "env": str(config.env),
+        "corrections": config.corrections,
+        "seed": config.seed,
+    }
+    write_json(root / PROVENANCE, provenance)
+
+
+def _jobs(config: CollectConfig, tasks: Sequence[str]) -> Iterator[Job]:
+    """The training episodes of every task, then the validation episodes."""
+    episodes = config.episodes + config.val_episodes
+    split, lanes = EXPERIENCE, config.lanes
+    plan = Plan(
+        config.env, tasks, ("policy",), episodes, split, lanes=lanes, max_seconds=config.max_seconds, seed=config.seed
+    )
+    trials = [trial for job in plan.jobs() for trial in job.trials]
+    for trial in trials:
+        trial.keeps, trial.patience = True, config.corrections
+    for held_out in (False, True):
+        for task in tasks:
+            own = [t for t in trials if t.task == task and (t.number >= config.episodes) == held_out]
+            yield from map(Job, batched(own, lanes))
+
+
+def _blocks(
+    root: Path, what: Recording, worker: Worker, jobs: Sequence[Job], processes: int | None
+) -> Iterator[list[Episode]]:
+    """The episodes of every job, with their films beside the dataset."""
+    with (
+        closing(run_in_processes(worker, jobs, processes)) as results,
+        tqdm(total=sum(len(job.trials) for job in jobs), unit="episode") as bar,
+    ):
+        for number, job in enumerate(results):
+            videos = {camera: video_path(root, camera, number) for camera in what.cameras}
+            yield filmed([episode_of(trial, what.cameras) for trial in job.trials], videos, what.fps)
+            bar.update(len(job.trials))
+
+
+def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:
+    """A trial that is over, as it is recorded. ValueError for one in which nothing was done."""
+    steps = trial.steps
+    if not steps:
+        raise ValueError(f"the policy did nothing at {trial.task} (seed {trial.seed}): {trial.reason}")
+    return Episode(
+        task=steps[0].frame.task,
+        state=np.stack([step.frame.state for step in steps if step.frame.state is not None]),
+        action=np.stack([step.action for step in steps]),
+        images={name: np.stack([step.frame.images[name].transpose(1, 2, 0) for step in steps]) for name in cameras},
+        subtasks=[step.subtask for step in steps],
+        answers=[()] * len(steps),
+        intervention=np.array([step.is_correction for step in steps]),
+        outcome={
+            "success": trial.success,
+            "end_reason": trial.outcome,
+            "corrected": trial.corrected,
+            "seed": trial.seed,
+        },
+    )

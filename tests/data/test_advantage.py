@@ -1,0 +1,126 @@
+"""The advantage in prompts: its place, that it is left out in training alone, and that none is taken for a sign."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pi05_lightning import Pi05DataModule
+from pi05_lightning.data.mixture import Mixture
+from pi05_lightning.data.processor import Language, Processor
+from pi05_lightning.data.prompt import ConditionOn, Prompts
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.types import Frame, Modality, Subset, Target
+
+CONFIG = ModelConfig.preset("debug")
+FRAME = Frame(task="open the drawer", state=np.zeros(2, np.float32))
+
+
+def said(condition_on: ConditionOn, subtask: str | None, fast: bool, advantage: str | None) -> list[str | None]:
+    segments = Prompts().low_level(FRAME, subtask, condition_on, fast=fast, advantage=advantage)
+    return [segment.text for segment in segments]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_advantage_comes_after_the_subtask_and_before_the_actions(fast: bool) -> None:
+    assert said("both", "pull", fast, "positive") == [
+        "Task: open the drawer, State: 128 128;\n",
+        "Subtask: pull",
+        "Advantage: positive;\n",
+    ]
+    opening = [] if fast else ["Action: "]
+    begin = "Subtask: pull, State: 128 128;\n"
+    assert said("subtask", "pull", fast, "negative") == [begin, "Advantage: negative;\n", *opening]
+    begin = "Task: open the drawer, State: 128 128;\n"
+    assert said("task", "pull", fast, "positive") == [begin, "Advantage: positive;\n", *opening]
+    assert said("both", None, fast, "positive") == [begin, "Advantage: positive;\n", *opening]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("condition_on", ["task", "subtask", "both"])
+def test_without_an_advantage_prompts_are_as_they_were(condition_on: ConditionOn, fast: bool) -> None:
+    told = said(condition_on, "pull", fast, "positive")
+    left = "".join(text or "" for text in told if text != "Advantage: positive;\n")
+    assert left == "".join(text or "" for text in said(condition_on, "pull", fast, None))
+
+
+@pytest.fixture(scope="module")
+def data(videos: Path) -> Pi05DataModule:
+    robot = LeRobotConfig(str(videos), val_fraction=0.2, labels="positive")
+    silent = LeRobotConfig(str(videos), val_fraction=0.2, same_robot_as="robot")
+    language = Language(condition_on="both", advantage_omission=0.3)
+    return Pi05DataModule({"robot": robot, "silent": silent}, language=language, shapes=CONFIG.shapes)
+
+
+def has_advantage(processor: Processor, frame: Frame, key: int, training: bool) -> bool:
+    sample = processor.sample(frame, Subset("robot", Modality.CONTINUOUS), key, training=training)
+    text = processor.tokenizer.decode(sample.tokens[sample.target_kind == Target.NONE].tolist())
+    return "Advantage: positive" in text
+
+
+def test_three_of_ten_training_samples_and_none_of_the_others_leave_it_out(data: Pi05DataModule) -> None:
+    frame = data.sources("train")["robot"][0]
+    told = [has_advantage(data.processor, frame, key, training=True) for key in range(400)]
+    assert np.mean(told) == pytest.approx(0.7, abs=0.06)
+    assert all(has_advantage(data.processor, frame, key, training=False) for key in range(100))
+    assert data.train_samples.training
+    assert not data.validation.training
+
+
+def test_omission_moves_no_other_draw_of_a_sample(data: Pi05DataModule) -> None:
+    frame = data.sources("train")["robot"][4]
+    with_subtask = Language(condition_on="both", task_only_share=0.5)
+    processor = replace_language(data.processor, with_subtask)
+    for key in range(30):
+        kinds = [
+            processor.sample(f, Subset("robot", Modality.CONTINUOUS), key, training=True).target_kind.max()
+            for f in (frame, replace(frame, advantage=None))
+        ]
+        assert kinds[0] == kinds[1]
+
+
+def replace_language(processor: Processor, language: Language) -> Processor:
+    return Processor(processor.shapes, processor.tokenizer, processor.cameras, processor.robots, language)
+
+
+def test_a_policy_is_told_what_it_is_asked_for(data: Pi05DataModule) -> None:
+    frame, processor = data.sources("train")["robot"][0], data.processor
+    texts = {
+        advantage: processor.tokenizer.decode(processor.prompt(frame, "robot", advantage=advantage).tokens.tolist())
+        for advantage in ("positive", "negative", None)
+    }
+    assert "Advantage: positive" in texts["positive"]
+    assert "Advantage: negative" in texts["negative"]
+    assert "Advantage" not in texts[None]
+
+
+def test_sources_of_one_robot_share_its_statistics_and_are_one_to_a_policy(data: Pi05DataModule) -> None:
+    robots = data.processor.robots
+    assert robots["silent"].normalize is robots["robot"].normalize
+    assert data.processor.acting == ("robot",)
+    again = Processor.from_dict(data.processor.to_dict())
+    assert again.acting == ("robot",)
+
+
+def test_source_that_shares_with_none_is_refused(videos: Path) -> None:
+    lost = LeRobotConfig(str(videos), same_robot_as="arm")
+    with pytest.raises(ValueError, match=r"data.sources.lost: same_robot_as 'arm' names no source"):
+        _ = Pi05DataModule({"lost": lost}, shapes=CONFIG.shapes).processor
+
+
+def test_stage_with_and_without_labels_is_refused(data: Pi05DataModule) -> None:
+    data._mixture = Mixture(data.train_samples.entries, {"flow": {Modality.CONTINUOUS}}, 4)
+
+    def stage(*sources: str) -> Stage:
+        mixture = {f"{name}/{Modality.CONTINUOUS}": 1.0 for name in sources}
+        return Stage(name="experience", steps=1, losses=LossWeights(flow=1), mixture=mixture)
+
+    assert data.tells_advantage(stage("robot"))
+    assert not data.tells_advantage(stage("silent"))
+    with pytest.raises(ValueError, match=r"stage experience: .*robot, whose labels .* silent, which has no labels"):
+        data.tells_advantage(stage("robot", "silent"))

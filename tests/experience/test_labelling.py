@@ -1,0 +1,104 @@
+"""Advantages and signs of whole datasets: a threshold per task, corrections always positive."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
+from pi05_lightning.experience.labelling import judge, labels_path
+from pi05_lightning.experience.value import Tried, datasets, longest_of
+
+LENGTHS = (12, 9, 15, 7, 11)  # of the recorded episodes; those of odd number are of another task
+LONGEST = {"close the drawer": 15, "open the drawer": 9}
+
+
+@pytest.fixture
+def tried(pictures: Path, tmp_path: Path) -> Tried:
+    """Episodes of which the third failed, and in which frames 5 and later of the second are corrections."""
+    root = shutil.copytree(pictures, tmp_path / "tries", ignore=shutil.ignore_patterns("pi05_*"))
+    (path,) = (root / "data").glob("*/*.parquet")
+    table = pq.read_table(path)
+    places = [(episode, frame) for episode, length in enumerate(LENGTHS) for frame in range(length)]
+    columns = {
+        "next.success": [episode != 2 and frame == LENGTHS[episode] - 1 for episode, frame in places],
+        "intervention": [episode == 1 and frame >= 5 for episode, frame in places],
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.bool_()))
+    pq.write_table(table, path)
+    return Tried(str(root))
+
+
+def test_longest_episode_is_that_of_all_datasets(tried: Tried, pictures: Path) -> None:
+    assert longest_of([tried]) == LONGEST
+
+
+def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(tried: Tried) -> None:
+    rng = np.random.default_rng(0)
+    value = -rng.uniform(size=sum(LENGTHS))
+    (judged,), thresholds = judge([tried], [value], LONGEST, None, None, {"open the drawer": 0.5}, 0.25)
+    attempts = tried.attempts
+    assert judged.positive[attempts.intervention].all()
+    for task, share in (("close the drawer", 0.25), ("open the drawer", 0.5)):
+        own = (attempts.task == task) & ~attempts.intervention
+        np.testing.assert_array_equal(judged.positive[own], judged.advantage[own] > thresholds[task])
+        assert judged.positive[own].mean() == pytest.approx(share, abs=1 / own.sum())
+    np.testing.assert_allclose(judged.advantage, judged.returns - value)
+    assert (judged.returns[attempts.episode == 2] == -1).all()
+
+
+def test_later_rounds_take_the_value_after_n_steps(tried: Tried) -> None:
+    value = np.linspace(-0.6, -0.1, sum(LENGTHS))
+    (judged,), _ = judge([tried], [value], LONGEST, None, 4, {}, 0.3)
+    assert judged.advantage[0] == pytest.approx(value[4] - 4 / 15 - value[0])
+    assert judged.advantage[11] == pytest.approx(0 - value[11])
+
+
+def test_value_that_learned_nothing_is_refused(tried: Tried) -> None:
+    returns = tried.returns(LONGEST, None)
+    with pytest.raises(ValueError, match="task 'close the drawer': all of its 38 advantages are 0"):
+        judge([tried], [returns], LONGEST, None, None, {}, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("shares", "share"), [({}, 0.0), ({}, 1.5), ({"fly": 0.3}, 0.3), ({"open the drawer": 1.0}, 0.3)]
+)
+def test_shares_that_are_none_are_refused(tried: Tried, shares: dict[str, float], share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        judge([tried], [np.zeros(sum(LENGTHS))], LONGEST, None, None, shares, share)
+
+
+def test_labels_go_beside_the_dataset_or_into_a_folder(tried: Tried, tmp_path: Path) -> None:
+    assert labels_path(tried, None) == tmp_path / "tries.labels.parquet"
+    assert labels_path(tried, Path("out")) == Path("out", f"{tmp_path.name}-tries.labels.parquet")
+
+
+def test_datasets_are_named_once_and_not_none() -> None:
+    with pytest.raises(ValueError, match="name at least one"):
+        datasets([], ["a"])
+    with pytest.raises(ValueError, match="a is named more than once"):
+        datasets(["a"], ["a"])
+
+
+def test_calibration_tells_a_good_value_from_a_bad_one() -> None:
+    rng = np.random.default_rng(0)
+    success = rng.random(500) < 0.5
+    returns = np.where(success, -0.3 * rng.random(500), -1.0)
+    good = calibration(returns + 0.05 * rng.normal(size=500), returns, success)
+    bad = calibration(-rng.random(500), returns, success)
+    assert good["auc"] > 0.95 > 0.6 > bad["auc"] > 0.4
+    assert good["mean_error"] < 0.1 < good["mean_error_of_a_constant"] < bad["mean_error"]
+    assert sum(count for *_, count in good["bins"]) == 500
+    assert calibration(returns, returns, np.ones(500, bool))["auc"] is None
+
+
+def test_plots_are_pictures() -> None:
+    values, success = -np.linspace(0, 1, 30), np.arange(30) < 12
+    assert calibration_plot(values, values, success).count("<svg") == 1
+    assert histograms({"a": values, "b": values}, {"a": -0.5, "b": -0.1}).count("<svg") == 1

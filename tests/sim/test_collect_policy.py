@@ -1,0 +1,124 @@
+"""A policy's own episodes as a dataset: whole with failures, told apart from what the expert corrected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+
+from pi05_lightning.acting import Acting
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.sim.splits import split_seeds
+from pi05_lightning.sim.trials import OUT_OF_TIME, Clock, Trial, run_policy
+from pi05_lightning.weights.locate import locate
+
+from .conftest import TASKS, config
+
+PATIENCE = 4
+
+
+@pytest.fixture(scope="module")
+def attempts(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two training episodes and a validation episode per task, in which the expert takes over, for a while."""
+    small = {"episodes": 2, "val_episodes": 1, "max_seconds": 1.3, "lanes": 3}
+    out = tmp_path_factory.mktemp("attempts") / "data"
+    return collect(config(out, policy=untrained, corrections=PATIENCE, **small)) / "robot"
+
+
+@pytest.fixture(scope="module")
+def episodes(attempts: Path) -> list[dict]:
+    return LeRobotFiles.open(attempts).episodes.to_pylist()
+
+
+def frames(attempts: Path) -> dict[str, np.ndarray]:
+    table = ds.dataset(attempts / "data").to_table().sort_by("index")
+    return {name: np.array(table[name].to_pylist()) for name in ("episode_index", "intervention", "action")}
+
+
+def test_successes_and_failures_are_recorded_with_the_reason_of_their_end(episodes: list[dict]) -> None:
+    assert {(episode["success"], episode["end_reason"]) for episode in episodes} == {
+        (True, "success"),
+        (False, OUT_OF_TIME),
+    }
+    assert all(episode["length"] == 13 for episode in episodes if not episode["success"])
+
+
+def test_splits_are_training_episodes_of_all_tasks_and_then_the_others(attempts: Path, episodes: list[dict]) -> None:
+    assert LeRobotFiles.open(attempts).info["splits"] == {"train": "0:4", "val": "4:6"}
+    assert [episode["tasks"] == episodes[0]["tasks"] for episode in episodes] == [True, True, False, False, True, False]
+
+
+def test_initial_states_are_those_of_no_demonstration_and_no_rollout(episodes: list[dict]) -> None:
+    seeds = {episode["seed"] for episode in episodes}
+    assert len(seeds) == len(episodes)
+    taken = {seed for split in ("train", "val", "rollout") for seed in split_seeds(split, 400_000)}
+    assert seeds.isdisjoint(taken)
+
+
+def test_expert_takes_over_after_actions_without_progress_until_the_end(attempts: Path, episodes: list[dict]) -> None:
+    found = frames(attempts)
+    for episode in episodes:
+        acted = found["intervention"][found["episode_index"] == episode["episode_index"]]
+        first = int(np.argmax(acted)) if acted.any() else len(acted)
+        assert acted[first:].all()
+        assert bool(acted.any()) == episode["corrected"]
+        assert first >= PATIENCE
+    assert any(episode["corrected"] and episode["success"] for episode in episodes)
+
+
+def test_recorded_actions_bring_the_states_that_are_recorded(attempts: Path, episodes: list[dict]) -> None:
+    table = ds.dataset(attempts / "data").to_table().sort_by("index")
+    first = episodes[0]
+    state = np.array(table["observation.state"].to_pylist())[: first["length"]]
+    acted = frames(attempts)["intervention"][: first["length"]]
+    with MetaWorldEnvironment(TASKS[0]) as env:
+        env.reset(first["seed"])
+        for number, action in enumerate(frames(attempts)["action"][: int(np.argmax(acted))]):
+            np.testing.assert_allclose(env.state, state[number], atol=1e-6)
+            env.step(action)
+
+
+def test_dataset_says_which_policy_acted_and_how(attempts: Path, untrained: Path) -> None:
+    said = json.loads((attempts / "meta" / "pi05_collect.json").read_text())
+    assert said["sha256"] == locate(untrained).content_hash()
+    assert (said["corrections"], said["acting"]["num_steps"]) == (PATIENCE, Acting().num_steps)
+
+
+def test_stock_lerobot_reads_it(attempts: Path, episodes: list[dict]) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    stock = LeRobotDataset("local/robot", root=attempts, video_backend="pyav")
+    assert stock.meta.features["intervention"] == {"dtype": "bool", "shape": (1,), "names": None}
+    assert len(stock) == sum(episode["length"] for episode in episodes)
+    assert [bool(stock[row]["intervention"]) for row in range(9)] == frames(attempts)["intervention"][:9].tolist()
+
+
+def test_what_is_kept_changes_nothing_of_an_episode(untrained: Path) -> None:
+    policy = Pi05Policy.from_pretrained(untrained)
+    went = []
+    with MetaWorldEnvironment(TASKS[0]) as env:
+        for keeps in (False, True):
+            trial = Trial("policy", TASKS[0], 7, max_seconds=0.5, keeps=keeps)
+            run_policy(policy, [(env, trial)], Clock())
+            went.append((trial.reason, env.state.tolist()))
+    assert went[0] == went[1]
+    assert len(trial.steps) == trial.decisions == 5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"corrections": 3}, "corrections"),
+        ({"acting": {"num_steps": 3}}, "acting"),
+        ({"policy": Path("x"), "corrections": 0}, "corrections: 0"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(tmp_path: Path, wrong: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config(tmp_path, **wrong)
