@@ -6,7 +6,7 @@ policy that raises, or whose actions cannot be executed, ends the episode; the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -148,7 +148,17 @@ class Motion:
         return None if self.chunk is None else self.chunk[self.executed : self.executed + self.given]
 
     def follow(self, env: Environment, chunk: np.ndarray, number: int, clock: Clock) -> None:
-        """Execute what is due from chunk `number` f32[T A], and from the one before until it has come."""
+        """Execute what is `due` until the episode is over."""
+        for source, at in self.due(env, chunk, number):
+            take(env, self.trial, partial(env.step, source[at]), clock, source, at)
+            if self.trial.over:
+                break
+
+    def due(self, env: Environment, chunk: np.ndarray, number: int) -> Iterator[tuple[np.ndarray, int]]:
+        """What is due from chunk `number` f32[T A], and from the one before until it has come: chunks, places in them.
+
+        An action is taken to be executed when the next one is asked for.
+        """
         before, self.chunk, delay, begin = self.chunk, chunk, 0, 0
         if before is not None:
             seed = [self.trial.noise_seed, self.trial.seed, number]
@@ -162,9 +172,7 @@ class Motion:
             if self._last is not None and origin != self._origin:
                 self.trial.seams += jumps(np.stack([self._last, action]), env)
             self._last, self._origin = action, origin
-            _take(env, self.trial, partial(env.step, action), clock, source, at)
-            if self.trial.over:
-                break
+            yield source, at
 
 
 def jumps(actions: np.ndarray, env: Environment) -> list[float]:
@@ -180,11 +188,11 @@ def jumps(actions: np.ndarray, env: Environment) -> list[float]:
 def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     """Reset the environments and step them together until each succeeds, fails or runs out of time."""
     for env, trial in lanes:
-        _begin(env, trial)
+        begin(env, trial)
     running, number = [(env, trial, Motion(policy, trial)) for env, trial in lanes], 0
     while running:
         start = perf_counter()
-        chunks = _decide(policy, running, number)
+        chunks = decide(policy, running, [seen(env, trial) for env, trial, _ in running], number)
         clock.decisions.append(perf_counter() - start)
         clock.lanes.append(len(running))
         for (env, trial, motion), chunk in zip(running, chunks, strict=True):
@@ -203,21 +211,21 @@ def run_baseline(
 
     replay: instruction -> the trajectory f32[N A].
     """
-    _begin(env, trial)
+    begin(env, trial)
     rng = np.random.default_rng([trial.noise_seed, trial.seed])
     sentence, since = env.sentence, 0
     while not trial.over:
         if env.sentence != sentence:
             sentence, since = env.sentence, trial.decisions
         if trial.mode == "expert":
-            _take(env, trial, cast("ExpertEnvironment", env).expert_step, clock)
+            take(env, trial, cast("ExpertEnvironment", env).expert_step, clock)
         else:
             if replay is None:
                 action = _random_action(env, trial, rng)
             else:
                 trajectory = replay(sentence)
                 action = trajectory[min(trial.decisions - since, len(trajectory) - 1)]
-            _take(env, trial, partial(env.step, action), clock)
+            take(env, trial, partial(env.step, action), clock)
 
 
 def told(env: Environment, trial: Trial) -> str:
@@ -231,18 +239,24 @@ def seen(env: Environment, trial: Trial) -> Frame:
     return frame if trial.sentence is None else replace(frame, task=trial.sentence)
 
 
-def _begin(env: Environment, trial: Trial) -> None:
+def begin(env: Environment, trial: Trial) -> None:
+    """Begin an episode at its initial state."""
     env.reset(trial.seed)
+    begin_here(env, trial)
+    if trial.other is not None and isinstance(env, SharedScene) and env.watch(trial.other):
+        trial.solved_other = False
+
+
+def begin_here(env: Environment, trial: Trial) -> None:
+    """Begin an episode in the environment as it is."""
     trial.fps = env.fps
     seconds = env.max_seconds if trial.max_seconds is None else trial.max_seconds
     trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
     if isinstance(env, Chained):
         trial.done, trial.length = 0, env.length
-    if trial.other is not None and isinstance(env, SharedScene) and env.watch(trial.other):
-        trial.solved_other = False
 
 
-def _take(
+def take(
     env: Environment,
     trial: Trial,
     step: Callable[[], bool],
@@ -250,6 +264,7 @@ def _take(
     chunk: np.ndarray | None = None,
     place: int = 0,
 ) -> None:
+    """One action of an episode, in `place` of its chunk, and how the episode goes then."""
     assert trial.max_seconds is not None
     start = perf_counter()
     trial.success = step()
@@ -271,15 +286,14 @@ def _take(
         trial.film.append(FilmFrame(image, trial.subtask or told(env, trial), chunk, place))
 
 
-def _decide(
-    policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]], number: int
+def decide(
+    policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]], frames: Sequence[Frame], number: int
 ) -> list[np.ndarray | str]:
-    """For every lane chunk `number` f32[T A], or why there is none.
+    """For every lane chunk `number` f32[T A], or why there is none; frames: what is `seen` in it.
 
     When a batch fails, each lane is asked for by itself: the others' episodes go on.
     """
     trials = [trial for _, trial, _ in lanes]
-    frames = [seen(env, trial) for env, trial, _ in lanes]
     try:
         if policy.replans(number):
             for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
@@ -290,7 +304,7 @@ def _decide(
             raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
-            return [_decide(policy, [lane], number)[0] for lane in lanes]
+            return [decide(policy, [lane], [frame], number)[0] for lane, frame in zip(lanes, frames, strict=True)]
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]
