@@ -22,7 +22,7 @@ from pi05_lightning.sim.trials import Clock, Motion, Trial, begin, begin_here, d
 from pi05_lightning.types import Box, text_to_boxes
 
 PICTURE = 384  # pixels of what people see
-HISTORY = 24  # executed actions that are kept
+HISTORY = 16  # executed actions that are kept
 _MEASURED = 20  # calls and actions that times are the median of
 PUSH = 0.08  # metres
 WAYS: Mapping[str, tuple[int, int, int]] = {
@@ -108,11 +108,12 @@ class Player:
     def tell(self, sentence: str, stay: bool = False) -> None:
         """Give an instruction in the middle of things.
 
-        One of another scene opens that one, at the initial state of the same number, unless we `stay`. One that no task
-        has is told in the scene as it is, where the same task is judged as before.
+        One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
+        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before.
         """
         task = None if stay else self.start.task_of(sentence)
-        if task is not None and not self._judge(task):
+        just_done = self.trial.success and task == self.judged
+        if task is not None and (just_done or not self._judge(task)):
             self.reset(task, self.number)
         self._sentence = sentence
         trial = self._trial()

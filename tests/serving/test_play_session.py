@@ -94,6 +94,8 @@ def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) ->
         player.env.at[0] = 1.0
         player.step()
     assert player.trial.success
+    player.tell("go to the right")
+    assert (player.task, player.trial.success, player.number) == ("right", False, 0)
 
 
 def test_a_task_of_another_scene_opens_it_at_the_same_number_and_whoever_stays_is_told_it_here(player: Player) -> None:

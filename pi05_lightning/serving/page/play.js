@@ -1,7 +1,7 @@
 // The page of `pi05 play`: shows the states that the server sends, and sends what is to be done.
 
 const COLOURS = ["#0a84c6", "#e08a00", "#0a9e74", "#c9609d", "#7a6ff0", "#d55e00", "#8c7a1e", "#7d8590"];
-const HISTORY = 24;  // executed actions that are drawn
+const HISTORY = 16;  // executed actions that are drawn
 const ARROWS = { left: "← left", right: "right →", away: "↑ away", near: "↓ nearer", up: "⤒ up", down: "⤓ down" };
 const SPEEDS = { 0: "max", 0.25: "¼×", 0.5: "½×" };
 const one = (selector, within = document) => within.querySelector(selector);
@@ -170,7 +170,7 @@ function showChunk(card, player) {
       name.append(mark, `action ${dim}`);
       legend.append(name);
     }
-    legend.append("solid: executed, dashed: the rest of the chunk");
+    legend.append("solid: executed, dashed: the rest of the chunk, shaded: due before the next one");
   }
 }
 
