@@ -24,6 +24,8 @@ from pi05_lightning.types import Frame
 if TYPE_CHECKING:
     from pi05_lightning.inference import Inference
 
+MOST_DECISIONS = 96
+"""Frames of a film decision by decision; a longer one leaves out every second."""
 OUT_OF_TIME = "out of time"
 SOLVED_OTHER = "it solved the task that it was told"
 ENDED = "the environment ended the episode"
@@ -51,7 +53,7 @@ class Trial:
     seed: int
     """Of the initial state."""
     record: bool = False
-    """Whether it is filmed."""
+    """Whether it is filmed, action by action."""
     max_seconds: float | None = None
     """Simulated time after which it has failed; None: what the environment says."""
     noise_seed: int = 0
@@ -79,7 +81,11 @@ class Trial:
     """Of a chain: instructions that were done in a row."""
     length: int = 1
     """Instructions of the episode."""
+    record_failure: bool = False
+    """Whether it is filmed if it fails, decision by decision: what the policy sees anyhow, which takes no time."""
     film: list[FilmFrame] = field(default_factory=list)
+    film_every: int = 1
+    """Actions from one frame of the film to the next."""
     seams: list[float] = field(default_factory=list)
     """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
     inside: list[float] = field(default_factory=list)
@@ -192,14 +198,18 @@ def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     running, number = [(env, trial, Motion(policy, trial)) for env, trial in lanes], 0
     while running:
         start = perf_counter()
-        chunks = decide(policy, running, [seen(env, trial) for env, trial, _ in running], number)
+        frames = [seen(env, trial) for env, trial, _ in running]
+        chunks = decide(policy, running, frames, number)
         clock.decisions.append(perf_counter() - start)
         clock.lanes.append(len(running))
-        for (env, trial, motion), chunk in zip(running, chunks, strict=True):
+        for (env, trial, motion), frame, chunk in zip(running, frames, chunks, strict=True):
             if isinstance(chunk, str):
                 trial.reason = chunk
             else:
+                _film_decision(trial, frame, chunk, number, motion.executed)
                 motion.follow(env, chunk, number, clock)
+            if trial.over and trial.record_failure and not trial.record:
+                _end_film(env, trial)
         running = [lane for lane in running if not lane[1].over]
         number += 1
 
@@ -282,8 +292,33 @@ def take(
         elif trial.decisions >= round(trial.max_seconds * env.fps):
             trial.reason = OUT_OF_TIME
     if trial.record:
-        image = np.concatenate([image.transpose(1, 2, 0) for image in env.observation().images.values()], axis=1)
-        trial.film.append(FilmFrame(image, trial.subtask or told(env, trial), chunk, place))
+        image, caption = _side_by_side(env.observation()), trial.subtask or told(env, trial)
+        trial.film.append(FilmFrame(image, caption, chunk, place))
+
+
+def _side_by_side(frame: Frame) -> np.ndarray:
+    return np.concatenate([image.transpose(1, 2, 0) for image in frame.images.values()], axis=1)
+
+
+def _film_decision(trial: Trial, frame: Frame, chunk: np.ndarray, number: int, executed: int) -> None:
+    """What chunk `number` f32[T A] was decided from."""
+    if not trial.record_failure or trial.record:
+        return
+    if len(trial.film) == MOST_DECISIONS:
+        del trial.film[1::2]
+        trial.film_every *= 2
+    if number == 0:
+        trial.film_every = executed
+    if number * executed % trial.film_every == 0:
+        trial.film.append(FilmFrame(_side_by_side(frame), trial.subtask or frame.task, chunk))
+
+
+def _end_film(env: Environment, trial: Trial) -> None:
+    """Keep the film of a failure, with how it ended, and no other."""
+    if trial.success:
+        trial.film.clear()
+    else:
+        trial.film.append(FilmFrame(_side_by_side(env.observation()), trial.subtask or told(env, trial)))
 
 
 def decide(
