@@ -83,7 +83,6 @@ NAMES = {
     "throughput/seconds_per_step": "seconds per step",
     "throughput/tflops_per_second": "TFLOP/s",
     "throughput/hardware_share": "share of the hardware's rate",
-    "throughput/data_share": "share of the time spent waiting for data",
     "memory/process_peak_gb": "peak of the process, GB",
     "memory/gpu_peak_gb": "peak of the GPU, GB",
     "memory/gpu_reserved_gb": "reserved on the GPU, GB",
