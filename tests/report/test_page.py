@@ -82,11 +82,11 @@ def facts_of(page: str) -> dict[str, str]:
 
 def test_page_says_how_success_was_measured(page: str) -> None:
     facts = facts_of(page)
-    assert facts["simulator"] == "MetaWorld()"
+    assert facts["simulator"] == "MetaWorld"
     assert facts["initial states"] == "10 per task"
     assert facts["time limit"] == "6 s (reach-v3); 8 s (door-open-v3)"
     assert facts["noise"] == "× 0.5"
-    assert facts["execution horizon"] == "2 actions of a chunk"
+    assert facts["execution horizon"] == "2 of a chunk&#39;s actions"
     assert (facts["checkpoint"], facts["SHA-256"]) == ("checkpoints/last.ckpt", "c0ffee" * 10)
 
 

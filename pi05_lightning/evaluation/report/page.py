@@ -128,14 +128,14 @@ def protocol(run: Run) -> dict[str, str]:
         limits.setdefault(seconds, []).append(task)
     actings = run.acting.values()
     found = {
-        "simulator": result.get("env"),
+        "simulator": result.get("env", "").removesuffix("()"),
         "initial states": f"{' or '.join(map(str, trials))} per task" if trials else None,
         "seed": result.get("seed"),
         "time limit": "; ".join(
             f"{s:g} s" + (f" ({', '.join(t)})" if len(limits) > 1 else "") for s, t in limits.items()
         ),
         "noise": _of_all(f"× {options.get('noise_scale'):g}" for options in actings),
-        "execution horizon": _of_all(f"{options.get('execution_horizon')} actions of a chunk" for options in actings),
+        "execution horizon": _of_all(f"{options.get('execution_horizon')} of a chunk's actions" for options in actings),
         "delays": ", ".join(map(str, result.get("delays", []))),
         "checkpoint": result.get("weights") or result.get("checkpoint"),
         "SHA-256": result.get("sha256"),

@@ -88,6 +88,8 @@ NAMES = {
     "memory/gpu_reserved_gb": "reserved on the GPU, GB",
 }
 """What scalars are called on the page whose tags say it badly."""
+EXACT = ("lr", "memory")
+"""What scalars begin with that do not scatter: nothing of them is smoothed."""
 SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
 TOPICS = {
     "losses": "loss/",
@@ -127,7 +129,7 @@ def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
         for number, (name, curve) in enumerate(lines.items()):
             marker = "o" if len(curve.steps) < 8 else None
             color = COLORS[number % len(COLORS)]
-            is_smoothed = len(curve.steps) > SMOOTHED_FROM
+            is_smoothed = len(curve.steps) > SMOOTHED_FROM and not title.startswith(EXACT)
             for part, of_stage in enumerate(by_stage(curve, switches)):
                 values = of_stage.values
                 if is_smoothed:
