@@ -6,6 +6,7 @@ BIN := .venv/bin
 SETUP := .venv/.setup
 RENDERING := .venv/.rendering
 ARGS ?=
+RUN ?= runs/demo/fit
 # without cached bytecode every process compiles torch and its friends anew
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -56,6 +57,11 @@ monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
 	@mkdir -p runs; newest=$$(find runs -name 'events.out.tfevents.*' -exec ls -t {} + | sed -n 1p); \
 	if [ -z "$$newest" ]; then echo "There is no run under runs/ yet: start one with make demo or pi05 fit." >&2; exit 1; fi; \
 	$(BIN)/tensorboard --logdir "$$(dirname "$$newest")" $(ARGS)
+
+.PHONY: play
+play: $(RENDERING) ## open a page on which you tell the demo's policy what to do (RUN=runs/mine, ARGS="--env Desk" for others)
+	@if [ ! -e "$(RUN)" ]; then echo "There is no $(RUN) yet: train it with make demo, or name another with RUN=." >&2; exit 1; fi
+	@$(BIN)/pi05 play $(RUN) $(ARGS)
 
 .PHONY: experiment
 experiment: $(RENDERING) ## run an experiment with three seeds on the demo's data and gather it (NAME=002_without_stage_1)

@@ -111,6 +111,21 @@ class Inference:
             raise ValueError("the policy was not trained to say subtasks: ask it for actions alone")
         return self.say([self.inputs(frame) for frame in frames], self.generator)
 
+    def answer(self, frame: Frame, question: str, camera: str) -> str:
+        """What it says to a question about a camera's picture; places in it are shares of the picture.
+
+        Raises ValueError for a camera that the frame has not got, and where it was not trained to answer.
+        """
+        if not self.trained.able("text"):
+            raise ValueError("the policy was not trained to answer questions (the loss term `text`)")
+        if camera not in frame.images:
+            raise ValueError(f"there is no image of a camera {camera!r}: ask about {', '.join(frame.images)}")
+        sample = self.processor.question(frame, question, camera)
+        batch = self.processor.collate([sample]).to(self.model.device)
+        options = {"temperature": self.acting.temperature, "generator": self.generator}
+        (text,) = generate_texts(self.model, self.processor, batch, **options)
+        return to_picture(text.strip(), sample.letterboxes.values())
+
     def predict_chunks(
         self,
         frames: Sequence[Frame],

@@ -21,7 +21,7 @@ from nbconvert import MarkdownExporter
 
 from pi05_lightning.cli import help as of_commands
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
-from pi05_lightning.cli.signatures import Found, Option, find, options_of, sentence, subclasses
+from pi05_lightning.cli.signatures import Found, Option, options_of, sentence, subclasses
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.md", "experiments/*/*.md")
@@ -150,7 +150,7 @@ def run_page(command: str) -> Iterator[str]:
 
 
 def command_page(command: str) -> Iterator[str]:
-    function = find(f"pi05_lightning.cli.{command}.{command}")
+    function = of_commands.function_of(command)
     options = options_of(function)
     if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
         options = options_of(options[0].types[0])

@@ -202,13 +202,18 @@ def paragraph(name: str, text: str) -> str:
 # --- the other commands
 
 
+def function_of(command: str) -> Found:
+    """What runs a command that is a function, as its text says; the words of its name are joined by `_`."""
+    name = command.replace(" ", "_")
+    return find(f"pi05_lightning.cli.{name}.{name}")
+
+
 def command_help(command: str, topic: str) -> str:
     """What `--help`, or `--help.OPTION`, prints of a command that is a function.
 
     Raises ValueError for what is no topic, and OfTheParser for a class that is not ours.
     """
-    name = command.replace(" ", "_")
-    function = find(f"pi05_lightning.cli.{name}.{name}")
+    function = function_of(command)
     options = options_of(function)
     if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
         options = options_of(options[0].types[0])

@@ -50,8 +50,12 @@ COMMANDS = {
     "value fit": "how an attempt will end, learned from attempts, with its calibration",
     "value label": "which actions were better than expected, written beside a dataset",
     "experience": "rounds of attempts, judged and learned from, beside what to compare them with",
+    "play": "a page on which a policy is told what to do in the simulator",
     "serve": "a policy server that openpi's clients talk to",
 }
+
+SECOND = {"play": "beside"}
+"""Of a command, the option that its second word is the value of, as in `pi05 play A B`."""
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
 
@@ -136,6 +140,18 @@ def said_fully(arg: str, following: Sequence[str], switches: Collection[str]) ->
     return [arg, "true"] if alone and arg.startswith("--") and arg[2:] in switches else [arg]
 
 
+def with_second_named(args: Sequence[str], option: str | None) -> list[str]:
+    """Arguments whose second word that is no option's value has the name of the option that it is of before it."""
+    words = [i for i, arg in enumerate(args) if not arg.startswith("-") and not (i and _takes_value(args[i - 1]))]
+    if option is None or len(words) < 2:
+        return list(args)
+    return [*args[: words[1]], f"--{option}", *args[words[1] :]]
+
+
+def _takes_value(arg: str) -> bool:
+    return arg.startswith("-") and "=" not in arg
+
+
 OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
 """Errors of the system that a user mends: no space, no permission, a file too large, too many open."""
 
@@ -171,7 +187,7 @@ def main(args: list[str] | None = None) -> None:
         elif command in TRAINER_COMMANDS:
             load("run")(command, rest)
         elif command in COMMANDS:
-            call(load(command), rest, prog=f"pi05 {command}")
+            call(load(command), with_second_named(rest, SECOND.get(command)), prog=f"pi05 {command}")
         else:
             hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
             print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.local import sha256, write_json
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
@@ -28,7 +28,7 @@ from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_pro
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
-from pi05_lightning.weights.locate import run_of
+from pi05_lightning.weights.locate import locate, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def rollout(
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
         max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, LeRobot's in
             others.
-        videos: episodes per task and policy mode that are filmed.
+        videos: episodes per task and policy mode that are filmed, and beside them one that fails, if any does.
         lanes: episodes that a process steps together.
         num_workers: processes; by default one per core.
         seed: of the initial states and the noise.
@@ -117,8 +117,8 @@ def rollout(
     out = out or run_of(checkpoint) / ROLLOUT.parent
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".films-", dir=out) as films:
-        trials, clocks = run_all(plan, worker, num_workers, Path(films))
-        result = summary_of(trials, clocks, plan, worker) | {"films": sorted(f.name for f in Path(films).glob("*.mp4"))}
+        trials, clocks, filmed = run_all(plan, worker, num_workers, Path(films))
+        result = summary_of(trials, clocks, plan, worker) | {"films": filmed}
         replace_result(out, films_of(out), Path(films), result)
     Console().print(*tables(result))
     return result
@@ -146,20 +146,26 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     return ["async"]
 
 
-def run_all(plan: Plan, worker: Worker, num_workers: int | None, films: Path) -> tuple[list[Trial], dict[str, Clock]]:
-    """Every trial of the plan, its film written to `films` as soon as it is over, and each mode's time."""
-    trials, jobs = list[Trial](), list(plan.jobs())
+Films = dict[str, dict[str, Any]]
+"""A film's name: mode, task, seed, and how the episode ended."""
+
+
+def run_all(
+    plan: Plan, worker: Worker, num_workers: int | None, films: Path
+) -> tuple[list[Trial], dict[str, Clock], Films]:
+    """Every trial of the plan, each mode's time, and the films, each written to `films` as soon as it is over."""
+    trials, jobs, filmed = list[Trial](), list(plan.jobs()), Films()
     clocks = {job.column: Clock() for job in jobs}
     with (
         closing(run_in_processes(worker, jobs, num_workers)) as results,
         tqdm(total=sum(len(job.trials) for job in jobs), unit="episode", desc="rollout") as bar,
     ):
         for job in results:
-            write_films(films, job.trials)
+            write_films(films, job.trials, filmed)
             trials += job.trials
             clocks[job.column].add(job.clock)
             bar.update(len(job.trials))
-    return trials, clocks
+    return trials, clocks, dict(sorted(filmed.items()))
 
 
 def summary_of(trials: list[Trial], clocks: dict[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
@@ -172,6 +178,7 @@ def summary_of(trials: list[Trial], clocks: dict[str, Clock], plan: Plan, worker
         "seed": plan.seed,
         "checkpoint": worker.checkpoint,
         "weights": weights_of(Path(worker.checkpoint)),
+        "sha256": sha256(locate(worker.checkpoint).path),
     }
 
 
@@ -186,10 +193,16 @@ def replace_result(out: Path, before: Iterable[Path], films: Path, result: dict[
     write_json(out / ROLLOUT.name, result)
 
 
-def write_films(folder: Path, trials: Iterable[Trial]) -> None:
-    """An mp4 and a PNG of each trial that was filmed, which then forgets its film."""
+def write_films(folder: Path, trials: Iterable[Trial], filmed: Films) -> None:
+    """An mp4 and a PNG of each trial that was filmed, added to `filmed`; the trial then forgets its film.
+
+    Of a mode and task, a failure that is filmed for that alone is written where there is none yet.
+    """
     for trial in trials:
-        if trial.film:
+        failed = {(film["mode"], film["task"]) for film in filmed.values() if film["outcome"] != "success"}
+        if trial.film and (trial.record or (trial.column, trial.task) not in failed):
             column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")
-            video.write(folder / f"{column}-{task}-{trial.seed}.mp4", trial)
-            trial.film.clear()
+            name = f"{column}-{task}-{trial.seed}.mp4"
+            video.write(folder / name, trial)
+            filmed[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": trial.outcome}
+        trial.film.clear()

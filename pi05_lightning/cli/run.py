@@ -58,6 +58,7 @@ from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.stages import StageSwitch
+from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.training.precision import replaced
 from pi05_lightning.training.run_directory import (
@@ -98,6 +99,7 @@ def default_callbacks() -> list[Callback]:
         Provenance(),
         Dashboard(),
         Throughput(),
+        StepTime(),
         MixtureLog(),
         ValidationExamples(),
         InterruptBetweenSteps(),  # so late that all have taken note of the step that it stops after

@@ -201,6 +201,14 @@ class Processor:
         images = {camera: np.asarray(image, np.float32) for camera, image in frame.images.items()}
         return Sample(*self._encode(segments), Subset(source, modality), self._resize(images), letterboxes)
 
+    def question(self, frame: Frame, question: str, camera: str) -> Sample:
+        """What the model gets to answer a question about a camera's image, with places as shares of the picture."""
+        images = {camera: np.asarray(frame.images[camera], np.float32)}
+        asked = Frame(images, task="", answers=(Answer(question, "", camera),))
+        letterboxes = self._letterboxes(asked)
+        segments = self.language.prompts.ask(*frame_to_model(asked, letterboxes).answers)[:1]
+        return Sample(*self._encode(segments), Subset("", Modality.QA), self._resize(images), letterboxes)
+
     def as_seen(self, frame: Frame) -> Frame:
         """The frame with its images as `prompt` resizes them: for several prompts they are resized once."""
         pictures = {camera: image.shape[1:] for camera, image in frame.images.items()} | frame.picture_sizes

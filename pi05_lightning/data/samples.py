@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,7 @@ class TrainLoader(DataLoader[Any]):
     length: batches of the whole run, also when it starts later: Lightning counts from 0.
     start: the step to go on with and the batches of a step, asked whenever it is gone through, which is at each epoch.
     counts: of a batch on the host, the elements of each loss term, i64[terms].
+    waited: seconds that whoever goes through it has waited for batches.
     """
 
     def __init__(
@@ -226,6 +228,7 @@ class TrainLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, **options)
         self.sampler_of_steps, self.bad, self.length, self.start, self.counts = sampler, bad, length, start, counts
+        self.waited = 0.0
 
     def __len__(self) -> int:
         return self.length
@@ -235,7 +238,7 @@ class TrainLoader(DataLoader[Any]):
         sampler.start, sampler.accumulate = self.start()
         batches = super().__iter__()
         try:
-            while step := list(islice(batches, sampler.accumulate)):
+            while step := self._next(batches, sampler.accumulate):
                 counts = torch.stack([self.counts(batch) for batch in step]).sum(0)
                 while step:
                     batch = step.pop(0)
@@ -244,3 +247,9 @@ class TrainLoader(DataLoader[Any]):
                     yield batch
         except BadSample as error:  # a worker's comes with the worker's traceback
             raise BadSample(str(error).rpartition("BadSample: ")[2]) from error
+
+    def _next(self, batches: Iterator[Any], count: int) -> list[Any]:
+        start = perf_counter()
+        step = list(islice(batches, count))
+        self.waited += perf_counter() - start
+        return step

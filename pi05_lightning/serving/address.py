@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from aiohttp import web
+
+logger = logging.getLogger(__name__)
 
 
 async def check_address(host: str, port: int) -> None:
@@ -16,6 +21,23 @@ async def check_address(host: str, port: int) -> None:
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port, start_serving=False)
     server.close()
     await server.wait_closed()
+
+
+async def listen(app: web.Application, host: str, port: int, patience: float, scheme: str) -> None:
+    """Serve an application until cancelled. Raises OSError as `check_address`.
+
+    patience: seconds, also for a request that is never finished.  scheme: of the address that is logged.
+    """
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0, keepalive_timeout=patience)
+    await runner.setup()
+    try:
+        with explained(host, port):
+            await web.TCPSite(runner, host, port).start()
+        address, bound = runner.addresses[0][:2]
+        logger.info("serving at %s://%s:%d", scheme, f"[{address}]" if ":" in address else address, bound)
+        await asyncio.Event().wait()
+    finally:
+        await runner.cleanup()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from aiohttp import WSCloseCode, web
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.policy import Pi05Policy, Request
 from pi05_lightning.serving.access import Access
-from pi05_lightning.serving.address import explained
+from pi05_lightning.serving.address import listen
 from pi05_lightning.serving.batches import Answer, Batches, Batching, Busy, Client
 from pi05_lightning.serving.connection import Connection, Socket
 from pi05_lightning.serving.failures import kind_of, printable
@@ -92,17 +92,7 @@ class PolicyServer:
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled. Raises OSError as `check_address`."""
-        patience = self.limits.client_timeout  # also for a request that is never finished
-        runner = web.AppRunner(self.app(), access_log=None, shutdown_timeout=1.0, keepalive_timeout=patience)
-        await runner.setup()
-        try:
-            with explained(host, port):
-                await web.TCPSite(runner, host, port).start()
-            address, bound = runner.addresses[0][:2]
-            logger.info("serving at ws://%s:%d", f"[{address}]" if ":" in address else address, bound)
-            await asyncio.Event().wait()
-        finally:
-            await runner.cleanup()
+        await listen(self.app(), host, port, self.limits.client_timeout, "ws")
 
     def app(self) -> web.Application:
         app = web.Application()

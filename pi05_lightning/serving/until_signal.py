@@ -7,16 +7,21 @@ import logging
 import os
 import signal
 from contextlib import suppress
-from typing import NoReturn
-
-from pi05_lightning.serving.server import PolicyServer
+from typing import NoReturn, Protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 logger = logging.getLogger(__name__)
 
 
-async def serve_until_signal(server: PolicyServer, host: str, port: int, drain_timeout: float) -> NoReturn:
+class Server(Protocol):
+    """What serves, and answers what waits before it leaves."""
+
+    async def run(self, host: str, port: int) -> None: ...
+    async def drain(self, seconds: float) -> bool: ...
+
+
+async def serve_until_signal(server: Server, host: str, port: int, drain_timeout: float) -> NoReturn:
     """Serve until SIGTERM or SIGINT, then answer what waits, for `drain_timeout` seconds at most, and exit with 0.
 
     A second signal ends the process at once. Raises OSError as `check_address`.

@@ -187,6 +187,36 @@ class SharedScene(Environment, Protocol):
         ...
 
 
+@runtime_checkable
+class Instructed(Environment, Protocol):
+    """An environment that can be told another task in the middle of an episode."""
+
+    def instruct(self, task: str) -> bool:
+        """Give another task's instruction until the next reset, in the scene as it is, and judge that task from now on.
+
+        Returns whether the scene allows that, and changes nothing where it does not.
+        """
+        ...
+
+
+@runtime_checkable
+class Pushed(Environment, Protocol):
+    """An environment whose arm can be disturbed."""
+
+    def push(self, offset: np.ndarray) -> None:
+        """Displace the hand by `offset` f64[3] in metres (x to the right, y away from the robot), within its reach."""
+        ...
+
+
+@runtime_checkable
+class Pictured(Environment, Protocol):
+    """An environment that can be drawn sharper than a policy sees it."""
+
+    def picture(self, size: int) -> np.ndarray:
+        """What its first camera sees: uint8[3 size size]."""
+        ...
+
+
 @dataclass(frozen=True)
 class View:
     """What a policy was trained to see: its cameras in order, their height and width in pixels, frames per second."""
@@ -233,6 +263,10 @@ class EnvironmentConfig(ABC):
         Raises NoSuchEnvironment for an unknown task, cameras that are not there, a rate that cannot be had, a package
         that is missing, and where nothing can be rendered.
         """
+
+    def sentences(self, task: str) -> Sequence[str]:
+        """A task's instruction, and the same in other words; empty where only its environment can tell."""
+        return ()
 
     def is_chain(self, task: str) -> bool:
         """Whether it gives one instruction after the other, see `Chained`."""

@@ -113,25 +113,40 @@ class Cameras:
             if camera.fovy is not None:
                 model.cam_fovy[camera_id] = camera.fovy
             self._ids[name] = camera_id
-        model.vis.quality.offsamples = 0
-        model.vis.quality.shadowsize = 1
-        model.vis.global_.offwidth = model.vis.global_.offheight = size
-        self._renderer = mujoco.Renderer(model, size, size)
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-            self._renderer.scene.flags[flag] = False
+        self._renderer = self._renderer_of(size)
+        self._sharp: Any = None  # one for people, once they look
         self._options = mujoco.MjvOption()
         self._things = {name: ids_of(model, part) for name, part in things.items()}
         self._is_geom = {name: np.isin(np.arange(model.ngeom + 1), ids[0]) for name, ids in self._things.items()}
         self._is_site = {name: np.isin(np.arange(model.nsite + 1), ids[1]) for name, ids in self._things.items()}
 
+    def _renderer_of(self, size: int, samples: int = 0) -> Any:
+        """samples: per pixel, of multisampling."""
+        look = self._model.vis
+        look.quality.offsamples, look.quality.shadowsize = samples, 1
+        look.global_.offwidth = look.global_.offheight = size
+        renderer = self._mujoco.Renderer(self._model, size, size)
+        for flag in (self._mujoco.mjtRndFlag.mjRND_SHADOW, self._mujoco.mjtRndFlag.mjRND_REFLECTION):
+            renderer.scene.flags[flag] = False
+        return renderer
+
     def images(self, data: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
         """{camera: uint8[3 h w]}."""
-        return {name: np.ascontiguousarray(self._draw(data, name).transpose(2, 0, 1)) for name in names}
+        drawn = {name: self._draw(self._renderer, data, name) for name in names}
+        return {name: np.ascontiguousarray(image.transpose(2, 0, 1)) for name, image in drawn.items()}
+
+    def picture(self, data: Any, name: str, size: int) -> np.ndarray:
+        """What a camera sees, for people to look at: uint8[3 size size]."""
+        if self._sharp is None or self._sharp.height != size:
+            if self._sharp is not None:
+                self._sharp.close()
+            self._sharp = self._renderer_of(size, samples=4)
+        return np.ascontiguousarray(self._draw(self._sharp, data, name).transpose(2, 0, 1))
 
     def boxes(self, data: Any, names: Sequence[str]) -> dict[str, dict[str, Box]]:
         """{camera: {thing: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible, from MuJoCo's segmentation."""
         self._renderer.enable_segmentation_rendering()
-        found = {name: self._boxes_in(self._draw(data, name)) for name in names}
+        found = {name: self._boxes_in(self._draw(self._renderer, data, name)) for name in names}
         self._renderer.disable_segmentation_rendering()
         return found
 
@@ -144,6 +159,8 @@ class Cameras:
 
     def close(self) -> None:
         self._renderer.close()
+        if self._sharp is not None:
+            self._sharp.close()
 
     def _boxes_in(self, segmentation: np.ndarray) -> dict[str, Box]:
         ids, kinds = np.moveaxis(segmentation, 2, 0)
@@ -157,12 +174,12 @@ class Cameras:
                 boxes[name] = (rows[0] / size, columns[0] / size, (rows[-1] + 1) / size, (columns[-1] + 1) / size)
         return boxes
 
-    def _draw(self, data: Any, name: str) -> np.ndarray:
+    def _draw(self, renderer: Any, data: Any, name: str) -> np.ndarray:
         groups = self._model.geom_group.copy()
         self._model.geom_group[:] = np.where(self._in_view(data, self._ids[name]), groups, _HIDDEN_GROUP)
-        self._renderer.update_scene(data, camera=name, scene_option=self._options)
+        renderer.update_scene(data, camera=name, scene_option=self._options)
         self._model.geom_group[:] = groups
-        image = self._renderer.render()
+        image = renderer.render()
         return image[::-1, ::-1] if self._changed.get(name, Camera()).rotate else image
 
     def _in_view(self, data: Any, camera_id: int) -> np.ndarray:

@@ -69,7 +69,7 @@ class Plan:
     episodes: int
     split: str = "rollout"
     films: int = 0
-    """Episodes per task and policy mode that are filmed."""
+    """Episodes per task and policy mode that are filmed, and one that fails."""
     lanes: int = 8
     """Episodes that are stepped together."""
     max_seconds: float | None = None
@@ -108,6 +108,7 @@ class Plan:
         if mode in DELAYED:
             trial.delays = self.delays
         if acts:
+            trial.record_failure = self.films > 0
             trial.instruction = instruction
             trial.other = self.swaps[task] if instruction == "swapped" else None
             trial.sentence = "" if instruction == "empty" else None
@@ -237,6 +238,7 @@ class Worker:
             acting = self.actings[job.mode]
             policy = _policy(self, acting).acting_as(acting)
             run_policy_job(job, policy, lanes, self.paraphrases)
+            _keep_one_failure(job.trials)
         else:
             run_baseline_job(job, lanes, self.dataset)
         return job
@@ -255,6 +257,14 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
             NoSuchInstruction,
         ) as error:  # its traceback is of another process
             raise ValueError(str(error)) from error
+
+
+def _keep_one_failure(trials: Sequence[Trial]) -> None:
+    """Films are large: of those that failed and are filmed for that alone, keep the first."""
+    of_failures = [trial for trial in trials if trial.film and not trial.record]
+    filmed = any(trial.record and not trial.success for trial in trials)
+    for trial in of_failures[0 if filmed else 1 :]:
+        trial.film.clear()
 
 
 _LANES: list[Lanes] = []  # of this process: those of the one rollout that it works for

@@ -6,7 +6,7 @@ policy that raises, or whose actions cannot be executed, ends the episode; the r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
@@ -31,6 +31,8 @@ from pi05_lightning.types import Frame
 if TYPE_CHECKING:
     from pi05_lightning.inference import Inference
 
+MOST_DECISIONS = 96
+"""Frames of a film decision by decision; a longer one leaves out every second."""
 OUT_OF_TIME = "out of time"
 SOLVED_OTHER = "it solved the task that it was told"
 ENDED = "the environment ended the episode"
@@ -71,7 +73,7 @@ class Trial:
     seed: int
     """Of the initial state."""
     record: bool = False
-    """Whether it is filmed."""
+    """Whether it is filmed, action by action."""
     max_seconds: float | None = None
     """Simulated time after which it has failed; None: what the environment says."""
     noise_seed: int = 0
@@ -99,7 +101,11 @@ class Trial:
     """Of a chain: instructions that were done in a row."""
     length: int = 1
     """Instructions of the episode."""
+    record_failure: bool = False
+    """Whether it is filmed if it fails, decision by decision: what the policy sees anyhow, which takes no time."""
     film: list[FilmFrame] = field(default_factory=list)
+    film_every: int = 1
+    """Actions from one frame of the film to the next."""
     seams: list[float] = field(default_factory=list)
     """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
     inside: list[float] = field(default_factory=list)
@@ -179,9 +185,22 @@ class Motion:
         return None if self.chunk is None else self.chunk[self.executed : self.executed + self.given]
 
     def follow(self, env: Environment, frame: Frame, chunk: np.ndarray, number: int, clock: Clock) -> None:
-        """Execute what is due from chunk `number` f32[T A], and from the one before until it has come.
+        """Execute what is `due` until the episode is over, or the expert takes over.
 
-        frame: what the chunk was computed from.  It ends early where the expert takes over.
+        frame: what the chunk was computed from.
+        """
+        for executed, (source, at) in enumerate(self.due(env, chunk, number)):
+            if self.trial.keeps:
+                now = seen(env, self.trial) if executed else frame
+                self.trial.steps.append(Step(now, np.array(source[at], np.float32), self.trial.subtask))
+            take(env, self.trial, partial(env.step, source[at]), clock, source, at)
+            if self.trial.over or _is_stuck(env, self.trial):
+                break
+
+    def due(self, env: Environment, chunk: np.ndarray, number: int) -> Iterator[tuple[np.ndarray, int]]:
+        """What is due from chunk `number` f32[T A], and from the one before until it has come: chunks, places in them.
+
+        An action is taken to be executed when the next one is asked for.
         """
         before, self.chunk, delay, begin = self.chunk, chunk, 0, 0
         if before is not None:
@@ -196,12 +215,7 @@ class Motion:
             if self._last is not None and origin != self._origin:
                 self.trial.seams += jumps(np.stack([self._last, action]), env)
             self._last, self._origin = action, origin
-            if self.trial.keeps:
-                now = seen(env, self.trial) if place else frame
-                self.trial.steps.append(Step(now, np.array(action, np.float32), self.trial.subtask))
-            _take(env, self.trial, partial(env.step, action), clock, source, at)
-            if self.trial.over or _is_stuck(env, self.trial):
-                break
+            yield source, at
 
 
 def jumps(actions: np.ndarray, env: Environment) -> list[float]:
@@ -217,19 +231,22 @@ def jumps(actions: np.ndarray, env: Environment) -> list[float]:
 def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     """Reset the environments and step them together until each succeeds, fails or runs out of time."""
     for env, trial in lanes:
-        _begin(env, trial)
+        begin(env, trial)
     running, number = [(env, trial, Motion(policy, trial)) for env, trial in lanes], 0
     while running:
         start = perf_counter()
         frames = [seen(env, trial) for env, trial, _ in running]
-        chunks = _decide(policy, running, frames, number)
+        chunks = decide(policy, running, frames, number)
         clock.decisions.append(perf_counter() - start)
         clock.lanes.append(len(running))
         for (env, trial, motion), frame, chunk in zip(running, frames, chunks, strict=True):
             if isinstance(chunk, str):
                 trial.reason = chunk
             else:
+                _film_decision(trial, frame, chunk, number, motion.executed)
                 motion.follow(env, frame, chunk, number, clock)
+            if trial.over and trial.record_failure and not trial.record:
+                _end_film(env, trial)
         running = [lane for lane in running if not lane[1].over and not lane[1].corrected]
         number += 1
     for env, trial in lanes:
@@ -244,21 +261,21 @@ def run_baseline(
 
     replay: instruction -> the trajectory f32[N A].
     """
-    _begin(env, trial)
+    begin(env, trial)
     rng = np.random.default_rng([trial.noise_seed, trial.seed])
     sentence, since = env.sentence, 0
     while not trial.over:
         if env.sentence != sentence:
             sentence, since = env.sentence, trial.decisions
         if trial.mode == "expert":
-            _take(env, trial, cast("ExpertEnvironment", env).expert_step, clock)
+            take(env, trial, cast("ExpertEnvironment", env).expert_step, clock)
         else:
             if replay is None:
                 action = _random_action(env, trial, rng)
             else:
                 trajectory = replay(sentence)
                 action = trajectory[min(trial.decisions - since, len(trajectory) - 1)]
-            _take(env, trial, partial(env.step, action), clock)
+            take(env, trial, partial(env.step, action), clock)
 
 
 def _is_stuck(env: Environment, trial: Trial) -> bool:
@@ -277,7 +294,7 @@ def _correct(env: Demonstrator, trial: Trial, clock: Clock) -> None:
     while not trial.over:
         taken = list[np.ndarray]()
         frame, subtask = (seen(env, trial), env.subtask()) if trial.keeps else (None, None)
-        _take(env, trial, partial(act_as_expert, env, taken), clock)
+        take(env, trial, partial(act_as_expert, env, taken), clock)
         if frame is not None:
             action = np.asarray(np.mean(taken, 0, dtype=np.float32))
             trial.steps.append(Step(frame, action, subtask, is_correction=True))
@@ -294,18 +311,24 @@ def seen(env: Environment, trial: Trial) -> Frame:
     return frame if trial.sentence is None else replace(frame, task=trial.sentence)
 
 
-def _begin(env: Environment, trial: Trial) -> None:
+def begin(env: Environment, trial: Trial) -> None:
+    """Begin an episode at its initial state."""
     env.reset(trial.seed)
+    begin_here(env, trial)
+    if trial.other is not None and isinstance(env, SharedScene) and env.watch(trial.other):
+        trial.solved_other = False
+
+
+def begin_here(env: Environment, trial: Trial) -> None:
+    """Begin an episode in the environment as it is."""
     trial.fps = env.fps
     seconds = env.max_seconds if trial.max_seconds is None else trial.max_seconds
     trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
     if isinstance(env, Chained):
         trial.done, trial.length = 0, env.length
-    if trial.other is not None and isinstance(env, SharedScene) and env.watch(trial.other):
-        trial.solved_other = False
 
 
-def _take(
+def take(
     env: Environment,
     trial: Trial,
     step: Callable[[], bool],
@@ -313,6 +336,7 @@ def _take(
     chunk: np.ndarray | None = None,
     place: int = 0,
 ) -> None:
+    """One action of an episode, in `place` of its chunk, and how the episode goes then."""
     assert trial.max_seconds is not None
     start = perf_counter()
     trial.success = step()
@@ -330,14 +354,39 @@ def _take(
         elif trial.decisions >= round(trial.max_seconds * env.fps):
             trial.reason = OUT_OF_TIME
     if trial.record:
-        image = np.concatenate([image.transpose(1, 2, 0) for image in env.observation().images.values()], axis=1)
-        trial.film.append(FilmFrame(image, trial.subtask or told(env, trial), chunk, place))
+        image, caption = _side_by_side(env.observation()), trial.subtask or told(env, trial)
+        trial.film.append(FilmFrame(image, caption, chunk, place))
 
 
-def _decide(
+def _side_by_side(frame: Frame) -> np.ndarray:
+    return np.concatenate([image.transpose(1, 2, 0) for image in frame.images.values()], axis=1)
+
+
+def _film_decision(trial: Trial, frame: Frame, chunk: np.ndarray, number: int, executed: int) -> None:
+    """What chunk `number` f32[T A] was decided from."""
+    if not trial.record_failure or trial.record:
+        return
+    if len(trial.film) == MOST_DECISIONS:
+        del trial.film[1::2]
+        trial.film_every *= 2
+    if number == 0:
+        trial.film_every = executed
+    if number * executed % trial.film_every == 0:
+        trial.film.append(FilmFrame(_side_by_side(frame), trial.subtask or frame.task, chunk))
+
+
+def _end_film(env: Environment, trial: Trial) -> None:
+    """Keep the film of a failure, with how it ended, and no other."""
+    if trial.success:
+        trial.film.clear()
+    else:
+        trial.film.append(FilmFrame(_side_by_side(env.observation()), trial.subtask or told(env, trial)))
+
+
+def decide(
     policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]], frames: Sequence[Frame], number: int
 ) -> list[np.ndarray | str]:
-    """For every lane chunk `number` f32[T A], or why there is none. frames: what each of them sees.
+    """For every lane chunk `number` f32[T A], or why there is none; frames: what is `seen` in it.
 
     When a batch fails, each lane is asked for by itself: the others' episodes go on.
     """
@@ -352,8 +401,7 @@ def _decide(
             raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
-            pairs = zip(lanes, frames, strict=True)
-            return [_decide(policy, [lane], [frame], number)[0] for lane, frame in pairs]
+            return [decide(policy, [lane], [frame], number)[0] for lane, frame in zip(lanes, frames, strict=True)]
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]

@@ -37,7 +37,7 @@ def write(path: Path, trial: Trial) -> None:
 
     It plays as fast as the episode went in simulated time.
     """
-    shown, fps = frames(trial), Fraction(trial.fps).limit_denominator(1000)
+    shown, fps = frames(trial), Fraction(trial.fps / trial.film_every).limit_denominator(1000)
     Image.fromarray(shown[len(shown) // 2]).save(path.with_suffix(".png"))
     encode_video(path, [*shown, *[shown[-1]] * max(1, round(fps))], fps, "libx264", "yuv420p")
 

@@ -16,6 +16,23 @@ SUCCESS = {
 }
 
 
+FILM = {"mode": "policy", "task": "reach-v3", "seed": 2000007, "outcome": "out of time"}
+ROLLOUT = {
+    "success": SUCCESS,
+    "failures": {"policy": {"reach-v3": {"out of time": 1}, "door-open-v3": {"out of time": 3}}, "random": {}},
+    "milliseconds": {"policy": {"decision": {"median": 36.5, "p95": 88.7, "lanes": 3.8}}},
+    "max_seconds": {"reach-v3": 6.0, "door-open-v3": 8.0},
+    "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 2}},
+    "delays": [],
+    "env": "MetaWorld()",
+    "seed": 0,
+    "checkpoint": "runs/mine",
+    "weights": "checkpoints/last.ckpt",
+    "sha256": "c0ffee" * 10,
+    "films": {"policy-reach-v3-0.mp4": FILM},
+}
+
+
 METRICS = {
     "robot/continuous_robot_actions": {
         "samples": 7,
@@ -72,6 +89,6 @@ def run(tmp_path: Path) -> Path:
     for shown in EXAMPLES:
         Image.new("RGB", (40, 30), "#336699").save(folder / "validation" / shown["file"])
     (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
-    (folder / "rollout" / "rollout.json").write_text(json.dumps({"success": SUCCESS}))
+    (folder / "rollout" / "rollout.json").write_text(json.dumps(ROLLOUT))
     write_video(folder / "rollout" / "policy-reach-v3-0.mp4")
     return folder

@@ -1,5 +1,6 @@
 """`pi05 report`: all that a run's directory holds is on the page, and nothing has to be loaded from elsewhere."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from pi05_lightning.cli.report import report
 from pi05_lightning.evaluation.report.page import poster
-from pi05_lightning.evaluation.report.plots import switch_steps
+from pi05_lightning.evaluation.report.plots import by_stage, readable, smoothed, switch_steps
 from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 
@@ -73,6 +74,60 @@ def test_page_of_a_run_without_any_measurement_can_be_made(run: Path) -> None:
 
 def test_page_plays_the_videos(page: str) -> None:
     assert page.count('src="data:video/mp4;base64,') == 1
+
+
+def facts_of(page: str) -> dict[str, str]:
+    return dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", page))
+
+
+def test_page_says_how_success_was_measured(page: str) -> None:
+    facts = facts_of(page)
+    assert facts["simulator"] == "MetaWorld"
+    assert facts["initial states"] == "10 per task"
+    assert facts["time limit"] == "6 s (reach-v3); 8 s (door-open-v3)"
+    assert facts["noise"] == "× 0.5"
+    assert facts["execution horizon"] == "2 of a chunk&#39;s actions"
+    assert (facts["checkpoint"], facts["SHA-256"]) == ("checkpoints/last.ckpt", "c0ffee" * 10)
+
+
+def test_page_says_how_long_it_took_and_why_episodes_failed(page: str) -> None:
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    assert {"36.5", "88.7", "3.8"} <= set(cells)
+    place = cells.index("out of time")
+    assert cells[place - 1 : place + 3] == ["door-open-v3", "out of time", "3", "·"]
+
+
+def test_caption_of_a_film_says_how_it_ended(page: str, run: Path) -> None:
+    assert "policy, subtask first · reach-v3 · initial state 2000007: out of time" in page
+    older = json.loads((run / "rollout" / "rollout.json").read_text())
+    older["films"] = list(older["films"])
+    (run / "rollout" / "rollout.json").write_text(json.dumps(older))
+    assert "<figcaption>policy-reach-v3-0</figcaption>" in report(run).read_text(encoding="utf-8")
+
+
+def test_nothing_is_smoothed_over_the_beginning_of_a_stage() -> None:
+    curve = Curve(list(range(0, 20, 2)), [1.0] * 5 + [0.0] * 5)
+    first, second = by_stage(curve, [10])
+    assert (first.steps[-1], second.steps[0]) == (8, 10)
+    assert (set(smoothed(first.values)), set(smoothed(second.values))) == ({1.0}, {0.0})
+    assert by_stage(curve, []) == [curve]
+    assert by_stage(curve, [0, 40]) == [curve]
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        ("decay_x1_x1", "with weight decay"),
+        ("no_decay", "without weight decay"),
+        ("no_decay_x1_x0.1", "without weight decay, × 1, 0.1 by stage"),
+        ("decay_x1_x1e-05", "with weight decay, × 1, 1e-05 by stage"),
+        ("throughput/tflops_per_second", "TFLOP/s"),
+        ("mixture/robot", "mixture · robot"),
+        ("hl_subtask", "hl subtask"),
+    ],
+)
+def test_scalars_are_named_for_people(tag: str, name: str) -> None:
+    assert readable(tag) == name
 
 
 def test_page_carries_the_configuration(page: str) -> None:

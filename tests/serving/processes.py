@@ -1,4 +1,4 @@
-"""`pi05 serve` as a process of its own."""
+"""`pi05 serve`, or another command that serves, as a process of its own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ PATIENCE = 120  # seconds
 class Process:
     """A server that listens.  address: `host:port`;  said: the lines of its log so far."""
 
-    def __init__(self, checkpoint: Path, *options: str, **environment: str) -> None:
-        command = [sys.executable, "-m", "pi05_lightning", "serve", str(checkpoint), "--port", "0", *options]
+    def __init__(self, checkpoint: Path, *options: str, command: str = "serve", **environment: str) -> None:
+        words = [sys.executable, "-m", "pi05_lightning", command, str(checkpoint), "--port", "0", *options]
         env = os.environ | environment
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
         self.said: list[str] = []
         self._listening = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
         assert self._listening.wait(PATIENCE), f"it does not listen: {self.log}"
         assert self.process.poll() is None, self.log
-        self.address = self.line("serving at").split("ws://")[1].strip()
+        self.address = self.line("serving at").split("://")[1].strip()
 
     @property
     def log(self) -> str:
@@ -54,9 +54,9 @@ class Process:
 
 
 @contextmanager
-def served_by_process(checkpoint: Path, *options: str, **environment: str) -> Iterator[Process]:
+def served_by_process(checkpoint: Path, *options: str, command: str = "serve", **environment: str) -> Iterator[Process]:
     """The process, which is killed in the end if it still runs."""
-    server = Process(checkpoint, *options, **environment)
+    server = Process(checkpoint, *options, command=command, **environment)
     try:
         yield server
     finally:

@@ -36,8 +36,8 @@ def desk() -> Iterator[DeskEnvironment]:
 
 def begin(env: DeskEnvironment, name: str, seed: int) -> None:
     """As an environment of another task would, which costs a renderer."""
-    env._given = TASKS[name]
     env.reset(seed)
+    env.instruct(name)
 
 
 def actions_to_success(env: DeskEnvironment) -> int | None:

@@ -73,7 +73,7 @@ def test_second_rollout_takes_the_place_of_the_first_and_of_nothing_else(result,
     (out / "mine.mp4").write_bytes(b"no film of a rollout")
     options = {"episodes": 1, "modes": ("flat",), "max_seconds": 0.2, "num_workers": 1}
     found = rollout(untrained, ["drawer-open-v3"], out=out, **options)
-    assert found["films"] == ["flat-drawer-open-v3-2000000.mp4"]
+    assert list(found["films"]) == ["flat-drawer-open-v3-2000000.mp4"]
     assert {file.name for file in out.iterdir()} == {
         "rollout.json",
         "flat-drawer-open-v3-2000000.mp4",
@@ -81,7 +81,7 @@ def test_second_rollout_takes_the_place_of_the_first_and_of_nothing_else(result,
         "mine.mp4",
     }
     (tmp_path / "run" / "config.yaml").write_text("seed_everything: 0\n")
-    assert [film.name for film in read_run(tmp_path / "run").videos] == found["films"]
+    assert [film.name for film in read_run(tmp_path / "run").videos] == list(found["films"])
 
 
 def test_rollout_that_fails_leaves_the_one_before(result, untrained, tmp_path):

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from pi05_lightning.sim.summary import milliseconds, summarise
-from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_baseline, run_policy
+from pi05_lightning.sim.trials import (
+    ENDED,
+    MOST_DECISIONS,
+    NOT_FINITE,
+    OUT_OF_TIME,
+    Clock,
+    Trial,
+    run_baseline,
+    run_policy,
+)
 from tests.sim.walk import HORIZON, Stub, Walk, chunk
 
 
@@ -92,6 +101,30 @@ def test_film_shows_chunk_and_place_of_every_action():
     trials, _, _ = run(lambda seed: chunk(0.25), seeds=[0], record=True, execution_horizon=3)
     assert [frame.place for frame in trials[0].film] == [0, 1, 2, 0]
     assert all(frame.chunk.shape == (HORIZON, 1) for frame in trials[0].film)
+
+
+def failing(execution_horizon: int, max_seconds: float) -> list[Trial]:
+    """Of two episodes the first fails; both are filmed if they do."""
+    trials = [Trial("policy", "walk", seed, max_seconds=max_seconds, record_failure=True) for seed in (0, 1)]
+    policy = Stub(lambda seed: chunk(0.5 * seed), execution_horizon=execution_horizon)
+    run_policy(policy, [(Walk(), trial) for trial in trials], Clock())
+    return trials
+
+
+def test_a_failure_is_filmed_decision_by_decision_and_as_it_ended_and_a_success_is_not():
+    failed, succeeded = failing(execution_horizon=2, max_seconds=1.0)
+    assert (failed.outcome, succeeded.outcome) == (OUT_OF_TIME, "success")
+    assert [frame.caption for frame in failed.film] == ["subtask 0.0"] * 6
+    assert [frame.chunk is None for frame in failed.film] == [False] * 5 + [True]
+    assert (failed.film_every, succeeded.film) == (2, [])
+
+
+def test_a_long_failure_has_a_film_of_bounded_length_that_keeps_its_pace():
+    failed, _ = failing(execution_horizon=1, max_seconds=30.0)
+    assert failed.decisions == 300
+    assert len(failed.film) <= MOST_DECISIONS + 1
+    assert failed.film_every == 4
+    assert len(failed.film) == 300 // failed.film_every + 1
 
 
 def test_random_actions_stay_within_the_bounds_and_depend_on_the_seed():

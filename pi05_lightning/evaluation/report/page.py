@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +50,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        data_uri=data_uri, svg_uri=svg_uri, number=number, caption=caption, poster=poster, percent=percent
+        data_uri=data_uri, svg_uri=svg_uri, number=number, film_caption=film_caption, poster=poster, percent=percent
     )
     switches = plots.switch_steps(run.curves)
     return environment.get_template("page.html.j2").render(
@@ -63,6 +63,9 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         bars=plots.success_bars(run.success) if run.success else None,
         jumps=plots.jump_bars(run.jumps) if run.jumps else None,
         acting=acting_rows(run.acting),
+        protocol=protocol(run),
+        latency=run.rollout.get("milliseconds", {}),
+        failures=failure_rows(run.rollout.get("failures", {})),
         labels=plots.MODE_LABELS,
         sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},
         empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
@@ -116,6 +119,43 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
     return [part for part in parts if part]
 
 
+def protocol(run: Run) -> dict[str, str]:
+    """How success was measured, as far as the rollout says: simulator, initial states, time limit, weights, noise."""
+    result = run.rollout
+    trials = sorted({counts[1] for by_task in run.success.values() for counts in by_task.values()})
+    limits: dict[float, list[str]] = {}
+    for task, seconds in result.get("max_seconds", {}).items():
+        limits.setdefault(seconds, []).append(task)
+    actings = run.acting.values()
+    found = {
+        "simulator": result.get("env", "").removesuffix("()"),
+        "initial states": f"{' or '.join(map(str, trials))} per task" if trials else None,
+        "seed": result.get("seed"),
+        "time limit": "; ".join(
+            f"{s:g} s" + (f" ({', '.join(t)})" if len(limits) > 1 else "") for s, t in limits.items()
+        ),
+        "noise": _of_all(f"× {options.get('noise_scale'):g}" for options in actings),
+        "execution horizon": _of_all(f"{options.get('execution_horizon')} of a chunk's actions" for options in actings),
+        "delays": ", ".join(map(str, result.get("delays", []))),
+        "checkpoint": result.get("weights") or result.get("checkpoint"),
+        "SHA-256": result.get("sha256"),
+    }
+    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+
+
+def _of_all(values: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(values))
+
+
+def failure_rows(failures: Mapping[str, Mapping[str, Mapping[str, int]]]) -> list[tuple[str, str, list[int]]]:
+    """Task, reason, and how many episodes of every mode ended so."""
+    rows = dict.fromkeys((task, reason) for by_task in failures.values() for task, r in by_task.items() for reason in r)
+    counted = [
+        (task, reason, [by_task.get(task, {}).get(reason, 0) for by_task in failures.values()]) for task, reason in rows
+    ]
+    return sorted(counted)
+
+
 def acting_rows(acting: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """option -> its value in every mode of the rollout."""
     names = dict.fromkeys(name for options in acting.values() for name in options)
@@ -163,5 +203,11 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def caption(file: Path) -> str:
-    return file.stem.replace("_", " ")
+def film_caption(file: Path, films: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a film shows and how its episode ended; of older rollouts, which do not say, its name."""
+    if file.name not in films:
+        return file.stem.replace("_", " ")
+    film = films[file.name]
+    mode, comma, instruction = film["mode"].partition(",")
+    parts = (plots.MODE_LABELS.get(mode, mode) + comma + instruction, film["task"], f"initial state {film['seed']}")
+    return f"{' · '.join(parts)}: {film['outcome']}"

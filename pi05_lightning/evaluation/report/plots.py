@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -69,6 +71,25 @@ def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     return as_svg(figure)
 
 
+_PARAMETERS = re.compile(r"(?P<no>no_)?decay(?P<factors>(?:_x[\d.e+-]+)*)")
+NAMES = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "mixture": "share of the samples",
+    "data/padding": "share of padding",
+    "data/bad_samples": "bad samples left out",
+    "throughput/samples_per_second": "samples per second",
+    "throughput/tokens_per_second": "tokens per second",
+    "throughput/seconds_per_step": "seconds per step",
+    "throughput/tflops_per_second": "TFLOP/s",
+    "throughput/hardware_share": "share of the hardware's rate",
+    "memory/process_peak_gb": "peak of the process, GB",
+    "memory/gpu_peak_gb": "peak of the GPU, GB",
+    "memory/gpu_reserved_gb": "reserved on the GPU, GB",
+}
+"""What scalars are called on the page whose tags say it badly."""
+EXACT = ("lr", "memory")
+"""What scalars begin with that do not scatter: nothing of them is smoothed."""
 SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
 TOPICS = {
     "losses": "loss/",
@@ -108,14 +129,17 @@ def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
         for number, (name, curve) in enumerate(lines.items()):
             marker = "o" if len(curve.steps) < 8 else None
             color = COLORS[number % len(COLORS)]
-            values = curve.values
-            if len(values) > SMOOTHED_FROM:
-                axes.plot(curve.steps, values, color=color, linewidth=0.8, alpha=0.3)
-                values = smoothed(values)
-            axes.plot(curve.steps, values, color=color, label=name, linewidth=1.2, marker=marker, markersize=3)
+            is_smoothed = len(curve.steps) > SMOOTHED_FROM and not title.startswith(EXACT)
+            for part, of_stage in enumerate(by_stage(curve, switches)):
+                values = of_stage.values
+                if is_smoothed:
+                    axes.plot(of_stage.steps, values, color=color, linewidth=0.8, alpha=0.3)
+                    values = smoothed(values)
+                label = None if part else readable(name)
+                axes.plot(of_stage.steps, values, color=color, label=label, linewidth=1.2, marker=marker, markersize=3)
         for switch in switches:
             axes.axvline(switch, color="#888888", linewidth=0.8, linestyle="--")
-        axes.set_title(title, fontsize=9, loc="left")
+        axes.set_title(readable(title), fontsize=9, loc="left")
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)
         if len(lines) > 1:
@@ -123,6 +147,25 @@ def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
     for axes in panels[len(panels_of) :]:
         axes.set_axis_off()
     return as_svg(figure)
+
+
+def by_stage(curve: Curve, switches: Sequence[int]) -> list[Curve]:
+    """The parts of a curve between the steps at which stages begin: nothing is drawn or smoothed over these."""
+    edges = [0, *(bisect_left(curve.steps, switch) for switch in switches), len(curve.steps)]
+    parts = [Curve(curve.steps[begin:end], curve.values[begin:end]) for begin, end in pairwise(edges)]
+    return [part for part in parts if part.steps]
+
+
+def readable(tag: str) -> str:
+    """What a scalar is, for a person: of `lr/decay_x1_x0.1` which parameters, and their factors in each stage."""
+    group, slash, name = tag.rpartition("/")
+    if found := _PARAMETERS.fullmatch(name):
+        factors = [factor for factor in (found["factors"] or "").split("_x") if factor]
+        name = f"{'without' if found['no'] else 'with'} weight decay"
+        if any(float(factor) != 1 for factor in factors):
+            name += f", × {', '.join(factors)} by stage"
+    words = f"{group}{slash}{name}" if slash else name
+    return NAMES.get(words, words.replace("_", " ").replace("/", " · "))
 
 
 def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:

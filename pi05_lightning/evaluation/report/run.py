@@ -61,6 +61,10 @@ class Run:
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     videos: list[Path] = field(default_factory=list)
+    films: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of videos by their names: mode, task, seed and how the episode ended, as far as the rollout says."""
+    rollout: dict[str, Any] = field(default_factory=dict)
+    """The rollout's result as it is, see `sim.summary.summarise`."""
 
 
 def read_run(folder: Path) -> Run:
@@ -91,6 +95,8 @@ def read_run(folder: Path) -> Run:
         },
         provenance=read_json(folder / PROVENANCE, default={}),
         videos=films_of(rollout),
+        films=result["films"] if isinstance(result.get("films"), dict) else {},  # once a list of names
+        rollout=result,
     )
 
 

@@ -77,6 +77,9 @@ class Desk(DemonstratorConfig):
             known = ", ".join(TASKS)
             raise NoSuchEnvironment(f"the desk has no task {task!r}: use one of {known}; in a rollout also {CHAIN}")
 
+    def sentences(self, task: str) -> Sequence[str]:
+        return () if task == CHAIN else (TASKS[task].sentence, *TASKS[task].others)
+
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
         """The one that is half of the list away: tasks that are alike are neighbours."""
         names = [name for name in (tasks if len(tasks) > 1 else INSTRUCTIONS) if name in INSTRUCTIONS]
@@ -134,6 +137,7 @@ class DeskEnvironment:
     def reset(self, seed: int) -> None:
         """Put the robot and all things where `seed` says; the same for the same seed, whatever came before."""
         self._desk.reset(draw_places(np.random.default_rng([seed, *self._key])))
+        self._given = TASKS.get(self.task, self._given)
         self._episode = Episode.beginning(self._desk.state())
         self._other, self.solved_other = None, False
 
@@ -156,6 +160,13 @@ class DeskEnvironment:
         Desk().check_task(task)
         self._other = None if TASKS[task].solved(self._episode) else TASKS[task]
         return self._other is not None
+
+    def instruct(self, task: str) -> bool:
+        """Give another task's instruction until the next reset, and judge what is done from now on."""
+        Desk().check_task(task)
+        self._given = TASKS[task]
+        self._episode = Episode.beginning(self._episode.now)
+        return True
 
     def step(self, action: np.ndarray) -> bool:
         """Hold `action` f32[4] (dx, dy, dz, gripper effort, clipped to [-1, 1]) for `action_repeat` control steps.
@@ -222,6 +233,10 @@ class DeskEnvironment:
         """{camera: uint8[3 h w]}."""
         return self._views.images(self._desk.data, cameras or self.cameras)
 
+    def picture(self, size: int) -> np.ndarray:
+        """What the first camera sees: uint8[3 size size]."""
+        return self._views.picture(self._desk.data, self.cameras[0], size)
+
     def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
         """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""
         return self._views.boxes(self._desk.data, cameras or self.cameras)
@@ -244,6 +259,10 @@ class DeskEnvironment:
         """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
         self._desk.place_hand(position, effort)
         self._episode = self._episode.after(self._desk.state())
+
+    def push(self, offset: np.ndarray) -> None:
+        """Displace the hand by `offset` f64[3] in metres (x to the right, y away from the robot), within its reach."""
+        self.place_hand(np.clip(self._episode.now.hand + offset, *self.workspace), float(self._desk.data.ctrl[0]))
 
     def close(self) -> None:
         """Free the renderer; without it EGL complains when the interpreter exits."""
@@ -279,6 +298,10 @@ class ChainEnvironment(DeskEnvironment):
 
     def watch(self, task: str) -> bool:
         """Nothing else is judged while instructions change."""
+        return False
+
+    def instruct(self, task: str) -> bool:
+        """It gives its own instructions."""
         return False
 
     def control_step(self, action: np.ndarray) -> bool:

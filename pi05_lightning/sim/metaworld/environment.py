@@ -86,6 +86,9 @@ class MetaWorld(DemonstratorConfig):
         """Those that the policy was trained on, from their instructions."""
         return [task_of_sentence(sentence) for sentence in robot.tasks]
 
+    def sentences(self, task: str) -> Sequence[str]:
+        return (task_language(task).sentence,)
+
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
         found = dict[str, str]()
         for task in tasks:
@@ -132,6 +135,7 @@ class MetaWorldEnvironment:
 
         self.task = task
         self.language = task_language(task)
+        self.sentence = self.language.sentence  # the instruction
         self.objects = tuple(self.language.objects)
         self.cameras = tuple(cameras)
         self.action_repeat = action_repeat
@@ -145,7 +149,8 @@ class MetaWorldEnvironment:
         self._env.max_path_length = sys.maxsize  # the caller bounds episodes
         policies: dict[str, Any] = ENV_POLICY_MAP
         self._policy = policies[task]()
-        self._others = dict[str, Any]()  # tasks that were watched, in simulators of their own
+        self._others = dict[str, Any]()  # tasks that were watched or told, in simulators of their own
+        self._told: Any = None  # the one that is judged instead of the own
         self._other: Any = None  # the one that is watched
         self.solved_other = False
         self._obs = np.zeros(39)
@@ -157,9 +162,24 @@ class MetaWorldEnvironment:
         self._env.seed(int(np.random.SeedSequence([seed, zlib.crc32(self.task.encode())]).generate_state(1)[0]))
         self._obs, _ = self._env.reset()
         self._other, self.solved_other = None, False
+        self.instruct(self.task)
 
     def watch(self, task: str) -> bool:
         """Watch until the next reset whether another task is solved; returns whether this task's scene allows that."""
+        other = self._beside(task)
+        self._other = None if other is None or self._is_solved(other) else other
+        return self._other is not None
+
+    def instruct(self, task: str) -> bool:
+        """Give another task's instruction until the next reset; returns whether this task's scene allows that."""
+        other = None if task == self.task else self._beside(task)
+        if task != self.task and other is None:
+            return False
+        self.sentence, self._told = task_language(task).sentence, other
+        return True
+
+    def _beside(self, task: str) -> Any:
+        """Another task's simulator with what is here, where it is; None where it is of another scene."""
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
         check_task(task)
@@ -167,13 +187,13 @@ class MetaWorldEnvironment:
             self._others[task] = ALL_V3_ENVIRONMENTS[task]()
         other = self._others[task]
         own_size, size = (len(env._random_reset_space.low) for env in (self._env, other))
-        if scene_of(task) == scene_of(self.task) and size == own_size:
-            other._partially_observable = False
-            other._set_task_called = True
-            other._last_rand_vec = self._env._last_rand_vec  # what is where
-            other.reset()
-            self._other = None if self._is_solved(other) else other
-        return self._other is not None
+        if scene_of(task) != scene_of(self.task) or size != own_size:
+            return None
+        other._partially_observable = False
+        other._set_task_called = True
+        other._last_rand_vec = self._env._last_rand_vec  # what is where
+        other.reset()
+        return other
 
     def _is_solved(self, other: Any) -> bool:
         """Whether another task of the same scene is solved in our state."""
@@ -197,7 +217,7 @@ class MetaWorldEnvironment:
         self._obs, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
         if self._other is not None and not self.solved_other:
             self.solved_other = self._is_solved(self._other)
-        return bool(info["success"])
+        return bool(info["success"]) if self._told is None else self._is_solved(self._told)
 
     def expert_step(self) -> bool:
         """As long as a `step`, with what the expert does at each control step."""
@@ -207,11 +227,6 @@ class MetaWorldEnvironment:
     def expert_action(self) -> np.ndarray:
         """What MetaWorld's scripted expert does now, for one control step: f32[4] in [-1, 1]."""
         return np.clip(self._policy.get_action(self._obs), -1.0, 1.0).astype(np.float32)
-
-    @property
-    def sentence(self) -> str:
-        """The instruction."""
-        return self.language.sentence
 
     @property
     def fps(self) -> float:
@@ -225,7 +240,7 @@ class MetaWorldEnvironment:
 
     def observation(self) -> Frame:
         """What a policy may see: images, the instruction and `state`."""
-        return Frame(images=self.render(), task=self.language.sentence, state=self.state)
+        return Frame(images=self.render(), task=self.sentence, state=self.state)
 
     def subtask(self) -> str:
         """What the expert is doing at the moment, in words."""
@@ -247,6 +262,10 @@ class MetaWorldEnvironment:
         self._env.do_simulation([effort, -effort], _PLACING_STEPS)
         self._obs = self._env._get_obs()
 
+    def push(self, offset: np.ndarray) -> None:
+        """Displace the hand by `offset` f64[3] in metres (x to the right, y away from the robot), within its reach."""
+        self.place_hand(np.clip(self._obs[:3] + offset, *self.workspace), float(self._env.data.ctrl[0]))
+
     @property
     def workspace(self) -> tuple[np.ndarray, np.ndarray]:
         """The lowest and the highest place the hand can be sent to: f64[3] in metres, twice."""
@@ -255,6 +274,10 @@ class MetaWorldEnvironment:
     def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """{camera: uint8[3 h w]}."""
         return self._views.images(self._env.data, cameras or self.cameras)
+
+    def picture(self, size: int) -> np.ndarray:
+        """What the first camera sees: uint8[3 size size]."""
+        return self._views.picture(self._env.data, self.cameras[0], size)
 
     def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
         """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""

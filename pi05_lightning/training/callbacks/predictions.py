@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.samples import Observed
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.local import sha256, write_json
 from pi05_lightning.module import Pi05Module, Predicted
 
 FOLDER = "predictions"
@@ -126,12 +125,3 @@ def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, An
         "acting": asdict(module.acting),
         "sources": sources,
     }
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, or of that of all files of a directory, in the order of their names."""
-    digest = hashlib.sha256()
-    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with part.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +23,8 @@ from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Batch
 
 GB = 2**30
+USUAL_SHARES = 0.3, 0.9
+"""Of the best rate, what the demo's run and the desk's logged as `throughput/hardware_share`, nine times of ten."""
 
 
 @dataclass
@@ -94,10 +97,12 @@ class Throughput(Callback):
         self.flops_per_cost = 0.0
         self.peak_rate = 0.0
         self.dtypes = set[torch.dtype]()
+        self.first_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
         self.stage, self.count, self.work = None, None, None
+        self.first_step = trainer.global_step
         self.dtypes = training_dtypes(pl_module, trainer.precision)
         self.peak_rate = peak_rate(self.dtypes, pl_module.device) if self.dtypes else 0.0
 
@@ -109,6 +114,8 @@ class Throughput(Callback):
             self.stage, self.work = stage.name, Work.of(model)
             flops = count_flops(model, batch, stage, insulate=pl_module.knowledge_insulation)
             self.flops_per_cost = flops / self.work.cost(batch, pl_module)
+            if trainer.global_step == self.first_step:
+                self._forecast(trainer, pl_module, batch)
             self.count = None
         if self.count is None:
             self.count = Count(time.perf_counter(), trainer.global_step)
@@ -125,6 +132,22 @@ class Throughput(Callback):
         stepped = trainer.global_step > self.count.first_step  # not so between accumulated batches
         if stepped and pl_module.logs_after(trainer.global_step):
             self._log(trainer, pl_module)
+
+    def _forecast(self, trainer: Trainer, module: Pi05Module, batch: Batch) -> None:
+        """Say before the first step how long the run will take: by what its first batch costs in every stage."""
+        if not self.flops_per_cost or not self.peak_rate:
+            return
+        recipe, cost, first = module.recipe, 0.0, trainer.global_step
+        for stage in recipe.reached:
+            begin = max(first, recipe.first_step(stage))
+            steps = min(trainer.max_steps, recipe.first_step(stage) + stage.steps) - begin
+            if steps > 0:
+                cost += steps * Work.of(module.blank(stage)).cost(batch, module)
+        seconds = self.flops_per_cost * cost * trainer.accumulate_grad_batches / self.peak_rate
+        rank_zero_info(
+            f"Time: {duration(seconds)} at the best rate of this device ({self.peak_rate / 1e12:.2g} TFLOP/s); as a"
+            f" rule {duration(seconds / USUAL_SHARES[1])} to {duration(seconds / USUAL_SHARES[0])}, without validation"
+        )
 
     def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.count is not None
@@ -150,6 +173,14 @@ class Throughput(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.count = None
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two or more."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def count_flops(model: Pi05, batch: Batch, stage: Stage, insulate: bool) -> int:

@@ -1,0 +1,241 @@
+"""One policy in a simulator, an action at a time: told something else, pushed and asked meanwhile.
+
+It acts as in a rollout: from the same initial states, with the same noise, judged in the same way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import monotonic
+
+import numpy as np
+
+from pi05_lightning.inference import Inference
+from pi05_lightning.sim.environment import EnvironmentConfig, Instructed, Pictured, Pushed
+from pi05_lightning.sim.rollout import Lanes, view_of
+from pi05_lightning.sim.trials import Clock, Motion, Trial, begin, begin_here, decide, seen, take
+from pi05_lightning.types import Box, text_to_boxes
+
+PICTURE = 384  # pixels of what people see
+HISTORY = 16  # executed actions that are kept
+_MEASURED = 20  # calls and actions that times are the median of
+PUSH = 0.08  # metres
+WAYS: Mapping[str, tuple[int, int, int]] = {
+    "left": (-1, 0, 0),
+    "right": (1, 0, 0),
+    "away": (0, 1, 0),
+    "near": (0, -1, 0),
+    "up": (0, 0, 1),
+    "down": (0, 0, -1),
+}
+_WHERE = re.compile(r"where (?:is|are) (.+?)\s*\??", re.IGNORECASE)
+_BOXES = re.compile(r"(?:detect|point) ", re.IGNORECASE)
+_PLACES = re.compile(r"(?:<loc\d+>\s*)+")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which initial states there are, and how an episode begins in them.
+
+    seeds: of each task's initial states, by their number.  max_seconds, noise_seed: see `Trial`.
+    """
+
+    env: EnvironmentConfig
+    seeds: Mapping[str, Sequence[int]]
+    max_seconds: float | None = None
+    noise_seed: int = 0
+
+    def task_of(self, sentence: str) -> str | None:
+        """The task that a sentence tells, as far as the simulator knows; in any spelling of upper and lower case."""
+        words = " ".join(sentence.split()).casefold()
+        known = {said.casefold(): task for task in self.seeds for said in reversed(self.env.sentences(task))}
+        return known.get(words)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a policy said about a picture u8[h w 3], without its places, and the boxes among them."""
+
+    asked: str
+    camera: str
+    text: str
+    boxes: list[Box]
+    picture: np.ndarray
+
+
+class Player:
+    """A policy and the environment that it acts in. All of one thread: renderers belong to the one that made them.
+
+    running: whether there is a next action.  due: when, by the monotonic clock.
+    trial: how the episode goes.  frame: what the policy sees.  chunk, place: the last action's, f32[T A].
+    executed: the last actions f32[A], oldest first.  answers: to what was asked last.
+    """
+
+    def __init__(self, name: str, policy: Inference, start: Start) -> None:
+        self.name, self.policy, self.start = name, policy, start
+        self._lanes = Lanes(start.env, view_of(policy))
+        policy.inputs.takes_any_task = True
+        self.answers: list[Said] = []
+        self.version = 0  # of the picture
+        self.judged = next(iter(start.seeds))
+        self._sentence: str | None = None  # what it was told; None: the environment's instruction
+        self.reset(self.judged, 0)
+
+    # --- what happens
+
+    def reset(self, task: str, number: int) -> None:
+        """Begin at a numbered initial state of a task, with what it was told where that is judged as this task.
+
+        ValueError for a task or number that there is not.
+        """
+        if task not in self.start.seeds:
+            raise ValueError(f"there is no task {task!r} here: choose one of {', '.join(self.start.seeds)}")
+        if not 0 <= number < len(self.start.seeds[task]):
+            raise ValueError(f"initial states are numbered from 0 to {len(self.start.seeds[task]) - 1}, not {number}")
+        (self.env,) = self._lanes.of(task, 1)
+        self._sentence = self._sentence if task == self.judged else None
+        self.task = self.judged = task
+        self.number, self.answers = number, []
+        trial = self._trial()
+        begin(self.env, trial)
+        self._begin(trial)
+
+    def tell(self, sentence: str, stay: bool = False) -> None:
+        """Give an instruction in the middle of things.
+
+        One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
+        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before.
+        """
+        task = None if stay else self.start.task_of(sentence)
+        just_done = self.trial.success and task == self.judged
+        if task is not None and (just_done or not self._judge(task)):
+            self.reset(task, self.number)
+        self._sentence = sentence
+        trial = self._trial()
+        begin_here(self.env, trial)
+        self._begin(trial)
+
+    def _judge(self, task: str) -> bool:
+        """Whether a task can be judged from now on in the scene as it is."""
+        if isinstance(self.env, Instructed) and self.env.instruct(task):
+            self.judged = task
+        return self.judged == task
+
+    def _trial(self) -> Trial:
+        seed = self.start.seeds[self.task][self.number]
+        trial = Trial("policy", self.task, seed, max_seconds=self.start.max_seconds, noise_seed=self.start.noise_seed)
+        trial.sentence = self._sentence
+        return trial
+
+    def _begin(self, trial: Trial) -> None:
+        self.trial, self.motion, self.clock = trial, Motion(self.policy, trial), Clock()
+        self.chunk: np.ndarray | None = None
+        self.place, self._number = 0, 0
+        self._due: Iterator[tuple[np.ndarray, int]] = iter(())
+        self.executed: deque[np.ndarray] = deque(maxlen=HISTORY)
+        self._ends: deque[float] = deque(maxlen=_MEASURED)
+        self.due = monotonic()
+        self._look()
+
+    def step(self) -> None:
+        """The next action, for which a chunk may have to be computed; the episode ends where something raises."""
+        try:
+            action = next(self._due, None) or self._replan()
+            if action is None:
+                return
+            self.chunk, self.place = action
+            took = self.chunk[self.place]
+            take(self.env, self.trial, partial(self.env.step, took), self.clock)
+            self.executed.append(took)
+            self._ends.append(monotonic())
+            self._look()
+        except Exception as error:  # a simulator's own, of which there is no end
+            self._fail(error)
+
+    def _replan(self) -> tuple[np.ndarray, int] | None:
+        start = monotonic()
+        (chunk,) = decide(self.policy, [(self.env, self.trial, self.motion)], [self.frame], self._number)
+        self.clock.decisions.append(monotonic() - start)
+        if isinstance(chunk, str):
+            self.trial.reason = chunk
+            return None
+        self._due = self.motion.due(self.env, chunk, self._number)
+        self._number += 1
+        return next(self._due)
+
+    def push(self, way: str) -> None:
+        """Push the arm a few centimetres. ValueError for no way, and where the simulator does not let it be pushed."""
+        if way not in WAYS:
+            raise ValueError(f"push: {way!r} is no way: choose one of {', '.join(WAYS)}")
+        if not isinstance(self.env, Pushed):
+            raise ValueError(f"{type(self.start.env).__name__} does not let its arm be pushed")
+        self.env.push(PUSH * np.array(WAYS[way]))
+        self._look()
+
+    def ask(self, question: str) -> None:
+        """Ask about what it sees: for boxes in every camera, else in the first one, as it was trained.
+
+        Where something is, is also asked as PaliGemma is asked for boxes.  ValueError where the policy was not trained
+        to answer.
+        """
+        where = _WHERE.fullmatch(question.strip())
+        boxes = f"detect {where[1]}" if where else question if _BOXES.match(question) else None
+        self.answers = []
+        for place, (camera, image) in enumerate(self.frame.images.items()):
+            asked = [question] if where and place == 0 else []
+            asked += [boxes] if boxes else [question] if place == 0 else []
+            said = "\n".join(self.policy.answer(self.frame, one, camera) for one in asked)
+            if asked:
+                picture = (image if place else self.picture).transpose(1, 2, 0)
+                words = " ".join(_PLACES.sub(" ", said).split())
+                self.answers.append(Said(question, camera, words, text_to_boxes(said), picture))
+
+    def close(self) -> None:
+        self._lanes.close()
+
+    # --- what there is to see
+
+    def _look(self) -> None:
+        self.frame = seen(self.env, self.trial)
+        self.version += 1
+
+    def _fail(self, error: Exception) -> None:
+        self.trial.reason = f"the simulator raised {type(error).__name__}: {error}".split("\n")[0]
+
+    @property
+    def running(self) -> bool:
+        return not self.trial.over
+
+    @property
+    def picture(self) -> np.ndarray:
+        """What the first camera sees, u8[3 h w], sharper than for the policy where the simulator can."""
+        first = next(iter(self.frame.images.values()))
+        return self.env.picture(PICTURE) if isinstance(self.env, Pictured) else first
+
+    @property
+    def pushable(self) -> bool:
+        return isinstance(self.env, Pushed)
+
+    @property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of actions, f32[A] twice."""
+        return self.env.action_low, self.env.action_high
+
+    @property
+    def rate(self) -> float | None:
+        """Simulated seconds per second, lately."""
+        if len(self._ends) < 2 or self._ends[-1] == self._ends[0]:
+            return None
+        return (len(self._ends) - 1) / self.trial.fps / (self._ends[-1] - self._ends[0])
+
+    @property
+    def milliseconds(self) -> tuple[float | None, float | None]:
+        """A call of the policy and an action in the simulator, lately, in the median."""
+        parts = (self.clock.decisions[-_MEASURED:], self.clock.steps[-_MEASURED:])
+        policy, simulator = (1e3 * median(part) if part else None for part in parts)
+        return policy, simulator

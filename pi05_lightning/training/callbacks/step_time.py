@@ -1,0 +1,94 @@
+"""What the time of training steps was spent on, said at the end: waiting for data, computing, communicating."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from time import perf_counter
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.nn.parallel import DistributedDataParallel
+
+from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
+from pi05_lightning.data.samples import TrainLoader
+
+MUCH = 0.1
+"""Share of a step from which on there is advice."""
+
+
+class StepTime(Callback):
+    """Prints, when `fit` ends, what shares of a batch's time were spent on, and advice where much was not computing.
+
+    Of the first rank, by the host's clock, without the first batch, for which workers start. Communicating is what
+    DDP does beside the backward pass; what is hidden behind it costs nothing, and what sharding gathers counts as
+    computing.
+    """
+
+    def __init__(self) -> None:
+        self.batches = 0
+        self.computing = self.waiting = 0.0
+        self._start = self._waited = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.batches, self.computing, self.waiting = 0, 0.0, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if not self.batches:
+            self._waited = waited(trainer)
+        self._start = perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.computing += perf_counter() - self._start
+        self.waiting = waited(trainer) - self._waited
+        self.batches += 1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.batches:
+            return
+        waiting, computing = self.waiting / self.batches, self.computing / self.batches
+        communicating = min(communicated(trainer.strategy.model), computing)
+        batch = waiting + computing
+        parts = {"computing": computing - communicating, "waiting for data": waiting}
+        if trainer.world_size > 1:
+            parts["communicating"] = communicating
+        told = ", ".join(f"{part / batch:.0%} {name}" for name, part in parts.items())
+        rank_zero_info(f"Time of a batch: {batch:.3g} s, {told} ({self.batches} batches)")
+        if waiting > MUCH * batch:
+            rank_zero_info("Training waits for data. What helps: " + "; ".join(advice(datamodule_of(trainer))))
+        if communicating > MUCH * batch:
+            rank_zero_info(
+                "Ranks wait for each other's gradients. What helps: larger batches (data.batch_size), or fewer steps of"
+                " several (trainer.accumulate_grad_batches)"
+            )
+
+
+def waited(trainer: Trainer) -> float:
+    """Seconds that the run has waited for its batches so far."""
+    loader = trainer.train_dataloader
+    return loader.waited if isinstance(loader, TrainLoader) else 0.0
+
+
+def communicated(model: Any) -> float:
+    """Seconds of a backward pass in which DDP communicates and computes nothing, as it samples them itself; else 0."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0.0
+    times = model._get_ddp_logging_data()  # in ns; nothing public tells it
+    return 1e-9 * max(
+        0, times.get("avg_backward_comm_time", 0) - times.get("avg_backward_compute_comm_overlap_time", 0)
+    )
+
+
+def advice(data: Pi05DataModule) -> Iterator[str]:
+    """What makes batches come faster, of what is not done yet."""
+    cores = os.cpu_count() or 1
+    if data.num_workers < cores:
+        yield f"more workers (--data.num_workers {min(cores, 2 * data.num_workers or 2)}; there are {cores} cores)"
+    uncached = [name for name, config in data.configs.items() if getattr(config, "image_cache", True) is False]
+    if uncached:
+        flags = ", ".join(f"--data.sources.{name}.image_cache true" for name in uncached)
+        yield f"images that are decoded once ({flags})"
+    if len(data.processor.cameras) > 1:
+        yield f"fewer than {len(data.processor.cameras)} cameras (`cameras` of the sources)"
+    yield "smaller images in the datasets, or a faster disk"

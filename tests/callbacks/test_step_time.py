@@ -1,0 +1,61 @@
+"""What is said of a run's time: before its first step how long it will take, at its end what the time was spent on."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer, seed_everything
+
+from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks.step_time import StepTime
+from pi05_lightning.training.callbacks.throughput import Throughput, duration
+
+MIXTURE = {"robot/continuous_robot_actions": 1.0}
+
+
+def said(videos: Path, caplog: pytest.LogCaptureFixture, **source: Any) -> str:
+    """What a run of six steps says; its data are decoded while it waits."""
+    seed_everything(0)
+    stages = StageSwitch(0, 6, posttrain=StageOptions(LossWeights(subtask=1, flow=1), MIXTURE))
+    robot = LeRobotConfig(path=str(videos), val_fraction=0.2, **source)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        use_distributed_sampler=False,
+        logger=False,
+        limit_val_batches=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[stages, Throughput(), StepTime()],
+    )
+    with caplog.at_level(logging.INFO):
+        data = Pi05DataModule({"robot": robot}, batch_size=8, num_workers=0)
+        trainer.fit(Pi05Module(ModelConfig.preset("debug")), data)
+    return caplog.text
+
+
+def test_time_is_told_before_and_after_with_what_would_help(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = said(videos, caplog)
+    assert re.search(r"Time: [\d.e-]+ s at the best rate of this device \([\d.e-]+ TFLOP/s\)", text)
+    shares = re.search(r"Time of a batch: [\d.]+ s, (\d+)% computing, (\d+)% waiting for data \(6 batches\)", text)
+    assert shares is not None
+    assert 99 <= sum(map(int, shares.groups())) <= 101
+    assert int(shares[2]) > 10
+    assert text.index("Time: ") < text.index("Time of a batch: ")
+    for advice in ("--data.num_workers 2", "--data.sources.robot.image_cache true", "fewer than 2 cameras"):
+        assert advice in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3.14159, "3.14 s"), (119, "119 s"), (600, "10 min"), (7200, "2 h"), (200000, "2.3 days")]
+)
+def test_durations_are_in_units_that_say_something(seconds: float, words: str) -> None:
+    assert duration(seconds) == words

@@ -1,0 +1,145 @@
+"""The page in headless Chromium, with a real policy in a real simulator; skipped where there is no Chromium."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
+
+from tests.serving.processes import PATIENCE, served_by_process
+from tests.sim.conftest import as_chance_made_it, config
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+LAPTOP: ViewportSize = {"width": 1280, "height": 800}
+PHONE: ViewportSize = {"width": 390, "height": 844}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="no Chromium or Chrome on this machine (Debian, Ubuntu: apt install chromium)"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy as chance made it, for MetaWorld's arm."""
+    from pi05_lightning.sim.demonstrations.collect import collect
+
+    folder = tmp_path_factory.mktemp("played")
+    collect(config(folder / "data"))
+    return as_chance_made_it(folder / "data" / "robot", folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visited(browser: Browser) -> Iterator[Page]:
+    """A page of a laptop's size, on which no script failed."""
+    page = browser.new_page(viewport=LAPTOP)
+    page.set_default_timeout(1000 * PATIENCE)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    yield page
+    page.close()
+    assert errors == []
+
+
+def picture(page: Page, place: int = 0) -> np.ndarray:
+    """The scene as it is shown, u8[h w 3]."""
+    source = page.locator(".picture").nth(place).get_attribute("src")
+    assert source is not None
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+def text(page: Page, selector: str) -> str:
+    return page.locator(selector).first.inner_text()
+
+
+@pytest.mark.timeout(600)
+def test_what_is_typed_and_clicked_is_done_and_seen(checkpoint: Path, visited: Page) -> None:
+    with served_by_process(checkpoint, "--max_state_distance=null", command="play") as server:
+        visited.goto(f"http://{server.address}")
+        expect(visited.locator("#link")).to_have_text("connected")
+        expect(visited.locator(".badge")).to_have_text("paused")
+        assert text(visited, ".judged") == "drawer-open-v3"
+        start = picture(visited)
+        assert start.shape == (384, 384, 3)
+        assert start.std() > 20
+        visited.locator("#instruction").fill("wave at the camera")
+        visited.locator("#tell button").click()
+        expect(visited.locator(".told")).to_have_text("wave at the camera")
+        expect(visited.locator(".badge")).to_have_text("acting")
+        expect(visited.locator(".time")).to_have_text(re.compile(r"^[1-9]\.\d of 6\.0 s"))
+        visited.locator("#pause").click()
+        expect(visited.locator(".badge")).to_have_text("paused")
+        moved = picture(visited)
+        assert difference(start, moved) > 0.3
+        assert visited.locator(".chunk polyline").count() == 8
+        assert re.fullmatch(r"[\d.]+ ms a decision", text(visited, ".policy"))
+        visited.locator("#question").fill("where is the drawer?")
+        visited.locator("#ask button").click()
+        expect(visited.locator(".answers figure")).to_have_count(2)
+        visited.get_by_role("button", name="left").click()
+        visited.wait_for_function("source => document.querySelector('.picture').src !== source", arg=source_of(visited))
+        assert difference(moved, picture(visited)) > 0.3
+        visited.locator("#number").fill("2")
+        visited.locator("#reset button").click()
+        expect(visited.locator(".time")).to_have_text("0.0 of 6.0 s")
+        other = picture(visited)
+        visited.locator("#number").fill("0")
+        visited.locator("#reset button").click()
+        visited.wait_for_function("source => document.querySelector('.picture').src !== source", arg=source_of(visited))
+        assert difference(start, picture(visited)) < 0.1 < difference(start, other)
+        visited.get_by_role("button", name="reach the red ball").click()
+        expect(visited.locator(".judged").first).to_have_text("reach-v3")
+        visited.locator("#number").fill("99")
+        visited.evaluate("document.querySelector('#reset').noValidate = true")
+        visited.locator("#reset button").click()
+        expect(visited.locator("#notice")).to_contain_text("numbered from 0 to 24, not 99")
+
+
+def source_of(page: Page) -> str | None:
+    return page.locator(".picture").first.get_attribute("src")
+
+
+@pytest.mark.timeout(600)
+def test_two_policies_are_shown_side_by_side_at_a_laptops_and_a_phones_width(
+    checkpoint: Path, visited: Page, browser: Browser
+) -> None:
+    options = ("--beside", str(checkpoint), "--env", "Desk", "--max_state_distance=null")
+    with served_by_process(checkpoint, *options, command="play") as server:
+        visited.goto(f"http://{server.address}")
+        expect(visited.locator(".player")).to_have_count(2)
+        with browser.new_page(viewport=PHONE) as phone:
+            phone.goto(f"http://{server.address}")
+            expect(phone.locator(".player")).to_have_count(2)
+            phone.get_by_role("button", name="open the drawer").click()
+        expect(visited.locator(".badge").first).to_have_text("acting")  # its page is closed, and the robot goes on
+        for size in (LAPTOP, PHONE):
+            visited.set_viewport_size(size)
+            assert visited.evaluate("document.documentElement.scrollWidth") <= size["width"]
+        lefts = [visited.locator(".player").nth(place).bounding_box() for place in (0, 1)]
+        assert lefts[0] is not None
+        assert lefts[1] is not None
+        assert lefts[0]["x"] == lefts[1]["x"]  # one below the other

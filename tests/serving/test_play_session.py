@@ -1,0 +1,200 @@
+"""Playing with a policy: it acts as in a rollout, and goes on as it is told meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from time import monotonic, sleep
+
+import numpy as np
+import pytest
+
+from pi05_lightning import Pi05Policy
+from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.player import Player, Start
+from pi05_lightning.sim.rollout import Lanes, view_of
+from pi05_lightning.sim.session import Session, State
+from pi05_lightning.sim.trials import Clock, Trial, run_policy
+from tests.serving.room import SENTENCES, Room
+
+SEEDS = {task: range(10 * number, 10 * number + 3) for number, task in enumerate(SENTENCES)}
+
+
+@pytest.fixture(scope="module")
+def policy(served: Path) -> Pi05Policy:
+    return Pi05Policy(served, max_state_distance=None, execution_horizon=2, noise_scale=1.0)
+
+
+@pytest.fixture
+def player(policy: Pi05Policy) -> Player:
+    return Player("it", policy.session(0), Start(Room(), SEEDS))
+
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture
+def play(policy: Pi05Policy) -> Iterator[Open]:
+    """Begins a session of so many players; it is ended after the test."""
+    begun: list[Session] = []
+
+    def open_session(players: int = 1, env: EnvironmentConfig = Room(), states: list[State] | None = None) -> Session:  # noqa: B008
+        def of() -> Sequence[Player]:
+            return [Player(str(n), policy.session(0), Start(env, SEEDS, max_seconds=0.8)) for n in range(players)]
+
+        begun.append(Session(of, [].append if states is None else states.append))
+        begun[-1].begin()
+        return begun[-1]
+
+    yield open_session
+    for session in begun:
+        session.end()
+
+
+def done(future: Future[None]) -> None:
+    future.result(timeout=60)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = monotonic() + seconds
+    while not condition():
+        assert monotonic() < end
+        sleep(0.01)
+
+
+def test_it_acts_as_in_a_rollout_from_the_same_initial_state(policy: Pi05Policy, player: Player) -> None:
+    trial, session = Trial("policy", "right", SEEDS["right"][2]), policy.session(0)
+    (env,) = Lanes(Room(), view_of(policy)).of("right", 1)
+    run_policy(session, [(env, trial)], Clock())
+    player.reset("right", 2)
+    while player.running:
+        player.step()
+    assert (player.trial.decisions, player.trial.outcome) == (trial.decisions, trial.outcome)
+    np.testing.assert_array_equal(player.frame.state, env.observation().state)
+
+
+def test_executed_actions_are_those_of_the_chunk_up_to_its_place(player: Player) -> None:
+    for place in (0, 1, 0):
+        player.step()
+        assert player.chunk is not None
+        assert player.place == place
+        np.testing.assert_array_equal(player.executed[-1], player.chunk[place])
+
+
+def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) -> None:
+    player.step()
+    before = player.frame.state
+    player.tell("  go to the RIGHT ")
+    assert (player.judged, player.task, player.trial.decisions) == ("right", "left", 0)
+    np.testing.assert_array_equal(player.frame.state, before)
+    assert player.frame.task == "  go to the RIGHT "
+    player.push("right")
+    while player.running and player.trial.decisions < 5:
+        player.env.at[0] = 1.0
+        player.step()
+    assert player.trial.success
+    player.tell("go to the right")
+    assert (player.task, player.trial.success, player.number) == ("right", False, 0)
+
+
+def test_a_task_of_another_scene_opens_it_at_the_same_number_and_whoever_stays_is_told_it_here(player: Player) -> None:
+    player.reset("left", 2)
+    player.tell("go down", stay=True)
+    assert (player.task, player.judged, player.frame.task) == ("left", "left", "go down")
+    player.tell("go down")
+    assert (player.task, player.judged, player.number, player.trial.seed) == ("deep", "deep", 2, SEEDS["deep"][2])
+
+
+def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(player: Player) -> None:
+    player.tell("wander about")
+    player.step()
+    assert (player.judged, player.frame.task, player.env.sentence) == ("left", "wander about", "go to the left")
+    player.reset("left", 1)
+    assert player.frame.task == "wander about"
+    player.reset("right", 1)
+    assert player.frame.task == "go to the right"
+
+
+def test_a_push_moves_the_arm_by_a_few_centimetres(player: Player) -> None:
+    before = player.frame.state
+    player.push("near")
+    np.testing.assert_allclose(player.frame.state - before, [0, -0.08, 0, 0], atol=1e-6)
+
+
+def test_where_something_is_is_asked_in_words_and_for_boxes_in_every_camera(
+    player: Player, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(frame: object, question: str, camera: str) -> str:
+        asked.append((question, camera))
+        return "<loc0100><loc0200><loc0300><loc0400>" if question.startswith("detect") else "left, ahead"
+
+    monkeypatch.setattr(player.policy, "answer", answer)
+    player.ask("Where is the red button?")
+    assert asked == [
+        ("Where is the red button?", "top"),
+        ("detect the red button", "top"),
+        ("detect the red button", "wrist"),
+    ]
+    assert [(said.text, len(said.boxes)) for said in player.answers] == [("left, ahead", 1), ("", 1)]
+
+
+def test_the_policy_answers_in_words_that_it_knows(player: Player) -> None:
+    player.ask("is it closed?")
+    (said,) = player.answers
+    assert (said.camera, said.picture.shape) == ("top", (48, 64, 3))
+
+
+def test_a_simulator_that_raises_ends_its_episode_and_the_session_goes_on(play: Open) -> None:
+    session = play(env=Room(breaks=3))
+    done(session.do(lambda: session.tell("go to the left")))
+    (player,) = session.players
+    until(lambda: not player.running)
+    assert player.trial.outcome == "the simulator raised RuntimeError: the floor gave way"
+    done(session.do(lambda: session.reset(1)))
+    assert player.running
+
+
+def test_what_is_wrong_is_said_to_who_asked_and_the_others_play_on(play: Open) -> None:
+    session = play()
+    wrong: dict[str, Callable[[], None]] = {
+        "blank": lambda: session.tell(" \n"),
+        "numbered from 0 to 2, not 3": lambda: session.reset(3),
+        "no task 'fly'": lambda: session.reset(0, "fly"),
+        "is no way": lambda: session.push("up and away"),
+        "3 is none of": lambda: session.set_speed(3),
+        "the question is blank": lambda: session.ask(""),
+    }
+    for message, what in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            done(session.do(what))
+    done(session.do(session.step))
+    assert session.players[0].trial.decisions == 1
+
+
+def test_paused_it_waits_and_acts_once_when_asked(play: Open) -> None:
+    states: list[State] = []
+    session = play(players=2, states=states)
+    for _ in range(3):
+        done(session.do(session.step))
+    done(session.do(lambda: session.pause(True)))
+    assert [player["seconds"] for player in states[-1]["players"]] == pytest.approx([0.3, 0.3])
+
+
+def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> None:
+    session = play(players=2)
+    done(session.do(lambda: session.set_speed(4)))
+    done(session.do(lambda: session.tell("wander about")))
+    until(lambda: not any(player.running for player in session.players))
+    first, second = session.players
+    assert first.rate is not None
+    assert first.rate < 4.4
+    assert first.trial.decisions == second.trial.decisions
+
+
+def test_what_cannot_be_opened_is_raised_where_it_begins(policy: Pi05Policy) -> None:
+    session = Session(lambda: [Player("it", policy.session(0), Start(Room(), {}))], lambda state: None)
+    with pytest.raises(StopIteration):
+        session.begin()
