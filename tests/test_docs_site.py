@@ -19,9 +19,9 @@ from urllib.request import urlopen
 
 import pytest
 
-from pi05_lightning.cli.help import GROUPS, group_options
+from pi05_lightning.cli.help import GROUPS, function_of, group_options
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
-from pi05_lightning.cli.signatures import find, options_of
+from pi05_lightning.cli.signatures import options_of
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("mkdocs", reason="needs the extra docs")
@@ -52,7 +52,7 @@ def test_page_of_fit_has_every_option_of_every_group() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_page_of_a_command_has_every_option(command: str) -> None:
     page = "\n".join(docs_site.command_page(command))
-    options = options_of(find(f"pi05_lightning.cli.{command}.{command}"))
+    options = options_of(function_of(command))
     if len(options) == 1 and options[0].types:
         options = options_of(options[0].types[0])
     missing = [o.name for o in options if f"`--{o.name}`" not in page and f"\n`{o.name}`" not in page]

@@ -39,8 +39,8 @@ def corpus() -> Iterator[str]:
             yield f"State: {number} {number}; {number}, {number}."
     prompts = Prompts()
     for _ in range(20):
-        for template in vars(prompts).values():
-            if isinstance(template, str):
+        for name, template in vars(prompts).items():
+            if isinstance(template, str) and name != "advantage":  # is younger, and the tokens stay what they were
                 yield template.format(task="", subtask="", state="", question="")
     for verb, place, thing in product(VERBS.split(), PLACES.split(), OBJECTS.split()):
         yield f"{verb} {place} the {thing}"

@@ -31,8 +31,9 @@ def resolved(args: list[str], capsys: pytest.CaptureFixture[str]) -> dict:
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
-    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert set(listed) == {*TRAINER_COMMANDS, *COMMANDS}
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    commands = [*TRAINER_COMMANDS, *COMMANDS]
+    assert [next(name for name in commands if line.startswith(f"  {name} ")) for line in listed] == commands
 
 
 def test_help_does_not_wait_for_torch() -> None:
