@@ -66,7 +66,7 @@ def rollout(
         modes: policy (as `acting` says), flat (the task alone conditions the actions), fast (actions from
             FAST tokens), rtc and async (with `delays`: real-time chunking, and without it), and the baselines
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
-            default all but fast that policy, simulator and data allow.
+            default all that policy, simulator and data allow.
         out: folder for rollout.json, videos and frames, in place of earlier ones; by default `rollout` beside the
             checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
@@ -97,7 +97,8 @@ def rollout(
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
     found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
-    modes = available_modes(env, found, modes, policy.hierarchical, delayed_modes(policy, how, delays))
+    fast = policy.abilities.fast and policy.acting.actions == "flow"
+    modes = available_modes(env, found, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.model.config.horizon)  # chunks last as long as any delay
     tasks = tasks or env.tasks(robot)

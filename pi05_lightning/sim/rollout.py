@@ -162,12 +162,13 @@ def available_modes(
     dataset: str | None,
     wanted: Sequence[Mode] | None,
     subtasks: bool = True,
+    fast: bool = True,
     delayed: Sequence[Mode] = (),
 ) -> tuple[Mode, ...]:
-    """The wanted modes; by default all but `fast` and those whose expert or demonstrations are not there.
+    """The wanted modes; by default all but those whose expert or demonstrations are not there.
 
-    By default `flat` is left out too where the policy predicts no subtasks, as it acts on the task anyhow; and of the
-    modes with a delay all that are not in `delayed`.
+    By default `flat` is left out too where the policy predicts no subtasks, as it acts on the task anyhow; `fast` where
+    it says no FAST tokens, or says them anyhow; and of the modes with a delay all that are not in `delayed`.
 
     Raises ValueError when such a one is wanted.
     """
@@ -179,7 +180,8 @@ def available_modes(
     for mode in wanted or ():
         if mode in missing:
             raise ValueError(f"mode {mode}: {missing[mode]}, or leave the mode out")
-    left_out = {*missing, "fast"} | ({*DELAYED} - {*delayed}) | (set() if subtasks else {"flat"})
+    left_out = {*missing} | ({*DELAYED} - {*delayed})
+    left_out |= {mode for mode, able in (("flat", subtasks), ("fast", fast)) if not able}
     return tuple(wanted or (mode for mode in MODES if mode not in left_out))
 
 

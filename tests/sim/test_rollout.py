@@ -141,8 +141,8 @@ def test_mistake_is_named(untrained, tmp_path, options, message):
 
 def test_modes_that_cannot_be_are_left_out():
     env = LeRobotEnv("metaworld")
-    assert available_modes(env, None, None) == ("policy", "flat", "random")
-    assert available_modes(env, None, None, subtasks=False) == ("policy", "random")
+    assert available_modes(env, None, None) == ("policy", "flat", "fast", "random")
+    assert available_modes(env, None, None, subtasks=False, fast=False) == ("policy", "random")
     assert available_modes(env, None, ("flat",), subtasks=False) == ("flat",)
 
 
