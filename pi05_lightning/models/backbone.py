@@ -112,7 +112,14 @@ class Backbone(nn.Module):
             return text, batch.token_mask, batch.causal, {}
         # all present images of all cameras in one call
         dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
-        features, vision = self.vision(batch.pixels.to(dtype) / 127.5 - 1, batch.camera)
+        pixels = batch.pixels.to(dtype) / 127.5 - 1
+        if isinstance(self.vision, KeypointStem):
+            asked = (batch.token_mask & ~batch.causal)[..., None]
+            prompt = (text * asked).sum(1) / asked.sum(1).clamp(min=1)
+            row = batch.image_index // max(cameras, 1)
+            features, vision = self.vision(pixels, batch.camera, prompt[row])
+        else:
+            features, vision = self.vision(pixels, batch.camera)
         if not cameras:
             return text + nothing_of(features), batch.token_mask, batch.causal, vision
         slots = features.new_zeros(rows * cameras, *features.shape[1:])

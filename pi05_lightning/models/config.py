@@ -50,10 +50,13 @@ class VisionConfig:
     """Keypoints: how many share a token; num_keypoints / keypoints_per_token tokens per image."""
     max_cameras: int = 4
     """Keypoints: cameras that get an embedding of their own."""
+    points_at_prompt: bool = False
+    """Keypoints: one more token per image says where the prompt's words point, as the location loss teaches them."""
 
     def __post_init__(self) -> None:
         for name in fields(self):
-            check(f"vision.{name.name}", getattr(self, name.name), 1)
+            if name.name != "points_at_prompt":
+                check(f"vision.{name.name}", getattr(self, name.name), 1)
         if self.width % self.num_heads:
             raise ValueError(f"vision width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.num_keypoints % self.keypoints_per_token:

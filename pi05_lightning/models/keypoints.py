@@ -37,7 +37,8 @@ class KeypointStem(nn.Module):
     def __init__(self, config: VisionConfig, out_width: int) -> None:
         super().__init__()
         self.num_cameras = config.max_cameras
-        self.num_tokens = config.num_keypoints // config.keypoints_per_token
+        self.num_groups = config.num_keypoints // config.keypoints_per_token
+        self.num_tokens = self.num_groups + config.points_at_prompt
         self.convs = nn.Sequential(
             nn.Conv2d(3, 32, 5, stride=2, padding=2),
             nn.ReLU(),
@@ -48,7 +49,10 @@ class KeypointStem(nn.Module):
         )
         self.maps = nn.Conv2d(config.width, config.max_cameras * config.num_keypoints, 3, padding=1)
         features = 4 * self.octaves * config.keypoints_per_token
-        self.projection = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, features, out_width))
+        self.projection = nn.Parameter(torch.empty(config.max_cameras, self.num_groups, features, out_width))
+        self.pointed = None
+        if config.points_at_prompt:
+            self.pointed = nn.Parameter(torch.empty(config.max_cameras, 4 * self.octaves, out_width))
         self.pointer = nn.Linear(out_width, config.max_cameras * (config.num_keypoints + 2))
         self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
 
@@ -64,15 +68,23 @@ class KeypointStem(nn.Module):
         grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
         return heat @ grid
 
-    def forward(self, images: Tensor, camera: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and `keypoints` f32[P K 2] for heads."""
+    def forward(self, images: Tensor, camera: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and `keypoints` f32[P K 2] for heads.
+
+        prompt: [P W], the mean of the embeddings of each image's prompt; zeros where there is none.
+        """
         keypoints = self.keypoints(images, camera)
         features = fourier_features(keypoints, self.octaves).to(self.projection.dtype)
-        features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_tokens)
+        features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_groups)
         # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
         own = F.one_hot(camera, self.num_cameras).to(features.dtype)
-        tokens = torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection) + self.identity[camera]
-        return tokens, {"keypoints": keypoints}
+        tokens = torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection)
+        if self.pointed is not None:
+            if prompt is None:
+                prompt = tokens.new_zeros(len(tokens), tokens.shape[-1])
+            where = fourier_features(self.point(prompt, keypoints, camera), self.octaves).flatten(1).to(features.dtype)
+            tokens = torch.cat([tokens, torch.einsum("pc,pf,cfw->pw", own, where, self.pointed)[:, None]], dim=1)
+        return tokens + self.identity[camera], {"keypoints": keypoints}
 
     def point(self, query: Tensor, keypoints: Tensor, camera: Tensor) -> Tensor:
         """Where what a query names is: it selects among the image's keypoints, and an offset from them.
@@ -92,3 +104,5 @@ class KeypointStem(nn.Module):
                 nn.init.zeros_(conv.bias)
         nn.init.normal_(self.projection, std=self.projection.shape[2] ** -0.5)
         nn.init.normal_(self.identity, std=1.0)
+        if self.pointed is not None:
+            nn.init.normal_(self.pointed, std=self.pointed.shape[1] ** -0.5)

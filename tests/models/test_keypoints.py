@@ -1,0 +1,63 @@
+"""The keypoint stem: one token per image says where the words of its row's prompt point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from pi05_lightning.models.config import VisionConfig
+from pi05_lightning.models.keypoints import KeypointStem
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Batch
+
+from .small import change_column, make_batch, small_config, small_model
+
+VISION = VisionConfig(16, width=8, num_heads=1, num_keypoints=4, keypoints_per_token=4, points_at_prompt=True)
+ROWS = ["iippp", "ppp", "ipppss"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Pi05:
+    return small_model(small_config(backbone_type="keypoint_gemma", vision=VISION))
+
+
+def tokens(model: Pi05, batch: Batch) -> Tensor:
+    """The embeddings of each row's images, [B C N W]."""
+    with torch.no_grad():
+        columns = model.backbone.embed(batch)[0][:, : 2 * batch.image_mask.shape[1]]
+    return columns.unflatten(1, (-1, 2))
+
+
+def test_last_token_of_an_image_says_where_the_prompt_points(model: Pi05) -> None:
+    batch = make_batch(model.config, ROWS)
+    stem = model.backbone.vision
+    assert isinstance(stem, KeypointStem)
+    assert stem.num_tokens == 2
+    found = tokens(model, batch)
+    with torch.no_grad():
+        keypoints = stem.keypoints(batch.pixels / 127.5 - 1, batch.camera)
+        for image, (row, prompt) in enumerate([(0, 3), (0, 3), (2, 3)]):
+            camera = batch.camera[image]
+            words = model.backbone.embed_text(batch.tokens[row, :prompt]).mean(0)
+            where = stem.point(words[None], keypoints[[image]], camera[None])[0]
+            angles = torch.pi * 2.0 ** torch.arange(stem.octaves) * where[:, None]
+            expected = torch.cat([angles.sin(), angles.cos()], 1).flatten() @ stem.pointed[camera]
+            torch.testing.assert_close(found[row, camera, 1], expected + stem.identity[camera, 1], rtol=1e-4, atol=1e-5)
+
+
+def test_it_depends_on_the_prompt_of_its_own_row_and_on_nothing_that_is_said(model: Pi05) -> None:
+    batch = make_batch(model.config, ROWS)
+    before = tokens(model, batch)
+    slots = batch.image_mask.shape[1]
+    asked_otherwise = tokens(model, change_column(batch, slots + 1, row=0))
+    assert (asked_otherwise[0, :, 1] != before[0, :, 1]).any(-1).all()
+    assert torch.equal(asked_otherwise[0, :, 0], before[0, :, 0])
+    assert torch.equal(asked_otherwise[2], before[2])
+    assert torch.equal(tokens(model, change_column(batch, slots + 4, row=2)), before)  # a subtask, to be predicted
+
+
+def test_without_it_there_are_as_many_tokens_as_groups_of_keypoints() -> None:
+    assert KeypointStem(replace(VISION, points_at_prompt=False), 32).num_tokens == 1
