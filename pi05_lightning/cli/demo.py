@@ -59,7 +59,8 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
     fit = [*(f"--stages.{option}" for option in short), "--data.val_samples=8"] if quick else []
     rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else []
     if scene == "desk":
-        collect = ["--env", "Desk", *(collect or ["--episodes", "150", "--scenes", "60"])]
+        shares = ["--rephrased_share", "0.5", "--continued_share", "0.5"]
+        collect = ["--env", "Desk", *shares, *(collect or ["--episodes", "150", "--scenes", "60"])]
         listening = ["--modes", "[policy,mean_replay]", "--instructions", "[right,swapped,paraphrased,empty]"]
         # every instruction in the same initial states: the page shows them side by side
         rollout = ["--env", "Desk", "--env.same_states", "true", *listening, *(rollout or ["--episodes", "8"])]
