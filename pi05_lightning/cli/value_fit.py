@@ -13,7 +13,7 @@ from pi05_lightning.cli.run import run as run_trainer
 from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels
 from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
-from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.experience.value import Tried, ValueFunction, datasets, longest_of
 from pi05_lightning.files.local import write_json, write_once
 from pi05_lightning.models.heads.value import NAME, ValueHead
@@ -104,13 +104,7 @@ def configuration(
             "augmentation": None,
         },
         "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
-        "trainer": {
-            "gradient_clip_val": 1.0,
-            "log_every_n_steps": 20,
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 1_000_000,
-            "num_sanity_val_steps": 0,
-        },
+        "trainer": TRAINER,
     }
 
 

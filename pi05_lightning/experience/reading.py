@@ -1,4 +1,4 @@
-"""How datasets are read for a policy: as those were that it was trained on."""
+"""How datasets are read for a policy, as those were that it was trained on, and how it is trained on them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 CLASS_PATH = f"{LeRobotConfig.__module__}.{LeRobotConfig.__name__}"
+TRAINER: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 20,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1_000_000,
+    "num_sanity_val_steps": 0,
+}
+"""Of the trainings on experience: nothing is validated on the way."""
 _OF_ONE_DATASET = {"path", "episodes", "labels", "corrections_only", "same_robot_as"}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.reading import TRAINER, Reading
 
 Method = Literal["recap", "successes", "dagger", "demonstrations"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -90,11 +90,5 @@ def configuration(
             "augmentation": None,
         },
         "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
-        "trainer": {
-            "gradient_clip_val": 1.0,
-            "log_every_n_steps": 20,
-            "check_val_every_n_epoch": None,
-            "val_check_interval": 1_000_000,
-            "num_sanity_val_steps": 0,
-        },
+        "trainer": TRAINER,
     }

@@ -155,6 +155,7 @@ class LeRobotSource(Source):
         self._kept = np.ones(len(self.columns.episode), dtype=bool)
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
+        self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
         self._reject_values()
         if config.corrections_only:
             self._kept &= self._corrected()
@@ -200,14 +201,6 @@ class LeRobotSource(Source):
             advantage=None if self._advantage is None else ("positive" if self._advantage[row] else "negative"),
             returns=None if self._returns is None else float(self._returns[row]),
         )
-
-    @property
-    def tells_advantage(self) -> bool:  # type: ignore[override]
-        return self._advantage is not None
-
-    @property
-    def same_robot_as(self) -> str | None:  # type: ignore[override]
-        return self.config.same_robot_as
 
     def _read_labels(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Whether each row's advantage is positive, bool[N], and its return, f32[N], as far as there are labels."""
