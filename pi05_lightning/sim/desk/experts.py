@@ -92,7 +92,8 @@ def close_drawer(state: State) -> Move:
 
 def turn_faucet(side: float) -> Expert:
     """side: 1 to the right, -1 to the left."""
-    way = "right" if side > 0 else "left"
+    way, other = ("right", "left") if side > 0 else ("left", "right")
+    lower = f"lower the gripper to the {other} of the faucet handle"
 
     def expert(state: State) -> Move:
         axis, hand, angle = state.faucet, state.hand, np.deg2rad(state.faucet_angle)
@@ -103,13 +104,13 @@ def turn_faucet(side: float) -> Expert:
         start = axis[:2] + HANDLE * 0.85 * out - _BESIDE * across
         if hand[2] < 0.135 and -0.085 < ahead < -0.005 and 0.05 < along < 0.16:
             if hand[2] > 0.12 and ahead < -0.03:
-                return Move(_at(start, 0.1), 10.0, SHUT, "lower the gripper beside the faucet handle")
+                return Move(_at(start, 0.1), 10.0, SHUT, lower)
             further = angle + side * 0.35
             goal = axis[:2] + HANDLE * 0.8 * np.array([np.sin(further), -np.cos(further)])
             return Move(_at(goal, 0.105), 15.0, SHUT, f"push the faucet handle to the {way}")
         if _apart(hand, start) > 0.02:
-            return _travel(state, start, SHUT, "move beside the faucet handle")
-        return Move(_at(start, 0.1), 10.0, SHUT, "lower the gripper beside the faucet handle")
+            return _travel(state, start, SHUT, f"move to the {other} of the faucet handle")
+        return Move(_at(start, 0.1), 10.0, SHUT, lower)
 
     return expert
 
@@ -117,6 +118,7 @@ def turn_faucet(side: float) -> Expert:
 def push_block(colour: str, side: float) -> Expert:
     """side: 1 to the right, -1 to the left."""
     way, other = ("right", "left") if side > 0 else ("left", "right")
+    lower = f"lower the gripper to the {other} of the {colour} block"
 
     def expert(state: State) -> Move:
         block, hand = state.blocks[colour], state.hand
@@ -124,12 +126,12 @@ def push_block(colour: str, side: float) -> Expert:
         behind = side * (block[0] - hand[0])
         if hand[2] < 0.09 and 0.015 < behind < 0.09 and abs(hand[1] - block[1]) < 0.02:
             if hand[2] > 0.07 and behind > 0.045:
-                return Move(_at(start, 0.055), 10.0, SHUT, f"lower the gripper beside the {colour} block")
+                return Move(_at(start, 0.055), 10.0, SHUT, lower)
             goal = np.array([block[0] + side * 0.03, block[1]])
             return Move(_at(goal, 0.06), 8.0, SHUT, f"push the {colour} block to the {way}")
         if _apart(hand, start) > 0.012:
             return _travel(state, start, SHUT, f"move to the {other} of the {colour} block")
-        return Move(_at(start, 0.055), 10.0, SHUT, f"lower the gripper beside the {colour} block")
+        return Move(_at(start, 0.055), 10.0, SHUT, lower)
 
     return expert
 
