@@ -148,7 +148,7 @@ def test_a_mistake_in_a_file_is_named_with_its_key(content: str, named: str, tmp
 
 
 def test_unknown_size_is_told_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="shipped models are base, debug, desk, tiny"):
+    with pytest.raises(ValueError, match="shipped models are base, debug, tiny"):
         read_run(["huge"])
 
 

@@ -54,8 +54,8 @@ def test_later_layer_changes_a_named_model(elsewhere: Path, capsys: pytest.Captu
 def test_wrong_model_is_told_the_shipped_ones(how: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = write(elsewhere.with_name("model.yaml"), model={"config": "tinny"})
     more = ["-c", str(layer)] if how == "file" else ["--model.config", "tinny"]
-    assert "shipped models are base, debug, desk, tiny" in rejected(["fit", "-c", str(elsewhere), *more], capsys)
-    with pytest.raises(ValueError, match="shipped models are base, debug, desk, tiny"):
+    assert "shipped models are base, debug, tiny" in rejected(["fit", "-c", str(elsewhere), *more], capsys)
+    with pytest.raises(ValueError, match="shipped models are base, debug, tiny"):
         ModelConfig.preset("tinny")
 
 
