@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import experiment
+from tools import experiment, experiment_recipes, experiment_results
+from tools.experiment_recipes import DESK, METAWORLD, recipe_of
 
 
 def write_run(run: Path, policy: int, flat: int, error: float, seconds: float) -> None:
@@ -26,40 +27,40 @@ def write_run(run: Path, policy: int, flat: int, error: float, seconds: float) -
 @pytest.fixture
 def gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of an experiment with two seeds that ran and one that is not done."""
-    monkeypatch.setattr(experiment, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(experiment_recipes, "EXPERIMENTS", tmp_path / "experiments")
     folder = tmp_path / "experiments" / "002_other"
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("# 002\n\n<!-- TABLES -->\n\nold\n\n<!-- /TABLES -->\n\n## Verdict\n")
     write_run(tmp_path / "runs" / "002_other" / "seed0", policy=8, flat=6, error=0.1, seconds=100)
     write_run(tmp_path / "runs" / "002_other" / "seed1", policy=10, flat=6, error=0.3, seconds=104)
     (tmp_path / "runs" / "002_other" / "seed2").mkdir()
-    experiment.gather("002_other", tmp_path / "runs")
+    experiment_results.gather("002_other", tmp_path / "runs")
     return folder
 
 
 def test_results_hold_every_seed_that_was_rolled_out(gathered: Path) -> None:
     results = json.loads((gathered / "results.json").read_text())
     assert list(results) == ["0", "1"]
-    assert results["1"]["success"]["policy"] == {"reach-v3": [10, 10]}
+    assert results["1"]["rollout"]["success"]["policy"] == {"reach-v3": [10, 10]}
     assert results["1"]["validation"] == {"action_mae": 0.3}
 
 
 def test_table_has_mean_and_standard_deviation_over_seeds(gathered: Path) -> None:
     arms = {"002_other": json.loads((gathered / "results.json").read_text())}
-    mean = list(experiment.seed_table(arms))[-1]
+    mean = list(experiment_results.seed_table(arms, METAWORLD))[-1]
     # 0.8 and 1.0: mean 0.9, deviation √(2 · 0.1²); 0.1 and 0.3 the same around 0.2; 100 and 104: 102, √8
     assert mean.split(" | ")[2:] == [
         "**0.900 ± 0.141**",
         "**0.600 ± 0.000**",
-        "**–**",
         "**0.200 ± 0.141**",
+        "**–**",
         "**102 ± 3** |",
     ]
 
 
 def test_table_of_tasks_adds_up_the_seeds(gathered: Path) -> None:
     arms = {"002_other": json.loads((gathered / "results.json").read_text())}
-    assert list(experiment.task_table(arms))[-1] == "| reach-v3 | 18/20 | 12/20 | 6/20 |"
+    assert list(experiment_results.task_table(arms, METAWORLD))[-1] == "| reach-v3 | 18/20 | 12/20 | 6/20 |"
 
 
 def test_tables_replace_those_in_the_readme(gathered: Path) -> None:
@@ -112,3 +113,34 @@ def test_training_that_was_interrupted_goes_on(tmp_path: Path) -> None:
 def test_unknown_experiment_is_told_the_known_ones() -> None:
     with pytest.raises(SystemExit, match="001_metaworld"):
         experiment.experiment("000_nothing")
+
+
+def test_number_says_which_recipe_an_experiment_differs_from() -> None:
+    assert recipe_of("009a_without_language") is recipe_of("009_desk") is DESK
+    assert recipe_of("002_without_stage_1") is METAWORLD
+    assert experiment.configs("002_without_stage_1")[1:] == [
+        "experiments/001_metaworld/config.yaml",
+        "experiments/002_without_stage_1/config.yaml",
+    ]
+    assert experiment.configs("009a_without_language") == [
+        "configs/desk.yaml",
+        "experiments/009a_without_language/config.yaml",
+    ]
+
+
+def test_desk_is_judged_at_the_task_that_was_told_and_at_the_original_one() -> None:
+    result = {
+        "rollout": {
+            "success": {"policy": {"a": [9, 10], "b": [7, 10]}, "policy, swapped": {"a": [1, 10]}},
+            "swapped": {"policy, swapped": {"a": {"told": "b", "success": [6, 10]}}},
+        },
+        "chains": {"chains": {"policy": {"chain": {"episodes": 4, "in_a_row": [4, 2, 0, 0, 0], "mean": 1.5}}}},
+        "validation": {},
+        "cpu_seconds": 1300.0,
+    }
+    measured = {heading: measure(result) for heading, measure in DESK.shares.items()}
+    assert measured["named"] == pytest.approx(0.8)
+    assert measured["swapped: named"] == pytest.approx(0.6)
+    assert measured["swapped: original"] == pytest.approx(0.1)
+    assert measured["empty"] is None
+    assert DESK.numbers["in a row"][0](result) == 1.5

@@ -60,7 +60,7 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
     rollout = ["--episodes", "2", "--max_seconds", "1"] if quick else []
     if scene == "desk":
         shares = ["--rephrased_share", "0.5", "--continued_share", "0.5"]
-        collect = ["--env", "Desk", *shares, *(collect or ["--episodes", "150", "--scenes", "60"])]
+        collect = ["--env", "Desk", *shares, *collect]
         listening = ["--modes", "[policy,mean_replay]", "--instructions", "[right,swapped,paraphrased,empty]"]
         # every instruction in the same initial states: the page shows them side by side
         rollout = ["--env", "Desk", "--env.same_states", "true", *listening, *(rollout or ["--episodes", "8"])]

@@ -1,0 +1,133 @@
+"""What the runs of an experiment came to: results.json, the plot, and the tables in its README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pi05_lightning.evaluation.report.plots import COLORS
+from pi05_lightning.files.local import read_json, write_json, write_text
+from tools import experiment_recipes
+from tools.experiment_recipes import Recipe, Result, recipe_of
+
+METRICS = ("flow_loss", "action_mae")  # that validation has of robot/continuous_robot_actions
+MEASURED = ("success", "swapped", "chains")  # of a rollout
+MARKS = ("<!-- TABLES -->", "<!-- /TABLES -->")  # in a README: what is between them is written here
+
+Arms = Mapping[str, Mapping[str, Result]]
+"""{experiment: {training seed: result}}"""
+
+
+def gather(name: str, out: Path) -> None:
+    """Write results.json and plot.png of an experiment from its runs, and the tables into its README."""
+    recipe, folder = recipe_of(name), experiment_recipes.EXPERIMENTS
+    results = {run.name.removeprefix("seed"): read_result(run, recipe) for run in sorted((out / name).glob("seed*"))}
+    write_json(folder / name / "results.json", {seed: result for seed, result in results.items() if result})
+    arms = {arm: read_json(folder / arm / "results.json", default={}) for arm in dict.fromkeys((recipe.name, name))}
+    arms = {arm: found for arm, found in arms.items() if found}
+    plot(arms, recipe).savefig(folder / name / "plot.png", dpi=120)
+    tables = "\n".join([*seed_table(arms, recipe), "", *task_table(arms, recipe)])
+    print(tables)
+    fill(folder / name / "README.md", f"{tables}\n\n![What was measured, per seed](plot.png)")
+
+
+def fill(readme: Path, content: str) -> None:
+    """Put the content between the README's marks for it; one without marks is left as it is."""
+    text = readme.read_text(encoding="utf-8")
+    first, mark, rest = text.partition(MARKS[0])
+    if mark:
+        write_text(readme, f"{first}{mark}\n\n{content}\n\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
+def read_result(run: Path, recipe: Recipe) -> Result:
+    """What a seed's rollouts and validation measured; nothing before it was rolled out."""
+    rollouts = {name: read_json(run / name / "rollout.json", default={}) for name in recipe.rollouts}
+    if not all(rollouts.values()):
+        return {}
+    measured = read_json(run / "metrics.json", default={}).get("robot/continuous_robot_actions", {})
+    return {
+        **{name: {key: found[key] for key in MEASURED if found.get(key)} for name, found in rollouts.items()},
+        "validation": {metric: measured[metric] for metric in METRICS if metric in measured},
+        "cpu_seconds": read_json(run / "parts" / "fit.json", default={}).get("cpu_seconds"),
+    }
+
+
+def seed_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
+    """A row per experiment and seed, and one of each experiment's means ± standard deviations."""
+    columns = {**{heading: (measure, 3) for heading, measure in recipe.shares.items()}, **recipe.numbers}
+    yield f"| experiment | training seed | {' | '.join(columns)} |"
+    yield f"|---|---|{'---|' * len(columns)}"
+    for arm, results in arms.items():
+        values = {heading: [value(result) for result in results.values()] for heading, (value, _) in columns.items()}
+        for place, seed in enumerate(results):
+            cells = (shown(values[heading][place : place + 1], digits) for heading, (_, digits) in columns.items())
+            yield f"| {number(arm)} | {seed} | {' | '.join(cells)} |"
+        cells = (f"**{shown(values[heading], digits)}**" for heading, (_, digits) in columns.items())
+        yield f"| **{number(arm)}** | **mean** | {' | '.join(cells)} |"
+
+
+def task_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
+    """Successes of all seeds together, per task, experiment and mode."""
+    columns = {
+        f"{number(arm)}, {heading}": [result[rollout]["success"][mode] for result in results.values()]
+        for arm, results in arms.items()
+        for (rollout, mode), heading in recipe.modes.items()
+        if all(mode in result.get(rollout, {}).get("success", {}) for result in results.values())
+    }
+    yield f"| task | {' | '.join(columns)} |"
+    yield f"|---|{'---|' * len(columns)}"
+    for task in dict.fromkeys(task for seeds in columns.values() for by_task in seeds for task in by_task):
+        counts = [[by_task[task] for by_task in seeds if task in by_task] for seeds in columns.values()]
+        cells = (f"{sum(s for s, _ in column)}/{sum(n for _, n in column)}" if column else "–" for column in counts)
+        yield f"| {task} | {' | '.join(cells)} |"
+
+
+def number(arm: str) -> str:
+    """Of an experiment, by its folder's name."""
+    return arm.partition("_")[0]
+
+
+def shown(values: Sequence[float | None], digits: int) -> str:
+    """Mean ± standard deviation of what was measured."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{fmean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
+
+
+def plot(arms: Arms, recipe: Recipe) -> Figure:
+    """Shares and the first number: a dot per seed and a line at their mean; dashed: what is the same for all."""
+    results = {arm: list(by_seed.values()) for arm, by_seed in arms.items()}
+    rows = [
+        (arm, heading, values)
+        for heading, measure in recipe.shares.items()
+        for arm, found in results.items()
+        if (values := [value for result in found if (value := measure(result)) is not None])
+    ]
+    names = list(arms)
+    figure = Figure(figsize=(9, 1.1 + 0.4 * len(rows)), layout="constrained")
+    shares, beside = figure.subplots(1, 2, width_ratios=(3, 2))
+    for place, (arm, _, values) in enumerate(rows):
+        dots(shares, values, place, names.index(arm))
+    for same in {recipe.dashed(result) for found in results.values() for result in found} - {None}:
+        shares.axvline(same, color="#444444", linestyle="--", linewidth=1)
+    shares.set(xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="success (dashed: mean trajectory)")
+    shares.set_yticks(range(len(rows)), [f"{number(arm)}, {heading}" for arm, heading, _ in rows])
+    heading, (measure, _) = next(iter(recipe.numbers.items()))
+    measured = [[value for result in found if (value := measure(result)) is not None] for found in results.values()]
+    for place, values in enumerate(measured):
+        dots(beside, values, place, place)
+    beside.set(ylim=(len(names) - 0.5, -0.5), xlabel=heading)
+    beside.set_yticks(range(len(names)), [number(arm) for arm in names])
+    beside.set_xlim(0, 1.1 * max((value for values in measured for value in values), default=0) or 1)
+    return figure
+
+
+def dots(axes: Axes, values: Sequence[float], place: int, color: int) -> None:
+    if values:
+        axes.plot(values, [place] * len(values), "o", color=COLORS[color], alpha=0.7)
+        axes.vlines(fmean(values), place - 0.3, place + 0.3, color=COLORS[color], linewidth=2)
