@@ -187,7 +187,10 @@ class TargetMaker(Protocol):
     """Makes a head's targets, where they are neither tokens nor actions, in the loader's workers."""
 
     def make(self, frame: Frame) -> Any:
-        """Of one frame, whose images are those that the sample shows, state and actions normalised; None for none."""
+        """Of one frame, whose images are those that the sample shows, state and actions normalised; None for none.
+
+        Its task is empty where the prompt does not tell it, as in a question's.
+        """
         ...
 
     def images(self, target: Any) -> set[str]:

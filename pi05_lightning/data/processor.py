@@ -143,6 +143,7 @@ class Processor:
             asked = self._choose_questions(frame.answers, rng, max_questions if modality is Modality.QA else 1)
             images = {camera: images[camera] for camera in images if asked[0].camera in (None, camera)}
             segments = [segment for answer in asked for segment in prompts.ask(answer)]
+            frame = replace(frame, task="")  # which is not told
         elif modality is Modality.HL_SUBTASK:
             if frame.subtask is None:
                 raise ValueError("hl_subtask needs a subtask, and there is none")
@@ -157,6 +158,8 @@ class Processor:
             if training and advantage is not None and rng.random() < language.advantage_omission:
                 advantage = None
             segments = prompts.low_level(frame, subtask, language.condition_on, fast=is_fast, advantage=advantage)
+            if subtask is not None and language.condition_on == "subtask":
+                frame = replace(frame, task="")
             if with_fast:
                 segments.append(self._fast_segment(frame.actions))
             actions, mask = self._pad(frame.actions, frame.action_is_pad)

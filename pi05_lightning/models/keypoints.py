@@ -69,7 +69,8 @@ class KeypointStem(nn.Module):
         return heat @ grid
 
     def forward(self, images: Tensor, camera: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and `keypoints` f32[P K 2] for heads.
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and for heads `keypoints` f32[P K 2] and, where
+        it points at the prompt, `pointed` f32[P 2].
 
         prompt: [P W], the mean of the embeddings of each image's prompt; zeros where there is none.
         """
@@ -79,12 +80,14 @@ class KeypointStem(nn.Module):
         # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
         own = F.one_hot(camera, self.num_cameras).to(features.dtype)
         tokens = torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection)
+        seen = {"keypoints": keypoints}
         if self.pointed is not None:
             if prompt is None:
                 prompt = tokens.new_zeros(len(tokens), tokens.shape[-1])
-            where = fourier_features(self.point(prompt, keypoints, camera), self.octaves).flatten(1).to(features.dtype)
+            seen["pointed"] = self.point(prompt, keypoints, camera)
+            where = fourier_features(seen["pointed"], self.octaves).flatten(1).to(features.dtype)
             tokens = torch.cat([tokens, torch.einsum("pc,pf,cfw->pw", own, where, self.pointed)[:, None]], dim=1)
-        return tokens + self.identity[camera], {"keypoints": keypoints}
+        return tokens + self.identity[camera], seen
 
     def point(self, query: Tensor, keypoints: Tensor, camera: Tensor) -> Tensor:
         """Where what a query names is: it selects among the image's keypoints, and an offset from them.

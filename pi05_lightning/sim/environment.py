@@ -80,6 +80,7 @@ class Demonstrator(ExpertEnvironment, Protocol):
     task           its name
     cameras        names of those that it is seen with
     objects        names of what can be asked about
+    target         the one that the instruction is about, if it is about one
     action_repeat  control steps that an action lasts
     state          f32[S] of the robot
     workspace      the lowest and the highest place the hand can be sent to: f64[3] in metres, twice
@@ -92,6 +93,8 @@ class Demonstrator(ExpertEnvironment, Protocol):
     def cameras(self) -> tuple[str, ...]: ...
     @property
     def objects(self) -> Sequence[str]: ...
+    @property
+    def target(self) -> str | None: ...
     @property
     def action_repeat(self) -> int: ...
     @property

@@ -1,7 +1,9 @@
 """The location head: points at what a box names, with the keypoint stem. Not in π0.5; for laptop-size models.
 
 Where a question asks for a box, its words select among the image's keypoints, and the loss is the L1 distance to the
-box's centre. It has no parameters of its own: the pointer is part of the stem.
+box's centre. A question that is the frame's instruction has the box of the thing that this is about: where the sample
+tells the instruction, the prompt itself shall point there. The head has no parameters of its own: the pointer is part
+of the stem.
 """
 
 from __future__ import annotations
@@ -24,28 +26,38 @@ NAME = "location"
 
 @dataclass(frozen=True)
 class Point:
-    """Something that a box names: its question and its centre (y, x) in [0, 1] of one camera's image."""
+    """Something that a box names: its question and its centre (y, x) in [0, 1] of one camera's image.
+
+    told: whether the sample's prompt tells it.
+    """
 
     camera: str
     query: str
     centre: tuple[float, float]
+    told: bool
 
 
 class Points:
     """The centres of the boxes that a frame's answers name.
 
     In a batch: image i64[Q] of each point;  tokens i64[Q M], token_mask bool[Q M]: what it is called;
-    centre f32[Q 2]: where it is, (y, x) in [0, 1].
+    told bool[Q]: whether the prompt tells it;  centre f32[Q 2]: where it is, (y, x) in [0, 1].
     """
 
     def make(self, frame: Frame) -> tuple[Point, ...]:
-        """Of the answers about images that the frame has; the first box of each."""
-        return tuple(
-            Point(answer.camera, answer.question, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+        """Of the answers about images that the frame has; the first box of each. Those that are told, if any are."""
+        points = tuple(
+            Point(
+                answer.camera,
+                answer.question,
+                ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2),
+                told=answer.question == frame.task,
+            )
             for answer in frame.answers
             if answer.camera in frame.images
             for box in text_to_boxes(answer.answer)[:1]
         )
+        return tuple(point for point in points if point.told) or points
 
     def images(self, target: tuple[Point, ...]) -> set[str]:
         return {point.camera for point in target}
@@ -70,6 +82,7 @@ class Points:
             "image": torch.tensor([image for image, _ in points], dtype=torch.long),
             "tokens": tokens,
             "token_mask": torch.arange(tokens.shape[1]) < lengths,
+            "told": torch.tensor([point.told for _, point in points], dtype=torch.bool),
             "centre": torch.tensor([point.centre for _, point in points]).reshape(-1, 2),
         }
 
@@ -94,6 +107,8 @@ class LocationHead(Head):
         query = words.sum(1) / asked["token_mask"].sum(1, keepdim=True)
         image = asked["image"]
         pointed = backbone.vision.point(query, prefix.vision["keypoints"][image], batch.camera[image])
+        if "pointed" in prefix.vision:
+            pointed = torch.where(asked["told"][:, None], prefix.vision["pointed"][image], pointed)
         return {NAME: (pointed - asked["centre"]).abs().mean(-1)}
 
     def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:

@@ -101,11 +101,13 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
     begin(env, seed, config.continued_share)
+    said = _said(env, config.rephrased_share, seed)
     frames: list[Frame] = []
     actions, subtasks, answers = [], [], []
     solved, end = False, config.max_frames
     while len(frames) < end:
-        answers.append(questions.answers(env, env.boxes()) if len(frames) % config.answers_every == 0 else ())
+        asked = len(frames) % config.answers_every == 0
+        answers.append(questions.answers(env, env.boxes(), said) if asked else ())
         subtasks.append(env.subtask())
         frames.append(env.observation())
         taken = list[np.ndarray]()
@@ -120,7 +122,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     if not solved:
         return None
     return Episode(
-        task=_said(env, config.rephrased_share, seed),
+        task=said,
         state=np.stack([frame.state for frame in frames if frame.state is not None]),
         action=np.stack(actions),
         images={name: np.stack([frame.images[name].transpose(1, 2, 0) for frame in frames]) for name in env.cameras},

@@ -14,12 +14,20 @@ _BESIDE = 0.02  # metres within which two things are at the same place along an 
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
 
 
-def answers(env: Demonstrator, boxes: Mapping[str, Mapping[str, Box]]) -> tuple[Answer, ...]:
+def answers(
+    env: Demonstrator, boxes: Mapping[str, Mapping[str, Box]], instruction: str | None = None
+) -> tuple[Answer, ...]:
     """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper.
 
     boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them.
+    instruction: as it is told; its answer is the box of the thing that it is about.
     """
     asked = [
+        Answer(instruction, box_to_text(seen[env.target]), camera)
+        for camera, seen in boxes.items()
+        if instruction is not None and env.target in seen
+    ]
+    asked += [
         Answer(f"detect the {name}", box_to_text(box), camera)
         for camera, seen in boxes.items()
         for name, box in seen.items()

@@ -207,6 +207,11 @@ class DeskEnvironment:
         return self._given.sentence
 
     @property
+    def target(self) -> str | None:
+        """The thing that the instruction is about, if it is about one."""
+        return self._given.target
+
+    @property
     def other_sentences(self) -> tuple[str, ...]:
         """The same in other words."""
         return self._given.others

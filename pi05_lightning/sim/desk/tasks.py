@@ -46,6 +46,7 @@ class Episode:
 class Task:
     """An instruction.
 
+    target  the thing that it is about, if it is one
     solved  whether it is done
     expert  what to do next for it
     needs   whether it can be done on a desk that was left so
@@ -61,6 +62,7 @@ class Task:
     leaves: Callable[[Left], Left] = lambda left: left
     others: tuple[str, ...] = ()
     seconds: float = 6.0
+    target: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _press(colour: str) -> Task:
             *_said(("press", "push"), (f"the button that is {colour}",)),
             f"the {colour} button should be pressed",
         ),
+        target=f"{colour} button",
     )
 
 
@@ -116,6 +119,7 @@ def _turn(way: str) -> Task:
             *_said(("rotate",), ("the faucet", "the tap"), (f"to the {way}",)),
             f"the faucet should point to the {way}",
         ),
+        target="faucet handle",
     )
 
 
@@ -144,6 +148,7 @@ def _push(colour: str, way: str) -> Task:
             ),
             *_said(("slide", "move"), (f"the {colour} block",), (f"to the {way}", way)),
         ),
+        target=f"{colour} block",
     )
 
 
@@ -161,6 +166,7 @@ def _store(colour: str) -> Task:
             f"the {colour} cube belongs into the drawer",
             f"the {colour} block should be in the drawer",
         ),
+        target=f"{colour} block",
     )
 
 
@@ -177,6 +183,7 @@ INSTRUCTIONS: Mapping[str, Task] = {
             "get the drawer all the way open",
             "the drawer should be open",
         ),
+        target="drawer handle",
     ),
     "drawer-close": Task(
         "close the drawer",
@@ -190,6 +197,7 @@ INSTRUCTIONS: Mapping[str, Task] = {
             "get the drawer shut",
             "the drawer should be shut",
         ),
+        target="drawer handle",
     ),
     **{f"button-{colour}": _press(colour) for colour in BUTTONS},
     **{f"faucet-{way}": _turn(way) for way in _SIDES},
@@ -200,7 +208,7 @@ INSTRUCTIONS: Mapping[str, Task] = {
 
 
 def _steps(sentence: str, *names: str, others: tuple[str, ...], stored: tuple[str, ...] = ()) -> Task:
-    """An instruction for which several of the others have to be done, in any order.
+    """An instruction for which several of the others have to be done, in any order: about no one thing.
 
     stored: the blocks that shall be in the drawer, and must not be there before.
     """

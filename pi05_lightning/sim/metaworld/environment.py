@@ -137,6 +137,7 @@ class MetaWorldEnvironment:
         self.language = task_language(task)
         self.sentence = self.language.sentence  # the instruction
         self.objects = tuple(self.language.objects)
+        self.target = next(iter(self.objects), None)
         self.cameras = tuple(cameras)
         self.action_repeat = action_repeat
         self._mujoco = mujoco
