@@ -69,8 +69,8 @@ class KeypointStem(nn.Module):
         return heat @ grid
 
     def forward(self, images: Tensor, camera: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and for heads `keypoints` f32[P K 2] and, where
-        it points at the prompt, `pointed` f32[P 2].
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and for heads `keypoints` f32[P K 2] and,
+        where it points at the prompt, `pointed` f32[P 2].
 
         prompt: [P W], the mean of the embeddings of each image's prompt; zeros where there is none.
         """

@@ -1,17 +1,19 @@
-"""The keypoint stem: one token per image says where the words of its row's prompt point."""
+"""The keypoint stem: one token per image says where the words of its row's prompt point, and what teaches that."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from pi05_lightning.models.config import VisionConfig
+from pi05_lightning.models.heads.location import NAME, LocationHead, Points
 from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch
+from pi05_lightning.types import Answer, Batch, Frame, box_to_text
 
 from .small import change_column, make_batch, small_config, small_model
 
@@ -61,3 +63,45 @@ def test_it_depends_on_the_prompt_of_its_own_row_and_on_nothing_that_is_said(mod
 
 def test_without_it_there_are_as_many_tokens_as_groups_of_keypoints() -> None:
     assert KeypointStem(replace(VISION, points_at_prompt=False), 32).num_tokens == 1
+
+
+def test_what_the_prompt_tells_is_where_the_prompt_points_and_the_rest_where_its_own_words_do(model: Pi05) -> None:
+    stem, backbone = model.backbone.vision, model.backbone
+    assert isinstance(stem, KeypointStem)
+    centre = torch.tensor([[0.2, 0.7], [0.2, 0.7]])
+    batch = make_batch(model.config, ROWS)
+    points = {
+        "image": torch.tensor([2, 2]),  # the third row's
+        "tokens": torch.tensor([[5, 6], [5, 6]]),
+        "token_mask": torch.ones(2, 2, dtype=torch.bool),
+        "told": torch.tensor([True, False]),
+        "centre": centre,
+    }
+    batch = replace(batch, auxiliary={NAME: points})
+    with torch.no_grad():
+        prefix = backbone(batch)
+        found = LocationHead().loss(batch, prefix, backbone)[NAME]
+        prompt, words = (
+            backbone.embed_text(batch.tokens[2, :3]).mean(0),
+            backbone.embed_text(torch.tensor([5, 6])).mean(0),
+        )
+        seen, camera = prefix.vision["keypoints"][2], batch.camera[2]
+        pointed = [stem.point(query[None], seen[None], camera[None])[0] for query in (prompt, words)]
+    torch.testing.assert_close(found, (torch.stack(pointed) - centre).abs().mean(-1))
+    assert found[0] != found[1]
+
+
+def test_instruction_that_is_told_is_what_the_points_of_a_sample_are_about() -> None:
+    image = np.zeros((3, 8, 8), np.uint8)
+    box = box_to_text((0.0, 0.0, 0.5, 0.25))
+    answers = (
+        Answer("detect the lid", box, "top"),
+        Answer("lift the lid", box, "top"),
+        Answer("lift the lid", box, "a camera that the sample does not show"),
+        Answer("is it open?", "no", "top"),
+    )
+    frame = Frame({"top": image}, task="lift the lid", answers=answers)
+    (point,) = Points().make(frame)
+    assert (point.query, point.told) == ("lift the lid", True)
+    untold = Points().make(replace(frame, task=""))
+    assert [(point.query, point.told) for point in untold] == [("detect the lid", False), ("lift the lid", False)]

@@ -120,6 +120,23 @@ def test_questions_ask_for_the_state_of_things(desk):
     assert {f"where is the {colour} button?" for colour in BUTTONS} <= before.keys()
 
 
+@pytest.mark.parametrize("task", INSTRUCTIONS)
+def test_instruction_as_a_question_is_answered_by_what_it_is_about(desk, task):
+    begin(desk, task, HELD_OUT[0])
+    said = desk.other_sentences[-1]
+    asked = [(a.question, a.camera, a.answer) for a in questions.answers(desk, desk.boxes(), said)]
+    assert desk.target.removesuffix(" handle") in TASKS[task].sentence
+    boxes = {(camera, answer) for question, camera, answer in asked if question == f"detect the {desk.target}"}
+    assert boxes
+    assert {(camera, answer) for question, camera, answer in asked if question == said} == boxes
+
+
+def test_instruction_of_several_steps_is_about_no_one_thing(desk):
+    begin(desk, "tidy-up", HELD_OUT[0])
+    assert desk.target is None
+    assert all(answer.question != "tidy" for answer in questions.answers(desk, desk.boxes(), "tidy"))
+
+
 def test_other_task_is_watched_whichever_it_is(desk):
     partners = Desk().partners(list(INSTRUCTIONS))
     assert partners.keys() == INSTRUCTIONS.keys()
