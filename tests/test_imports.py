@@ -52,7 +52,6 @@ LAYERS = (
     ("weights",),
     ("losses",),
     ("optim",),
-    ("finite",),
     ("acting",),
     ("inference",),
     ("policy",),
@@ -66,8 +65,8 @@ LAYERS = (
     ("__init__",),
     ("__main__",),
 )
-ROOT_MODULES = {"types", "recipe", "losses", "optim", "finite", "acting", "inference", "policy"}
-ROOT_MODULES |= {"module", "__init__", "__main__"}
+ROOT_MODULES = {"types", "recipe", "losses", "optim", "acting", "inference", "policy"}
+ROOT_MODULES |= {"__init__", "__main__"}
 
 
 def imports(file: Path) -> set[str]:

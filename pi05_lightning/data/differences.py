@@ -155,3 +155,15 @@ def check_measurable(saved: Processor, today: Processor, robots: list[str]) -> N
             f" {', '.join(saved.cameras) or 'none'}. Leave them out with the sources'"
             " `cameras`, or name them as in training"
         )
+
+
+def measured_otherwise(saved: Processor, today: Processor, robots: list[str]) -> list[str]:
+    """What is to be said where weights of the saved processor are measured on data that are not as theirs were.
+
+    robots: the data sources' that they are measured on.  ValueError as of `check_measurable`.
+    """
+    check_measurable(saved, today, robots)
+    if saved is today:
+        return []
+    found = differences(saved.to_dict(), today)
+    return [f"{difference}; what the checkpoint has is used" for difference in found if not difference.harmless]

@@ -14,8 +14,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import default_optimizer
+from pi05_lightning.module.finite import NotFinite
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.restart import PENDING, Restart

@@ -19,8 +19,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from pi05_lightning.files.local import replacing
-from pi05_lightning.finite import NotFinite
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.finite import NotFinite
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due

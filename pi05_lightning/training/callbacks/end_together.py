@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pi05_lightning.finite import NotFinite
+from pi05_lightning.module.finite import NotFinite
 from pi05_lightning.training.callbacks.interrupt import Stopped
 
 GRACE = 10.0

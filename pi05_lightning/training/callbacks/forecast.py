@@ -145,7 +145,7 @@ class Forecaster:
         """Of the changes with which the run fits, the cheapest, in words."""
         for changes, flags in self.methods():
             ways = [(changes, flags)] if changes else []
-            if not self.module.activation_checkpointing:
+            if not self.module.blueprint.activation_checkpointing:
                 ways.append((changes | CHECKPOINTING[0], f"{flags} {CHECKPOINTING[1]}".strip()))
             for way, words in ways or [(changes, flags)]:
                 if way and (need := self.of(way)).total <= free:
@@ -161,7 +161,7 @@ class Forecaster:
 
     def ranks(self, memory: Memory, free: int) -> Iterator[str]:
         """How many devices would do, each with as much memory, in words; for a GPU's, as ranks share a machine's."""
-        if self.device.type != "cpu" and self.deciding.shards == 1 and self.module.base is None:
+        if self.device.type != "cpu" and self.deciding.shards == 1 and self.module.blueprint.base is None:
             for devices in (2, 4, 8, 16, 32, 64):
                 if memory.divided(devices).total <= free:
                     yield f"--trainer.devices {devices} --trainer.strategy fsdp2"
@@ -186,11 +186,11 @@ class Forecaster:
         made = self.module.make_optimizer([nn.Parameter(torch.zeros(1))])
         if isinstance(made, torch.optim.AdamW):
             yield {"optimizer": eight_bits}, "--model.optimizer torchao.optim.AdamW8bit"
-        adapters: dict[str, Any] = {} if self.module.lora else {"lora": Lora()}
-        flags = [] if self.module.lora else ["--model.lora.rank 16"]
+        adapters: dict[str, Any] = {} if self.module.blueprint.lora else {"lora": Lora()}
+        flags = [] if self.module.blueprint.lora else ["--model.lora.rank 16"]
         if adapters:
             yield adapters, flags[0]
-        if self.module.base is None and self.module.sharding is None:
+        if self.module.blueprint.base is None and self.module.sharding is None:
             for kind in ("int8", "nf4"):
                 yield adapters | {"base": kind}, " ".join([*flags, f"--model.base {kind}"])
 
@@ -206,10 +206,10 @@ def variant(module: Pi05Module, recipe: Recipe, changes: Mapping[str, Any]) -> P
     options: dict[str, Any] = {
         "config": module.config,
         "optimizer": module.make_optimizer,
-        "heads": module.head_factories,
-        "lora": module.lora,
-        "base": module.base,
-        "activation_checkpointing": module.activation_checkpointing,
+        "heads": module.blueprint.heads,
+        "lora": module.blueprint.lora,
+        "base": module.blueprint.base,
+        "activation_checkpointing": module.blueprint.activation_checkpointing,
         "knowledge_insulation": module.knowledge_insulation,
     }
     other = Pi05Module(**(options | dict(changes)))

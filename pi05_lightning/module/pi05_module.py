@@ -4,81 +4,44 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
-from pi05_lightning.data.differences import check_measurable, differences
+from pi05_lightning.data.differences import measured_otherwise
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
-from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all, metric_names
+from pi05_lightning.evaluation.metrics import Evaluator, Measured
 from pi05_lightning.files.ranges import check
-from pi05_lightning.finite import TOTAL, FiniteSteps, check_savable
-from pi05_lightning.inference import Inference
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
-from pi05_lightning.models.parallelize import (
-    Lora,
-    Sharding,
-    add_adapters,
-    begin_sharded,
-    checkpoint_blocks,
-    compile_blocks,
-    gather,
-    quantize_base,
-    reset_adapters,
-    shard,
-)
+from pi05_lightning.models.parallelize import Lora, Sharding, gather
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind
+from pi05_lightning.module.blueprint import Blueprint, check_division, division_under
+from pi05_lightning.module.checkpoint import Checkpoints, callbacks_of
+from pi05_lightning.module.finite import TOTAL, FiniteSteps, check_savable
+from pi05_lightning.module.history import History, learned
+from pi05_lightning.module.prediction import Predicted, Predictor
+from pi05_lightning.module.step import StepLosses
+from pi05_lightning.module.validation import Validation, by_tag, tags
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
-from pi05_lightning.types import Batch, Subset
-from pi05_lightning.weights.abilities import ADVANTAGE, Trained, trained
-from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.beginning import begin, begin_slices, carried_on
-from pi05_lightning.weights.left_out import LeftOut
+from pi05_lightning.types import Batch
+from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.beginning import carried_on
 from pi05_lightning.weights.locate import locate
-from pi05_lightning.weights.resumed import (
-    arguments,
-    check_data,
-    check_model,
-    check_origin,
-    check_steps,
-    check_whole,
-    find_states,
-    has_options,
-    reapply,
-)
-from pi05_lightning.weights.safetensors import shapes_of
-from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Predicted:
-    """What a policy would do at each frame of a batch.
-
-    actions: f32[B T A] in the robot's units, absolute.  subtasks: what it said it would do, which conditioned the
-    actions; None where the task alone did.
-    """
-
-    actions: np.ndarray
-    subtasks: list[str | None]
 
 
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -137,13 +100,8 @@ class Pi05Module(LightningModule):
         if config is None and init_from is None:
             raise ValueError("a model needs its dimensions: give model.config, or model.init_from")
         self.config = config or locate(str(init_from)).config()
-        if base is not None and lora is None:
-            raise ValueError(
-                f"model.base {base} is how layers are kept that adapters are trained beside, and there are none: add"
-                " model.lora (--model.lora.rank 16), or leave model.base out"
-            )
-        self.init_from, self.lora, self.base, self.make_optimizer = init_from, lora, base, optimizer
-        self.activation_checkpointing, self.compile_model = activation_checkpointing, compile
+        self.blueprint = Blueprint(self.config, heads, lora, base, activation_checkpointing, compile)
+        self.init_from, self.make_optimizer = init_from, optimizer
         check_optimizer(optimizer)
         for name, value in {"flow_draws": flow_draws, "num_steps": num_steps}.items():
             check(f"model.{name}", value, 1)
@@ -154,24 +112,17 @@ class Pi05Module(LightningModule):
         self.knowledge_insulation = knowledge_insulation
         self.num_steps, self.accuracy_threshold, self.seed = num_steps, accuracy_threshold, seed
         self.processor: Processor | None = None
-        self.metrics: dict[Subset, SubsetMetrics] = {}
         self.results: dict[str, dict[str, float]] = {}
-        self.head_factories = heads
-        with torch.device("meta"):
-            self.model = Pi05(self.config, heads)
+        self.model = self.blueprint.bare()
         self.follow(Recipe.of(pretrain_steps=0))
         self.will_be_restored = False
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
-        self._trained, self._trained_at = Trained(complete=True), 0
-        """What the weights were trained on before this step."""
+        self._history = History()
         self.acting = Acting()
         """How a prediction acts."""
-        self._trained_with: Processor | None = None
-        """What made the samples that the weights were trained on; None where nothing was trained or loaded yet."""
-        self._given_arguments: dict[str, dict[str, Any]] = {}
-        """Of the trainer's callbacks, before a checkpoint's state, see `reapply`."""
-        self._saved_arguments: dict[str, dict[str, Any]] = {}
-        self._policies: dict[str, Inference] = {}
+        self._checkpoints = Checkpoints(self.blueprint, init_from)
+        self._validation: Validation | None = None
+        self._predictor: Predictor | None = None
         self.average: dict[str, Tensor] = {}
         """Of the weights, by name, if they are averaged."""
         self.run_config: str | None = None
@@ -181,44 +132,21 @@ class Pi05Module(LightningModule):
         self._whole: list[Pi05] = []
         """The gathered model, while there is one; in a list, as it is no part of this module."""
         self._configured = False
-        self._left_out = None if lora is None else LeftOut(lora)
-        """What checkpoints leave out: the weights that adapters were put into, if they are on disk."""
         self._hollow = False
         """Its parameters have memory, and nothing in it: a checkpoint's weights have yet to come."""
-        self._losses: dict[str, list[Tensor]] = {}
-        """Of the step under way, one value per accumulated batch."""
-        self._step_counts: dict[str, Tensor] = {}
-        """Of the step under way, the elements of each term on all ranks."""
+        self._step = StepLosses()
         self.finite = FiniteSteps(max_skipped_steps, lambda drawn: datamodule_of(self.trainer).addresses(drawn))
 
     # --- building
 
     def setup(self, stage: str) -> None:
-        strategy = self.trainer.strategy
-        divides = isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy)
-        if divides and self.base is not None:
-            raise ValueError(
-                f"model.base {self.base} is not sharded (trainer.strategy {type(strategy).__name__}), as FSDP2 divides"
-                " floating-point weights alone: leave model.base out, or give trainer.strategy ddp, with which each"
-                " rank has the quantised base whole"
-            )
-        if not divides:
-            self.sharding = None
-        elif self.sharding is None:
-            raise ValueError(
-                f"trainer.strategy {type(strategy).__name__} shards the weights in a way that this model, its stages'"
-                " freezing and its averaged weights do not support: use fsdp2, which divides them between the ranks too"
-            )
+        self.sharding = division_under(self.trainer.strategy, self.sharding, self.blueprint.base)
         if stage == "fit":
             check_clock(self.trainer)
         data = datamodule_of(self.trainer)
-        data.measure_with(None if stage == "fit" else self._trained_with)
+        data.measure_with(None if stage == "fit" else self._history.processor)
         self.processor = data.processor
-        self._given_arguments = {c.state_key: arguments(c) for c in self._callbacks}
-
-    @property
-    def _callbacks(self) -> list[Callback]:
-        return cast("Any", self.trainer).callbacks  # Lightning sets them without declaring them
+        self._checkpoints.note_arguments(callbacks_of(self.trainer))
 
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.
@@ -226,99 +154,41 @@ class Pi05Module(LightningModule):
         Raises ValueError for losses that no head of the model has.
         """
         recipe.check_terms(self.model.terms)
-        self.recipe = recipe if self.lora is None else recipe.freezing(self.lora.frozen)
+        lora = self.blueprint.lora
+        self.recipe = recipe if lora is None else recipe.freezing(lora.frozen)
 
     def check_new(self) -> None:
         """Before a new run: ValueError for patterns that no parameter matches, and warm-ups longer than their stage.
 
         A run that is resumed with the options it was begun with goes on, and is told of them.
         """
-        names = [name for name, _ in (self.model if self.lora is None else self.blank()).named_parameters()]
+        lora = self.blueprint.lora
+        names = [name for name, _ in (self.model if lora is None else self.blank()).named_parameters()]
         self.recipe.check_followed(names)
-        if self.lora is not None:
-            self.lora.check_patterns(names)
+        if lora is not None:
+            lora.check_patterns(names)
 
     def configure_model(self) -> None:
         """Give the parameters memory and values, then add what the options ask for; once."""
         if self._configured:
-            self._check_sharding()
+            check_division(self.model, self.sharding)
             return
         self._configured = True
         blank = self.model.device.type == "meta"
         weights = locate(self.init_from) if self.init_from and blank and not self.will_be_restored else None
-        if self.sharding is not None:
-            self._make_shards(self.sharding, weights)
+        given = self.model, weights, self.processor, self.will_be_restored
+        if self.sharding is None:
+            self.blueprint.make(*given)
         else:
-            self._make(weights)
+            self.blueprint.make_shards(*given, self.sharding, self.trainer.strategy.broadcast)
+        self._hollow = blank and self.will_be_restored
         if weights is not None:
-            self._trained = carried_on(weights, self.processor)
-            if self._left_out is not None:
-                self._left_out.begin(str(self.init_from), weights, self._run_directory)
-        if self.compile_model:
-            compile_blocks(self.model)
-        if self.activation_checkpointing:
-            checkpoint_blocks(self.model)
-
-    def _make(self, weights: Weights | None) -> None:
-        blank = self.model.device.type == "meta"
-        if blank:
-            self.model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
-            if self.lora is not None and self.base is not None:
-                quantize_base(self.model, self.base, self.lora)
-            if not self.will_be_restored:
-                begin(self.model, weights, self.processor)
-        if self.lora is not None:
-            add_adapters(self.model, self.lora)
-        if blank and self.will_be_restored:
-            self.model.to_empty(device=torch.get_default_device())
-            self._hollow = True
-
-    def _make_shards(self, sharding: Sharding, weights: Weights | None) -> None:
-        """As `_make`, so that no rank ever has more than its part, and one layer of the others'."""
-        if self.model.device.type != "meta":
-            raise ValueError("a model that has weights already cannot be divided between ranks: make a new Pi05Module")
-        self.model.to(torch.get_default_dtype())
-        if self.lora is not None:
-            add_adapters(self.model, self.lora)
-        shard(self.model, sharding)
-        self.model.to_empty(device=torch.get_default_device())
-        if self.will_be_restored:
-            self._hollow = True
-        else:
-            self._agree_on_chance()
-            begin_slices(self.model, weights, self.processor)
-            if self.lora is not None:
-                reset_adapters(self.model)
-        begin_sharded(self.model)
+            self._history.before = carried_on(weights, self.processor)
+            self._checkpoints.began(weights, self._run_directory)
 
     def blank(self, stage: Stage | None = None) -> Pi05:
         """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
-        with torch.device("meta"):
-            model = Pi05(self.config, self.head_factories)
-        if self.lora is not None:
-            if self.base is not None:
-                quantize_base(model, self.base, self.lora)
-            add_adapters(model, self.lora)
-        if self.activation_checkpointing:
-            checkpoint_blocks(model)
-        for name, parameter in model.named_parameters():
-            # what a quantised layer holds never learns
-            parameter.requires_grad = parameter.is_floating_point() and not (stage and stage.freezes(name))
-        return model
-
-    def _agree_on_chance(self) -> None:
-        """Have every rank draw the same random numbers: of what they make, each keeps a slice."""
-        generators: list[Any] = [torch.random, *([torch.cuda] if torch.get_default_device().type == "cuda" else [])]
-        for generator in generators:
-            generator.set_rng_state(self.trainer.strategy.broadcast(generator.get_rng_state()))
-
-    def _check_sharding(self) -> None:
-        """Raises ValueError where it is divided otherwise than this trainer would."""
-        if isinstance(self.model, FSDPModule) != (self.sharding is not None):
-            raise ValueError(
-                "the model was made by a trainer with another strategy, and cannot be divided between ranks, or put"
-                " together, any more: make a new Pi05Module, with model.init_from"
-            )
+        return self.blueprint.blank(stage)
 
     @property
     def _run_directory(self) -> str:
@@ -363,12 +233,11 @@ class Pi05Module(LightningModule):
     def _compare(self, robots: list[str]) -> None:
         """Say where the data are not as those that the weights were trained on, whose statistics count."""
         data = datamodule_of(self.trainer)
-        check_measurable(data.processor, data.own_processor, robots)
-        if data.processor is data.own_processor or not self.trainer.is_global_zero:
-            return
-        for difference in differences(data.processor.to_dict(), data.own_processor):
-            if not difference.harmless:
-                log.warning("%s; what the checkpoint has is used", difference)
+        self._say(measured_otherwise(data.processor, data.own_processor, robots))
+
+    def _say(self, messages: list[str]) -> None:
+        for message in messages if self.trainer.is_global_zero else []:
+            log.warning("%s", message)
 
     def cpu(self) -> Pi05Module:
         """As everywhere, except that a model without memory yet stays so: an error before `configure_model` shows."""
@@ -417,7 +286,7 @@ class Pi05Module(LightningModule):
         return batch if isinstance(batch, Observed) else batch.to(device, non_blocking=device.type == "cuda")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.lora is not None and self.lora.dropout:
+        if self.blueprint.lora is not None and self.blueprint.lora.dropout:
             # dropout draws from torch's own generator, which no checkpoint holds
             batches = self.trainer.accumulate_grad_batches
             place = self.trainer.global_rank, self.global_step * batches + batch_idx % batches
@@ -427,15 +296,14 @@ class Pi05Module(LightningModule):
         terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation, parts=parts)
         assert batch.step_counts is not None
         counts = self._of_terms(batch.step_counts, stage.weights)
-        means, self._step_counts = mean_terms(terms, counts, self.trainer.accumulate_grad_batches)
+        means, counted = mean_terms(terms, counts, self.trainer.accumulate_grad_batches)
         loss = total_loss(means, stage.weights)
         if not terms:  # other batches of the step, or ranks, have something to learn from
             if self.sharding is None:
                 loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
             else:  # no rank has, and none calls a layer
                 loss = loss.detach().requires_grad_()
-        for name, value in ({f"{stage.name}/{term}": mean for term, mean in means.items()} | {"total": loss}).items():
-            self._losses.setdefault(f"loss/{name}", []).append(value.detach())
+        self._step.saw(stage, means, counted, loss)
         assert batch.drawn is not None
         self.finite.saw(means | {TOTAL: loss}, batch.drawn)
         return loss
@@ -450,22 +318,13 @@ class Pi05Module(LightningModule):
 
         A term that had no element in the step is not logged. Raises ValueError where none had, and NotFinite.
         """
-        losses, self._losses = self._losses, {}
+        step, self._step = self._step, StepLosses()
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         stage = self.recipe.at(self.global_step)
         norms = self.finite.before_step(self.global_step, stage.name, self.model, optimizer, scaled=scaled)
         if not self.logs_after(self.global_step + 1):
             return
-        values = {name: torch.stack(found).mean() for name, found in losses.items()}
-        values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
-        values |= self._step_counts
-        numbers = torch.stack([value.to(self.device, torch.float32) for value in values.values()])
-        scalars = dict(zip(values, numbers.tolist(), strict=True))
-        counts = {term: scalars.pop(term) for term in self._step_counts}
-        if not any(counts.values()):
-            raise nothing_to_learn(stage.weights)
-        for term in [term for term, count in counts.items() if not count]:
-            del scalars[f"loss/{stage.name}/{term}"]
+        scalars = step.scalars(stage, norms, self.device)
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         if self.finite.max_skipped:
             rates["skipped_steps"] = float(self.finite.skipped)
@@ -480,42 +339,30 @@ class Pi05Module(LightningModule):
     @property
     def measured_step(self) -> int:
         """Optimizer steps after which the weights are measured; a trainer that did not train them counts from 0."""
-        return self.global_step if self.trainer.state.fn == "fit" else self._trained_at
+        return self.global_step if self.trainer.state.fn == "fit" else self._history.step
 
     def on_validation_epoch_start(self) -> None:
-        data = datamodule_of(self.trainer)
-        subsets = [*data.evaluated_subsets, *data.empty_subsets]
-        self.metrics = {subset: SubsetMetrics(subset, self.model, self.device) for subset in subsets}
+        self._validation = Validation(datamodule_of(self.trainer), self.model, self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
         assert self.processor is not None
-        subset = datamodule_of(self.trainer).evaluated_subsets[dataloader_idx]
+        assert self._validation is not None
         evaluator = Evaluator(self.whole, self.processor, self.num_steps, self.accuracy_threshold)
-        measured = evaluator.measure(batch, subset)
-        self.metrics[subset].update(measured)
-        return {"measured": measured}
+        return {"measured": self._validation.add(batch, dataloader_idx, evaluator)}
 
     def on_validation_epoch_end(self) -> None:
+        assert self._validation is not None
         self._whole = []
-        self.results = compute_all(self.metrics)
-        values = self._by_tag(self.results)
+        self.results = self._validation.results()
+        values = by_tag(self.results, datamodule_of(self.trainer).evaluated)
         self.log_dict(values, sync_dist=True)  # the same on every rank already, which Lightning cannot know
         if self.trainer.state.fn != "fit":
             # loggers take it for the x-axis; in double precision, as the default type may be bf16
             self.log("step", torch.tensor(self.measured_step, dtype=torch.float64))
 
-    def _by_tag(self, results: dict[str, dict[str, float]]) -> dict[str, float]:
-        split = datamodule_of(self.trainer).evaluated
-        return {
-            f"{split}{'_detail' if '/' in metric else ''}/{name}/{metric}": float(value)
-            for name, metrics in results.items()
-            for metric, value in metrics.items()
-        }
-
     def validation_metrics(self) -> list[str]:
         """What validation of this run's data can log, before it has."""
-        data = datamodule_of(self.trainer)
-        return list(self._by_tag(metric_names(data.evaluated_subsets, data.empty_subsets, self.model)))
+        return tags(datamodule_of(self.trainer), self.model)
 
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
@@ -527,45 +374,28 @@ class Pi05Module(LightningModule):
         """Raises ValueError for what the policy cannot do, and data whose robots it was not trained on."""
         self._check_weights()
         data = datamodule_of(self.trainer)
-        self._policies = {}
         self._compare(list(data.predicted_sources))
         self._whole = [self.gathered()]
-        for name in data.predicted_sources:
-            acting = replace(self.acting, robot=name)
-            self._policies[name] = Inference(self.whole, data.processor, acting, self.seed, self.trained)
+        self._predictor = Predictor(
+            data.predicted_sources, self.whole, data.processor, self.acting, self.seed, self.trained
+        )
 
     def predict_step(self, batch: Observed, batch_idx: int, dataloader_idx: int = 0) -> Predicted:
-        """Raises ValueError, with the place of the frames, where the policy refuses one, or its own chunk."""
-        policy, config = self._policies[batch.source], self.config
-        subtasks: list[str | None] = [None] * len(batch.frames)
-        if not batch.frames:
-            return Predicted(np.zeros((0, config.horizon, policy.action_dim), np.float32), subtasks)
-        noise, _ = draw_noise(torch.tensor(batch.keys), self.seed, 1, config.horizon, config.action_dim)
-        try:
-            if policy.hierarchical:
-                subtasks = list(policy.predict_subtasks(batch.frames))
-            chunks = policy.predict_chunks(batch.frames, subtasks, self.acting.noise_scale * noise[:, 0])
-        except ValueError as error:
-            raise ValueError(
-                f"data.sources.{batch.source}, a frame from {batch.places[0]} to {batch.places[-1]}: {error}"
-            ) from error
-        return Predicted(chunks, subtasks)
+        assert self._predictor is not None
+        return self._predictor.predict(batch)
 
     def on_predict_end(self) -> None:
-        self._whole, self._policies = [], {}
+        self._whole, self._predictor = [], None
 
     # --- checkpoints
 
     def on_fit_start(self) -> None:
-        for callback in self._callbacks:
-            then = self._saved_arguments.get(callback.state_key, {})
-            reapply(callback, then, self._given_arguments[callback.state_key])
-        self._saved_arguments = {}
+        self._checkpoints.reapply_arguments(callbacks_of(self.trainer))
 
     def on_train_start(self) -> None:
         self._check_weights()
-        self._trained_at, self._trained_with = self.global_step, self.processor
-        self._losses = {}
+        self._history.step, self._history.processor = self.global_step, self.processor
+        self._step = StepLosses()
         self.finite.begin()
 
     def on_train_end(self) -> None:
@@ -573,49 +403,29 @@ class Pi05Module(LightningModule):
 
     def on_fit_end(self) -> None:
         # another trainer counts its steps from 0
-        self._trained, self._trained_at = self.trained, self.global_step
+        self._history.before, self._history.step = self.trained, self.global_step
 
     @property
     def trained(self) -> Trained:
         """What the weights were trained on so far."""
-        now = trained(self.recipe, self._trained_at, self.global_step, self.rtc_max_delay, self._learned)
-        return self._trained + now
-
-    def _learned(self, stage: Stage) -> list[str]:
-        """A stage's loss terms that its data has samples of, and that its freezing leaves something to learn."""
-        data, backbone = datamodule_of(self.trainer), list(self.model.backbone.parameters())
-        drawn, modalities = data.drawn(stage), data.trained_by
-        learned = []
-        for head in self.model.heads.values():
-            own = set(list(head.parameters()) or backbone)  # what predicts tokens has no weights of its own
-            if any(stage.lr_factor(name) for name, parameter in self.model.named_parameters() if parameter in own):
-                learned += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(modalities[t])]
-        acts = not {"flow", "fast"}.isdisjoint(learned)
-        return [*learned, ADVANTAGE] if acts and data.tells_advantage(stage) else learned
+        return self._history.until(
+            self.global_step,
+            self.recipe,
+            self.rtc_max_delay,
+            lambda stage: learned(stage, self.model, datamodule_of(self.trainer)),
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities.
+        """What a policy needs beside the weights, see `Checkpoints.entry`.
 
         The average and the configuration too, which callbacks could not add with `checkpoint.save_weights_only`.
         Raises NotFinite for weights that are not.
         """
         assert self.processor is not None
         self.finite.look(self.model)
-        if self._left_out is not None:
-            checkpoint[STATE_DICT] = self._left_out.strip(checkpoint[STATE_DICT])
+        self._checkpoints.strip(checkpoint)
         check_savable([*checkpoint["state_dict"].items(), *self.average.items()], self.global_step)
-        checkpoint["pi05"] = {
-            "model": self.config.to_dict(),
-            "processor": self.processor.to_dict(),
-            "lora": None if self.lora is None else asdict(self.lora),
-            "base": self.base,
-            "adapter_base": self._left_out and self._left_out.to_dict(),
-            "trained": asdict(self.trained),
-            "saved_at": time.time(),
-            "skipped_steps": self.finite.skipped,
-            "init_from": None if self.init_from is None else str(self.init_from),
-            "callbacks": self._given_arguments,
-        }
+        checkpoint["pi05"] = self._checkpoints.entry(self.processor, self.trained, self.finite.skipped)
         if self.average:
             checkpoint[AVERAGE] = self.average
         if self.run_config is not None:
@@ -623,44 +433,17 @@ class Pi05Module(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError for a checkpoint of another model, and for what a resumed run cannot go on with."""
-        if "pi05" not in checkpoint:
-            raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
-        saved = checkpoint["pi05"]
-        if saved.get("adapter_base") is not None and self._left_out is not None:
-            path = None if self._trainer is None else self.trainer.ckpt_path
-            self._left_out.complete(checkpoint, self.model, path, self.init_from, self._run_directory)
-        tensors = {name.removeprefix(PREFIX): value for name, value in checkpoint[STATE_DICT].items()}
-        expected = shapes_of(self.model.state_dict())
-        check_model(saved, self.config, self.lora, self.base, shapes_of(tensors), expected)
-        self._trained = Trained.from_dict(saved.get("trained", {}))
-        self._trained_at = checkpoint["global_step"]
-        self.finite.skipped = saved.get("skipped_steps", 0)
-        self._trained_with = Processor.from_dict(saved["processor"])
+        path = None if self._trainer is None else self.trainer.ckpt_path
+        self._checkpoints.complete(checkpoint, self.model, path, self._run_directory)
+        self._history = History.of_checkpoint(checkpoint)
+        self.finite.skipped = checkpoint["pi05"].get("skipped_steps", 0)
         if self._trainer is None:  # `load_from_checkpoint`
             return
         checkpoint.setdefault("callbacks", {})  # else, of weights alone, no callback is shown the checkpoint's average
         if self.trainer.state.fn == "fit":
-            self._resume(checkpoint)
+            options = self.recipe, self.run_config, self.check_new
+            self._say(self._checkpoints.resume(checkpoint, self.trainer, *options))
         else:
             data = datamodule_of(self.trainer)
-            data.measure_with(self._trained_with)
+            data.measure_with(self._history.processor)
             self.processor = data.processor
-
-    def _resume(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse what a resumed run would silently do otherwise than it was begun, or than it is told."""
-        saved = checkpoint["pi05"]
-        check_whole(checkpoint)
-        said = [check_steps(checkpoint["global_step"], self.trainer.max_steps, self.recipe.total_steps)]
-        said += check_data(saved["processor"], datamodule_of(self.trainer).own_processor)
-        try:
-            self.check_new()
-        except ValueError as error:
-            if not has_options(checkpoint.get("config"), self.run_config, "stages", "model.lora"):
-                raise
-            said.append(f"{error}")
-        if not (self._left_out and self._left_out.is_at(self.init_from)):
-            said.append(check_origin(self.init_from, saved))
-        for message in filter(None, said if self.trainer.is_global_zero else []):
-            log.warning("%s", message)
-        self._saved_arguments = saved.get("callbacks", {})
-        checkpoint["callbacks"] = find_states(self._callbacks, checkpoint["callbacks"])
