@@ -1,0 +1,119 @@
+"""The images of a LeRobot dataset by camera: decoded on demand from its files, or once into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from pi05_lightning.data.errors import BadImage, BadSample
+from pi05_lightning.data.frame_cache import CachedFrames, fill
+from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.looks import Look
+from pi05_lightning.data.sources.lerobot_rejects import Kept
+
+LOOKED_AT = 16  # frames that tell how a camera's images look
+
+
+class Images:
+    """Those of a dataset's rows; rows of which a video is absent, damaged or too short are left out of the kept ones.
+
+    cameras: feature key → camera.  cache: the folder of cached images, and their (H, W); None decodes on demand.
+    tolerance_s: how far a video frame may be from its timestamp.  convert: take images of other modes than RGB.
+    """
+
+    def __init__(
+        self,
+        files: LeRobotFiles,
+        kept: Kept,
+        cameras: Mapping[str, str],
+        cache: tuple[Path, tuple[int, int]] | None,
+        tolerance_s: float,
+        convert: bool,
+    ) -> None:
+        self.files, self.kept, self.tolerance_s, self.convert = files, kept, tolerance_s, convert
+        self._stores = {camera: self._store(key, cache) for key, camera in cameras.items()}
+
+    def _store(self, key: str, cache: tuple[Path, tuple[int, int]] | None) -> FrameStore | CachedFrames:
+        columns, feature = self.kept.columns, self.files.features[key]
+        if feature["dtype"] == "image":
+            store: FrameStore = ParquetFrames(
+                columns.files, columns.file, columns.file_row, key, self.files.root, self.convert
+            )
+        else:
+            store = self._video(key)
+        if cache is None:
+            return store
+        folder, size = cache
+        return CachedFrames(store, size, folder / key)
+
+    def _video(self, key: str) -> VideoFrames:
+        columns, files, kept = self.kept.columns, self.files, self.kept
+        place = np.searchsorted(files.column("episode_index"), columns.episode)
+        chunk, number, start = (
+            files.video_column(key, name)[place] for name in ("chunk_index", "file_index", "from_timestamp")
+        )
+        remedy = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
+        kept.reject(np.isnan(start), key, "this episode has no video of this camera", remedy)
+        location = np.nan_to_num(np.stack([chunk, number], axis=1), nan=-1).astype(np.int64)
+        numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
+        paths = [files.video_path(key, *number) for number in numbers]
+        position = start + columns.timestamp
+        with ThreadPoolExecutor() as pool:
+            headers = list(pool.map(VideoHeader.read, paths))
+        for i, header in enumerate(headers):
+            here = (file == i) & ~np.isnan(start)
+            kept.reject(here & bool(header.problem(files.fps)), key, header.problem(files.fps), remedy)
+            late = here & (position > header.end + self.tolerance_s) & kept.mask
+            if late.any():
+                shown = f"{paths[i]} ends at {header.end:.4f} s, and this frame is at {position[late][0]:.4f} s of it"
+                kept.reject(late, key, shown, "Correct where the episode is in meta/episodes, or restore the video")
+        return VideoFrames(paths, file.astype(np.int32), position, self.tolerance_s, self.convert)
+
+    @property
+    def caches(self) -> dict[str, CachedFrames]:
+        """By camera; none where images are decoded on demand."""
+        return {camera: store for camera, store in self._stores.items() if isinstance(store, CachedFrames)}
+
+    def fill(self, label: str) -> None:
+        """Decode all frames into the caches, if there are any. label: of the progress bar."""
+        if self.caches:
+            fill(list(self.caches.values()), label)
+            self.reject_undecoded()
+
+    def reject_undecoded(self) -> None:
+        """Leave out the rows that were found not to decode."""
+        for camera, cache in self.caches.items():
+            bad = cache.unreadable() & self.kept.mask
+            if bad.any():
+                problem = cache.problem(int(np.argmax(bad)))
+                self.kept.reject(bad, camera, problem, "Restore the file or leave its episodes out with `episodes`")
+
+    def read(self, row: int) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
+        """Of a row, by camera: its image u8[3 h w], and (h, w) of the picture in the dataset. Raises BadSample."""
+        images = {camera: self._read(camera, row) for camera in self._stores}
+        sizes = {camera: (image.shape[1], image.shape[2]) for camera, image in images.items()}
+        return images, sizes | {camera: cache.picture_size(row) for camera, cache in self.caches.items()}
+
+    def _read(self, camera: str, row: int) -> np.ndarray:
+        try:
+            return self._stores[camera].read(row)
+        except BadImage as error:
+            where = f"dataset {self.kept.rejects.dataset!r}, {self.kept.columns.address(row)}, {camera}"
+            raise BadSample(f"{where}: {error}. Restore it or leave its episode out with `episodes`") from error
+
+    def looks(self, rows: np.ndarray) -> dict[str, Look]:
+        """Of a few rows from all over these, as their images are before they are resized."""
+        rows = np.unique(rows[np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int)]) if len(rows) else rows
+        found = {camera: Look.of(_readable(store, rows)) for camera, store in self._stores.items()}
+        return {camera: look for camera, look in found.items() if look is not None}
+
+
+def _readable(store: FrameStore | CachedFrames, rows: Iterable[int]) -> Iterator[np.ndarray]:
+    for row in rows:
+        with suppress(BadImage):  # whoever trains on it is told
+            yield (store.origin if isinstance(store, CachedFrames) else store).read(row)

@@ -1,0 +1,88 @@
+"""Which rows of a LeRobot dataset can be trained on: the others are an error, or are left out, by what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pi05_lightning.data.errors import Rejects
+from pi05_lightning.data.places import misplaced
+from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
+from pi05_lightning.data.sources.language import TextColumn
+from pi05_lightning.data.sources.lerobot_chunks import Chunks, beyond
+from pi05_lightning.data.sources.lerobot_columns import Columns
+from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.types import Frame
+
+
+class Kept:
+    """The rows of N that are trained on; what is left out of them is named with its address and counted."""
+
+    def __init__(self, columns: Columns, rejects: Rejects) -> None:
+        self.columns, self.rejects = columns, rejects
+        self.mask = np.ones(len(columns.episode), dtype=bool)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """i64, in order."""
+        return np.flatnonzero(self.mask)
+
+    def reject(self, bad: np.ndarray, what: str, problem: str, remedy: str, row: int | None = None) -> None:
+        """Leave out the rows for which bool[N] holds, if any; row: the one to name, by default the first of them.
+
+        Raises BadSample unless they are to be skipped.
+        """
+        if bad.any():
+            where = f"{self.columns.address(int(np.argmax(bad)) if row is None else row)}, {what}"
+            self.rejects.add(where, problem, remedy, int(bad.sum()))
+            self.mask &= ~bad
+
+
+def reject_texts(kept: Kept, task: TextColumn) -> None:
+    """Rows without a task, and tasks and subtasks with places that are none."""
+    kept.reject(task.codes < 0, "task_index", "it has no task sentence", "Add it to meta/tasks.parquet or give `task`")
+    for what, texts in (("task", task), ("subtask", kept.columns.subtask)):
+        for code, text in enumerate(texts.values):
+            if problem := misplaced(text):
+                kept.reject(texts.codes == code, what, f"{text!r}: {problem}", "Correct the text")
+
+
+def reject_not_finite(kept: Kept, chunks: Chunks, state_keys: list[str], action_keys: list[str]) -> None:
+    """Rows whose state or action chunk holds NaN or infinity."""
+    columns = kept.columns
+    bad_state, bad_action = (~np.isfinite(values).all(axis=1) for values in (columns.state, columns.action))
+    remedy = "Correct the data or leave the episode out with `episodes`"
+    for keys, values, bad in (
+        (state_keys, columns.state, bad_state),
+        (action_keys, columns.action, chunks.holding(bad_action)),
+    ):
+        for row, dim in np.argwhere(~np.isfinite(values))[:1]:
+            kept.reject(bad, " + ".join(keys), f"value {dim} is {values[row, dim]}", remedy, row)
+
+
+def reject_outliers(kept: Kept, chunks: Chunks, robot: Robot, state_keys: list[str], action_keys: list[str]) -> None:
+    """Rows whose state or action chunk a robot's statistics do not explain."""
+    columns = kept.columns
+    far_state, far_action = beyond(robot.normalize.state, columns.state), chunks.far(robot)
+    for keys, bad in ((state_keys, far_state), (action_keys, far_action)):
+        bad &= kept.mask
+        if bad.any():
+            row = int(np.argmax(bad))
+            actions, is_pad = chunks.at(row) if action_keys else (None, None)
+            frame = robot.to_model(Frame({}, state=columns.state[row], actions=actions, action_is_pad=is_pad))
+            if bad is far_action and frame.actions is not None:  # the step that is wrong, not where its chunk begins
+                row += int(np.argmax((np.abs(frame.actions) > OUTLIER).any(axis=1)))
+            kept.reject(bad, " + ".join(keys), outlier(frame) or "", OUTLIER_REMEDY, row)
+
+
+def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.ndarray, quantiles: Quantiles) -> None:
+    """Dims of f32[N D] that do not vary over some rows; no row is left out for it."""
+    dims = np.flatnonzero(quantiles.q01 == quantiles.q99)
+    if len(dims):
+        odd = rows[(values[rows][:, dims] != quantiles.q01[dims]).any(axis=1)]
+        row = int(odd[0]) if len(odd) else int(rows[0])
+        kept.rejects.add(
+            f"{kept.columns.address(row)}, {' + '.join(keys)}",
+            f"dimensions {dims.tolist()} have no range: both quantiles are {quantiles.q01[dims].tolist()}",
+            "Set `min_range`, 0.01 say, to give them one, or take other features",
+            0,
+        )
