@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-TOKEN_VARIABLE = "PI05_TOKEN"
+from pi05_lightning.serving.wire import TOKEN_VARIABLE
+
 SCHEME = "Api-Key"
 """Of the header `Authorization`, as openpi's client sends its `api_key`."""
 

@@ -97,7 +97,7 @@ class Batches:
 
     read: makes a message of a client's policy a request, and raises what is wrong with it; other threads call it, so
     that the model's always has its next batch.  on_batch: told of every batch.
-    waiting: requests that wait.  computing: those being computed.  dropped: those whose client left before they were.
+    waiting: requests that wait.
     """
 
     def __init__(
@@ -108,7 +108,6 @@ class Batches:
     ) -> None:
         self.read, self.batching, self.on_batch = read, batching, on_batch
         self._took = 0.0
-        self.computing = self.dropped = 0
         self._queue: deque[Waiting] = deque()
         self._clients: set[Client] = set()
         self._reading = 0
@@ -143,9 +142,6 @@ class Batches:
         self._reading += 1
         try:
             request = await asyncio.to_thread(self.read, client.policy, data)
-        except asyncio.CancelledError:
-            self.dropped += 1
-            raise
         except Exception:
             client.answered_at = loop.time()
             raise
@@ -161,14 +157,14 @@ class Batches:
         loop = asyncio.get_running_loop()
         while True:
             batch = await self._next()
-            start, self.computing = loop.time(), len(batch)
+            start = loop.time()
             requests = [waiting.request for waiting in batch]
             try:
                 answers = await loop.run_in_executor(self._model, predict_together, requests)
             except Exception as error:
                 answers = Answers([error] * len(batch), 0.0, 0.0)
             now = loop.time()
-            self.computing, self._took = 0, now - start
+            self._took = now - start
             done = Batch(tuple(start - w.since for w in batch), answers.subtask_seconds, answers.chunk_seconds)
             for waiting, chunk in zip(batch, answers.chunks, strict=True):
                 waiting.client.answered_at = now
@@ -200,7 +196,6 @@ class Batches:
     def _drop(self) -> int:
         """How many wait, in the order in which they came, without those whose client left."""
         staying = deque(sorted((w for w in self._queue if not w.answer.done()), key=lambda waiting: waiting.since))
-        self.dropped += len(self._queue) - len(staying)
         self._queue = staying
         return len(staying)
 

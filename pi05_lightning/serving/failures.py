@@ -6,6 +6,7 @@ from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.serving.batches import Busy
 from pi05_lightning.serving.limits import LimitError
+from pi05_lightning.serving.wire import BUSY
 
 KINDS = {
     "limit": "a message beyond a limit",
@@ -30,6 +31,12 @@ def kind_of(error: Exception) -> str:
         return "queue"
     of_the_policy = isinstance(error, NotFinite | FastDecodeError) or not isinstance(error, ValueError)
     return "policy" if of_the_policy else "observation"
+
+
+def told_of(error: Exception) -> str:
+    """What a client is told of it: its kind, and its message."""
+    kind = BUSY if isinstance(error, Busy) else type(error).__name__
+    return printable(f"{kind}: {error}")
 
 
 def printable(text: str) -> str:

@@ -10,10 +10,9 @@ import numpy as np
 
 from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.observation import as_array, as_pixels, as_vector
+from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY
 
 TASK_KEYS = ("prompt", "task")
-RESET_KEY = "reset"
-PREFIX_KEY = "prefix_actions"
 NEARLY_THE_SAME = 0.8  # difflib's ratio from which on a key is another one misspelt, whatever it holds
 
 

@@ -26,11 +26,11 @@ from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import listen
 from pi05_lightning.serving.batches import Answer, Batches, Batching, Busy, Client
 from pi05_lightning.serving.connection import Connection, Socket
-from pi05_lightning.serving.failures import kind_of, printable
+from pi05_lightning.serving.failures import kind_of, printable, told_of
 from pi05_lightning.serving.limits import Limits
 from pi05_lightning.serving.metrics import Metrics
-from pi05_lightning.serving.reader import PREFIX_KEY, RESET_KEY, TASK_KEYS, Reader
-from pi05_lightning.serving.wire import pack, unpack
+from pi05_lightning.serving.reader import TASK_KEYS, Reader
+from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class PolicyServer:
         try:
             answer = self._message(await self.batches.answer(client, data))
         except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
-            told = printable(f"{type(error).__name__}: {error}")
+            told = told_of(error)
             logger.warning("%s: %s", remote, told, exc_info=not isinstance(error, ValueError | Busy))
             self.metrics.failed(kind_of(error))
             return told

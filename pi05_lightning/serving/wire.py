@@ -1,4 +1,7 @@
-"""openpi's wire format: msgpack, with arrays as maps of their bytes, dtype and shape. Nothing in it is executed."""
+"""What server and robot agree on: openpi's wire format, and the words that ours adds to it.
+
+The format is msgpack, with arrays as maps of their bytes, dtype and shape. Nothing in it is executed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,12 @@ from typing import Any
 import msgpack
 import numpy as np
 
+TOKEN_VARIABLE = "PI05_TOKEN"
+"""The environment variable that holds a server's token, for itself and for its clients."""
+PREFIX_KEY, RESET_KEY = "prefix_actions", "reset"
+"""In a message, beside the observation: actions that are executed meanwhile, and whether an episode begins."""
+BUSY = "Busy"
+"""What the text begins with that refuses a message, as too many wait; a colon follows, and how many."""
 MAX_DTYPE = 32
 """Characters of a dtype's name."""
 

@@ -26,15 +26,9 @@ from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
 from tests.serving import counting
 from tests.serving.counting import CountingServer
+from tests.serving.inside import OBSERVATION, PICTURE
 
 ROOT = Path(__file__).parents[2]
-PICTURE = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
-OBSERVATION = {
-    "observation/top": PICTURE,
-    "observation/wrist": PICTURE,
-    "observation/state": np.zeros(4),
-    "prompt": "open the drawer",
-}
 STILL = np.zeros(2)
 
 

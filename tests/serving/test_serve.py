@@ -23,14 +23,8 @@ from pi05_lightning.cli.main import main
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.serving.wire import pack, unpack
+from tests.serving.inside import OBSERVATION, PICTURE
 
-PICTURE = np.arange(48 * 64 * 3, dtype=np.uint32).reshape(48, 64, 3).astype(np.uint8)
-OBSERVATION = {
-    "observation/top": PICTURE,
-    "observation/wrist": PICTURE,
-    "observation/state": np.zeros(4),
-    "prompt": "open the drawer",
-}
 OURS = {
     "image": {"top": PICTURE.transpose(2, 0, 1), "wrist": PICTURE.transpose(2, 0, 1)},
     "state": np.zeros(4, np.float32),

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from pi05_lightning.serving.wire import unpack
+from pi05_lightning.serving.wire import BUSY, unpack
 
 FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds before it connects anew; each is twice the last one
 OPEN_TIMEOUT = 10.0
@@ -225,7 +225,7 @@ class Connection:
 def _unpacked(data: str | bytes) -> dict[str, Any]:
     """A message's dictionary. Raises ServerError for text, which is what went wrong, and for anything else."""
     if isinstance(data, str):
-        raise Busy(data) if data.startswith("Busy:") else ServerError(data)
+        raise Busy(data) if data.startswith(f"{BUSY}:") else ServerError(data)
     try:
         message = unpack(data)
     except ValueError as error:

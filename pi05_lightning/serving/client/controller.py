@@ -18,7 +18,7 @@ from pi05_lightning.serving.client.actions import ActionQueue, Due
 from pi05_lightning.serving.client.connection import Answer, Busy, Connection, Lost, Refused, ServerError
 from pi05_lightning.serving.client.latencies import Latencies
 from pi05_lightning.serving.client.served import Served
-from pi05_lightning.serving.wire import pack
+from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY, TOKEN_VARIABLE, pack
 
 Mode = Literal["waiting", "asynchronous", "rtc"]
 Observation = Mapping[str, Any]
@@ -27,8 +27,6 @@ Fallback = Callable[[Seen, np.ndarray | None], Any]
 
 REMEMBERED = 20  # the newest delays, of which the longest is expected next
 RETRY = 0.2  # seconds after an error of the server before it is asked again
-TOKEN_VARIABLE = "PI05_TOKEN"
-PREFIX_KEY, RESET_KEY = "prefix_actions", "reset"
 
 logger = logging.getLogger(__name__)
 
