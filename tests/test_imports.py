@@ -53,7 +53,6 @@ LAYERS = (
     ("losses",),
     ("optim",),
     ("acting",),
-    ("inference",),
     ("policy",),
     ("profiling",),
     ("evaluation",),
@@ -65,8 +64,7 @@ LAYERS = (
     ("__init__",),
     ("__main__",),
 )
-ROOT_MODULES = {"types", "recipe", "losses", "optim", "acting", "inference", "policy"}
-ROOT_MODULES |= {"__init__", "__main__"}
+ROOT_MODULES = {"types", "recipe", "losses", "optim", "policy", "__init__", "__main__"}
 
 
 def imports(file: Path) -> set[str]:

@@ -14,13 +14,13 @@ from jsonargparse import ArgumentParser
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.cli.serve import serve
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator
-from pi05_lightning.inference import Inference
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.serving.reader import Reader

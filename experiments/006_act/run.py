@@ -26,7 +26,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from rich.console import Console
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.inference import Inference
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.metaworld.environment import MetaWorld

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.inference import Inference
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.lerobot_check import Answers
 

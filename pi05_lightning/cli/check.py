@@ -12,13 +12,13 @@ from rich.console import Console
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.evaluation.agreement import Finding, Given, agreement, compare_predictions, differs
 from pi05_lightning.evaluation.report.tables import table_of
-from pi05_lightning.inference import Inference
 from pi05_lightning.sim.environment import EnvironmentConfig, View
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.simulators import Desk, LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name

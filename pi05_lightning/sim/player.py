@@ -15,7 +15,7 @@ from time import monotonic
 
 import numpy as np
 
-from pi05_lightning.inference import Inference
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.sim.environment import EnvironmentConfig, Instructed, Pictured, Pushed
 from pi05_lightning.sim.rollout import Lanes, view_of
 from pi05_lightning.sim.trials import Clock, Motion, Trial, begin, begin_here, decide, seen, take

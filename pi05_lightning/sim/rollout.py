@@ -34,7 +34,7 @@ from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
 
 if TYPE_CHECKING:  # processes that run baselines alone need no model
     from pi05_lightning.acting import Acting
-    from pi05_lightning.inference import Inference
+    from pi05_lightning.acting.inference import Inference
     from pi05_lightning.policy import Pi05Policy
 
 

@@ -29,7 +29,7 @@ from pi05_lightning.sim.modes import Mode
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
-    from pi05_lightning.inference import Inference
+    from pi05_lightning.acting.inference import Inference
 
 MOST_DECISIONS = 96
 """Frames of a film decision by decision; a longer one leaves out every second."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.inference import Inference
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.types import Frame
 
 HORIZON = 4

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.acting.inference import generate_fast, generate_texts
 from pi05_lightning.data.places import to_picture
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
-from pi05_lightning.inference import generate_fast, generate_texts
 from pi05_lightning.losses import draw_noise, flow_time_quantile
 from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lerobot_policy_pi05_lightning.configuration_pi05_lightning import Pi05LightningConfig
 from lerobot_policy_pi05_lightning.frames import Taught, camera_names, frames_of
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.augment import augment
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
 from pi05_lightning.files.hub import local_folder
-from pi05_lightning.inference import Inference
 from pi05_lightning.losses import draw_noise, mean_terms, total_loss
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05

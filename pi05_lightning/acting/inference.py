@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.acting import Acting, check
+from pi05_lightning.acting.options import Acting, check
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.places import to_picture
