@@ -45,6 +45,7 @@ from pi05_lightning.evaluation.report.tables import metrics_table
 from pi05_lightning.files.ranges import check
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.dashboard import Dashboard
 from pi05_lightning.training.callbacks.ema import WeightAverage
@@ -163,7 +164,7 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         cast("Pi05Module", pl_module).run_config = self.text
         # upstream writes to where the logger writes, over whatever is there
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and trainer.is_global_zero and not leaves_nothing(trainer):
             write_config(Path(trainer.default_root_dir), self.text)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -411,7 +412,7 @@ def run(command: str, args: list[str]) -> None:
     args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
-    for callback in cast("Any", cli.trainer).callbacks:
+    for callback in callbacks_of(cli.trainer):
         if isinstance(callback, MemoryForecast):
             callback.force = cli.config.force
         if isinstance(callback, StageSwitch):  # here, as preparing the data may take long

@@ -14,6 +14,7 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
+from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.base import Weights
@@ -127,7 +128,3 @@ class Checkpoints:
         self._saved_arguments = saved.get("callbacks", {})
         checkpoint["callbacks"] = find_states(callbacks_of(trainer), checkpoint["callbacks"])
         return [message for message in said if message]
-
-
-def callbacks_of(trainer: Any) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[no-any-return]  # Lightning sets them without declaring them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -27,11 +27,12 @@ from pi05_lightning.models.parallelize import Lora, Sharding, gather
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind
 from pi05_lightning.module.blueprint import Blueprint, check_division, division_under
-from pi05_lightning.module.checkpoint import Checkpoints, callbacks_of
+from pi05_lightning.module.checkpoint import Checkpoints
 from pi05_lightning.module.finite import TOTAL, FiniteSteps, check_savable
 from pi05_lightning.module.history import History, learned
 from pi05_lightning.module.prediction import Predicted, Predictor
 from pi05_lightning.module.step import StepLosses
+from pi05_lightning.module.trainer import callbacks_of, logs_every
 from pi05_lightning.module.validation import Validation, by_tag, tags
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe, Stage
@@ -310,7 +311,7 @@ class Pi05Module(LightningModule):
 
     def logs_after(self, steps: int) -> bool:
         """Whether numbers are logged after so many optimizer steps: every `trainer.log_every_n_steps`, at 0 never."""
-        interval: int = cast("Any", self.trainer).log_every_n_steps  # Lightning sets it without declaring it
+        interval = logs_every(self.trainer)
         return steps > 0 and interval > 0 and steps % interval == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -21,6 +21,7 @@ from torch import Tensor
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.finite import NotFinite
+from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
@@ -96,8 +97,8 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint_io = trainer.strategy.checkpoint_io
         if isinstance(checkpoint_io, AtomicCheckpointIO) and isinstance(pl_module, Pi05Module):
             checkpoint_io.evaluated = None if stage == "fit" else pl_module.model
-            callbacks = cast("Any", trainer).callbacks
-            checkpoint_io.averaged = any(isinstance(c, WeightAverage) and c.validate for c in callbacks)
+            averages = [c for c in callbacks_of(trainer) if isinstance(c, WeightAverage)]
+            checkpoint_io.averaged = any(average.validate for average in averages)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         on_first_rank(trainer, partial(self._link_newest, trainer))
@@ -142,7 +143,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_metrics |= frozenset(trainer.callback_metrics) - self._before_validation
         is_deferred, self._is_deferred = self._is_deferred, False
-        if trainer.sanity_checking or trainer.state.fn != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.sanity_checking or trainer.state.fn != "fit" or leaves_nothing(trainer):
             return
         self._validated_step = trainer.global_step
         if self.monitor is not None:
@@ -296,7 +297,7 @@ class RunCheckpoint(ModelCheckpoint):
         if not logs_of_others(trainer, pl_module):
             for name in re.findall(r"\{([^:}]+)", self.filename or ""):
                 check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, EarlyStopping) and callback.strict:
                     check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
                 elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
@@ -371,7 +372,7 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
 
 def logs_of_others(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether a module or callback that is not of these packages may log what nobody knows of before it does."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = callbacks_of(trainer)
     classes = [type(pl_module), *(type(callback) for callback in callbacks)]
     own = any(kind.__module__.partition(".")[0] not in ("lightning", "pi05_lightning") for kind in classes)
     # rates are logged by names of the optimizer's

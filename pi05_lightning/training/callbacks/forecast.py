@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.data.mixture import Draw, Mixture
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.profiling.forecast import MARGIN, Batches, Memory, at_most, forecast, gib, largest, table
 from pi05_lightning.profiling.forecast import Trainer as Deciding
 from pi05_lightning.profiling.free import free_memory
@@ -65,8 +66,8 @@ class Forecaster:
     def __init__(self, trainer: Trainer, module: Pi05Module, force: bool) -> None:
         self.trainer, self.module, self.force = trainer, module, force
         self.data = datamodule_of(trainer)
-        switches = [c for c in cast("Any", trainer).callbacks if isinstance(c, StageSwitch)]
-        averages = [c for c in cast("Any", trainer).callbacks if isinstance(c, WeightAverage)]
+        switches = [c for c in callbacks_of(trainer) if isinstance(c, StageSwitch)]
+        averages = [c for c in callbacks_of(trainer) if isinstance(c, WeightAverage)]
         self.recipe = switches[0].recipe if switches else module.recipe
         self.batches = LargestBatches(self.data, module, trainer, self.recipe)
         self.device = trainer.strategy.root_device

@@ -21,6 +21,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.report.run import PROVENANCE
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.shipped import ROOT
+from pi05_lightning.module.trainer import leaves_nothing
 
 
 class Provenance(Callback):
@@ -28,7 +29,7 @@ class Provenance(Callback):
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined] # leaves nothing behind
+        if leaves_nothing(trainer):
             return
         content = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),

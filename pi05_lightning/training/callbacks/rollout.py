@@ -20,6 +20,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig
@@ -191,7 +192,7 @@ class PeriodicRollout(Callback):
     @contextmanager
     def _weights(self, trainer: Trainer, module: Pi05Module) -> Iterator[Pi05]:
         """The model that a checkpoint of this moment would hold, on the first rank; every rank must enter it."""
-        average = next((c for c in trainer.callbacks if isinstance(c, WeightAverage)), WeightAverage())  # type: ignore[attr-defined]
+        average = next((c for c in callbacks_of(trainer) if isinstance(c, WeightAverage)), WeightAverage())
         with average.applied(module):
             yield module.gathered(keep=trainer.is_global_zero)
 
