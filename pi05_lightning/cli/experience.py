@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
@@ -84,29 +85,25 @@ def experience(
     """
     if rounds < 1 or not methods:
         raise ValueError("rounds, methods: at least one")
-    simulator = ["--env", env]
-    given = {"num_workers": num_workers, "max_seconds": max_seconds, "tasks": tasks and f"[{','.join(tasks)}]"}
-    simulator += [word for name, value in given.items() if value for word in (f"--{name}", str(value))]
-    attempts = ["--episodes", str(episodes), "--val_episodes", "0", "--acting", f"{{noise_scale: {noise_scale}}}"]
-    tests = ["--modes", "[policy]", "--videos", "0", "--episodes", str(test_episodes)]
-    training = Training(steps, batch_size, lr, demonstrations_share, advantage_omission)
-    shares = (first_positive_share, positive_share)
+    simulator = {"env": env, "num_workers": num_workers or None, "max_seconds": max_seconds or None}
+    simulator["tasks"] = listed(tasks) if tasks else None
+    attempts = {"episodes": episodes, "val_episodes": 0, "acting": f"{{noise_scale: {noise_scale}}}"}
+    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes}
     plan = Rounds(
         out,
         policy,
         demonstrations,
         rounds,
-        [*attempts, *simulator],
-        [*tests, *simulator],
-        training,
-        value_steps,
-        n_steps,
-        shares,
-        corrections,
-        seed,
+        attempts=flags(attempts | simulator),
+        tests=flags(tests | simulator),
+        training=Training(steps, batch_size, lr, demonstrations_share, advantage_omission),
+        value_steps=value_steps,
+        n_steps=n_steps,
+        shares=(first_positive_share, positive_share),
+        corrections=corrections,
+        seed=seed,
     )
-    todo = parts(plan, methods)
-    run_parts(out, todo, lambda: write_results(out, methods, rounds))
+    run_parts(out, parts(plan, methods), lambda: write_results(out, methods, rounds))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 
 
@@ -160,8 +157,13 @@ class Rounds:
         return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt")
 
 
-def listed(paths: Sequence[str]) -> str:
-    return f"[{','.join(paths)}]"
+def listed(words: Sequence[str]) -> str:
+    return f"[{','.join(words)}]"
+
+
+def flags(options: Mapping[str, Any]) -> list[str]:
+    """Options as they are typed; what is None is left to its default."""
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:

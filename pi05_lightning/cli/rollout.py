@@ -102,9 +102,8 @@ def rollout(
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.model.config.horizon)  # chunks last as long as any delay
     tasks = tasks or env.tasks(robot)
-    plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions)
-    if "swapped" in instructions:
-        plan = replace(plan, swaps=swapped_tasks(tasks, swaps or {}, env.partners(tasks)))
+    others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
+    plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)

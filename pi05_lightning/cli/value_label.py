@@ -48,12 +48,7 @@ def value_label(
     """
     tried, judge_of = datasets(rollouts, demonstrations), ValueFunction(value, device)
     reading = Reading.of(value)
-    if n_seconds is not None:
-        if n_steps is not None:
-            raise ValueError("give n_steps or n_seconds, not both")
-        n_steps = round(n_seconds * tried[0].files.fps)
-    if n_steps is not None and n_steps < 1:
-        raise ValueError(f"n_steps: {n_steps} frames are no time: give more, or leave it out")
+    n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
     for dataset in tried:
         dataset.scale(judge_of.longest)  # an unknown task shows before the values are computed
     values = [judge_of.everywhere(one, reading.options) for one in tried]
@@ -67,21 +62,29 @@ def value_label(
         "positive_share": positive_share,
         "positive_shares": shares,
     }
+    table = table_of("positive frames", ["dataset", "labels"], ["frames", "positive"])
     written = {}
     for one in judged:
         path = labels_path(one.tried, out)
         one.labels(about).write(path, one.tried.files)
         written[one.tried.path] = str(path)
+        table.add_row(one.tried.path, str(path), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %")
     page = (out or Path(next(iter(written.values()))).parent) / "labels.html"
     sections = [histogram_section(judged, thresholds), *film_sections(judge_of, judged, reading.options)]
     write_page(page, f"Labels of the value {value}", sections)
-    table = table_of("positive frames", ["dataset", "labels"], ["frames", "positive"])
-    for one in judged:
-        table.add_row(
-            one.tried.path, written[one.tried.path], str(len(one.positive)), f"{100 * one.positive.mean():.0f} %"
-        )
     Console().print(table, f"page {page}", highlight=False)
     return written
+
+
+def frames_ahead(n_steps: int | None, n_seconds: float | None, fps: float) -> int | None:
+    """Frames after which the value stands for the rest of an episode, however that is said; None for never."""
+    if n_seconds is not None:
+        if n_steps is not None:
+            raise ValueError("give n_steps or n_seconds, not both")
+        n_steps = round(n_seconds * fps)
+    if n_steps is not None and n_steps < 1:
+        raise ValueError(f"n_steps: {n_steps} frames are no time: give more, or leave it out")
+    return n_steps
 
 
 def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Section:

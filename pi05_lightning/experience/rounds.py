@@ -44,23 +44,7 @@ def configuration(
 
     attempts: datasets, one of each round.  labels: of the method recap, of each.
     """
-    is_recap = method == "recap"
-    told = {"labels": "positive"} if is_recap else {}
-    sources = {f"demonstrations_{n}": reading.source(path, **told) for n, path in enumerate(demonstrations)}
-    first = next(iter(sources))
-    for name in [*sources][1:]:
-        sources[name]["init_args"]["same_robot_as"] = first
-    chosen: dict[Method, dict[str, Any]] = {
-        "successes": {"episodes": "success"},
-        "dagger": {"corrections_only": True, "episodes": "corrected"},
-    }
-    own = [] if method == "demonstrations" else list(attempts)
-    shares = {name: (training.demonstrations_share if own else 1.0) / len(sources) for name in sources}
-    for number, path in enumerate(own):
-        options = {"labels": str(labels[number])} if is_recap else chosen[method]
-        # every attempt that is not held out counts: what is left of a filter must not be held out too
-        sources[f"attempts_{number}"] = reading.source(path, same_robot_as=first, val_fraction=0.0, **options)
-        shares[f"attempts_{number}"] = (1 - training.demonstrations_share) / len(own)
+    sources, shares = drawn(method, reading, demonstrations, attempts, labels, training.demonstrations_share)
     says_subtasks = reading.language.get("condition_on") == "both"
     stage = {
         "name": STAGE,
@@ -92,3 +76,32 @@ def configuration(
         "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
         "trainer": TRAINER,
     }
+
+
+def drawn(
+    method: Method,
+    reading: Reading,
+    demonstrations: Sequence[str],
+    attempts: Sequence[str],
+    labels: Sequence[Path],
+    demonstrations_share: float,
+) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """The data sources of a run by name, all of one robot, and the share of the draws that each has."""
+    is_recap = method == "recap"
+    told = {"labels": "positive"} if is_recap else {}
+    sources = {f"demonstrations_{n}": reading.source(path, **told) for n, path in enumerate(demonstrations)}
+    first = next(iter(sources))
+    for name in [*sources][1:]:
+        sources[name]["init_args"]["same_robot_as"] = first
+    chosen: dict[Method, dict[str, Any]] = {
+        "successes": {"episodes": "success"},
+        "dagger": {"corrections_only": True, "episodes": "corrected"},
+    }
+    own = [] if method == "demonstrations" else list(attempts)
+    shares = {name: (demonstrations_share if own else 1.0) / len(sources) for name in sources}
+    for number, path in enumerate(own):
+        options = {"labels": str(labels[number])} if is_recap else chosen[method]
+        # every attempt that is not held out counts: what is left of a filter must not be held out too
+        sources[f"attempts_{number}"] = reading.source(path, same_robot_as=first, val_fraction=0.0, **options)
+        shares[f"attempts_{number}"] = (1 - demonstrations_share) / len(own)
+    return sources, shares
