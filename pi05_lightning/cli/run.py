@@ -41,7 +41,8 @@ from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPT
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, refuse, said_fully
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
-from pi05_lightning.evaluation.report.tables import metrics_table
+from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
+from pi05_lightning.files.local import write_json
 from pi05_lightning.files.ranges import check
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.module import Pi05Module
@@ -405,6 +406,14 @@ def silence_noise() -> None:
     )
 
 
+def show_results(module: Pi05Module, run: Path, command: str) -> None:
+    """Write what `validate` or `test` measured into a run, and print it."""
+    part, name = {"validate": ("validation", ""), "test": ("test", "test_")}[command]
+    tables = [metrics_table(write_metrics(module.results, run, f"{name}metrics"), part)]
+    write_json(run / f"{name}questions.json", module.questions)
+    Console().print(*tables, *(questions_table(subset, rows) for subset, rows in module.questions.items()))
+
+
 def run(command: str, args: list[str]) -> None:
     """Do what `pi05 fit | validate | test | predict` with these arguments says."""
     silence_noise()
@@ -433,8 +442,7 @@ def run(command: str, args: list[str]) -> None:
             cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            part, file = {"validate": ("validation", "metrics"), "test": ("test", "test_metrics")}[command]
-            Console().print(metrics_table(write_metrics(cli.model.results, Path(cli.config.run), file), part))
+            show_results(cli.model, Path(cli.config.run), command)
     except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
         raise ValueError(str(error)) from error
     finally:

@@ -19,6 +19,7 @@ from pi05_lightning.data.differences import measured_otherwise
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured
+from pi05_lightning.evaluation.metrics.questions import Table
 from pi05_lightning.files.ranges import check
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
@@ -114,6 +115,8 @@ class Pi05Module(LightningModule):
         self.num_steps, self.accuracy_threshold, self.seed = num_steps, accuracy_threshold, seed
         self.processor: Processor | None = None
         self.results: dict[str, dict[str, float]] = {}
+        self.questions: dict[str, Table] = {}
+        """Of the last validation that was no part of training, by question."""
         self.model = self.blueprint.bare()
         self.follow(Recipe.of(pretrain_steps=0))
         self.will_be_restored = False
@@ -360,6 +363,7 @@ class Pi05Module(LightningModule):
         if self.trainer.state.fn != "fit":
             # loggers take it for the x-axis; in double precision, as the default type may be bf16
             self.log("step", torch.tensor(self.measured_step, dtype=torch.float64))
+            self.questions = self._validation.by_question()
 
     def validation_metrics(self) -> list[str]:
         """What validation of this run's data can log, before it has."""

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from pi05_lightning.data.datamodule import Pi05DataModule
-from pi05_lightning.evaluation.metrics import Evaluator, Measured, SubsetMetrics, compute_all, metric_names
+from pi05_lightning.evaluation.metrics import Evaluator, Measured, Questions, SubsetMetrics, compute_all, metric_names
+from pi05_lightning.evaluation.metrics.questions import Table
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.types import Batch
+from pi05_lightning.types import Batch, Modality
 
 
 class Validation:
@@ -19,17 +20,25 @@ class Validation:
         self.subsets = data.evaluated_subsets
         subsets = [*self.subsets, *data.empty_subsets]
         self.metrics = {subset: SubsetMetrics(subset, model, device) for subset in subsets}
+        self._questions = {subset: Questions() for subset in self.subsets if subset.modality is Modality.QA}
 
     def add(self, batch: Batch, loader: int, evaluator: Evaluator) -> Measured:
         """Measure a batch of one of the data's loaders."""
         subset = self.subsets[loader]
         measured = evaluator.measure(batch, subset)
         self.metrics[subset].update(measured)
+        if subset in self._questions:
+            self._questions[subset].update(measured)
         return measured
 
     def results(self) -> dict[str, dict[str, float]]:
         """As `compute_all` gives them; collective."""
         return compute_all(self.metrics)
+
+    def by_question(self) -> dict[str, Table]:
+        """`source/qa` -> its table, where a question was asked more than once; collective."""
+        tables = {str(subset): questions.table() for subset, questions in self._questions.items()}
+        return {name: table for name, table in tables.items() if table}
 
 
 def by_tag(results: Mapping[str, Mapping[str, float]], split: str) -> dict[str, float]:

@@ -15,7 +15,8 @@ RUNS = Path("runs")
 CONFIG = "config.yaml"
 MARK = "# The whole configuration of this run, as pi05 resolved it."
 """First line of a run's config.yaml: no file without it is a run's."""
-WRITTEN = (CONFIG, "checkpoints", "validation", "provenance.json", "metrics.json", "metrics.csv", "report.html")
+MEASURED = ("metrics.json", "metrics.csv", "questions.json")
+WRITTEN = (CONFIG, "checkpoints", "validation", "provenance.json", *MEASURED, "report.html")
 """What a run may write into its directory, beside the logger's files."""
 _SHARED = "PI05_RUN"
 """Environment variable that tells the run's directory to the ranks that Lightning starts."""

@@ -43,6 +43,13 @@ def test_both_ranks_know_the_result_of_both(runs: dict[int, Path]) -> None:
     assert results(runs[2], 0) == results(runs[2], 1)
 
 
+def test_ranks_have_one_table_of_what_all_of_them_asked(runs: dict[int, Path]) -> None:
+    one, other = (json.loads((runs[2] / f"questions{rank}.json").read_text()) for rank in (0, 1))
+    assert one == other
+    assert one["of every rank"] == {"samples": 2, "exact_match": 0.5}
+    assert one["other questions"] == {"samples": 2, "exact_match": 1.0}
+
+
 def test_no_sample_is_counted_twice(runs: dict[int, Path]) -> None:
     assert results(runs[2])["robot/continuous_robot_actions"]["samples"] == 7
 

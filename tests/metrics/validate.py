@@ -5,13 +5,24 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.evaluation.metrics import Measured, Questions
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.base import Term
 from pi05_lightning.training.callbacks.examples import ValidationExamples
+
+
+def answered(*answers: tuple[str, bool]) -> Measured:
+    """Answers in words: the question, and whether it was right."""
+    right = torch.tensor([is_right for _, is_right in answers])
+    words, boxes = torch.ones_like(right), torch.zeros_like(right)
+    terms = {"exact_match": Term(right, words), "box_iou": Term(torch.zeros(len(right)), boxes)}
+    return Measured(terms, torch.zeros(len(right)), lambda _: [], [question for question, _ in answers])
 
 
 def main(dataset: str, fast: str, run: str) -> None:
@@ -37,6 +48,10 @@ def main(dataset: str, fast: str, run: str) -> None:
         write_metrics(module.results, Path(run))
     with open(f"{run}/rank{trainer.global_rank}.json", "w") as file:
         json.dump(module.results, file)
+    questions, rank = Questions(), trainer.global_rank
+    questions.update(answered(("of every rank", rank == 0), (f"of rank {rank}", True)))
+    with open(f"{run}/questions{rank}.json", "w") as file:
+        json.dump(questions.table(), file)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ METRICS = {
     "robot/qa": {"samples": 8, "exact_match": 0.875, "box_iou": None},
     "web_caption": {"samples": 0},
 }
+QUESTIONS = {"robot/qa": {"where is the red button?": {"samples": 4, "exact_match": 0.25}}}
 EXAMPLES = [
     {"file": "robot-qa-worst-0.png", "group": "worst", "key": 4, "predicted": "left", "truth": "right"},
     {"file": "robot-qa-first-0.png", "group": "first", "key": 0, "predicted": "right", "truth": "right"},
@@ -84,6 +85,7 @@ def run(tmp_path: Path) -> Path:
             writer.add_scalar("stage", float(step == SWITCH), step)
     (folder / "config.yaml").write_text("seed_everything: 3\ndata: {sources: {robot: {}}, batch_size: 16}\n")
     (folder / "metrics.json").write_text(json.dumps(METRICS))
+    (folder / "questions.json").write_text(json.dumps(QUESTIONS))
     (folder / "validation").mkdir()
     (folder / "validation" / "examples.json").write_text(json.dumps({"robot/qa": EXAMPLES}))
     for shown in EXAMPLES:

@@ -39,6 +39,12 @@ def test_page_shows_every_metric(page: str) -> None:
     assert "<td>0.875</td>" in row[1]
 
 
+def test_page_shows_how_each_question_is_answered(page: str) -> None:
+    row = re.search(r"<tr><td>where is the red button\?</td>(.*?)</tr>", page.partition('id="metrics"')[2])
+    assert row is not None
+    assert re.findall(r"<td>(.*?)</td>", row[1]) == ["4", "0.250", "–"]
+
+
 def test_value_that_is_no_number_says_so(page: str) -> None:
     row = re.search(r"<tr><td>robot/qa</td>(.*?)</tr>", page.partition('id="metrics"')[2])
     assert row is not None

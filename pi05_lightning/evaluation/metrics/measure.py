@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -33,12 +33,13 @@ class Measured:
     """A batch, measured.
 
     values: per metric.  error: f32[B], by which the worst samples are found.  examples: rows of the batch as something
-    to look at.
+    to look at.  questions: what each row of answers was asked; none of other modalities.
     """
 
     values: Terms
     error: Tensor
     examples: Callable[[Sequence[int]], list[Example]]
+    questions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Evaluator:
                 for row in rows
             ]
 
-        return Measured(values, error, examples)
+        asked = range(len(batch)) if subset.modality is Modality.QA else ()
+        return Measured(values, error, examples, [self._prompt(batch, row, subset) for row in asked])
 
     def _mean_nll(self, batch: Batch, prefix: Prefix, kind: Target) -> Tensor:
         """Mean cross-entropy of each row's tokens of a kind, f32[B]."""
@@ -234,14 +236,17 @@ class Evaluator:
             inner = batch.letterboxes[place]
             picture = batch.pixels[place][:, inner.rows, inner.columns].permute(1, 2, 0)
             images[self.processor.cameras[int(batch.camera[place])]] = picture.cpu().numpy()
+        shown = to_picture(self._prompt(batch, row, subset), letterboxes_of(batch, row))
+        return Example(subset, int(batch.key[row]), float(error[row]), images, shown)
+
+    def _prompt(self, batch: Batch, row: int, subset: Subset) -> str:
+        """What the model is told in a row; a subtask that actions are conditioned on too."""
         given = (
             batch.token_mask[row] & (batch.target_kind[row] != Target.FAST) & (batch.target_kind[row] != Target.TEXT)
         )
         if subset.modality is Modality.HL_SUBTASK:
             given = given & (batch.target_kind[row] == Target.NONE)
-        prompt = self.processor.tokenizer.decode(batch.tokens[row][given].tolist()).strip()
-        shown = to_picture(prompt, letterboxes_of(batch, row))
-        return Example(subset, int(batch.key[row]), float(error[row]), images, shown)
+        return self.processor.tokenizer.decode(batch.tokens[row][given].tolist()).strip()
 
 
 def images_of(batch: Batch, row: int) -> list[int]:

@@ -39,6 +39,9 @@ SECTIONS: dict[str, dict[str, str]] = {
 }
 """Part of the table -> metric -> heading; FAST tokens, which are actions and tokens, stand in both."""
 
+QUESTIONS = {metric: SECTIONS["tokens and text"][metric] for metric in ("samples", "exact_match", "box_iou")}
+"""The same of the table by question."""
+
 
 def ordered(names: Iterable[str]) -> list[str]:
     """The names of the rows: by modality, each modality's datasets before what they make together."""

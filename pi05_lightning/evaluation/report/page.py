@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi05_lightning import __version__
 from pi05_lightning.evaluation.report import plots
-from pi05_lightning.evaluation.report.metrics import SECTIONS, is_empty, number, ordered, section_rows
+from pi05_lightning.evaluation.report.metrics import QUESTIONS, SECTIONS, is_empty, number, ordered, section_rows
 from pi05_lightning.evaluation.report.run import EXAMPLES, Run
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, rates
@@ -67,7 +67,11 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         latency=run.rollout.get("milliseconds", {}),
         failures=failure_rows(run.rollout.get("failures", {})),
         labels=plots.MODE_LABELS,
-        sections={name: (columns, section_rows(run.metrics, name)) for name, columns in SECTIONS.items()},
+        sections={
+            section: (columns, {name: run.metrics[name] for name in section_rows(run.metrics, section)})
+            for section, columns in SECTIONS.items()
+        },
+        question_columns=QUESTIONS,
         empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
         errors={
             name: plots.as_svg(plots.draw_horizon(values))

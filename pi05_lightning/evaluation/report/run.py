@@ -49,6 +49,8 @@ class Run:
     config_yaml: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
+    questions: dict[str, Metrics] = field(default_factory=dict)
+    """Of answers, by `source/qa`: metrics by question."""
     success: Success = field(default_factory=dict)
     acting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How the policy acted in the rollout, by mode."""
@@ -83,6 +85,7 @@ def read_run(folder: Path) -> Run:
         config_yaml=config_yaml,
         config=yaml.safe_load(config_yaml),
         metrics=read_json(folder / "metrics.json", default={}),
+        questions=read_json(folder / "questions.json", default={}),
         success=result.get("success", {}),
         acting=result.get("acting", {}),
         swapped=result.get("swapped", {}),

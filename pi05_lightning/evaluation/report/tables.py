@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from pi05_lightning.evaluation.report.metrics import SECTIONS, Metrics, is_empty, number, ordered, section_rows
+from pi05_lightning.evaluation.report.metrics import (
+    QUESTIONS,
+    SECTIONS,
+    Metrics,
+    is_empty,
+    number,
+    ordered,
+    section_rows,
+)
 
 
 def table_of(title: str, labels: Iterable[str | Column], figures: Iterable[str] = (), **options: Any) -> Table:
@@ -47,4 +55,12 @@ def metrics_table(metrics: Metrics, part: str = "validation") -> Table:
     if empty:
         table.caption = f"none: there are no {part} samples of {', '.join(empty)}"
         table.caption_justify = "left"
+    return table
+
+
+def questions_table(subset: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """A row for each question that was asked of a subset."""
+    table = table_of(f"{subset}, by question", ["question"], QUESTIONS.values())
+    for question, values in rows.items():
+        table.add_row(question, *(number(values[metric]) if metric in values else "–" for metric in QUESTIONS))
     return table
