@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,15 +32,32 @@ from .loopback_hub import Hub, serving
 MODEL, DATA = "models/lab/arm", "datasets/lab/drawers"
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serving() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(
+@contextmanager
+def reached(cache: Path) -> Iterator[Hub]:
+    """An empty hub, which huggingface_hub takes for the only one; what it downloads lies in `cache`."""
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
         )
+        yield hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with reached(tmp_path / "cache") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def pushed(policy: Pi05Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub that a run was pushed to."""
+    here = tmp_path_factory.mktemp("pushed")
+    with reached(here / "cache") as hub:
+        make_run(here / "run", policy)
+        main(["push", str(here / "run"), "lab/arm", "--license", "apache-2.0", "--private"])
         yield hub
 
 
@@ -55,10 +73,8 @@ def policy(pictures: Path) -> Pi05Policy:
     return made
 
 
-@pytest.fixture
-def run(policy: Pi05Policy, tmp_path: Path) -> Path:
+def make_run(run: Path, policy: Pi05Policy) -> None:
     """A run's directory that holds weights, a rollout with a film, metrics, and paths of this machine."""
-    run = tmp_path / "run"
     save(run, policy.model, policy.processor, policy.trained)
     write_config(run, yaml.safe_dump({"data": {"fast": "/secret/place/fast"}, "seed_everything": 0}))
     success = {"policy": {"open-drawer": [9, 10]}, "random": {"open-drawer": [0, 10]}}
@@ -67,7 +83,12 @@ def run(policy: Pi05Policy, tmp_path: Path) -> Path:
     write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
     versions = {"pi05_lightning": "0.2.0"}
     write_json(run / "provenance.json", {"samples": {"robot/qa": {"train": 7, "val": 2}}, "versions": versions})
-    return run
+
+
+@pytest.fixture
+def run(policy: Pi05Policy, tmp_path: Path) -> Path:
+    make_run(tmp_path / "run", policy)
+    return tmp_path / "run"
 
 
 def chunk(policy: Pi05Policy) -> np.ndarray:
@@ -77,27 +98,25 @@ def chunk(policy: Pi05Policy) -> np.ndarray:
     return policy.predict_chunk({"image": images, "state": torch.zeros(3), "task": task}, noise)
 
 
-def test_pushed_policy_is_loaded_from_the_hub_and_acts_the_same(hub: Hub, run: Path, policy: Pi05Policy) -> None:
-    main(["push", str(run), "lab/arm", "--license", "apache-2.0"])
-    assert hub.commits == 1
+def test_pushed_policy_is_loaded_from_the_hub_and_acts_the_same(pushed: Hub, policy: Pi05Policy) -> None:
+    assert pushed.commits == 1
     assert (chunk(Pi05Policy.from_pretrained("lab/arm")) == chunk(policy)).all()
 
 
-def test_lerobot_reads_the_pushed_configuration(hub: Hub, run: Path) -> None:
+@pytest.mark.usefixtures("pushed")
+def test_lerobot_reads_the_pushed_configuration() -> None:
     from lerobot.configs import PreTrainedConfig
 
     import lerobot_policy_pi05_lightning  # noqa: F401
 
-    main(["push", str(run), "lab/arm"])
     config = PreTrainedConfig.from_pretrained("lab/arm")
     assert config.type == "pi05_lightning"
     assert config.output_features["action"].shape == (2,)
 
 
-def test_card_says_data_stages_results_and_licence(hub: Hub, run: Path) -> None:
-    main(["push", str(run), "lab/arm", "--license", "apache-2.0", "--private"])
-    files = hub.repositories[MODEL]
-    assert hub.private == {MODEL}
+def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
+    files = pushed.repositories[MODEL]
+    assert pushed.private == {MODEL}
     card = ModelCard(files["README.md"].decode())
     assert card.data.license == "apache-2.0"
     assert card.data.pipeline_tag == "robotics"
@@ -115,9 +134,8 @@ def test_card_says_data_stages_results_and_licence(hub: Hub, run: Path) -> None:
     assert files["films/one.mp4"] == b"a film"
 
 
-def test_no_path_of_this_machine_is_published(hub: Hub, run: Path, pictures: Path) -> None:
-    main(["push", str(run), "lab/arm"])
-    files = hub.repositories[MODEL]
+def test_no_path_of_this_machine_is_published(pushed: Hub, pictures: Path) -> None:
+    files = pushed.repositories[MODEL]
     assert yaml.safe_load(files["run.yaml"])["data"]["fast"] == "fast"
     told = [name for name, content in files.items() if str(pictures.parent).encode() in content or b"secret" in content]
     assert told == []
