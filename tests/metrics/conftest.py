@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from pi05_lightning import Pi05DataModule
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator, SubsetMetrics, compute_all
 from pi05_lightning.models.config import ModelConfig
@@ -17,15 +15,6 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Subset
 
 CONFIG = ModelConfig.preset("debug")
-
-
-@pytest.fixture(scope="session")
-def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FAST tokenizer for chunks of the debug model's horizon and two dims."""
-    folder = tmp_path_factory.mktemp("fast")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size, scale=3).save(folder)
-    return folder
 
 
 @pytest.fixture
