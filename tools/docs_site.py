@@ -31,8 +31,15 @@ FILES = ("LICENSE", "docs/images/*", "configs/**/*.*", "examples/*.py", "experim
 TUTORIAL = "docs/tutorial.ipynb"
 COMMAND_PAGES, PYTHON_PAGES = "reference/commands/", "reference/python/"
 API = {
-    "Policy": ("policy", "inference", "acting", "types"),
-    "Training": ("module", "recipe", "losses", "optim", "training.callbacks.stages", "training.callbacks.ema"),
+    "Policy": ("policy", "acting.inference", "acting.options", "types"),
+    "Training": (
+        "module.pi05_module",
+        "recipe",
+        "losses",
+        "optim",
+        "training.callbacks.stages",
+        "training.callbacks.ema",
+    ),
     "Model": ("models.config", "models.pi05", "models.backbone", "models.gemma", "models.siglip", "models.keypoints"),
     "Heads": tuple(f"models.heads.{name}" for name in ("base", "flow", "subtask", "fast", "location", "token")),
     "Data": (

@@ -54,5 +54,5 @@ class Questions:
 
 def _means(row: np.ndarray) -> dict[str, float]:
     samples, words, right, boxed, iou = row.tolist()
-    values = {"samples": int(samples)}
+    values: dict[str, float] = {"samples": int(samples)}
     return values | ({"exact_match": right / words} if words else {}) | ({"box_iou": iou / boxed} if boxed else {})
