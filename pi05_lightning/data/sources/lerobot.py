@@ -365,7 +365,7 @@ class LeRobotSource(Source):
             cache = folder, self.image_size
         return Images(self.files, self._kept, self.cameras, cache, config.tolerance_s, config.convert_images)
 
-    def _check_sizes(self, row: int, answers: Iterable[Answer], sizes: dict[str, tuple[int, ...]]) -> None:
+    def _check_sizes(self, row: int, answers: Iterable[Answer], sizes: dict[str, tuple[int, int]]) -> None:
         """Raises BadSample for a box in pixels of an image whose size is not the declared one."""
         boxed = {answer.camera for answer in answers if "<loc" in answer.answer}
         for key, camera in self.cameras.items() if boxed and not self.config.box_range else ():
