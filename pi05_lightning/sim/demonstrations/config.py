@@ -17,10 +17,11 @@ class CollectConfig:
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
     tasks: tuple[str, ...] | None = None
-    """The simulator's tasks by name; by default four of MetaWorld's, or all of the desk's; of a policy those that
-    it was trained on."""
+    """The simulator's tasks by name; by default four of MetaWorld's, or all of MT50 or the desk; of a policy those
+    that it was trained on."""
     env: EnvironmentConfig = MetaWorld()  # noqa: RUF009 - frozen
-    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path; for a policy any."""
+    """The simulator: MetaWorld, MT50, Desk, or a DemonstratorConfig of your own by its import path; for a policy
+    any."""
     policy: Path | None = None
     """A checkpoint whose policy acts instead of the expert, as far as it gets, with what it was trained to see: its
     failures are recorded as well as its successes. It begins where no demonstration does."""
