@@ -24,12 +24,12 @@ from .conftest import as_chance_made_it, config
 
 QUICK = ("peg-insert-side-v3", "push-wall-v3")
 ALL_TASKS = [task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in MT50.demonstrated]
-HIDDEN = {}
-"""task -> objects that the camera may not see at the beginning, and why."""
+HIDDEN = {"shelf-place-v3": ("green ball",)}  # in the shelf, behind its side
+"""task -> objects that the camera may not see at the beginning."""
 
 
-def opened(task: str, size: int = 96):
-    return MT50().open(task, View(("corner2",), size, 80.0))
+def opened(task: str):
+    return MT50().open(task, View(("corner2",), 96, 80.0))
 
 
 def test_sentences_and_groups_are_lerobots():
@@ -43,29 +43,25 @@ def test_sentences_and_groups_are_lerobots():
 
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_image_and_state_are_those_of_lerobots_environment(task):
-    """LeRobot draws 480 pixels with shadows, reflections and multisampling; ours are compared as 96 pixels."""
+    """LeRobot draws 480 pixels, with shadows, reflections and multisampling; a policy of 96 pixels sees every fifth."""
     seed = split_seeds("rollout", 1)[0]
     theirs, _ = LeRobotEnv("metaworld").make(task)
-    with opened(task, 480) as ours:
+    with opened(task) as ours:
         ours.reset(seed)
         seen, _ = theirs.reset(seed=metaworld_seed(task, seed))
         assert ours.sentence == theirs.unwrapped.task_description
         for _ in range(2):
             np.testing.assert_allclose(ours.state, seen["agent_pos"], atol=1e-6)
-            image, reference = thin(ours.render()["corner2"]), thin(seen["pixels"].transpose(2, 0, 1))
+            image = ours.render()["corner2"].transpose(1, 2, 0).astype(int)
+            reference = seen["pixels"][2::5, 2::5]
             assert np.abs(image - reference).mean() < 8
-            for turned in (image[:, ::-1], image[:, :, ::-1], image[:, ::-1, ::-1]):
+            for turned in (image[::-1], image[:, ::-1], image[::-1, ::-1]):
                 assert np.abs(turned - reference).mean() > 20
             for _ in range(20):
                 action = np.array([0.5, 0.3, -0.2, 1.0], np.float32)
                 ours.control_step(action)
                 seen, *_ = theirs.step(action)
     theirs.close()
-
-
-def thin(image: np.ndarray) -> np.ndarray:
-    """f64[3 96 96] of an image of 480 pixels: means of squares of five."""
-    return image.reshape(3, 96, 5, 96, 5).mean((2, 4))
 
 
 def test_episode_has_400_control_steps_and_a_policy_is_run_on_what_it_was_trained_on():

@@ -38,15 +38,25 @@ def _within(value: float, bounds: tuple[float, float]) -> bool:
 
 
 def approach(
-    target: str, offset: Offset, xy: float, z: float, way: tuple[str, str], thing: str, act: str | Phase
+    target: str,
+    offset: Offset,
+    xy: float,
+    z: float,
+    way: tuple[str, str],
+    thing: str,
+    act: str | Phase,
+    lying: float = np.inf,
 ) -> Phase:
-    """Most experts: go beside `target` + offset (within xy), then to its height (within z), then act."""
+    """Most experts: go beside `target` + offset (within xy), then to its height (within z), then act.
+
+    lying: a thing that is higher than this is in the hand, whatever its height.
+    """
 
     def phase(parsed: Parsed) -> str:
         hand, goal = parsed["hand_pos"], parsed[target] + np.array(offset)
         if _apart(hand, goal) > xy:
             return f"{way[0]} the {thing}"
-        if abs(hand[2] - goal[2]) > z:
+        if abs(hand[2] - goal[2]) > z and goal[2] < lying:
             return f"{way[1]} the {thing}"
         return act if isinstance(act, str) else act(parsed)
 
@@ -176,12 +186,7 @@ def shut_drawer(parsed: Parsed) -> str:
 
 
 def hammer(parsed: Parsed) -> str:
-    hand, handle = parsed["hand_pos"], parsed["hammer_pos"] + np.array([-0.04, 0.0, -0.01])
-    if _apart(hand, handle) > 0.04:
-        return "move above the hammer"
-    if abs(hand[2] - handle[2]) > 0.05 and handle[2] < 0.03:
-        return "lower the gripper onto the hammer"
-    aside = np.linalg.norm(hand[[0, 2]] - np.array([0.05, 0.16])) > 0.02
+    aside = np.linalg.norm(parsed["hand_pos"][[0, 2]] - np.array([0.05, 0.16])) > 0.02
     return "lift the hammer in line with the nail" if aside else "hit the nail with the hammer"
 
 

@@ -159,7 +159,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "hammer-v3": TaskLanguage(
         "hammer",
         {"hammer": bodies("hammer"), "nail": bodies("nail_link"), "block": bodies("hammerblock")},
-        phases.hammer,
+        approach("hammer_pos", (-0.04, 0.0, -0.01), 0.04, 0.05, ONTO, "hammer", phases.hammer, 0.03),
     ),
     "hand-insert-v3": TaskLanguage(
         "hand insert",
@@ -211,12 +211,12 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "pick-place-v3": TaskLanguage(
         "pick up the puck and bring it to the blue ball",
         _PUCK | _BLUE,
-        approach("puck_pos", (-0.005, 0.0, 0.0), 0.02, 0.05, ONTO, "puck", "carry the puck to the blue ball"),
+        approach("puck_pos", (-0.005, 0.0, 0.0), 0.02, 0.05, ONTO, "puck", "carry the puck to the blue ball", 0.04),
     ),
     "pick-place-wall-v3": TaskLanguage(
         "pick place wall",
         _PUCK | _WALL | _BLUE,
-        approach("puck_pos", (-0.005, 0.0, 0.0), 0.015, 0.04, ONTO, "puck", phases.carry_over_wall),
+        approach("puck_pos", (-0.005, 0.0, 0.0), 0.015, 0.04, ONTO, "puck", phases.carry_over_wall, 0.03),
     ),
     "plate-slide-back-side-v3": TaskLanguage(
         "plate slide back side",
