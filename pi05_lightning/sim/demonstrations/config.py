@@ -58,8 +58,9 @@ class CollectConfig:
     """Height and width of the images in pixels."""
     answers_every: int = 2
     """Frames from one with questions and boxes to the next."""
-    max_frames: int = 60
-    """Frames after which an unsolved episode is given up and replaced by the next initial state."""
+    max_frames: int | None = None
+    """Frames after which an unsolved episode is given up and replaced by the next initial state; by default those of
+    six seconds."""
     tail_frames: int = 2
     """Frames kept after success."""
     num_workers: int | None = None
@@ -102,6 +103,11 @@ class CollectConfig:
     def fps(self) -> int:
         """Frames, and actions, per second."""
         return self.expert_env.control_hz // self.action_repeat
+
+    @property
+    def most_frames(self) -> int:
+        """Of an episode that is not solved."""
+        return 6 * self.fps if self.max_frames is None else self.max_frames
 
     @property
     def recorded(self) -> tuple[str, ...]:

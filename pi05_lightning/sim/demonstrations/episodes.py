@@ -107,7 +107,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     said = _said(env, config.rephrased_share, seed)
     frames: list[Frame] = []
     actions, subtasks, answers = [], [], []
-    solved, end = False, config.max_frames
+    solved, end = False, config.most_frames
     while len(frames) < end:
         asked = len(frames) % config.answers_every == 0
         answers.append(questions.answers(env, env.boxes(), said) if asked else ())

@@ -193,7 +193,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
         approach("peg_pos", (0.0, 0.0, 0.0), 0.04, 0.025, ONTO, "peg", phases.insert_peg),
     ),
     "peg-unplug-side-v3": TaskLanguage(
-        "peg unplug side", {"plug": bodies("plug"), "socket": bodies("plug_wall"), **_RED}, phases.unplug
+        "peg unplug side", {"plug": bodies("plug"), "socket": bodies("plug_wall")}, phases.unplug
     ),
     "pick-out-of-hole-v3": TaskLanguage(
         "pick out of hole",
