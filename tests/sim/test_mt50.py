@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from importlib.resources import files
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -41,11 +42,10 @@ def opened(task: str):
 
 
 def test_sentences_and_groups_are_lerobots():
-    from lerobot.envs.metaworld import DIFFICULTY_TO_TASKS, TASK_DESCRIPTIONS
-
+    theirs = json.loads(files("lerobot").joinpath("envs", "metaworld_config.json").read_text())
     env = MT50()
-    assert {task: env.sentences(task)[0] for task in task_names()} == TASK_DESCRIPTIONS
-    assert {group: list(tasks) for group, tasks in env.groups().items()} == DIFFICULTY_TO_TASKS
+    assert {task: env.sentences(task)[0] for task in task_names()} == theirs["TASK_DESCRIPTIONS"]
+    assert {group: list(tasks) for group, tasks in env.groups().items()} == theirs["DIFFICULTY_TO_TASKS"]
     assert sorted(env.demonstrated) == task_names()
 
 
