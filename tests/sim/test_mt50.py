@@ -62,9 +62,9 @@ def test_image_and_state_are_those_of_lerobots_environment(task):
             np.testing.assert_allclose(ours.state, seen["agent_pos"], atol=1e-6)
             image = ours.render()["corner2"].transpose(1, 2, 0).astype(int)
             reference = seen["pixels"][2::5, 2::5]
-            assert np.abs(image - reference).mean() < 8
+            assert np.abs(image - reference).mean() < 15
             for turned in (image[::-1], image[:, ::-1], image[::-1, ::-1]):
-                assert np.abs(turned - reference).mean() > 20
+                assert np.abs(turned - reference).mean() > 25
             for _ in range(20):
                 action = np.array([0.5, 0.3, -0.2, 1.0], np.float32)
                 ours.control_step(action)
