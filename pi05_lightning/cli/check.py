@@ -52,7 +52,8 @@ def check(
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
         dataset: a LeRobot dataset, a folder or Hub id; by default, where no env is given, the policy's demonstrations.
-        env: a simulator: MetaWorld, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        env: a simulator: MetaWorld, MT50, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its
+            import path.
         robot: the data source whose robot it acts as, where the policy was trained on several.
         cameras: image features of the dataset, each with its camera name, as in training.
         state_keys: features that make the state, as in training; by default observation.state.

@@ -48,9 +48,10 @@ def play(
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
         beside: another one, in the same scene side by side; its name may be left out, as in `pi05 play A B`.
         port: 0 takes a free one.
-        tasks: the simulator's names of tasks; by default those that it was trained on (MetaWorld, Desk),
+        tasks: the simulator's names of tasks; by default those that it was trained on (MetaWorld, MT50, Desk),
             all of `--env.suites` (Libero), the default of the environment (LeRobotEnv).
-        env: the simulator: MetaWorld, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        env: the simulator: MetaWorld, MT50, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its
+            import path.
         episodes: initial states per task, numbered from 0: those of `pi05 rollout` with as many episodes.
         max_seconds: simulated time after which an instruction has failed; by default 6 per step of a task, LeRobot's in
             others.

@@ -26,7 +26,7 @@ from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_parap
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
-from pi05_lightning.sim.summary import summarise, tables
+from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.weights.locate import locate, run_of
 
@@ -59,9 +59,10 @@ def rollout(
 
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
-        tasks: the simulator's names of tasks; by default those that it was trained on (MetaWorld, Desk),
+        tasks: the simulator's names of tasks; by default those that it was trained on (MetaWorld, MT50, Desk),
             all of `--env.suites` (Libero), the default of the environment (LeRobotEnv).
-        env: the simulator: MetaWorld, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its import path.
+        env: the simulator: MetaWorld, MT50, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its
+            import path.
         episodes: initial states per task, the same for every mode.
         modes: policy (as `acting` says), flat (the task alone conditions the actions), fast (actions from
             FAST tokens), rtc and async (with `delays`: real-time chunking, and without it), and the baselines
@@ -70,8 +71,8 @@ def rollout(
         out: folder for rollout.json, videos and frames, in place of earlier ones; by default `rollout` beside the
             checkpoint.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
-        max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, LeRobot's in
-            others.
+        max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, 5 in MT50,
+            LeRobot's in others.
         videos: episodes per task and policy mode that are filmed, and beside them one that fails, if any does.
         lanes: episodes that a process steps together.
         num_workers: processes; by default one per core.
@@ -170,16 +171,21 @@ def run_all(
 
 def summary_of(trials: list[Trial], clocks: dict[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
     """What the trials came to, and all that is needed to run them again."""
-    return summarise(trials, clocks) | {
-        "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
-        "delays": list(plan.delays),
-        "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
-        "env": str(plan.env),
-        "seed": plan.seed,
-        "checkpoint": worker.checkpoint,
-        "weights": weights_of(Path(worker.checkpoint)),
-        "sha256": sha256(locate(worker.checkpoint).path),
-    }
+    result = summarise(trials, clocks)
+    return (
+        result
+        | by_group(result["success"], plan.env.groups())
+        | {
+            "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
+            "delays": list(plan.delays),
+            "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
+            "env": str(plan.env),
+            "seed": plan.seed,
+            "checkpoint": worker.checkpoint,
+            "weights": weights_of(Path(worker.checkpoint)),
+            "sha256": sha256(locate(worker.checkpoint).path),
+        }
+    )
 
 
 def replace_result(out: Path, before: Iterable[Path], films: Path, result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
@@ -277,6 +277,10 @@ class EnvironmentConfig(ABC):
 
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
         """task -> another one of its scene, preferably one of `tasks`, for those that have one."""
+        return {}
+
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        """Tasks by difficulty, whose mean rates a summary adds; empty where a benchmark has none."""
         return {}
 
     def warm_up(self) -> None:  # noqa: B027 - by default there is nothing to do

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import metadata
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
+from pi05_lightning.sim.metaworld.mt50 import MT50
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
 from pi05_lightning.types import Frame
 
@@ -52,7 +53,15 @@ class LeRobotEnv(EnvironmentConfig):
         self._config()
 
     def tasks(self, robot: Robot) -> list[str]:
-        return [self._config().task]
+        """The one of its options or LeRobot's default; of MetaWorld those that the policy was trained on."""
+        return MT50().tasks(robot) if self._is_mt50 else [self._config().task]
+
+    def groups(self) -> Mapping[str, Sequence[str]]:
+        return MT50().groups() if self._is_mt50 else {}
+
+    @property
+    def _is_mt50(self) -> bool:
+        return self.type == "metaworld" and "task" not in self.options
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:
         env, config = self.make(task)

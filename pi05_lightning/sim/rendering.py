@@ -49,8 +49,12 @@ def check_rendering() -> None:
 
 @dataclass(frozen=True)
 class Camera:
-    """A model's camera, moved by `offset` metres and zoomed to `fovy` degrees; `rotate` turns the image by 180°."""
+    """A model's camera: put to `pos` or moved by `offset`, in metres, and zoomed to `fovy` degrees.
 
+    `rotate` turns the image by 180°.
+    """
+
+    pos: tuple[float, float, float] | None = None
     offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
     fovy: float | None = None
     rotate: bool = False
@@ -109,6 +113,8 @@ class Cameras:
                     f"{scene} has no camera {name!r}: use one of {known}, or the simulator that has it (--env)"
                 )
             camera = changed.get(name, Camera())
+            if camera.pos is not None:
+                model.cam_pos[camera_id] = camera.pos
             model.cam_pos[camera_id] += camera.offset
             if camera.fovy is not None:
                 model.cam_fovy[camera_id] = camera.fovy

@@ -4,5 +4,6 @@ from pi05_lightning.sim.desk.environment import Desk
 from pi05_lightning.sim.lerobot_env import LeRobotEnv
 from pi05_lightning.sim.libero import Libero
 from pi05_lightning.sim.metaworld.environment import MetaWorld
+from pi05_lightning.sim.metaworld.mt50 import MT50
 
-__all__ = ["Desk", "LeRobotEnv", "Libero", "MetaWorld"]
+__all__ = ["MT50", "Desk", "LeRobotEnv", "Libero", "MetaWorld"]

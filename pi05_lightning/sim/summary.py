@@ -123,9 +123,32 @@ def milliseconds(clock: Clock) -> dict[str, dict[str, float]]:
     return found
 
 
+def by_group(success: Success, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Success in groups of tasks, such as the difficulties of a benchmark; nothing where there are no groups.
+
+    groups  {mode: {group: {success: [successes, trials], tasks: how many of its tasks were run}}}
+    macro   {mode: mean of the groups' rates}; null where a group has no trial
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for mode, by_task in success.items():
+        for group, tasks in groups.items():
+            counts = [by_task[task] for task in tasks if task in by_task]
+            summed = [sum(column) for column in zip([0, 0], *counts, strict=True)]
+            found.setdefault(mode, {})[group] = {"success": summed, "tasks": len(counts)}
+    means = {mode: _mean_rate(of_mode) for mode, of_mode in found.items()}
+    return {"groups": found, "macro": means} if found else {}
+
+
+def _mean_rate(groups: Mapping[str, Mapping[str, Any]]) -> float | None:
+    counts = [group["success"] for group in groups.values()]
+    return round(float(np.mean([k / n for k, n in counts])), 4) if all(n for _, n in counts) else None
+
+
 def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     """Success, failures and times, each as wide as a terminal of 80 columns for five modes."""
     yield success_table(result["success"])
+    if result.get("groups"):
+        yield groups_table(result["groups"], result["macro"], result["success"])
     if result.get("acting"):
         yield acting_table(result["acting"])
     if result.get("swapped"):
@@ -148,6 +171,22 @@ def success_table(success: Success) -> Table:
             table.add_section()
         of_modes = [by_task[task] for by_task in found.values()]
         table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
+    return table
+
+
+def groups_table(
+    groups: Mapping[str, Mapping[str, Mapping[str, Any]]], macro: Mapping[str, float | None], success: Success
+) -> Table:
+    """Success rates per group of tasks, their mean, and the mean over episodes."""
+    table = _table("success by group, and the mean of the groups", ["group", "tasks"], groups)
+    for group, of_first in next(iter(groups.values())).items():
+        counts = [of_mode[group]["success"] for of_mode in groups.values()]
+        table.add_row(
+            group.replace("_", " "), str(of_first["tasks"]), *(f"{k / n:.2f}" if n else "–" for k, n in counts)
+        )
+    table.add_section()
+    table.add_row("mean of the groups", "", *("–" if mean is None else f"{mean:.2f}" for mean in macro.values()))
+    table.add_row("mean over episodes", "", *(f"{of_mode[ALL].value:.2f}" for of_mode in rates(success).values()))
     return table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
-from pi05_lightning.sim.demonstrations.episodes import Block, record_block
+from pi05_lightning.sim.demonstrations.episodes import Block, Episode, record_block
 from pi05_lightning.sim.demonstrations.scenes import record_scenes, write_scenes
 from pi05_lightning.sim.processes import simulator_processes
 
@@ -86,12 +86,23 @@ def _make(root: Path, config: CollectConfig) -> None:
         total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
         with tqdm(total=total, unit=" initial states") as bar:
             what = Recording(config.out.name, config.view.cameras, config.image_size, config.fps)
-            write_dataset(root / ROBOT, what, _run(pool, record_block, blocks, bar), _split_ranges(config))
+            failed = Counter[str]()
+
+            def recorded() -> Iterator[list[Episode]]:
+                for spec, (episodes, failures) in zip(blocks, _run(pool, record_block, blocks, bar), strict=True):
+                    failed[spec.task] += failures
+                    yield episodes
+
+            write_dataset(root / ROBOT, what, recorded(), _split_ranges(config))
             rows: dict[str, list[dict[str, Any]]] = {split: [] for split in scenes}
             for spec, made in zip(pictures, _run(pool, record_scenes, pictures, bar), strict=True):
                 rows[spec.split] += made
             if pictures:
                 write_scenes(root / WEB, rows)
+    if failed.total():
+        wanted = config.episodes + config.val_episodes
+        said = ", ".join(f"{task} {count} of {wanted + count}" for task, count in failed.most_common() if count)
+        logger.warning("episodes in which the expert failed, replaced by other initial states: %s", said)
 
 
 def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str, str, int, int]]:

@@ -17,10 +17,11 @@ class CollectConfig:
     out: Path
     """New directory for the demonstrations (`robot`, LeRobot v3) and the single frames (`web`)."""
     tasks: tuple[str, ...] | None = None
-    """The simulator's tasks by name; by default four of MetaWorld's, or all of the desk's; of a policy those that
-    it was trained on."""
+    """The simulator's tasks by name; by default four of MetaWorld's, or all of MT50 or the desk; of a policy those
+    that it was trained on."""
     env: EnvironmentConfig = MetaWorld()  # noqa: RUF009 - frozen
-    """The simulator: MetaWorld, Desk, or a DemonstratorConfig of your own by its import path; for a policy any."""
+    """The simulator: MetaWorld, MT50, Desk, or a DemonstratorConfig of your own by its import path; for a policy
+    any."""
     policy: Path | None = None
     """A checkpoint whose policy acts instead of the expert, as far as it gets, with what it was trained to see: its
     failures are recorded as well as its successes. It begins where no demonstration does."""
@@ -57,8 +58,9 @@ class CollectConfig:
     """Height and width of the images in pixels."""
     answers_every: int = 2
     """Frames from one with questions and boxes to the next."""
-    max_frames: int = 60
-    """Frames after which an unsolved episode is given up and replaced by the next initial state."""
+    max_frames: int | None = None
+    """Frames after which an unsolved episode is given up and replaced by the next initial state; by default those of
+    six seconds."""
     tail_frames: int = 2
     """Frames kept after success."""
     num_workers: int | None = None
@@ -101,6 +103,11 @@ class CollectConfig:
     def fps(self) -> int:
         """Frames, and actions, per second."""
         return self.expert_env.control_hz // self.action_repeat
+
+    @property
+    def most_frames(self) -> int:
+        """Of an episode that is not solved."""
+        return 6 * self.fps if self.max_frames is None else self.max_frames
 
     @property
     def recorded(self) -> tuple[str, ...]:

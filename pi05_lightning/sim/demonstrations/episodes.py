@@ -61,18 +61,21 @@ class Block(Piece):
     videos: Mapping[str, Path]
 
 
-def record_block(spec: Block) -> list[Episode]:
-    """Make a block, encode its films, and return the thin episodes.
+def record_block(spec: Block) -> tuple[list[Episode], int]:
+    """Make a block, encode its films, and return the thin episodes, and how many the expert failed meanwhile.
 
     Raises ValueError when the expert solves too few of the initial states.
     """
     config = spec.config
     seeds = split_seeds(spec.split, spec.count * ATTEMPTS, config.seed, start=spec.first * ATTEMPTS)
     episodes: list[Episode] = []
+    failed = 0
     with closing(config.expert_env.open(spec.task, config.view)) as env:
         for seed in seeds:
             episode = record_episode(env, seed, config)
-            if episode is not None:
+            if episode is None:
+                failed += 1
+            else:
                 episodes.append(episode)
             if len(episodes) == spec.count:
                 break
@@ -81,7 +84,7 @@ def record_block(spec: Block) -> list[Episode]:
                 f"the expert of {spec.task} solved {len(episodes)} of {len(seeds)} initial states and {spec.count} "
                 "episodes are wanted: leave the task out, give it more max_frames, or lower noise_share"
             )
-    return filmed(episodes, spec.videos, config.fps)
+    return filmed(episodes, spec.videos, config.fps), failed
 
 
 def filmed(episodes: Sequence[Episode], videos: Mapping[str, Path], fps: int) -> list[Episode]:
@@ -104,7 +107,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     said = _said(env, config.rephrased_share, seed)
     frames: list[Frame] = []
     actions, subtasks, answers = [], [], []
-    solved, end = False, config.max_frames
+    solved, end = False, config.most_frames
     while len(frames) < end:
         asked = len(frames) % config.answers_every == 0
         answers.append(questions.answers(env, env.boxes(), said) if asked else ())

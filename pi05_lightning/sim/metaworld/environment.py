@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
-from pi05_lightning.sim.metaworld.tasks import task_language, task_of_sentence
+from pi05_lightning.sim.metaworld.tasks import LANGUAGE, task_of_sentence
 from pi05_lightning.sim.rendering import GRIPPER, Camera, Cameras, check_rendering
 from pi05_lightning.types import Box, Frame
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CONTROL_HZ = 80  # MetaWorld: 5 MuJoCo steps of 2.5 ms
 _PLACING_STEPS = 100  # MuJoCo steps in which the hand follows wherever it is sent
 
-CAMERAS = {"topview": Camera((0.0, 0.15, 0.0), fovy=28.0), "corner2": Camera(rotate=True)}
+CAMERAS = {"topview": Camera(offset=(0.0, 0.15, 0.0), fovy=28.0), "corner2": Camera(rotate=True)}
 """Cameras that are not used as MetaWorld defines them."""
 
 POLICY_CAMERAS = ("topview", "gripperPOV")
@@ -68,6 +68,11 @@ def scene_of(task: str) -> str:
     return kind.model_name.fget(None)
 
 
+def metaworld_seed(task: str, seed: int) -> int:
+    """What MetaWorld's generator is seeded with, so that tasks differ at the same seed."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(task.encode())]).generate_state(1)[0])
+
+
 @dataclass(frozen=True)
 class MetaWorld(DemonstratorConfig):
     """MetaWorld's 50 tasks by name, seen as the policy was trained to see them."""
@@ -87,7 +92,7 @@ class MetaWorld(DemonstratorConfig):
         return [task_of_sentence(sentence) for sentence in robot.tasks]
 
     def sentences(self, task: str) -> Sequence[str]:
-        return (task_language(task).sentence,)
+        return (LANGUAGE[task].sentence,)
 
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
         found = dict[str, str]()
@@ -111,12 +116,14 @@ class MetaWorldEnvironment:
         image_size: height and width of the images, in pixels.
         cameras: MetaWorld's camera names (topview, gripperPOV, corner, corner2, corner3, corner4, behindGripper).
         action_repeat: control steps that one `step` lasts.
+        sentences: task -> its instruction; by default those of `LANGUAGE`.
+        changed: {camera: how it differs from MetaWorld's}.
+        max_seconds: after which an episode has failed.
 
     Raises NoSuchEnvironment, a ValueError, on an unknown task or camera. Close it before the interpreter exits, or use
     it as a context.
     """
 
-    max_seconds = 6.0
     other_sentences = ()  # of an instruction
     ended = False  # an episode goes on for as long as the caller likes
     action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
@@ -127,6 +134,9 @@ class MetaWorldEnvironment:
         image_size: int = 64,
         cameras: Sequence[str] = POLICY_CAMERAS,
         action_repeat: int = 8,
+        sentences: Mapping[str, str] | None = None,
+        changed: Mapping[str, Camera] = CAMERAS,
+        max_seconds: float = 6.0,
     ):
         check_task(task)
         import mujoco
@@ -134,8 +144,10 @@ class MetaWorldEnvironment:
         from metaworld.policies import ENV_POLICY_MAP
 
         self.task = task
-        self.language = task_language(task)
-        self.sentence = self.language.sentence  # the instruction
+        self.language = LANGUAGE[task]
+        self._sentences = sentences
+        self.sentence = self._instruction(task)
+        self.max_seconds = max_seconds
         self.objects = tuple(self.language.objects)
         self.target = next(iter(self.objects), None)
         self.cameras = tuple(cameras)
@@ -156,11 +168,11 @@ class MetaWorldEnvironment:
         self.solved_other = False
         self._obs = np.zeros(39)
         things = {**self.language.objects, "gripper": GRIPPER}
-        self._views = Cameras(task, self._env.model, image_size, self.cameras, CAMERAS, things)
+        self._views = Cameras(task, self._env.model, image_size, self.cameras, changed, things)
 
     def reset(self, seed: int) -> None:
         """Put the robot and the objects where `seed` says; the same for the same (task, seed), whatever came before."""
-        self._env.seed(int(np.random.SeedSequence([seed, zlib.crc32(self.task.encode())]).generate_state(1)[0]))
+        self._env.seed(metaworld_seed(self.task, seed))
         self._obs, _ = self._env.reset()
         self._other, self.solved_other = None, False
         self.instruct(self.task)
@@ -176,8 +188,11 @@ class MetaWorldEnvironment:
         other = None if task == self.task else self._beside(task)
         if task != self.task and other is None:
             return False
-        self.sentence, self._told = task_language(task).sentence, other
+        self.sentence, self._told = self._instruction(task), other
         return True
+
+    def _instruction(self, task: str) -> str:
+        return LANGUAGE[task].sentence if self._sentences is None else self._sentences[task]
 
     def _beside(self, task: str) -> Any:
         """Another task's simulator with what is here, where it is; None where it is of another scene."""
@@ -227,7 +242,7 @@ class MetaWorldEnvironment:
 
     def expert_action(self) -> np.ndarray:
         """What MetaWorld's scripted expert does now, for one control step: f32[4] in [-1, 1]."""
-        return np.clip(self._policy.get_action(self._obs), -1.0, 1.0).astype(np.float32)
+        return np.clip(self._policy.get_action(self._obs.copy()), -1.0, 1.0).astype(np.float32)
 
     @property
     def fps(self) -> float:
@@ -245,8 +260,6 @@ class MetaWorldEnvironment:
 
     def subtask(self) -> str:
         """What the expert is doing at the moment, in words."""
-        if self.language.phase is None:
-            return self.language.sentence
         return self.language.phase(self._policy._parse_obs(self._obs))
 
     def positions(self) -> dict[str, np.ndarray]:
