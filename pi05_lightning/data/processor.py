@@ -137,13 +137,14 @@ class Processor:
         if language.no_task_share and rng.random() < language.no_task_share:
             frame = replace(frame, task="")
         actions = mask = None
+        told = frame.task
         if modality in (Modality.QA, Modality.WEB_CAPTION):
             if not frame.answers:
                 raise ValueError(f"{modality} needs a question and its answer, and there is none")
             asked = self._choose_questions(frame.answers, rng, max_questions if modality is Modality.QA else 1)
             images = {camera: images[camera] for camera in images if asked[0].camera in (None, camera)}
             segments = [segment for answer in asked for segment in prompts.ask(answer)]
-            frame = replace(frame, task="")  # which is not told
+            told = ""
         elif modality is Modality.HL_SUBTASK:
             if frame.subtask is None:
                 raise ValueError("hl_subtask needs a subtask, and there is none")
@@ -159,11 +160,11 @@ class Processor:
                 advantage = None
             segments = prompts.low_level(frame, subtask, language.condition_on, fast=is_fast, advantage=advantage)
             if subtask is not None and language.condition_on == "subtask":
-                frame = replace(frame, task="")
+                told = ""
             if with_fast:
                 segments.append(self._fast_segment(frame.actions))
             actions, mask = self._pad(frame.actions, frame.action_is_pad)
-        shown = replace(frame, images=images)
+        shown = replace(frame, images=images, task=told)
         made = {name: maker.make(shown) for name, maker in self.target_makers.items()}
         targets = {name: target for name, target in made.items() if target is not None}
         tokens, kinds = self._encode(segments)

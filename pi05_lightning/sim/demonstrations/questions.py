@@ -22,10 +22,11 @@ def answers(
     boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them.
     instruction: as it is told; its answer is the box of the thing that it is about.
     """
+    target = env.target
     asked = [
-        Answer(instruction, box_to_text(seen[env.target]), camera)
+        Answer(instruction, box_to_text(seen[target]), camera)
         for camera, seen in boxes.items()
-        if instruction is not None and env.target in seen
+        if instruction is not None and target is not None and target in seen
     ]
     asked += [
         Answer(f"detect the {name}", box_to_text(box), camera)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -78,8 +78,13 @@ class MetaWorld(DemonstratorConfig):
     """MetaWorld's 50 tasks by name, seen as the policy was trained to see them."""
 
     control_hz = CONTROL_HZ
-    cameras = POLICY_CAMERAS
-    demonstrated = ("window-open-v3", "drawer-open-v3", "button-press-topdown-v3", "faucet-close-v3")
+    cameras: ClassVar[tuple[str, ...]] = POLICY_CAMERAS
+    demonstrated: ClassVar[tuple[str, ...]] = (
+        "window-open-v3",
+        "drawer-open-v3",
+        "button-press-topdown-v3",
+        "faucet-close-v3",
+    )
 
     def check_task(self, task: str) -> None:
         check_task(task)
