@@ -166,7 +166,9 @@ def test_watching_another_task_changes_nothing_of_the_own():
 
 def test_shipped_paraphrases_are_of_metaworlds_instructions_and_none_is_one():
     found = read_paraphrases(PARAPHRASES)
-    assert found.keys() >= {language.sentence for language in LANGUAGE.values()}
+    # those of no more words than the task's name are not among them
+    names = {task.removesuffix("-v3").replace("-", " ") for task in LANGUAGE}
+    assert found.keys() >= {language.sentence for language in LANGUAGE.values()} - names
     assert not set(found) & {words for others in found.values() for words in others}
 
 
