@@ -44,6 +44,7 @@ COMMANDS = {
     "profile": "what a configuration costs: FLOPs, bytes, memory, time",
     "report": "a run on one self-contained page",
     "convert": "checkpoints of LeRobot and openpi to ours and back",
+    "export": "a policy for OpenVINO, ONNX or PyTorch, with a runner that needs nothing of this package",
     "push": "a run or a dataset to the Hugging Face Hub, with a card",
     "check": "what a policy expects beside what a dataset or a simulator gives it",
     "rollout": "closed-loop success in the simulator, beside baselines",
