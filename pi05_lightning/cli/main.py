@@ -78,6 +78,12 @@ class Parser(LayeredParser):
         sys.exit(2)
 
 
+class CommandParser(Parser):
+    """Of a command that is no run: its `--data` names a dataset, and not a file of options."""
+
+    layers = ("acting",)
+
+
 def overview() -> str:
     """What `pi05 --help` prints."""
     lines = [f"  {name:<12} {text}" for name, text in (TRAINER_COMMANDS | COMMANDS).items()]
@@ -124,8 +130,8 @@ def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     args = [underscored(arg, options) for arg in args]
     args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     if len(types) == 1 and is_dataclass(types[0]):
-        return function(auto_cli(types, args=args, prog=prog, parser_class=Parser, return_instance=True))
-    return auto_cli(function, args=args, prog=prog, parser_class=Parser)
+        return function(auto_cli(types, args=args, prog=prog, parser_class=CommandParser, return_instance=True))
+    return auto_cli(function, args=args, prog=prog, parser_class=CommandParser)
 
 
 def underscored(arg: str, options: Collection[str]) -> str:

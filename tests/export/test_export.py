@@ -106,7 +106,7 @@ def test_export_without_frames_to_compare_on_says_what_to_give(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["debug", "tiny", "desk"])
+@pytest.mark.parametrize("size", ["debug", "tiny"])
 @pytest.mark.parametrize("format", ["openvino", "onnx", "pt2"])
 def test_every_format_acts_as_the_policy(
     format: str, size: str, untrained: Untrained, videos: Path, in_a_fresh_process: Fresh, tmp_path: Path
