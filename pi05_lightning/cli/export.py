@@ -77,8 +77,13 @@ def export(
     policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
     read = None
     if data is not None:
-        keys = {"state_keys": state_keys or ["observation.state"], "action_keys": action_keys or ["action"]}
-        read = LeRobotConfig(path=data, cameras=cameras, val_fraction=0, **keys)
+        read = LeRobotConfig(
+            path=data,
+            cameras=cameras,
+            state_keys=state_keys or ["observation.state"],
+            action_keys=action_keys or ["action"],
+            val_fraction=0,
+        )
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()

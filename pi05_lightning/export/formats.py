@@ -30,8 +30,8 @@ def save_openvino(graph: Graph, path: Path) -> None:
 
 
 def save_onnx(graph: Graph, path: Path) -> None:
-    names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
-    program = torch.onnx.export(graph.program, dynamo=True, verbose=False, **names)
+    inputs, outputs = list(graph.inputs), list(graph.outputs)
+    program = torch.onnx.export(graph.program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
     assert program is not None
     program.save(path)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.gemma import Context, rope_table
+from pi05_lightning.models.gemma import KV, Context, rope_table
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05
@@ -59,7 +59,7 @@ class Language(nn.Module):
         seen = block[:, None] >= block
         mask = torch.cat([seen.new_ones(block.shape[0], before), seen], dim=1)[None, None]
         rope = rope_table(before + torch.arange(block.shape[0])[None], self.head_dim)
-        x, new = x[None], []
+        x, new = x[None], list[KV]()
         for number, layer in enumerate(self.layers):
             y = layer.input_layernorm(x)
             new.append(layer.self_attn.keys_values(y, rope))

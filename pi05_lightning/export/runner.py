@@ -65,7 +65,7 @@ def open_pt2(path: Path) -> Graph:
     return run
 
 
-ENGINES = {"openvino": open_openvino, "onnx": open_onnx, "pt2": open_pt2}
+ENGINES: Mapping[str, Callable[..., Graph]] = {"openvino": open_openvino, "onnx": open_onnx, "pt2": open_pt2}
 
 
 class Policy:
@@ -406,6 +406,7 @@ class Policy:
         relative = self.robot["relative"]
         if not relative:
             return actions
+        assert seen.state is not None
         moved = np.array(actions, np.float32)
         moved[:, relative["dims"]] += sign * seen.state[relative["state_dims"]]
         return moved
