@@ -84,7 +84,7 @@ def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: st
             found = exported.act(*seen, subtask=subtask, actions="fast")
             fast.append(float((np.abs(found - expected) / half_range).max()))
         exported.reset()
-        seconds.append((timed(lambda seen=seen: exported.act(*seen)), timed(lambda frame=frame: act(policy, frame))))
+        seconds.append((timed(exported.act, *seen), timed(act, policy, frame)))
         if policy.hierarchical:
             same.append(exported.subtask == subtask)
     return Comparison(
@@ -106,7 +106,7 @@ def act(policy: Inference, frame: Frame) -> None:
     policy.predict_chunks([frame], [policy.predict_subtasks([frame])[0] if policy.hierarchical else None])
 
 
-def timed(call: Callable[[], object]) -> float:
+def timed(call: Callable[..., object], *args: Any) -> float:
     begun = perf_counter()
-    call()
+    call(*args)
     return perf_counter() - begun

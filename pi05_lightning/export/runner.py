@@ -280,7 +280,7 @@ class Policy:
     def _bins(self, state: np.ndarray | None) -> np.ndarray:
         if state is None:
             return np.zeros(0, int)
-        bins = np.digitize(normalize(state, self.robot["state"]), STATE_BINS) - 1
+        bins = np.asarray(np.digitize(normalize(state, self.robot["state"]), STATE_BINS)) - 1
         return bins.clip(0, 255) if self.prompts["clip_state"] else bins
 
     def _conditions(self, seen: Seen, advantage: str | None, fast: bool = False) -> list[tuple[str, bool]]:
@@ -325,11 +325,11 @@ class Policy:
         layers, heads, dim = (self.model[name] for name in ("layers", "kv_heads", "head_dim"))
         empty = np.zeros((layers, heads, 0, dim), np.float32)
         sequence = Columns(empty, empty, first)
-        text = self._embed(tokens)
-        images = self._embed_images(seen, text[:first].mean(0))
+        words = self._embed(tokens)
+        images = self._embed_images(seen, words[:first].mean(0))
         causal = np.arange(1, len(tokens) - first + 1)
         block = np.concatenate([np.zeros(len(images) + first, np.int64), causal])
-        self._read_columns(sequence, np.concatenate([images, text]), block)
+        self._read_columns(sequence, np.concatenate([images, words]), block)
         sequence.tokens = tokens
         return sequence
 
@@ -427,7 +427,7 @@ class Columns:
 
     def __init__(self, keys: np.ndarray, values: np.ndarray, first: int) -> None:
         self.keys, self.values, self.first = keys, values, first
-        self.logits = np.zeros(0, np.float32)
+        self.logits: np.ndarray = np.zeros(0, np.float32)
         self.tokens: list[int] = []
         self.said: list[int] = []
 
@@ -499,7 +499,7 @@ def letterboxed(image: np.ndarray, size: int) -> tuple[np.ndarray, tuple[float, 
     inner_h, inner_w = max(1, int(height / ratio)), max(1, int(width / ratio))
     top, left = (size - inner_h) // 2, (size - inner_w) // 2
     if (height, width) != (size, size):
-        padded = np.zeros((3, size, size), np.float32)
+        padded: np.ndarray = np.zeros((3, size, size), np.float32)
         padded[:, top : top + inner_h, left : left + inner_w] = scaled(scaled(image, inner_w, 2), inner_h, 1)
         image = padded
     return image, (top / size, left / size, (top + inner_h) / size, (left + inner_w) / size)
@@ -531,7 +531,7 @@ def unnormalize(x: np.ndarray, quantiles: Mapping[str, Sequence[float]]) -> np.n
 
 def distance(x: np.ndarray, quantiles: Mapping[str, Sequence[float]]) -> np.ndarray:
     """How far x lies beyond the nearer quantile, in ranges of its dim, and at least in a share of a wide dim's."""
-    q01, q99 = np.float32(quantiles["q01"]), np.float32(quantiles["q99"])
+    q01, q99 = (np.asarray(quantiles[name], np.float32) for name in ("q01", "q99"))
     ranges = q99.astype(np.float64) - q01
     least = 0.02 * np.quantile(ranges[ranges > 0], 0.75, method="higher") if ranges.any() else 1.0
     return np.maximum(q01 - x, x - q99).clip(min=0) / np.maximum(ranges, least)
