@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import batched
 from pathlib import Path
@@ -55,7 +56,9 @@ def open_onnx(path: Path, **options: Any) -> Graph:
 def open_pt2(path: Path) -> Graph:
     import torch
 
-    module = torch.export.load(path).module()
+    with warnings.catch_warnings():  # it reads its own file into memory that it does not write to, and warns of that
+        warnings.simplefilter("ignore")
+        module = torch.export.load(path).module()
 
     def run(**inputs: np.ndarray) -> list[np.ndarray]:
         with torch.inference_mode():
