@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pi05_lightning.acting import Acting, check
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.answers import recorded_frames
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
@@ -17,7 +18,6 @@ from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import MANIFEST, write
 from pi05_lightning.export.formats import PACKAGES, Format
 from pi05_lightning.files.local import replacing, write_json
-from pi05_lightning.inference import Inference
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.locate import locate
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.export.runner import Policy
-from pi05_lightning.inference import Inference
 from pi05_lightning.types import Frame
 
 THREADS = {"openvino": "INFERENCE_NUM_THREADS", "onnx": "intra_op_num_threads"}

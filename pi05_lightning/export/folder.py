@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.export import runner
 from pi05_lightning.export.formats import ENDINGS, SAVE, Format, quietly
 from pi05_lightning.export.graphs import flow_table, graphs_of
 from pi05_lightning.files.local import sha256, write_json, write_text
-from pi05_lightning.inference import Inference
 
 MANIFEST = "manifest.json"
 
