@@ -78,7 +78,7 @@ libero: $(SETUP) ## add LIBERO's simulator to .venv (1.2 GB)
 
 .PHONY: lock
 lock: $(SETUP) ## resolve the locks anew for all platforms
-	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --extra docs --extra loggers --no-header --no-annotate setup.cfg -o requirements.lock
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --extra docs --extra export --extra loggers --no-header --no-annotate setup.cfg -o requirements.lock
 	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra libero -c requirements.lock --no-header --no-annotate setup.cfg -o requirements-libero.lock
 
 .PHONY: clean

@@ -54,6 +54,7 @@ LAYERS = (
     ("optim",),
     ("acting",),
     ("policy",),
+    ("export",),
     ("profiling",),
     ("evaluation",),
     ("module",),
@@ -210,7 +211,7 @@ def test_every_package_that_is_imported_is_a_declared_dependency() -> None:
     config = ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = config["options.extras_require"]
-    of_the_package = (extras[name] for name in ("sim", "libero", "loggers", "orbax"))
+    of_the_package = (extras[name] for name in ("sim", "libero", "loggers", "orbax", "export"))
     requirements = "".join((config["options"]["install_requires"], *of_the_package))
     declared = {re.split(r"[\[=<>]", line)[0] for line in requirements.splitlines() if line and line[0] != "#"}
     undeclared = {name for name in third_party if not declared & {normalized(d) for d in distributions[name]}}

@@ -28,25 +28,25 @@ def answers_of(policy: Inference, data: str | None) -> Answers:
     )
 
 
-def recorded_frames(policy: Inference, data: str | None) -> list[Frame]:
+def recorded_frames(policy: Inference, data: str | LeRobotConfig | None, number: int = RECORDED) -> list[Frame]:
     """Frames of a LeRobot dataset, evenly spaced: of `data`, or of the robot's own where that is still there.
 
     ValueError for a dataset given as `data` that is not of this robot.
     """
     robot = policy.processor.robots[policy.robot]
-    path = data or robot.dataset
-    if data is None and not Path(path, "meta", "info.json").is_file():
+    if data is None and not Path(robot.dataset, "meta", "info.json").is_file():
         return []
-    source = LeRobotConfig(path, val_fraction=0).open("data", "train", policy.model.config.shapes)
-    frames = [source[int(i)] for i in np.linspace(0, len(source) - 1, RECORDED)]
+    config = data if isinstance(data, LeRobotConfig) else LeRobotConfig(data or robot.dataset, val_fraction=0)
+    source = config.open("data", "train", policy.model.config.shapes)
+    frames = [source[int(i)] for i in np.linspace(0, len(source) - 1, number)]
     seen = set(source.camera_names) == set(policy.inputs.cameras)
     dims = [0 if values is None else values.shape[-1] for values in (frames[0].state, frames[0].actions)]
     if seen and dims == [robot.state_dim, robot.action_dim]:
         return [Frame(images=frame.images, task=frame.task, state=frame.state) for frame in frames]
     if data is not None:
         raise ValueError(
-            f"--data {data} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)}, {dims[0]}"
-            f" dimensions of state and {dims[1]} of action; the policy has {sorted(policy.inputs.cameras)},"
+            f"--data {config.path} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)},"
+            f" {dims[0]} dimensions of state and {dims[1]} of action; the policy has {sorted(policy.inputs.cameras)},"
             f" {robot.state_dim} and {robot.action_dim}"
         )
     return []  # the run read it in another way, which no checkpoint tells

@@ -8,7 +8,7 @@ files that hold options) and leaves others (of data and weights).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,24 @@ class LayeredParser(ArgumentParser):
 
     given: Sequence[str] = ()
     """The arguments that are being parsed."""
+    layers: Collection[str] = (*GROUPS, MODEL)
+    """Options whose value may be the name of a file that holds them."""
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Namespace:  # type: ignore[override]
         if args is not None:
             self.given = args
             try:
-                args = [filled_flag(arg, args[place - 1] if place else "") for place, arg in enumerate(args)]
+                args = [self._filled(arg, args[place - 1] if place else "") for place, arg in enumerate(args)]
             except ValueError as error:
                 self.error(str(error), error)
         return super().parse_args(args, *more, **options)
+
+    def _filled(self, arg: str, before: str) -> str:
+        """An argument; the options themselves where it is the file of a group, or a model's file or name."""
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
+            return f"{flag}={filled(flag[2:], value)}" if equals and flag[2:] in self.layers else arg
+        return filled(before[2:], arg) if before.startswith("--") and before[2:] in self.layers else arg
 
     def parse_path(self, path: str | os.PathLike, *more: Any, **options: Any) -> Namespace:
         try:
@@ -47,18 +56,9 @@ class LayeredParser(ArgumentParser):
         return self.parse_string(text, path, *more, **options)
 
 
-def filled_flag(arg: str, before: str) -> str:
-    """An argument; the options themselves where it is the file of a group, or a model's file or name."""
-    if arg.startswith("--"):
-        flag, equals, value = arg.partition("=")
-        return f"{flag}={filled(flag[2:], value)}" if equals else arg
-    return filled(before[2:], arg) if before.startswith("--") else arg
-
-
 def filled(key: str, value: str) -> str:
-    if key not in (*GROUPS, MODEL) or not isinstance(plain(value), str):
-        return value
-    return read_layer(file_of(key, value), key)
+    """The options that a file of this name holds; a value that is no name is what it is."""
+    return read_layer(file_of(key, value), key) if isinstance(plain(value), str) else value
 
 
 def file_of(key: str, name: str) -> Path:

@@ -44,6 +44,7 @@ COMMANDS = {
     "profile": "what a configuration costs: FLOPs, bytes, memory, time",
     "report": "a run on one self-contained page",
     "convert": "checkpoints of LeRobot and openpi to ours and back",
+    "export": "a policy for OpenVINO, ONNX or PyTorch, with a runner that needs nothing of this package",
     "push": "a run or a dataset to the Hugging Face Hub, with a card",
     "check": "what a policy expects beside what a dataset or a simulator gives it",
     "rollout": "closed-loop success in the simulator, beside baselines",
@@ -75,6 +76,12 @@ class Parser(LayeredParser):
         told = explained(message, self.given) + elsewhere(message, self.given)
         print(f"{self.prog}: {told}\nEvery option: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
+
+
+class CommandParser(Parser):
+    """Of a command that is no run: its `--data` names a dataset, and not a file of options."""
+
+    layers = ("acting",)
 
 
 def overview() -> str:
@@ -123,8 +130,8 @@ def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     args = [underscored(arg, options) for arg in args]
     args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     if len(types) == 1 and is_dataclass(types[0]):
-        return function(auto_cli(types, args=args, prog=prog, parser_class=Parser, return_instance=True))
-    return auto_cli(function, args=args, prog=prog, parser_class=Parser)
+        return function(auto_cli(types, args=args, prog=prog, parser_class=CommandParser, return_instance=True))
+    return auto_cli(function, args=args, prog=prog, parser_class=CommandParser)
 
 
 def underscored(arg: str, options: Collection[str]) -> str:

@@ -55,8 +55,9 @@ class FastTokenizer:
         self.horizon, self.dim = horizon, dim
         self.clipped = 0
         """Coefficients that `encode` had to move into the vocabulary's range, so far and in this process."""
-        self._bytes = _token_bytes(bpe)
-        self.lengths = np.array([_count_characters(token) for token in self._bytes], dtype=np.int64)
+        self.pieces = _token_bytes(bpe)
+        """What each token stands for, in UTF-8."""
+        self.lengths = np.array([_count_characters(token) for token in self.pieces], dtype=np.int64)
         """i64[V]: coefficients that a token expands to; 0 for a part of a character, which never decodes by itself."""
         spelled = np.array(_spelled(bpe))
         if not len(spelled):
@@ -139,11 +140,11 @@ class FastTokenizer:
         return horizon, dim
 
     def _coefficients(self, tokens: Sequence[int], horizon: int, dim: int) -> np.ndarray:
-        unknown = [token for token in tokens if not 0 <= token < len(self._bytes)]
+        unknown = [token for token in tokens if not 0 <= token < len(self.pieces)]
         if unknown:
-            raise FastDecodeError(f"not FAST tokens: {unknown[:8]} (the vocabulary has {len(self._bytes)})")
+            raise FastDecodeError(f"not FAST tokens: {unknown[:8]} (the vocabulary has {len(self.pieces)})")
         try:
-            text = b"".join([self._bytes[token] for token in tokens]).decode()
+            text = b"".join([self.pieces[token] for token in tokens]).decode()
         except UnicodeDecodeError as error:
             raise FastDecodeError(f"tokens that break a character apart: {error}") from error
         if len(text) != horizon * dim:

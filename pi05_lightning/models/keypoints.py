@@ -60,7 +60,7 @@ class KeypointStem(nn.Module):
         """images f32[P 3 H W], camera i64[P] -> f32[P num_keypoints 2], (y, x) in [0, 1]."""
         images = images.contiguous(memory_format=torch.channels_last)  # what convolutions on a CPU are fastest with
         heat = rearrange(self.maps(self.convs(images)), "p (c n) h w -> p c n h w", c=self.num_cameras)
-        heat = heat[torch.arange(len(camera), device=camera.device), camera].float() * self.sharpness
+        heat = heat[torch.arange(camera.shape[0], device=camera.device), camera].float() * self.sharpness
         height, width = heat.shape[-2:]
         heat = rearrange(heat, "p n h w -> p n (h w)").softmax(-1)
         y = torch.linspace(0, 1, height, device=heat.device)
@@ -95,7 +95,7 @@ class KeypointStem(nn.Module):
         query [Q W], keypoints f32[Q K 2] and camera i64[Q] of the image asked about -> f32[Q 2], (y, x) in [0, 1].
         """
         scores = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
-        scores = scores[torch.arange(len(camera), device=camera.device), camera].float()
+        scores = scores[torch.arange(camera.shape[0], device=camera.device), camera].float()
         weights, offset = scores[:, :-2].softmax(-1), scores[:, -2:]
         return torch.einsum("qk,qkc->qc", weights, keypoints) + self.offset_scale * offset
 

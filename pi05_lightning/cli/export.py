@@ -1,0 +1,110 @@
+"""`pi05 export`: a policy for other engines, compared with itself before it is written."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi05_lightning.acting import Acting, check
+from pi05_lightning.acting.inference import Inference
+from pi05_lightning.cli.answers import recorded_frames
+from pi05_lightning.cli.convert import keep_robot
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.export.comparison import compare
+from pi05_lightning.export.folder import MANIFEST, write
+from pi05_lightning.export.formats import PACKAGES, Format
+from pi05_lightning.files.local import replacing, write_json
+from pi05_lightning.types import Frame
+from pi05_lightning.weights.locate import locate
+
+logger = logging.getLogger(__name__)
+
+
+def export(
+    checkpoint: Path,
+    *,
+    out: Path,
+    format: Format = "openvino",
+    data: str | None = None,
+    cameras: dict[str, str] | None = None,
+    state_keys: list[str] | None = None,
+    action_keys: list[str] | None = None,
+    frames: int = 8,
+    max_error: float = 1e-3,
+    averaged: bool = True,
+    base: str | None = None,
+    tokenizer: str | None = None,
+    **acting: Any,
+) -> None:
+    """Export a policy to OpenVINO, ONNX or PyTorch's pt2, with a runner that needs neither this package nor Lightning.
+
+    The folder holds the graphs, manifest.json (checksums, statistics, prompts, dimensions, how it acts), the tokenizer
+    and runner.py, which loads them: `Policy().act(images, state, task)` gives actions, `Policy().subtask` what it said
+    before. It is compared with PyTorch on frames of data first, and nothing is written where it acts otherwise.
+
+    Args:
+        checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
+        out: the folder to make; it must not exist.
+        format: openvino and onnx are run by OpenVINO and ONNX Runtime, pt2 by PyTorch.
+        data: LeRobot dataset on whose frames they are compared; by default the policy's demonstrations.
+        cameras: image features of the dataset, each with its camera name, as in training.
+        state_keys: features that make the state, as in training; by default observation.state.
+        action_keys: features that make the action, as in training; by default action.
+        frames: how many frames are compared, evenly spaced over the dataset.
+        max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs.
+        averaged: of a training checkpoint, take the averaged weights if it has them.
+        base: of a checkpoint of adapters: where its base is, if not where it was.
+        tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
+        acting: how the policy acts, see `Acting`; num_steps and robot are fixed by the export.
+
+    Raises ValueError for what cannot be exported or compared, and where the exported policy acts otherwise.
+    """
+    how = Acting(**acting)
+    if out.exists():
+        raise ValueError(f"--out {out} already exists: delete it or name another folder")
+    if frames < 1:
+        raise ValueError(f"--frames is {frames}: it must be at least 1")
+    if missing := [name for name in PACKAGES[format] if find_spec(name) is None]:
+        raise ValueError(f"--format {format} needs {' and '.join(missing)}: pip install 'pi05-lightning[export]'")
+    weights = locate(checkpoint, averaged=averaged, base=base, tokenizer=tokenizer)
+    processor = weights.processor()
+    check(how, processor, weights.trained)
+    keep_robot(processor, processor.acting_as(how.robot))
+    policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
+    read = None
+    if data is not None:
+        read = LeRobotConfig(
+            path=data,
+            cameras=cameras,
+            state_keys=state_keys or ["observation.state"],
+            action_keys=action_keys or ["action"],
+            val_fraction=0,
+        )
+    seen = frames_of(policy, read, frames)
+    with replacing(out, one_writer=True) as folder:
+        folder.mkdir()
+        manifest = write(folder, policy, format)
+        found = compare(policy, folder, seen, format)
+        print("\n".join(found.lines()))
+        if problems := found.problems(max_error):
+            raise ValueError(f"{checkpoint} as {format} is not the policy, and is not written: {'; '.join(problems)}")
+        write_json(folder / MANIFEST, manifest | {"compared": found.to_dict()})
+        size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"written to {out}: {size / 1e6:,.1f} MB; `from runner import Policy` in it needs no pi05_lightning")
+
+
+def frames_of(policy: Inference, data: LeRobotConfig | None, number: int) -> list[Frame]:
+    """Frames to compare on. ValueError where there are none."""
+    found = recorded_frames(policy, data, number)
+    if not found:
+        known = policy.processor.robots[policy.robot].dataset
+        raise ValueError(
+            "nothing to compare on: give --data, a LeRobot dataset of the policy's robot (with --cameras, --state_keys"
+            f" and --action_keys as in training); its demonstrations were {known or 'not recorded'}"
+            + (", which is not here, or was read in another way" if known else "")
+        )
+    return found
