@@ -20,6 +20,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from tools import experiment
+from tools.experiment_recipes import DESK
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(folder.name for folder in ROOT.glob("experiments/*") if folder.is_dir())
@@ -56,7 +57,7 @@ def fit(demo: Path, run: Path, configs: list[str], *flags: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_experiment_trains(name: str, first_stage: bool, demo: Path, tmp_path: Path) -> None:
     flags = [] if first_stage else ["--stages.pretrain_steps", "0"]
-    if "fast" in read_yaml(ROOT / "experiments" / name / "config.yaml").get("data", {}):
+    if read_yaml(ROOT / "experiments" / name / "config.yaml").get("data", {}).get("fast", "") is None:
         flags += ["--data.fast", "null"]
     fit(demo, tmp_path / "run", experiment.configs(name), *flags)
 
@@ -84,7 +85,7 @@ def test_large_model_can_be_built(model: str) -> None:
 
 
 def test_every_experiment_is_a_difference_or_a_script() -> None:
-    assert sorted(DIFFERENCES + SCRIPTS) == EXPERIMENTS
+    assert sorted([*DIFFERENCES, *SCRIPTS, DESK.name]) == EXPERIMENTS  # the desk's recipe is configs/desk.yaml itself
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

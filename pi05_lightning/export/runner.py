@@ -519,17 +519,17 @@ def scaled(image: np.ndarray, length: int, axis: int) -> np.ndarray:
 
 
 def span(quantiles: Mapping[str, Sequence[float]]) -> np.ndarray:
-    span = np.float32(quantiles["q99"]) - np.float32(quantiles["q01"])
-    return np.where(span == 0, np.float32(1e-8), span)
+    q01, q99 = (np.asarray(quantiles[name], np.float32) for name in ("q01", "q99"))
+    return np.where(q99 == q01, np.float32(1e-8), q99 - q01)
 
 
 def normalize(x: np.ndarray, quantiles: Mapping[str, Sequence[float]]) -> np.ndarray:
     """q01 to -1, q99 to 1."""
-    return 2 * (x - np.float32(quantiles["q01"])) / span(quantiles) - 1
+    return 2 * (x - np.asarray(quantiles["q01"], np.float32)) / span(quantiles) - 1
 
 
 def unnormalize(x: np.ndarray, quantiles: Mapping[str, Sequence[float]]) -> np.ndarray:
-    return (x + 1) * span(quantiles) / 2 + np.float32(quantiles["q01"])
+    return (x + 1) * span(quantiles) / 2 + np.asarray(quantiles["q01"], np.float32)
 
 
 def distance(x: np.ndarray, quantiles: Mapping[str, Sequence[float]]) -> np.ndarray:

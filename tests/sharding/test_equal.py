@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "adapters": {"module": {"lora": Lora(rank=4), "knowledge_insulation": True}},
     "keypoints": {"model": "tiny", "stages": two_stages(location=1), "module": {"optimizer": torch.optim.SGD}},
 }
-LOOSER = {"keypoints": 1e-4}  # a softmax over the image's places: with ddp, too
+LOOSER = {"keypoints": 3e-4}  # two softmaxes over the image's places, one after the other: with ddp, too
 STARTS = ("ours", "lerobot", "adapters on ours")
 STEPS = (3, 3)
 

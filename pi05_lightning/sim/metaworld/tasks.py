@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pi05_lightning.sim.metaworld import phases
 from pi05_lightning.sim.metaworld.phases import (
     BEHIND,
     BELOW,
@@ -20,9 +19,30 @@ from pi05_lightning.sim.metaworld.phases import (
     Phase,
     above,
     approach,
+    assemble,
+    carry_over_wall,
+    dunk,
     goal_height,
+    hammer,
     in_line,
+    insert_hand,
+    insert_peg,
+    kick,
     lift,
+    lock_door,
+    pick_from_bin,
+    press_over_wall,
+    pull_plate,
+    push_around_wall,
+    reach,
+    reach_over_wall,
+    shelve,
+    shut_door,
+    shut_drawer,
+    sweep,
+    unlock_door,
+    unplug,
+    use_stick,
 )
 from pi05_lightning.sim.rendering import ModelPart, bodies
 
@@ -69,16 +89,16 @@ _WINDOW = {
 
 
 LANGUAGE: dict[str, TaskLanguage] = {
-    "assembly-v3": TaskLanguage("assembly", _NUT, phases.assemble),
+    "assembly-v3": TaskLanguage("assembly", _NUT, assemble),
     "basketball-v3": TaskLanguage(
         "basketball",
         {"basketball": bodies("basketball"), "basket": bodies("hooplink"), "backboard": bodies("backboardlink")},
-        approach("ball_pos", (0.0, 0.0, 0.01), 0.04, 0.025, ONTO, "basketball", phases.dunk),
+        approach("ball_pos", (0.0, 0.0, 0.01), 0.04, 0.025, ONTO, "basketball", dunk),
     ),
     "bin-picking-v3": TaskLanguage(
         "bin picking",
         {"cube": bodies("objA"), "red bin": bodies("binA"), "blue bin": bodies("binB")},
-        phases.pick_from_bin,
+        pick_from_bin,
     ),
     "box-close-v3": TaskLanguage(
         "box close",
@@ -106,7 +126,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "button-press-v3": TaskLanguage(
         "press the button", _BUTTON, in_line("button_pos", (0.0, 0.0, -0.07), 0.02, "push the button in")
     ),
-    "button-press-wall-v3": TaskLanguage("button press wall", {**_BUTTON, **_WALL}, phases.press_over_wall),
+    "button-press-wall-v3": TaskLanguage("button press wall", {**_BUTTON, **_WALL}, press_over_wall),
     "coffee-button-v3": TaskLanguage(
         "coffee button",
         {"button": bodies("cmbutton"), **_COFFEE},
@@ -132,15 +152,15 @@ LANGUAGE: dict[str, TaskLanguage] = {
         _NUT,
         approach("wrench_pos", (-0.02, 0.0, 0.01), 0.02, 0.03, ONTO, "nut", "lift the nut off the peg"),
     ),
-    "door-close-v3": TaskLanguage("door close", _DOOR, phases.shut_door),
-    "door-lock-v3": TaskLanguage("door lock", _LOCK, phases.lock_door),
+    "door-close-v3": TaskLanguage("door close", _DOOR, shut_door),
+    "door-lock-v3": TaskLanguage("door lock", _LOCK, lock_door),
     "door-open-v3": TaskLanguage(
         "door open",
         _DOOR,
         approach("door_pos", (-0.05, 0.0, 0.0), 0.12, 0.04, RIGHT_OF, "door handle", "pull the door open"),
     ),
-    "door-unlock-v3": TaskLanguage("door unlock", _LOCK, phases.unlock_door),
-    "drawer-close-v3": TaskLanguage("drawer close", _DRAWER, phases.shut_drawer),
+    "door-unlock-v3": TaskLanguage("door unlock", _LOCK, unlock_door),
+    "drawer-close-v3": TaskLanguage("drawer close", _DRAWER, shut_drawer),
     "drawer-open-v3": TaskLanguage(
         "open the drawer",
         _DRAWER,
@@ -159,12 +179,12 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "hammer-v3": TaskLanguage(
         "hammer",
         {"hammer": bodies("hammer"), "nail": bodies("nail_link"), "block": bodies("hammerblock")},
-        approach("hammer_pos", (-0.04, 0.0, -0.01), 0.04, 0.05, ONTO, "hammer", phases.hammer, 0.03),
+        approach("hammer_pos", (-0.04, 0.0, -0.01), 0.04, 0.05, ONTO, "hammer", hammer, 0.03),
     ),
     "hand-insert-v3": TaskLanguage(
         "hand insert",
         _CUBE | _BLUE,
-        approach("obj_pos", (0.0, 0.0, 0.0), 0.02, 0.05, ONTO, "cube", phases.insert_hand),
+        approach("obj_pos", (0.0, 0.0, 0.0), 0.02, 0.05, ONTO, "cube", insert_hand),
     ),
     "handle-press-side-v3": TaskLanguage(
         "handle press side", _HANDLE, above("handle_pos", (0.0, 0.0, 0.0), 0.02, "handle", "press the handle down")
@@ -190,10 +210,10 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "peg-insert-side-v3": TaskLanguage(
         "peg insert side",
         {"peg": ModelPart(geoms=("peg",)), "board with the hole": _of("peg_block_red")},
-        approach("peg_pos", (0.0, 0.0, 0.0), 0.04, 0.025, ONTO, "peg", phases.insert_peg),
+        approach("peg_pos", (0.0, 0.0, 0.0), 0.04, 0.025, ONTO, "peg", insert_peg),
     ),
     "peg-unplug-side-v3": TaskLanguage(
-        "peg unplug side", {"plug": bodies("plug"), "socket": bodies("plug_wall")}, phases.unplug
+        "peg unplug side", {"plug": bodies("plug"), "socket": bodies("plug_wall")}, unplug
     ),
     "pick-out-of-hole-v3": TaskLanguage(
         "pick out of hole",
@@ -216,7 +236,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "pick-place-wall-v3": TaskLanguage(
         "pick place wall",
         _PUCK | _WALL | _BLUE,
-        approach("puck_pos", (-0.005, 0.0, 0.0), 0.015, 0.04, ONTO, "puck", phases.carry_over_wall, 0.03),
+        approach("puck_pos", (-0.005, 0.0, 0.0), 0.015, 0.04, ONTO, "puck", carry_over_wall, 0.03),
     ),
     "plate-slide-back-side-v3": TaskLanguage(
         "plate slide back side",
@@ -226,7 +246,7 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "plate-slide-back-v3": TaskLanguage(
         "plate slide back",
         _PLATE | _RED,
-        approach("puck_pos", (0.0, -0.065, 0.025), 0.01, 0.04, ONTO, "plate", phases.pull_plate),
+        approach("puck_pos", (0.0, -0.065, 0.025), 0.01, 0.04, ONTO, "plate", pull_plate),
     ),
     "plate-slide-side-v3": TaskLanguage(
         "plate slide side",
@@ -259,34 +279,34 @@ LANGUAGE: dict[str, TaskLanguage] = {
     "push-wall-v3": TaskLanguage(
         "push wall",
         _PUCK | _WALL | _GREEN,
-        approach("obj_pos", (-0.005, 0.0, 0.0), 0.02, 0.04, ONTO, "puck", phases.push_around_wall),
+        approach("obj_pos", (-0.005, 0.0, 0.0), 0.02, 0.04, ONTO, "puck", push_around_wall),
     ),
-    "reach-v3": TaskLanguage("reach the red ball", _RED | _PUCK, phases.reach),
-    "reach-wall-v3": TaskLanguage("reach wall", _RED | _WALL | _PUCK, phases.reach_over_wall),
+    "reach-v3": TaskLanguage("reach the red ball", _RED | _PUCK, reach),
+    "reach-wall-v3": TaskLanguage("reach wall", _RED | _WALL | _PUCK, reach_over_wall),
     "shelf-place-v3": TaskLanguage(
         "shelf place",
         {"block": _OBJECT, "shelf": _of("shelf_wood"), **_GREEN},
-        approach("block_pos", (-0.005, 0.0, 0.015), 0.04, 0.04, ONTO, "block", phases.shelve),
+        approach("block_pos", (-0.005, 0.0, 0.015), 0.04, 0.04, ONTO, "block", shelve),
     ),
     "soccer-v3": TaskLanguage(
-        "soccer", {"soccer ball": bodies("soccer_ball1"), "soccer goal": bodies("soccer_goal"), **_GREEN}, phases.kick
+        "soccer", {"soccer ball": bodies("soccer_ball1"), "soccer goal": bodies("soccer_goal"), **_GREEN}, kick
     ),
     "stick-pull-v3": TaskLanguage(
         "stick pull",
         _STICK,
-        phases.use_stick(-0.015, (-0.015, 0.0, 0.03), "pull the thermos to the green ball with the stick"),
+        use_stick(-0.015, (-0.015, 0.0, 0.03), "pull the thermos to the green ball with the stick"),
     ),
     "stick-push-v3": TaskLanguage(
         "stick push",
         _STICK,
-        phases.use_stick(0.015, (0.0, 0.0, 0.0), "push the thermos to the green ball with the stick"),
+        use_stick(0.015, (0.0, 0.0, 0.0), "push the thermos to the green ball with the stick"),
     ),
     "sweep-into-v3": TaskLanguage(
         "sweep the cube into the hole",
         _CUBE | _BLUE,
         approach("cube_pos", (-0.005, 0.0, 0.01), 0.04, 0.04, ONTO, "cube", "sweep the cube into the hole"),
     ),
-    "sweep-v3": TaskLanguage("sweep", {"cube": _of("block_wood")}, phases.sweep),
+    "sweep-v3": TaskLanguage("sweep", {"cube": _of("block_wood")}, sweep),
     "window-close-v3": TaskLanguage(
         "close the window",
         _WINDOW,
