@@ -115,13 +115,17 @@ def test_unknown_experiment_is_told_the_known_ones() -> None:
         experiment.experiment("000_nothing")
 
 
-def test_number_says_which_recipe_an_experiment_differs_from() -> None:
+def test_number_says_which_recipe_an_experiment_differs_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recipe_of("009a_without_language") is recipe_of("009_desk") is DESK
     assert recipe_of("002_without_stage_1") is METAWORLD
     assert experiment.configs("002_without_stage_1")[1:] == [
         "experiments/001_metaworld/config.yaml",
         "experiments/002_without_stage_1/config.yaml",
     ]
+    other = tmp_path / "experiments" / "009a_without_language" / "config.yaml"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    monkeypatch.setattr(experiment, "EXPERIMENTS", other.parents[1])
     assert experiment.configs("009a_without_language") == [
         "configs/desk.yaml",
         "experiments/009a_without_language/config.yaml",
