@@ -89,7 +89,12 @@ METAWORLD = Recipe(
     dashed=success("mean_replay"),
 )
 
-_HEARD = {"policy": "named", **{f"policy, {words}": words for words in ("swapped", "paraphrased", "empty")}}
+_HEARD = {
+    "policy": "named",
+    "policy, swapped": "swapped: original",
+    "policy, paraphrased": "paraphrased",
+    "policy, empty": "empty",
+}
 DESK = Recipe(
     "009_desk",
     base="configs/desk.yaml",

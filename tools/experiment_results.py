@@ -25,7 +25,8 @@ Arms = Mapping[str, Mapping[str, Result]]
 def gather(name: str, out: Path) -> None:
     """Write results.json and plot.png of an experiment from its runs, and the tables into its README."""
     recipe, folder = recipe_of(name), experiment_recipes.EXPERIMENTS
-    results = {run.name.removeprefix("seed"): read_result(run, recipe) for run in sorted((out / name).glob("seed*"))}
+    runs = sorted(run for run in (out / name).glob("seed*") if run.is_dir())
+    results = {run.name.removeprefix("seed"): read_result(run, recipe) for run in runs}
     write_json(folder / name / "results.json", {seed: result for seed, result in results.items() if result})
     arms = {arm: read_json(folder / arm / "results.json", default={}) for arm in dict.fromkeys((recipe.name, name))}
     arms = {arm: found for arm, found in arms.items() if found}
