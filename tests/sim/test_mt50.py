@@ -23,7 +23,7 @@ from pi05_lightning.sim.summary import by_group, groups_table
 
 from .conftest import as_chance_made_it, config
 
-QUICK = ("peg-insert-side-v3", "push-wall-v3")
+QUICK = ("peg-insert-side-v3",)
 ALL_TASKS = [task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in MT50.demonstrated]
 HIDDEN = {
     "coffee-pull-v3": "green ball",  # smaller than four pixels
