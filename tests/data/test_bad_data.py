@@ -278,7 +278,7 @@ def test_a_caption_with_a_token_outside_the_image_is_an_error(tmp_path: Path) ->
 @pytest.mark.parametrize("shape", [(1, 8, 8), (4, 8, 8), (8, 8, 3), (8, 8)])
 def test_an_image_of_another_layout_is_an_error(pictures: Path, shape: tuple[int, ...], monkeypatch) -> None:
     source = open_source(pictures, cameras=None)
-    monkeypatch.setattr(source, "_image", lambda camera, row: np.zeros(shape, np.uint8))
+    monkeypatch.setattr(source._images, "_read", lambda camera, row: np.zeros(shape, np.uint8))
     with pytest.raises(BadSample, match=r"episode 0, frame 0: camera 'top' gives an image of shape .*\[3 h w\]"):
         draw(source, Modality.CONTINUOUS)
 

@@ -35,9 +35,15 @@ CASES: dict[str, dict[str, Any]] = {
         "module": {"activation_checkpointing": True, "flow_draws": 2, "rtc_max_delay": 3},
     },
     "adapters": {"module": {"lora": Lora(rank=4), "knowledge_insulation": True}},
-    "keypoints": {"model": "tiny", "stages": two_stages(location=1), "module": {"optimizer": torch.optim.SGD}},
+    # few steps, as its rounding grows about sixfold with each: from 1e-6 in the first to 6e-4 in the sixth
+    "keypoints": {
+        "model": "tiny",
+        "steps": (2, 1),
+        "stages": two_stages(location=1),
+        "module": {"optimizer": torch.optim.SGD},
+    },
 }
-LOOSER = {"keypoints": 3e-4}  # two softmaxes over the image's places, one after the other: with ddp, too
+LOOSER = {"keypoints": 1e-4}  # a softmax over the image's places: with ddp, too
 STARTS = ("ours", "lerobot", "adapters on ours")
 STEPS = (3, 3)
 

@@ -96,7 +96,7 @@ class Images:
     def read(self, row: int) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
         """Of a row, by camera: its image u8[3 h w], and (h, w) of the picture in the dataset. Raises BadSample."""
         images = {camera: self._read(camera, row) for camera in self._stores}
-        sizes = {camera: (image.shape[1], image.shape[2]) for camera, image in images.items()}
+        sizes = {camera: (image.shape[-2], image.shape[-1]) for camera, image in images.items()}
         return images, sizes | {camera: cache.picture_size(row) for camera, cache in self.caches.items()}
 
     def _read(self, camera: str, row: int) -> np.ndarray:
