@@ -52,6 +52,8 @@ def main(dataset: str, fast: str, run: str) -> None:
     questions.update(answered(("of every rank", rank == 0), (f"of rank {rank}", True)))
     with open(f"{run}/questions{rank}.json", "w") as file:
         json.dump(questions.table(), file)
+    if world > 1:  # a rank that leaves while another still talks to it may abort
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
