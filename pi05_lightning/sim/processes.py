@@ -8,12 +8,16 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 
 @contextmanager
 def simulator_processes(count: int, warm_up: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
-    """Processes, each of which calls `warm_up`; ended at once when something goes wrong or the user interrupts."""
+    """Processes, each of which calls `warm_up`; ended at once when something goes wrong or the user interrupts.
+
+    Raises ChildProcessError, an OSError, when one of them was killed.
+    """
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
     try:
@@ -21,11 +25,15 @@ def simulator_processes(count: int, warm_up: Callable[[], None]) -> Iterator[Pro
             pool.submit(warm_up)
         yield pool
         pool.shutdown()
-    except BaseException:
+    except BaseException as error:
         pool.shutdown(wait=False, cancel_futures=True)
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
             worker.join()
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError(
+                "a process that simulates was killed, most likely for want of memory: use fewer with --num_workers"
+            ) from error
         raise
 
 
