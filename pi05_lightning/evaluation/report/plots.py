@@ -51,7 +51,7 @@ def success_bars(success: Success) -> str:
     axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("success rate")
-    figure.legend(loc="outside upper center", ncols=len(success), frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=min(len(success), 4), frameon=False, fontsize=8)
     return as_svg(figure)
 
 
