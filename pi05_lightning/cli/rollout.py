@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -24,10 +23,11 @@ from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
-from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
+from pi05_lightning.sim.rollout import Job, Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
+from pi05_lightning.sim.unfinished import Films, Unfinished
 from pi05_lightning.weights.locate import locate, run_of
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,8 @@ def rollout(
     **acting: Any,
 ) -> dict[str, Any]:
     """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
+
+    Interrupted or killed, the same command goes on with the episodes that were not over.
 
     Args:
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
@@ -116,11 +118,11 @@ def rollout(
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / ROLLOUT.parent
-    out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".films-", dir=out) as films:
-        trials, clocks, filmed = run_all(plan, worker, num_workers, Path(films))
-        result = summary_of(trials, clocks, plan, worker) | {"films": filmed}
-        replace_result(out, films_of(out), Path(films), result)
+    policy_hash = sha256(locate(checkpoint).path)
+    with Unfinished.within(out, {"plan": str(plan), "worker": str(worker), "sha256": policy_hash}) as unfinished:
+        jobs, filmed = run_all(plan, worker, num_workers, unfinished)
+        result = summary_of(jobs, plan, worker) | {"sha256": policy_hash, "films": filmed}
+        replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
 
@@ -147,31 +149,30 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     return ["async"]
 
 
-Films = dict[str, dict[str, Any]]
-"""A film's name: mode, task, seed, and how the episode ended."""
-
-
-def run_all(
-    plan: Plan, worker: Worker, num_workers: int | None, films: Path
-) -> tuple[list[Trial], dict[str, Clock], Films]:
-    """Every trial of the plan, each mode's time, and the films, each written to `films` as soon as it is over."""
-    trials, jobs, filmed = list[Trial](), list(plan.jobs()), Films()
-    clocks = {job.column: Clock() for job in jobs}
+def run_all(plan: Plan, worker: Worker, num_workers: int | None, unfinished: Unfinished) -> tuple[list[Job], Films]:
+    """Every job of the plan, over, and the films. What was run before it was interrupted is not run again."""
+    jobs = list(plan.jobs())
+    filmed = unfinished.complete(jobs)
+    todo = {number: job for number, job in enumerate(jobs) if number not in filmed}
+    episodes, before = (sum(len(job.trials) for job in some) for some in (jobs, (jobs[n] for n in filmed)))
     with (
-        closing(run_in_processes(worker, jobs, num_workers)) as results,
-        tqdm(total=sum(len(job.trials) for job in jobs), unit="episode", desc="rollout") as bar,
+        closing(run_in_processes(worker, list(todo.values()), num_workers)) as results,
+        tqdm(total=episodes, initial=before, unit="episode", desc="rollout") as bar,
     ):
-        for job in results:
-            write_films(films, job.trials, filmed)
-            trials += job.trials
-            clocks[job.column].add(job.clock)
+        for number, job in zip(todo, results, strict=True):
+            filmed[number] = write_films(unfinished.folder, job.trials, filmed.values())
+            unfinished.keep(number, job, filmed[number])
+            jobs[number] = job
             bar.update(len(job.trials))
-    return trials, clocks, dict(sorted(filmed.items()))
+    return jobs, dict(sorted(film for films in filmed.values() for film in films.items()))
 
 
-def summary_of(trials: list[Trial], clocks: dict[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
-    """What the trials came to, and all that is needed to run them again."""
-    result = summarise(trials, clocks)
+def summary_of(jobs: Sequence[Job], plan: Plan, worker: Worker) -> dict[str, Any]:
+    """What the jobs came to, and all that is needed to run them again."""
+    clocks = {job.column: Clock() for job in jobs}
+    for job in jobs:
+        clocks[job.column].add(job.clock)
+    result = summarise([trial for job in jobs for trial in job.trials], clocks)
     return (
         result
         | by_group(result["success"], plan.env.groups())
@@ -183,32 +184,35 @@ def summary_of(trials: list[Trial], clocks: dict[str, Clock], plan: Plan, worker
             "seed": plan.seed,
             "checkpoint": worker.checkpoint,
             "weights": weights_of(Path(worker.checkpoint)),
-            "sha256": sha256(locate(worker.checkpoint).path),
         }
     )
 
 
-def replace_result(out: Path, before: Iterable[Path], films: Path, result: dict[str, Any]) -> None:
+def replace_result(out: Path, before: Iterable[Path], unfinished: Path, result: dict[str, Any]) -> None:
     """Put a rollout's films and result into `out` in place of the ones before; what else is there stays."""
     (out / ROLLOUT.name).unlink(missing_ok=True)
     for film in before:
         film.unlink(missing_ok=True)
         film.with_suffix(".png").unlink(missing_ok=True)
-    for file in films.iterdir():
-        file.replace(out / file.name)
+    for name in result["films"]:
+        for file in (unfinished / name, (unfinished / name).with_suffix(".png")):
+            file.replace(out / file.name)
     write_json(out / ROLLOUT.name, result)
 
 
-def write_films(folder: Path, trials: Iterable[Trial], filmed: Films) -> None:
-    """An mp4 and a PNG of each trial that was filmed, added to `filmed`; the trial then forgets its film.
+def write_films(folder: Path, trials: Iterable[Trial], before: Iterable[Films]) -> Films:
+    """An mp4 and a PNG of each trial that was filmed; the trial then forgets its film.
 
-    Of a mode and task, a failure that is filmed for that alone is written where there is none yet.
+    Of a mode and task, a failure that is filmed for that alone is written where there is none in `before`.
     """
+    written, earlier = Films(), list(before)
     for trial in trials:
-        failed = {(film["mode"], film["task"]) for film in filmed.values() if film["outcome"] != "success"}
+        known = [film for films in (*earlier, written) for film in films.values()]
+        failed = {(film["mode"], film["task"]) for film in known if film["outcome"] != "success"}
         if trial.film and (trial.record or (trial.column, trial.task) not in failed):
             column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")
             name = f"{column}-{task}-{trial.seed}.mp4"
             video.write(folder / name, trial)
-            filmed[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": trial.outcome}
+            written[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": trial.outcome}
         trial.film.clear()
+    return written

@@ -1,0 +1,78 @@
+"""A rollout on its way: the jobs that are over are kept in a folder, so that an interrupted one goes on."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.sim.rollout import Job
+from pi05_lightning.sim.trials import Clock
+
+WHAT = "rollout.json"
+_LARGE = {"film", "steps"}  # a film is a file by then, and a rollout keeps no steps
+
+Films = dict[str, dict[str, Any]]
+"""A film's name: mode, task, seed, and how the episode ended."""
+
+
+class Unfinished:
+    """The folder of a rollout's jobs that are over, and of their films.  what: all that decides how episodes go."""
+
+    def __init__(self, folder: Path, what: dict[str, Any]) -> None:
+        self.folder = folder
+        if read_json(folder / WHAT, default={}) != what:  # of another rollout, or of none
+            for entry in folder.iterdir():
+                entry.unlink()
+            write_json(folder / WHAT, what)
+
+    @classmethod
+    @contextmanager
+    def within(cls, out: Path, what: dict[str, Any]) -> Iterator[Unfinished]:
+        """That of a rollout into `out`. It is gone after the block, unless that was interrupted.
+
+        Raises ValueError while another process writes to it.
+        """
+        folder = out / ".unfinished"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another rollout writes to {out}: wait for it, or give another --out") from None
+            try:
+                yield cls(folder, what)
+            except ValueError:  # a mistake in what was asked for: it would come again
+                shutil.rmtree(folder)
+                raise
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+    def keep(self, number: int, job: Job, films: Films) -> None:
+        """Keep a job that is over, by its number in the plan, and which films of it there are."""
+        trials = [{key: value for key, value in vars(trial).items() if key not in _LARGE} for trial in job.trials]
+        write_json(self._file(number), {"trials": trials, "clock": asdict(job.clock), "films": films}, indent=None)
+
+    def complete(self, jobs: Iterable[Job]) -> dict[int, Films]:
+        """Fill in the jobs of a plan that were kept: their numbers, and the films of each."""
+        found = dict[int, Films]()
+        for number, job in enumerate(jobs):
+            kept = read_json(self._file(number), default={})
+            if not kept:
+                continue
+            for trial, values in zip(job.trials, kept["trials"], strict=True):
+                vars(trial).update(values)
+            job.clock.add(Clock(**kept["clock"]))
+            found[number] = kept["films"]
+        return found
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"job-{number}.json"
