@@ -11,7 +11,6 @@ import torch
 
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.cli.answers import recorded_frames
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
