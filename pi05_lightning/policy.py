@@ -59,7 +59,7 @@ class Pi05Policy(Inference):
         seed: of noise and sampled tokens.
         device: where the model runs.
         dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are. With
-            `int8`, linear layers compute in 8 bits on a CPU, as far as actions stay what they are: see `acting/int8.py`.
+            `int8`, linear layers compute in 8 bits on a CPU, as far as actions stay what they are (acting/int8.py).
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         averaged: use a training checkpoint's averaged weights (`ema.decay`, or openpi's) if it has them.
         base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.

@@ -9,6 +9,7 @@ from pi05_lightning.acting.frames import made_up_frames, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.weights.lerobot_check import Answers
 
+
 def answers_of(policy: Inference, data: str | None) -> Answers:
     """What a policy answers to frames of a dataset and to made-up ones, from fixed noise."""
     frames = [*recorded_frames(policy, data), *made_up_frames(policy)]

@@ -1,4 +1,4 @@
-"""Weights as a model that computes in 8 bits, and which of its layers do not: measured once, kept beside the weights."""
+"""Weights as a model that computes in 8 bits, and which of its layers do not: measured once, kept beside them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ class Choice:
         try:
             return cls(**values | {"kept": tuple(values["kept"])})
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{file} does not say which layers compute in 8 bits: delete it to measure anew") from error
+            raise ValueError(
+                f"{file} does not say which layers compute in 8 bits: delete it to measure anew"
+            ) from error
 
     def write(self, file: Path) -> None:
         write_json(file, asdict(self))
