@@ -1,7 +1,7 @@
 """π0.5 in full size and bf16, each side a process of its own: from file to first chunk, more chunks, peak memory.
 
 Random weights are written once, as LeRobot's own checkpoint. LeRobot needs 18 GB while it loads, so it loads alone;
-for the timed chunks both are loaded and take turns.
+for the timed chunks both are loaded and take turns. So do LeRobot's and ours in int8, once ours in bf16 has ended.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.rate import matmul_rate
 
 CHUNK_TOLERANCE = 2**-7  # of the largest action: two of bf16's own steps, as both round to it, in another order
+INT8_TOLERANCE = 0.1  # of the largest action, against ours in bf16: of random weights, all layers in 8 bits
 BLOCK = 16_777_213  # values drawn; a prime, so that no two rows of a matrix are alike when it is repeated
 
 
@@ -33,26 +34,39 @@ def base(options: Options) -> list[Row]:
     config = DEBUG if options.quick else BASE
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), config)
-        with Side("peer", folder, options) as peer, Side("ours", folder, options) as ours:
-            theirs, found = (torch.load(Path(folder) / f"{name}.pt") for name in ("peer", "ours"))
-            check_equal("chunk", found, theirs, CHUNK_TOLERANCE)
-            seconds: tuple[list[float], list[float]] = ([], [])
-            for pair in range(-1, options.pairs):
-                for side, times in zip((peer, ours), seconds, strict=True):
-                    took = side.chunk()
-                    if pair >= 0:
-                        times.append(took)
-            rate, flops = ours.report["matmul_rate"], ours.report["flops"]
+        with Side("peer", folder, options) as peer:
+            with Side("ours", folder, options) as ours:
+                theirs, found = (torch.load(Path(folder) / f"{name}.pt") for name in ("peer", "ours"))
+                check_equal("chunk", found, theirs, CHUNK_TOLERANCE)
+                seconds = take_turns(peer, ours, options.pairs)
+            with Side("int8", folder, options) as int8:
+                check_equal("chunk, int8", torch.load(Path(folder) / "int8.pt"), found, INT8_TOLERANCE)
+                int8_seconds = take_turns(peer, int8, options.pairs)
+    rate, flops = ours.report["matmul_rate"], ours.report["flops"]
     reached = [flops / s for s in seconds[1]]
     # loaded once: LeRobot's takes minutes
     to_first = [peer.report["first_chunk"]], [ours.report["first_chunk"]]
     memory = [peer.report["peak_gib"]], [ours.report["peak_gib"]]
+    int8_memory = [peer.report["peak_gib"]], [int8.report["peak_gib"]]
     return [
         speed_up("one chunk, base, bf16, 2 of 3 cameras, 60 tokens", ">= 2.5", seconds),
         share("one chunk, base: share of the matmul rate", ">= 0.7", "FLOP/s", [rate] * len(reached), reached),
         speed_up("from file to first chunk, base, bf16", ">= 10", to_first),
         share("peak resident memory, base, bf16 inference, loading included", "<= 0.5", "GiB", *memory),
+        speed_up("one chunk, base, our int8 against bf16, 2 of 3 cameras, 60 tokens", ">= 3.5", int8_seconds),
+        share("peak resident memory, base, our int8 against bf16 inference", "<= 0.28", "GiB", *int8_memory),
     ]
+
+
+def take_turns(peer: Side, ours: Side, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of each side's chunks, after one of each that does not count."""
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(-1, pairs):
+        for side, times in zip((peer, ours), seconds, strict=True):
+            took = side.chunk()
+            if pair >= 0:
+                times.append(took)
+    return seconds
 
 
 class Side:
@@ -108,10 +122,12 @@ def serve(name: str, folder: Path, config: ModelConfig) -> None:
             chunk = lambda: inputs.lerobot_chunk(lerobot)  # noqa: E731
             first = chunk()
     else:
+        from pi05_lightning.weights.int8 import int8_model
         from pi05_lightning.weights.locate import locate
 
         start = time.perf_counter()
-        ours = locate(folder).model(torch.bfloat16).eval()
+        weights = locate(folder)
+        ours = (int8_model(weights) if name == "int8" else weights.model(torch.bfloat16)).eval()
         chunk = lambda: inputs.our_chunk(ours)  # noqa: E731
         first = chunk()
     report = {"first_chunk": time.perf_counter() - start}

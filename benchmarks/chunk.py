@@ -1,4 +1,4 @@
-"""One action chunk at `mid`, fp32, ten denoising steps, against LeRobot's sampling on the same weights."""
+"""One action chunk at `mid`, fp32 and int8, ten denoising steps, against LeRobot's fp32 on the same weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.harness import TOLERANCE, Options, Row, alternate, check_equal, run_part, share, speed_up
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
+from pi05_lightning.models.int8 import Int8Product, linear_layers
+from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.profiling.rate import matmul_rate
+
+INT8_TOLERANCE = 0.1  # of the largest action: of random weights, all layers in 8 bits
 
 
 def chunk(options: Options) -> list[Row]:
@@ -34,6 +38,12 @@ def chunk(options: Options) -> list[Row]:
         rate = matmul_rate(torch.float32)
         reached = [counter.get_total_flops() / s for s in seconds[1]]
         rows.append(share(f"{name}: share of the matmul rate", "", "FLOP/s", [rate] * len(reached), reached))
+    for name, layer in linear_layers(ours).items():
+        ours.set_submodule(name, Int8Product(Int8Linear(layer)))
+    inputs = make_inputs(config, PART_PRESENT)
+    check_equal("chunk, int8", inputs.our_chunk(ours), inputs.lerobot_chunk(lerobot), INT8_TOLERANCE)
+    seconds = alternate(lambda: inputs.lerobot_chunk(lerobot), lambda: inputs.our_chunk(ours), options.pairs)
+    rows.append(speed_up("one chunk, mid, our int8 against fp32, 2 of 3 cameras, 60 tokens", "", seconds))
     return rows
 
 

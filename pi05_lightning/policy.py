@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.inference import Computed, Given, Inference
+from pi05_lightning.acting.int8 import int8_weights
 from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.hub import check_repo, publish
+from pi05_lightning.models.int8 import computes_in_int8
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
@@ -36,6 +38,7 @@ Observation = Mapping[str, Any]
 What the robot's data always had must be there, and nothing else may be. A policy of one task needs not be told it, one
 of one camera not the camera's name."""
 CudaGraph = Literal["plain", "compiled"]
+Dtype = Literal["float32", "bfloat16", "int8"]
 KEYS = ("image", "state", "task")
 
 
@@ -55,7 +58,8 @@ class Pi05Policy(Inference):
         acting: how it acts, as keywords: the fields of `Acting`, such as `robot`, `actions` and `execution_horizon`.
         seed: of noise and sampled tokens.
         device: where the model runs.
-        dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are.
+        dtype: what the weights are cast to on loading, such as torch.bfloat16; by default they stay as they are. With
+            `int8`, linear layers compute in 8 bits on a CPU, as far as actions stay what they are (acting/int8.py).
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         averaged: use a training checkpoint's averaged weights (`ema.decay`, or openpi's) if it has them.
         base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
@@ -79,7 +83,7 @@ class Pi05Policy(Inference):
         pred_horizon: int | None = None,
         seed: int = 0,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Dtype | None = None,
         tokenizer: str | None = None,
         averaged: bool = True,
         base: str | Path | None = None,
@@ -98,13 +102,20 @@ class Pi05Policy(Inference):
         if pred_horizon is not None:
             how = replace(how, execution_horizon=pred_horizon)
         check_device(device)
+        check_dtype(dtype, device)
         if isinstance(model_path, tuple):
             (model, processor), trained = model_path, UNKNOWN
+            if dtype is not None:
+                raise ValueError(f"dtype is {dtype}: it is for weights that are read; cast the model, or leave it out")
         else:
             weights = locate(model_path, tokenizer=tokenizer, averaged=averaged, base=base)
             processor, trained = weights.processor(), weights.trained
             check(how, processor, trained)
-            model = weights.model(dtype)  # last: it is gigabytes, and what is wrong with the others shows before
+            # last: it is gigabytes, and what is wrong with the others shows before
+            if dtype == "int8":
+                model = int8_weights(weights, how)
+            else:
+                model = weights.model(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         super().__init__(model.to(device), processor, how, seed, trained)
         if use_fast_tokens and processor.fast is None:
             raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")
@@ -127,7 +138,11 @@ class Pi05Policy(Inference):
         return cls(path, **options)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Export weights, dimensions and processor into a folder that `from_pretrained` reads."""
+        """Export weights, dimensions and processor into a folder that `from_pretrained` reads.
+
+        Raises ValueError where it computes in 8 bits: its weights are not whole any more.
+        """
+        self._check_whole("saved")
         save(folder, self.model, self.processor, self.trained)
 
     def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
@@ -137,13 +152,21 @@ class Pi05Policy(Inference):
         Raises ValueError when the Hub refuses or cannot be reached; readers then see what was there before.
         """
         check_repo(repo)
+        self._check_whole("published")
         with TemporaryDirectory() as folder:
             save_published(Path(folder), repo, self.model, self.processor, self.trained, license)
             return publish(Path(folder), repo, private=private)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
+        """Move the model. Raises ValueError where it computes in 8 bits, which it does on a CPU alone."""
+        if torch.device(device).type != "cpu":
+            self._check_whole(f"moved to {device}")
         self.model.to(device)
         return self
+
+    def _check_whole(self, what: str) -> None:
+        if computes_in_int8(self.model):
+            raise ValueError(f"a policy of dtype int8 cannot be {what}: load it without dtype for that")
 
     def acting_as(self, acting: Acting) -> Self:
         policy = super().acting_as(acting)
@@ -373,3 +396,11 @@ def check_device(device: str | torch.device) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> None:
+    """Raises ValueError for a dtype that no policy computes in, or not on this device."""
+    if isinstance(dtype, str) and dtype not in get_args(Dtype):
+        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(get_args(Dtype))}, or a torch.dtype")
+    if dtype == "int8" and torch.device(device).type != "cpu":
+        raise ValueError(f"dtype int8 computes on a CPU alone, and device is {device}: leave out one of the two")

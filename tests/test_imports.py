@@ -21,7 +21,7 @@ LAYERS = (
     ("recipe",),
     ("models.config",),
     ("models.kernels", "models.shards"),
-    ("models.quantized",),
+    ("models.quantized", "models.int8"),
     ("models.gemma", "models.keypoints", "models.siglip"),
     ("models.backbone",),
     ("models.heads",),

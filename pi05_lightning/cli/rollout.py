@@ -16,7 +16,7 @@ from pi05_lightning.acting import ROLLOUT, Acting, weights_of
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.local import sha256, write_json
-from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig
@@ -47,6 +47,7 @@ def rollout(
     num_workers: int | None = None,
     seed: int = 0,
     device: str = "cpu",
+    dtype: Dtype | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
     delays: tuple[int, ...] = (),
@@ -80,6 +81,8 @@ def rollout(
         num_workers: processes; by default one per core.
         seed: of the initial states and the noise.
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
+        dtype: what the weights are cast to; by default they stay as they are. With int8, layers compute in 8 bits on a
+            CPU, as far as actions stay what they are.
         base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         delays: for rtc and async: actions that are executed while a chunk is computed, of [1, 1, 2] one for each chunk;
@@ -96,7 +99,7 @@ def rollout(
     """
     env.warm_up()  # what is missing shows before the weights are read
     how = Acting(**acting)
-    policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, **asdict(how))
+    policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(how))
     robot = policy.processor.robots[policy.robot]
     demonstrations = dataset or Path(robot.dataset)
     found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
@@ -115,7 +118,7 @@ def rollout(
     }
     for finding in differences(policy, env, tasks, seed):
         logger.warning("%s (`pi05 check` tells more)", finding)
-    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer)
+    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer, dtype)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / ROLLOUT.parent
     policy_hash = sha256(locate(checkpoint).path)
@@ -179,6 +182,7 @@ def summary_of(jobs: Sequence[Job], plan: Plan, worker: Worker) -> dict[str, Any
         | {
             "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
             "delays": list(plan.delays),
+            "dtype": worker.dtype,
             "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
             "env": str(plan.env),
             "seed": plan.seed,

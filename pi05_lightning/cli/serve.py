@@ -6,12 +6,10 @@ import asyncio
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from pi05_lightning.acting import Acting, measured
-from pi05_lightning.policy import CudaGraph, Pi05Policy
+from pi05_lightning.policy import CudaGraph, Dtype, Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.batches import Batching
@@ -32,7 +30,7 @@ def serve(
     state_keys: list[str] | None = None,
     ignored_keys: list[str] | None = None,
     device: str = "cpu",
-    dtype: Literal["float32", "bfloat16"] | None = None,
+    dtype: Dtype | None = None,
     cuda_graph: CudaGraph | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
@@ -67,7 +65,8 @@ def serve(
         state_keys: keys that make up the state, in their order.
         ignored_keys: keys, or their last parts, that are not for the policy; others that nothing reads are an error.
         device: where the model runs.
-        dtype: what the weights are cast to; by default they stay as they are.
+        dtype: what the weights are cast to; by default they stay as they are. With int8, layers compute in 8 bits on a
+            CPU, as far as actions stay what they are.
         cuda_graph: chunks are CUDA graphs: `plain`, or `compiled`, which is faster and starts slowly.
         base: of a checkpoint of adapters: where its base is, a path or Hub id, if not where it was.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
@@ -102,8 +101,7 @@ def serve(
     )
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
     access = Access.of(host, token, token_file, allowed_hosts or ())
-    cast = None if dtype is None else getattr(torch, dtype)
-    options: dict[str, Any] = {"device": device, "dtype": cast, "base": base, "tokenizer": tokenizer}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}
     policy = Pi05Policy.from_pretrained(checkpoint, cuda_graph=cuda_graph, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))

@@ -232,6 +232,7 @@ class Worker:
     paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """instruction -> the same in other words."""
     tokenizer: str | None = None
+    dtype: str | None = None
 
     def __call__(self, job: Job) -> Job:
         """The job, over: what a process returns is a copy."""
@@ -290,7 +291,7 @@ def _policy(worker: Worker, acting: Acting) -> Pi05Policy:
         from pi05_lightning.policy import Pi05Policy
 
         torch.set_num_threads(1)  # as many processes as cores
-        options = {"device": worker.device, "base": worker.base, "tokenizer": worker.tokenizer}
+        options = {name: getattr(worker, name) for name in ("device", "base", "tokenizer", "dtype")}
         _POLICIES.append(Pi05Policy.from_pretrained(worker.checkpoint, **options, **asdict(acting)))
     return _POLICIES[0]
 

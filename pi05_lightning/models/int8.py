@@ -1,0 +1,84 @@
+"""Linear layers that compute in 8-bit integers on a CPU, for inference.
+
+The product is PyTorch's own (`torch.ao.nn.quantized.dynamic.Linear`, engine `x86`, which is FBGEMM): the weight is
+packed once, with a scale for each output; the input is rounded as it comes, to 7 bits, as without AVX512-VNNI the sums
+of two products would not fit their 16 bits otherwise. PyTorch gives the whole input one scale. Here every row is
+divided by its largest value before and multiplied after, so that a token of large values costs the others no precision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
+
+from pi05_lightning.models.kernels import DTYPES, Linear
+from pi05_lightning.models.quantized import Int8Linear
+
+REST = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32
+"""What computes beside 8-bit products: bf16 where the processor multiplies in it."""
+
+
+def check_int8() -> None:
+    """ValueError where this machine has no engine for 8-bit products."""
+    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+        raise ValueError(
+            "dtype int8: PyTorch has no 8-bit products for this machine (its engine `x86` needs a processor with AVX2),"
+            " so leave dtype out, or set it to bfloat16"
+        )
+
+
+class Int8Product(nn.Module):
+    """The linear layer whose weight an `Int8Linear` keeps; x [... in] -> [... out] in the type of x.
+
+    weight: [out in] in the type that the layer had, without values (on the meta device), as they are packed.
+    """
+
+    def __init__(self, layer: Int8Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.weight = torch.empty(layer.qdata.shape, dtype=layer.scale.dtype, device="meta")
+        scale = layer.scale.detach().double().flatten()
+        weight = layer.qdata.detach() * scale.float()[:, None]
+        packed = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8)
+        self._product = DynamicLinear(1, 1, bias_=False)
+        self._product.set_weight_bias(packed, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).float()
+        largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True).clamp_min(1e-30)
+        y = self._product(rows / largest).mul_(largest)
+        if self.bias is not None:
+            y += self.bias
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Measured(nn.Module):
+    """A linear layer that computes as before, and measures how far its 8-bit product would be from that."""
+
+    def __init__(self, layer: Linear) -> None:
+        super().__init__()
+        self.layer, self.product = layer, Int8Product(Int8Linear(layer))
+        self.weight = self.product.weight
+        self._difference, self._size = 0.0, 0.0  # sums of squares
+
+    @property
+    def error(self) -> float:
+        """Of all that it computed, the norm of the difference over that of the output; 0 before it did."""
+        return (self._difference / max(self._size, 1e-30)) ** 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self._difference += (self.product(x) - y).float().square().sum().item()
+        self._size += y.float().square().sum().item()
+        return y
+
+
+def linear_layers(model: nn.Module) -> dict[str, Linear]:
+    """The layers that can compute in 8 bits, by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def computes_in_int8(model: nn.Module) -> bool:
+    """Whether any layer does."""
+    return any(isinstance(layer, Int8Product) for layer in model.modules())

@@ -1,0 +1,89 @@
+"""Weights as a model that computes in 8 bits, and which of its layers do not: measured once, kept beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.models.int8 import REST, Int8Product, linear_layers
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import Int8Linear, quantizing
+from pi05_lightning.weights.base import Weights
+from pi05_lightning.weights.safetensors import ContentHash, fill
+from pi05_lightning.weights.training_checkpoint import is_checkpoint
+
+SAMPLE = 4096  # values of each tensor that a fingerprint is made of
+
+
+class Fingerprint(ContentHash):
+    """SHA-256 of values of each tensor, evenly spaced, in bf16; one that is read in another type has the same."""
+
+    def add(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        values = tensor.detach().flatten()
+        return super().add(name, values[:: max(1, len(values) // SAMPLE)].bfloat16())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which linear layers of some weights compute in 8 bits, and why."""
+
+    fingerprint: str
+    """Of the weights that it was measured on."""
+    kept: tuple[str, ...]
+    """Layers that stay as they are; all others compute in 8 bits."""
+    errors: dict[str, float]
+    """By layer: the norm of the difference of its output, over that of the output."""
+    action_error: float
+    """The largest of all actions that were compared, as a share of the range q99 - q01 of their dimension."""
+
+    @staticmethod
+    def file(weights: Weights) -> Path:
+        """Where it is: in a folder of weights, or beside a checkpoint."""
+        path = weights.path
+        return path.with_name(f"{path.name}.int8.json") if is_checkpoint(path) else path / "int8.json"
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """ValueError for a file that is no choice."""
+        values = read_json(file)
+        try:
+            return cls(**values | {"kept": tuple(values["kept"])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(
+                f"{file} does not say which layers compute in 8 bits: delete it to measure anew"
+            ) from error
+
+    def write(self, file: Path) -> None:
+        write_json(file, asdict(self))
+
+
+def int8_model(weights: Weights, kept: Collection[str] = (), fingerprint: Fingerprint | None = None) -> Pi05:
+    """The model, whose linear layers compute in 8 bits but for those in `kept`; the rest has the type `REST`.
+
+    Every weight is quantised as soon as it is read, so that no more than a few are whole at a time.  fingerprint: takes
+    note of them.  ValueError as `Weights.model`.
+    """
+    with torch.device("meta"):
+        model = Pi05(weights.config())
+    names = [name for name in linear_layers(model) if name not in kept]
+    for name in names:
+        model.set_submodule(name, Int8Linear(linear_layers(model.get_submodule(name))[""]))
+    quantized = quantizing(model)
+
+    def keep(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        if fingerprint is not None:
+            fingerprint.add(name, tensor)
+        return quantized(name, tensor)
+
+    fill(model, weights.tensors(REST, keep), where=weights.path)
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, Int8Linear)
+        model.set_submodule(name, Int8Product(layer))
+    return model

@@ -1,0 +1,150 @@
+"""A policy that computes in 8 bits acts as the one that does not; which layers do is measured once and written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pi05_lightning import Pi05DataModule, Pi05Policy
+from pi05_lightning.acting.frames import made_up_frames, recorded_frames
+from pi05_lightning.acting.int8 import MAX_ACTION_ERROR
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.int8 import Int8Product, linear_layers
+from pi05_lightning.models.kernels import Linear
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import Int8Linear
+from pi05_lightning.weights.folder import save
+
+LAYER = "flow_head.layers.0.mlp.down_proj"
+
+
+def save_policy(videos: Path, folder: Path, seed: int) -> None:
+    """An untrained policy of the size `tiny`, whose flow head does something."""
+    config = ModelConfig.preset("tiny")
+    data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, shapes=config.shapes)
+    model = Pi05(config)
+    torch.manual_seed(seed)
+    model.reset_parameters()
+    for parameter in model.flow_head.parameters():  # at first its norms let nothing through
+        torch.nn.init.normal_(parameter, std=0.05)
+    save(folder, model, data.processor)
+
+
+@pytest.fixture
+def folder(videos: Path, tmp_path: Path) -> Path:
+    save_policy(videos, tmp_path, seed=0)
+    return tmp_path
+
+
+def chunks_of(policy: Pi05Policy) -> np.ndarray:
+    """Of frames that the choice was not made on among others, as shares of the actions' ranges."""
+    config = policy.model.config
+    noise = torch.randn(1, config.horizon, config.action_dim, generator=torch.Generator().manual_seed(1))
+    frames = [*recorded_frames(policy, None, 5), *made_up_frames(policy)]
+    chunks = [policy.predict_chunks([frame], [None], noise)[0] for frame in frames]
+    return np.stack(chunks) / policy.processor.robots[policy.robot].normalize.action.span
+
+
+def int8_layers(policy: Pi05Policy) -> set[str]:
+    return {name for name, layer in policy.model.named_modules() if isinstance(layer, Int8Product)}
+
+
+def test_a_layer_is_its_rounded_weight_and_a_token_of_large_values_costs_the_others_nothing() -> None:
+    torch.manual_seed(0)
+    layer = Linear(256, 128)
+    x = torch.randn(2, 5, 256)
+    x[0, 0] *= 1000
+    rounded = Int8Linear(layer)
+    scale = layer.weight.abs().amax(1, keepdim=True) / 127
+    by_hand = (layer.weight / scale).round().clamp(-128, 127) * scale
+    assert (rounded.dequantized(torch.float32) - by_hand).abs().max() <= scale.max()  # each is half a step off
+    with torch.no_grad():
+        found, expected = Int8Product(rounded)(x), x @ by_hand.T + layer.bias
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.min() > 0.002
+    assert errors.max() < 0.03
+
+
+def test_bf16_goes_in_and_comes_out() -> None:
+    layer = Int8Product(Int8Linear(Linear(64, 32).bfloat16()))
+    assert layer(torch.randn(3, 64).bfloat16()).dtype == layer.weight.dtype == torch.bfloat16
+
+
+def test_an_int8_policy_acts_as_the_plain_one(folder: Path) -> None:
+    plain, policy = Pi05Policy(folder), Pi05Policy(folder, dtype="int8")
+    choice = json.loads((folder / "int8.json").read_text())
+    assert choice["action_error"] <= MAX_ACTION_ERROR
+    assert int8_layers(policy) == linear_layers(plain.model).keys() - {*choice["kept"]}
+    assert len(int8_layers(policy)) > len(choice["errors"]) / 2
+    error = np.abs(chunks_of(policy) - chunks_of(plain)).max()
+    assert 0 < error <= 2 * MAX_ACTION_ERROR
+
+
+def test_the_choice_is_read_again_and_done_as_it_says(folder: Path) -> None:
+    first = chunks_of(Pi05Policy(folder, dtype="int8"))
+    file = folder / "int8.json"
+    before = file.stat().st_mtime_ns
+    np.testing.assert_array_equal(chunks_of(Pi05Policy(folder, dtype="int8")), first)
+    assert file.stat().st_mtime_ns == before
+    choice = json.loads(file.read_text())
+    file.write_text(json.dumps(choice | {"kept": [*choice["kept"], LAYER]}))
+    policy = Pi05Policy(folder, dtype="int8")
+    assert int8_layers(policy) == choice["errors"].keys() - {*choice["kept"], LAYER}
+    assert isinstance(policy.model.get_submodule(LAYER), Linear)
+
+
+def test_a_layer_that_eight_bits_do_not_fit_stays_as_it_is(videos: Path, folder: Path) -> None:
+    plain = Pi05Policy(folder)
+    with torch.no_grad():  # one column beside which all others round to nothing, and which cancels in the product
+        layer = plain.model.get_submodule(LAYER)
+        layer.weight[:, :2] = torch.tensor([1e5, -1e5])
+        mlp = plain.model.get_submodule(LAYER.rpartition(".")[0])
+        for projection in (mlp.gate_proj, mlp.up_proj):
+            projection.weight[1] = projection.weight[0]
+    plain.save_pretrained(folder)
+    policy = Pi05Policy(folder, dtype="int8")
+    assert LAYER not in int8_layers(policy)
+    assert len(int8_layers(policy)) > 0
+
+
+def test_a_choice_of_other_weights_is_refused(videos: Path, folder: Path) -> None:
+    Pi05Policy(folder, dtype="int8")
+    save_policy(videos, folder, seed=1)
+    with pytest.raises(ValueError, match=r"int8\.json was measured on other weights .* delete it"):
+        Pi05Policy(folder, dtype="int8")
+
+
+def test_a_damaged_choice_is_refused(folder: Path) -> None:
+    (folder / "int8.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"int8\.json does not say which layers .* delete it"):
+        Pi05Policy(folder, dtype="int8")
+
+
+def test_an_unknown_dtype_and_another_device_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="dtype is 'int4': expected float32, bfloat16, int8"):
+        Pi05Policy(folder, dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dtype int8 computes on a CPU alone, and device is meta"):
+        Pi05Policy(folder, dtype="int8", device="meta")
+
+
+def test_a_machine_without_the_engine_is_refused(folder: Path) -> None:
+    engine = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "qnnpack"
+    try:
+        with pytest.raises(ValueError, match="no 8-bit products for this machine"):
+            Pi05Policy(folder, dtype="int8")
+    finally:
+        torch.backends.quantized.engine = engine
+
+
+def test_an_int8_policy_is_neither_saved_nor_moved(folder: Path, tmp_path: Path) -> None:
+    policy = Pi05Policy(folder, dtype="int8")
+    with pytest.raises(ValueError, match="cannot be saved: load it without dtype"):
+        policy.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="cannot be moved to cuda"):
+        policy.to_device("cuda")
