@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.frames import MADE_UP
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.cli.answers import MADE_UP, answers_of
+from pi05_lightning.cli.answers import answers_of
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import read_json, replacing
 from pi05_lightning.models.config import ModelConfig

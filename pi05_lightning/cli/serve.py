@@ -65,8 +65,7 @@ def serve(
         state_keys: keys that make up the state, in their order.
         ignored_keys: keys, or their last parts, that are not for the policy; others that nothing reads are an error.
         device: where the model runs.
-        dtype: what the weights are cast to; by default they stay as they are. With int8, layers compute in 8 bits on a
-            CPU, as far as actions stay what they are.
+        dtype: what the weights are cast to; by default none. With int8, layers compute in 8 bits where actions allow.
         cuda_graph: chunks are CUDA graphs: `plain`, or `compiled`, which is faster and starts slowly.
         base: of a checkpoint of adapters: where its base is, a path or Hub id, if not where it was.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.

@@ -157,7 +157,8 @@ def test_policy_of_fast_tokens_runs_in_closed_loop(fast_policy, tmp_path):
     options = {"episodes": 1, "modes": ("policy",), "max_seconds": 0.3, "num_workers": 1, "out": tmp_path}
     with pytest.raises(ValueError, match=r"`actions: flow`.*It can act with `actions: fast`"):
         rollout(fast_policy, ["reach-v3"], **options)
-    found = rollout(fast_policy, ["reach-v3"], actions="fast", **options)
+    # what a policy of one step does differs from processor to processor, and may close the gripper as nobody did
+    found = rollout(fast_policy, ["reach-v3"], actions="fast", max_state_distance=None, **options)
     assert found["acting"]["policy"]["actions"] == "fast"
     assert found["failures"]["policy"] == {"reach-v3": {OUT_OF_TIME: 1}}
 
