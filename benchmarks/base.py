@@ -19,13 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Options, Row, check_equal, run_part, share, speed_up
+from benchmarks.harness import INT8_TOLERANCE, Options, Row, check_equal, run_part, share, speed_up
 from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.rate import matmul_rate
 
 CHUNK_TOLERANCE = 2**-7  # of the largest action: two of bf16's own steps, as both round to it, in another order
-INT8_TOLERANCE = 0.1  # of the largest action, against ours in bf16: of random weights, all layers in 8 bits
 BLOCK = 16_777_213  # values drawn; a prime, so that no two rows of a matrix are alike when it is repeated
 
 

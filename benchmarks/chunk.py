@@ -5,14 +5,22 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import TOLERANCE, Options, Row, alternate, check_equal, run_part, share, speed_up
+from benchmarks.harness import (
+    INT8_TOLERANCE,
+    TOLERANCE,
+    Options,
+    Row,
+    alternate,
+    check_equal,
+    run_part,
+    share,
+    speed_up,
+)
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
 from pi05_lightning.models.int8 import Int8Product, linear_layers
 from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.profiling.rate import matmul_rate
-
-INT8_TOLERANCE = 0.1  # of the largest action: of random weights, all layers in 8 bits
 
 
 def chunk(options: Options) -> list[Row]:

@@ -21,6 +21,8 @@ import torch
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 """Outputs of both sides may differ by this much, relative to the largest; more is an error, and nothing is timed."""
+INT8_TOLERANCE = 0.1
+"""The same for random weights, all layers in 8 bits."""
 
 
 def meets(goal: str, value: float) -> bool:

@@ -402,5 +402,7 @@ def check_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> 
     """Raises ValueError for a dtype that no policy computes in, or not on this device."""
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}: expected {', '.join(get_args(Dtype))}, or a torch.dtype")
+    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
+        raise ValueError(f"dtype is {dtype}: weights are cast to floats alone; to compute in 8 bits give 'int8'")
     if dtype == "int8" and torch.device(device).type != "cpu":
         raise ValueError(f"dtype int8 computes on a CPU alone, and device is {device}: leave out one of the two")

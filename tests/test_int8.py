@@ -37,8 +37,13 @@ def save_policy(videos: Path, folder: Path, seed: int) -> None:
 
 @pytest.fixture
 def folder(videos: Path, tmp_path: Path) -> Path:
-    save_policy(videos, tmp_path, seed=0)
-    return tmp_path
+    save_policy(videos, tmp_path / "policy", seed=0)
+    return tmp_path / "policy"
+
+
+def choice_of(folder: Path) -> Path:
+    """Where the choice is that was made for a folder of weights."""
+    return folder.with_name("policy.int8.json")
 
 
 def chunks_of(policy: Pi05Policy) -> np.ndarray:
@@ -76,18 +81,20 @@ def test_bf16_goes_in_and_comes_out() -> None:
 
 
 def test_an_int8_policy_acts_as_the_plain_one(folder: Path) -> None:
+    before = {file.name for file in folder.iterdir()}
     plain, policy = Pi05Policy(folder), Pi05Policy(folder, dtype="int8")
-    choice = json.loads((folder / "int8.json").read_text())
+    choice = json.loads(choice_of(folder).read_text())
     assert choice["action_error"] <= MAX_ACTION_ERROR
     assert int8_layers(policy) == linear_layers(plain.model).keys() - {*choice["kept"]}
     assert len(int8_layers(policy)) > len(choice["errors"]) / 2
+    assert {file.name for file in folder.iterdir()} == before  # whose hash says which policy it is
     error = np.abs(chunks_of(policy) - chunks_of(plain)).max()
     assert 0 < error <= 2 * MAX_ACTION_ERROR
 
 
 def test_the_choice_is_read_again_and_done_as_it_says(folder: Path) -> None:
     first = chunks_of(Pi05Policy(folder, dtype="int8"))
-    file = folder / "int8.json"
+    file = choice_of(folder)
     before = file.stat().st_mtime_ns
     np.testing.assert_array_equal(chunks_of(Pi05Policy(folder, dtype="int8")), first)
     assert file.stat().st_mtime_ns == before
@@ -120,7 +127,7 @@ def test_a_choice_of_other_weights_is_refused(videos: Path, folder: Path) -> Non
 
 
 def test_a_damaged_choice_is_refused(folder: Path) -> None:
-    (folder / "int8.json").write_text("{}")
+    choice_of(folder).write_text("{}")
     with pytest.raises(ValueError, match=r"int8\.json does not say which layers .* delete it"):
         Pi05Policy(folder, dtype="int8")
 
@@ -128,6 +135,8 @@ def test_a_damaged_choice_is_refused(folder: Path) -> None:
 def test_an_unknown_dtype_and_another_device_are_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="dtype is 'int4': expected float32, bfloat16, int8"):
         Pi05Policy(folder, dtype="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8: .* give 'int8'"):
+        Pi05Policy(folder, dtype=torch.int8)
     with pytest.raises(ValueError, match="dtype int8 computes on a CPU alone, and device is meta"):
         Pi05Policy(folder, dtype="int8", device="meta")
 

@@ -149,8 +149,8 @@ def weights_of(checkpoint: Path) -> str:
     return relpath(locate(checkpoint).path.resolve(), run_of(checkpoint).resolve())
 
 
-def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str]:
-    """How a policy acted in the rollout of its run, and in which mode of it; by default in the rollout's first.
+def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str, str | None]:
+    """How a policy acted in the rollout of its run, in which mode of it, by default its first, and in which dtype.
 
     Raises ValueError, which says what to do, where the run has no rollout, or one without this mode or of other
     weights.
@@ -173,4 +173,4 @@ def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str]:
         )
     if unknown := actings[mode].keys() - {field.name for field in fields(Acting)}:
         raise ValueError(f"as_measured: {file} has the option {min(unknown)}, which this version does not know: {anew}")
-    return Acting(**actings[mode]), mode
+    return Acting(**actings[mode]), mode, result.get("dtype")

@@ -19,7 +19,7 @@ from pi05_lightning.files.local import sha256, write_json
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
-from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
@@ -108,6 +108,7 @@ def rollout(
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.model.config.horizon)  # chunks last as long as any delay
     tasks = tasks or env.tasks(robot)
+    check_tasks(env, tasks)
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
@@ -128,6 +129,13 @@ def rollout(
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
+
+
+def check_tasks(env: EnvironmentConfig, tasks: Sequence[str]) -> None:
+    """Raises ValueError for a task that there is not, where that shows before an episode is run."""
+    if isinstance(env, DemonstratorConfig):
+        for task in tasks:
+            env.check_task(task)
 
 
 def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str], seed: int) -> list[Finding]:

@@ -10,7 +10,6 @@ configuration it was trained with, so that its path alone is enough to validate 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import sys
@@ -35,16 +34,15 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.cli.arguments import RESUME_NEEDS, complete_arguments, find_resumed
 from pi05_lightning.cli.building import mistakes_named
-from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
-from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, refuse, said_fully
+from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.ranges import check
-from pi05_lightning.files.shipped import find_config
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
@@ -64,7 +62,6 @@ from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.training.precision import replaced
 from pi05_lightning.training.run_directory import (
-    RUNS,
     check_free,
     check_writable,
     has_checkpoints,
@@ -89,7 +86,6 @@ NOISE = (
 )
 # defaults of Lightning's callbacks, such as Timer's, which a saved configuration holds too
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, choice: dumper.represent_data(choice.value))
-RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
 
 
 def default_callbacks() -> list[Callback]:
@@ -344,57 +340,6 @@ def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
 def as_list(value: Any) -> list[Any]:
     """What Lightning takes as one, as several or as None."""
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def last_run() -> Path:
-    """The run that saved last. Raises ValueError when there is none."""
-    found = {run_of(path) for path in RUNS.rglob("checkpoints/*.ckpt") if path.exists()}
-    if not found:
-        raise ValueError(f"there is no checkpoint under {RUNS}/ to go on from")
-    return max(found, key=lambda run: locate_run(run).saved_at)
-
-
-def find_resumed(path: str, run: str | None) -> str:
-    """The file that `ckpt_path` means: itself, a run's newest checkpoint, or for `last` that of the run, or of any."""
-    return str(locate_run(Path(run) if run else last_run()).path if path == "last" else locate_run(Path(path)).path)
-
-
-def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
-    """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
-
-    Raises ValueError for a checkpoint that does not exist, and exits with 2 for a file that is no configuration.
-    """
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    given.add_argument("-c", "--config", action="append", default=[])
-    given.add_argument("--ckpt_path")
-    given.add_argument("--run")
-    given.add_argument("--resume", choices=["auto"])
-    known, rest = given.parse_known_args(args)
-    if known.resume and (known.run is None or command != "fit"):
-        raise ValueError(RESUME_NEEDS)
-    if known.resume and known.ckpt_path is None and has_checkpoints(Path(known.run)):
-        known.ckpt_path = "last"
-    if command != "fit" and rest and not rest[0].startswith("-"):
-        known.ckpt_path = rest.pop(0)
-
-    try:
-        configs = [str(find_config(name)) for name in known.config]
-        for file in configs:
-            check_layer(Path(file))
-    except ValueError as error:
-        refuse(command, str(error))
-    complete = []
-    if known.run is not None:
-        complete += ["--run", known.run]
-    if known.resume and known.ckpt_path is None:
-        complete += ["--resume", known.resume]
-    if known.ckpt_path is not None:
-        checkpoint = find_resumed(known.ckpt_path, known.run)
-        complete += ["--ckpt_path", checkpoint]
-        if not configs:
-            (folder / "config.yaml").write_text(locate_run(Path(checkpoint)).run_config())
-            configs = [str(folder / "config.yaml")]
-    return [*(word for config in configs for word in ("--config", config)), *complete, *rest]
 
 
 def silence_noise() -> None:

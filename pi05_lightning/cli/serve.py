@@ -6,7 +6,7 @@ import asyncio
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pi05_lightning.acting import Acting, measured
 from pi05_lightning.policy import CudaGraph, Dtype, Pi05Policy
@@ -93,7 +93,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     how = Acting(**acting)
     if as_measured:
-        how = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how)
+        how, dtype = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how, dtype)
     batching = Batching((1 if cuda_graph else 32) if max_batch is None else max_batch, batch_wait, max_waiting)
     limits = Limits(
         max_message_bytes, max_image_bytes, max_values, max_clients=max_clients, client_timeout=client_timeout
@@ -109,14 +109,19 @@ def serve(
     asyncio.run(serve_until_signal(server, host, port, drain_timeout))
 
 
-def acting_as_measured(checkpoint: Path, wanted: PolicyMode | None, given: Acting) -> Acting:
-    """How the policy acted in its rollout. ValueError as `measured`, and for given options that would change it."""
-    how, mode = measured(checkpoint, wanted)
-    default = asdict(Acting())
-    for name, value in asdict(given).items():
-        if value != default[name] and value != getattr(how, name):
+def acting_as_measured(
+    checkpoint: Path, wanted: PolicyMode | None, given: Acting, dtype: Dtype | None
+) -> tuple[Acting, Dtype | None]:
+    """How the policy acted in its rollout, and in which dtype.
+
+    ValueError as `measured`, and for given options that would change it.
+    """
+    how, mode, kind = measured(checkpoint, wanted)
+    then, default = asdict(how) | {"dtype": kind}, asdict(Acting()) | {"dtype": None}
+    for name, value in (asdict(given) | {"dtype": dtype}).items():
+        if value != default[name] and value != then[name]:
             raise ValueError(
-                f"{name}: as_measured serves the mode {mode} of the rollout, which had {name} {getattr(how, name)}, not"
+                f"{name}: as_measured serves the mode {mode} of the rollout, which had {name} {then[name]}, not"
                 f" {value}: leave out one of the two"
             )
-    return how
+    return how, cast("Dtype | None", kind)

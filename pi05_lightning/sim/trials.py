@@ -339,11 +339,11 @@ def take(
     """One action of an episode, in `place` of its chunk, and how the episode goes then."""
     assert trial.max_seconds is not None
     start = perf_counter()
-    trial.success = step()
+    trial.success = bool(step())  # a simulator may say it as NumPy does
     clock.steps.append(perf_counter() - start)
     trial.decisions += 1
     if trial.solved_other is not None:
-        trial.solved_other = cast("SharedScene", env).solved_other
+        trial.solved_other = bool(cast("SharedScene", env).solved_other)
     if trial.done is not None:
         trial.done = cast("Chained", env).done
     if not trial.success:

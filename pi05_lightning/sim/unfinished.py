@@ -16,7 +16,7 @@ from pi05_lightning.sim.rollout import Job
 from pi05_lightning.sim.trials import Clock
 
 WHAT = "rollout.json"
-_LARGE = {"film", "steps"}  # a film is a file by then, and a rollout keeps no steps
+_NOT_KEPT = {"film", "steps", "delays"}  # a film is a file by then, a rollout keeps no steps, the plan has the delays
 
 Films = dict[str, dict[str, Any]]
 """A film's name: mode, task, seed, and how the episode ended."""
@@ -35,7 +35,7 @@ class Unfinished:
     @classmethod
     @contextmanager
     def within(cls, out: Path, what: dict[str, Any]) -> Iterator[Unfinished]:
-        """That of a rollout into `out`. It is gone after the block, unless that was interrupted.
+        """That of a rollout into `out`. It is gone after the block, unless that failed or was interrupted.
 
         Raises ValueError while another process writes to it.
         """
@@ -47,18 +47,14 @@ class Unfinished:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another rollout writes to {out}: wait for it, or give another --out") from None
-            try:
-                yield cls(folder, what)
-            except ValueError:  # a mistake in what was asked for: it would come again
-                shutil.rmtree(folder)
-                raise
+            yield cls(folder, what)
             shutil.rmtree(folder)
         finally:
             os.close(lock)
 
     def keep(self, number: int, job: Job, films: Films) -> None:
         """Keep a job that is over, by its number in the plan, and which films of it there are."""
-        trials = [{key: value for key, value in vars(trial).items() if key not in _LARGE} for trial in job.trials]
+        trials = [{key: value for key, value in vars(trial).items() if key not in _NOT_KEPT} for trial in job.trials]
         write_json(self._file(number), {"trials": trials, "clock": asdict(job.clock), "films": films}, indent=None)
 
     def complete(self, jobs: Iterable[Job]) -> dict[int, Films]:

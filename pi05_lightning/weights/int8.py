@@ -16,7 +16,6 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Int8Linear, quantizing
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import ContentHash, fill
-from pi05_lightning.weights.training_checkpoint import is_checkpoint
 
 SAMPLE = 4096  # values of each tensor that a fingerprint is made of
 
@@ -44,9 +43,8 @@ class Choice:
 
     @staticmethod
     def file(weights: Weights) -> Path:
-        """Where it is: in a folder of weights, or beside a checkpoint."""
-        path = weights.path
-        return path.with_name(f"{path.name}.int8.json") if is_checkpoint(path) else path / "int8.json"
+        """Where it is: beside the checkpoint or the folder, whose own content it must not change."""
+        return weights.path.with_name(f"{weights.path.name}.int8.json")
 
     @classmethod
     def read(cls, file: Path) -> Self:

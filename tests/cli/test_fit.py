@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from pi05_lightning.cli.arguments import last_run
 from pi05_lightning.cli.main import main
-from pi05_lightning.cli.run import last_run
 from pi05_lightning.evaluation.report.run import read_curves
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 

@@ -44,7 +44,7 @@ def test_rollout_stores_every_option_with_what_the_defaults_came_to(run):
 
 def test_policy_made_from_it_acts_as_the_measured_one(run):
     for mode in (None, "flat"):
-        how, named = measured(run, mode)
+        how, named, _ = measured(run, mode)
         assert named == (mode or "policy")
         policy = Pi05Policy.from_pretrained(run, **asdict(how))
         assert policy.resolved == how == Acting(robot="robot", hierarchical=mode is None, **GIVEN)
@@ -62,15 +62,26 @@ def test_options_are_on_the_page_of_the_run(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("mode", "given", "message"),
+    ("mode", "given", "dtype", "message"),
     [
-        ("expert", {}, "has no mode expert, only policy, flat"),
-        (None, {"noise_scale": 2.0}, "noise_scale: as_measured serves the mode policy .* had noise_scale 0.5, not 2.0"),
+        ("expert", {}, None, "has no mode expert, only policy, flat"),
+        (None, {"noise_scale": 2.0}, None, "noise_scale: as_measured serves the mode policy .* noise_scale 0.5, not 2"),
+        (None, {}, "int8", "dtype: as_measured serves the mode policy of the rollout, which had dtype None, not int8"),
     ],
 )
-def test_what_was_not_measured_is_refused(run, mode, given, message):
+def test_what_was_not_measured_is_refused(run, mode, given, dtype, message):
     with pytest.raises(ValueError, match=message):
-        acting_as_measured(run, mode, Acting(**given))
+        acting_as_measured(run, mode, Acting(**given), dtype)
+
+
+def test_dtype_of_the_rollout_is_that_of_the_server(run, tmp_path):
+    moved = Path(shutil.copytree(run, tmp_path / "moved"))
+    file = moved / "rollout" / "rollout.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "int8"}))
+    assert acting_as_measured(moved, None, Acting(), None) == (
+        Acting(robot="robot", hierarchical=True, **GIVEN),
+        "int8",
+    )
 
 
 def test_a_run_without_a_rollout_says_what_is_missing(untrained, capsys):

@@ -7,13 +7,16 @@ import multiprocessing
 import threading
 import time
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.sim.rollout import Job
-from pi05_lightning.sim.trials import Trial
+from pi05_lightning.sim.trials import Clock, Trial, run_policy
 from pi05_lightning.sim.unfinished import Films, Unfinished
+from tests.sim.walk import Stub, Walk, chunk
 
 OPTIONS = {"episodes": 3, "modes": ("flat",), "lanes": 1, "videos": 3, "max_seconds": 2.0, "num_workers": 1}
 FIRST = Path(".unfinished") / "job-0.json"
@@ -68,6 +71,24 @@ def test_only_what_was_kept_of_the_same_rollout_is_taken(seed: int, kept: dict[i
         interrupted(tmp_path, seed, [job], keep=False)
     assert ended.value.args == (kept,)
     assert job.trials[0].success == bool(kept)
+
+
+class SaysItAsNumPy(Walk):
+    """A simulator whose success is NumPy's."""
+
+    def step(self, action: np.ndarray) -> bool:
+        return cast("bool", np.bool_(super().step(action)))
+
+
+def test_success_as_numpy_says_it_is_kept(tmp_path: Path) -> None:
+    trial = Trial("policy", "walk", 0)
+    run_policy(Stub(lambda seed: chunk(0.5)), [(SaysItAsNumPy(), trial)], Clock())
+    assert trial.success
+    with Unfinished.within(tmp_path, {}) as unfinished:
+        unfinished.keep(0, Job((trial,)), {})
+        again = Job((Trial("policy", "walk", 0),))
+        assert unfinished.complete([again]) == {0: {}}
+    assert again.trials[0] == trial
 
 
 def test_two_rollouts_do_not_write_to_one_folder(tmp_path: Path) -> None:

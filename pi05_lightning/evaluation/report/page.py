@@ -142,6 +142,7 @@ def protocol(run: Run) -> dict[str, str]:
         ),
         "noise": _of_all(f"× {options.get('noise_scale'):g}" for options in actings),
         "execution horizon": _of_all(f"{options.get('execution_horizon')} of a chunk's actions" for options in actings),
+        "dtype": result.get("dtype"),
         "delays": ", ".join(map(str, result.get("delays", []))),
         "checkpoint": result.get("weights") or result.get("checkpoint"),
         "SHA-256": result.get("sha256"),
