@@ -40,10 +40,11 @@ def experience(
     lr: float = 1e-3,
     demonstrations_share: float = 0.5,
     value_steps: int = 600,
-    n_steps: int = 50,
+    n_seconds: float = 1.0,
     first_positive_share: float = 0.3,
     positive_share: float = 0.4,
     advantage_omission: float = 0.3,
+    attempt_seconds: float | None = None,
     max_seconds: float | None = None,
     num_workers: int | None = None,
     seed: int = 0,
@@ -72,11 +73,13 @@ def experience(
         lr: learning rate.
         demonstrations_share: of the draws; attempts share the rest.
         value_steps: optimizer steps of a round's value.
-        n_steps: from the second round on, frames after which the value stands for the rest of an episode.
+        n_seconds: from the second round on, time after which the value stands for the rest of an episode.
         first_positive_share: of the frames in the first round.
         positive_share: of the frames in later rounds.
         advantage_omission: share of the samples that leave out the advantage.
-        max_seconds: simulated time after which an episode has failed; by default what the simulator says.
+        attempt_seconds: simulated time after which an attempt has failed; by default max_seconds. A policy that has
+            missed seldom recovers, so the double of what demonstrations take saves time.
+        max_seconds: simulated time after which a tried policy has failed; by default what the simulator says.
         num_workers: processes that simulate; by default one per core.
         seed: of attempts and training; every seed is tried on the same initial states.
 
@@ -85,10 +88,14 @@ def experience(
     """
     if rounds < 1 or not methods:
         raise ValueError("rounds, methods: at least one")
-    simulator = {"env": env, "num_workers": num_workers or None, "max_seconds": max_seconds or None}
-    simulator["tasks"] = listed(tasks) if tasks else None
-    attempts = {"episodes": episodes, "val_episodes": 0, "acting": f"{{noise_scale: {noise_scale}}}"}
-    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes}
+    simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None}
+    attempts = {
+        "episodes": episodes,
+        "val_episodes": 0,
+        "acting": f"{{noise_scale: {noise_scale}}}",
+        "max_seconds": attempt_seconds or max_seconds,
+    }
+    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds}
     plan = Rounds(
         out,
         policy,
@@ -98,7 +105,7 @@ def experience(
         tests=flags(tests | simulator),
         training=Training(steps, batch_size, lr, demonstrations_share, advantage_omission),
         value_steps=value_steps,
-        n_steps=n_steps,
+        n_seconds=n_seconds,
         shares=(first_positive_share, positive_share),
         corrections=corrections,
         seed=seed,
@@ -123,7 +130,7 @@ class Rounds:
     tests: Sequence[str]
     training: Training
     value_steps: int
-    n_steps: int
+    n_seconds: float
     shares: tuple[float, float]
     corrections: int | None
     seed: int
@@ -143,7 +150,7 @@ class Rounds:
         value, tried = folder / "value", ("--rollouts", listed(attempts))
         known = ("--demonstrations", listed(self.demonstrations), "--steps", str(self.value_steps))
         begun = ("--policy", str(self.policy), "--seed", str(self.seed))
-        ahead = () if number == 1 else ("--n_steps", str(self.n_steps))
+        ahead = () if number == 1 else ("--n_seconds", str(self.n_seconds))
         marks = ("--positive_share", str(self.shares[min(number, 2) - 1]), *ahead, "--out", str(folder / "labels"))
         return [
             Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known)),

@@ -35,7 +35,10 @@ def bootstrapped(
 
 
 def threshold(advantages: np.ndarray, share: float, task: str) -> float:
-    """What an advantage f64[N] has to be above so that a share of them is.
+    """What an advantage f64[N] has to be above so that a share of them is; 0, where fewer are above that.
+
+    A share alone marks frames that went no better than expected, where most of an attempt is a failure that nothing
+    changes any more: the value is right about these, and what is left is noise.
 
     Raises ValueError, which names the task, where they are not finite, or all the same: nothing can be told from them.
     """
@@ -46,4 +49,4 @@ def threshold(advantages: np.ndarray, share: float, task: str) -> float:
             f"task {task!r}: all of its {len(advantages)} advantages are {advantages[0]:g}, so none is better than"
             " another: the value has learned nothing about it. Fit it on successes and failures of this task, or longer"
         )
-    return float(np.quantile(advantages, 1 - share))
+    return max(0.0, float(np.quantile(advantages, 1 - share)))

@@ -21,7 +21,7 @@ TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 """Of the trainings on experience: nothing is validated on the way."""
-_OF_ONE_DATASET = {"path", "episodes", "labels", "corrections_only", "same_robot_as"}
+_OF_ONE_DATASET = {"path", "episodes", "labels", "frames", "same_robot_as"}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pi05_lightning.data.labels import Sign
 from pi05_lightning.experience.reading import TRAINER, Reading
 
 Method = Literal["recap", "successes", "dagger", "demonstrations"]
@@ -93,15 +94,27 @@ def drawn(
     first = next(iter(sources))
     for name in [*sources][1:]:
         sources[name]["init_args"]["same_robot_as"] = first
-    chosen: dict[Method, dict[str, Any]] = {
-        "successes": {"episodes": "success"},
-        "dagger": {"corrections_only": True, "episodes": "corrected"},
-    }
     own = [] if method == "demonstrations" else list(attempts)
     shares = {name: (demonstrations_share if own else 1.0) / len(sources) for name in sources}
     for number, path in enumerate(own):
-        options = {"labels": str(labels[number])} if is_recap else chosen[method]
-        # every attempt that is not held out counts: what is left of a filter must not be held out too
-        sources[f"attempts_{number}"] = reading.source(path, same_robot_as=first, val_fraction=0.0, **options)
-        shares[f"attempts_{number}"] = (1 - demonstrations_share) / len(own)
+        found = taken(method, labels[number] if is_recap else None)
+        for kind, options in found.items():
+            # every attempt that is not held out counts: what is left of a filter must not be held out too
+            sources[f"{kind}_{number}"] = reading.source(path, same_robot_as=first, val_fraction=0.0, **options)
+            shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(own) / len(found)
     return sources, shares
+
+
+def taken(method: Method, labels: Path | None) -> dict[str, dict[str, Any]]:
+    """What a method takes of a dataset of attempts: options of the sources, by their names.
+
+    Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many
+    frames that what went well would hardly be drawn.
+    """
+    match method:
+        case "recap":
+            return {sign: {"labels": str(labels), "frames": sign} for sign in get_args(Sign)}
+        case "dagger":
+            return {"corrections": {"frames": "corrections", "episodes": "corrected"}}
+        case _:
+            return {"successes": {"episodes": "success"}}

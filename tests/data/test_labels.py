@@ -150,10 +150,24 @@ def test_interventions_are_read_by_the_names_that_lerobot_gives_them(pictures_co
 def test_corrections_alone_can_be_trained_on(pictures_copy: Path) -> None:
     corrected = [episode == 1 and frame > 4 for episode, length in enumerate(LENGTHS) for frame in range(length)]
     column(corrected, "intervention", pa.bool_(), pictures_copy)
-    config = LeRobotConfig(str(pictures_copy), val_fraction=0, corrections_only=True)
+    config = LeRobotConfig(str(pictures_copy), val_fraction=0, frames="corrections")
     source = LeRobotSource(config, "robot", "train", 3, (14, 14))
     places = [source.place(index) for index in range(len(source))]
     assert [(place["episode_index"], place["frame_index"]) for place in places] == [(1, frame) for frame in range(5, 9)]
+
+
+@pytest.mark.parametrize("sign", ["positive", "negative"])
+def test_frames_of_one_sign_can_be_trained_on(labelled: tuple[Path, Path], sign: str) -> None:
+    source = opened(*labelled, frames=sign, val_fraction=0)
+    assert {source[index].advantage for index in range(len(source))} == {sign}
+    assert len(source) == sum((length + (sign == "positive")) // 2 for length in LENGTHS)
+
+
+def test_sign_that_nothing_tells_or_no_frame_has_is_refused(pictures: Path) -> None:
+    with pytest.raises(ValueError, match=r"dataset 'robot': `frames: negative` needs `labels`"):
+        LeRobotSource(LeRobotConfig(str(pictures), frames="negative"), "robot", "train", 3, (14, 14))
+    with pytest.raises(ValueError, match="no frame of `frames: negative` is left in the train split"):
+        opened(pictures, "positive", frames="negative")
 
 
 def test_attempts_that_do_not_say_how_they_ended_are_refused(pictures: Path) -> None:

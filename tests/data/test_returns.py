@@ -44,8 +44,17 @@ def test_bootstrap_never_looks_into_the_next_episode() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_share_of_the_advantages_is_above_the_threshold(share: float) -> None:
-    advantages = np.random.default_rng(0).normal(size=1000)
+    advantages = np.random.default_rng(0).normal(loc=3, size=1000)
     assert (advantages > threshold(advantages, share, "any")).mean() == pytest.approx(share, abs=0.002)
+
+
+def test_what_went_no_better_than_expected_is_never_above_the_threshold() -> None:
+    left = np.array([2, 1, 0, *range(19, -1, -1)])  # a success of 3 frames, a failure of 20
+    success, longest = np.arange(23) < 3, np.full(23, 20)
+    returns = monte_carlo(left, success, longest, None)
+    value = np.array([-0.5, -0.1, -0.05, -0.5, *np.linspace(-0.99, -0.9999, 19)])
+    above = returns - value > threshold(returns - value, 0.4, "any")
+    assert np.flatnonzero(above).tolist() == [0, 1, 2]
 
 
 def test_advantages_that_are_all_the_same_say_nothing() -> None:

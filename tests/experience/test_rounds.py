@@ -46,7 +46,7 @@ def plan(policy: Path, tmp_path: Path) -> Rounds:
         ["--episodes", "9"],
         TRAINING,
         11,
-        50,
+        0.5,
         (0.3, 0.4),
         None,
         5,
@@ -94,25 +94,36 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Round
     todo = parts(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
     both = [str(plan.out / "attempts_1" / "robot"), str(plan.out / "recap" / "attempts_2" / "robot")]
-    assert (option(first, "--n_steps"), option(second, "--n_steps")) == (None, "50")
+    assert (option(first, "--n_seconds"), option(second, "--n_seconds")) == (None, "0.5")
     assert (option(first, "--positive_share"), option(second, "--positive_share")) == ("0.3", "0.4")
     assert option(second, "--rollouts") == f"[{','.join(both)}]"
     sources = trained(plan, "recap", 2)["data"]["sources"]
-    assert [sources[name]["init_args"]["path"] for name in sources] == ["demos", *both]
     assert sources["demonstrations_0"]["init_args"]["labels"] == "positive"
     for number, name in enumerate(("attempts_1", "attempts_2")):
         labels = plan.out / "recap" / "round_2" / "labels" / f"{name}-robot.labels.parquet"
-        assert sources[f"attempts_{number}"]["init_args"]["labels"] == str(labels)
+        for sign in ("positive", "negative"):
+            options = sources[f"{sign}_{number}"]["init_args"]
+            taken = options["path"], options["labels"], options["frames"], options["val_fraction"]
+            assert taken == (both[number], str(labels), sign, 0)
+
+
+def test_frames_of_either_sign_are_drawn_as_often(plan: Rounds) -> None:
+    parts(plan, ["recap"])
+    (stage,) = trained(plan, "recap", 2)["stages"]["then"]
+    drawn = {name.partition("/")[0]: share for name, share in stage["mixture"].items()}
+    signs = dict.fromkeys(["positive_0", "negative_0", "positive_1", "negative_1"], pytest.approx(0.15))
+    assert drawn == {"demonstrations_0": 0.4, **signs}
 
 
 def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Rounds) -> None:
     parts(plan, METHODS)
     found = {method: trained(plan, method, 2) for method in METHODS}
-    taken = {method: run["data"]["sources"].get("attempts_0", {}).get("init_args") for method, run in found.items()}
-    assert taken["demonstrations"] is None
-    assert taken["successes"]["episodes"] == "success"
-    assert taken["dagger"]["corrections_only"]
-    assert all("labels" not in (taken[method] or {}) for method in METHODS if method != "recap")
+    sources = {method: run["data"]["sources"] for method, run in found.items()}
+    assert list(sources["demonstrations"]) == ["demonstrations_0"]
+    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == "success"
+    assert sources["dagger"]["corrections_0"]["init_args"]["frames"] == "corrections"
+    others = [source["init_args"] for method in METHODS if method != "recap" for source in sources[method].values()]
+    assert not any("labels" in options for options in others)
     for run in found.values():
         (stage,) = run["stages"]["then"]
         assert stage["steps"] == TRAINING.steps

@@ -43,6 +43,8 @@ from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 log = logging.getLogger(__name__)
 
+Frames = Literal["all", "corrections", "positive", "negative"]
+
 
 @dataclass(frozen=True)
 class LeRobotConfig(SourceConfig):
@@ -95,8 +97,9 @@ class LeRobotConfig(SourceConfig):
     labels: str | None = None
     """File of `pi05 value label` that says of every frame whether its advantage is positive, for prompts to say it;
     `positive` for demonstrations, which all are. Labels that do not fit the dataset, or the value, are an error."""
-    corrections_only: bool = False
-    """Only the frames in which somebody corrected the policy, as their column `intervention` says (DAgger)."""
+    frames: Frames = "all"
+    """Only those in which somebody corrected the policy, as their column `intervention` says (DAgger), or those whose
+    advantage has this sign in `labels`."""
     same_robot_as: str | None = None
     """Another source of the same robot, whose statistics normalise this one's frames: a policy acts as that one."""
     on_bad_sample: OnBadSample = "error"
@@ -162,15 +165,15 @@ class LeRobotSource(Source):
         self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
         reject_texts(self._kept, self._task)
         reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
-        if config.corrections_only:
-            self._kept.mask &= self._corrected()
+        self._kept.mask &= self._chosen()
         self._images = self._open_images()
         self._say_how_it_is_read()
         if not any(cache.missing() for cache in self._images.caches.values()):
             self._images.reject_undecoded()
         self._rows = self._kept.rows
         if len(episodes) and not len(self._rows):
-            raise ValueError(f"dataset {name!r}: no usable frame is left in the {split} split of {config.path}")
+            kind = "usable frame" if config.frames == "all" else f"frame of `frames: {config.frames}`"
+            raise ValueError(f"dataset {name!r}: no {kind} is left in the {split} split of {config.path}")
 
     def __reduce__(self) -> tuple:
         # a spawned worker reads the columns anew: quicker than pickling them
@@ -327,12 +330,18 @@ class LeRobotSource(Source):
             raise ValueError(f"dataset {self.name!r}, {error}") from error
         return found.get(POSITIVE), found.get(RETURN)
 
-    def _corrected(self) -> np.ndarray:
-        """Which rows' actions were a correction, bool[N]."""
-        attempts = Attempts.read(self.files, demonstrations=True)
-        return attempts.intervention[
-            rows_at(attempts.episode, attempts.frame, (self.columns.episode, self.columns.frame))
-        ]
+    def _chosen(self) -> np.ndarray:
+        """Which rows `frames` names, bool[N]."""
+        match self.config.frames:
+            case "corrections":
+                attempts, own = Attempts.read(self.files, demonstrations=True), (self.columns.episode, self.columns.frame)
+                return attempts.intervention[rows_at(attempts.episode, attempts.frame, own)]
+            case "positive" | "negative" as sign:
+                if self._advantage is None:
+                    raise ValueError(f"dataset {self.name!r}: `frames: {sign}` needs `labels` that say which are")
+                return self._advantage == (sign == "positive")
+            case _:
+                return np.ones(len(self.columns.episode), dtype=bool)
 
     def _say_how_it_is_read(self) -> None:
         """Warn of what the data leaves open, once."""
