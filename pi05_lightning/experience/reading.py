@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 """Of the trainings on experience: nothing is validated on the way."""
-_OF_ONE_DATASET = {"path", "episodes", "labels", "frames", "same_robot_as"}
+_OF_ANY_DATASET = {f.name for f in fields(LeRobotConfig)} - {"path", "episodes", "labels", "frames", "same_robot_as"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Reading:
         data = config["data"]
         sources = [source for source in data["sources"].values() if source["class_path"] == CLASS_PATH]
         options = sources[0]["init_args"] if sources else {}
-        kept = {key: value for key, value in options.items() if key not in _OF_ONE_DATASET}
+        kept = {key: value for key, value in options.items() if key in _OF_ANY_DATASET}
         return cls(kept, data["tokenizer"], data["language"], config["model"]["flow_draws"])
 
     def source(self, path: str, **options: Any) -> dict[str, Any]:
