@@ -18,6 +18,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,20 @@ MAX_WORDS = 32
 # --- engines
 
 
-def open_openvino(path: Path, **options: Any) -> Graph:
+@cache
+def _openvino_core() -> Any:
+    """One for all graphs, and for as long as the process lives.
+
+    Each maps a stack for signals, and unmaps it at its end. Of several that do not end in the reverse order, one that
+    is gone stays in use, and the next signal ends the process.
+    """
     import openvino
 
-    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **options})
+    return openvino.Core()
+
+
+def open_openvino(path: Path, **options: Any) -> Graph:
+    compiled = _openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32", **options})
     return lambda **inputs: list(compiled(inputs).values())
 
 

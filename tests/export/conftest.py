@@ -24,7 +24,7 @@ STATE = ["observation.state", "observation.gripper"]
 TASK = "open the drawer"
 QUESTION = "what is at <loc0100><loc0200>?"
 FRESH = """
-import sys
+import signal, sys
 for name in {absent}: sys.modules[name] = None  # to import it is an error
 sys.path.insert(0, {folder!r})
 import numpy as np
@@ -40,6 +40,9 @@ found = {{
     "answer": policy.answer("top", given["top"], {question!r}),
 }}
 np.savez({outputs!r}, **found)
+del policy
+signal.signal(signal.SIGINT, lambda *_: None)
+signal.raise_signal(signal.SIGINT)  # ends a process that is left without its stack for signals
 """
 
 
