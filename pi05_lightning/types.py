@@ -20,12 +20,17 @@ from torch.utils._pytree import tree_map_only
 
 
 class Target(IntEnum):
-    """What a token is a target of; NONE marks a token that is given, not predicted."""
+    """What a token is a target of.
+
+    NONE marks a token that is given, and SAID one that the policy wrote itself when the frame was recorded: what follows
+    is conditioned on it as on a SUBTASK, and nothing learns to say it.
+    """
 
     NONE = 0
-    TEXT = 1
-    SUBTASK = 2
-    FAST = 3
+    SAID = 1
+    TEXT = 2
+    SUBTASK = 3
+    FAST = 4
 
 
 class Modality(StrEnum):
@@ -162,6 +167,8 @@ class Frame:
     """(h, w) of the picture that the camera took, for images that were letterboxed since."""
     task: str = ""
     subtask: str | None = None
+    subtask_is_target: bool = True
+    """False where the policy itself said it: it is acted on, and not learned."""
     answers: tuple[Answer, ...] = ()
     state: np.ndarray | None = None
     actions: np.ndarray | None = None

@@ -146,8 +146,8 @@ class Processor:
             segments = [segment for answer in asked for segment in prompts.ask(answer)]
             told = ""
         elif modality is Modality.HL_SUBTASK:
-            if frame.subtask is None:
-                raise ValueError("hl_subtask needs a subtask, and there is none")
+            if frame.subtask is None or not frame.subtask_is_target:
+                raise ValueError("hl_subtask needs a subtask to be learned, and there is none")
             segments = [*prompts.high_level(frame), prompts.say_subtask(frame.subtask)]
         else:
             if frame.actions is None or frame.action_is_pad is None:

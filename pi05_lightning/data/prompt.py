@@ -86,8 +86,8 @@ class Prompts:
         """What the subtask is asked with."""
         return [self.fill(self.task, frame)]
 
-    def say_subtask(self, subtask: str) -> Segment:
-        return Segment(self.subtask.format(subtask=subtask), loss=Target.SUBTASK)
+    def say_subtask(self, subtask: str, is_target: bool = True) -> Segment:
+        return Segment(self.subtask.format(subtask=subtask), loss=Target.SUBTASK if is_target else Target.SAID)
 
     def low_level(
         self,
@@ -116,7 +116,7 @@ class Prompts:
             return [self.fill(self.task if fast else self.action, frame)]
         if condition_on == "subtask":
             return [self.fill(self.fast_subtask if fast else self.action_subtask, frame, subtask)]
-        return [*self.high_level(frame), self.say_subtask(subtask)]
+        return [*self.high_level(frame), self.say_subtask(subtask, frame.subtask_is_target)]
 
     def ask(self, answer: Answer) -> list[Segment]:
         """A question and its answer as target."""

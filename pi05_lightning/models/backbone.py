@@ -87,8 +87,7 @@ class Backbone(nn.Module):
         """
         x, mask, causal, vision = self.embed(batch, need_vision)
         flow_mask = mask.clone()
-        given = (batch.target_kind == Target.NONE) | (batch.target_kind == Target.SUBTASK)
-        flow_mask[:, -batch.tokens.shape[1] :] &= given
+        flow_mask[:, -batch.tokens.shape[1] :] &= (batch.target_kind != Target.TEXT) & (batch.target_kind != Target.FAST)
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
         # what nobody predicts is one block: every query sees the same
         seen = prefix_mask(mask, causal) if batch.has_token_targets else mask[:, None, None]

@@ -93,6 +93,12 @@ def test_subtask_is_the_one_active_at_the_frame(videos: Path) -> None:
     assert [source[i].subtask for i in (0, 1, 2, 6, 7, 11)] == [None, None, *["reach 0"] * 2, *["pull 0"] * 2]
 
 
+def test_subtasks_that_the_policy_said_itself_are_no_targets(videos: Path) -> None:
+    source = open_source(videos, learn_subtasks=False)
+    assert (source[2].subtask, source[2].subtask_is_target) == ("reach 0", False)
+    assert len(source.indices(Modality.HL_SUBTASK)) == 0 < len(open_source(videos).indices(Modality.HL_SUBTASK))
+
+
 def test_subtasks_of_older_datasets_come_from_their_table(videos_copy: Path) -> None:
     codes = [1] * 10 + [0] * (sum(LENGTHS) - 10)
     rewrite(data_file(videos_copy), language_persistent=None, subtask_index=codes)

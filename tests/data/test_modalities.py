@@ -84,7 +84,7 @@ def test_one_mixture_yields_all_five(parsed: tuple[Samples, Recipe]) -> None:
     for name, count in batch.drawn.names.items():
         drawn[Subset.parse(name).modality] += count
     assert drawn == dict.fromkeys(Modality, 4)
-    assert {int(kind) for kind in batch.target_kind.unique()} == {int(kind) for kind in Target}
+    assert {int(kind) for kind in batch.target_kind.unique()} == {int(kind) for kind in Target} - {Target.SAID}
     assert len(batch.actions) == 4
 
 
@@ -103,6 +103,19 @@ def test_one_frame_is_its_subtask_its_fast_chunk_and_its_continuous_chunk(parsed
         Modality.CONTINUOUS: set(),
     }
     np.testing.assert_array_equal(made[Modality.FAST].actions, made[Modality.CONTINUOUS].actions)
+
+
+def test_subtask_of_the_policys_own_words_is_told_and_no_target(parsed: tuple[Samples, Recipe]) -> None:
+    samples, subset = parsed[0], Subset("robot", Modality.CONTINUOUS)
+    processor = copy(samples.processor)
+    processor.language = replace(processor.language, condition_on="both", task_only_share=0.0)
+    frame = samples.sources["robot"][3]
+    told, own = (processor.sample(replace(frame, subtask_is_target=is_target), subset) for is_target in (True, False))
+    np.testing.assert_array_equal(own.tokens, told.tokens)
+    assert set(own.target_kind.tolist()) == {Target.NONE, Target.SAID}
+    np.testing.assert_array_equal(own.target_kind == Target.SAID, told.target_kind == Target.SUBTASK)
+    with pytest.raises(ValueError, match="needs a subtask to be learned"):
+        processor.sample(replace(frame, subtask_is_target=False), Subset("robot", Modality.HL_SUBTASK))
 
 
 def test_flow_sample_goes_on_with_the_fast_tokens_of_the_same_actions(parsed: tuple[Samples, Recipe]) -> None:

@@ -13,7 +13,7 @@ from pi05_lightning.models.heads.base import Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import NUM_LOC, NUM_SEG, Batch, Target, index_targets
 
-KINDS = {"p": Target.NONE, "t": Target.TEXT, "s": Target.SUBTASK, "f": Target.FAST}
+KINDS = {"p": Target.NONE, "o": Target.SAID, "t": Target.TEXT, "s": Target.SUBTASK, "f": Target.FAST}
 
 
 def small_config(depth: int = 2, **changes: object) -> ModelConfig:
@@ -44,7 +44,8 @@ def small_model(config: ModelConfig | None = None, seed: int = 0) -> Pi05:
 
 
 def make_batch(config: ModelConfig, rows: Sequence[str], *, acting: int = 0, draws: int = 1, seed: int = 0) -> Batch:
-    """A batch from one string per row: `i` per image, then p prompt, t text, s subtask, f FAST per token.
+    """A batch from one string per row: `i` per image, then p prompt, o the policy's own words, t text, s
+    subtask, f FAST per token.
 
     The first `acting` rows carry actions.  Row r is the same whatever rows and padding are beside it.
     """

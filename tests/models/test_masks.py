@@ -73,6 +73,16 @@ def flow(model: Pi05, batch: Batch) -> Tensor:
     return model(batch, ["flow"])["flow"].values
 
 
+def test_own_words_are_acted_on_like_a_subtask_and_not_learned() -> None:
+    model, config = small_model(), small_config()
+    own, subtask = (make_batch(config, [row], acting=1) for row in ("ipoof", "ipssf"))
+    terms = {"subtask", "fast", "flow"}
+    found, expected = model(own, terms), model(subtask, terms)
+    assert "subtask" in expected.keys() - found.keys()
+    for name in ("fast", "flow"):
+        torch.testing.assert_close(found[name].values, expected[name].values, rtol=0, atol=0)
+
+
 def nll(model: Pi05, batch: Batch) -> Tensor:
     return token_nll(model(batch, ["text", "subtask", "fast"]))
 

@@ -82,6 +82,8 @@ class LeRobotConfig(SourceConfig):
     subtask_key: str | None = None
     """Column with the subtask, as text or as subtask_index; by default language_persistent, and for episodes that have
     none there subtask_index."""
+    learn_subtasks: bool = True
+    """False for a policy's attempts, whose subtasks are its own words: actions follow them, and nobody learns them."""
     box_range: float | None = None
     """What boxes written as numbers in language_events reach to: 1 or 1000, say; by default the image's pixels."""
     task: str | None = None
@@ -200,6 +202,7 @@ class LeRobotSource(Source):
             picture_sizes=sizes,
             task=self._task[row] or "",
             subtask=self.columns.subtask[row],
+            subtask_is_target=self.config.learn_subtasks,
             answers=answers,
             state=self.columns.state[row] if self.config.state_keys else None,
             actions=actions,
@@ -214,7 +217,7 @@ class LeRobotSource(Source):
             case Modality.QA:
                 useful = np.isin(self._rows, self.columns.answers.rows)
             case Modality.HL_SUBTASK:
-                useful = self.columns.subtask.codes[self._rows] >= 0
+                useful = (self.columns.subtask.codes[self._rows] >= 0) & self.config.learn_subtasks
             case Modality.FAST | Modality.CONTINUOUS:
                 useful = np.full(len(self), bool(self.config.action_keys))
             case _:
