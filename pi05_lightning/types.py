@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_map_only
 class Target(IntEnum):
     """What a token is a target of.
 
-    NONE marks a token that is given, and SAID one that the policy wrote itself when the frame was recorded: what follows
-    is conditioned on it as on a SUBTASK, and nothing learns to say it.
+    NONE marks a token that is given, and SAID one that the policy wrote itself as the frame was recorded: what follows
+    is conditioned on it, as on a SUBTASK, and nothing learns to say it.
     """
 
     NONE = 0

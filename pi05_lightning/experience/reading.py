@@ -33,16 +33,23 @@ _OF_ANY_DATASET = {f.name for f in fields(LeRobotConfig)} - {
 
 @dataclass(frozen=True)
 class Reading:
-    """Options of `LeRobotConfig` beside the path, the text tokenizer, prompts, and noise draws per observation."""
+    """How a policy's datasets are read, and what it was last trained on, as its run's configuration says.
+
+    options: of `LeRobotConfig` beside the path.  flow_draws: noise draws per observation.  fast: FAST tokenizer.
+    sources: of the run, by name.  stage: losses, mixture and flow_alpha of the last one that trained the flow.  Weights
+    that carry no configuration leave all of it empty, or at its default.
+    """
 
     options: dict[str, Any]
     tokenizer: str = "tiny"
     language: dict[str, Any] = field(default_factory=dict)
     flow_draws: int = 1
+    fast: str | None = None
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stage: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, policy: Path) -> Reading:
-        """As the configuration says that a run's checkpoint carries; the defaults for weights that carry none."""
         weights = locate(policy)
         if not isinstance(weights, TrainingCheckpoint) or "config" not in weights.content:
             return cls({})
@@ -50,9 +57,36 @@ class Reading:
         data = config["data"]
         sources = [source for source in data["sources"].values() if source["class_path"] == CLASS_PATH]
         options = sources[0]["init_args"] if sources else {}
-        kept = {key: value for key, value in options.items() if key in _OF_ANY_DATASET}
-        return cls(kept, data["tokenizer"], data["language"], config["model"]["flow_draws"])
+        return cls(
+            {key: value for key, value in options.items() if key in _OF_ANY_DATASET},
+            data["tokenizer"],
+            data["language"],
+            config["model"]["flow_draws"],
+            data["fast"],
+            data["sources"],
+            _last_stage(config["stages"]),
+        )
 
     def source(self, path: str, **options: Any) -> dict[str, Any]:
         """A source of a run's configuration."""
         return {"class_path": CLASS_PATH, "init_args": {**self.options, "path": path, **options}}
+
+    @property
+    def others(self) -> dict[str, dict[str, Any]]:
+        """The run's sources that are no robot's, as far as their data is there."""
+        found = {name: source for name, source in self.sources.items() if source["class_path"] != CLASS_PATH}
+        return {name: source for name, source in found.items() if Path(source["init_args"].get("path", ".")).exists()}
+
+    def name_of(self, path: str) -> str | None:
+        """What the run called the source at a path."""
+        where = Path(path).resolve()
+        return next((n for n, s in self.sources.items() if Path(s["init_args"]["path"]).resolve() == where), None)
+
+
+def _last_stage(stages: dict[str, Any]) -> dict[str, Any]:
+    """Losses, mixture and flow_alpha of the last stage that trained the flow."""
+    own = [(stages["pretrain_steps"], {**stages["pretrain"], "flow_alpha": 1.0})]
+    own.append((stages["posttrain_steps"], {**stages["posttrain"], "flow_alpha": stages["flow_alpha"]}))
+    own += [(stage["steps"], stage) for stage in stages["then"]]
+    last: dict[str, Any] = next((stage for steps, stage in reversed(own) if steps and stage["losses"]["flow"]), {})
+    return {key: last[key] for key in ("losses", "mixture", "flow_alpha") if key in last}

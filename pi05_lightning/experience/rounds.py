@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from pi05_lightning.data.labels import Sign
 from pi05_lightning.experience.reading import TRAINER, Reading
+from pi05_lightning.types import Modality
 
 Method = Literal["recap", "successes", "dagger", "demonstrations"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -43,15 +44,19 @@ def configuration(
 ) -> dict[str, Any]:
     """A run of `pi05 fit` of one stage, from the weights of `policy`, on all data so far.
 
+    The stage goes on with what the policy was last trained on, so that it forgets nothing; of its draws of actions,
+    attempts have their share.
+
     attempts: datasets, one of each round.  labels: of the method recap, of each.
     """
-    sources, shares = drawn(method, reading, demonstrations, attempts, labels, training.demonstrations_share)
+    sources, mixture = drawn(method, reading, demonstrations, attempts, labels, training.demonstrations_share)
     says_subtasks = reading.language.get("condition_on") == "both"
     stage = {
+        "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
+        **reading.stage,
         "name": STAGE,
         "steps": training.steps,
-        "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
-        "mixture": {f"{name}/continuous_robot_actions": share for name, share in shares.items()},
+        "mixture": mixture,
         "warmup_steps": min(20, training.steps),
         "final_lr_factor": 0.05,
     }
@@ -67,8 +72,8 @@ def configuration(
         "data": {
             "sources": sources,
             "tokenizer": reading.tokenizer,
-            # there is no FAST tokenizer: attempts train the flow alone
-            "language": {**reading.language, "fast_share": 0.0, "advantage_omission": training.omission},
+            "fast": reading.fast,
+            "language": {**reading.language, "advantage_omission": training.omission},
             "batch_size": training.batch_size,
             "length_window": 1,
             "num_workers": 1,
@@ -87,22 +92,38 @@ def drawn(
     labels: Sequence[Path],
     demonstrations_share: float,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """The data sources of a run by name, all of one robot, and the share of the draws that each has."""
+    """The data sources of a run by name, robots' all of one, and the share of the draws of each subset."""
     is_recap = method == "recap"
     told = {"labels": "positive"} if is_recap else {}
-    sources = {f"demonstrations_{n}": reading.source(path, **told) for n, path in enumerate(demonstrations)}
-    first = next(iter(sources))
-    for name in [*sources][1:]:
-        sources[name]["init_args"]["same_robot_as"] = first
+    names = [reading.name_of(path) or f"demonstrations_{number}" for number, path in enumerate(demonstrations)]
+    sources = {
+        name: reading.source(path, same_robot_as=names[0] if number else None, **told)
+        for number, (name, path) in enumerate(zip(names, demonstrations, strict=True))
+    }
     own = [] if method == "demonstrations" else list(attempts)
-    shares = {name: (demonstrations_share if own else 1.0) / len(sources) for name in sources}
+    shares = dict.fromkeys(names, (demonstrations_share if own else 1.0) / len(names))
     for number, path in enumerate(own):
         found = taken(method, labels[number] if is_recap else None)
         for kind, options in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
-            sources[f"{kind}_{number}"] = reading.source(path, same_robot_as=first, val_fraction=0.0, **options)
+            sources[f"{kind}_{number}"] = reading.source(path, same_robot_as=names[0], val_fraction=0.0, **options)
             shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(own) / len(found)
-    return sources, shares
+    rest = rehearsed(reading, names)
+    others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())
+    acted = f"/{Modality.CONTINUOUS}"
+    acting = sum(share for subset, share in reading.stage.get("mixture", {}).items() if subset.endswith(acted)) or 1.0
+    mixture = {f"{name}{acted}": acting * share for name, share in shares.items()}
+    return sources | {name: reading.others[name] for name in others}, mixture | rest
+
+
+def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, float]:
+    """What the policy was last trained on beside the flow of actions: the shares of the subsets that are there now."""
+    there = {*demonstrations, *reading.others}
+    return {
+        subset: share
+        for subset, share in reading.stage.get("mixture", {}).items()
+        if subset.partition("/")[0] in there and not subset.endswith(f"/{Modality.CONTINUOUS}")
+    }
 
 
 def taken(method: Method, labels: Path | None) -> dict[str, dict[str, Any]]:

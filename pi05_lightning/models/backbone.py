@@ -87,7 +87,8 @@ class Backbone(nn.Module):
         """
         x, mask, causal, vision = self.embed(batch, need_vision)
         flow_mask = mask.clone()
-        flow_mask[:, -batch.tokens.shape[1] :] &= (batch.target_kind != Target.TEXT) & (batch.target_kind != Target.FAST)
+        hidden = (batch.target_kind == Target.TEXT) | (batch.target_kind == Target.FAST)
+        flow_mask[:, -batch.tokens.shape[1] :] &= ~hidden
         rope = rope_table((mask.cumsum(1) - 1).clamp(min=0), self.head_dim)
         # what nobody predicts is one block: every query sees the same
         seen = prefix_mask(mask, causal) if batch.has_token_targets else mask[:, None, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import yaml
 
 from pi05_lightning.cli.experience import Rounds, parts, write_results
 from pi05_lightning.cli.parts import Part
-from pi05_lightning.experience.rounds import METHODS, Training
+from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.rounds import METHODS, Training, configuration
 from pi05_lightning.files.local import read_json, write_json
 
 TRAINING = Training(steps=7, batch_size=4, lr=1e-3, demonstrations_share=0.4, omission=0.2)
@@ -129,6 +131,32 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
         assert stage["steps"] == TRAINING.steps
         assert sum(stage["mixture"].values()) == pytest.approx(1)
     assert found["recap"]["stages"]["then"][0]["mixture"]["demonstrations_0/continuous_robot_actions"] == 0.4
+
+
+def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "web")}}
+    gone = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "gone")}}
+    mixture = {"arm/continuous_robot_actions": 0.8, "arm/qa": 0.1, "web/qa": 0.04, "gone/qa": 0.04, "other/qa": 0.02}
+    stage = {"losses": {"text": 1.0, "flow": 1.0}, "mixture": mixture, "flow_alpha": 3.0}
+    reading = replace(Reading({}, fast="fast", stage=stage), sources={"web": words, "gone": gone})
+    reading.sources["arm"] = reading.source("runs/demo/data/robot")
+    found = configuration(
+        "recap", tmp_path, reading, ["runs/demo/data/../data/robot"], ["tries"], [tmp_path / "labels"], TRAINING
+    )
+    (made,) = found["stages"]["then"]
+    assert (made["losses"], made["flow_alpha"], made["steps"]) == (stage["losses"], 3.0, 7)
+    assert made["mixture"] == pytest.approx(
+        {
+            "arm/continuous_robot_actions": 0.32,
+            "positive_0/continuous_robot_actions": 0.24,
+            "negative_0/continuous_robot_actions": 0.24,
+            "arm/qa": 0.1,
+            "web/qa": 0.04,
+        }
+    )
+    assert list(found["data"]["sources"]) == ["arm", "positive_0", "negative_0", "web"]
+    assert (found["data"]["sources"]["web"], found["data"]["fast"]) == (words, "fast")
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:

@@ -337,7 +337,8 @@ class LeRobotSource(Source):
         """Which rows `frames` names, bool[N]."""
         match self.config.frames:
             case "corrections":
-                attempts, own = Attempts.read(self.files, demonstrations=True), (self.columns.episode, self.columns.frame)
+                attempts = Attempts.read(self.files, demonstrations=True)
+                own = self.columns.episode, self.columns.frame
                 return attempts.intervention[rows_at(attempts.episode, attempts.frame, own)]
             case "positive" | "negative" as sign:
                 if self._advantage is None:
