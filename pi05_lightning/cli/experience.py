@@ -33,13 +33,13 @@ def experience(
     tasks: tuple[str, ...] | None = None,
     episodes: int = 25,
     test_episodes: int = 50,
-    noise_scale: float = 1.0,
+    noise_scale: float = 0.5,
     corrections: int | None = None,
     steps: int = 800,
     batch_size: int = 32,
     lr: float = 1e-3,
     demonstrations_share: float = 0.5,
-    value_steps: int = 600,
+    value_steps: int = 400,
     n_seconds: float = 1.0,
     first_positive_share: float = 0.3,
     positive_share: float = 0.4,
@@ -66,7 +66,8 @@ def experience(
         tasks: its tasks; by default those that the policy was trained on.
         episodes: attempts per task and round.
         test_episodes: initial states per task that each round's policy is tried on; no attempt begins there.
-        noise_scale: of the noise with which attempts are made, see `Acting`; 0 makes the same attempt each time.
+        noise_scale: of the noise with which attempts are made, see `Acting`; 0 makes the same attempt each time, and 1,
+            as trained, may fail much oftener than the policy does.
         corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
         steps: optimizer steps of a round's policy.
         batch_size: frames of a step.

@@ -27,7 +27,7 @@ def value_fit(
     policy: Path,
     rollouts: tuple[str, ...] = (),
     demonstrations: tuple[str, ...] = (),
-    steps: int = 600,
+    steps: int = 400,
     batch_size: int = 32,
     lr: float = 1e-3,
     c_fail: float | None = None,
