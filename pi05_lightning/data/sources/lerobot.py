@@ -174,8 +174,13 @@ class LeRobotSource(Source):
             self._images.reject_undecoded()
         self._rows = self._kept.rows
         if len(episodes) and not len(self._rows):
-            kind = "usable frame" if config.frames == "all" else f"frame of `frames: {config.frames}`"
-            raise ValueError(f"dataset {name!r}: no {kind} is left in the {split} split of {config.path}")
+            where = f"the {split} split of {config.path}"
+            if config.frames == "all":
+                raise ValueError(f"dataset {name!r}: no usable frame is left in {where}")
+            raise ValueError(
+                f"dataset {name!r}: {where} has no frame of `frames: {config.frames}`: leave it out, or record more"
+                " attempts; where all of them fail, `--corrections` lets an expert take over"
+            )
 
     def __reduce__(self) -> tuple:
         # a spawned worker reads the columns anew: quicker than pickling them
