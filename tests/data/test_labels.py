@@ -166,7 +166,7 @@ def test_frames_of_one_sign_can_be_trained_on(labelled: tuple[Path, Path], sign:
 def test_sign_that_nothing_tells_or_no_frame_has_is_refused(pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"dataset 'robot': `frames: negative` needs `labels`"):
         LeRobotSource(LeRobotConfig(str(pictures), frames="negative"), "robot", "train", 3, (14, 14))
-    with pytest.raises(ValueError, match="the train split of .* has no frame of `frames: negative`: leave it out"):
+    with pytest.raises(ValueError, match=r"the train split of .* has no frame of `frames: negative`: leave it out"):
         opened(pictures, "positive", frames="negative")
 
 
