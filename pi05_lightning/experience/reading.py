@@ -78,9 +78,9 @@ class Reading:
         return {name: source for name, source in found.items() if Path(source["init_args"].get("path", ".")).exists()}
 
     def name_of(self, path: str) -> str | None:
-        """What the run called the source at a path."""
-        where = Path(path).resolve()
-        return next((n for n, s in self.sources.items() if Path(s["init_args"]["path"]).resolve() == where), None)
+        """What the run called the dataset at a path."""
+        robots = {n: s["init_args"]["path"] for n, s in self.sources.items() if s["class_path"] == CLASS_PATH}
+        return next((name for name, its in robots.items() if Path(its).resolve() == Path(path).resolve()), None)
 
 
 def _last_stage(stages: dict[str, Any]) -> dict[str, Any]:
