@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,8 @@ import pyarrow.parquet as pq
 from pi05_lightning.data.columns import real_numbers, vectors, whole_numbers
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 
+PROVENANCE = Path("meta", "pi05_collect.json")
+"""Of the policy, in a dataset of its attempts: their subtasks are its own words, but for those of corrections."""
 SUCCESS, NEXT_SUCCESS = "success", "next.success"
 """Columns that say whether an episode succeeded: of meta/episodes, and of the frames, true at the end."""
 INTERVENTIONS = ("intervention", "is_intervention", "complementary_info.is_intervention")

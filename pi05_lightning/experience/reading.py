@@ -21,14 +21,7 @@ TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 """Of the trainings on experience: nothing is validated on the way."""
-_OF_ANY_DATASET = {f.name for f in fields(LeRobotConfig)} - {
-    "path",
-    "episodes",
-    "labels",
-    "frames",
-    "learn_subtasks",
-    "same_robot_as",
-}
+_OF_ANY_DATASET = {f.name for f in fields(LeRobotConfig)} - {"path", "episodes", "labels", "frames", "same_robot_as"}
 
 
 @dataclass(frozen=True)

@@ -134,8 +134,8 @@ def taken(method: Method, labels: Path | None) -> dict[str, dict[str, Any]]:
     """
     match method:
         case "recap":
-            return {sign: {"labels": str(labels), "frames": sign, "learn_subtasks": False} for sign in get_args(Sign)}
+            return {sign: {"labels": str(labels), "frames": sign} for sign in get_args(Sign)}
         case "dagger":
             return {"corrections": {"frames": "corrections", "episodes": "corrected"}}
         case _:
-            return {"successes": {"episodes": "success", "learn_subtasks": False}}
+            return {"successes": {"episodes": "success"}}

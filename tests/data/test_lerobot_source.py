@@ -93,10 +93,17 @@ def test_subtask_is_the_one_active_at_the_frame(videos: Path) -> None:
     assert [source[i].subtask for i in (0, 1, 2, 6, 7, 11)] == [None, None, *["reach 0"] * 2, *["pull 0"] * 2]
 
 
-def test_subtasks_that_the_policy_said_itself_are_no_targets(videos: Path) -> None:
-    source = open_source(videos, learn_subtasks=False)
-    assert (source[2].subtask, source[2].subtask_is_target) == ("reach 0", False)
-    assert len(source.indices(Modality.HL_SUBTASK)) == 0 < len(open_source(videos).indices(Modality.HL_SUBTASK))
+def test_subtasks_that_the_policy_said_itself_are_no_targets_but_those_of_corrections_are(videos_copy: Path) -> None:
+    episodes = pq.read_table(data_file(videos_copy), columns=["episode_index", "frame_index"]).to_pydict()
+    corrected = [e == 0 and f > 6 for e, f in zip(*episodes.values(), strict=True)]
+    rewrite(data_file(videos_copy), intervention=corrected)
+    taught = open_source(videos_copy, episodes=[0], val_fraction=0)
+    assert all(taught[index].subtask_is_target for index in range(12))
+    (videos_copy / "meta" / "pi05_collect.json").write_text("{}")
+    own = open_source(videos_copy, episodes=[0], val_fraction=0)
+    assert [own[index].subtask for index in range(12)] == [taught[index].subtask for index in range(12)]
+    assert [own[index].subtask_is_target for index in range(12)] == [index > 6 for index in range(12)]
+    assert own.indices(Modality.HL_SUBTASK).tolist() == [7, 8, 9, 10, 11]
 
 
 def test_subtasks_of_older_datasets_come_from_their_table(videos_copy: Path) -> None:

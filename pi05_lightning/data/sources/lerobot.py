@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.attempts import PROVENANCE, Attempts
 from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.errors import BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import cache_folder
@@ -82,8 +82,6 @@ class LeRobotConfig(SourceConfig):
     subtask_key: str | None = None
     """Column with the subtask, as text or as subtask_index; by default language_persistent, and for episodes that have
     none there subtask_index."""
-    learn_subtasks: bool = True
-    """False for a policy's attempts, whose subtasks are its own words: actions follow them, and nobody learns them."""
     box_range: float | None = None
     """What boxes written as numbers in language_events reach to: 1 or 1000, say; by default the image's pixels."""
     task: str | None = None
@@ -167,6 +165,7 @@ class LeRobotSource(Source):
         self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
         reject_texts(self._kept, self._task)
         reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
+        self._taught = self._taught_subtasks()
         self._kept.mask &= self._chosen()
         self._images = self._open_images()
         self._say_how_it_is_read()
@@ -207,7 +206,7 @@ class LeRobotSource(Source):
             picture_sizes=sizes,
             task=self._task[row] or "",
             subtask=self.columns.subtask[row],
-            subtask_is_target=self.config.learn_subtasks,
+            subtask_is_target=bool(self._taught[row]),
             answers=answers,
             state=self.columns.state[row] if self.config.state_keys else None,
             actions=actions,
@@ -222,7 +221,7 @@ class LeRobotSource(Source):
             case Modality.QA:
                 useful = np.isin(self._rows, self.columns.answers.rows)
             case Modality.HL_SUBTASK:
-                useful = (self.columns.subtask.codes[self._rows] >= 0) & self.config.learn_subtasks
+                useful = (self.columns.subtask.codes[self._rows] >= 0) & self._taught[self._rows]
             case Modality.FAST | Modality.CONTINUOUS:
                 useful = np.full(len(self), bool(self.config.action_keys))
             case _:
@@ -342,15 +341,25 @@ class LeRobotSource(Source):
         """Which rows `frames` names, bool[N]."""
         match self.config.frames:
             case "corrections":
-                attempts = Attempts.read(self.files, demonstrations=True)
-                own = self.columns.episode, self.columns.frame
-                return attempts.intervention[rows_at(attempts.episode, attempts.frame, own)]
+                return self._corrected()
             case "positive" | "negative" as sign:
                 if self._advantage is None:
                     raise ValueError(f"dataset {self.name!r}: `frames: {sign}` needs `labels` that say which are")
                 return self._advantage == (sign == "positive")
             case _:
                 return np.ones(len(self.columns.episode), dtype=bool)
+
+    def _taught_subtasks(self) -> np.ndarray:
+        """Which rows' subtasks can be learned, bool[N]: in a policy's attempts not those that it said itself."""
+        if (self.files.root / PROVENANCE).is_file():
+            return self._corrected()
+        return np.ones(len(self.columns.episode), dtype=bool)
+
+    def _corrected(self) -> np.ndarray:
+        """Which rows' actions were a correction, bool[N]."""
+        attempts = Attempts.read(self.files, demonstrations=True)
+        own = self.columns.episode, self.columns.frame
+        return attempts.intervention[rows_at(attempts.episode, attempts.frame, own)]
 
     def _say_how_it_is_read(self) -> None:
         """Warn of what the data leaves open, once."""

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.demonstrations.config import CollectConfig
@@ -32,7 +33,6 @@ from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.sim.trials import Trial
 from pi05_lightning.weights.locate import locate
 
-PROVENANCE = Path("meta", "pi05_collect.json")
 """Within a dataset: which policy acted in it, and how."""
 
 
