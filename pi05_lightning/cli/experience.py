@@ -61,7 +61,7 @@ def experience(
         demonstrations: LeRobot datasets that it was trained on.
         methods: recap, and what to compare it with: successes (of its attempts alone), dagger (the expert's
             corrections alone), demonstrations (more steps on these).
-        rounds: how often.
+        rounds: how often; demonstrations once, as no round adds to them.
         env: the simulator, as `pi05 collect` takes it.
         tasks: its tasks; by default those that the policy was trained on.
         episodes: attempts per task and round.
@@ -180,7 +180,7 @@ def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
     todo = [plan.test("base-rollout", plan.policy, out / "base")]
     for method in methods:
         acting, attempts = plan.policy, list[str]()
-        for number in range(1, plan.rounds + 1):
+        for number in range(1, rounds_of(method, plan.rounds) + 1):
             name, folder = f"{method}-{number}", out / method / f"round_{number}"
             if method != "demonstrations":
                 shared = number == 1 and method != "dagger"  # of the policy that all begin with
@@ -198,6 +198,11 @@ def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
             todo += [plan.fit(name, folder), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
             acting = folder / "fit"
     return todo
+
+
+def rounds_of(method: Method, rounds: int) -> int:
+    """How many differ: demonstrations stay the same."""
+    return 1 if method == "demonstrations" else rounds
 
 
 def write_results(out: Path, methods: Sequence[Method], rounds: int) -> None:

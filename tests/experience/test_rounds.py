@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pi05_lightning.cli.experience import Rounds, parts, write_results
+from pi05_lightning.cli.experience import Rounds, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import METHODS, Training, configuration
@@ -119,7 +119,7 @@ def test_frames_of_either_sign_are_drawn_as_often(plan: Rounds) -> None:
 
 def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Rounds) -> None:
     parts(plan, METHODS)
-    found = {method: trained(plan, method, 2) for method in METHODS}
+    found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
     assert list(sources["demonstrations"]) == ["demonstrations_0"]
     assert sources["successes"]["successes_0"]["init_args"]["episodes"] == "success"
@@ -131,6 +131,11 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
         assert stage["steps"] == TRAINING.steps
         assert sum(stage["mixture"].values()) == pytest.approx(1)
     assert found["recap"]["stages"]["then"][0]["mixture"]["demonstrations_0/continuous_robot_actions"] == 0.4
+
+
+def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: Rounds) -> None:
+    names = [part.name for part in parts(plan, ["demonstrations"])]
+    assert names == ["base-rollout", "demonstrations-1-fit", "demonstrations-1-rollout"]
 
 
 def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) -> None:
