@@ -65,7 +65,7 @@ def value_fit(
         Labels(one.attempts.episode, one.attempts.frame, returns, {}).write(file, one.files)
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
         options_of_one = {"labels": str(file), "val_fraction": val_fraction, **shared}
-        sources[name] = reading.source(one.path, **options_of_one)
+        sources[name] = reading.source(one.path, tried[0].path, **options_of_one)
     config = configuration(policy, reading, sources, steps, batch_size, lr)
     write_once(run / "value.yaml", yaml.safe_dump(config, sort_keys=False))
     arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
@@ -74,7 +74,7 @@ def value_fit(
     value = ValueFunction(run)
     about = {"sha256": value.sha256, "longest": longest, "c_fail": c_fail, "policy": str(policy)}
     write_json(run / VALUE_FILE, about | {"datasets": [one.path for one in tried]})
-    return calibrate(value, tried, reading.options | {"val_fraction": val_fraction}, run)
+    return calibrate(value, tried, reading, val_fraction, run)
 
 
 def configuration(
@@ -108,10 +108,13 @@ def configuration(
     }
 
 
-def calibrate(value: ValueFunction, tried: list[Tried], options: dict[str, Any], run: Path) -> dict[str, Any]:
+def calibrate(
+    value: ValueFunction, tried: list[Tried], reading: Reading, val_fraction: float, run: Path
+) -> dict[str, Any]:
     """The calibration on the datasets' validation episodes, written as numbers and as a page."""
     parts: list[np.ndarray] = []
     for one in tried:
+        options = reading.options(one.path, tried[0].path) | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -51,7 +50,7 @@ def value_label(
     n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
     for dataset in tried:
         dataset.scale(judge_of.longest)  # an unknown task shows before the values are computed
-    values = [judge_of.everywhere(one, reading.options) for one in tried]
+    values = [judge_of.everywhere(one, reading.options(one.path, tried[0].path)) for one in tried]
     shares = positive_shares or {}
     judged, thresholds = judge(tried, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
     about = {
@@ -70,7 +69,7 @@ def value_label(
         written[one.tried.path] = str(path)
         table.add_row(one.tried.path, str(path), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %")
     page = (out or Path(next(iter(written.values()))).parent) / "labels.html"
-    sections = [histogram_section(judged, thresholds), *film_sections(judge_of, judged, reading.options)]
+    sections = [histogram_section(judged, thresholds), *film_sections(judge_of, judged, reading)]
     write_page(page, f"Labels of the value {value}", sections)
     Console().print(table, f"page {page}", highlight=False)
     return written
@@ -99,13 +98,13 @@ def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Sec
     return Section("Advantages and thresholds", rows=rows, figures=[histograms(found, thresholds)])
 
 
-def film_sections(value: ValueFunction, judged: list[Judged], options: dict[str, Any]) -> list[Section]:
+def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) -> list[Section]:
     """V over the frames of a success and of a failure, of the first dataset of attempts that has them."""
     sections = []
     for ended, heading in ((True, "A success"), (False, "A failure")):
         for one in judged:
             attempts = one.tried.attempts
-            source = value.opened(one.tried, "train", options)
+            source = value.opened(one.tried, "train", reading.options(one.tried.path, judged[0].tried.path))
             shown = np.isin(attempts.episode, source.episode) & (attempts.success == ended)
             if one.tried.demonstrations or not shown.any():
                 continue

@@ -28,12 +28,11 @@ _OF_ANY_DATASET = {f.name for f in fields(LeRobotConfig)} - {"path", "episodes",
 class Reading:
     """How a policy's datasets are read, and what it was last trained on, as its run's configuration says.
 
-    options: of `LeRobotConfig` beside the path.  flow_draws: noise draws per observation.  fast: FAST tokenizer.
-    sources: of the run, by name.  stage: losses, mixture and flow_alpha of the last one that trained the flow.  Weights
-    that carry no configuration leave all of it empty, or at its default.
+    flow_draws: noise draws per observation.  fast: FAST tokenizer.  sources: of the run, by name.  stage: losses,
+    mixture and flow_alpha of the last one that trained the flow.  Weights that carry no configuration leave all of it
+    empty, or at its default.
     """
 
-    options: dict[str, Any]
     tokenizer: str = "tiny"
     language: dict[str, Any] = field(default_factory=dict)
     flow_draws: int = 1
@@ -45,13 +44,10 @@ class Reading:
     def of(cls, policy: Path) -> Reading:
         weights = locate(policy)
         if not isinstance(weights, TrainingCheckpoint) or "config" not in weights.content:
-            return cls({})
+            return cls()
         config = yaml.safe_load(weights.run_config())
         data = config["data"]
-        sources = [source for source in data["sources"].values() if source["class_path"] == CLASS_PATH]
-        options = sources[0]["init_args"] if sources else {}
         return cls(
-            {key: value for key, value in options.items() if key in _OF_ANY_DATASET},
             data["tokenizer"],
             data["language"],
             config["model"]["flow_draws"],
@@ -60,9 +56,25 @@ class Reading:
             _last_stage(config["stages"]),
         )
 
-    def source(self, path: str, **options: Any) -> dict[str, Any]:
+    def source(self, path: str, like: str, **options: Any) -> dict[str, Any]:
         """A source of a run's configuration."""
-        return {"class_path": CLASS_PATH, "init_args": {**self.options, "path": path, **options}}
+        return {"class_path": CLASS_PATH, "init_args": {**self.options(path, like), "path": path, **options}}
+
+    def options(self, path: str, like: str) -> dict[str, Any]:
+        """How the run read the dataset at a path, as options of `LeRobotConfig`.
+
+        like: another dataset of the same robot, as which one is read that the run had not; if it had neither, as the
+        first that it had.
+        """
+        robots = self._robots
+        name = self.name_of(path) or self.name_of(like) or next(iter(robots), None)
+        read = robots[name] if name else {}
+        return {key: value for key, value in read.items() if key in _OF_ANY_DATASET}
+
+    def name_of(self, path: str) -> str | None:
+        """What the run called the dataset at a path."""
+        asked = Path(path).resolve()
+        return next((name for name, read in self._robots.items() if Path(read["path"]).resolve() == asked), None)
 
     @property
     def others(self) -> dict[str, dict[str, Any]]:
@@ -70,10 +82,10 @@ class Reading:
         found = {name: source for name, source in self.sources.items() if source["class_path"] != CLASS_PATH}
         return {name: source for name, source in found.items() if Path(source["init_args"].get("path", ".")).exists()}
 
-    def name_of(self, path: str) -> str | None:
-        """What the run called the dataset at a path."""
-        robots = {n: s["init_args"]["path"] for n, s in self.sources.items() if s["class_path"] == CLASS_PATH}
-        return next((name for name, its in robots.items() if Path(its).resolve() == Path(path).resolve()), None)
+    @property
+    def _robots(self) -> dict[str, dict[str, Any]]:
+        """Options of the run's LeRobot datasets, by the sources' names."""
+        return {name: s["init_args"] for name, s in self.sources.items() if s["class_path"] == CLASS_PATH}
 
 
 def _last_stage(stages: dict[str, Any]) -> dict[str, Any]:

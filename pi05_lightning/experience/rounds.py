@@ -97,7 +97,7 @@ def drawn(
     told = {"labels": "positive"} if is_recap else {}
     names = [reading.name_of(path) or f"demonstrations_{number}" for number, path in enumerate(demonstrations)]
     sources = {
-        name: reading.source(path, same_robot_as=names[0] if number else None, **told)
+        name: reading.source(path, demonstrations[0], same_robot_as=names[0] if number else None, **told)
         for number, (name, path) in enumerate(zip(names, demonstrations, strict=True))
     }
     own = [] if method == "demonstrations" else list(attempts)
@@ -106,7 +106,8 @@ def drawn(
         found = taken(method, labels[number] if is_recap else None)
         for kind, options in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
-            sources[f"{kind}_{number}"] = reading.source(path, same_robot_as=names[0], val_fraction=0.0, **options)
+            options |= {"same_robot_as": names[0], "val_fraction": 0.0}
+            sources[f"{kind}_{number}"] = reading.source(path, demonstrations[0], **options)
             shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(own) / len(found)
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import yaml
 
 from pi05_lightning.cli.experience import Rounds, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
-from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.reading import CLASS_PATH, Reading
 from pi05_lightning.experience.rounds import METHODS, Training, configuration
 from pi05_lightning.files.local import read_json, write_json
 
@@ -144,8 +143,8 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
     gone = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "gone")}}
     mixture = {"arm/continuous_robot_actions": 0.8, "arm/qa": 0.1, "web/qa": 0.04, "gone/qa": 0.04, "other/qa": 0.02}
     stage = {"losses": {"text": 1.0, "flow": 1.0}, "mixture": mixture, "flow_alpha": 3.0}
-    reading = replace(Reading({}, fast="fast", stage=stage), sources={"web": words, "gone": gone})
-    reading.sources["arm"] = reading.source("runs/demo/data/robot")
+    reading = Reading(fast="fast", stage=stage, sources={"web": words, "gone": gone})
+    reading.sources["arm"] = reading.source("runs/demo/data/robot", "")
     found = configuration(
         "recap", tmp_path, reading, ["runs/demo/data/../data/robot"], ["tries"], [tmp_path / "labels"], TRAINING
     )
@@ -162,6 +161,23 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
     )
     assert list(found["data"]["sources"]) == ["arm", "positive_0", "negative_0", "web"]
     assert (found["data"]["sources"]["web"], found["data"]["fast"]) == (words, "fast")
+
+
+def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_the_first(tmp_path: Path) -> None:
+    read = {"arm": {"cameras": {"observation.image": "front"}}, "other": {"cameras": {"observation.rgb": "front"}}}
+    sources = {
+        name: {
+            "class_path": CLASS_PATH,
+            "init_args": {**options, "path": str(tmp_path / name), "episodes": "length > 9"},
+        }
+        for name, options in read.items()
+    }
+    demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
+    found = configuration("successes", tmp_path, Reading(sources=sources), demonstrations, ["tries"], [], TRAINING)
+    cameras = {name: source["init_args"]["cameras"] for name, source in found["data"]["sources"].items()}
+    as_other = read["other"]["cameras"]
+    arm = read["arm"]["cameras"]
+    assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other, "successes_0": as_other}
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
