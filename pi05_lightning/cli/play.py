@@ -11,7 +11,7 @@ from typing import Any
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.cli.rollout import differences
-from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.play import PlayServer
@@ -36,6 +36,7 @@ def play(
     max_seconds: float | None = None,
     seed: int = 0,
     device: str = "cpu",
+    dtype: Dtype | None = None,
     base: str | None = None,
     tokenizer: str | None = None,
     **acting: Any,
@@ -57,6 +58,7 @@ def play(
             others.
         seed: of the initial states and the noise.
         device: where the policies run; the simulator is on the CPU, but for what it renders.
+        dtype: what the weights are cast to; by default none. With int8, layers compute in 8 bits where actions allow.
         base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         acting: how the policies act, see `Acting`.
@@ -69,9 +71,9 @@ def play(
         raise ValueError(f"episodes is {episodes}: give at least 1")
     env.warm_up()
     how = Acting(**acting)
-    options: dict[str, Any] = {"device": device, "base": base, "tokenizer": tokenizer, **asdict(how)}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}
     names = [str(path) for path in (checkpoint, beside) if path is not None]
-    policies = [Pi05Policy.from_pretrained(name, **options) for name in names]
+    policies = [Pi05Policy.from_pretrained(name, **options, **asdict(how)) for name in names]
     tasks = tasks or env.tasks(policies[0].processor.robots[policies[0].robot])
     start = Start(env, {task: env.seeds(n, episodes, seed) for n, task in enumerate(tasks)}, max_seconds, seed)
     for name, policy in zip(names, policies, strict=True):

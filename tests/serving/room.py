@@ -37,7 +37,7 @@ class RoomEnvironment:
     action_low, action_high = np.array([-np.inf, -1.0]), np.array([np.inf, 1.0])
 
     def __init__(self, task: str, fps: float, breaks: int | None) -> None:
-        self.task, self.fps, self.breaks = task, fps, breaks
+        self.task, self.told, self.fps, self.breaks = task, task, fps, breaks
 
     def reset(self, seed: int) -> None:
         self.at, self.steps = np.random.default_rng(seed).uniform(-0.1, 0.1, 2), 0

@@ -7,14 +7,17 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType, WSServerHandshakeError
 from aiohttp.test_utils import TestServer
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.main import with_second_named
+from pi05_lightning.cli.play import play
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.play import LIMITS, PlayServer
 from pi05_lightning.sim.player import Player, Start
@@ -174,3 +177,15 @@ def test_only_pages_of_this_machine_may_ask(policy: Pi05Policy) -> None:
 def test_a_second_checkpoint_needs_no_name(args: list[str], named: list[str]) -> None:
     assert with_second_named(args, "beside") == named
     assert with_second_named(args, None) == args
+
+
+def test_policy_computes_in_the_type_that_the_command_says(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[torch.dtype] = []
+
+    async def serve(server: PlayServer, *_: Any, **__: Any) -> None:
+        shown.extend(next(player.policy.model.parameters()).dtype for player in server.session.players)
+        server.session.end()
+
+    monkeypatch.setattr("pi05_lightning.cli.play.serve_until_signal", serve)
+    play(served, env=Room(), dtype="bfloat16", port=0)
+    assert shown == [torch.bfloat16]
