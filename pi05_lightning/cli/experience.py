@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import Method, Training, configuration
-from pi05_lightning.files.local import read_json, write_json, write_once
+from pi05_lightning.files.local import read_json, write_json, write_once, write_text
 
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
@@ -47,6 +48,8 @@ def experience(
     attempt_seconds: float | None = None,
     max_seconds: float | None = None,
     num_workers: int | None = None,
+    robot: str | None = None,
+    device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """Let a policy learn from its own attempts, in rounds, each from the weights it began with, on all data so far.
@@ -82,6 +85,8 @@ def experience(
             missed seldom recovers, so the double of what demonstrations take saves time.
         max_seconds: simulated time after which a tried policy has failed; by default what the simulator says.
         num_workers: processes that simulate; by default one per core.
+        robot: data source whose robot it acts as; needed where it was trained on several.
+        device: where policies and values act; training takes what the policy's took.
         seed: of attempts and training; every seed is tried on the same initial states.
 
     Writes `out`/index.html and results.json: success over the rounds of every method.
@@ -89,14 +94,15 @@ def experience(
     """
     if rounds < 1 or not methods:
         raise ValueError("rounds, methods: at least one")
-    simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None}
+    simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None, "device": device}
+    acting = {"noise_scale": noise_scale} | ({"robot": robot} if robot else {})
     attempts = {
         "episodes": episodes,
         "val_episodes": 0,
-        "acting": f"{{noise_scale: {noise_scale}}}",
+        "acting": json.dumps(acting),
         "max_seconds": attempt_seconds or max_seconds,
     }
-    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds}
+    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds, "robot": robot}
     plan = Rounds(
         out,
         policy,
@@ -110,8 +116,10 @@ def experience(
         shares=(first_positive_share, positive_share),
         corrections=corrections,
         seed=seed,
+        robot=robot,
+        device=device,
     )
-    run_parts(out, parts(plan, methods), lambda: write_results(out, methods, rounds))
+    run_parts(out, parts(plan, Reading.of(policy), methods), lambda: write_results(out, methods, rounds))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 
 
@@ -135,6 +143,8 @@ class Rounds:
     shares: tuple[float, float]
     corrections: int | None
     seed: int
+    robot: str | None = None
+    device: str = "cpu"
 
     def collect(self, name: str, acting: Path, to: Path, number: int, patience: int | None) -> Part:
         """Attempts of a round's policy."""
@@ -153,9 +163,10 @@ class Rounds:
         begun = ("--policy", str(self.policy), "--seed", str(self.seed))
         ahead = () if number == 1 else ("--n_seconds", str(self.n_seconds))
         marks = ("--positive_share", str(self.shares[min(number, 2) - 1]), *ahead, "--out", str(folder / "labels"))
+        device = ("--device", self.device)
         return [
             Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known)),
-            Part(f"{name}-label", ("value", "label", str(value), *tried, *marks)),
+            Part(f"{name}-label", ("value", "label", str(value), *tried, *marks, *device)),
         ]
 
     def fit(self, name: str, folder: Path) -> Part:
@@ -174,9 +185,9 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
+def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Part]:
     """All commands, in order; what each training takes is written to its experience.yaml."""
-    reading, out = Reading.of(plan.policy), plan.out
+    out = plan.out
     todo = [plan.test("base-rollout", plan.policy, out / "base")]
     for method in methods:
         acting, attempts = plan.policy, list[str]()
@@ -192,9 +203,10 @@ def parts(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
             if method == "recap":
                 todo += plan.judge(name, folder, attempts, number)
             labels = [folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts]
-            of_round = method, plan.policy, reading, plan.demonstrations, attempts, labels, plan.training
+            of_round = method, plan.policy, reading, plan.demonstrations, attempts, labels, plan.training, plan.robot
             text = yaml.safe_dump(configuration(*of_round), sort_keys=False)
-            write_once(folder / "experience.yaml", text)
+            write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
+            write(folder / "experience.yaml", text)
             todo += [plan.fit(name, folder), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
             acting = folder / "fit"
     return todo

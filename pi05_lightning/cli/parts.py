@@ -54,13 +54,17 @@ def run_parts(out: Path, todo: Sequence[Part], after: Callable[[], None]) -> Non
 
 
 class Progress:
-    """What a part's marker file says: which command it was, the seconds it took so far, and whether it is done."""
+    """What a part's marker file says: which command it was, the seconds it took so far, and whether it is done.
+
+    One that failed, and left nothing to go on from, may be another command now.
+    """
 
     def __init__(self, file: Path, part: Part) -> None:
         self.file = file
         self.command = list(part.command)
         marker = read_json(file, default={})
-        if marker and marker["command"] != self.command:
+        goes_on = marker.get("done") or part.next_command == part.resume
+        if goes_on and marker and marker["command"] != self.command:
             raise ValueError(
                 f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
                 " give another --out, or delete the directory of the earlier one"

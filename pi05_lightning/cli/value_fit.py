@@ -11,12 +11,14 @@ from rich.console import Console
 
 from pi05_lightning.cli.run import run as run_trainer
 from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.experience.value import Tried, ValueFunction, datasets, longest_of
 from pi05_lightning.files.local import write_json, write_once
 from pi05_lightning.models.heads.value import NAME, ValueHead
+from pi05_lightning.weights.locate import locate
 
 CALIBRATION = "calibration.json"
 
@@ -53,7 +55,8 @@ def value_fit(
         options: further options of `pi05 fit`, as [--trainer.accelerator, gpu].
 
     Returns and writes the calibration on episodes that are held out.
-    Raises ValueError where nothing says how an episode ended, and for a run that was begun with other options.
+    Raises ValueError where nothing says how an episode ended, where none is held out, and for a run that was begun with
+    other options.
     """
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(tried)
@@ -65,7 +68,14 @@ def value_fit(
         Labels(one.attempts.episode, one.attempts.frame, returns, {}).write(file, one.files)
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
         options_of_one = {"labels": str(file), "val_fraction": val_fraction, **shared}
-        sources[name] = reading.source(one.path, tried[0].path, **options_of_one)
+        sources[name] = reading.source(one.path, tried[0].path, one.collected, **options_of_one)
+    shapes = locate(policy).config().shapes
+    held_out = (LeRobotConfig(**source["init_args"]).open(name, "val", shapes) for name, source in sources.items())
+    if not any(map(len, held_out)):
+        raise ValueError(
+            f"val_fraction {val_fraction:g} holds out no episode, so nothing would tell how good the value is: raise"
+            " it, or record more attempts"
+        )
     config = configuration(policy, reading, sources, steps, batch_size, lr)
     write_once(run / "value.yaml", yaml.safe_dump(config, sort_keys=False))
     arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
@@ -114,13 +124,11 @@ def calibrate(
     """The calibration on the datasets' validation episodes, written as numbers and as a page."""
     parts: list[np.ndarray] = []
     for one in tried:
-        options = reading.options(one.path, tried[0].path) | {"val_fraction": val_fraction}
+        options = reading.options(one.path, tried[0].path, one.collected) | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)
             parts.append(np.stack([value.of(source), returns[rows], one.attempts.success[rows]]))
-    if not parts:
-        raise ValueError("val_fraction: no episode is held out, so nothing tells how good the value is: raise it")
     predicted, returns, success = np.concatenate(parts, axis=1)
     found = calibration(predicted, returns, success > 0)
     write_json(run / CALIBRATION, found)

@@ -48,9 +48,12 @@ def value_label(
     tried, judge_of = datasets(rollouts, demonstrations), ValueFunction(value, device)
     reading = Reading.of(value)
     n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
+    paths = [labels_path(one, out) for one in tried]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise ValueError(f"out: the labels of two datasets would both be {twice}: leave out --out, or label them apart")
     for dataset in tried:
         dataset.scale(judge_of.longest)  # an unknown task shows before the values are computed
-    values = [judge_of.everywhere(one, reading.options(one.path, tried[0].path)) for one in tried]
+    values = [judge_of.everywhere(one, reading.options(one.path, tried[0].path, one.collected)) for one in tried]
     shares = positive_shares or {}
     judged, thresholds = judge(tried, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
     about = {
@@ -63,8 +66,7 @@ def value_label(
     }
     table = table_of("positive frames", ["dataset", "labels"], ["frames", "positive"])
     written = {}
-    for one in judged:
-        path = labels_path(one.tried, out)
+    for one, path in zip(judged, paths, strict=True):
         one.labels(about).write(path, one.tried.files)
         written[one.tried.path] = str(path)
         table.add_row(one.tried.path, str(path), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %")
@@ -95,16 +97,17 @@ def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Sec
         for task in thresholds
     }
     rows = [["task", "threshold", "frames"], *([t, f"{thresholds[t]:.4f}", str(len(a))] for t, a in found.items())]
-    return Section("Advantages and thresholds", rows=rows, figures=[histograms(found, thresholds)])
+    figures = [histograms(found, thresholds)] if found else []  # of corrections alone there is none
+    return Section("Advantages and thresholds", rows=rows, figures=figures)
 
 
 def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) -> list[Section]:
     """V over the frames of a success and of a failure, of the first dataset of attempts that has them."""
-    sections = []
+    sections, first = [], judged[0].tried
     for ended, heading in ((True, "A success"), (False, "A failure")):
         for one in judged:
-            attempts = one.tried.attempts
-            source = value.opened(one.tried, "train", reading.options(one.tried.path, judged[0].tried.path))
+            attempts, options = one.tried.attempts, reading.options(one.tried.path, first.path, one.tried.collected)
+            source = value.opened(one.tried, "train", options)
             shown = np.isin(attempts.episode, source.episode) & (attempts.success == ended)
             if one.tried.demonstrations or not shown.any():
                 continue

@@ -22,6 +22,11 @@ INTERVENTIONS = ("intervention", "is_intervention", "complementary_info.is_inter
 its teleoperators call it the second."""
 
 
+def of_a_policy(files: LeRobotFiles) -> bool:
+    """Whether `pi05 collect --policy` recorded a dataset."""
+    return (files.root / PROVENANCE).is_file()
+
+
 @dataclass(frozen=True)
 class Attempts:
     """N frames of a whole dataset, in its order.

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pi05_lightning.data.attempts import INTERVENTIONS, NEXT_SUCCESS, SUCCESS
 from pi05_lightning.data.columns import real_numbers, rows_at
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.files.local import read_json, replacing
@@ -23,7 +24,7 @@ RETURN, POSITIVE = "return", "positive"
 VALUE_FILE = "value.json"
 """Within a value's run: the hash of its weights, which labels carry too."""
 _ABOUT = b"pi05_labels"
-_HASHED = ("episode_index", "frame_index", "task_index", "action", "observation.state", "intervention", "next.success")
+_HASHED = ("episode_index", "frame_index", "task_index", "action", "observation.state", NEXT_SUCCESS, *INTERVENTIONS)
 _REMEDY = "make them with `pi05 value label`"
 
 
@@ -93,10 +94,11 @@ class Labels:
 
 
 def fingerprint(files: LeRobotFiles) -> str:
-    """SHA-256 of what labels are about: which frames there are, what was done in them, and how episodes ended."""
+    """SHA-256 of what labels are about: which frames there are, what was to be done and was, and how episodes ended."""
     found = hashlib.sha256()
-    kept = [name for name in ("episode_index", "length", "success") if name in files.episodes.column_names]
+    kept = [name for name in ("episode_index", "length", SUCCESS) if name in files.episodes.column_names]
     tables = [files.episodes.select(kept)]
+    found.update(json.dumps(sorted(files.sentences("tasks", "task").items())).encode())
     for path in files.data.episodes:
         names = [name for name in _HASHED if name in pq.read_schema(path).names]
         tables.append(pq.read_table(path, columns=names))

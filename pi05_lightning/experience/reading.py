@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.evaluation.report.run import PROVENANCE
+from pi05_lightning.files.hub import is_hub_id
+from pi05_lightning.files.local import read_json
+from pi05_lightning.models.heads.base import Head
+from pi05_lightning.models.heads.fast import FastHead
+from pi05_lightning.models.heads.flow import FlowHead
+from pi05_lightning.models.heads.location import LocationHead
+from pi05_lightning.models.heads.subtask import SubtaskHead
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
@@ -21,55 +30,73 @@ TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 """Of the trainings on experience: nothing is validated on the way."""
-_OF_ANY_DATASET = {f.name for f in fields(LeRobotConfig)} - {"path", "episodes", "labels", "frames", "same_robot_as"}
+_OF_THE_METHOD = {"path", "labels", "frames", "same_robot_as"}
+_OF_ITS_FILES = {"cameras", "state_keys", "action_keys", "subtask_key", "box_range", "task", "episodes"}
+"""What says where a dataset has things, or which of it count: nothing of another dataset."""
+_KNOWN = {option.name for option in fields(LeRobotConfig)}
+_OF_THE_MODEL = ("heads", "flow_draws", "rtc_max_delay", "knowledge_insulation", "activation_checkpointing", "compile")
+_OF_THE_MACHINE = ("accelerator", "devices", "strategy", "precision")
+_OF_THE_STAGE = ("losses", "mixture", "flow_alpha", "freeze", "lr_factors")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a policy's datasets are read, and what it was last trained on, as its run's configuration says.
+    """How a policy's datasets are read, and how it was last trained, as its run's configuration says.
 
-    flow_draws: noise draws per observation.  fast: FAST tokenizer.  sources: of the run, by name.  stage: losses,
-    mixture and flow_alpha of the last one that trained the flow.  Weights that carry no configuration leave all of it
-    empty, or at its default.
+    fast: FAST tokenizer.  sources: of the run, by name.  model, trainer: options that trainings from it go on with.
+    stage: losses, mixture, flow_alpha and freezing of the last one that trained the flow.
     """
 
     tokenizer: str = "tiny"
     language: dict[str, Any] = field(default_factory=dict)
-    flow_draws: int = 1
     fast: str | None = None
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, policy: Path) -> Reading:
+        """ValueError for weights that carry no configuration."""
         weights = locate(policy)
         if not isinstance(weights, TrainingCheckpoint) or "config" not in weights.content:
-            return cls()
+            raise ValueError(
+                f"{policy} carries no configuration, which would say how its data was read and what it was trained on:"
+                " give the run of `pi05 fit`, or its .ckpt"
+            )
         config = yaml.safe_load(weights.run_config())
-        data = config["data"]
+        data, model, trainer = config["data"], config["model"], config["trainer"]
+        run = read_json(weights.path.parent.parent / PROVENANCE, default={})
         return cls(
             data["tokenizer"],
             data["language"],
-            config["model"]["flow_draws"],
             data["fast"],
             data["sources"],
-            _last_stage(config["stages"]),
+            {name: model[name] for name in _OF_THE_MODEL if name in model},
+            {name: trainer[name] for name in _OF_THE_MACHINE if trainer.get(name) is not None},
+            last_stage(config["stages"], model.get("heads") or {}, run.get("samples", {})),
         )
 
-    def source(self, path: str, like: str, **options: Any) -> dict[str, Any]:
-        """A source of a run's configuration."""
-        return {"class_path": CLASS_PATH, "init_args": {**self.options(path, like), "path": path, **options}}
+    def source(self, path: str, like: str, collected: bool = False, **options: Any) -> dict[str, Any]:
+        """A source of a run's configuration; see `options`."""
+        return {"class_path": CLASS_PATH, "init_args": {**self.options(path, like, collected), "path": path, **options}}
 
-    def options(self, path: str, like: str) -> dict[str, Any]:
-        """How the run read the dataset at a path, as options of `LeRobotConfig`.
+    def options(self, path: str, like: str, collected: bool = False) -> dict[str, Any]:
+        """How a dataset is read, as options of `LeRobotConfig`: as the run read it, if it had that.
 
         like: another dataset of the same robot, as which one is read that the run had not; if it had neither, as the
-        first that it had.
+        first that it had.  collected: `pi05 collect` wrote it, which names things in its own way.
         """
-        robots = self._robots
-        name = self.name_of(path) or self.name_of(like) or next(iter(robots), None)
+        robots, own = self._robots, self.name_of(path)
+        name = own or self.name_of(like) or next(iter(robots), None)
+        other = _OF_THE_METHOD | (set() if own else {"episodes"}) | (_OF_ITS_FILES if collected and not own else set())
         read = robots[name] if name else {}
-        return {key: value for key, value in read.items() if key in _OF_ANY_DATASET}
+        return {option: value for option, value in read.items() if option in _KNOWN - other}
+
+    def robot_of(self, path: str) -> str | None:
+        """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""
+        name = self.name_of(path)
+        return self._robots[name].get("same_robot_as") if name else None
 
     def name_of(self, path: str) -> str | None:
         """What the run called the dataset at a path."""
@@ -80,7 +107,8 @@ class Reading:
     def others(self) -> dict[str, dict[str, Any]]:
         """The run's sources that are no robot's, as far as their data is there."""
         found = {name: source for name, source in self.sources.items() if source["class_path"] != CLASS_PATH}
-        return {name: source for name, source in found.items() if Path(source["init_args"].get("path", ".")).exists()}
+        paths = {name: str(source["init_args"].get("path", ".")) for name, source in found.items()}
+        return {name: found[name] for name, path in paths.items() if Path(path).exists() or is_hub_id(path)}
 
     @property
     def _robots(self) -> dict[str, dict[str, Any]]:
@@ -88,10 +116,40 @@ class Reading:
         return {name: s["init_args"] for name, s in self.sources.items() if s["class_path"] == CLASS_PATH}
 
 
-def _last_stage(stages: dict[str, Any]) -> dict[str, Any]:
-    """Losses, mixture and flow_alpha of the last stage that trained the flow."""
+def last_stage(stages: dict[str, Any], heads: dict[str, Any], samples: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """How the last stage trained that trained the flow; what it drew is spelled out.
+
+    heads: the model's own.  samples: `source/modality` -> how many of them to train on.
+    ValueError where it drew all that there was and nothing says what that was.
+    """
     own = [(stages["pretrain_steps"], {**stages["pretrain"], "flow_alpha": 1.0})]
     own.append((stages["posttrain_steps"], {**stages["posttrain"], "flow_alpha": stages["flow_alpha"]}))
     own += [(stage["steps"], stage) for stage in stages["then"]]
     last: dict[str, Any] = next((stage for steps, stage in reversed(own) if steps and stage["losses"]["flow"]), {})
-    return {key: last[key] for key in ("losses", "mixture", "flow_alpha") if key in last}
+    found = {key: last[key] for key in _OF_THE_STAGE if key in last}
+    exponent = last.get("mixture_temperature", 0.0)
+    if last and (exponent or not last["mixture"]):
+        if not samples:
+            raise ValueError(
+                f"the policy's last stage drew from all its data, and there is no {PROVENANCE} beside its checkpoints,"
+                " which says what that was: give the run of `pi05 fit` as it left it"
+            )
+        shares = last["mixture"] or {name: 1.0 for name in samples if _modality(name) in _learned(last, heads)}
+        weights = {name: share * samples[name]["train"] ** exponent for name, share in shares.items()}
+        found["mixture"] = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
+    return found
+
+
+def _modality(subset: str) -> str:
+    return subset.rpartition("/")[2]
+
+
+def _learned(stage: dict[str, Any], heads: dict[str, Any]) -> set[str]:
+    """The modalities that a stage's losses are learned from."""
+    classes: list[type[Head]] = [SubtaskHead, FastHead, FlowHead, LocationHead]
+    for head in heads.values():
+        module, _, name = head["class_path"].rpartition(".")
+        classes.append(getattr(import_module(module), name))
+    terms = {term: modalities for kind in classes for term, modalities in kind.terms.items()}
+    losses = {**stage["losses"], **stage["losses"].get("others", {})}
+    return {str(modality) for term, modalities in terms.items() if losses.get(term) for modality in modalities}

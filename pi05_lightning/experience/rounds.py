@@ -41,15 +41,17 @@ def configuration(
     attempts: Sequence[str],
     labels: Sequence[Path],
     training: Training,
+    robot: str | None = None,
 ) -> dict[str, Any]:
     """A run of `pi05 fit` of one stage, from the weights of `policy`, on all data so far.
 
     The stage goes on with what the policy was last trained on, so that it forgets nothing; of its draws of actions,
     attempts have their share.
 
-    attempts: datasets, one of each round.  labels: of the method recap, of each.
+    attempts: datasets, one of each round.  labels: of the method recap, of each.  robot: source whose robot they were
+    made as, by default that of the first demonstrations.
     """
-    sources, mixture = drawn(method, reading, demonstrations, attempts, labels, training.demonstrations_share)
+    sources, mixture = drawn(method, reading, demonstrations, attempts, labels, training.demonstrations_share, robot)
     says_subtasks = reading.language.get("condition_on") == "both"
     stage = {
         "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
@@ -62,8 +64,8 @@ def configuration(
     }
     return {
         "model": {
+            **reading.model,
             "init_from": str(policy),
-            "flow_draws": reading.flow_draws,
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
                 "init_args": {"lr": training.lr, "betas": [0.9, 0.95], "weight_decay": 0.01},
@@ -80,7 +82,7 @@ def configuration(
             "augmentation": None,
         },
         "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
-        "trainer": TRAINER,
+        "trainer": TRAINER | reading.trainer,
     }
 
 
@@ -91,23 +93,31 @@ def drawn(
     attempts: Sequence[str],
     labels: Sequence[Path],
     demonstrations_share: float,
+    robot: str | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
     """The data sources of a run by name, robots' all of one, and the share of the draws of each subset."""
     is_recap = method == "recap"
-    told = {"labels": "positive"} if is_recap else {}
+    told: dict[str, Any] = {"labels": "positive"} if is_recap else {}
     names = [reading.name_of(path) or f"demonstrations_{number}" for number, path in enumerate(demonstrations)]
-    sources = {
-        name: reading.source(path, demonstrations[0], same_robot_as=names[0] if number else None, **told)
-        for number, (name, path) in enumerate(zip(names, demonstrations, strict=True))
-    }
+    actor = robot or names[0]
+    if actor not in names:
+        raise ValueError(f"robot {actor!r}: name its dataset among the demonstrations, which are {', '.join(names)}")
+    sources = {}
+    for name, path in zip(names, demonstrations, strict=True):
+        known = reading.name_of(path) is not None
+        same = reading.robot_of(path) if known else (names[0] if name != names[0] else None)
+        if same not in (None, *names):
+            raise ValueError(f"{path} was read as of the robot of {same!r}: name that among the demonstrations too")
+        sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told)
+    shown, same = demonstrations[names.index(actor)], sources[actor]["init_args"]["same_robot_as"] or actor
     own = [] if method == "demonstrations" else list(attempts)
     shares = dict.fromkeys(names, (demonstrations_share if own else 1.0) / len(names))
     for number, path in enumerate(own):
         found = taken(method, labels[number] if is_recap else None)
         for kind, options in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
-            options |= {"same_robot_as": names[0], "val_fraction": 0.0}
-            sources[f"{kind}_{number}"] = reading.source(path, demonstrations[0], **options)
+            options |= {"same_robot_as": same, "val_fraction": 0.0}
+            sources[f"{kind}_{number}"] = reading.source(path, shown, collected=True, **options)
             shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(own) / len(found)
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())

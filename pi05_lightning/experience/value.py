@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.labels import VALUE_FILE
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
@@ -46,6 +46,11 @@ class Tried:
     def attempts(self) -> Attempts:
         return Attempts.read(self.files, self.demonstrations)
 
+    @cached_property
+    def collected(self) -> bool:
+        """Whether a policy made it in a simulator."""
+        return of_a_policy(self.files)
+
     def returns(self, longest: dict[str, int], c_fail: float | None) -> np.ndarray:
         """Of every frame, f64[N] in [-1, 0].  longest: frames of the longest episode by task, of whichever dataset."""
         attempts = self.attempts
@@ -65,12 +70,16 @@ class Tried:
 
 
 def datasets(rollouts: Sequence[str], demonstrations: Sequence[str]) -> list[Tried]:
-    """Raises ValueError where none is named, or one is named twice."""
+    """Raises ValueError where none is named, one is named twice, or they differ in frames per second."""
     found = [*(Tried(path, demonstrations=True) for path in demonstrations), *map(Tried, rollouts)]
     if not rollouts:
         raise ValueError("rollouts: name at least one dataset of attempts, as `pi05 collect --policy` makes them")
     if twice := {tried.path for tried in found if [t.path for t in found].count(tried.path) > 1}:
         raise ValueError(f"{min(twice)} is named more than once: name each dataset once")
+    rates = {tried.files.fps: tried.path for tried in found}
+    if len(rates) > 1:
+        told = ", ".join(f"{path} has {fps:g} frames per second" for fps, path in rates.items())
+        raise ValueError(f"{told}: returns count frames, so give datasets of one rate to a value")
     return found
 
 
@@ -134,7 +143,7 @@ class ValueFunction:
         attempts = tried.attempts
         value = np.full(len(attempts.episode), np.nan)
         for split in ("train", "val", "test"):
-            source = self.opened(tried, split, options)
+            source = self.opened(tried, split, options | {"episodes": None})
             if len(source):
                 value[tried.rows(source)] = self.of(source)
         if np.isnan(value).any():

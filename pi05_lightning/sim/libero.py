@@ -17,9 +17,14 @@ import numpy as np
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
+from pi05_lightning.sim.splits import EXPERIENCE
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
+
+
+STATES = 50
+"""Initial states of every task."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,12 @@ class Libero(EnvironmentConfig):
         return found
 
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
-        """The first initial states of every task for seed 0, as LIBERO is evaluated; the next ones for seed 1."""
+        """The first initial states of every task for seed 0, as LIBERO is evaluated; the next ones for seed 1.
+
+        A policy's attempts to learn from begin with the last one. There are 50: more than that of both meet.
+        """
+        if split == EXPERIENCE:
+            return [STATES - 1 - number % STATES for number in range(episodes)]
         return list(range(seed * episodes, (seed + 1) * episodes))
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.recipe import Recipe, Stage
@@ -47,11 +47,14 @@ class Trained:
         return max(self.delays, default=0)
 
     def __add__(self, later: Trained) -> Trained:
-        """What was trained before, and after it."""
+        """What was trained before, and after it; actions that are then learned without an advantage follow none."""
         unknown = self.delays is None or later.delays is None
+        terms = Counter(self.terms) + Counter(later.terms)
+        if not later.terms.keys().isdisjoint(get_args(Actions)) and ADVANTAGE not in later.terms:
+            del terms[ADVANTAGE]
         return Trained(
             dict(Counter(self.stages) + Counter(later.stages)),
-            dict(Counter(self.terms) + Counter(later.terms)),
+            dict(terms),
             self.complete and later.complete,
             None if unknown else dict(Counter(self.delays) + Counter(later.delays)),
         )
@@ -71,18 +74,17 @@ def trained(
 
     max_delay: `rtc_max_delay` of these steps.  learned: of a stage's loss terms those that change a weight of theirs.
     """
-    stages: dict[str, int] = {}
-    terms: Counter[str] = Counter()
+    found = Trained(complete=True)
     for stage in recipe.reached:
         begin = recipe.first_step(stage)
         # steps beyond the recipe's last are the last stage's
         stop = end if stage is recipe.reached[-1] else begin + stage.steps
         steps = min(end, stop) - max(first, begin)
         if steps > 0:
-            stages[stage.name] = steps
-            terms.update(dict.fromkeys(learned(stage), steps))
-    delays = {max_delay: terms["flow"]} if max_delay and terms["flow"] else {}
-    return Trained(stages, dict(terms), complete=True, delays=delays)
+            terms = dict.fromkeys(learned(stage), steps)
+            delays = {max_delay: steps} if max_delay and "flow" in terms else {}
+            found += Trained({stage.name: steps}, terms, complete=True, delays=delays)
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pi05_lightning.cli.value_label import histogram_section
+from pi05_lightning.data.attempts import PROVENANCE, Attempts
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
 from pi05_lightning.experience.labelling import judge, labels_path
 from pi05_lightning.experience.value import Tried, datasets, longest_of
+from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.models.config import ModelConfig
 
 LENGTHS = (12, 9, 15, 7, 11)  # of the recorded episodes; those of odd number are of another task
 LONGEST = {"close the drawer": 15, "open the drawer": 9}
@@ -84,6 +90,44 @@ def test_datasets_are_named_once_and_not_none() -> None:
         datasets([], ["a"])
     with pytest.raises(ValueError, match="a is named more than once"):
         datasets(["a"], ["a"])
+
+
+def test_datasets_of_different_rates_are_refused(tried: Tried, tmp_path: Path) -> None:
+    slow = shutil.copytree(tried.path, tmp_path / "slow")
+    info = read_json(slow / "meta" / "info.json")
+    write_json(slow / "meta" / "info.json", info | {"fps": info["fps"] / 2})
+    with pytest.raises(ValueError, match=f"slow has {info['fps'] / 2:g} frames per second"):
+        datasets([tried.path, str(slow)], [])
+
+
+def test_corrections_alone_have_no_threshold_and_no_plot_of_one(tried: Tried) -> None:
+    zeros = np.zeros(sum(LENGTHS))
+    corrected = replace(tried.attempts, intervention=zeros == 0)
+    (judged,), thresholds = judge([replaced(tried, corrected)], [zeros - 0.5], LONGEST, None, None, {}, 0.3)
+    assert judged.positive.all()
+    assert thresholds == {}
+    assert histogram_section([judged], thresholds).figures == []
+
+
+def replaced(tried: Tried, attempts: Attempts) -> Tried:
+    other = Tried(tried.path)
+    other.__dict__["attempts"] = attempts
+    return other
+
+
+def test_an_attempt_with_words_of_its_own_can_be_held_out(tried: Tried) -> None:
+    root = Path(tried.path)
+    (path,) = (root / "data").glob("*/*.parquet")
+    table, words = pq.read_table(path), [f"word {number}" for number in range(len(LENGTHS))]
+    subtasks = pa.table({"subtask": words, "subtask_index": range(len(words))})
+    pq.write_table(subtasks, root / "meta" / "subtasks.parquet")
+    if "subtask_index" in table.column_names:
+        table = table.drop_columns("subtask_index")
+    pq.write_table(table.append_column("subtask_index", table.column("episode_index")), path)
+    config, shapes = LeRobotConfig(str(root), val_fraction=0.4), ModelConfig.preset("debug").shapes
+    assert len(config.open("tries", "val", shapes)) == 0
+    write_json(root / PROVENANCE, {})
+    assert len(config.open("tries", "val", shapes)) > 0
 
 
 def test_calibration_tells_a_good_value_from_a_bad_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,36 +12,21 @@ import yaml
 
 from pi05_lightning.cli.experience import Rounds, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
-from pi05_lightning.experience.reading import CLASS_PATH, Reading
+from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, Training, configuration
 from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.weights.folder import save
 
 TRAINING = Training(steps=7, batch_size=4, lr=1e-3, demonstrations_share=0.4, omission=0.2)
 
 
-@pytest.fixture(scope="module")
-def policy(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy that carries no configuration."""
-    from pi05_lightning import Pi05DataModule
-    from pi05_lightning.data.sources.lerobot import LeRobotConfig
-    from pi05_lightning.models.config import ModelConfig
-    from pi05_lightning.models.pi05 import Pi05
-    from pi05_lightning.weights.folder import save
-
-    sizes = ModelConfig.preset("debug")
-    data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, shapes=sizes.shapes)
-    model = Pi05(sizes)
-    model.reset_parameters()
-    folder = tmp_path_factory.mktemp("policy")
-    save(folder, model, data.processor)
-    return folder
-
-
 @pytest.fixture
-def plan(policy: Path, tmp_path: Path) -> Rounds:
+def plan(tmp_path: Path) -> Rounds:
     return Rounds(
         tmp_path / "out",
-        policy,
+        tmp_path / "policy",
         ["demos"],
         2,
         ["--episodes", "3"],
@@ -68,7 +54,7 @@ def trained(plan: Rounds, method: str, number: int) -> dict:
 
 
 def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(plan: Rounds) -> None:
-    names = [part.name for part in parts(plan, METHODS)]
+    names = [part.name for part in parts(plan, Reading(), METHODS)]
     assert len(names) == len(set(names))
     assert [name for name in names if "collect" in name] == [
         "collect-1",
@@ -80,7 +66,7 @@ def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(
 
 
 def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Rounds) -> None:
-    todo = parts(plan, ["recap"])
+    todo = parts(plan, Reading(), ["recap"])
     last = plan.out / "recap" / "round_1" / "fit"
     assert option(named(todo, "collect-1"), "--policy") == str(plan.policy)
     assert option(named(todo, "recap-2-collect"), "--policy") == str(last)
@@ -92,7 +78,7 @@ def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights
 
 
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
-    todo = parts(plan, ["recap"])
+    todo = parts(plan, Reading(), ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
     both = [str(plan.out / "attempts_1" / "robot"), str(plan.out / "recap" / "attempts_2" / "robot")]
     assert (option(first, "--n_seconds"), option(second, "--n_seconds")) == (None, "0.5")
@@ -109,7 +95,7 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Round
 
 
 def test_frames_of_either_sign_are_drawn_as_often(plan: Rounds) -> None:
-    parts(plan, ["recap"])
+    parts(plan, Reading(), ["recap"])
     (stage,) = trained(plan, "recap", 2)["stages"]["then"]
     drawn = {name.partition("/")[0]: share for name, share in stage["mixture"].items()}
     signs = dict.fromkeys(["positive_0", "negative_0", "positive_1", "negative_1"], pytest.approx(0.15))
@@ -117,7 +103,7 @@ def test_frames_of_either_sign_are_drawn_as_often(plan: Rounds) -> None:
 
 
 def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Rounds) -> None:
-    parts(plan, METHODS)
+    parts(plan, Reading(), METHODS)
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
     assert list(sources["demonstrations"]) == ["demonstrations_0"]
@@ -133,7 +119,7 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
 
 
 def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: Rounds) -> None:
-    names = [part.name for part in parts(plan, ["demonstrations"])]
+    names = [part.name for part in parts(plan, Reading(), ["demonstrations"])]
     assert names == ["base-rollout", "demonstrations-1-fit", "demonstrations-1-rollout"]
 
 
@@ -163,8 +149,11 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
     assert (found["data"]["sources"]["web"], found["data"]["fast"]) == (words, "fast")
 
 
-def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_the_first(tmp_path: Path) -> None:
-    read = {"arm": {"cameras": {"observation.image": "front"}}, "other": {"cameras": {"observation.rgb": "front"}}}
+def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(tmp_path: Path) -> None:
+    read = {
+        "arm": {"cameras": {"observation.image": "front"}},
+        "other": {"cameras": {"observation.rgb": "front"}, "relative_dims": [1]},
+    }
     sources = {
         name: {
             "class_path": CLASS_PATH,
@@ -174,19 +163,71 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_the_first(tm
     }
     demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
     found = configuration("successes", tmp_path, Reading(sources=sources), demonstrations, ["tries"], [], TRAINING)
-    cameras = {name: source["init_args"]["cameras"] for name, source in found["data"]["sources"].items()}
+    read_as = {name: source["init_args"] for name, source in found["data"]["sources"].items()}
+    assert "cameras" not in read_as["successes_0"]  # what collects them names them as the policy does
+    assert read_as["successes_0"]["relative_dims"] == [1]
+    cameras = {name: options["cameras"] for name, options in read_as.items() if name != "successes_0"}
     as_other = read["other"]["cameras"]
     arm = read["arm"]["cameras"]
-    assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other, "successes_0": as_other}
+    assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other}
+    episodes = {name: options.get("episodes") for name, options in read_as.items()}
+    assert episodes == {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None, "successes_0": "success"}
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
-    parts(plan, ["recap"])
-    parts(plan, ["recap"])
+    parts(plan, Reading(), ["recap"])
+    parts(plan, Reading(), ["recap"])
     file = plan.out / "recap" / "round_1" / "experience.yaml"
+    write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
     file.write_text(file.read_text().replace("steps: 7", "steps: 8"))
     with pytest.raises(ValueError, match="with other options"):
-        parts(plan, ["recap"])
+        parts(plan, Reading(), ["recap"])
+
+
+def test_what_failed_may_be_tried_with_other_options(plan: Rounds) -> None:
+    parts(plan, Reading(), ["recap"])
+    parts(replace(plan, training=replace(TRAINING, batch_size=2)), Reading(), ["recap"])
+    assert trained(plan, "recap", 1)["data"]["batch_size"] == 2
+
+
+def test_robot_of_the_attempts_is_the_one_that_is_named(tmp_path: Path) -> None:
+    sources = {
+        name: {"class_path": CLASS_PATH, "init_args": {"path": str(tmp_path / name), "same_robot_as": same}}
+        for name, same in (("arm", None), ("more", "arm"), ("hand", None))
+    }
+    reading, demonstrations = Reading(sources=sources), [str(tmp_path / name) for name in sources]
+    for robot, same in ((None, "arm"), ("more", "arm"), ("hand", "hand")):
+        found = configuration("successes", tmp_path, reading, demonstrations, ["tries"], [], TRAINING, robot)
+        robots = {name: s["init_args"]["same_robot_as"] for name, s in found["data"]["sources"].items()}
+        assert robots == {"arm": None, "more": "arm", "hand": None, "successes_0": same}
+    with pytest.raises(ValueError, match="the robot of 'arm'"):
+        configuration("successes", tmp_path, reading, demonstrations[1:], ["tries"], [], TRAINING)
+    with pytest.raises(ValueError, match="robot 'leg'"):
+        configuration("successes", tmp_path, reading, demonstrations, ["tries"], [], TRAINING, "leg")
+
+
+def test_a_stage_that_drew_all_there_was_is_spelled_out() -> None:
+    losses = {"text": 0.0, "subtask": 1.0, "flow": 1.0, "others": {}}
+    stages = {
+        "pretrain_steps": 1,
+        "pretrain": {"losses": {**losses, "flow": 0.0}},
+        "posttrain_steps": 1,
+        "posttrain": {"losses": losses, "mixture": {}, "mixture_temperature": 0.5},
+        "flow_alpha": 10.0,
+        "then": [],
+    }
+    names = ("arm/continuous_robot_actions", "arm/hl_subtask", "arm/fast_robot_actions", "web/web_caption")
+    samples = {name: {"train": n, "val": 1} for name, n in zip(names, (100, 25, 100, 9), strict=True)}
+    found = last_stage(stages, {}, samples)
+    assert found["mixture"] == pytest.approx({names[0]: 0.4, names[1]: 0.2, names[2]: 0.4})
+    with pytest.raises(ValueError, match="drew from all its data"):
+        last_stage(stages, {}, {})
+
+
+def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, Pi05(ModelConfig.preset("debug")))
+    with pytest.raises(ValueError, match="carries no configuration"):
+        Reading.of(tmp_path)
 
 
 def test_page_shows_what_there_is_so_far(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.abilities import ADVANTAGE, Trained
 from pi05_lightning.weights.locate import locate
 
 CONFIG = ModelConfig.preset("debug")
@@ -243,3 +244,12 @@ def test_configuration_of_an_older_run_is_read(flow: Path, tmp_path: Path, old: 
     torch.save(content, tmp_path / "old.ckpt")
     text = locate(tmp_path / "old.ckpt").run_config()
     assert re.search(rf"^  actions: {new}$", text, re.MULTILINE)
+
+
+def test_actions_that_are_learned_without_an_advantage_afterwards_follow_none() -> None:
+    told = Trained({"experience": 5}, {"flow": 5, ADVANTAGE: 5}, complete=True)
+    untold, talk = Trained({"more": 3}, {"flow": 3}, complete=True), Trained({"talk": 3}, {"text": 3}, complete=True)
+    assert (told + told).terms[ADVANTAGE] == 10
+    assert (told + talk).terms == {"flow": 5, ADVANTAGE: 5, "text": 3}
+    assert (told + untold).terms == {"flow": 8}
+    assert (told + untold + told).terms[ADVANTAGE] == 5

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from pi05_lightning.data.attempts import PROVENANCE, Attempts
+from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.errors import BadSample, OnBadSample, Rejects
 from pi05_lightning.data.frame_cache import cache_folder
@@ -155,6 +155,8 @@ class LeRobotSource(Source):
         relative_dims = relative_actions(*relative, sum(state.values()), sum(action.values()), features.where)
         wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range)
         taught = sentences_of_episodes(self.files, config.subtask_key)
+        if of_a_policy(self.files):  # its own words: an episode with new ones may be held out all the same
+            taught = {n: {said for said in sentences if said[0] == "task"} for n, sentences in taught.items()}
         episodes = self.files.choose(split, config.val_fraction, config.episodes, taught)
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
@@ -260,9 +262,22 @@ class LeRobotSource(Source):
         self._robot, before = robot, len(self._rows)
         if robot is None:
             return False
+        self._check_same(robot)
         reject_outliers(self._kept, self._chunks, robot, self.config.state_keys, self.config.action_keys)
         self._rows = self._kept.rows
         return len(self._rows) < before
+
+    def _check_same(self, robot: Robot) -> None:
+        """ValueError where this is said to be of a robot of which it cannot be."""
+        dims = self.columns.state.shape[1], self.columns.action.shape[1]
+        own = {"state dims": dims[0], "action dims": dims[1], "frames per second": self.files.fps}
+        theirs = {"state dims": robot.state_dim, "action dims": robot.action_dim, "frames per second": robot.fps}
+        for what in own if self.same_robot_as is not None else ():
+            if own[what] != theirs[what]:
+                raise ValueError(
+                    f"dataset {self.name!r}: same_robot_as {self.same_robot_as!r} has {theirs[what]:g} {what}, and"
+                    f" {self.config.path} {own[what]:g}: leave same_robot_as out, or name a dataset like it"
+                )
 
     def robot(self) -> Robot | None:
         """Statistics of what is trained on, rate, tasks and names; None without state and actions.
@@ -351,7 +366,7 @@ class LeRobotSource(Source):
 
     def _taught_subtasks(self) -> np.ndarray:
         """Which rows' subtasks can be learned, bool[N]: in a policy's attempts not those that it said itself."""
-        if (self.files.root / PROVENANCE).is_file():
+        if of_a_policy(self.files):
             return self._corrected()
         return np.ones(len(self.columns.episode), dtype=bool)
 

@@ -55,7 +55,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         for task in tasks:
             config.env.check_task(task)
     jobs = list(_jobs(config, tasks))
-    worker = Worker(config.env, view, str(config.policy), {"policy": acting})
+    worker = Worker(config.env, view, str(config.policy), {"policy": acting}, config.device)
     known = isinstance(config.env, DemonstratorConfig) and robot.state_dim == len(STATE_NAMES)
     what = Recording(
         config.out.name,

@@ -34,6 +34,8 @@ class CollectConfig:
     """Simulated time after which a policy's episode has failed; by default what the simulator says."""
     lanes: int = 8
     """Episodes of a policy that a process steps together."""
+    device: str = "cpu"
+    """Where a policy runs."""
     episodes: int = 300
     """Training episodes per task, each from an initial state of its own."""
     val_episodes: int = 10
@@ -77,6 +79,8 @@ class CollectConfig:
             raise ValueError(f"corrections: {self.corrections}: give at least 1, and a policy to correct")
         if self.acting and self.policy is None:
             raise ValueError("acting says how a policy acts, and there is none: give --policy")
+        if self.device != "cpu" and self.policy is None:
+            raise ValueError("device says where a policy runs, and there is none: give --policy")
         if self.episodes < 1 or self.val_episodes < 0 or self.scenes < 0:
             raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
 
