@@ -24,6 +24,8 @@ class Process:
         self.said: list[str] = []
         self._listening = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
+
+    def wait_until_it_listens(self) -> None:
         assert self._listening.wait(PATIENCE), f"it does not listen: {self.log}"
         assert self.process.poll() is None, self.log
         self.address = self.line("serving at").split("://")[1].strip()
@@ -58,6 +60,7 @@ def served_by_process(checkpoint: Path, *options: str, command: str = "serve", *
     """The process, which is killed in the end if it still runs."""
     server = Process(checkpoint, *options, command=command, **environment)
     try:
+        server.wait_until_it_listens()
         yield server
     finally:
         server.process.kill()
