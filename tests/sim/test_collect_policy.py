@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -12,8 +14,10 @@ import pytest
 from pi05_lightning.acting import Acting
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.sim.demonstrations import autonomous
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.sim.rollout import Job, run_in_processes
 from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.sim.trials import OUT_OF_TIME, Clock, Trial, run_policy
 from pi05_lightning.weights.locate import locate
@@ -109,6 +113,27 @@ def test_what_is_kept_changes_nothing_of_an_episode(untrained: Path) -> None:
             went.append((trial.reason, env.state.tolist()))
     assert went[0] == went[1]
     assert len(trial.steps) == trial.decisions == 5
+
+
+def test_attempt_in_which_nothing_was_done_costs_no_other(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*arguments: Any) -> Iterator[Job]:
+        for job in run_in_processes(*arguments):
+            for trial in job.trials:
+                if trial.task == TASKS[0]:
+                    trial.steps, trial.reason = [], "its state is far from the data"
+            yield job
+
+    monkeypatch.setattr(autonomous, "run_in_processes", refused)
+    small = {"policy": untrained, "episodes": 1, "val_episodes": 1, "max_seconds": 0.3}
+    files = LeRobotFiles.open(collect(config(tmp_path / "some", **small)) / "robot")
+    assert files.info["splits"] == {"train": "0:1", "val": "1:2"}
+    assert len({*files.column("seed")}) == len(files.episodes) == 2
+    assert f"2 of 4 attempts are left out: the policy did nothing at {TASKS[0]}" in caplog.text
+    with pytest.raises(ValueError, match="its state is far from the data"):
+        collect(config(tmp_path / "none", **small, tasks=TASKS[:1]))
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

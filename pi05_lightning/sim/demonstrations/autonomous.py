@@ -5,6 +5,7 @@ The policy acts as in a rollout (`sim.rollout`). Every action is a frame: what w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -33,7 +34,7 @@ from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.sim.trials import Trial
 from pi05_lightning.weights.locate import locate
 
-"""Within a dataset: which policy acted in it, and how."""
+logger = logging.getLogger(__name__)
 
 
 def record_policy(root: Path, config: CollectConfig) -> None:
@@ -68,9 +69,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         of_a_policy=True,
     )
     del policy  # maybe gigabytes: every process loads its own
-    train, val = (len(tasks) * count for count in (config.episodes, config.val_episodes))
-    splits = {"train": f"0:{train}", **({"val": f"{train}:{train + val}"} if val else {})}
-    write_dataset(root, what, _blocks(root, what, worker, jobs, config.num_workers), splits)
+    write_dataset(root, what, _blocks(root, what, worker, jobs, config))
     provenance = {
         "policy": str(config.policy),
         "sha256": locate(config.policy).content_hash(),
@@ -99,24 +98,33 @@ def _jobs(config: CollectConfig, tasks: Sequence[str]) -> Iterator[Job]:
 
 
 def _blocks(
-    root: Path, what: Recording, worker: Worker, jobs: Sequence[Job], processes: int | None
-) -> Iterator[list[Episode]]:
-    """The episodes of every job, with their films beside the dataset."""
+    root: Path, what: Recording, worker: Worker, jobs: Sequence[Job], config: CollectConfig
+) -> Iterator[tuple[str, list[Episode]]]:
+    """The episodes of every job, with their films beside the dataset; an attempt in which nothing was done is none."""
+    refused: list[Trial] = []
+    number = 0
     with (
-        closing(run_in_processes(worker, jobs, processes)) as results,
+        closing(run_in_processes(worker, jobs, config.num_workers)) as results,
         tqdm(total=sum(len(job.trials) for job in jobs), unit="episode") as bar,
     ):
-        for number, job in enumerate(results):
-            videos = {camera: video_path(root, camera, number) for camera in what.cameras}
-            yield filmed([episode_of(trial, what.cameras) for trial in job.trials], videos, what.fps)
+        for job in results:
+            refused += [trial for trial in job.trials if not trial.steps]
+            episodes = [episode_of(trial, what.cameras) for trial in job.trials if trial.steps]
+            if episodes:
+                videos = {camera: video_path(root, camera, number) for camera in what.cameras}
+                yield "val" if job.trials[0].number >= config.episodes else "train", filmed(episodes, videos, what.fps)
+                number += 1
             bar.update(len(job.trials))
+    for trial in refused[:1]:
+        said = f"the policy did nothing at {trial.task} (seed {trial.seed}): {trial.reason}"
+        if not number:
+            raise ValueError(said)
+        logger.warning("%d of %d attempts are left out: %s", len(refused), sum(len(job.trials) for job in jobs), said)
 
 
 def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:
-    """A trial that is over, as it is recorded. ValueError for one in which nothing was done."""
+    """A trial that is over, as it is recorded."""
     steps = trial.steps
-    if not steps:
-        raise ValueError(f"the policy did nothing at {trial.task} (seed {trial.seed}): {trial.reason}")
     return Episode(
         task=steps[0].frame.task,
         state=np.stack([step.frame.state for step in steps if step.frame.state is not None]),

@@ -88,12 +88,12 @@ def _make(root: Path, config: CollectConfig) -> None:
             what = Recording(config.out.name, config.view.cameras, config.image_size, config.fps)
             failed = Counter[str]()
 
-            def recorded() -> Iterator[list[Episode]]:
+            def recorded() -> Iterator[tuple[str, list[Episode]]]:
                 for spec, (episodes, failures) in zip(blocks, _run(pool, record_block, blocks, bar), strict=True):
                     failed[spec.task] += failures
-                    yield episodes
+                    yield spec.split, episodes
 
-            write_dataset(root / ROBOT, what, recorded(), _split_ranges(config))
+            write_dataset(root / ROBOT, what, recorded())
             rows: dict[str, list[dict[str, Any]]] = {split: [] for split in scenes}
             for spec, made in zip(pictures, _run(pool, record_scenes, pictures, bar), strict=True):
                 rows[spec.split] += made
@@ -111,11 +111,6 @@ def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str,
         for task in tasks:
             for first in range(0, total, _BLOCK_SIZE):
                 yield split, task, first, min(_BLOCK_SIZE, total - first)
-
-
-def _split_ranges(config: CollectConfig) -> dict[str, str]:
-    train, val = config.episodes * len(config.recorded), config.val_episodes * len(config.recorded)
-    return {"train": f"0:{train}", **({"val": f"{train}:{train + val}"} if val else {})}
 
 
 def _run[Spec: Piece, Result](

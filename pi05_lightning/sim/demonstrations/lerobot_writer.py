@@ -60,10 +60,10 @@ def video_path(root: Path, camera: str, block: int) -> Path:
     return root / DEFAULT_VIDEO_PATH.format(video_key=image_key(camera), **_place(block))
 
 
-def write_dataset(root: Path, what: Recording, blocks: Iterable[Sequence[Episode]], splits: dict[str, str]) -> None:
+def write_dataset(root: Path, what: Recording, blocks: Iterable[tuple[str, Sequence[Episode]]]) -> None:
     """Write tables and metadata under `root` (new), beside the films that are or will be at `video_path`.
 
-    blocks: in order, their images thinned out, for statistics only;  splits: {name: "first:last" episodes}.
+    blocks: in order, each with the name of its split; their images are thinned out, for statistics only.
     """
     size = what.image_size
     image = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
@@ -80,11 +80,14 @@ def write_dataset(root: Path, what: Recording, blocks: Iterable[Sequence[Episode
         root=root,
         metadata_buffer_size=1000,
     )
-    for number, block in enumerate(blocks):
+    splits: dict[str, range] = {}
+    for number, (split, block) in enumerate(blocks):
+        first = splits[split].start if split in splits else meta.total_episodes
         _write_block(meta, number, block)
+        splits[split] = range(first, meta.total_episodes)
     for key in meta.video_keys:
         meta.update_video_info(key, RGBEncoderConfig(**encoding.SETTINGS))
-    meta.info.splits = splits
+    meta.info.splits = {name: f"{of.start}:{of.stop}" for name, of in splits.items()}
     write_info(meta.info, meta.root)
     meta.finalize()
 
