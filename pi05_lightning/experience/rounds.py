@@ -95,7 +95,7 @@ def drawn(
     demonstrations_share: float,
     robot: str | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
-    """The data sources of a run by name, robots' all of one, and the share of the draws of each subset."""
+    """The data sources of a run by name, and the share of the draws of each subset."""
     is_recap = method == "recap"
     told: dict[str, Any] = {"labels": "positive"} if is_recap else {}
     names = [reading.name_of(path) or f"demonstrations_{number}" for number, path in enumerate(demonstrations)]
