@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def experience(
     n_seconds: float = 1.0,
     first_positive_share: float = 0.3,
     positive_share: float = 0.4,
+    positive_shares: dict[str, float] | None = None,
     advantage_omission: float = 0.3,
     attempt_seconds: float | None = None,
     max_seconds: float | None = None,
@@ -80,6 +81,7 @@ def experience(
         n_seconds: from the second round on, time after which the value stands for the rest of an episode.
         first_positive_share: of the frames in the first round.
         positive_share: of the frames in later rounds.
+        positive_shares: others in all rounds, by the task's instruction, as `{open the drawer: 0.2}`.
         advantage_omission: share of the samples that leave out the advantage.
         attempt_seconds: simulated time after which an attempt has failed; by default max_seconds. A policy that has
             missed seldom recovers, so the double of what demonstrations take saves time.
@@ -114,6 +116,7 @@ def experience(
         value_steps=value_steps,
         n_seconds=n_seconds,
         shares=(first_positive_share, positive_share),
+        shares_of_tasks=positive_shares or {},
         corrections=corrections,
         seed=seed,
         robot=robot,
@@ -145,6 +148,7 @@ class Rounds:
     seed: int
     robot: str | None = None
     device: str = "cpu"
+    shares_of_tasks: Mapping[str, float] = field(default_factory=dict)
 
     def collect(self, name: str, acting: Path, to: Path, number: int, patience: int | None) -> Part:
         """Attempts of a round's policy."""
@@ -163,10 +167,11 @@ class Rounds:
         begun = ("--policy", str(self.policy), "--seed", str(self.seed))
         ahead = () if number == 1 else ("--n_seconds", str(self.n_seconds))
         marks = ("--positive_share", str(self.shares[min(number, 2) - 1]), *ahead, "--out", str(folder / "labels"))
+        of_tasks = ("--positive_shares", json.dumps(dict(self.shares_of_tasks))) if self.shares_of_tasks else ()
         device = ("--device", self.device)
         return [
             Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known)),
-            Part(f"{name}-label", ("value", "label", str(value), *tried, *marks, *device)),
+            Part(f"{name}-label", ("value", "label", str(value), *tried, *marks, *of_tasks, *device)),
         ]
 
     def fit(self, name: str, folder: Path) -> Part:

@@ -83,6 +83,10 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Round
     both = [str(plan.out / "attempts_1" / "robot"), str(plan.out / "recap" / "attempts_2" / "robot")]
     assert (option(first, "--n_seconds"), option(second, "--n_seconds")) == (None, "0.5")
     assert (option(first, "--positive_share"), option(second, "--positive_share")) == ("0.3", "0.4")
+    assert option(second, "--positive_shares") is None
+    of_tasks = replace(plan, shares_of_tasks={"open the drawer": 0.2})
+    command = named(parts(of_tasks, Reading(), ["recap"]), "recap-1-label")
+    assert option(command, "--positive_shares") == '{"open the drawer": 0.2}'
     assert option(second, "--rollouts") == f"[{','.join(both)}]"
     sources = trained(plan, "recap", 2)["data"]["sources"]
     assert sources["demonstrations_0"]["init_args"]["labels"] == "positive"
