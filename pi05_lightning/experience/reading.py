@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from importlib import import_module
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pi05_lightning.data.mixture import Entry, Mixture
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.run import PROVENANCE
 from pi05_lightning.files.hub import is_hub_id
@@ -18,6 +21,8 @@ from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.location import LocationHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
+from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.types import Modality, Subset
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
@@ -88,10 +93,11 @@ class Reading:
         first that it had.  collected: `pi05 collect` wrote it, which names things in its own way.
         """
         robots, own = self._robots, self.name_of(path)
+        taken = _KNOWN - _OF_THE_METHOD
+        if own is None:
+            taken -= _OF_ITS_FILES if collected else {"episodes"}
         name = own or self.name_of(like) or next(iter(robots), None)
-        other = _OF_THE_METHOD | (set() if own else {"episodes"}) | (_OF_ITS_FILES if collected and not own else set())
-        read = robots[name] if name else {}
-        return {option: value for option, value in read.items() if option in _KNOWN - other}
+        return {option: value for option, value in robots[name].items() if option in taken} if name else {}
 
     def robot_of(self, path: str) -> str | None:
         """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""
@@ -134,22 +140,17 @@ def last_stage(stages: dict[str, Any], heads: dict[str, Any], samples: dict[str,
                 f"the policy's last stage drew from all its data, and there is no {PROVENANCE} beside its checkpoints,"
                 " which says what that was: give the run of `pi05 fit` as it left it"
             )
-        shares = last["mixture"] or {name: 1.0 for name in samples if _modality(name) in _learned(last, heads)}
-        weights = {name: share * samples[name]["train"] ** exponent for name, share in shares.items()}
-        found["mixture"] = {name: weight / sum(weights.values()) for name, weight in weights.items() if weight}
+        sizes = {Subset.parse(name): number["train"] for name, number in samples.items() if number["train"]}
+        mixture = Mixture(list(starmap(Entry, sizes.items())), _trained_by(heads), batch_size=1)
+        shares = mixture.weights(StageOptions(LossWeights(**last["losses"]), last["mixture"], exponent))
+        found["mixture"] = {str(subset): float(share) for subset, share in zip(sizes, shares, strict=True) if share}
     return found
 
 
-def _modality(subset: str) -> str:
-    return subset.rpartition("/")[2]
-
-
-def _learned(stage: dict[str, Any], heads: dict[str, Any]) -> set[str]:
-    """The modalities that a stage's losses are learned from."""
+def _trained_by(heads: dict[str, Any]) -> dict[str, Collection[Modality]]:
+    """Loss term -> what it is learned from, of the model's own heads too."""
     classes: list[type[Head]] = [SubtaskHead, FastHead, FlowHead, LocationHead]
     for head in heads.values():
         module, _, name = head["class_path"].rpartition(".")
         classes.append(getattr(import_module(module), name))
-    terms = {term: modalities for kind in classes for term, modalities in kind.terms.items()}
-    losses = {**stage["losses"], **stage["losses"].get("others", {})}
-    return {str(modality) for term, modalities in terms.items() if losses.get(term) for modality in modalities}
+    return {term: modalities for kind in classes for term, modalities in kind.terms.items()}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning import Pi05DataModule
@@ -13,6 +17,7 @@ from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Stage
 from pi05_lightning.types import Frame, Modality, Subset, Target
@@ -111,6 +116,35 @@ def test_source_that_shares_with_none_is_refused(videos: Path) -> None:
     lost = LeRobotConfig(str(videos), same_robot_as="arm")
     with pytest.raises(ValueError, match=r"data.sources.lost: same_robot_as 'arm' names no source"):
         _ = Pi05DataModule({"lost": lost}, shapes=CONFIG.shapes).processor
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"state_keys": ["observation.state", "observation.gripper"]}, "state dims"),
+        ({"action_keys": []}, "action dims"),
+    ],
+)
+def test_source_that_cannot_be_of_the_robot_is_refused(videos: Path, other: dict, said: str) -> None:
+    sources = {
+        "robot": LeRobotConfig(str(videos)),
+        "other": LeRobotConfig(str(videos), same_robot_as="robot", **other),
+    }
+    with pytest.raises(ValueError, match=rf"dataset 'other': same_robot_as 'robot' has \d+ {said}"):
+        _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
+
+
+def test_source_of_another_rate_is_not_of_the_robot(pictures: Path, tmp_path: Path) -> None:
+    slow = shutil.copytree(pictures, tmp_path / "slow", ignore=shutil.ignore_patterns("pi05_*"))
+    info = read_json(slow / "meta" / "info.json")
+    write_json(slow / "meta" / "info.json", info | {"fps": info["fps"] / 2})
+    for path in (slow / "data").glob("*/*.parquet"):
+        table = pq.read_table(path)
+        doubled = pc.multiply(table["timestamp"], 2.0).cast(pa.float32())
+        pq.write_table(table.set_column(table.column_names.index("timestamp"), "timestamp", doubled), path)
+    sources = {"robot": LeRobotConfig(str(pictures)), "slow": LeRobotConfig(str(slow), same_robot_as="robot")}
+    with pytest.raises(ValueError, match=r"same_robot_as 'robot' has \d+ frames per second"):
+        _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
 
 
 def test_stage_with_and_without_labels_is_refused(data: Pi05DataModule) -> None:

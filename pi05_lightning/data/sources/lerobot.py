@@ -269,14 +269,16 @@ class LeRobotSource(Source):
 
     def _check_same(self, robot: Robot) -> None:
         """ValueError where this is said to be of a robot of which it cannot be."""
+        if self.same_robot_as is None:
+            return
         dims = self.columns.state.shape[1], self.columns.action.shape[1]
         own = {"state dims": dims[0], "action dims": dims[1], "frames per second": self.files.fps}
         theirs = {"state dims": robot.state_dim, "action dims": robot.action_dim, "frames per second": robot.fps}
-        for what in own if self.same_robot_as is not None else ():
-            if own[what] != theirs[what]:
+        for what, number in own.items():
+            if number != theirs[what]:
                 raise ValueError(
                     f"dataset {self.name!r}: same_robot_as {self.same_robot_as!r} has {theirs[what]:g} {what}, and"
-                    f" {self.config.path} {own[what]:g}: leave same_robot_as out, or name a dataset like it"
+                    f" {self.config.path} {number:g}: leave same_robot_as out, or name a dataset like it"
                 )
 
     def robot(self) -> Robot | None:

@@ -115,11 +115,12 @@ def _blocks(
                 yield "val" if job.trials[0].number >= config.episodes else "train", filmed(episodes, videos, what.fps)
                 number += 1
             bar.update(len(job.trials))
-    for trial in refused[:1]:
-        said = f"the policy did nothing at {trial.task} (seed {trial.seed}): {trial.reason}"
-        if not number:
+    if refused:
+        first, total = refused[0], sum(len(job.trials) for job in jobs)
+        said = f"the policy did nothing at {first.task} (seed {first.seed}): {first.reason}"
+        if len(refused) == total:
             raise ValueError(said)
-        logger.warning("%d of %d attempts are left out: %s", len(refused), sum(len(job.trials) for job in jobs), said)
+        logger.warning("%d of %d attempts are left out: %s", len(refused), total, said)
 
 
 def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:
