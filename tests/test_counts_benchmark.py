@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.counts import counts
 from benchmarks.harness import Options
 
 
+@pytest.mark.slow
 def test_work_and_memory_of_both_sides_are_counted() -> None:
     rows = counts(Options(quick=True))
     assert [row.name.partition(",")[0] for row in rows] == [

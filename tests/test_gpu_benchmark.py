@@ -17,6 +17,7 @@ from benchmarks.gpu import PARTS, Place
 QUICK = Place(quick=True)
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_benchmark_says_so_and_is_no_failure() -> None:
     command = [sys.executable, "-m", "benchmarks.gpu"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})

@@ -163,6 +163,7 @@ def test_last_steps_are_saved_though_no_interval_ends_there(config: Path, tmp_pa
     assert load(run)["global_step"] == STEPS
 
 
+@pytest.mark.slow
 def test_run_that_was_interrupted_ends_as_if_it_had_not_been(config: Path, tmp_path: Path) -> None:
     run, whole, steps = tmp_path / "interrupted", tmp_path / "whole", 20
     flags = ["--stages.pretrain_steps", str(steps)]

@@ -132,6 +132,7 @@ def test_file_says_what_its_numbers_are(run: Path, videos: Path) -> None:
     assert len(found["sha256"]) == 64
 
 
+@pytest.mark.slow
 def test_two_ranks_predict_together_what_one_does_and_replace_it(run: Path, tmp_path: Path) -> None:
     one = read(run, "arm")
     command = [sys.executable, "-m", "pi05_lightning", "predict", str(run), "--run", str(tmp_path)]

@@ -91,6 +91,7 @@ def test_runs_started_in_one_second_have_directories_of_their_own(here: Path) ->
     assert len({new_run() for _ in range(5)}) == 5
 
 
+@pytest.mark.slow
 def test_ranks_that_lightning_starts_share_the_run_without_a_name(config: Path, here: Path) -> None:
     flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command = [sys.executable, "-m", "pi05_lightning", "fit", "-c", str(config), *flags]
@@ -99,6 +100,7 @@ def test_ranks_that_lightning_starts_share_the_run_without_a_name(config: Path, 
     assert steps(run) == STEPS
 
 
+@pytest.mark.slow
 def test_ranks_that_torchrun_starts_need_a_name(config: Path, here: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pi05_lightning", "fit"]
     ended = subprocess.run([*command, "-c", str(config)], capture_output=True, text=True)

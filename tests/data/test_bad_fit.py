@@ -86,6 +86,7 @@ def test_skipped_samples_are_listed_in_the_run(pictures_copy: Path, fit: Fit) ->
     assert all(problem in printed for problem in listed)
 
 
+@pytest.mark.slow
 def test_training_ends_when_too_many_samples_are_bad(pictures_copy: Path, fit: Fit) -> None:
     for row in range(0, 54, 2):
         replace_image(pictures_copy, row, b"no image")
@@ -94,6 +95,7 @@ def test_training_ends_when_too_many_samples_are_bad(pictures_copy: Path, fit: F
     assert "samples are bad, more than data.max_bad_share 0.05 allows" in complaint(printed)
 
 
+@pytest.mark.slow
 def test_training_does_not_start_when_too_many_frames_are_bad(videos_copy: Path, fit: Fit) -> None:
     video_file(videos_copy).rename(videos_copy / "elsewhere.mp4")
     code, printed, _ = fit(videos_copy, "skip")

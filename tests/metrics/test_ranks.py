@@ -12,6 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("validate.py")
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

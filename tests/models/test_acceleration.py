@@ -198,6 +198,7 @@ def test_counting_the_flops_of_the_first_step_leaves_the_next_ones_compiled(
     assert traced["unique_graphs"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced")
 def test_batches_of_many_shapes_stay_within_the_compilers_limit() -> None:
     config = small_config()

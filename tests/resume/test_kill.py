@@ -27,13 +27,14 @@ def state(run: Path) -> dict[str, Any]:
     return read(run / "checkpoints" / "last.ckpt")
 
 
+pytestmark = pytest.mark.slow  # test_random_steps.py has a kill that is not
 Killed = tuple[Path, int, str]
 CASES = [
-    pytest.param((0, 1, "ddp"), id="0-workers-1-rank", marks=pytest.mark.slow),
-    pytest.param((2, 1, "ddp"), id="2-workers-1-rank", marks=pytest.mark.slow),
-    pytest.param((0, 2, "ddp"), id="0-workers-2-ranks", marks=pytest.mark.slow),
+    pytest.param((0, 1, "ddp"), id="0-workers-1-rank"),
+    pytest.param((2, 1, "ddp"), id="2-workers-1-rank"),
+    pytest.param((0, 2, "ddp"), id="0-workers-2-ranks"),
     pytest.param((2, 2, "ddp"), id="2-workers-2-ranks"),
-    pytest.param((0, 2, "fsdp2"), id="0-workers-2-ranks-sharded", marks=pytest.mark.slow),
+    pytest.param((0, 2, "fsdp2"), id="0-workers-2-ranks-sharded"),
 ]
 
 

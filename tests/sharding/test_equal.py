@@ -100,6 +100,7 @@ def on_two_ranks(videos: Path, fast: Path, cases: dict[str, dict[str, Any]]) -> 
     return on_ranks(2, several, str(videos), str(fast), 2, cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CASES, *STARTS])
 def test_two_ranks_train_as_one_process(
     on_two_ranks: list[dict[str, dict[str, Any]]],

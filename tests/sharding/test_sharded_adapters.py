@@ -92,7 +92,8 @@ def test_what_is_trained_alone_is_saved_and_the_policy_is_that_of_a_file(
     assert np.array_equal(*chunks)
 
 
-@pytest.mark.parametrize("ranks", [(1, 2), pytest.param((2, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 4)])
 def test_it_goes_on_with_what_was_saved_whatever_the_number_of_ranks(
     sharded: Path, options: list[str], tmp_path: Path, ranks: tuple[int, int]
 ) -> None:

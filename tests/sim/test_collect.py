@@ -134,6 +134,7 @@ def test_held_actions_of_an_episode_bring_the_same_success():
         assert any([env.step(action) for action in episode.action])  # noqa: C419 - every step is taken
 
 
+@pytest.mark.slow
 def test_number_of_processes_changes_no_byte_of_states_and_actions(collected, tmp_path):
     again = collect(config(tmp_path / "data", num_workers=2))
     for name, values in columns(collected).items():
@@ -195,7 +196,8 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_collect_leaves_the_old_dataset_whole(tmp_path, how):
     out = tmp_path / "data"
     old = out / "robot" / "meta" / "info.json"

@@ -115,6 +115,7 @@ def test_what_is_kept_changes_nothing_of_an_episode(untrained: Path) -> None:
     assert len(trial.steps) == trial.decisions == 5
 
 
+@pytest.mark.slow
 def test_attempt_in_which_nothing_was_done_costs_no_other(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -14,6 +14,7 @@ from pi05_lightning.cli.rollout import rollout
 SHORT = {"episodes": 1, "modes": ("policy",), "max_seconds": 0.1, "num_workers": 1, "videos": 0}
 
 
+@pytest.mark.slow
 def test_rollout_of_a_policy_that_saw_images_upside_down_says_so(
     untrained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -190,6 +190,7 @@ def test_file_of_something_else_is_refused(tmp_path, text):
         read_paraphrases(tmp_path / "none.yaml")
 
 
+@pytest.mark.slow
 def test_rollout_tells_the_policy_every_kind_of_instruction(untrained, tmp_path, capsys):
     """The policy knows two tasks; an instruction that it was never trained on, or none, ends no episode."""
     out = tmp_path / "rollout"

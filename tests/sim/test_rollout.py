@@ -68,6 +68,7 @@ def test_first_episode_of_each_policy_mode_is_filmed(result):
     }
 
 
+@pytest.mark.slow
 def test_second_rollout_takes_the_place_of_the_first_and_of_nothing_else(result, untrained, tmp_path):
     out = Path(shutil.copytree(result[1], tmp_path / "run" / "rollout"))
     (out / "mine.mp4").write_bytes(b"no film of a rollout")
@@ -94,6 +95,7 @@ def test_rollout_that_fails_leaves_the_one_before(result, untrained, tmp_path):
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_policy_that_gives_nan_is_in_the_table_and_the_run_goes_on(untrained, tmp_path, capsys):
     broken = copy_with_nan(untrained, tmp_path)
     found = rollout(broken, ["reach-v3"], episodes=2, modes=("flat", "random"), max_seconds=0.2, num_workers=1)

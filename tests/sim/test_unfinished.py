@@ -32,6 +32,7 @@ def kill_after(first: Path) -> None:
         process.kill()
 
 
+@pytest.mark.slow
 def test_killed_rollout_goes_on_with_the_episodes_that_were_not_over(untrained: Path, tmp_path: Path) -> None:
     killer = threading.Thread(target=kill_after, args=(tmp_path / FIRST,), daemon=True)
     killer.start()

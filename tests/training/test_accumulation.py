@@ -84,6 +84,7 @@ def test_step_without_targets_is_refused(train: Callable[..., Any]) -> None:
         )
 
 
+@pytest.mark.slow
 def test_accumulated_batches_of_two_ranks_give_the_losses_and_gradients_of_one_batch(
     one_batch: dict[str, Any], videos: Path, fast: Path, tmp_path: Path
 ) -> None:
