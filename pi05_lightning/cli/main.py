@@ -48,6 +48,7 @@ COMMANDS = {
     "push": "a run or a dataset to the Hugging Face Hub, with a card",
     "check": "what a policy expects beside what a dataset or a simulator gives it",
     "rollout": "closed-loop success in the simulator, beside baselines",
+    "outcomes": "which episodes of a dataset succeeded, where the recording does not say",
     "value fit": "how an attempt will end, learned from attempts, with its calibration",
     "value label": "which actions were better than expected, written beside a dataset",
     "experience": "rounds of attempts, judged and learned from, beside what to compare them with",

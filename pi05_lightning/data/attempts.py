@@ -12,11 +12,12 @@ import pyarrow.parquet as pq
 
 from pi05_lightning.data.columns import real_numbers, vectors, whole_numbers
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.outcomes import SUCCESS
 
 PROVENANCE = Path("meta", "pi05_collect.json")
 """Of the policy, in a dataset of its attempts: their subtasks are its own words, but for those of corrections."""
-SUCCESS, NEXT_SUCCESS = "success", "next.success"
-"""Columns that say whether an episode succeeded: of meta/episodes, and of the frames, true at the end."""
+NEXT_SUCCESS = "next.success"
+"""Column of frames that says whether the episode succeeded, true at the end."""
 INTERVENTIONS = ("intervention", "is_intervention", "complementary_info.is_intervention")
 """Columns of frames in which somebody corrected the policy: LeRobot 0.6.1 records the first (rollout/context.py), and
 its teleoperators call it the second."""
@@ -71,53 +72,58 @@ class Attempts:
         episode = columns["episode"]
         begins = np.flatnonzero(np.diff(episode, prepend=-1))
         lengths = np.diff(begins, append=len(episode))
-        ended = np.ones(len(begins)) if demonstrations else _success(files, episode[begins], begins, columns[SUCCESS])
-        if (unknown := np.isnan(ended)).any():
+        known = dict.fromkeys(episode[begins].tolist(), True) if demonstrations else outcomes(files)
+        ended = [known[number] for number in episode[begins].tolist()]
+        if None in ended:
             raise ValueError(
-                f"{files.root}: nothing says whether episode {episode[begins][unknown][0]} succeeded: give it a column"
-                f" {SUCCESS} in meta/episodes (as `pi05 collect --policy` does) or {NEXT_SUCCESS} in its frames, or"
-                " name the dataset among the demonstrations, which all succeeded"
+                f"{files.root}: nothing says whether episode {episode[begins][ended.index(None)]} succeeded: say so"
+                f" with `pi05 outcomes {files.root}`, or name the dataset among the demonstrations, which all succeeded"
             )
         sentences = files.sentences("tasks", "task")
         return cls(
             episode,
             columns["frame"],
             np.repeat(begins + lengths, lengths),
-            np.repeat(ended > 0, lengths),
+            np.repeat(np.array(ended, dtype=bool), lengths),
             columns["intervention"] > 0,
             np.array([sentences.get(int(number), "") for number in columns["task"]], dtype=object),
         )
 
 
-def _success(files: LeRobotFiles, episodes: np.ndarray, begins: np.ndarray, frames: np.ndarray) -> np.ndarray:
-    """f64 of each episode: 1, 0, or NaN for unknown."""
-    ended: np.ndarray = np.full(len(episodes), np.nan)
+def outcomes(files: LeRobotFiles) -> dict[int, bool | None]:
+    """Whether each episode succeeded, by its number, as meta/episodes or else its frames say; None for unknown."""
+    found: dict[int, bool | None] = dict.fromkeys(map(int, files.column("episode_index")))
+    for path in files.data.episodes:
+        if NEXT_SUCCESS in pq.read_schema(path).names:
+            table = pq.read_table(path, columns=["episode_index", NEXT_SUCCESS])
+            of_frame = whole_numbers(table.column("episode_index"), f"{path}, episode_index")
+            reached = _numbers(table, NEXT_SUCCESS, path)
+            for number in np.unique(of_frame[~np.isnan(reached)]):
+                found[int(number)] = bool(np.any(reached[of_frame == number] > 0))
     if SUCCESS in files.episodes.column_names:
-        known = real_numbers(files.episodes.column(SUCCESS).cast(pa.int8()), f"{files.root}/meta/episodes, {SUCCESS}")
-        ended = known[np.searchsorted(files.column("episode_index"), episodes)]
-    by_frames = np.fmax.reduceat(frames, begins)
-    return np.where(np.isnan(ended), by_frames, ended)
+        ended = files.episodes.column(SUCCESS).cast(pa.int8())
+        known = real_numbers(ended, f"{files.root}/meta/episodes, {SUCCESS}")
+        found |= {n: value > 0 for n, value in zip(found, known.tolist(), strict=True) if not np.isnan(value)}
+    return found
 
 
 def _read(files: LeRobotFiles, path: object) -> dict[str, np.ndarray]:
-    """A data file's columns; those that it does not have are NaN (success) or 0 (intervention)."""
+    """A data file's columns; without one of interventions there are none."""
     names = pq.read_schema(path).names
     corrected = next((name for name in INTERVENTIONS if name in names), None)
-    wanted = ["episode_index", "frame_index", "task_index", *filter(names.__contains__, (NEXT_SUCCESS, corrected))]
+    wanted = ["episode_index", "frame_index", "task_index", *filter(None, (corrected,))]
     table = pq.read_table(path, columns=wanted)
-
-    def numbers(name: str | None, missing: float) -> np.ndarray:
-        if name is None or name not in wanted:
-            return np.full(len(table), missing)
-        column = table.column(name)
-        if pa.types.is_boolean(column.type):
-            column = column.cast(pa.int8())
-        return vectors(column, 1, f"{path}, {name}")[0][:, 0].astype(np.float64)
-
     return {
         "episode": whole_numbers(table.column("episode_index"), f"{path}, episode_index"),
         "frame": whole_numbers(table.column("frame_index"), f"{path}, frame_index"),
         "task": whole_numbers(table.column("task_index"), f"{path}, task_index", null=-1),
-        SUCCESS: numbers(NEXT_SUCCESS, np.nan),
-        "intervention": np.nan_to_num(numbers(corrected, 0.0)),
+        "intervention": np.nan_to_num(_numbers(table, corrected, path)) if corrected else np.zeros(len(table)),
     }
+
+
+def _numbers(table: pa.Table, name: str, path: object) -> np.ndarray:
+    """f64 of each frame; NaN for null."""
+    column = table.column(name)
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    return vectors(column, 1, f"{path}, {name}")[0][:, 0].astype(np.float64)

@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
+from pi05_lightning.data.outcomes import with_outcomes
 from pi05_lightning.data.split import Split, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json, shown
@@ -81,7 +82,7 @@ class LeRobotFiles:
     root: Path
     info: dict[str, Any]
     episodes: pa.Table
-    """One row per episode, by episode_index, without the per-episode statistics."""
+    """One row per episode, by episode_index, without the per-episode statistics; with what `pi05 outcomes` was told."""
 
     @classmethod
     def open(cls, root: Path) -> LeRobotFiles:
@@ -104,12 +105,12 @@ class LeRobotFiles:
             episodes = pa.concat_tables([_read_episodes(part) for part in parts], promote_options="permissive")
         except pa.ArrowException as error:
             raise ValueError(f"{root}/meta/episodes: its files have columns of different types ({error})") from error
-        files = cls(root, info, episodes.sort_by("episode_index"))
-        numbers = files.column("episode_index")
+        episodes = episodes.sort_by("episode_index")
+        numbers = cls(root, info, episodes).column("episode_index")
         if (np.diff(numbers) == 0).any():
             twice = numbers[:-1][np.diff(numbers) == 0].tolist()
             raise ValueError(f"{root}/meta/episodes lists the episodes {twice} more than once: leave one row for each")
-        return files
+        return cls(root, info, with_outcomes(episodes, root))
 
     @property
     def fps(self) -> float:
