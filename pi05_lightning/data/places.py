@@ -44,7 +44,8 @@ def frame_to_model(frame: Frame, letterboxes: Mapping[str, Letterbox]) -> Frame:
     """A frame with the places in its texts where the model sees them, given each camera's letterbox.
 
     What names no camera is about all of the images.  Raises BadFrame when it has a place, and the images differ in
-    shape, when a place is `misplaced`, or when an answer is about a camera without an image.
+    shape, when a place is `misplaced`, or when an answer is about a camera without an image.  A subtask that the policy
+    itself said may be anything: it is acted on as it was said.
     """
 
     def moved(text: str, camera: str | None = None) -> str:
@@ -63,7 +64,9 @@ def frame_to_model(frame: Frame, letterboxes: Mapping[str, Letterbox]) -> Frame:
     answers = [
         replace(a, question=moved(a.question, a.camera), answer=moved(a.answer, a.camera)) for a in frame.answers
     ]
-    subtask = None if frame.subtask is None else moved(frame.subtask)
+    subtask = frame.subtask
+    if subtask is not None:
+        subtask = moved(subtask) if frame.subtask_is_target else said_to_model(subtask, letterboxes.values())
     return replace(frame, task=moved(frame.task), subtask=subtask, answers=tuple(answers))
 
 

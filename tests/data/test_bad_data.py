@@ -207,6 +207,16 @@ def test_a_box_outside_the_image_is_an_error(videos_copy: Path, content: str, me
         open_source(videos_copy, cameras=None)
 
 
+def test_a_place_that_is_none_in_what_the_policy_said_itself_is_no_error(videos_copy: Path) -> None:
+    table = pa.table({"subtask": ["at <loc0000>|"], "subtask_index": [0]})
+    pq.write_table(table, videos_copy / "meta" / "subtasks.parquet")
+    rewrite(data_file(videos_copy), language_persistent=None, subtask_index=[0] * sum(LENGTHS))
+    with pytest.raises(BadSample, match=r"subtask: 'at <loc0000>\|': <loc0000> is no place"):
+        open_source(videos_copy)
+    (videos_copy / "meta" / "pi05_collect.json").write_text("{}")
+    assert open_source(videos_copy)[3].subtask == "at <loc0000>|"
+
+
 @pytest.mark.parametrize("changed", ["question", "task"])
 def test_a_place_outside_the_image_is_found_in_what_is_given_too(videos_copy: Path, changed: str) -> None:
     if changed == "task":

@@ -164,6 +164,12 @@ def test_a_place_that_is_none_is_refused_in_every_text(said: str, place: str) ->
         two_cameras((48, 64), (48, 64), answers=answers, **frame_texts)
 
 
+@pytest.mark.parametrize("place", ["<loc1500><loc0100>", "<loc0100>|"])
+def test_what_the_policy_said_itself_may_be_no_place(place: str) -> None:
+    answers = (Answer("where is it?", "there"),)
+    assert two_cameras((48, 64), (48, 64), answers=answers, subtask=f"at {place}", subtask_is_target=False)
+
+
 def test_a_subtask_that_is_told_is_where_training_had_it() -> None:
     processor = Processor(ModelConfig.preset("debug").shapes, TextTokenizer.load("tiny"), ["a"], {})
     subtask = f"go to {box_to_text(BOX)}"

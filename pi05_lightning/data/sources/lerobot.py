@@ -165,9 +165,9 @@ class LeRobotSource(Source):
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
         self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
-        reject_texts(self._kept, self._task)
-        reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
         self._taught = self._taught_subtasks()
+        reject_texts(self._kept, self._task, self._taught)
+        reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
         self._kept.mask &= self._chosen()
         self._images = self._open_images()
         self._say_how_it_is_read()

@@ -37,13 +37,13 @@ class Kept:
             self.mask &= ~bad
 
 
-def reject_texts(kept: Kept, task: TextColumn) -> None:
-    """Rows without a task, and tasks and subtasks with places that are none."""
+def reject_texts(kept: Kept, task: TextColumn, taught: np.ndarray) -> None:
+    """Rows without a task, and where a place is none in the task, or in the subtask if that is taught, bool[N]."""
     kept.reject(task.codes < 0, "task_index", "it has no task sentence", "Add it to meta/tasks.parquet or give `task`")
-    for what, texts in (("task", task), ("subtask", kept.columns.subtask)):
+    for what, texts, read in (("task", task, np.ones_like(taught)), ("subtask", kept.columns.subtask, taught)):
         for code, text in enumerate(texts.values):
             if problem := misplaced(text):
-                kept.reject(texts.codes == code, what, f"{text!r}: {problem}", "Correct the text")
+                kept.reject((texts.codes == code) & read, what, f"{text!r}: {problem}", "Correct the text")
 
 
 def reject_not_finite(kept: Kept, chunks: Chunks, state_keys: list[str], action_keys: list[str]) -> None:
