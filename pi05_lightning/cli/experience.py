@@ -199,9 +199,9 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
         for number in range(1, rounds_of(method, plan.rounds) + 1):
             name, folder = f"{method}-{number}", out / method / f"round_{number}"
             if method != "demonstrations":
-                shared = number == 1 and method != "dagger"  # of the policy that all begin with
-                data = out / "attempts_1" if shared else out / method / f"attempts_{number}"
                 patience = (plan.corrections or PATIENCE) if method == "dagger" else plan.corrections
+                shared = number == 1 and patience == plan.corrections  # of the policy that all begin with
+                data = out / "attempts_1" if shared else out / method / f"attempts_{number}"
                 part = plan.collect("collect-1" if shared else f"{name}-collect", acting, data, number, patience)
                 todo += [] if part in todo else [part]
                 attempts.append(str(data / "robot"))

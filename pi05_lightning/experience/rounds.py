@@ -149,4 +149,4 @@ def taken(method: Method, labels: Path | None) -> dict[str, dict[str, Any]]:
         case "dagger":
             return {"corrections": {"frames": "corrections", "episodes": "corrected"}}
         case _:
-            return {"successes": {"episodes": "success"}}
+            return {"successes": {"episodes": "success AND NOT corrected"}}

@@ -65,6 +65,15 @@ def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(
     ]
 
 
+def test_attempts_that_are_all_corrected_are_daggers_too(plan: Rounds) -> None:
+    corrected = replace(plan, corrections=8)
+    todo = parts(corrected, Reading(), ["recap", "dagger"])
+    names = [part.name for part in todo if "collect" in part.name]
+    assert names == ["collect-1", "recap-2-collect", "dagger-2-collect"]
+    assert {option(named(todo, name), "--corrections") for name in names} == {"8"}
+    assert option(named(parts(plan, Reading(), ["recap"]), "collect-1"), "--corrections") is None
+
+
 def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Rounds) -> None:
     todo = parts(plan, Reading(), ["recap"])
     last = plan.out / "recap" / "round_1" / "fit"
@@ -111,7 +120,7 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
     assert list(sources["demonstrations"]) == ["demonstrations_0"]
-    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == "success"
+    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == "success AND NOT corrected"
     assert sources["dagger"]["corrections_0"]["init_args"]["frames"] == "corrections"
     others = [source["init_args"] for method in METHODS if method != "recap" for source in sources[method].values()]
     assert not any("labels" in options for options in others)
@@ -175,7 +184,8 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
     arm = read["arm"]["cameras"]
     assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other}
     episodes = {name: options.get("episodes") for name, options in read_as.items()}
-    assert episodes == {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None, "successes_0": "success"}
+    own = {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None}
+    assert episodes == {**own, "successes_0": "success AND NOT corrected"}
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
