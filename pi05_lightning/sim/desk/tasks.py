@@ -207,10 +207,10 @@ INSTRUCTIONS: Mapping[str, Task] = {
 """Of one step each."""
 
 
-def _steps(sentence: str, *names: str, others: tuple[str, ...], stored: tuple[str, ...] = ()) -> Task:
+def _steps(sentence: str, *names: str, others: tuple[str, ...]) -> Task:
     """An instruction for which several of the others have to be done, in any order: about no one thing.
 
-    stored: the blocks that shall be in the drawer, and must not be there before.
+    The desk shows which of them are done, so that a policy without memory can tell what is next.
     """
     steps = [INSTRUCTIONS[name] for name in names]
 
@@ -221,7 +221,7 @@ def _steps(sentence: str, *names: str, others: tuple[str, ...], stored: tuple[st
         return next((step for step in steps if not step.solved(episode)), steps[-1]).expert(episode)
 
     def needs(left: Left) -> bool:
-        return not stored or (left.drawer != "shut" and all(left.block(colour) is not None for colour in stored))
+        return all(step.needs(left) for step in steps)
 
     return Task(sentence, solved, expert, needs, others=others, seconds=6.0 * len(steps))
 
@@ -231,7 +231,6 @@ def _store_and_close(colour: str) -> Task:
         f"put the {colour} block into the drawer and close it",
         f"block-{colour}-drawer",
         "drawer-close",
-        stored=(colour,),
         others=(
             f"put the {colour} cube in the drawer and then close it",
             f"place the {colour} block inside the drawer and shut it",
@@ -246,7 +245,6 @@ SEVERAL_STEPS: Mapping[str, Task] = {
         "tidy up: put the blocks into the drawer and close it",
         *(f"block-{colour}-drawer" for colour in BLOCKS),
         "drawer-close",
-        stored=BLOCKS,
         others=(
             "clean the desk: put both blocks in the drawer and shut it",
             "store both cubes in the drawer and then close it",
@@ -254,10 +252,15 @@ SEVERAL_STEPS: Mapping[str, Task] = {
         ),
     ),
     **{f"store-{colour}": _store_and_close(colour) for colour in BLOCKS},
-    "all-buttons": _steps(
-        "press all buttons",
-        *(f"button-{colour}" for colour in BUTTONS),
-        others=("push every button", "hit all three buttons", "press down each of the buttons"),
+    "turn-and-open": _steps(
+        "turn the faucet to the left and open the drawer",
+        "faucet-left",
+        "drawer-open",
+        others=(
+            "turn the tap leftwards and pull the drawer open",
+            "swing the faucet handle to the left side and slide the drawer out",
+            "the faucet should point to the left and the drawer should be open",
+        ),
     ),
 }
 TASKS: Mapping[str, Task] = {**INSTRUCTIONS, **SEVERAL_STEPS}
