@@ -39,6 +39,7 @@ LAYERS = (
         "data.split",
         "data.prompt",
         "data.returns",
+        "data.outcomes",
     ),
     ("data.looks", "data.places", "data.robot", "data.frames", "data.lerobot_files"),
     ("data.boxes", "data.labels", "data.attempts"),
