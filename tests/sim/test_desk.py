@@ -205,7 +205,9 @@ def test_several_steps_are_done_once_all_of_them_are(name):
         assert SEVERAL_STEPS[name].sentence == env.sentence
 
 
-@pytest.mark.parametrize("name", ["block-green-drawer", "turn-and-open", pytest.param("tidy-up", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["block-green-drawer", "turn-and-open", pytest.param("tidy-up", marks=pytest.mark.slow)]
+)
 def test_task_is_possible_where_others_have_ended(name):
     with Desk().open(name, VIEW) as env:
         starts = []
