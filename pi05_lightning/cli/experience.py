@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.evaluation.report.plots import COLORS, as_svg
+from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
@@ -224,31 +225,28 @@ def rounds_of(method: Method, rounds: int) -> int:
 
 def write_results(out: Path, methods: Sequence[Method], rounds: int) -> None:
     """results.json and index.html: what there is so far."""
-    found: dict[str, list[Rate]] = {}
-    base = success_of(out / "base")
-    if base is None:
+    if not (out / "base" / "rollout.json").is_file():
         return
+    found: dict[str, list[Rate]] = {}
+    numbers: dict[str, list[dict[str, float | None]]] = {}
     for method in methods:
-        later = [success_of(out / method / f"round_{number}" / "rollout") for number in range(1, rounds + 1)]
-        found[method] = [base, *(rate for rate in later if rate is not None)]
-    numbers = {method: [rate._asdict() for rate in of_rounds] for method, of_rounds in found.items()}
+        folders = [out / "base", *(out / method / f"round_{number}" / "rollout" for number in range(1, rounds + 1))]
+        rollouts = [rollout for folder in folders if (rollout := read_json(folder / "rollout.json", default={}))]
+        found[method] = [rates(rollout["success"])["policy"][ALL] for rollout in rollouts]
+        speeds = [rollout.get("per_minute", {}).get("policy") for rollout in rollouts]  # since 0.2.0
+        numbers[method] = [r._asdict() | {"per_minute": s} for r, s in zip(found[method], speeds, strict=True)]
     write_json(out / "results.json", numbers)
-    rows = [["method", "round", "success", "95 % interval"]]
+    rows = [["method", "round", "success", "95 % interval", "successes a minute"]]
     for name, of_rounds in found.items():
-        rows += [
-            [name, str(number), f"{rate.successes}/{rate.trials}", f"{rate.low:.2f} to {rate.high:.2f}"]
-            for number, rate in enumerate(of_rounds)
-        ]
+        for number, rate in enumerate(of_rounds):
+            speed = numbers[name][number]["per_minute"]
+            shown = [f"{rate.successes}/{rate.trials}", f"{rate.low:.2f} to {rate.high:.2f}", shown_option(speed)]
+            rows.append([name, str(number), *shown])
     text = (
         "Success at all tasks, in initial states that nobody was trained on; every round begins with the weights of 0."
+        " A minute is one of simulated time, in which failures count too."
     )
     write_page(out / "index.html", f"Experience {out}", [Section("Success over rounds", [text], rows, [plot(found)])])
-
-
-def success_of(folder: Path) -> Rate | None:
-    """Over all tasks, of a rollout; None where there is none yet."""
-    success = read_json(folder / "rollout.json", default={}).get("success")
-    return rates(success)["policy"][ALL] if success else None
 
 
 def plot(found: dict[str, list[Rate]]) -> str:

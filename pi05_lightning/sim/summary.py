@@ -27,6 +27,8 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
     chains        {mode: {task: {episodes, in_a_row: [of episodes with at least 1, 2, … done], mean}}} of instructions
                   that were done one after the other
     wilson_95     {mode: {task, and "all tasks": [low, high]}} of the success rate
+    seconds       {mode: {task: {median, p95}}} of simulated time that successes took; nothing of tasks without any
+    per_minute    {mode: successes per minute of simulated time, that of failures included}
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode that ended by the policy's fault says
     jumps         {mode: {seams, inside: {mean, p95}, ratio: {mean, p95}}}: from an action to the next one, where chunks
@@ -49,6 +51,8 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
             mode: {task: [round(rate.low, 4), round(rate.high, 4)] for task, rate in by_task.items()}
             for mode, by_task in rates(success).items()
         },
+        "seconds": {mode: seconds([t for t in trials if t.column == mode]) for mode in success},
+        "per_minute": {mode: per_minute([t for t in trials if t.column == mode]) for mode in success},
         "failures": {mode: {task: dict(r) for task, r in by_task.items() if r} for mode, by_task in failures.items()},
         "crashed": [
             f"{t.column} {t.task} seed {t.seed}: {t.reason}"
@@ -61,6 +65,24 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
         "max_seconds": {trial.task: trial.max_seconds for trial in trials},
     }
+
+
+def seconds(trials: Iterable[Trial]) -> dict[str, dict[str, float]]:
+    """Of each task, the simulated time that its successes took."""
+    taken: dict[str, list[float]] = {}
+    for trial in trials:
+        if trial.success and trial.fps:
+            taken.setdefault(trial.task, []).append(trial.decisions / trial.fps)
+    return {
+        task: {"median": round(float(np.median(t)), 3), "p95": round(float(np.percentile(t, 95)), 3)}
+        for task, t in taken.items()
+    }
+
+
+def per_minute(trials: Sequence[Trial]) -> float:
+    """Successes per minute of simulated time: what a policy gets done, as it is faster or fails less."""
+    total = sum(trial.decisions / trial.fps for trial in trials if trial.fps)
+    return round(60 * sum(trial.success for trial in trials) / total, 2) if total else 0.0
 
 
 def swapped(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -247,12 +247,16 @@ def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
 def test_page_shows_what_there_is_so_far(tmp_path: Path) -> None:
     write_results(tmp_path, ["recap"], 2)
     assert not (tmp_path / "index.html").exists()
-    for folder, success in (("base", [4, 10]), ("recap/round_1/rollout", [7, 10])):
-        write_json(tmp_path / folder / "rollout.json", {"success": {"policy": {"a": success, "b": success}}})
+    for folder, success, speed in (("base", [4, 10], {}), ("recap/round_1/rollout", [7, 10], {"policy": 23.5})):
+        content = {"success": {"policy": {"a": success, "b": success}}, "per_minute": speed}
+        write_json(tmp_path / folder / "rollout.json", content)
     write_results(tmp_path, ["recap"], 2)
     found = read_json(tmp_path / "results.json")["recap"]
     assert [(rate["successes"], rate["trials"]) for rate in found] == [(8, 20), (14, 20)]
-    assert "14/20" in (tmp_path / "index.html").read_text()
+    assert [rate["per_minute"] for rate in found] == [None, 23.5]
+    page = (tmp_path / "index.html").read_text()
+    assert "14/20" in page
+    assert "23.5" in page
 
 
 @pytest.mark.slow

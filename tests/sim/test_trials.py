@@ -164,6 +164,14 @@ def test_summary_counts_successes_and_reasons_per_task():
     assert result["crashed"] == [f"policy a seed 9: {NOT_FINITE}"]
 
 
+def test_summary_says_how_long_successes_took_and_how_many_there_are_in_a_minute():
+    taken = [("a", 10), ("a", 20), ("a", 30), ("b", 40)]
+    trials = [Trial("policy", task, 0, success=task == "a", decisions=actions, fps=10.0) for task, actions in taken]
+    result = summarise(trials, {})
+    assert result["seconds"] == {"policy": {"a": {"median": 2.0, "p95": 2.9}}}
+    assert result["per_minute"] == {"policy": 18.0}  # three in ten seconds
+
+
 def test_summary_has_wilson_intervals():
     result = summarise([Trial("policy", "a", i, success=i < 9) for i in range(10)], {})
     # by hand, z = 1.96: (0.9 + 0.19208 ± 1.96 √(0.009 + 0.0096040)) / 1.38416
