@@ -42,7 +42,7 @@ def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Sce
     run_parts(out, todo, lambda: write_summary(out, todo, seed))
     summary = read_json(out / "summary.json")
     metrics = read_json(out / "fit" / "metrics.json", default={})
-    console.print(metrics_table(metrics), success_table(summary["success"]))
+    console.print(metrics_table(metrics), success_table(summary["success"], summary["per_minute"]))
     console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
 

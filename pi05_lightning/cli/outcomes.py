@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pi05_lightning.data.attempts import outcomes as known_outcomes
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.outcomes import OUTCOMES, SUCCESS, read_outcomes
+from pi05_lightning.data.outcomes import OUTCOMES, Outcome, read_outcomes
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.local import write_json
 
@@ -56,7 +56,7 @@ def say(files: LeRobotFiles, told: dict[bool, str]) -> None:
     rest = unknown - {number for numbers in listed.values() for number in numbers or ()}
     for ended, numbers in listed.items():
         of_these = rest if numbers is None else numbers
-        said |= {number: {SUCCESS: ended, "frames": frames[number]} for number in of_these}
+        said |= {number: Outcome(success=ended, frames=frames[number]) for number in of_these}
     write_json(files.root / OUTCOMES, {str(number): said[number] for number in sorted(said)})
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.columns import real_numbers, vectors, whole_numbers
+from pi05_lightning.data.columns import vectors, whole_numbers
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.outcomes import SUCCESS
+from pi05_lightning.data.outcomes import recorded_success
 
 PROVENANCE = Path("meta", "pi05_collect.json")
 """Of the policy, in a dataset of its attempts: their subtasks are its own words, but for those of corrections."""
@@ -73,7 +73,7 @@ class Attempts:
         begins = np.flatnonzero(np.diff(episode, prepend=-1))
         lengths = np.diff(begins, append=len(episode))
         known = dict.fromkeys(episode[begins].tolist(), True) if demonstrations else outcomes(files)
-        ended = [known[number] for number in episode[begins].tolist()]
+        ended = [known.get(number) for number in episode[begins].tolist()]
         if None in ended:
             raise ValueError(
                 f"{files.root}: nothing says whether episode {episode[begins][ended.index(None)]} succeeded: say so"
@@ -100,11 +100,8 @@ def outcomes(files: LeRobotFiles) -> dict[int, bool | None]:
             reached = _numbers(table, NEXT_SUCCESS, path)
             for number in np.unique(of_frame[~np.isnan(reached)]):
                 found[int(number)] = bool(np.any(reached[of_frame == number] > 0))
-    if SUCCESS in files.episodes.column_names:
-        ended = files.episodes.column(SUCCESS).cast(pa.int8())
-        known = real_numbers(ended, f"{files.root}/meta/episodes, {SUCCESS}")
-        found |= {n: value > 0 for n, value in zip(found, known.tolist(), strict=True) if not np.isnan(value)}
-    return found
+    said = recorded_success(files.episodes, files.root)
+    return found | {number: success for number, success in said.items() if success is not None}
 
 
 def _read(files: LeRobotFiles, path: object) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -105,12 +105,12 @@ class LeRobotFiles:
             episodes = pa.concat_tables([_read_episodes(part) for part in parts], promote_options="permissive")
         except pa.ArrowException as error:
             raise ValueError(f"{root}/meta/episodes: its files have columns of different types ({error})") from error
-        episodes = episodes.sort_by("episode_index")
-        numbers = cls(root, info, episodes).column("episode_index")
+        files = cls(root, info, episodes.sort_by("episode_index"))
+        numbers = files.column("episode_index")
         if (np.diff(numbers) == 0).any():
             twice = numbers[:-1][np.diff(numbers) == 0].tolist()
             raise ValueError(f"{root}/meta/episodes lists the episodes {twice} more than once: leave one row for each")
-        return cls(root, info, with_outcomes(episodes, root))
+        return replace(files, episodes=with_outcomes(files.episodes, root))
 
     @property
     def fps(self) -> float:

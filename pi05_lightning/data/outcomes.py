@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -14,27 +16,58 @@ SUCCESS = "success"
 """The column of meta/episodes that says whether an episode succeeded."""
 
 
+class Outcome(TypedDict):
+    """What was said of an episode, and how many frames it had then, by which another one is told from it."""
+
+    success: bool
+    frames: int
+
+
 def with_outcomes(episodes: pa.Table, root: Path) -> pa.Table:
     """The table of episodes with what a person said in its column `success`; of others, what was recorded, or null.
 
-    Raises ValueError where the file is of other episodes.
+    Raises ValueError where the file is of other episodes, or says something else.
     """
     said = read_outcomes(root)
     if not said:
         return episodes
     frames = dict(zip(episodes["episode_index"].to_pylist(), episodes["length"].to_pylist(), strict=True))
-    if other := next((number for number, about in said.items() if frames.get(number) != about["frames"]), None):
-        raise ValueError(
-            f"{root / OUTCOMES} is of other episodes: {other} had {said[other]['frames']} frames, and now has"
-            f" {frames.get(other, 'none')}. Remove that file, and say with `pi05 outcomes` how these ended"
-        )
-    recorded = episodes[SUCCESS].to_pylist() if SUCCESS in episodes.column_names else [None] * len(episodes)
-    values = [said[n][SUCCESS] if n in said else before for n, before in zip(frames, recorded, strict=True)]
-    success = pa.array([None if value is None else bool(value) for value in values], pa.bool_())
+    for number, about in said.items():
+        if frames.get(number) != about["frames"]:
+            raise ValueError(
+                f"{root / OUTCOMES} is of other episodes: {number} had {about['frames']} frames, and now has"
+                f" {frames.get(number, 'none')}. Remove that file, and say with `pi05 outcomes` how these ended"
+            )
+    known = {number: success for number, success in recorded_success(episodes, root).items() if success is not None}
+    known |= {number: about["success"] for number, about in said.items()}
     others = [name for name in episodes.column_names if name != SUCCESS]
-    return episodes.select(others).append_column(SUCCESS, success)
+    return episodes.select(others).append_column(SUCCESS, pa.array(map(known.get, frames), pa.bool_()))
 
 
-def read_outcomes(root: Path) -> dict[int, dict[str, int]]:
-    """What was said of a dataset's episodes, by their numbers."""
-    return {int(number): about for number, about in read_json(root / OUTCOMES, default={}).items()}
+def recorded_success(episodes: pa.Table, root: Path) -> dict[int, bool | None]:
+    """Whether each episode succeeded, as the table says; None where it does not.
+
+    Raises ValueError for a column `success` that is neither of truth values nor of numbers.
+    """
+    numbers = episodes["episode_index"].to_pylist()
+    if SUCCESS not in episodes.column_names:
+        return dict.fromkeys(numbers)
+    try:
+        values = episodes[SUCCESS].cast(pa.float64()).to_pylist()
+    except pa.ArrowException as error:
+        raise ValueError(f"{root}/meta/episodes, {SUCCESS}: {error}. It must be true or false") from error
+    return {n: None if v is None or math.isnan(v) else v > 0 for n, v in zip(numbers, values, strict=True)}
+
+
+def read_outcomes(root: Path) -> dict[int, Outcome]:
+    """What was said of episodes, by their numbers. Raises ValueError for a file with something else in it."""
+    path = root / OUTCOMES
+    found: dict[int, Outcome] = {}
+    try:
+        for number, about in read_json(path, default={}).items():
+            if not isinstance(about["success"], bool):
+                raise TypeError(f"success is {about['success']!r}")
+            found[int(number)] = Outcome(success=about["success"], frames=int(about["frames"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not what `pi05 outcomes` writes ({error!r}): remove it, say it anew") from error
+    return found

@@ -38,7 +38,9 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
     """
     success: dict[str, dict[str, list[int]]] = {}
     failures: dict[str, dict[str, Counter[str]]] = {}
+    columns: dict[str, list[Trial]] = {}
     for trial in trials:
+        columns.setdefault(trial.column, []).append(trial)
         counts = success.setdefault(trial.column, {}).setdefault(trial.task, [0, 0])
         counts[0] += trial.success
         counts[1] += 1
@@ -51,15 +53,15 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
             mode: {task: [round(rate.low, 4), round(rate.high, 4)] for task, rate in by_task.items()}
             for mode, by_task in rates(success).items()
         },
-        "seconds": {mode: seconds([t for t in trials if t.column == mode]) for mode in success},
-        "per_minute": {mode: per_minute([t for t in trials if t.column == mode]) for mode in success},
+        "seconds": {mode: seconds(of_mode) for mode, of_mode in columns.items()},
+        "per_minute": {mode: per_minute(of_mode) for mode, of_mode in columns.items()},
         "failures": {mode: {task: dict(r) for task, r in by_task.items() if r} for mode, by_task in failures.items()},
         "crashed": [
             f"{t.column} {t.task} seed {t.seed}: {t.reason}"
             for t in trials
             if t.reason not in ("", OUT_OF_TIME, ENDED, SOLVED_OTHER)
         ],
-        "jumps": {mode: found for mode in success if (found := jumps([t for t in trials if t.column == mode]))},
+        "jumps": {mode: found for mode, of_mode in columns.items() if (found := jumps(of_mode))},
         "swapped": swapped(trials),
         "chains": chains(trials),
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
@@ -73,10 +75,7 @@ def seconds(trials: Iterable[Trial]) -> dict[str, dict[str, float]]:
     for trial in trials:
         if trial.success and trial.fps:
             taken.setdefault(trial.task, []).append(trial.decisions / trial.fps)
-    return {
-        task: {"median": round(float(np.median(t)), 3), "p95": round(float(np.percentile(t, 95)), 3)}
-        for task, t in taken.items()
-    }
+    return {task: _median_and_p95(np.array(of_task)) for task, of_task in taken.items()}
 
 
 def per_minute(trials: Sequence[Trial]) -> float:
@@ -135,14 +134,14 @@ def jumps(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
 def milliseconds(clock: Clock) -> dict[str, dict[str, float]]:
     """Median and 95th percentile of what the clock measured; nothing for what did not happen."""
     times = {"decision": clock.decisions, "step": clock.steps}
-    found = {
-        name: {"median": round(1e3 * float(np.median(t)), 3), "p95": round(1e3 * float(np.percentile(t, 95)), 3)}
-        for name, t in times.items()
-        if t
-    }
+    found = {name: _median_and_p95(1e3 * np.array(t)) for name, t in times.items() if t}
     if clock.lanes:
         found["decision"]["lanes"] = round(float(np.mean(clock.lanes)), 2)
     return found
+
+
+def _median_and_p95(values: np.ndarray) -> dict[str, float]:
+    return {"median": round(float(np.median(values)), 3), "p95": round(float(np.percentile(values, 95)), 3)}
 
 
 def by_group(success: Success, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -168,7 +167,7 @@ def _mean_rate(groups: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     """Success, failures and times, each as wide as a terminal of 80 columns for five modes."""
-    yield success_table(result["success"])
+    yield success_table(result["success"], result["per_minute"])
     if result.get("groups"):
         yield groups_table(result["groups"], result["macro"], result["success"])
     if result.get("acting"):
@@ -184,8 +183,8 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     yield _times(result["milliseconds"])
 
 
-def success_table(success: Success) -> Table:
-    """Successes of trials, with the interval, per task and of all tasks."""
+def success_table(success: Success, per_minute: Mapping[str, float]) -> Table:
+    """Successes of trials, with the interval, per task and of all tasks; and how many there are in a minute."""
     found = rates(success)
     table = _table("success on held-out initial states, 95 % Wilson interval", ["task"], found)
     for task in next(iter(found.values())):
@@ -193,6 +192,7 @@ def success_table(success: Success) -> Table:
             table.add_section()
         of_modes = [by_task[task] for by_task in found.values()]
         table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
+    table.add_row("successes per simulated minute", *(f"{per_minute[mode]:.1f}" for mode in found))
     return table
 
 

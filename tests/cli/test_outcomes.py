@@ -83,9 +83,29 @@ def test_what_cannot_be_is_refused_and_nothing_written(pictures_copy: Path, opti
     assert not (pictures_copy / FILE).exists()
 
 
-def test_what_was_said_of_other_episodes_is_refused(pictures_copy: Path) -> None:
+@pytest.mark.parametrize("episode", [0, 1])
+def test_what_was_said_of_other_episodes_is_refused(pictures_copy: Path, episode: int) -> None:
     outcomes(pictures_copy, success="rest")
     said = json.loads((pictures_copy / FILE).read_text())
-    (pictures_copy / FILE).write_text(json.dumps(said | {"1": {"success": True, "frames": 10}}))
-    with pytest.raises(ValueError, match=r"is of other episodes: 1 had 10 frames, and now has 9. Remove that file"):
+    (pictures_copy / FILE).write_text(json.dumps(said | {str(episode): {"success": True, "frames": 10}}))
+    had = rf"is of other episodes: {episode} had 10 frames, and now has {LENGTHS[episode]}. Remove that file"
+    with pytest.raises(ValueError, match=had):
         LeRobotFiles.open(pictures_copy)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['["0"]', '{"first": true}', '{"0": {"success": true}}', '{"0": {"success": "no", "frames": 12}}', '{"0": 1}'],
+)
+def test_a_file_that_says_something_else_is_refused_by_its_name(pictures_copy: Path, content: str) -> None:
+    (pictures_copy / FILE).write_text(content)
+    with pytest.raises(ValueError, match=r"meta/pi05_outcomes.json is not what `pi05 outcomes` writes"):
+        LeRobotFiles.open(pictures_copy)
+
+
+def test_what_was_recorded_as_unknown_stays_so(pictures_copy: Path) -> None:
+    (path,) = (pictures_copy / "meta" / "episodes").glob("*/*.parquet")
+    recorded = pa.array([1.0, 0.0, float("nan"), None, float("nan")])
+    pq.write_table(pq.read_table(path).append_column("success", recorded), path)
+    assert outcomes(pictures_copy) == {"success": [0], "failure": [1], "unknown": [2, 3, 4]}
+    assert outcomes(pictures_copy, failure="3") == {"success": [0], "failure": [1, 3], "unknown": [2, 4]}
