@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rich.console import Console
@@ -69,11 +70,10 @@ def numbers_of(text: str) -> list[int] | None:
         return None
     found: list[int] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        first, dash, last = part.partition("-")
-        try:
-            found += range(int(first), int(last if dash else first) + 1)
-        except ValueError:
-            raise ValueError(f"{part!r} is no episode: write numbers and ranges, as 0-9, 12, or rest") from None
+        match = re.fullmatch(r"(\d+)\s*(?:-\s*(\d+))?", part)
+        if not match or not (numbers := range(int(match[1]), int(match[2] or match[1]) + 1)):
+            raise ValueError(f"{part!r} is no episode: write numbers and ranges, as 0-9, 12, or rest")
+        found += numbers
     return found
 
 

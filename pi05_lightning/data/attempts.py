@@ -98,14 +98,14 @@ def outcomes(files: LeRobotFiles) -> dict[int, bool | None]:
             table = pq.read_table(path, columns=["episode_index", NEXT_SUCCESS])
             of_frame = whole_numbers(table.column("episode_index"), f"{path}, episode_index")
             reached = _numbers(table, NEXT_SUCCESS, path)
-            for number in np.unique(of_frame[~np.isnan(reached)]):
-                found[int(number)] = bool(np.any(reached[of_frame == number] > 0))
+            for value, rows in ((False, ~np.isnan(reached)), (True, reached > 0)):
+                found |= dict.fromkeys(np.unique(of_frame[rows]).tolist(), value)
     said = recorded_success(files.episodes, files.root)
     return found | {number: success for number, success in said.items() if success is not None}
 
 
 def _read(files: LeRobotFiles, path: object) -> dict[str, np.ndarray]:
-    """A data file's columns; without one of interventions there are none."""
+    """A data file's columns; intervention is 0 where no column says."""
     names = pq.read_schema(path).names
     corrected = next((name for name in INTERVENTIONS if name in names), None)
     wanted = ["episode_index", "frame_index", "task_index", *filter(None, (corrected,))]

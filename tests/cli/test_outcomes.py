@@ -75,6 +75,7 @@ def test_labels_of_what_was_known_before_are_stale(pictures_copy: Path) -> None:
         (["--success", "1-3", "--failure", "3"], "episode 3 is named as a success and as a failure"),
         (["--success", "rest", "--failure", "rest"], "the rest are named as successes and as failures"),
         (["--success", "first"], "'first' is no episode: write numbers and ranges, as 0-9, 12, or rest"),
+        (["--success", "1, 4-2"], "'4-2' is no episode"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(pictures_copy: Path, options: list[str], message: str) -> None:
