@@ -42,7 +42,7 @@ def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Sce
     run_parts(out, todo, lambda: write_summary(out, todo, seed))
     summary = read_json(out / "summary.json")
     metrics = read_json(out / "fit" / "metrics.json", default={})
-    console.print(metrics_table(metrics), success_table(summary["success"], summary["per_minute"]))
+    console.print(metrics_table(metrics), success_table(summary["success"], summary.get("per_minute", {})))
     console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
 
@@ -82,13 +82,15 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
 
 
 def write_summary(out: Path, todo: list[Part], seed: int) -> None:
-    """summary.json: the seconds of every part done so far, the metrics per modality, the success per mode and task."""
+    """summary.json: the seconds of every part done so far, the metrics per modality, success."""
     markers = {part.name: read_json(out / "parts" / f"{part.name}.json", default={}) for part in todo}
+    rollout = read_json(out / "fit" / "rollout" / "rollout.json", default={})
     summary = {
         "seed": seed,
         "seconds": {name: marker["seconds"] for name, marker in markers.items() if marker},
         "metrics": by_modality(read_json(out / "fit" / "metrics.json", default={})),
-        "success": read_json(out / "fit" / "rollout" / "rollout.json", default={}).get("success", {}),
+        "success": rollout.get("success", {}),
+        "per_minute": rollout.get("per_minute", {}),
     }
     write_json(out / "summary.json", summary)
 

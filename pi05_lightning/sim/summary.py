@@ -184,7 +184,7 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
 
 
 def success_table(success: Success, per_minute: Mapping[str, float]) -> Table:
-    """Successes of trials, with the interval, per task and of all tasks; and how many there are in a minute."""
+    """Successes of trials, with the interval, per task and of all tasks; how many in a minute, where that is known."""
     found = rates(success)
     table = _table("success on held-out initial states, 95 % Wilson interval", ["task"], found)
     for task in next(iter(found.values())):
@@ -192,7 +192,8 @@ def success_table(success: Success, per_minute: Mapping[str, float]) -> Table:
             table.add_section()
         of_modes = [by_task[task] for by_task in found.values()]
         table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
-    table.add_row("successes per simulated minute", *(f"{per_minute[mode]:.1f}" for mode in found))
+    if per_minute:
+        table.add_row("successes per simulated minute", *(f"{per_minute[mode]:.1f}" for mode in found))
     return table
 
 

@@ -90,7 +90,9 @@ def test_compilation_hides_no_flops(videos: Path, tmp_path: Path) -> None:
     assert "throughput/hardware_share" in columns(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, {"knowledge_insulation": True}, {"lora": Lora()}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"knowledge_insulation": True}, pytest.param({"lora": Lora()}, marks=pytest.mark.slow)], ids=str
+)
 def test_flops_are_counted_beside_the_step_as_in_it(videos: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     flops = Flops()
     with sdpa_kernel(SDPBackend.MATH):  # of its own operation for attention on CPUs PyTorch does not know the FLOPs

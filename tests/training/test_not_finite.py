@@ -113,6 +113,7 @@ def test_a_negative_number_of_steps_to_skip_is_refused(train: Train) -> None:
         train(module_options={"max_skipped_steps": -1})
 
 
+@pytest.mark.slow
 def test_ranks_stop_together_where_one_has_a_loss_that_is_not_finite(videos: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(Path(__file__).with_name("sick_ranks.py")), str(videos), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -16,7 +16,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
 
-@pytest.fixture(scope="module", params=[(), (r"backbone\.vision",)], ids=["nothing frozen", "vision frozen at first"])
+FREEZING = [
+    pytest.param((), id="nothing frozen", marks=pytest.mark.slow),
+    pytest.param((r"backbone\.vision",), id="vision frozen at first"),
+]
+
+
+@pytest.fixture(scope="module", params=FREEZING)
 def ranks(request: pytest.FixtureRequest, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each rank ended with."""
     folder = tmp_path_factory.mktemp("ranks")
@@ -55,6 +61,7 @@ def test_what_is_trained_is_the_same_bits_as_with_one_ddp_that_searches(ranks: l
         torch.testing.assert_close(rank[part], rank["searching"][part], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_what_the_first_rank_finds_before_training_ends_every_rank(videos: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(videos), str(tmp_path), ".*"]  # all is frozen
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
