@@ -19,6 +19,15 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
+LONG = 30  # seconds
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Says at once which test took long: a run that is cut off shows no list of durations."""
+    if report.duration > LONG and "PYTEST_XDIST_WORKER" not in os.environ:
+        print(f"\n{report.nodeid} {report.when} {report.duration:.0f} s", flush=True)
+
+
 FPS = 10
 LENGTHS = (12, 9, 15, 7, 11)
 HEIGHT, WIDTH = 48, 64
