@@ -22,6 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; proce
 LONG = 30  # seconds
 
 
+@pytest.hookimpl(tryfirst=True)  # before the tests of -m are chosen
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow_cases") and any(item.callspec.indices.values()):
+            item.add_marker("slow")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Says at once which test took long: a run that is cut off shows no list of durations."""
     if report.duration > LONG and "PYTEST_XDIST_WORKER" not in os.environ:

@@ -53,6 +53,7 @@ def fit(demo: Path, run: Path, configs: list[str], *flags: str) -> None:
     main(["fit", *layers, "--run", str(run), *paths, *quick])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("stage", ["pretrain", "posttrain"])
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_experiment_trains(name: str, stage: str, demo: Path, tmp_path: Path) -> None:
@@ -77,6 +78,7 @@ def test_configuration_trains(config: str, demo: Path, tmp_path: Path) -> None:
     fit(demo, tmp_path / "run", [config])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("model", [name for name in MODELS if name not in TOO_LARGE])
 def test_model_trains(model: str, demo: Path, tmp_path: Path) -> None:
     fit(demo, tmp_path / "run", ["configs/tiny.yaml"], "--model.config", str(ROOT / model))

@@ -39,6 +39,7 @@ def test_parts_that_are_measured_or_do_not_fit_into_the_time_are_left(
     assert "goes on with them: train-nf4, train-sharded" in said
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("part", ["train-nf4", "train-int8", "train-8-bit"])
 def test_a_part_runs_at_debug_size(part: str) -> None:
     with torch.compiler.set_stance("force_eager"):  # torchao compiles a step of its optimizers for every shape

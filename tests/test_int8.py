@@ -92,6 +92,7 @@ def test_an_int8_policy_acts_as_the_plain_one(folder: Path) -> None:
     assert 0 < error <= 2 * MAX_ACTION_ERROR
 
 
+@pytest.mark.slow
 def test_the_choice_is_read_again_and_done_as_it_says(folder: Path) -> None:
     first = chunks_of(Pi05Policy(folder, dtype="int8"))
     file = choice_of(folder)

@@ -66,6 +66,7 @@ def train(videos: Path, folder: Path, *callbacks: Callback, size: str = "debug",
     return trainer
 
 
+@pytest.mark.slow
 def test_flops_of_unlike_batches_follow_from_one_of_them(videos: Path, tmp_path: Path) -> None:
     flops = Flops()
     train(videos, tmp_path, flops, size="tiny")
@@ -90,6 +91,7 @@ def test_compilation_hides_no_flops(videos: Path, tmp_path: Path) -> None:
     assert "throughput/hardware_share" in columns(tmp_path)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "options", [{}, {"knowledge_insulation": True}, pytest.param({"lora": Lora()}, marks=pytest.mark.slow)], ids=str
 )

@@ -75,6 +75,7 @@ def flow_loss(run: Path, *flags: str) -> float:
     return json.loads((run / "metrics.json").read_text())["robot/continuous_robot_actions"]["flow_loss"]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("feature", ["action", "observation.state"])
 def test_resuming_on_data_with_other_statistics_is_refused_with_source_dim_and_both_values(
     place: Path, feature: str
@@ -89,11 +90,13 @@ def test_resuming_on_data_with_other_statistics_is_refused_with_source_dim_and_b
     assert torch.load(find_checkpoint(place / "run"), weights_only=True)["global_step"] == STEPS
 
 
+@pytest.mark.slow
 def test_resuming_goes_on_where_the_same_data_moved_to(place: Path) -> None:
     main([*more(place / "run"), *at(place / "data")])
     assert torch.load(find_checkpoint(place / "run"), weights_only=True)["global_step"] == STEPS + 1
 
 
+@pytest.mark.slow
 def test_data_scaled_by_5_are_measured_with_the_checkpoints_statistics_and_it_is_said_once(
     place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -108,6 +111,7 @@ def test_data_scaled_by_5_are_measured_with_the_checkpoints_statistics_and_it_is
     assert "dim 1 0 and 53.1 (checkpoint 0 and 10.62)" in said[0]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("command", ["validate", "predict"])
 def test_measuring_another_robot_is_refused(place: Path, command: str) -> None:
     flags = ["--trainer.limit_val_batches", "1.0"] if command == "validate" else []
@@ -120,6 +124,7 @@ def test_measuring_another_robot_is_refused(place: Path, command: str) -> None:
         main([command, str(place / "run"), *flags, *at(place / "data")])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -140,6 +145,7 @@ def test_resuming_with_other_text_or_data_is_refused(place: Path, flags: list[st
     assert named in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_source_that_is_added_goes_on_and_is_said(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     both = {"robot": source(place / "data"), "second": source(place / "data")}
     main([*more(place / "run"), "--data.sources", json.dumps(both)])
@@ -152,6 +158,7 @@ def test_limits_and_shares_of_the_data_are_the_flags(place: Path) -> None:
     assert locate(place / "run").processor().language.max_tokens == 99
 
 
+@pytest.mark.slow
 def test_other_text_in_validation_is_the_checkpoints_and_said(place: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = flow_loss(place / "run")
     assert flow_loss(place / "run", "--data.language.prompts.action", "Do {task}: {state}") == plain

@@ -95,6 +95,7 @@ def test_validate_writes_the_metrics_of_every_modality(run: Path) -> None:
     assert "cross_entropy" in metrics["web/web_caption"]
 
 
+@pytest.mark.slow
 def test_a_checkpoints_metrics_are_logged_at_its_step(config: Path, tmp_path: Path) -> None:
     folder, known = tmp_path / "run", set[int]()
     every = ["--checkpoint.every_n_train_steps", str(STEPS // 2), "--checkpoint.save_top_k", "-1"]

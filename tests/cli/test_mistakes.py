@@ -254,6 +254,7 @@ def test_a_metric_that_nothing_logs_is_refused_before_the_first_step_whoever_ask
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_metrics_that_are_logged_may_be_asked_for(config: Path, tmp_path: Path) -> None:
     metric = "val/web/web_caption/cross_entropy"
     made = f"{{class_path: EarlyStopping, init_args: {{monitor: {metric}}}}}"

@@ -31,6 +31,7 @@ def write(file: Path, **content: object) -> Path:
     return file
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", shipped_models())
 def test_model_is_named_in_yaml_in_a_flag_and_in_python(
     name: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]
@@ -109,6 +110,7 @@ def test_path_that_is_only_beside_its_file_says_so(
     assert f"write {elsewhere.parent / value}" in message
 
 
+@pytest.mark.slow
 def test_saved_configuration_means_the_same_wherever_it_lies(
     config: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("loggers", [CSV, "false", CSV[:-1] + ", {class_path: CSVLogger, init_args: {save_dir: .}}]"])
 def test_configuration_and_checkpoints_are_in_the_run_whatever_logs(config: Path, here: Path, loggers: str) -> None:
     (here / "config.yaml").write_text("mine: true\n")
@@ -56,6 +57,7 @@ def test_configuration_and_checkpoints_are_in_the_run_whatever_logs(config: Path
     assert steps(here / "run") == STEPS + 1
 
 
+@pytest.mark.slow
 def test_what_a_csv_logger_wrote_is_kept_when_its_run_goes_on(config: Path, here: Path) -> None:
     loggers = "[{class_path: CSVLogger, init_args: {save_dir: logs, name: csv, version: ''}}]"
     main(["fit", "-c", str(config), "--run", "run", "--trainer.logger", loggers, "--trainer.log_every_n_steps", "1"])
@@ -117,6 +119,7 @@ def test_one_command_starts_a_run_and_goes_on_with_it(config: Path, here: Path) 
     assert steps(here / "run") == STEPS + 2
 
 
+@pytest.mark.slow
 def test_resume_auto_in_yaml_means_what_the_flag_does(config: Path, here: Path) -> None:
     (here / "job.yaml").write_text("run: run\nresume: auto\n")
     command = ["fit", "-c", str(config), "-c", "job.yaml"]
@@ -125,6 +128,7 @@ def test_resume_auto_in_yaml_means_what_the_flag_does(config: Path, here: Path) 
     assert steps(here / "run") == 2
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_folder_of_their_own_are_guarded_and_gone_on_with(config: Path, here: Path) -> None:
     command = ["fit", "-c", str(config), "--run", "run", "--checkpoint.dirpath", "scratch"]
     main([*command, "--trainer.max_steps", "1"])
@@ -135,6 +139,7 @@ def test_checkpoints_in_a_folder_of_their_own_are_guarded_and_gone_on_with(confi
     assert steps(here / "scratch") == 2
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_the_options_it_has_goes_on_though_a_new_one_is_refused(
     config: Path, here: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -153,6 +158,7 @@ def test_a_run_resumed_with_the_options_it_has_goes_on_though_a_new_one_is_refus
         )
 
 
+@pytest.mark.slow
 def test_a_refused_resume_leaves_the_runs_checkpoint_as_it_was(config: Path, here: Path) -> None:
     main(["fit", "-c", str(config), "--run", "run", "--trainer.max_steps", "1"])
     before = find_checkpoint(here / "run").read_bytes()
@@ -166,6 +172,7 @@ def test_resume_auto_needs_the_runs_name(config: Path, here: Path) -> None:
         main(["fit", "-c", str(config), "--resume", "auto"])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("path", ["last", "run", "run/checkpoints/last.ckpt"])
 def test_ckpt_path_in_yaml_means_what_the_flag_does(config: Path, here: Path, path: str) -> None:
     main(["fit", "-c", str(config), "--run", "run"])
@@ -241,6 +248,7 @@ class Added(Score):
         checkpoint["names"] = np.array(["a"], dtype=object)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("kind", "where"), [(Score, "callbacks/Score"), (Locked, "callbacks/Locked"), (Added, "names")]
 )
@@ -254,6 +262,7 @@ def test_a_checkpoint_that_could_not_be_read_again_is_refused_by_its_callbacks_n
     assert Score.begun == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_weights_alone_has_the_average_which_is_measured_and_the_configuration(
     config: Path, here: Path
 ) -> None:

@@ -58,6 +58,7 @@ def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: py
     torch.testing.assert_close(merged, expected, atol=0.1, rtol=0)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
     precision: str, videos: Path, tmp_path: Path
@@ -110,6 +111,7 @@ def test_flag_for_a_source_that_layered_yaml_replaced_says_so(config: Path, caps
     assert "names a source that the configuration does not have" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_flags_of_a_resumed_run_are_said_and_used(
     config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,6 +129,7 @@ def test_flags_of_a_resumed_run_are_said_and_used(
     assert len(said.splitlines()) == 4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_without_other_flags_says_nothing_of_options(
     config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

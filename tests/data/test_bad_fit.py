@@ -65,6 +65,7 @@ def complaint(printed: str) -> str:
     return next(line for line in reversed(printed.splitlines()) if line.startswith("pi05 fit: "))
 
 
+@pytest.mark.slow
 def test_truncated_video_ends_training_with_its_address(videos_copy: Path, fit: Fit) -> None:
     truncate(video_file(videos_copy))
     code, printed, _ = fit(videos_copy, "error")
@@ -74,6 +75,7 @@ def test_truncated_video_ends_training_with_its_address(videos_copy: Path, fit: 
         assert part in complaint(printed)
 
 
+@pytest.mark.slow
 def test_skipped_samples_are_listed_in_the_run(pictures_copy: Path, fit: Fit) -> None:
     replace_image(pictures_copy, 5, b"no image")
     replace_image(pictures_copy, 13, b"no image")

@@ -111,6 +111,7 @@ def test_a_dataset_that_cannot_be_written_to_is_cached_elsewhere(videos: Path, t
     assert not (videos / ".cache").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_decode_leaves_no_half_written_cache(videos_copy: Path) -> None:
     code = f"""
 import os

@@ -192,6 +192,7 @@ def test_a_hub_id_finds_lerobots_own_copy(videos: Path, monkeypatch: pytest.Monk
 # --- workers
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_gets_the_same_frames_from_a_few_bytes(videos: Path) -> None:
     source = open_source(videos, cameras=None)
     pickled = pickle.dumps(source)

@@ -71,6 +71,7 @@ def assert_acts_as(answers: dict[str, Any], policy: dict[str, Any]) -> None:
     assert str(answers["answer"]) == policy["answer"]
 
 
+@pytest.mark.slow
 def test_exported_policy_acts_as_the_policy_without_this_package_or_torch(
     untrained: Untrained, videos: Path, in_a_fresh_process: Fresh, tmp_path: Path
 ) -> None:

@@ -143,6 +143,7 @@ def traced(compiler: None, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counters["stats"]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("changed", [False, True], ids=["plain", "adapters, checkpointing, keypoints"])
 def test_compiler_reports_no_graph_break_in_a_block(changed: bool, traced: Counter[str]) -> None:
     config = small_config(backbone_type="keypoint_gemma", vision=KEYPOINTS) if changed else small_config()
@@ -157,6 +158,7 @@ def test_compiler_reports_no_graph_break_in_a_block(changed: bool, traced: Count
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_blocks_of_a_kind_are_compiled_once_however_many(adapters: bool, traced: Counter[str]) -> None:
     graphs = []

@@ -120,6 +120,7 @@ def test_all_frozen_linear_layers_are_quantised_and_no_others(kind: Kind) -> Non
     assert any("backbone" in name for name in found)
 
 
+@pytest.mark.slow_cases
 @KINDS
 @DTYPES
 def test_adapters_learn_the_same_with_and_without_checkpointing(kind: Kind, dtype: torch.dtype, batch: Batch) -> None:
@@ -145,6 +146,7 @@ def test_adapters_learn_as_beside_the_weights_that_the_layers_stand_for(kind: Ki
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_cases
 @KINDS
 @torch.no_grad()
 def test_merged_weights_compute_what_the_quantised_model_does(kind: Kind, batch: Batch) -> None:

@@ -64,6 +64,7 @@ def test_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_last_checkpoint_and_its_link_is_mended_by_the_next_start(
     config: Path, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def losses(run: Path) -> dict[tuple[str, int], set[float]]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_run_killed_at_random_steps_has_the_same_bits(config: Path, tmp_path: Path, case: Case) -> None:
     log = tmp_path / "log"

@@ -22,6 +22,7 @@ def two_ranks(whole: Any) -> list[dict[int, dict[str, Any]]]:
     return [{batch: attempts[0] for batch, attempts in lines(whole(2), rank).items()} for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(one_rank: dict, two_ranks: list[dict]) -> None:
     for batch, whole_line in one_rank.items():
         parts = [rank[batch]["keys"] for rank in two_ranks]

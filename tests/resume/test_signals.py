@@ -56,6 +56,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
     config: Path, whole: Any, tmp_path: Path, slurm: dict[str, str]
 ) -> None:
@@ -69,6 +70,7 @@ def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
     assert digest(state(run)["state_dict"]) == digest(state(whole(1))["state_dict"])
 
 
+@pytest.mark.slow
 def test_signal_while_a_run_starts_ends_it_before_its_first_step_and_the_same_command_starts_it_again(
     config: Path, whole: Any, tmp_path: Path, slurm: dict[str, str]
 ) -> None:

@@ -69,6 +69,7 @@ def test_run_killed_in_each_of_three_stages_ends_as_the_whole_one(runs: tuple[Pa
     assert all(line == batches[batch][0] for batch, attempts in again.items() for line in attempts)
 
 
+@pytest.mark.slow
 def test_checkpoint_says_that_the_third_stage_was_told_the_advantage(runs: tuple[Path, Path]) -> None:
     for run in runs:
         saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["pi05"]

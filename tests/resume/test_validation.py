@@ -70,6 +70,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "number", "signum"), CASES)
 def test_validation_that_was_broken_off_is_made_up_once_and_at_its_step(
     validating: Callable[..., list[str]],

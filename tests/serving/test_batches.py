@@ -53,6 +53,7 @@ def assert_same(policy: Pi05Policy, chunk: Any, alone: np.ndarray) -> None:
     assert np.abs((chunk - alone) / (quantiles.q99 - quantiles.q01)).max() <= BOUND
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("options", "goes_on"),
     [

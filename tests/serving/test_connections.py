@@ -108,6 +108,7 @@ def test_client_that_sends_faster_than_it_is_answered_is_told_so(slow: Pi05Polic
     assert answers[-1] in refused
 
 
+@pytest.mark.slow
 def test_client_that_sends_much_faster_than_it_is_answered_is_held_back_and_not_ended(slow: Pi05Policy) -> None:
     async def ask() -> tuple[int, float]:
         async with served_inside(slow, limits=PATIENT) as (server, address):

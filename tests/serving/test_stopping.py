@@ -89,6 +89,7 @@ def seconds_to_the_end_of(link: socket.socket) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_server_on_a_network_drains_when_it_is_terminated(served: Path, client_of: ClientOf) -> None:
     options = ["--host=0.0.0.0", "--client_timeout=1", SLOW]
     with served_by_process(served, *options, PI05_TOKEN=TOKEN) as server:
@@ -106,6 +107,7 @@ def test_server_on_a_network_drains_when_it_is_terminated(served: Path, client_o
         assert TOKEN not in server.log
 
 
+@pytest.mark.slow
 def test_policy_that_computes_on_is_left_after_the_time_to_drain(served: Path, client_of: ClientOf) -> None:
     with served_by_process(served, "--drain_timeout=0.5", SLOW) as server:
         client = client_of(server)

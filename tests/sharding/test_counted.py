@@ -44,6 +44,7 @@ def test_bounds_hold_at_full_size(ranks: int, weights: torch.dtype) -> None:
     check_bounds(bf16(ModelConfig(), weights), ranks)
 
 
+@pytest.mark.slow
 def test_replicas_keep_more_each_and_sum_their_gradients() -> None:
     step = bf16(ModelConfig.preset("debug"))
     sharded, replicated = step.count(Strategy(8, 8)), step.count(Strategy(8, 4))

@@ -35,6 +35,7 @@ def launched(launcher: list[str], config: Path, run: Path, strategy: str, *more:
     return end_of([*launcher, "fit", *described(config, run), *devices, *more], PYTHONPATH=here)
 
 
+@pytest.mark.slow
 def test_rank_ends_with_the_first_one_that_is_killed(two_stages: Path, tmp_path: Path) -> None:
     codes, log = apart(two_stages, tmp_path / "run", "fsdp2", *fates(rank0="killed"))
     assert codes == [-9, 1]

@@ -68,6 +68,7 @@ def begins_with(options: list[str], run: Path, ranks: int, checkpoint: Path) -> 
     return json.loads((run / f"begins-with-{STEPS}.json").read_text())
 
 
+@pytest.mark.slow
 def test_what_is_trained_alone_is_saved_and_the_policy_is_that_of_a_file(
     sharded: Path, start: Path, tmp_path: Path
 ) -> None:

@@ -22,6 +22,7 @@ from small_ranks import (
 from pi05_lightning.weights.sharded_checkpoint import read
 
 
+@pytest.mark.slow
 def test_from_four_ranks_to_two_to_one_to_two_it_stays_the_same_to_the_bit(tmp_path: Path) -> None:
     log, reference = tmp_path / "log", tmp_path / "reference.pt"
     four, two, one, again = (tmp_path / f"{name}.ckpt" for name in ("four", "two", "one", "again"))

@@ -139,6 +139,7 @@ def test_modes_with_a_delay_run_where_there_is_one():
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("acting", [{}, {"inference_delay": 2}, {"inference_delay": 2, "rtc": False}])
 def test_robot_that_asks_for_every_action_does_what_the_rollout_did(untrained, acting):
     options = {"execution_horizon": 3, "replan_subtask_every": 2} | acting
@@ -154,6 +155,7 @@ def test_robot_that_asks_for_every_action_does_what_the_rollout_did(untrained, a
             env.step(action)
 
 
+@pytest.mark.slow
 def test_rollout_measures_delays_beside_the_policy_without(untrained, tmp_path, capsys):
     options = {"episodes": 1, "max_seconds": 0.5, "num_workers": 1, "videos": 0, "out": tmp_path / "rollout"}
     modes = ("policy", "rtc", "async")

@@ -36,6 +36,7 @@ def policy(recorded, tmp_path_factory) -> Path:
     return as_chance_made_it(recorded, tmp_path_factory.mktemp("policy"))
 
 
+@pytest.mark.slow
 def test_our_data_module_reads_the_instructions_subtasks_and_boxes_of_both_cameras(recorded):
     source = LeRobotConfig(str(recorded)).open("robot", "train", ModelConfig.preset("debug").shapes)
     robot = source.robot()
@@ -47,6 +48,7 @@ def test_our_data_module_reads_the_instructions_subtasks_and_boxes_of_both_camer
     assert {"detect the green block", "is the drawer open?"} <= {answer.question for answer in first.answers}
 
 
+@pytest.mark.slow
 def test_rollout_judges_the_task_told(policy, tmp_path):
     options = {"episodes": 1, "max_seconds": 0.2, "num_workers": 1, "videos": 0, "out": tmp_path}
     found = rollout(policy, env=Desk(), modes=("policy",), instructions=("swapped", "paraphrased", "empty"), **options)
@@ -63,6 +65,7 @@ def test_chain_is_told_the_right_instructions_alone():
         Plan(Desk(), ["drawer-open", CHAIN], ("policy",), 1, instructions=("right", "empty"))
 
 
+@pytest.mark.slow
 def test_task_without_demonstrations_ends_no_other(policy, recorded, tmp_path):
     options = {"episodes": 1, "max_seconds": 0.1, "num_workers": 1, "videos": 0, "out": tmp_path}
     tasks = ["tidy-up", "button-red"]
@@ -111,6 +114,7 @@ def test_mean_trajectory_begins_anew_with_each_instruction_of_a_chain():
     assert (trial.success, trial.done, trial.length, trial.decisions) == (True, 2, 2, 4)
 
 
+@pytest.mark.slow
 def test_share_of_the_episodes_begins_where_others_ended(recorded, tmp_path):
     few = {"episodes": 4, "val_episodes": 0, "scenes": 0, "continued_share": 0.5}
     data = collect(config(tmp_path / "data", env=Desk(), tasks=NAMES[:1], **few)) / "robot"

@@ -179,6 +179,7 @@ def test_missing_simulator_names_the_extra(monkeypatch):
         import_metaworld()
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("backend", ["osmesa", "glfw", "wrong", "disable"])
 def test_rendering_that_fails_says_what_to_set(tmp_path, backend):
     command = [sys.executable, "-m", "pi05_lightning", "collect", str(tmp_path / "data"), "--tasks", "[reach-v3]"]
@@ -190,6 +191,7 @@ def test_rendering_that_fails_says_what_to_set(tmp_path, backend):
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.slow
 def test_closed_environment_leaves_the_interpreter_in_silence():
     program = (
         "from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment\n"

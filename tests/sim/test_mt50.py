@@ -49,6 +49,7 @@ def test_sentences_and_groups_are_lerobots():
     assert sorted(env.demonstrated) == task_names()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ALL_TASKS)
 def test_image_and_state_are_those_of_lerobots_environment(task):
     """LeRobot draws 480 pixels, with shadows, reflections and multisampling; a policy of 96 pixels sees every fifth."""

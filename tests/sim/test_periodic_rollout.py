@@ -69,6 +69,7 @@ def events(run) -> EventAccumulator:
     return accumulator
 
 
+@pytest.mark.slow
 def test_success_and_cost_are_logged_at_every_step_that_is_due_once_actions_train(events):
     for tag in ("rollout/success", "rollout/success/reach-v3", "rollout/seconds"):
         assert [event.step for event in events.Scalars(tag)] == [2, 3, 4]
@@ -140,6 +141,7 @@ def train_on_fast(collected: Path, folder: Path, *callbacks) -> Trainer:
     return trainer
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("actions", "step"), [("fast", 1), ("flow", 2)])
 def test_rollouts_run_while_their_kind_of_actions_trains(collected, tmp_path, actions, step):
     train_on_fast(collected, tmp_path, rollout(every_n_steps=1, episodes=1, actions=actions))
@@ -191,6 +193,7 @@ def test_resumed_run_has_no_film_of_steps_that_it_takes_anew(collected, tmp_path
     assert [film.name for film in (tmp_path / "rollouts").iterdir()] == ["step-00000000.mp4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [(0, 2), (0, 3)], ids=["at the last step", "before it"])
 def test_rollout_that_was_broken_off_is_run_again_when_the_run_goes_on(collected, tmp_path, monkeypatch, steps):
     def crash(self, policy):

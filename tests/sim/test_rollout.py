@@ -118,6 +118,7 @@ def last_states(policy: Pi05Policy, lanes: int) -> np.ndarray:
     return np.stack(states)
 
 
+@pytest.mark.slow
 def test_episodes_depend_on_their_seed_and_not_on_the_lanes(untrained):
     policy = Pi05Policy(untrained, execution_horizon=2)
     np.testing.assert_array_equal(last_states(policy, 1), last_states(policy, 1))
@@ -155,6 +156,7 @@ def test_every_mode_gets_the_same_initial_states_and_no_task_shares_them():
     assert not set(seeds["policy", "a"]) & set(seeds["policy", "b"])
 
 
+@pytest.mark.slow
 def test_policy_of_fast_tokens_runs_in_closed_loop(fast_policy, tmp_path):
     options = {"episodes": 1, "modes": ("policy",), "max_seconds": 0.3, "num_workers": 1, "out": tmp_path}
     with pytest.raises(ValueError, match=r"`actions: flow`.*It can act with `actions: fast`"):
@@ -187,6 +189,7 @@ def test_lerobots_environment_is_seen_as_lerobot_evaluates_it(lerobot_drawer):
     np.testing.assert_allclose(frame.state, lerobot_drawer._env._env._get_obs()[:4], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_lerobots_environment_begins_the_same_for_the_same_seed(lerobot_drawer):
     seen = []
     for seed in (3, 4, 3):
@@ -239,6 +242,7 @@ def test_simulator_of_ones_own_at_another_rate_is_refused():
         lanes.of("reach-v3", 1)
 
 
+@pytest.mark.slow
 def test_demonstrations_at_another_rate_are_not_replayed(untrained, collected, tmp_path):
     slow = Path(shutil.copytree(collected / "robot", tmp_path / "robot"))
     info = json.loads((slow / "meta" / "info.json").read_text())

@@ -51,6 +51,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert max(errors.values()) < 1e-5, max(errors, key=lambda name: errors[name])
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("accumulate", [2, 4, 12])
 def test_accumulated_batches_give_the_losses_and_gradients_of_one_batch(
     one_batch: dict[str, Any], videos: Path, fast: Path, tmp_path: Path, accumulate: int

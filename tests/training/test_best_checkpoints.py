@@ -63,6 +63,7 @@ def test_score_is_of_a_validation_of_exactly_these_weights(train: Callable[..., 
         assert float(best.best_k_models[str(tmp_path / "best" / name)]) == pytest.approx(score)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("save_last", ["link", True])
 @pytest.mark.parametrize("save_top_k", [1, 3, -1, 0])
 def test_last_is_the_newest_after_every_step_whatever_the_scores(
@@ -90,6 +91,7 @@ def test_last_is_the_newest_after_every_step_whatever_the_scores(
     assert kept == {1: {"2"}, 3: {"2", "4", "6"}, -1: {"2", "4", "6"}, 0: set()}[save_top_k]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("mode", "scores", "kept"),
     [
@@ -146,6 +148,7 @@ def test_every_metric_that_validation_logs_is_known_before(train: Callable[..., 
     assert logged <= set(trainer.lightning_module.validation_metrics())  # type: ignore[operator]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("moved", [False, True])
 def test_best_ones_survive_a_resume_and_a_moved_directory(
     train: Callable[..., Trainer], tmp_path: Path, moved: bool

@@ -74,6 +74,7 @@ def saved_state(folder: Path, name: str) -> dict[str, Any]:
     return saved["state"].get(numbers[name], {})
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("optimizer", "expected"),
     [
@@ -92,6 +93,7 @@ def test_changed_rate_decay_and_moments_count_from_the_first_step_on(
         assert torch.equal(seen.state[name][key], value), key
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("options", "factor"),
     [
@@ -146,6 +148,7 @@ def test_a_complete_run_is_said_to_be_complete(
     assert f"the run is complete after {DONE} steps" in caplog.text
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -167,6 +170,7 @@ def test_another_optimizer_and_another_model_are_refused(
     assert "begin a new run from these weights" in str(refused.value)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("lora", "named"),
     [
@@ -186,6 +190,7 @@ def test_another_dropout_of_adapters_goes_on(resume: Callable[..., FirstStep]) -
     assert resume(first=options[0] | {"max_steps": DONE}, **options[1]).step == DONE
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("before", "after"), [(None, 0.9), (0.9, None), (0.9, 0.5)])
 def test_an_average_can_be_switched_on_off_and_changed(
     train: Train, tmp_path: Path, before: float | None, after: float | None

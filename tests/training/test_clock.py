@@ -54,6 +54,7 @@ def one_batch(train: Train) -> Callable[[int], dict[int, list[int]]]:
     return samples
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("accumulate", "options"),
     [
@@ -101,6 +102,7 @@ def run(train: Train, watch: Watch, how: str, **options: Any) -> Trainer:
     return train(watch, *([GradientAccumulationScheduler(dict(schedule))] if schedule else []), **given)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("stop", [2, PRETRAIN_STEPS, 4])
 @pytest.mark.parametrize("before", HOW)
 def test_run_resumed_with_another_accumulation_or_other_epochs_does_each_step_once_on_its_stage(
@@ -116,6 +118,7 @@ def test_run_resumed_with_another_accumulation_or_other_epochs_does_each_step_on
         assert [len(watch.batches[step]) for step in range(stop, TOTAL)] == batches[stop:], after
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("how", HOW)
 def test_run_resumed_as_it_was_ends_with_the_same_weights_whatever_its_epochs(
     train: Train, tmp_path: Path, how: str
@@ -160,6 +163,7 @@ class StopWithin(Callback):
         trainer.should_stop = batch_idx == 6
 
 
+@pytest.mark.slow
 def test_run_that_a_timer_ends_within_a_step_is_saved_and_does_that_step_anew(train: Train, tmp_path: Path) -> None:
     whole = Watch()
     train(whole, accumulate_grad_batches=2)

@@ -57,6 +57,7 @@ def whole(train: Train, tmp_path: Path) -> dict[str, Any]:
     return load(tmp_path, TOTAL)
 
 
+@pytest.mark.slow
 def test_only_adapters_and_projections_move_and_only_in_their_stage(whole: dict[str, Any], tmp_path: Path) -> None:
     states = [load(tmp_path, step)["state_dict"] for step in (1, PRETRAIN_STEPS, TOTAL)]
 
@@ -72,6 +73,7 @@ def test_only_adapters_and_projections_move_and_only_in_their_stage(whole: dict[
     assert any("flow_head" in name for name in moved(1, 2))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("stop", [PRETRAIN_STEPS, PRETRAIN_STEPS + 1])
 def test_resumed_run_ends_as_one_that_was_not_stopped(
     train: Train, tmp_path: Path, whole: dict[str, Any], stop: int

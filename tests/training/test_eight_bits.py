@@ -47,6 +47,7 @@ def numbers(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_resumed_run_goes_on_exactly(fit: Train, tmp_path: Path, is_compiled: bool) -> None:
     last = tmp_path / "stopped" / "last.ckpt"
@@ -66,6 +67,7 @@ def test_a_resumed_run_goes_on_exactly(fit: Train, tmp_path: Path, is_compiled: 
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_its_checkpoint_is_read_where_nobody_has_imported_torchao(fit: Train, tmp_path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):
         fit("run", max_steps=1)

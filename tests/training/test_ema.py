@@ -69,6 +69,7 @@ def test_average_is_fp32_though_the_weights_are_bf16(train: Train, tmp_path: Pat
     assert {x.dtype for x in checkpoint["ema"].values()} == {torch.float32}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("stop", [1, PRETRAIN_STEPS, PRETRAIN_STEPS + 1])
 def test_average_of_a_resumed_run_is_that_of_one_that_was_not_stopped(train: Train, tmp_path: Path, stop: int) -> None:
     train(WeightAverage(0.9))

@@ -102,6 +102,7 @@ def test_a_wait_would_be_noticed() -> None:
     assert mode.found
 
 
+@pytest.mark.slow
 def test_steps_bring_no_value_to_the_host(train: Train) -> None:
     """With all that a run of `pi05 fit` has around a step; logging intervals are longer than the run."""
     mode = WaitsForDevice()

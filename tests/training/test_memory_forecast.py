@@ -50,6 +50,7 @@ class StopBeforeTraining(Callback):
         raise InterruptedError("it went on")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("options", "precision"),
     [({}, "32-true"), ({"lora": Lora(rank=4)}, "bf16-true"), ({"optimizer": SGD, "compile": False}, "bf16-mixed")],
@@ -65,6 +66,7 @@ def test_weights_gradients_state_and_average_are_forecast_to_the_byte(
     assert 0 < held.forecast.activations < held.forecaster.bound()
 
 
+@pytest.mark.slow
 def test_checkpointing_needs_less_for_activations(train: Callable[..., Trainer]) -> None:
     held = Held()
     train(held, max_steps=1, data_options={"batch_size": 8})
@@ -97,6 +99,7 @@ def too_large(videos: Path, tmp_path: Path) -> Path:
     return tmp_path / "config.yaml"
 
 
+@pytest.mark.slow
 def test_run_that_cannot_fit_stops_and_names_what_would(too_large: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"the run needs .* GiB are free") as refused:
         main(["fit", "-c", str(too_large), "--run", str(tmp_path / "run")])

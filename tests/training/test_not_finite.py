@@ -60,6 +60,7 @@ def assert_equal(one: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("gradient_only", [False, True], ids=["loss", "gradient"])
 def test_a_run_stops_before_the_step_and_its_last_checkpoint_goes_on_as_if_nothing_had_been(
@@ -80,6 +81,7 @@ def test_a_run_stops_before_the_step_and_its_last_checkpoint_goes_on_as_if_nothi
     assert_equal(tmp_path / "again" / f"step={TOTAL}.ckpt", tmp_path / "whole" / f"step={TOTAL}.ckpt")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, default_optimizer, partial(torch.optim.SGD, momentum=0.9)])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 def test_a_step_that_is_skipped_leaves_weights_and_optimizer_as_they_were(

@@ -53,11 +53,13 @@ def unwatched(train: Callable[..., Trainer]) -> list[Any]:
     return bits(train)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("watcher", WATCHERS)
 def test_callback_changes_no_bit_of_training(train: Any, unwatched: list[Any], watcher: str) -> None:
     assert bits(train, WATCHERS[watcher](), log_every_n_steps=1) == unwatched
 
 
+@pytest.mark.slow
 def test_all_of_them_with_loggers_validation_and_sanity_check_change_no_bit(
     train: Any, unwatched: list[Any], tmp_path: Path
 ) -> None:
@@ -66,6 +68,7 @@ def test_all_of_them_with_loggers_validation_and_sanity_check_change_no_bit(
     assert bits(train, *default_callbacks(), ProgressLines(0), **options, **VALIDATION) == unwatched
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("interval", [0, 1, 2])
 def test_how_often_numbers_are_logged_changes_no_bit(
     train: Any, unwatched: list[Any], tmp_path: Path, interval: int

@@ -110,6 +110,7 @@ def test_own_head_is_measured_on_its_modality(trained: Trainer) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_resumed_run_with_an_own_head_ends_with_the_same_weights(
     trained: Trainer, train: Callable[..., Trainer], tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_two_heads_with_one_term_are_refused() -> None:
         Pi05Module(ModelConfig.preset("debug"), heads={"gripper": GripperHead, "other": GripperHead})
 
 
+@pytest.mark.slow
 def test_own_head_is_one_line_of_yaml(videos: Path, tmp_path: Path) -> None:
     content: dict[str, Any] = {
         "model": {

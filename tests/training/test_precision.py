@@ -47,6 +47,7 @@ class Types(Callback):
         self.finite &= bool(outputs["loss"].isfinite())
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("precision", WEIGHTS)
 def test_both_stages_validation_and_prediction_run(train: Train, tmp_path: Path, precision: str) -> None:
     types = Types()

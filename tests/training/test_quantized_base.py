@@ -42,6 +42,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in trainer.lightning_module.state_dict().items()}
 
 
+@pytest.mark.slow
 @CASES
 def test_a_run_is_resumed_exactly_and_its_policy_is_the_trained_model(
     base: str, precision: str, train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -72,6 +73,7 @@ def test_a_run_is_resumed_exactly_and_its_policy_is_the_trained_model(
     assert locate(tmp_path / "whole").tensors().keys() == Pi05(ModelConfig.preset("debug")).state_dict().keys()
 
 
+@pytest.mark.slow_cases
 @CASES
 def test_given_weights_are_quantised_as_they_are_read(
     base: str, precision: str, train: Train, start: Path, tmp_path: Path

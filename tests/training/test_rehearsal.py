@@ -303,6 +303,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_the_same_bits_with_and_without_it(
     start: Start, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -59,6 +59,7 @@ def test_switch_is_in_tensorboard_at_its_step(train: Train, tmp_path: Path) -> N
     assert [(e.step, e.value) for e in events.Scalars("stage")] == [(0, 0.0), (PRETRAIN_STEPS, 1.0)]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("stop", [PRETRAIN_STEPS - 1, PRETRAIN_STEPS, PRETRAIN_STEPS + 1])
 def test_run_resumed_around_the_switch_ends_with_the_same_weights(train: Train, tmp_path: Path, stop: int) -> None:
     whole = Watch()

@@ -93,6 +93,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("base", [None, "nf4", "int8"])
 def test_what_is_trained_alone_is_saved_and_the_policy_is_whole(base: str | None, fit: Fit, tmp_path: Path) -> None:
     trainer = fit(base=base)
@@ -105,6 +106,7 @@ def test_what_is_trained_alone_is_saved_and_the_policy_is_whole(base: str | None
     Pi05Policy(checkpoint(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [None, "nf4"])
 def test_a_run_is_resumed_exactly(base: str | None, fit: Fit, tmp_path: Path) -> None:
     expected = {name: tensor.clone() for name, tensor in fit(base=base).lightning_module.state_dict().items()}
@@ -131,6 +133,7 @@ def test_a_base_that_was_moved_with_the_run_is_found_and_another_place_can_be_sa
     assert_equal(locate(tmp_path / "whole").tensors(), expected)
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path) -> None:
     fit()
     second = fit("second", init_from=str(checkpoint(tmp_path)))

@@ -188,6 +188,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["ours", "lerobot"])
 def test_loading_takes_no_more_memory_than_the_file(format: str, tmp_path: Path) -> None:
     config = small_config(
