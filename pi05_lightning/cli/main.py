@@ -185,6 +185,8 @@ def main(args: list[str] | None = None) -> None:
     command, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
     if rest and f"{command} {rest[0]}" in COMMANDS:
         command = f"{command} {rest.pop(0)}"
+    explains = any(word in arg for arg in rest for word in ("help", "print_config"))
+    set_parsing_settings(docstring_parse_attribute_docstrings=explains)  # half of the time that a run's parser takes
     try:
         if command in ("-h", "--help"):
             print(overview())
