@@ -20,6 +20,27 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 LONG = 30  # seconds
+SCHEDULED = (os.sched_getscheduler(0), os.sched_getparam(0)) if hasattr(os, "sched_getscheduler") else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup() -> Iterator[None]:
+    result = yield
+    share_the_core()
+    return result
+
+
+def pytest_runtest_teardown() -> None:
+    share_the_core()
+
+
+def share_the_core() -> None:
+    """Be scheduled as at first. Under root, SVT-AV1 makes the thread that encodes a video a real-time one (FIFO 99).
+
+    LeRobot records with it. That thread, and the processes that it forks, would then hold up all others.
+    """
+    if SCHEDULED and (os.sched_getscheduler(0), os.sched_getparam(0)) != SCHEDULED:
+        os.sched_setscheduler(0, *SCHEDULED)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the tests of -m are chosen
