@@ -59,7 +59,7 @@ COMMANDS = {
 SECOND = {"play": "beside"}
 """Of a command, the option that its second word is the value of, as in `pi05 play A B`."""
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help; see also main
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # what is written under a field is its help
 
 
 class Parser(LayeredParser):
