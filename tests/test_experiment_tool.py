@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from pi05_lightning.cli.main import main
 from tools import experiment, experiment_recipes, experiment_results
-from tools.experiment_recipes import DESK, METAWORLD, recipe_of
+from tools.experiment_recipes import DESK, METAWORLD, RECIPES, Recipe, recipe_of
 
 
 def write_run(run: Path, policy: int, flat: int, error: float, seconds: float) -> None:
@@ -148,3 +149,24 @@ def test_desk_is_judged_at_the_task_that_was_told_and_at_the_original_one() -> N
     assert measured["swapped: original"] == pytest.approx(0.1)
     assert measured["empty"] is None
     assert DESK.numbers["in a row"][0](result) == 1.5
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_parts_of_a_recipe_write_what_is_gathered(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "data" / "robot").mkdir(parents=True)
+    parts = experiment.commands(recipe.name, 1, tmp_path, tmp_path / "run")
+    written = {Path(word) for words in parts.values() for word in words}
+    for file in recipe.rollouts.values():
+        assert tmp_path / "run" / Path(file).parts[0] in written
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_commands_take_the_options_of_a_recipe(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data" / "robot").mkdir(parents=True)
+    parts = experiment.commands(recipe.name, 1, tmp_path, tmp_path / "run")
+    for name in recipe.parts:
+        with pytest.raises(SystemExit) as ended:
+            main([*parts[name], "--print_config"])
+        assert ended.value.code == 0, capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Runs an experiment with several training seeds, and gathers what they came to beside the recipe that it differs from.
 
 An experiment is a folder under experiments/: a config.yaml, which says how it differs from its recipe, or a run.py with
-the commands data, train and rollout. Its recipe is the experiment of the same number, as 009_desk is of
-009a_without_language, and else 001. Data and FAST tokenizer are those of a demo. What is done is not done again: an
+the commands data, train and rollout. Its recipe is the one of its number in tools/experiment_recipes.py, as 009_desk is
+of 009a_without_language, and else 001. Data and FAST tokenizer are those of a demo. What is done is not done again: an
 interrupted experiment goes on where it was, and one that is done is only gathered anew.
 """
 
@@ -49,7 +49,7 @@ def configs(name: str) -> list[str]:
     """The configurations of an experiment, in order: what it differs from comes first."""
     recipe = recipe_of(name)
     layers = (f"experiments/{layer}/config.yaml" for layer in dict.fromkeys((recipe.name, name)))
-    return [recipe.base, *(layer for layer in layers if (EXPERIMENTS.parent / layer).is_file())]
+    return [*recipe.base, *(layer for layer in layers if (EXPERIMENTS.parent / layer).is_file())]
 
 
 def commands(name: str, seed: int, demo: Path, run: Path) -> dict[str, tuple[str, ...]]:
@@ -72,10 +72,9 @@ def commands(name: str, seed: int, demo: Path, run: Path) -> dict[str, tuple[str
     fit = ("fit", *layers, "--run", str(run), "--seed_everything", str(seed), *paths, "--data.fast", f"{demo}/fast")
     if (run / "checkpoints" / "last.ckpt").exists():
         fit = ("fit", "--ckpt_path", str(run))
-    rollouts = {
-        part: ("rollout", str(run), "--out", str(run / part), *options) for part, options in recipe.rollouts.items()
-    }
-    return {"fit": fit, "validate": ("validate", str(run)), **rollouts}
+    known = {"run": run, "data": data, "seed": seed}
+    parts = {name: tuple(word.format_map(known) for word in words) for name, words in recipe.parts.items()}
+    return {"fit": fit, "validate": ("validate", str(run)), **parts}
 
 
 def run_part(marker: Path, command: tuple[str, ...]) -> None:

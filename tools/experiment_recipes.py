@@ -13,8 +13,8 @@ from pi05_lightning.sim.desk.tasks import INSTRUCTIONS, SEVERAL_STEPS
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 Result = dict[str, Any]
-"""{rollout: {success: {mode: {task: [successes, trials]}}, swapped, chains}},  validation: {metric: value},
-cpu_seconds: of the training"""
+"""{rollout: {success: {mode: {task: [successes, trials]}}, per_minute, swapped, chains}},
+validation: {metric: value},  cpu_seconds: of the training"""
 Measure = Callable[[Result], float | None]
 
 
@@ -23,9 +23,11 @@ class Recipe:
     """An experiment that others differ from.
 
     name      of its folder, whose number those begin with that differ from it: 009a_… from 009_…
-    base      the configuration that it goes on from
+    base      the configurations that it goes on from, in order
     demo      where a demo of its scene has its data and its tokenizer, and the command that makes it
-    rollouts  {name: options of `pi05 rollout`}
+    parts     {name: arguments of `pi05`}, in order, after the training and its validation; {run}, {data} and {seed}
+              stand for the seed's folder, the demo's data and the seed
+    rollouts  {name: what a rollout wrote, in the seed's folder}
     shares    {heading: share in [0, 1]}
     numbers   {heading: (measure, digits)}; the first is drawn beside the shares
     modes     {(rollout, mode): heading} of the table of tasks
@@ -33,10 +35,11 @@ class Recipe:
     """
 
     name: str
-    base: str
+    base: tuple[str, ...]
     demo: Path
     command: str
-    rollouts: Mapping[str, tuple[str, ...]]
+    parts: Mapping[str, tuple[str, ...]]
+    rollouts: Mapping[str, str]
     shares: Mapping[str, Measure]
     numbers: Mapping[str, tuple[Measure, int]]
     modes: Mapping[tuple[str, str], str]
@@ -60,6 +63,11 @@ def in_a_row(mode: str) -> Measure:
     return lambda result: result.get("chains", {}).get("chains", {}).get(mode, {}).get("chain", {}).get("mean")
 
 
+def per_minute(rollout: str) -> Measure:
+    """Successes in a minute of simulated time."""
+    return lambda result: result.get(rollout, {}).get("per_minute", {}).get("policy")
+
+
 def validation(metric: str) -> Measure:
     """Of robot/continuous_robot_actions."""
     return lambda result: result["validation"].get(metric)
@@ -70,15 +78,20 @@ def _rate(counts: Iterable[tuple[int, int]]) -> float | None:
     return fmean(rates) if rates else None
 
 
+def _rolled_out(name: str, policy: str, *options: str) -> tuple[str, ...]:
+    return ("rollout", policy, "--out", f"{{run}}/{name}", "--videos", "0", *options)
+
+
 _SECONDS: Mapping[str, tuple[Measure, int]] = {"CPU seconds": (lambda result: result["cpu_seconds"], 0)}
 
 METAWORLD = Recipe(
     "001_metaworld",
-    base="configs/tiny.yaml",
+    base=("configs/tiny.yaml",),
     demo=Path("runs/demo"),
     command="make demo",
     # as the demo's, without the baselines that are the same for every training
-    rollouts={"rollout": ("--modes", "[policy,flat,mean_replay]", "--videos", "0")},
+    parts={"rollout": _rolled_out("rollout", "{run}", "--modes", "[policy,flat,mean_replay]")},
+    rollouts={"rollout": "rollout/rollout.json"},
     shares={"subtask first": success("policy"), "without subtask": success("flat")},
     numbers={"action MAE": (validation("action_mae"), 3), "flow loss": (validation("flow_loss"), 3), **_SECONDS},
     modes={
@@ -89,6 +102,11 @@ METAWORLD = Recipe(
     dashed=success("mean_replay"),
 )
 
+
+def _at_desk(name: str, tasks: Iterable[str], *options: str) -> tuple[str, ...]:
+    return _rolled_out(name, "{run}", "--env", "Desk", "--tasks", f"[{','.join(tasks)}]", *options)
+
+
 _HEARD = {
     "policy": "named",
     "policy, swapped": "swapped: original",
@@ -97,22 +115,18 @@ _HEARD = {
 }
 DESK = Recipe(
     "009_desk",
-    base="configs/desk.yaml",
+    base=("configs/desk.yaml",),
     demo=Path("runs/desk"),
     command='make demo ARGS="--scene desk"',
-    rollouts={
-        "rollout": (
-            *("--env", "Desk", "--tasks", f"[{','.join(INSTRUCTIONS)}]", "--modes", "[policy,mean_replay]"),
-            *("--instructions", "[right,swapped,paraphrased,empty]", "--episodes", "16", "--videos", "0"),
+    parts={
+        "rollout": _at_desk(
+            *("rollout", INSTRUCTIONS, "--modes", "[policy,mean_replay]", "--episodes", "16"),
+            *("--instructions", "[right,swapped,paraphrased,empty]"),
         ),
-        "several": (
-            *("--env", "Desk", "--tasks", f"[{','.join(SEVERAL_STEPS)}]", "--modes", "[policy,flat]"),
-            *("--episodes", "16", "--videos", "0"),
-        ),
-        "chains": (
-            *("--env", "Desk", "--tasks", "[chain]", "--modes", "[policy,flat]", "--episodes", "32", "--videos", "0"),
-        ),
+        "several": _at_desk("several", SEVERAL_STEPS, "--modes", "[policy,flat]", "--episodes", "16"),
+        "chains": _at_desk("chains", ("chain",), "--modes", "[policy,flat]", "--episodes", "32"),
     },
+    rollouts={name: f"{name}/rollout.json" for name in ("rollout", "several", "chains")},
     shares={
         "named": success("policy"),
         "swapped: named": named("policy, swapped"),
@@ -138,6 +152,68 @@ DESK = Recipe(
 )
 
 
+_WINDOW = ("--tasks", "[window-open-v3]", "--max_seconds", "2.5")
+_TRIED = ("--modes", "[policy]", "--episodes", "200", *_WINDOW)
+_LEARNED = "{run}/rounds/recap/round_2/fit"
+_TOLD = {
+    "told negative": ("--advantage", "negative"),
+    "told nothing": ("--advantage", "none"),
+    "guidance 1.5": ("--guidance", "1.5"),
+    "guidance 2.5": ("--guidance", "2.5"),
+}
+_OTHERWISE = {
+    "without omission": ("--advantage_omission", "0"),
+    "10 % positive": ("--first_positive_share", "0.1"),
+    "50 % positive": ("--first_positive_share", "0.5"),
+}
+
+
+def _rounds(name: str, *options: str) -> tuple[str, ...]:
+    attempts = ("--episodes", "80", "--attempt_seconds", "4", "--corrections", "8", "--test_episodes", "200")
+    of_seed = ("--policy", "{run}", "--demonstrations", "[{data}/robot]", "--seed", "{seed}")
+    return ("experience", f"{{run}}/{name}", *of_seed, *attempts, *_WINDOW, *options)
+
+
+def _folder(heading: str) -> str:
+    return heading.replace(" %", "").replace(" ", "_")
+
+
+_ROUNDS = {
+    "base": "base",
+    **{f"RECAP {number}": f"recap/round_{number}/rollout" for number in (1, 2)},
+    **{f"DAgger {number}": f"dagger/round_{number}/rollout" for number in (1, 2)},
+    **{f"successes {number}": f"successes/round_{number}/rollout" for number in (1, 2)},
+    "demonstrations": "demonstrations/round_1/rollout",
+}
+EXPERIENCE = Recipe(
+    "010_experience",
+    base=("configs/tiny.yaml", "experiments/001_metaworld/config.yaml"),
+    demo=Path("runs/few"),
+    command="pi05 collect runs/few/data --episodes 10 --val_episodes 4 && "
+    "pi05 tokenizer runs/few/data/robot --out runs/few/fast --horizon 8",
+    parts={
+        "rounds": _rounds("rounds", "--methods", "[recap,dagger,successes,demonstrations]"),
+        **{_folder(told): _rolled_out(_folder(told), _LEARNED, *_TRIED, *how) for told, how in _TOLD.items()},
+        **{
+            _folder(other): _rounds(_folder(other), "--methods", "[recap]", "--rounds", "1", *how)
+            for other, how in _OTHERWISE.items()
+        },
+    },
+    rollouts={
+        **{heading: f"rounds/{folder}/rollout.json" for heading, folder in _ROUNDS.items()},
+        **{told: f"{_folder(told)}/rollout.json" for told in _TOLD},
+        **{other: f"{_folder(other)}/recap/round_1/rollout/rollout.json" for other in _OTHERWISE},
+    },
+    shares={heading: success("policy", heading) for heading in _ROUNDS},
+    numbers={
+        "RECAP 2, per minute": (per_minute("RECAP 2"), 1),
+        "DAgger 2, per minute": (per_minute("DAgger 2"), 1),
+    },
+    modes={(rollout, "policy"): rollout for rollout in (*_ROUNDS, *_TOLD, *_OTHERWISE)},
+)
+RECIPES = (METAWORLD, DESK, EXPERIENCE)
+
+
 def recipe_of(name: str) -> Recipe:
     """The recipe that an experiment differs from: that of its number, else 001."""
-    return next((recipe for recipe in (DESK,) if recipe.name[:3] == name[:3]), METAWORLD)
+    return next((recipe for recipe in RECIPES if recipe.name[:3] == name[:3]), METAWORLD)

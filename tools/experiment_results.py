@@ -15,7 +15,7 @@ from tools import experiment_recipes
 from tools.experiment_recipes import Recipe, Result, recipe_of
 
 METRICS = ("flow_loss", "action_mae")  # that validation has of robot/continuous_robot_actions
-MEASURED = ("success", "swapped", "chains")  # of a rollout
+MEASURED = ("success", "per_minute", "swapped", "chains")  # of a rollout
 MARKS = ("<!-- TABLES -->", "<!-- /TABLES -->")  # in a README: what is between them is written here
 
 Arms = Mapping[str, Mapping[str, Result]]
@@ -45,9 +45,9 @@ def fill(readme: Path, content: str) -> None:
 
 
 def read_result(run: Path, recipe: Recipe) -> Result:
-    """What a seed's rollouts and validation measured; nothing before it was rolled out."""
-    rollouts = {name: read_json(run / name / "rollout.json", default={}) for name in recipe.rollouts}
-    if not all(rollouts.values()):
+    """What a seed's rollouts and validation measured so far; nothing before it was rolled out."""
+    rollouts = {name: found for name, file in recipe.rollouts.items() if (found := read_json(run / file, default={}))}
+    if not rollouts:
         return {}
     measured = read_json(run / "metrics.json", default={}).get("robot/continuous_robot_actions", {})
     return {
@@ -72,12 +72,16 @@ def seed_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
 
 
 def task_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
-    """Successes of all seeds together, per task, experiment and mode."""
+    """Successes of all seeds together, per task, experiment and mode; of those that have it."""
     columns = {
-        f"{number(arm)}, {heading}": [result[rollout]["success"][mode] for result in results.values()]
+        f"{number(arm)}, {heading}": found
         for arm, results in arms.items()
         for (rollout, mode), heading in recipe.modes.items()
-        if all(mode in result.get(rollout, {}).get("success", {}) for result in results.values())
+        if (
+            found := [
+                s[mode] for result in results.values() if mode in (s := result.get(rollout, {}).get("success", {}))
+            ]
+        )
     }
     yield f"| task | {' | '.join(columns)} |"
     yield f"|---|{'---|' * len(columns)}"
