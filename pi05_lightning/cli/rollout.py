@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
-from pi05_lightning.files.local import sha256, write_json
+from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
@@ -122,7 +122,7 @@ def rollout(
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer, dtype)
     del policy  # maybe gigabytes: every process loads its own
     out = out or run_of(checkpoint) / ROLLOUT.parent
-    policy_hash = sha256(locate(checkpoint).path)
+    policy_hash = locate(checkpoint).content_hash()
     with Unfinished.within(out, {"plan": str(plan), "worker": str(worker), "sha256": policy_hash}) as unfinished:
         jobs, filmed = run_all(plan, worker, num_workers, unfinished)
         result = summary_of(jobs, plan, worker) | {"sha256": policy_hash, "films": filmed}

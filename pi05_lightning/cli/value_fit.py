@@ -40,6 +40,7 @@ def value_fit(
     """Fit a value on attempts: from what a policy sees and is told, how far it is from success.
 
     It is a `pi05 fit` of a model of its own, which begins with the policy's weights; it is killed and resumed as that.
+    It takes the policy's accelerator and precision, and one device.
 
     Args:
         run: directory of the value: a run of `pi05 fit`, and value.json, calibration.json and value.html.
@@ -99,6 +100,7 @@ def configuration(
         "freeze": ["flow_head"],
         "warmup_steps": min(20, steps),
     }
+    machine = {name: option for name, option in reading.trainer.items() if name in ("accelerator", "precision")}
     return {
         "model": {
             "init_from": str(policy),
@@ -114,7 +116,7 @@ def configuration(
             "augmentation": None,
         },
         "stages": {"pretrain_steps": 0, "posttrain_steps": 0, "then": [stage]},
-        "trainer": TRAINER,
+        "trainer": TRAINER | machine | {"devices": 1},
     }
 
 

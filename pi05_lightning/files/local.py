@@ -83,10 +83,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, or of that of all files of a directory, in the order of their names."""
-    digest = hashlib.sha256()
-    for part in sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]:
-        with part.open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
+def sha256(file: Path) -> str:
+    """Of a file's content."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -21,6 +21,7 @@ from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.losses import draw_noise
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 STEPS = 2
@@ -129,7 +130,7 @@ def test_file_says_what_its_numbers_are(run: Path, videos: Path) -> None:
     }
     assert (found["step"], found["seed"], found["acting"]["num_steps"]) == (STEPS, 0, 3)
     assert Path(found["checkpoint"]).samefile(find_checkpoint(run))
-    assert len(found["sha256"]) == 64
+    assert found["sha256"] == locate(run).content_hash()
 
 
 @pytest.mark.slow

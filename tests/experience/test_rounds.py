@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pi05_lightning.cli import value_fit
 from pi05_lightning.cli.experience import Rounds, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
@@ -218,6 +219,13 @@ def test_robot_of_the_attempts_is_the_one_that_is_named(tmp_path: Path) -> None:
         configuration("successes", tmp_path, reading, demonstrations[1:], ["tries"], [], TRAINING)
     with pytest.raises(ValueError, match="robot 'leg'"):
         configuration("successes", tmp_path, reading, demonstrations, ["tries"], [], TRAINING, "leg")
+
+
+def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> None:
+    reading = Reading(trainer={"accelerator": "gpu", "devices": 8, "strategy": "ddp", "precision": "bf16-mixed"})
+    found = value_fit.configuration(tmp_path, reading, {}, steps=1, batch_size=1, lr=1.0)["trainer"]
+    assert (found["accelerator"], found["precision"], found["devices"]) == ("gpu", "bf16-mixed", 1)
+    assert "strategy" not in found
 
 
 def test_a_stage_that_drew_all_there_was_is_spelled_out() -> None:

@@ -21,6 +21,7 @@ from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.rollout import Lanes, Plan, available_modes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_policy
+from pi05_lightning.weights.locate import locate
 
 VIEW = View(("topview", "gripperPOV"), 64, 10.0)
 
@@ -52,6 +53,10 @@ def test_rollout_counts_every_mode_and_task(result):
 
 def test_file_is_what_was_returned(result):
     assert json.loads((result[1] / "rollout.json").read_text()) == json.loads(json.dumps(result[0]))
+
+
+def test_policy_is_named_by_its_weights(result, untrained):
+    assert result[0]["sha256"] == locate(untrained).content_hash()
 
 
 def test_policy_and_simulator_are_timed(result):

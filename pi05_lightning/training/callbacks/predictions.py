@@ -15,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.samples import Observed
-from pi05_lightning.files.local import sha256, write_json
+from pi05_lightning.files.local import write_json
 from pi05_lightning.module import Pi05Module, Predicted
+from pi05_lightning.weights.locate import locate
 
 FOLDER = "predictions"
 ABOUT = "predictions.json"
@@ -119,7 +120,7 @@ def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, An
         }
     return {
         "checkpoint": str(path) if path else None,
-        "sha256": sha256(Path(path)) if path else None,
+        "sha256": locate(path).content_hash() if path else None,
         "step": module.measured_step,
         "seed": module.seed,
         "acting": asdict(module.acting),
