@@ -16,12 +16,15 @@ from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import MANIFEST, write
-from pi05_lightning.export.formats import PACKAGES, Format
+from pi05_lightning.export.formats import Format, Stored, needed
 from pi05_lightning.files.local import replacing, write_json
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.locate import locate
 
 logger = logging.getLogger(__name__)
+
+MAX_ERROR: dict[Stored, float] = {"float32": 1e-3, "int8": 0.05, "int4": 0.3}
+"""Of an action, normalised to -1..1: some more than the demo's policy has."""
 
 
 def export(
@@ -29,12 +32,13 @@ def export(
     *,
     out: Path,
     format: Format = "openvino",
+    dtype: Stored = "float32",
     data: str | None = None,
     cameras: dict[str, str] | None = None,
     state_keys: list[str] | None = None,
     action_keys: list[str] | None = None,
     frames: int = 8,
-    max_error: float = 1e-3,
+    max_error: float | None = None,
     averaged: bool = True,
     base: str | None = None,
     tokenizer: str | None = None,
@@ -50,12 +54,14 @@ def export(
         checkpoint: a .ckpt, a run's directory, an exported folder, LeRobot's or openpi's.
         out: the folder to make; it must not exist.
         format: openvino and onnx are run by OpenVINO and ONNX Runtime, pt2 by PyTorch.
+        dtype: what weights are stored in; int8 and int4 are for openvino, and take a quarter and less of the space.
         data: LeRobot dataset on whose frames they are compared; by default the policy's demonstrations.
         cameras: image features of the dataset, each with its camera name, as in training.
         state_keys: features that make the state, as in training; by default observation.state.
         action_keys: features that make the action, as in training; by default action.
         frames: how many frames are compared, evenly spaced over the dataset.
-        max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs.
+        max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs. By
+            default 0.001, with int8 0.05, with int4 0.3.
         averaged: of a training checkpoint, take the averaged weights if it has them.
         base: of a checkpoint of adapters: where its base is, if not where it was.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
@@ -68,8 +74,8 @@ def export(
         raise ValueError(f"--out {out} already exists: delete it or name another folder")
     if frames < 1:
         raise ValueError(f"--frames is {frames}: it must be at least 1")
-    if missing := [name for name in PACKAGES[format] if find_spec(name) is None]:
-        raise ValueError(f"--format {format} needs {' and '.join(missing)}: pip install 'pi05-lightning[export]'")
+    if missing := [name for name in needed(format, dtype) if find_spec(name) is None]:
+        raise ValueError(f"this export needs {' and '.join(missing)}: pip install 'pi05-lightning[export]'")
     weights = locate(checkpoint, averaged=averaged, base=base, tokenizer=tokenizer)
     processor = weights.processor()
     check(how, processor, weights.trained)
@@ -87,10 +93,10 @@ def export(
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()
-        manifest = write(folder, policy, format)
+        manifest = write(folder, policy, format, dtype)
         found = compare(policy, folder, seen, format)
         print("\n".join(found.lines()))
-        if problems := found.problems(max_error):
+        if problems := found.problems(MAX_ERROR[dtype] if max_error is None else max_error):
             raise ValueError(f"{checkpoint} as {format} is not the policy, and is not written: {'; '.join(problems)}")
         write_json(folder / MANIFEST, manifest | {"compared": found.to_dict()})
         size = sum(file.stat().st_size for file in folder.iterdir())

@@ -11,15 +11,18 @@ import numpy as np
 
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.export import runner
-from pi05_lightning.export.formats import ENDINGS, SAVE, Format, quietly
+from pi05_lightning.export.formats import ENDINGS, SAVE, Format, Stored, quietly
 from pi05_lightning.export.graphs import flow_table, graphs_of
 from pi05_lightning.files.local import sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
 
 
-def write(folder: Path, policy: Inference, format: Format) -> dict[str, Any]:
-    """Write a policy whose model is in float32, as the one robot that it acts as; returns what the manifest says."""
+def write(folder: Path, policy: Inference, format: Format, stored: Stored = "float32") -> dict[str, Any]:
+    """Write a policy whose model is in float32, as the one robot that it acts as; returns what the manifest says.
+
+    stored: what the graphs' weights are stored in; the embedding of tokens stays in float32.
+    """
     model, processor = policy.model, policy.processor
     for parameter in model.parameters():
         parameter.requires_grad_(False)  # ONNX's exporter fails on those that do
@@ -27,7 +30,7 @@ def write(folder: Path, policy: Inference, format: Format) -> dict[str, Any]:
     with quietly():
         for name, graph in graphs_of(model).items():
             path = folder / f"{name}{ENDINGS[format]}"
-            SAVE[format](graph, path)
+            SAVE[format](graph, path, stored)
             graphs[name] = {"file": path.name, "inputs": graph.inputs, "outputs": graph.outputs}
     np.save(folder / "embedding.npy", model.backbone.embed_tokens.weight.numpy())
     np.save(folder / "modulations.npy", flow_table(model.flow_head, policy.acting.num_steps).numpy())
@@ -36,6 +39,7 @@ def write(folder: Path, policy: Inference, format: Format) -> dict[str, Any]:
     files = sorted(path for path in folder.iterdir() if path.name != "runner.py")
     manifest = {
         "format": format,
+        "dtype": stored,
         "graphs": graphs,
         "files": {path.name: sha256(path) for path in files},
         **described(policy),

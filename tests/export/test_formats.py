@@ -1,0 +1,45 @@
+"""Weights in fewer bits: less space, and how far off a graph is then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+
+from pi05_lightning.export.formats import needed, quietly, save_openvino
+from pi05_lightning.export.graphs import graphs_of
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+
+
+def test_fewer_bits_take_less_space_and_cost_exactness(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Pi05(ModelConfig.preset("debug"))
+    model.reset_parameters()
+    model.requires_grad_(False)
+    graph, outputs, sizes = graphs_of(model)["language"], {}, {}
+    inputs = {
+        name: example.numpy() for name, example in zip(graph.inputs, graph.program.example_inputs[0], strict=True)
+    }
+    inputs["x"] = np.random.default_rng(0).standard_normal(inputs["x"].shape, np.float32)
+    for stored in ("float32", "int8", "int4"):
+        with quietly():
+            save_openvino(graph, tmp_path / f"{stored}.xml", stored)
+        compiled = openvino.Core().compile_model(tmp_path / f"{stored}.xml", "CPU")
+        outputs[stored] = compiled(inputs)["logits"]
+        sizes[stored] = (tmp_path / f"{stored}.bin").stat().st_size
+    size = np.abs(outputs["float32"]).max()
+    errors = {stored: np.abs(found - outputs["float32"]).max() / size for stored, found in outputs.items()}
+    assert sizes["int4"] < sizes["int8"] < 0.4 * sizes["float32"]
+    assert 0 < errors["int8"] < 0.03
+    assert errors["int8"] < errors["int4"] < 0.3
+
+
+def test_fewer_bits_are_of_openvino_alone() -> None:
+    assert needed("openvino", "int8") == ("openvino", "nncf")
+    assert needed("onnx", "float32") == ("onnxscript", "onnxruntime")
+    with pytest.raises(ValueError, match="--dtype int4 is of --format openvino alone"):
+        needed("onnx", "int4")
