@@ -211,7 +211,27 @@ EXPERIENCE = Recipe(
     },
     modes={(rollout, "policy"): rollout for rollout in (*_ROUNDS, *_TOLD, *_OTHERWISE)},
 )
-RECIPES = (METAWORLD, DESK, EXPERIENCE)
+_STEPS = {f"{number} steps" if number > 1 else "1 step": number for number in (1, 2, 5, 10, 20)}
+SAMPLING = Recipe(
+    "011_cheaper_sampling",
+    base=EXPERIENCE.base,
+    demo=EXPERIENCE.demo,
+    command=EXPERIENCE.command,
+    parts={
+        "distance": ("experiments/011_cheaper_sampling/distance.py", "{run}", "{run}/distance.json"),
+        **{
+            f"steps_{number}": _rolled_out(
+                *(f"steps_{number}", "{run}", "--modes", "[policy]", "--episodes", "50", "--num_steps", str(number))
+            )
+            for number in _STEPS.values()
+        },
+    },
+    rollouts={heading: f"steps_{number}/rollout.json" for heading, number in _STEPS.items()},
+    shares={heading: success("policy", heading) for heading in _STEPS},
+    numbers={"per minute, 10 steps": (per_minute("10 steps"), 1), "per minute, 2 steps": (per_minute("2 steps"), 1)},
+    modes={(heading, "policy"): heading for heading in _STEPS},
+)
+RECIPES = (METAWORLD, DESK, EXPERIENCE, SAMPLING)
 
 
 def recipe_of(name: str) -> Recipe:
