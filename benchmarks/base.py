@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import INT8_TOLERANCE, Options, Row, check_equal, run_part, share, speed_up
+from benchmarks.limit import limit_seconds, share_of_limit
 from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.profiling.rate import matmul_rate
 
 CHUNK_TOLERANCE = 2**-7  # of the largest action: two of bf16's own steps, as both round to it, in another order
 BLOCK = 16_777_213  # values drawn; a prime, so that no two rows of a matrix are alike when it is repeated
@@ -41,15 +40,13 @@ def base(options: Options) -> list[Row]:
             with Side("int8", folder, options) as int8:
                 check_equal("chunk, int8", torch.load(Path(folder) / "int8.pt"), found, INT8_TOLERANCE)
                 int8_seconds = take_turns(peer, int8, options.pairs)
-    rate, flops = ours.report["matmul_rate"], ours.report["flops"]
-    reached = [flops / s for s in seconds[1]]
     # loaded once: LeRobot's takes minutes
     to_first = [peer.report["first_chunk"]], [ours.report["first_chunk"]]
     memory = [peer.report["peak_gib"]], [ours.report["peak_gib"]]
     int8_memory = [peer.report["peak_gib"]], [int8.report["peak_gib"]]
     return [
         speed_up("one chunk, base, bf16, 2 of 3 cameras, 60 tokens", ">= 2.5", seconds),
-        share("one chunk, base: share of the matmul rate", ">= 0.7", "FLOP/s", [rate] * len(reached), reached),
+        share_of_limit("one chunk, base, bf16", ">= 0.85", ours.report["limit"], seconds[1]),
         speed_up("from file to first chunk, base, bf16", ">= 10", to_first),
         share("peak resident memory, base, bf16 inference, loading included", "<= 0.5", "GiB", *memory),
         speed_up("one chunk, base, our int8 against bf16, 2 of 3 cameras, 60 tokens", ">= 3.5", int8_seconds),
@@ -133,9 +130,7 @@ def serve(name: str, folder: Path, config: ModelConfig) -> None:
     report["peak_gib"] = peak_resident_memory() / 2**30
     torch.save(first.float(), folder / f"{name}.pt")
     if name == "ours":
-        with FlopCounterMode(display=False) as counter:
-            chunk()
-        report |= {"flops": counter.get_total_flops(), "matmul_rate": matmul_rate(torch.bfloat16)}
+        report["limit"] = limit_seconds(chunk)
     print(">" + json.dumps(report), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import (
     INT8_TOLERANCE,
@@ -13,14 +12,13 @@ from benchmarks.harness import (
     alternate,
     check_equal,
     run_part,
-    share,
     speed_up,
 )
+from benchmarks.limit import limit_seconds, share_of_limit
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
 from pi05_lightning.models.int8 import Int8Product, linear_layers
 from pi05_lightning.models.quantized import Int8Linear
-from pi05_lightning.profiling.rate import matmul_rate
 
 
 def chunk(options: Options) -> list[Row]:
@@ -41,11 +39,7 @@ def chunk(options: Options) -> list[Row]:
             lambda x=inputs: x.lerobot_chunk(lerobot), lambda x=inputs: x.our_chunk(ours), options.pairs
         )
         rows.append(speed_up(name, goal, seconds))
-        with FlopCounterMode(display=False) as counter:
-            inputs.our_chunk(ours)
-        rate = matmul_rate(torch.float32)
-        reached = [counter.get_total_flops() / s for s in seconds[1]]
-        rows.append(share(f"{name}: share of the matmul rate", "", "FLOP/s", [rate] * len(reached), reached))
+        rows.append(share_of_limit(name, "", limit_seconds(lambda x=inputs: x.our_chunk(ours)), seconds[1]))
     for name, layer in linear_layers(ours).items():
         ours.set_submodule(name, Int8Product(Int8Linear(layer)))
     inputs = make_inputs(config, PART_PRESENT)
