@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
-from pi05_lightning.experience.rounds import Method, Training, configuration
+from pi05_lightning.experience.rounds import Method, Training, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
 
+CONFIG = "experience.yaml"  # of a round: what its policy was trained on
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
 
@@ -175,11 +177,11 @@ class Rounds:
             Part(f"{name}-label", ("value", "label", str(value), *tried, *marks, *of_tasks, *device)),
         ]
 
-    def fit(self, name: str, folder: Path) -> Part:
-        """A round's policy."""
-        run, config = folder / "fit", folder / "experience.yaml"
+    def fit(self, name: str, folder: Path, write: Callable[[], None]) -> Part:
+        """A round's policy.  write: its experience.yaml, once its attempts are there."""
+        run, config = folder / "fit", folder / CONFIG
         begin = ("fit", "-c", str(config), "--run", str(run), "--seed_everything", str(self.seed))
-        return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt")
+        return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt", write)
 
 
 def listed(words: Sequence[str]) -> str:
@@ -192,7 +194,10 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 
 
 def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Part]:
-    """All commands, in order; what each training takes is written to its experience.yaml."""
+    """All commands, in order.
+
+    ValueError where a training was begun with other options than these give it.
+    """
     out = plan.out
     todo = [plan.test("base-rollout", plan.policy, out / "base")]
     for method in methods:
@@ -208,14 +213,24 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
                 attempts.append(str(data / "robot"))
             if method == "recap":
                 todo += plan.judge(name, folder, attempts, number)
-            labels = [folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts]
-            of_round = method, plan.policy, reading, plan.demonstrations, attempts, labels, plan.training, plan.robot
-            text = yaml.safe_dump(configuration(*of_round), sort_keys=False)
-            write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
-            write(folder / "experience.yaml", text)
-            todo += [plan.fit(name, folder), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
+            write = partial(write_configuration, plan, reading, method, folder, tuple(attempts))
+            if (folder / "fit" / "config.yaml").exists():
+                write()
+            todo += [plan.fit(name, folder, write), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
             acting = folder / "fit"
     return todo
+
+
+def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]) -> None:
+    """What a round's training takes of the attempts that were made.
+
+    ValueError where it takes other things than when it was begun, or there is nothing for the method to learn from.
+    """
+    labels = {path: folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts}
+    tries = [Tries.read(path, labels[path] if method == "recap" else None) for path in attempts]
+    found = configuration(method, plan.policy, reading, plan.demonstrations, tries, plan.training, plan.robot)
+    write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
+    write(folder / CONFIG, yaml.safe_dump(found, sort_keys=False))
 
 
 def rounds_of(method: Method, rounds: int) -> int:

@@ -29,6 +29,8 @@ class Part:
     resume: tuple[str, ...] | None = None
     """What continues it after an interruption, once `resume_from` exists; the command itself otherwise."""
     resume_from: Path = Path()
+    before: Callable[[], None] | None = None
+    """What is written down first, of what earlier parts made."""
 
     @property
     def next_command(self) -> tuple[str, ...]:
@@ -48,6 +50,8 @@ def run_parts(out: Path, todo: Sequence[Part], after: Callable[[], None]) -> Non
         console.rule(f"{number}/{len(todo)} {part.name}", align="left")
         shown = f"$ {shlex.join(('pi05', *part.next_command))}"
         console.print(shown, style="bold", soft_wrap=True, highlight=False, markup=False)
+        if part.before is not None:
+            part.before()
         with done.timed():
             run_command(part.next_command)
         after()

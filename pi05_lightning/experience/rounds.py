@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
+from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import Sign
+from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.types import Modality
 
@@ -33,13 +37,33 @@ class Training:
     omission: float
 
 
+@dataclass(frozen=True)
+class Tries:
+    """A dataset of attempts, and what there is in it to learn from.
+
+    labels: of the method recap.  corrected: whether the expert took over in any.  succeeded: whether any succeeded
+    without.
+    """
+
+    path: str
+    labels: Path | None = None
+    corrected: bool = True
+    succeeded: bool = True
+
+    @classmethod
+    def read(cls, path: str, labels: Path | None = None) -> Tries:
+        """ValueError where a dataset does not say how an attempt ended."""
+        attempts = Attempts.read(LeRobotFiles.open(find_dataset(path)))
+        alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
+        return cls(path, labels, bool(attempts.intervention.any()), bool((attempts.success & alone).any()))
+
+
 def configuration(
     method: Method,
     policy: Path,
     reading: Reading,
     demonstrations: Sequence[str],
-    attempts: Sequence[str],
-    labels: Sequence[Path],
+    attempts: Sequence[Tries],
     training: Training,
     robot: str | None = None,
 ) -> dict[str, Any]:
@@ -48,10 +72,11 @@ def configuration(
     The stage goes on with what the policy was last trained on, so that it forgets nothing; of its draws of actions,
     attempts have their share.
 
-    attempts: datasets, one of each round.  labels: of the method recap, of each.  robot: source whose robot they were
-    made as, by default that of the first demonstrations.
+    attempts: datasets, one of each round.  robot: source whose robot they were made as, by default that of the first
+    demonstrations.
+    Raises ValueError where there is nothing in the attempts for the method to learn from.
     """
-    sources, mixture = drawn(method, reading, demonstrations, attempts, labels, training.demonstrations_share, robot)
+    sources, mixture = drawn(method, reading, demonstrations, attempts, training.demonstrations_share, robot)
     says_subtasks = reading.language.get("condition_on") == "both"
     stage = {
         "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
@@ -90,8 +115,7 @@ def drawn(
     method: Method,
     reading: Reading,
     demonstrations: Sequence[str],
-    attempts: Sequence[str],
-    labels: Sequence[Path],
+    attempts: Sequence[Tries],
     demonstrations_share: float,
     robot: str | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
@@ -110,15 +134,19 @@ def drawn(
             raise ValueError(f"{path} was read as of the robot of {same!r}: name that among the demonstrations too")
         sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told)
     shown, same = demonstrations[names.index(actor)], sources[actor]["init_args"]["same_robot_as"] or actor
-    own = [] if method == "demonstrations" else list(attempts)
+    own = {} if method == "demonstrations" else {n: taken(method, tries) for n, tries in enumerate(attempts)}
+    having = {number: found for number, found in own.items() if found}
+    if own and not having:
+        raise ValueError(
+            f"{method} has nothing to learn from: {_NOTHING[method]} in {', '.join(t.path for t in attempts)}"
+        )
     shares = dict.fromkeys(names, (demonstrations_share if own else 1.0) / len(names))
-    for number, path in enumerate(own):
-        found = taken(method, labels[number] if is_recap else None)
-        for kind, options in found.items():
+    for number, found in having.items():
+        for kind, (share, options) in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
-            sources[f"{kind}_{number}"] = reading.source(path, shown, collected=True, **options)
-            shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(own) / len(found)
+            sources[f"{kind}_{number}"] = reading.source(attempts[number].path, shown, collected=True, **options)
+            shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(having) * share
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())
     acted = f"/{Modality.CONTINUOUS}"
@@ -137,16 +165,27 @@ def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, floa
     }
 
 
-def taken(method: Method, labels: Path | None) -> dict[str, dict[str, Any]]:
-    """What a method takes of a dataset of attempts: options of the sources, by their names.
+def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]]]:
+    """What a method takes of a dataset of attempts, by the sources' names: share of its draws, and options.
 
     Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many
-    frames that what went well would hardly be drawn.
+    frames that what went well would hardly be drawn. Corrections are drawn as often as both: they are few, and positive
+    frames are mostly what the policy does already.
     """
+    corrections = {"frames": "corrections", "episodes": "corrected"}
     match method:
         case "recap":
-            return {sign: {"labels": str(labels), "frames": sign} for sign in get_args(Sign)}
+            told = {"labels": str(tries.labels)}
+            rest = 0.5 if tries.corrected else 1.0
+            signs = {sign: (rest / 2, told | {"frames": sign}) for sign in get_args(Sign)}
+            return signs | ({"corrections": (0.5, told | corrections)} if tries.corrected else {})
         case "dagger":
-            return {"corrections": {"frames": "corrections", "episodes": "corrected"}}
+            return {"corrections": (1.0, corrections)} if tries.corrected else {}
         case _:
-            return {"successes": {"episodes": "success AND NOT corrected"}}
+            return {"successes": (1.0, {"episodes": "success AND NOT corrected"})} if tries.succeeded else {}
+
+
+_NOTHING: dict[Method, str] = {
+    "dagger": "the expert never took over",
+    "successes": "no attempt succeeded without the expert",
+}

@@ -16,6 +16,7 @@ from pi05_lightning.data.attempts import PROVENANCE, Attempts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
 from pi05_lightning.experience.labelling import judge, labels_path
+from pi05_lightning.experience.rounds import Tries
 from pi05_lightning.experience.value import Tried, datasets, longest_of
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
@@ -43,6 +44,18 @@ def tried(pictures: Path, tmp_path: Path) -> Tried:
 
 def test_longest_episode_is_that_of_all_datasets(tried: Tried, pictures: Path) -> None:
     assert longest_of([tried]) == LONGEST
+
+
+def test_attempts_say_whether_there_are_corrections_and_successes_without(tried: Tried, pictures: Path) -> None:
+    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, succeeded=True)
+    of_all = pq.read_table(path := next(Path(tried.path, "data").glob("*/*.parquet")))
+    never = pa.array([False] * len(of_all), pa.bool_())
+    place = of_all.column_names.index("next.success")
+    pq.write_table(of_all.set_column(place, "next.success", never), path)
+    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, succeeded=False)
+    place = of_all.column_names.index("intervention")
+    pq.write_table(of_all.set_column(place, "intervention", never), path)
+    assert Tries.read(tried.path) == Tries(tried.path, corrected=False, succeeded=True)
 
 
 def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(tried: Tried) -> None:

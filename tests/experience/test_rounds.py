@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from pi05_lightning.cli import value_fit
 from pi05_lightning.cli.experience import Rounds, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
-from pi05_lightning.experience.rounds import METHODS, Training, configuration
+from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
@@ -39,6 +40,21 @@ def plan(tmp_path: Path) -> Rounds:
         None,
         5,
     )
+
+
+@pytest.fixture(autouse=True)
+def all_kinds_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts are planned here, not made: as if there were corrected ones and others that succeeded."""
+    monkeypatch.setattr(Tries, "read", Tries)
+
+
+def written(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
+    """The parts, once all that they write down is written."""
+    todo = parts(plan, Reading(), methods)
+    for part in todo:
+        if part.before is not None:
+            part.before()
+    return todo
 
 
 def named(todo: list[Part], name: str) -> tuple[str, ...]:
@@ -76,7 +92,7 @@ def test_attempts_that_are_all_corrected_are_daggers_too(plan: Rounds) -> None:
 
 
 def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Rounds) -> None:
-    todo = parts(plan, Reading(), ["recap"])
+    todo = written(plan, ["recap"])
     last = plan.out / "recap" / "round_1" / "fit"
     assert option(named(todo, "collect-1"), "--policy") == str(plan.policy)
     assert option(named(todo, "recap-2-collect"), "--policy") == str(last)
@@ -88,7 +104,7 @@ def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights
 
 
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
-    todo = parts(plan, Reading(), ["recap"])
+    todo = written(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
     both = [str(plan.out / "attempts_1" / "robot"), str(plan.out / "recap" / "attempts_2" / "robot")]
     assert (option(first, "--n_seconds"), option(second, "--n_seconds")) == (None, "0.5")
@@ -108,16 +124,40 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Round
             assert taken == (both[number], str(labels), sign, 0)
 
 
-def test_frames_of_either_sign_are_drawn_as_often(plan: Rounds) -> None:
-    parts(plan, Reading(), ["recap"])
-    (stage,) = trained(plan, "recap", 2)["stages"]["then"]
-    drawn = {name.partition("/")[0]: share for name, share in stage["mixture"].items()}
-    signs = dict.fromkeys(["positive_0", "negative_0", "positive_1", "negative_1"], pytest.approx(0.15))
-    assert drawn == {"demonstrations_0": 0.4, **signs}
+def test_frames_of_either_sign_are_drawn_as_often_and_corrections_as_both() -> None:
+    signs = dict.fromkeys(["positive", "negative"], 0.075)
+    first, alone = Tries("tries", Path("labels")), Tries("more", Path("more_labels"), corrected=False)
+    assert shares("recap", [first]) == pytest.approx(
+        {"demonstrations_0": 0.4, "positive_0": 0.15, "negative_0": 0.15, "corrections_0": 0.3}
+    )
+    assert shares("recap", [first, alone]) == pytest.approx(
+        {
+            "demonstrations_0": 0.4,
+            **{f"{sign}_0": share for sign, share in signs.items()},
+            "corrections_0": 0.15,
+            **{f"{sign}_1": 2 * share for sign, share in signs.items()},
+        }
+    )
+
+
+def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_none_has_them() -> None:
+    good, bad = Tries("good"), Tries("bad", corrected=False, succeeded=False)
+    assert shares("dagger", [bad, good]) == pytest.approx({"demonstrations_0": 0.4, "corrections_1": 0.6})
+    assert shares("successes", [good, bad]) == pytest.approx({"demonstrations_0": 0.4, "successes_0": 0.6})
+    with pytest.raises(ValueError, match="dagger has nothing to learn from: the expert never took over in bad"):
+        shares("dagger", [bad])
+    with pytest.raises(ValueError, match="successes has nothing to learn from: no attempt succeeded without"):
+        shares("successes", [bad, bad])
+
+
+def shares(method: Method, tries: Sequence[Tries]) -> dict[str, float]:
+    """Of the draws, by the sources' names."""
+    (stage,) = configuration(method, Path("policy"), Reading(), ["demos"], tries, TRAINING)["stages"]["then"]
+    return {name.partition("/")[0]: share for name, share in stage["mixture"].items()}
 
 
 def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Rounds) -> None:
-    parts(plan, Reading(), METHODS)
+    written(plan, METHODS)
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
     assert list(sources["demonstrations"]) == ["demonstrations_0"]
@@ -146,7 +186,12 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
     reading = Reading(fast="fast", stage=stage, sources={"web": words, "gone": gone})
     reading.sources["arm"] = reading.source("runs/demo/data/robot", "")
     found = configuration(
-        "recap", tmp_path, reading, ["runs/demo/data/../data/robot"], ["tries"], [tmp_path / "labels"], TRAINING
+        "recap",
+        tmp_path,
+        reading,
+        ["runs/demo/data/../data/robot"],
+        [Tries("tries", tmp_path / "labels", False)],
+        TRAINING,
     )
     (made,) = found["stages"]["then"]
     assert (made["losses"], made["flow_alpha"], made["steps"]) == (stage["losses"], 3.0, 7)
@@ -176,7 +221,7 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
         for name, options in read.items()
     }
     demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
-    found = configuration("successes", tmp_path, Reading(sources=sources), demonstrations, ["tries"], [], TRAINING)
+    found = configuration("successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries")], TRAINING)
     read_as = {name: source["init_args"] for name, source in found["data"]["sources"].items()}
     assert "cameras" not in read_as["successes_0"]  # what collects them names them as the policy does
     assert read_as["successes_0"]["relative_dims"] == [1]
@@ -190,8 +235,8 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
-    parts(plan, Reading(), ["recap"])
-    parts(plan, Reading(), ["recap"])
+    written(plan, ["recap"])
+    written(plan, ["recap"])
     file = plan.out / "recap" / "round_1" / "experience.yaml"
     write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
     file.write_text(file.read_text().replace("steps: 7", "steps: 8"))
@@ -200,8 +245,8 @@ def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Round
 
 
 def test_what_failed_may_be_tried_with_other_options(plan: Rounds) -> None:
-    parts(plan, Reading(), ["recap"])
-    parts(replace(plan, training=replace(TRAINING, batch_size=2)), Reading(), ["recap"])
+    written(plan, ["recap"])
+    written(replace(plan, training=replace(TRAINING, batch_size=2)), ["recap"])
     assert trained(plan, "recap", 1)["data"]["batch_size"] == 2
 
 
@@ -212,13 +257,13 @@ def test_robot_of_the_attempts_is_the_one_that_is_named(tmp_path: Path) -> None:
     }
     reading, demonstrations = Reading(sources=sources), [str(tmp_path / name) for name in sources]
     for robot, same in ((None, "arm"), ("more", "arm"), ("hand", "hand")):
-        found = configuration("successes", tmp_path, reading, demonstrations, ["tries"], [], TRAINING, robot)
+        found = configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, robot)
         robots = {name: s["init_args"]["same_robot_as"] for name, s in found["data"]["sources"].items()}
         assert robots == {"arm": None, "more": "arm", "hand": None, "successes_0": same}
     with pytest.raises(ValueError, match="the robot of 'arm'"):
-        configuration("successes", tmp_path, reading, demonstrations[1:], ["tries"], [], TRAINING)
+        configuration("successes", tmp_path, reading, demonstrations[1:], [Tries("tries")], TRAINING)
     with pytest.raises(ValueError, match="robot 'leg'"):
-        configuration("successes", tmp_path, reading, demonstrations, ["tries"], [], TRAINING, "leg")
+        configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, "leg")
 
 
 def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> None:
