@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from huggingface_hub import EvalResult, hf_hub_url
+from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
-from pi05_lightning.evaluation.report.run import Run, read_run
+from pi05_lightning.evaluation.report.page import film_caption, protocol
+from pi05_lightning.evaluation.report.run import ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import read_json, write_text
@@ -62,17 +64,21 @@ def push(
     if out is not None and out.exists():
         raise ValueError(f"{out} already exists: delete it or name another folder")
     tag = None
+    of_a_policy = {"--robot": robot, "--base": base, "--tokenizer": tokenizer, "--averaged false": not averaged}
     with TemporaryDirectory() as made:
         folder = Path(made)
-        if (source / LEROBOT).is_file():
-            kind, tag = "dataset", lerobot_dataset(source, folder, repo, license)
-        elif (source / IMAGES).is_file():
-            kind = "dataset"
-            image_dataset(source, folder, repo, license)
-        elif (source / "robot" / LEROBOT).is_file():
+        kind: Literal["model", "dataset"] = "dataset"
+        if (source / "robot" / LEROBOT).is_file():
             raise ValueError(
                 f"{source} holds two datasets: push {source / 'robot'} and {source / 'web'}, each by itself"
             )
+        is_dataset = (source / LEROBOT).is_file() or (source / IMAGES).is_file()
+        if is_dataset and (given := [option for option, value in of_a_policy.items() if value]):
+            raise ValueError(f"{given[0]} is for policies, and {source} is a dataset: leave it out")
+        if (source / LEROBOT).is_file():
+            tag = lerobot_dataset(source, folder, repo, license)
+        elif (source / IMAGES).is_file():
+            image_dataset(source, folder, repo, license)
         else:
             kind = "model"
             policy(source, folder, repo, license, robot=robot, averaged=averaged, base=base, tokenizer=tokenizer)
@@ -82,8 +88,9 @@ def push(
         if dry_run:
             print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nnothing was sent")
         else:
-            print(f"pushed: {publish(folder, repo, 'model' if kind == 'model' else 'dataset', private, tag)}")
-    if license is None:
+            print(f"pushed: {publish(folder, repo, kind, private, tag)}")
+        stated = RepoCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")
+    if stated is None:
         print("No licence is stated: --license apache-2.0 (or another identifier of the Hub's) says who may use it.")
 
 
@@ -105,9 +112,13 @@ def policy(
     keep_robot(processor, robot)
     sections: dict[str, str] = {}
     results: list[EvalResult] = []
+    begun = None
     home = run_of(weights.path)
     if is_run(home) and (home / CONFIG).is_file():
         run = read_run(home)
+        if run.success and run.rollout.get("sha256") != weights.content_hash():
+            print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
+            run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
         films = {film.name: film for film in run.videos}
         if films:
             (folder / FILMS).mkdir()
@@ -115,7 +126,8 @@ def policy(
             shutil.copyfile(film, folder / FILMS / name)
         write_text(folder / RUN_CONFIG, yaml.safe_dump(named_alone(run.config), sort_keys=False))
         sections, results = sections_of(run, repo), results_of(run)
-    save_published(folder, repo, weights.model(), processor, weights.trained, license, sections, results)
+        begun = run.config.get("model", {}).get("init_from")
+    save_published(folder, repo, weights.model(), processor, weights.trained, license, sections, results, begun)
 
 
 def named_alone(value: Any) -> Any:
@@ -156,7 +168,9 @@ def success(run: Run) -> str:
         for task in tasks
     ]
     about = "Episodes that succeeded, and the 95 % Wilson interval of the rate, on initial states not trained on.\n\n"
-    return about + table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
+    counted = table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
+    how = [(name, Path(value).name if name == "checkpoint" else value) for name, value in protocol(run).items()]
+    return f"{about}{counted}\n\nHow it was measured:\n\n{table(('', ''), how)}"
 
 
 def metrics(run: Run) -> str:
@@ -171,8 +185,12 @@ def metrics(run: Run) -> str:
 
 
 def films(run: Run, repo: str) -> str:
-    addresses = [hf_hub_url(repo, film.name, subfolder=FILMS) for film in run.videos]
-    return "\n".join(f'<video controls width="320" src="{address}"></video>' for address in addresses)
+    """Each with what it shows and how its episode ended."""
+    return "\n\n".join(
+        f'<video controls width="320" src="{hf_hub_url(repo, film.name, subfolder=FILMS)}"></video>\n\n'
+        f"{film_caption(film, run.films)}"
+        for film in run.videos
+    )
 
 
 def results_of(run: Run) -> list[EvalResult]:
@@ -215,6 +233,11 @@ def lerobot_dataset(source: Path, folder: Path, repo: str, license: str | None) 
     if not (folder / CARD).exists():
         card = create_lerobot_dataset_card(["pi05_lightning"], load_info(source), license=license, repo_id=repo)
         write_text(folder / CARD, str(card))
+    elif license is not None:
+        theirs = RepoCard.load(folder / CARD, ignore_metadata_errors=True)
+        theirs.data.license = license
+        (folder / CARD).unlink()  # a link to the dataset's own
+        write_text(folder / CARD, str(theirs))
     return read_json(source / LEROBOT)["codebase_version"]
 
 

@@ -12,6 +12,7 @@ import httpx
 from pi05_lightning.files.local import shown
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FAILURES = (OSError, ValueError, RuntimeError, httpx.HTTPError)
 FILES = ("*.json", "*.safetensors", "*.model")
 """All that is downloaded: nothing of it can execute code."""
 
@@ -58,7 +59,7 @@ def publish(
     again. Files that an earlier push wrote into a folder of this one, and that are no longer in it, go in the same
     commit; what else is in the repository stays.
     tag: what the commit is called too, in place of an earlier commit.
-    ValueError when the Hub refuses or cannot be reached.
+    ValueError when the Hub refuses or cannot be reached, and where a repository that is to be private is public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RevisionNotFoundError
@@ -67,6 +68,12 @@ def publish(
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+        is_public = private and not api.repo_info(repo, repo_type=kind).private
+    except _FAILURES as error:
+        raise ValueError(_failed(repo, error)) from error
+    if is_public:
+        raise ValueError(f"{repo} is there already, and is public: make it private on the Hub, or leave out --private")
+    try:
         commit = api.upload_folder(
             repo_id=repo,
             repo_type=kind,
@@ -74,14 +81,29 @@ def publish(
             commit_message="Pushed by pi05_lightning",
             delete_patterns=[f"{inner.name}/*" for inner in folder.iterdir() if inner.is_dir()],
         )
-        if tag is not None:
+    except _FAILURES as error:
+        raise ValueError(_failed(repo, error)) from error
+    if tag is not None:
+        try:
             with suppress(RevisionNotFoundError):
                 api.delete_tag(repo, tag=tag, repo_type=kind)
             api.create_tag(repo, tag=tag, repo_type=kind)
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"the push to {repo} failed ({reason}), and readers see none of it. Log in with an account that may write"
-            " there (hf auth login), then run the same command again: what was sent already is not sent again"
-        ) from error
+        except _FAILURES as error:
+            raise ValueError(
+                f"the files are at {commit.commit_url}, but the tag {tag}, by which they are asked for, is not"
+                f" ({_reason(error)}): run the same command again"
+            ) from error
     return commit.commit_url
+
+
+def _failed(repo: str, error: Exception) -> str:
+    return (
+        f"the push to {repo} failed ({_reason(error)}), and readers see none of it. Mend what it says, or log in with"
+        " an account that may write there (hf auth login), then run the same command again: what was sent already is"
+        " not sent again"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """All that the Hub said, on one line."""
+    return " ".join(str(error).split())

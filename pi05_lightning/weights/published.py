@@ -31,10 +31,12 @@ def save_published(
     license: str | None = None,
     sections: Mapping[str, str] | None = None,
     results: Sequence[EvalResult] = (),
+    begun_with: str | None = None,
 ) -> None:
     """Write a policy and its card into a folder. Of one robot, LeRobot opens it too, with the plugin.
 
-    sections: further parts of the card by their heading.  results: what the Hub shows beside it.
+    sections: further parts of the card by their heading.  results: what the Hub shows beside it.  begun_with: the
+    weights that it was trained from, which the Hub shows too where they are its own.
     Where its data lay on this machine is left out.
     """
     processor = without_places(processor)
@@ -51,6 +53,7 @@ def save_published(
         tags=[*TAGS, *(["LeRobot"] if for_lerobot else [])],
         datasets=[robot.dataset for robot in robots.values() if is_hub_id(robot.dataset)] or None,
         model_name=repo.partition("/")[2],
+        base_model=begun_with if begun_with is not None and is_hub_id(begun_with) else None,
         eval_results=list(results) or None,
     )
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)

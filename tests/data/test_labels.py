@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.data.attempts import Attempts
-from pi05_lightning.data.labels import Labels
+from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 
@@ -154,6 +155,31 @@ def test_corrections_alone_can_be_trained_on(pictures_copy: Path) -> None:
     source = LeRobotSource(config, "robot", "train", 3, (14, 14))
     places = [source.place(index) for index in range(len(source))]
     assert [(place["episode_index"], place["frame_index"]) for place in places] == [(1, frame) for frame in range(5, 9)]
+
+
+def test_chunks_end_where_another_one_begins_to_act(pictures_copy: Path) -> None:
+    corrected = [episode == 1 and 3 <= frame < 6 for episode, length in enumerate(LENGTHS) for frame in range(length)]
+    column(corrected, "intervention", pa.bool_(), pictures_copy)
+
+    def padding(**options: Any) -> dict[int, int]:
+        """Of the chunks of the second episode, by frame."""
+        config = LeRobotConfig(str(pictures_copy), val_fraction=0, **options)
+        source = LeRobotSource(config, "robot", "train", 4, (14, 14))
+        places = [source.place(index) for index in range(len(source))]
+        return {
+            p["frame_index"]: int(source[n].action_is_pad.sum())
+            for n, p in enumerate(places)
+            if p["episode_index"] == 1
+        }
+
+    assert padding(frames="corrections") == {3: 1, 4: 2, 5: 3}
+    assert padding() == {0: 0, 1: 0, 2: 0, 3: 0, 4: 0, 5: 0, 6: 1, 7: 2, 8: 3}
+    files, file = LeRobotFiles.open(pictures_copy), pictures_copy / "signs.parquet"
+    attempts = Attempts.read(files, demonstrations=True)
+    Labels(attempts.episode, attempts.frame, {POSITIVE: attempts.intervention}, {}).write(file, files)
+    of_policy = {0: 1, 1: 2, 2: 3, 6: 1, 7: 2, 8: 3}
+    assert padding(labels=str(file), frames="negative") == of_policy
+    assert padding(labels=str(file)) == of_policy | {3: 1, 4: 2, 5: 3}
 
 
 @pytest.mark.parametrize("sign", ["positive", "negative"])

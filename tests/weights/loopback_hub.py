@@ -34,6 +34,9 @@ class Hub:
     refuse_objects_after: int | None = None
     """The connection is good for so many objects."""
     refuse_commits: bool = False
+    refuse_tags: bool = False
+    wrong_metadata: str = ""
+    """What the Hub finds wrong with a card."""
     commits: int = 0
 
 
@@ -69,7 +72,8 @@ class Handler(BaseHTTPRequestHandler):
                 hub.private.add(name)
             return self.reply({"url": f"{hub.address}/{name.removeprefix('models/')}"})
         if path == "/api/validate-yaml":
-            return self.reply({"warnings": [], "errors": []})
+            errors = [{"message": hub.wrong_metadata}] if hub.wrong_metadata else []
+            return self.reply({"warnings": [], "errors": errors}, 400 if errors else 200)
         if found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/preupload/[^/]+", path):
             files = json.loads(body)["files"]
             modes = [
@@ -97,6 +101,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.commit(found[1], [json.loads(line) for line in body.splitlines()])
         if found := re.fullmatch(r"/api/(\w+/[^/]+/[^/]+)/tag/(.+)", path):
             tags = hub.tags.setdefault(found[1], set())
+            if hub.refuse_tags:
+                return self.reply({"error": "no tags now"}, 403)
             if self.command == "DELETE":
                 if found[2] not in tags:
                     return self.reply({"error": "none"}, 404, X_Error_Code="RevisionNotFound")
@@ -112,7 +118,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.reply({"error": "none"}, 404, X_Error_Code="RepoNotFound")
             names = hub.repositories[found[1]]
             sha = f"{hub.commits:040x}"
-            return self.reply({"id": found[1], "sha": sha, "siblings": [{"rfilename": name} for name in names]})
+            files = [{"rfilename": name} for name in names]
+            return self.reply({"id": found[1], "sha": sha, "private": found[1] in hub.private, "siblings": files})
         if found := re.fullmatch(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             files = hub.repositories.get(f"{found[1] or 'models'}/{found[2]}", {})
             if found[4] not in files:

@@ -26,6 +26,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.run_directory import write_config
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.locate import locate
 
 from .loopback_hub import Hub, serving
 
@@ -76,9 +77,13 @@ def policy(pictures: Path) -> Pi05Policy:
 def make_run(run: Path, policy: Pi05Policy) -> None:
     """A run's directory that holds weights, a rollout with a film, metrics, and paths of this machine."""
     save(run, policy.model, policy.processor, policy.trained)
-    write_config(run, yaml.safe_dump({"data": {"fast": "/secret/place/fast"}, "seed_everything": 0}))
+    config = {"data": {"fast": "/secret/place/fast"}, "seed_everything": 0, "model": {"init_from": "lab/before"}}
+    write_config(run, yaml.safe_dump(config))
     success = {"policy": {"open-drawer": [9, 10]}, "random": {"open-drawer": [0, 10]}}
-    write_json(run / "rollout" / "rollout.json", {"success": success, "acting": {"policy": {}}, "films": ["one.mp4"]})
+    film = {"mode": "policy", "task": "open-drawer", "seed": 3, "outcome": "failed: out of time"}
+    measured = {"sha256": locate(run).content_hash(), "seed": 5, "max_seconds": {"open-drawer": 4.0}}
+    result = {"success": success, "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 1}}, **measured}
+    write_json(run / "rollout" / "rollout.json", result | {"films": {"one.mp4": film}})
     (run / "rollout" / "one.mp4").write_bytes(b"a film")
     write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
     versions = {"pi05_lightning": "0.2.0"}
@@ -120,6 +125,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
     card = ModelCard(files["README.md"].decode())
     assert card.data.license == "apache-2.0"
     assert card.data.pipeline_tag == "robotics"
+    assert card.data.base_model == "lab/before"
     assert [result.metric_value for result in card.data.eval_results] == [0.9]
     for said in (
         "| posttrain | 5 |",
@@ -127,6 +133,9 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
         "| open-drawer | 9/10 (0.60–0.98) | 0/10 (0.00–0.28) |",
         "| robot/continuous_robot_actions | 4 | 0.250 |",
         "films/one.mp4",
+        "policy, subtask first · open-drawer · initial state 3: failed: out of time",
+        "| time limit | 4 s |",
+        "| noise | × 0.5 |",
         'Pi05Policy.from_pretrained("lab/arm")',
         "--policy.path=lab/arm",
     ):
@@ -159,7 +168,9 @@ def test_failed_push_leaves_what_readers_saw_and_goes_on_where_it_was(hub: Hub, 
     (run / "rollout" / "one.mp4").write_bytes(b"another film")
     (run / "rollout" / "two.mp4").write_bytes(b"a second film")
     result = json.loads((run / "rollout" / "rollout.json").read_text())
-    write_json(run / "rollout" / "rollout.json", result | {"films": ["one.mp4", "two.mp4"]})
+    write_json(
+        run / "rollout" / "rollout.json", result | {"films": result["films"] | {"two.mp4": result["films"]["one.mp4"]}}
+    )
     hub.sent.clear()
     hub.refuse_objects_after = 1
     with pytest.raises(SystemExit, match=r"the push to lab/arm failed .* readers see none of it"):
@@ -184,6 +195,61 @@ def test_films_that_are_gone_leave_with_the_next_push_and_other_files_stay(hub: 
     main(["push", str(run), "lab/arm"])
     assert "films/old.mp4" not in hub.repositories[MODEL]
     assert hub.repositories[MODEL]["theirs.md"] == b"kept"
+
+
+def test_success_and_films_of_other_weights_are_left_out(
+    hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads((run / "rollout" / "rollout.json").read_text())
+    write_json(run / "rollout" / "rollout.json", result | {"sha256": "of others"})
+    main(["push", str(run), "lab/arm", "--license", "mit"])
+    assert "rollout.json is of other weights" in capsys.readouterr().out
+    assert "films/one.mp4" not in hub.repositories[MODEL]
+    card = ModelCard(hub.repositories[MODEL]["README.md"].decode())
+    assert card.data.eval_results is None
+    assert "open-drawer | 9/10" not in card.text
+
+
+def test_public_repository_is_not_taken_for_a_private_one(hub: Hub, run: Path) -> None:
+    main(["push", str(run), "lab/arm"])
+    before = dict(hub.repositories[MODEL])
+    (run / "rollout" / "one.mp4").write_bytes(b"a private film")
+    with pytest.raises(SystemExit, match="lab/arm is there already, and is public"):
+        main(["push", str(run), "lab/arm", "--private"])
+    assert hub.repositories[MODEL] == before
+
+
+def test_all_that_the_hub_says_of_a_card_is_told(hub: Hub, run: Path) -> None:
+    hub.wrong_metadata = '"license" must be one of [apache-2.0, mit]'
+    with pytest.raises(SystemExit, match=r'"license" must be one of'):
+        main(["push", str(run), "lab/arm", "--license", "apache2"])
+
+
+def test_dataset_whose_tag_failed_is_said_to_be_there(hub: Hub, pictures: Path) -> None:
+    hub.refuse_tags = True
+    with pytest.raises(SystemExit, match=r"the files are at .*, but the tag v3\.0, .* is not"):
+        main(["push", str(pictures), "lab/drawers"])
+    hub.refuse_tags = False
+    main(["push", str(pictures), "lab/drawers"])
+    assert hub.tags[DATA] == {"v3.0"}
+
+
+def test_licence_is_put_into_a_datasets_own_card(
+    hub: Hub, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Path(shutil.copytree(pictures, tmp_path / "robot"))
+    theirs = "---\nlicense: mit\n---\n\n# Drawers\n"
+    (source / "README.md").write_text(theirs)
+    main(["push", str(source), "lab/drawers"])
+    assert hub.repositories[DATA]["README.md"].decode() == theirs
+    main(["push", str(source), "lab/drawers", "--license", "cc-by-4.0"])
+    assert "No licence is stated" not in capsys.readouterr().out
+    pushed = hub.repositories[DATA]["README.md"].decode()
+    assert "license: cc-by-4.0" in pushed
+    assert "# Drawers" in pushed
+    assert (source / "README.md").read_text() == theirs
+    with pytest.raises(SystemExit, match="--robot is for policies"):
+        main(["push", str(source), "lab/drawers", "--robot", "arm"])
 
 
 def test_policy_pushes_itself(hub: Hub, policy: Pi05Policy, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -161,7 +162,7 @@ class LeRobotSource(Source):
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = Kept(self.columns, self.rejects)
-        self._chunks = Chunks(self.columns, horizon, steps, relative_dims)
+        self._chunks = Chunks(self.columns, self._chunk_ends(), horizon, steps, relative_dims)
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
         self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
@@ -358,7 +359,7 @@ class LeRobotSource(Source):
         """Which rows `frames` names, bool[N]."""
         match self.config.frames:
             case "corrections":
-                return self._corrected()
+                return self._corrected
             case "positive" | "negative" as sign:
                 if self._advantage is None:
                     raise ValueError(f"dataset {self.name!r}: `frames: {sign}` needs `labels` that say which are")
@@ -369,9 +370,22 @@ class LeRobotSource(Source):
     def _taught_subtasks(self) -> np.ndarray:
         """Which rows' subtasks can be learned, bool[N]: in a policy's attempts not those that it said itself."""
         if of_a_policy(self.files):
-            return self._corrected()
+            return self._corrected
         return np.ones(len(self.columns.episode), dtype=bool)
 
+    def _chunk_ends(self) -> np.ndarray:
+        """The row before which each row's chunk ends, i64[N]: its episode's end.
+
+        Where it counts whose actions they are, also that from which another one acts: what a policy did badly is not
+        learned with the expert's correction of it, nor a correction with what the policy did next.
+        """
+        end = self.columns.end
+        if self.config.frames == "all" and self.config.labels in (None, "positive"):
+            return end
+        changes = np.append(np.flatnonzero(np.diff(self._corrected)) + 1, len(end))
+        return np.minimum(end, changes[np.searchsorted(changes, np.arange(len(end)), side="right")])
+
+    @cached_property
     def _corrected(self) -> np.ndarray:
         """Which rows' actions were a correction, bool[N]."""
         attempts = Attempts.read(self.files, demonstrations=True)

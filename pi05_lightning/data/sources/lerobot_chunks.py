@@ -16,11 +16,13 @@ from pi05_lightning.data.transforms import Quantiles, RelativeActions
 class Chunks:
     """One for each row of N.
 
-    horizon: steps of a chunk.  steps: those of them that are actions; what is left, and what is past the episode's
-    end, is padding.  relative: dims of the action that are trained relative to the state.
+    end i64[N]: the row where a chunk ends at the latest: that where its episode does, or an earlier one.
+    horizon: steps of a chunk.  steps: those of them that are actions; what is left, and what is past the end, is
+    padding.  relative: dims of the action that are trained relative to the state.
     """
 
     columns: Columns
+    end: np.ndarray
     horizon: int
     steps: int
     relative: RelativeActions | None
@@ -28,22 +30,22 @@ class Chunks:
     def at(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """The actions of the chunk that begins at a row, f32[T A], and which are padding, bool[T]."""
         steps = np.arange(row, row + self.horizon)
-        end = min(self.columns.end[row], row + self.steps)
+        end = min(self.end[row], row + self.steps)
         return self.columns.action[np.minimum(steps, end - 1)], steps >= end
 
     def holding(self, bad: np.ndarray) -> np.ndarray:
         """Which rows' chunks hold a row for which bool[N] holds, bool[N]."""
         until = np.concatenate([[0], np.cumsum(bad)])
-        return until[np.minimum(np.arange(len(bad)) + self.steps, self.columns.end)] > until[:-1]
+        return until[np.minimum(np.arange(len(bad)) + self.steps, self.end)] > until[:-1]
 
     def far(self, robot: Robot) -> np.ndarray:
         """Which rows' chunks hold a value that a robot's statistics do not explain, bool[N]."""
         columns, relative, quantiles = self.columns, robot.relative, robot.normalize.action
         if relative is None:
             return self.holding(beyond(quantiles, columns.action))
-        far = np.zeros(len(columns.end), dtype=bool)
+        far = np.zeros(len(self.end), dtype=bool)
         for step in range(self.steps):
-            action = columns.action[np.minimum(np.arange(len(far)) + step, columns.end - 1)]
+            action = columns.action[np.minimum(np.arange(len(far)) + step, self.end - 1)]
             action[:, list(relative.dims)] -= columns.state[:, list(relative.state_dims)]
             far |= beyond(quantiles, action)
         return far
@@ -55,7 +57,7 @@ class Chunks:
         counts once for every row and action of its chunk.
         """
         state, action = self.columns.state, self.columns.action
-        stop = np.minimum(rows + self.steps, self.columns.end[rows])
+        stop = np.minimum(rows + self.steps, self.end[rows])
         steps, relative = steps_trained_on(rows, stop, len(action)), self.relative
         states = dict(zip(relative.dims, relative.state_dims, strict=True)) if relative else {}
         return FeatureStats.of(state[rows, dim] for dim in range(state.shape[1])), FeatureStats.of(

@@ -50,7 +50,13 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        data_uri=data_uri, svg_uri=svg_uri, number=number, film_caption=film_caption, poster=poster, percent=percent
+        data_uri=data_uri,
+        svg_uri=svg_uri,
+        number=number,
+        film_caption=film_caption,
+        mode_label=plots.mode_label,
+        poster=poster,
+        percent=percent,
     )
     switches = plots.switch_steps(run.curves)
     return environment.get_template("page.html.j2").render(
@@ -66,7 +72,6 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         protocol=protocol(run),
         latency=run.rollout.get("milliseconds", {}),
         failures=failure_rows(run.rollout.get("failures", {})),
-        labels=plots.MODE_LABELS,
         sections={
             section: (columns, {name: run.metrics[name] for name in section_rows(run.metrics, section)})
             for section, columns in SECTIONS.items()
@@ -173,7 +178,7 @@ def glance(run: Run) -> list[Glance]:
     """One number in [0, 1] per task and per row of the metric table: what is learned, and what is not."""
     rows = []
     for mode, by_task in list(rates(run.success).items())[:1]:  # the policy's
-        label = f"success, {plots.MODE_LABELS.get(mode, mode)}"
+        label = f"success, {plots.mode_label(mode)}"
         rows = [Glance(task, label, r.value, (r.low, r.high)) for task, r in by_task.items() if task != ALL]
     for name in ordered(run.metrics):
         for metric, label in HEADLINES:
@@ -215,6 +220,5 @@ def film_caption(file: Path, films: Mapping[str, Mapping[str, Any]]) -> str:
     if file.name not in films:
         return file.stem.replace("_", " ")
     film = films[file.name]
-    mode, comma, instruction = film["mode"].partition(",")
-    parts = (plots.MODE_LABELS.get(mode, mode) + comma + instruction, film["task"], f"initial state {film['seed']}")
+    parts = (plots.mode_label(film["mode"]), film["task"], f"initial state {film['seed']}")
     return f"{' · '.join(parts)}: {film['outcome']}"

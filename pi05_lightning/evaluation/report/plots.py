@@ -31,6 +31,12 @@ MODE_LABELS = {
 }
 
 
+def mode_label(mode: str) -> str:
+    """A mode of a rollout in words, with the kind of instruction that it was given: `flat, swapped`."""
+    acted, comma, instruction = mode.partition(",")
+    return MODE_LABELS.get(acted, acted) + comma + instruction
+
+
 def success_bars(success: Success) -> str:
     """Success rate per task and mode with its 95 % Wilson interval, and over all tasks."""
     found = rates(success)
@@ -44,9 +50,7 @@ def success_bars(success: Success) -> str:
         error = np.abs(bounds.T - heights)
         place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
         color = COLORS[number % len(COLORS)]
-        axes.bar(
-            place, heights, 0.9 * width, yerr=error, color=color, label=MODE_LABELS.get(mode, mode), ecolor="#444444"
-        )
+        axes.bar(place, heights, 0.9 * width, yerr=error, color=color, label=mode_label(mode), ecolor="#444444")
     axes.axvline(len(groups) - 1.5, color="#cccccc", linewidth=1)
     axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
     axes.set_ylim(0, 1.05)
@@ -65,7 +69,7 @@ def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         error = np.stack([np.zeros_like(means), np.maximum(above, 0)])
         place = np.arange(len(jumps)) + (number - 0.5) * 0.4
         axes.bar(place, means, 0.36, yerr=error, color=COLORS[number], label=label, ecolor="#444444")
-    axes.set_xticks(range(len(jumps)), [MODE_LABELS.get(mode, mode) for mode in jumps])
+    axes.set_xticks(range(len(jumps)), [mode_label(mode) for mode in jumps])
     axes.set_ylabel("share of the range")
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return as_svg(figure)

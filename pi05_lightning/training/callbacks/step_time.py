@@ -13,17 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.data.samples import TrainLoader
+from pi05_lightning.training.callbacks.interrupt import Stopped
 
 MUCH = 0.1
 """Share of a step from which on there is advice."""
 
 
 class StepTime(Callback):
-    """Prints, when `fit` ends, what shares of a batch's time were spent on, and advice where much was not computing.
+    """Prints what shares of a batch's time were spent on, and advice where much was not computing.
 
-    Of the first rank, by the host's clock, without the first batch, for which workers start. Communicating is what
-    DDP does beside the backward pass; what is hidden behind it costs nothing, and what sharding gathers counts as
-    computing.
+    It does so when `fit` ends or is stopped. The times are of the first rank, by the host's clock, without the first
+    batch, for which workers start. Communicating is what DDP does beside the backward pass; what is hidden behind it
+    costs nothing, and what sharding gathers counts as computing.
     """
 
     def __init__(self) -> None:
@@ -45,6 +46,13 @@ class StepTime(Callback):
         self.batches += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._tell(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt | Stopped):  # who stops a run may ask why it is slow
+            self._tell(trainer)
+
+    def _tell(self, trainer: Trainer) -> None:
         if not self.batches:
             return
         waiting, computing = self.waiting / self.batches, self.computing / self.batches
