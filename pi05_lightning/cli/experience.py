@@ -19,8 +19,9 @@ from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
-from pi05_lightning.experience.rounds import Method, Training, Tries, configuration
+from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
+from pi05_lightning.sim.splits import LIBERO_STATES
 
 CONFIG = "experience.yaml"  # of a round: what its policy was trained on
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
@@ -38,6 +39,7 @@ def experience(
     episodes: int = 25,
     test_episodes: int = 50,
     noise_scale: float = 0.5,
+    acting: dict[str, Any] | None = None,
     corrections: int | None = None,
     steps: int = 800,
     batch_size: int = 32,
@@ -75,6 +77,8 @@ def experience(
         test_episodes: initial states per task that each round's policy is tried on; no attempt begins there.
         noise_scale: of the noise with which attempts are made, see `Acting`; 0 makes the same attempt each time, and 1,
             as trained, may fail much oftener than the policy does.
+        acting: how policies act in attempts and where they are tried, as `{execution_horizon: 8}`: options of
+            `pi05 rollout`.
         corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
         steps: optimizer steps of a round's policy.
         batch_size: frames of a step.
@@ -95,19 +99,25 @@ def experience(
         seed: of attempts and training; every seed is tried on the same initial states.
 
     Writes `out`/index.html and results.json: success over the rounds of every method.
-    Raises ValueError when `out` holds rounds with other arguments, SystemExit with a part's status when one fails.
+    Raises ValueError when `out` holds rounds with other arguments, where attempts and tests would begin in the same
+    states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
     if rounds < 1 or not methods:
         raise ValueError("rounds, methods: at least one")
+    if env.startswith("Libero") and episodes + test_episodes > LIBERO_STATES:
+        raise ValueError(
+            f"LIBERO has {LIBERO_STATES} initial states of a task: {episodes} episodes and {test_episodes}"
+            " test_episodes would meet, so give fewer"
+        )
     simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None, "device": device}
-    acting = {"noise_scale": noise_scale} | ({"robot": robot} if robot else {})
+    acts = {**(acting or {}), **({"robot": robot} if robot else {})}
     attempts = {
         "episodes": episodes,
         "val_episodes": 0,
-        "acting": json.dumps(acting),
+        "acting": json.dumps({"noise_scale": noise_scale} | acts),
         "max_seconds": attempt_seconds or max_seconds,
     }
-    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds, "robot": robot}
+    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds} | acts
     plan = Rounds(
         out,
         policy,
@@ -125,7 +135,7 @@ def experience(
         robot=robot,
         device=device,
     )
-    run_parts(out, parts(plan, Reading.of(policy), methods), lambda: write_results(out, methods, rounds))
+    run_parts(out, parts(plan, Reading.of(policy), methods), lambda: write_results(out))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 
 
@@ -169,11 +179,11 @@ class Rounds:
         known = ("--demonstrations", listed(self.demonstrations), "--steps", str(self.value_steps))
         begun = ("--policy", str(self.policy), "--seed", str(self.seed))
         ahead = () if number == 1 else ("--n_seconds", str(self.n_seconds))
+        device = ("--device", self.device)
         marks = ("--positive_share", str(self.shares[min(number, 2) - 1]), *ahead, "--out", str(folder / "labels"))
         of_tasks = ("--positive_shares", json.dumps(dict(self.shares_of_tasks))) if self.shares_of_tasks else ()
-        device = ("--device", self.device)
         return [
-            Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known)),
+            Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known, *device)),
             Part(f"{name}-label", ("value", "label", str(value), *tried, *marks, *of_tasks, *device)),
         ]
 
@@ -238,18 +248,21 @@ def rounds_of(method: Method, rounds: int) -> int:
     return 1 if method == "demonstrations" else rounds
 
 
-def write_results(out: Path, methods: Sequence[Method], rounds: int) -> None:
-    """results.json and index.html: what there is so far."""
-    if not (out / "base" / "rollout.json").is_file():
+def write_results(out: Path) -> None:
+    """results.json and index.html: what there is so far, of all methods that were ever asked for."""
+    base = read_json(out / "base" / "rollout.json", default={})
+    if not base:
         return
     found: dict[str, list[Rate]] = {}
     numbers: dict[str, list[dict[str, float | None]]] = {}
-    for method in methods:
-        folders = [out / "base", *(out / method / f"round_{number}" / "rollout" for number in range(1, rounds + 1))]
-        rollouts = [rollout for folder in folders if (rollout := read_json(folder / "rollout.json", default={}))]
-        found[method] = [rates(rollout["success"])["policy"][ALL] for rollout in rollouts]
-        speeds = [rollout.get("per_minute", {}).get("policy") for rollout in rollouts]  # since 0.2.0
-        numbers[method] = [r._asdict() | {"per_minute": s} for r, s in zip(found[method], speeds, strict=True)]
+    for method in METHODS:
+        rounds = sorted((out / method).glob("round_*"), key=lambda folder: int(folder.name.removeprefix("round_")))
+        files = [folder / "rollout" / "rollout.json" for folder in rounds]
+        rollouts = [base, *(rollout for file in files if (rollout := read_json(file, default={})))]
+        if rounds:
+            found[method] = [rates(rollout["success"])["policy"][ALL] for rollout in rollouts]
+            speeds = [rollout.get("per_minute", {}).get("policy") for rollout in rollouts]  # since 0.2.0
+            numbers[method] = [r._asdict() | {"per_minute": s} for r, s in zip(found[method], speeds, strict=True)]
     write_json(out / "results.json", numbers)
     rows = [["method", "round", "success", "95 % interval", "successes a minute"]]
     for name, of_rounds in found.items():

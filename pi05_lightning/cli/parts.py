@@ -38,7 +38,7 @@ class Part:
 
 
 def run_parts(out: Path, todo: Sequence[Part], after: Callable[[], None]) -> None:
-    """Run what is not done yet, and call `after` after each part.
+    """Run what is not done yet, and call `after` after each part, and at the end.
 
     Raises ValueError when `out` holds parts with other arguments, SystemExit with a part's status when one fails.
     """
@@ -55,6 +55,7 @@ def run_parts(out: Path, todo: Sequence[Part], after: Callable[[], None]) -> Non
         with done.timed():
             run_command(part.next_command)
         after()
+    after()  # an earlier call may have ended between a part and what comes after it
 
 
 class Progress:

@@ -10,7 +10,7 @@ import yaml
 from rich.console import Console
 
 from pi05_lightning.cli.run import run as run_trainer
-from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels
+from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels, fingerprint
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
@@ -35,6 +35,7 @@ def value_fit(
     c_fail: float | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
+    device: str = "cpu",
     options: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Fit a value on attempts: from what a policy sees and is told, how far it is from success.
@@ -53,11 +54,12 @@ def value_fit(
         c_fail: steps that a failure costs; by default as many as the longest episode of its task has.
         val_fraction: share of the episodes held out where a dataset declares none, for the calibration.
         seed: of the training.
+        device: where the value runs for its calibration.
         options: further options of `pi05 fit`, as [--trainer.accelerator, gpu].
 
     Returns and writes the calibration on episodes that are held out.
     Raises ValueError where nothing says how an episode ended, where none is held out, and for a run that was begun with
-    other options.
+    other options or on other episodes.
     """
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(tried)
@@ -78,13 +80,15 @@ def value_fit(
             " it, or record more attempts"
         )
     config = configuration(policy, reading, sources, steps, batch_size, lr)
-    write_once(run / "value.yaml", yaml.safe_dump(config, sort_keys=False))
+    contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in tried)
+    write_once(run / "value.yaml", contents + yaml.safe_dump(config, sort_keys=False))
     arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
     run_trainer("fit", [*arguments, *options])
-    write_json(run / VALUE_FILE, {"longest": longest, "c_fail": c_fail, "datasets": [one.path for one in tried]})
-    value = ValueFunction(run)
-    about = {"sha256": value.sha256, "longest": longest, "c_fail": c_fail, "policy": str(policy)}
-    write_json(run / VALUE_FILE, about | {"datasets": [one.path for one in tried]})
+    about = {"longest": longest, "fps": tried[0].files.fps, "c_fail": c_fail, "policy": str(policy)}
+    about["datasets"] = [one.path for one in tried]
+    write_json(run / VALUE_FILE, about)
+    value = ValueFunction(run, device)
+    write_json(run / VALUE_FILE, {"sha256": value.sha256} | about)
     return calibrate(value, tried, reading, val_fraction, run)
 
 
@@ -123,21 +127,27 @@ def configuration(
 def calibrate(
     value: ValueFunction, tried: list[Tried], reading: Reading, val_fraction: float, run: Path
 ) -> dict[str, Any]:
-    """The calibration on the datasets' validation episodes, written as numbers and as a page."""
-    parts: list[np.ndarray] = []
+    """The calibration on validation episodes, written as numbers and as a page.
+
+    On those of attempts, where any is held out: beside demonstrations, which all succeeded, an attempt is told by who
+    acted.
+    """
+    parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for one in tried:
         options = reading.options(one.path, tried[0].path, one.collected) | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)
-            parts.append(np.stack([value.of(source), returns[rows], one.attempts.success[rows]]))
-    predicted, returns, success = np.concatenate(parts, axis=1)
+            compared = np.stack([value.of(source), returns[rows], one.attempts.success[rows]])
+            parts[one.demonstrations].append(compared)
+    kind = "attempts" if parts[False] else "demonstrations"
+    predicted, returns, success = np.concatenate(parts[not parts[False]], axis=1)
     found = calibration(predicted, returns, success > 0)
     write_json(run / CALIBRATION, found)
     table = [["predicted", "actual", "frames"], *([f"{v:.3f}", f"{r:.3f}", str(n)] for v, r, n in found["bins"])]
-    auc = "all held-out episodes ended alike" if found["auc"] is None else f"{found['auc']:.3f}"
+    auc = "unknown, as all of them ended alike" if found["auc"] is None else f"{found['auc']:.3f}"
     said = (
-        f"Of {found['frames']} frames of held-out episodes: mean error {found['mean_error']:.3f} of a range of 1,"
+        f"Of {found['frames']} frames of held-out {kind}: mean error {found['mean_error']:.3f} of a range of 1,"
         f" that of a constant {found['mean_error_of_a_constant']:.3f}; area under the ROC of success {auc}."
     )
     figure = calibration_plot(predicted, returns, success > 0)

@@ -43,9 +43,15 @@ def value_label(
         device: where the value runs.
 
     Returns {dataset: its labels}, which a source takes as `labels`.
-    Raises ValueError where nothing says how an episode ended, and for a task in which no frame is better than another.
+    Raises ValueError where nothing says how an episode ended, for another rate than the value's, and for a task in
+    which no frame is better than another.
     """
     tried, judge_of = datasets(rollouts, demonstrations), ValueFunction(value, device)
+    if judge_of.fps not in (None, tried[0].files.fps):
+        raise ValueError(
+            f"{tried[0].path} has {tried[0].files.fps:g} frames per second, and {value} was fitted on {judge_of.fps:g}:"
+            " returns count frames, so fit a value on data of this rate"
+        )
     reading = Reading.of(value)
     n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
     paths = [labels_path(one, out) for one in tried]

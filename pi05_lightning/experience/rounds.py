@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pi05_lightning.data.attempts import Attempts
-from pi05_lightning.data.labels import Sign
+from pi05_lightning.data.labels import POSITIVE, Labels, Sign
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.types import Modality
@@ -41,21 +41,26 @@ class Training:
 class Tries:
     """A dataset of attempts, and what there is in it to learn from.
 
-    labels: of the method recap.  corrected: whether the expert took over in any.  succeeded: whether any succeeded
-    without.
+    labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
+    any.  succeeded: whether any succeeded without.
     """
 
     path: str
     labels: Path | None = None
+    signs: Sequence[Sign] = get_args(Sign)
     corrected: bool = True
     succeeded: bool = True
 
     @classmethod
     def read(cls, path: str, labels: Path | None = None) -> Tries:
-        """ValueError where a dataset does not say how an attempt ended."""
-        attempts = Attempts.read(LeRobotFiles.open(find_dataset(path)))
+        """ValueError where a dataset does not say how an attempt ended, and for labels that do not fit it."""
+        files = LeRobotFiles.open(find_dataset(path))
+        attempts, signs = Attempts.read(files), get_args(Sign)
+        if labels is not None:
+            positive = Labels.read(labels, files).columns[POSITIVE]
+            signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
-        return cls(path, labels, bool(attempts.intervention.any()), bool((attempts.success & alone).any()))
+        return cls(path, labels, signs, bool(attempts.intervention.any()), bool((attempts.success & alone).any()))
 
 
 def configuration(
@@ -177,7 +182,7 @@ def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]
         case "recap":
             told = {"labels": str(tries.labels)}
             rest = 0.5 if tries.corrected else 1.0
-            signs = {sign: (rest / 2, told | {"frames": sign}) for sign in get_args(Sign)}
+            signs = {sign: (rest / len(tries.signs), told | {"frames": sign}) for sign in tries.signs}
             return signs | ({"corrections": (0.5, told | corrections)} if tries.corrected else {})
         case "dagger":
             return {"corrections": (1.0, corrections)} if tries.corrected else {}

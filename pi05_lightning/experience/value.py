@@ -95,7 +95,8 @@ def longest_of(tried: Sequence[Tried]) -> dict[str, int]:
 class ValueFunction:
     """The model of a run of `pi05 value fit`, and what its numbers mean.
 
-    longest: frames of a task's longest episode, which 1 stands for.  c_fail: steps that a failure costs.
+    longest: frames of a task's longest episode, which 1 stands for.  fps: frames per second of what it was fitted on.
+    c_fail: steps that a failure costs.
     Raises ValueError for a run that is none of a value.
     """
 
@@ -116,6 +117,7 @@ class ValueFunction:
         self.sha256 = content.hexdigest()
         about: dict[str, Any] = read_json(run / VALUE_FILE, default={})
         self.longest: dict[str, int] = about.get("longest", {})
+        self.fps: float | None = about.get("fps")
         self.c_fail: float | None = about.get("c_fail")
 
     @torch.no_grad()

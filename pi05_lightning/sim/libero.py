@@ -17,14 +17,10 @@ import numpy as np
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
-from pi05_lightning.sim.splits import EXPERIENCE
+from pi05_lightning.sim.splits import EXPERIENCE, LIBERO_STATES
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
-
-
-STATES = 50
-"""Initial states of every task."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Libero(EnvironmentConfig):
         A policy's attempts to learn from begin with the last one. There are 50: more than that of both meet.
         """
         if split == EXPERIENCE:
-            return [STATES - 1 - number % STATES for number in range(episodes)]
+            return [LIBERO_STATES - 1 - number % LIBERO_STATES for number in range(episodes)]
         return list(range(seed * episodes, (seed + 1) * episodes))
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:

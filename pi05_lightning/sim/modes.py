@@ -28,7 +28,7 @@ def acting_in(mode: Mode, acting: Acting, delays: Sequence[int] = ()) -> Acting:
     if mode == "flat":
         return replace(acting, hierarchical=False)
     if mode == "fast":
-        return replace(acting, actions="fast", rtc=acting.rtc and not acting.inference_delay)
+        return replace(acting, actions="fast", guidance=1.0, rtc=acting.rtc and not acting.inference_delay)
     if mode not in DELAYED:
         return acting
     most = max(delays, default=acting.inference_delay)

@@ -6,6 +6,8 @@ SPLITS = ("train", "val", "rollout")
 SEEDS_PER_SPLIT = 1_000_000
 EXPERIENCE = "experience"
 """What a policy tries itself at: the second half of the training's, of which demonstrations take the first."""
+LIBERO_STATES = 50
+"""Initial states of each of LIBERO's tasks, of which rollouts take the first and attempts the last."""
 
 
 def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[int]:

@@ -13,6 +13,7 @@ import pytest
 
 from pi05_lightning.cli.value_label import histogram_section
 from pi05_lightning.data.attempts import PROVENANCE, Attempts
+from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
 from pi05_lightning.experience.labelling import judge, labels_path
@@ -48,6 +49,11 @@ def test_longest_episode_is_that_of_all_datasets(tried: Tried, pictures: Path) -
 
 def test_attempts_say_whether_there_are_corrections_and_successes_without(tried: Tried, pictures: Path) -> None:
     assert Tries.read(tried.path) == Tries(tried.path, corrected=True, succeeded=True)
+    labels = Path(tried.path, "labels.parquet")
+    attempts = tried.attempts
+    signs = {"positive": np.zeros(len(attempts.episode), dtype=bool)}
+    Labels(attempts.episode, attempts.frame, signs, {}).write(labels, tried.files)
+    assert Tries.read(tried.path, labels).signs == ("negative",)
     of_all = pq.read_table(path := next(Path(tried.path, "data").glob("*/*.parquet")))
     never = pa.array([False] * len(of_all), pa.bool_())
     place = of_all.column_names.index("next.success")

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pi05_lightning.cli import value_fit
-from pi05_lightning.cli.experience import Rounds, parts, rounds_of, write_results
+from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
@@ -146,6 +146,8 @@ def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_
     assert shares("successes", [good, bad]) == pytest.approx({"demonstrations_0": 0.4, "successes_0": 0.6})
     with pytest.raises(ValueError, match="dagger has nothing to learn from: the expert never took over in bad"):
         shares("dagger", [bad])
+    only_negative = Tries("failed", Path("labels"), ("negative",), corrected=False)
+    assert shares("recap", [only_negative]) == pytest.approx({"demonstrations_0": 0.4, "negative_0": 0.6})
     with pytest.raises(ValueError, match="successes has nothing to learn from: no attempt succeeded without"):
         shares("successes", [bad, bad])
 
@@ -190,7 +192,7 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
         tmp_path,
         reading,
         ["runs/demo/data/../data/robot"],
-        [Tries("tries", tmp_path / "labels", False)],
+        [Tries("tries", tmp_path / "labels", corrected=False)],
         TRAINING,
     )
     (made,) = found["stages"]["then"]
@@ -273,6 +275,12 @@ def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> Non
     assert "strategy" not in found
 
 
+def test_states_of_libero_that_would_be_tried_and_tested_are_refused(tmp_path: Path) -> None:
+    options = {"policy": tmp_path, "demonstrations": ("demos",), "env": "Libero", "episodes": 25}
+    with pytest.raises(ValueError, match="25 episodes and 26 test_episodes would meet"):
+        experience(tmp_path / "out", test_episodes=26, **options)
+
+
 def test_a_stage_that_drew_all_there_was_is_spelled_out() -> None:
     losses = {"text": 0.0, "subtask": 1.0, "flow": 1.0, "others": {}}
     stages = {
@@ -298,13 +306,15 @@ def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
 
 
 def test_page_shows_what_there_is_so_far(tmp_path: Path) -> None:
-    write_results(tmp_path, ["recap"], 2)
+    write_results(tmp_path)
     assert not (tmp_path / "index.html").exists()
     for folder, success, speed in (("base", [4, 10], {}), ("recap/round_1/rollout", [7, 10], {"policy": 23.5})):
         content = {"success": {"policy": {"a": success, "b": success}}, "per_minute": speed}
         write_json(tmp_path / folder / "rollout.json", content)
-    write_results(tmp_path, ["recap"], 2)
-    found = read_json(tmp_path / "results.json")["recap"]
+    write_results(tmp_path)
+    results = read_json(tmp_path / "results.json")
+    assert list(results) == ["recap"]
+    found = results["recap"]
     assert [(rate["successes"], rate["trials"]) for rate in found] == [(8, 20), (14, 20)]
     assert [rate["per_minute"] for rate in found] == [None, 23.5]
     page = (tmp_path / "index.html").read_text()
