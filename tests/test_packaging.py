@@ -1,5 +1,6 @@
 """What a user gets: a wheel, and a source distribution, that work where nothing of the repository is."""
 
+import configparser
 import os
 import re
 import shutil
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import pi05_lightning
 
@@ -63,6 +65,25 @@ def test_installed_package_brings_its_data_files(installed: Path, tmp_path: Path
     command = [str(installed / "python"), "-c", script]
     shown = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert shown.split() == ["4096", "True"]
+
+
+def test_packages_bring_the_models_that_shipped_configurations_name() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    brought = {
+        str(file.relative_to(ROOT))
+        for folder in ("configs", "experiments")
+        for pattern in setup["options.package_data"][f"pi05_lightning.{folder}"].split(", ")
+        for file in (ROOT / folder).glob(pattern)
+    }
+    shipped = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("experiments/*/config.yaml")]
+    named = {str(file.relative_to(ROOT)) for file in shipped}
+    for file in shipped:
+        model = (yaml.safe_load(file.read_text()).get("model") or {}) if "model" not in file.parts else {}
+        if str(config := model.get("config", "")).endswith(".yaml"):
+            named.add(config)
+    assert "experiments/008_mt50/model.yaml" in named
+    assert named <= brought
 
 
 def test_versions_agree() -> None:

@@ -41,7 +41,9 @@ API = {
         "training.callbacks.ema",
     ),
     "Model": ("models.config", "models.pi05", "models.backbone", "models.gemma", "models.siglip", "models.keypoints"),
-    "Heads": tuple(f"models.heads.{name}" for name in ("base", "flow", "subtask", "fast", "location", "token")),
+    "Heads": tuple(
+        f"models.heads.{name}" for name in ("base", "flow", "subtask", "fast", "location", "token", "value")
+    ),
     "Data": (
         *("data.datamodule", "data.mixture", "data.processor", "data.statistics", "data.augment"),
         *("data.tokenizer", "data.fast", "data.robot"),

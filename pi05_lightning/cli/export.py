@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pi05_lightning import __version__
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.frames import recorded_frames
 from pi05_lightning.acting.inference import Inference
@@ -70,8 +71,11 @@ def export(
     Raises ValueError for what cannot be exported or compared, and where the exported policy acts otherwise.
     """
     how = Acting(**acting)
+    of_data = {"--cameras": cameras, "--state_keys": state_keys, "--action_keys": action_keys}
     if out.exists():
         raise ValueError(f"--out {out} already exists: delete it or name another folder")
+    if data is None and (given := [name for name, value in of_data.items() if value is not None]):
+        raise ValueError(f"{given[0]} says how --data is read: give that too, or leave it out")
     if frames < 1:
         raise ValueError(f"--frames is {frames}: it must be at least 1")
     if missing := [name for name in needed(format, dtype) if find_spec(name) is None]:
@@ -98,7 +102,8 @@ def export(
         print("\n".join(found.lines()))
         if problems := found.problems(MAX_ERROR[dtype] if max_error is None else max_error):
             raise ValueError(f"{checkpoint} as {format} is not the policy, and is not written: {'; '.join(problems)}")
-        write_json(folder / MANIFEST, manifest | {"compared": found.to_dict()})
+        made_of = {"sha256": weights.content_hash(), "pi05_lightning": __version__}
+        write_json(folder / MANIFEST, manifest | {"policy": made_of, "compared": found.to_dict()})
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"written to {out}: {size / 1e6:,.1f} MB; `from runner import Policy` in it needs no pi05_lightning")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.cli.rollout import differences
+from pi05_lightning.cli.rollout import check_tasks, differences
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
@@ -75,6 +75,7 @@ def play(
     names = [str(path) for path in (checkpoint, beside) if path is not None]
     policies = [Pi05Policy.from_pretrained(name, **options, **asdict(how)) for name in names]
     tasks = tasks or env.tasks(policies[0].processor.robots[policies[0].robot])
+    check_tasks(env, tasks)
     start = Start(env, {task: env.seeds(n, episodes, seed) for n, task in enumerate(tasks)}, max_seconds, seed)
     for name, policy in zip(names, policies, strict=True):
         for finding in differences(policy, env, tasks, seed):

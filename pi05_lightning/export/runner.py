@@ -1,6 +1,6 @@
 """A π0.5 policy that `pi05 export` wrote, without the package that wrote it.
 
-It needs NumPy, tokenizers, and the engine of its format: openvino, onnxruntime, or torch (pt2).
+It needs Python 3.10 or later, NumPy, tokenizers, and the engine of its format: openvino, onnxruntime, or torch (pt2).
 
     from runner import Policy
 
@@ -19,7 +19,6 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -482,11 +481,8 @@ def moved(text: str, axes: tuple[tuple[float, float], tuple[float, float]]) -> s
     """The places of a text scaled and shifted, for y and for x, which take turns."""
 
     def run(match: re.Match[str]) -> str:
-        edges = (
-            scale * (int(step) + 0.5) / 1024 + shift
-            for pair in batched(LOCATION.findall(match.group()), 2)
-            for step, (scale, shift) in zip(pair, axes, strict=False)
-        )
+        steps = enumerate(map(int, LOCATION.findall(match.group())))
+        edges = (axes[place % 2][0] * (step + 0.5) / 1024 + axes[place % 2][1] for place, step in steps)
         return "".join(f"<loc{min(int(min(max(edge, 0.0), 1.0) * 1024), 1023):04d}>" for edge in edges)
 
     return LOCATIONS.sub(run, text)
@@ -571,6 +567,9 @@ def check_files(folder: Path, files: Mapping[str, str]) -> None:
     for name, expected in files.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing: copy the whole folder")
+        found = hashlib.sha256()
         with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise ValueError(f"{folder / name} is not the file that was exported: copy the folder anew")
+            while part := file.read(1 << 20):
+                found.update(part)
+        if found.hexdigest() != expected:
+            raise ValueError(f"{folder / name} is not the file that was exported: copy the folder anew")

@@ -26,6 +26,7 @@ from pi05_lightning.serving.limits import Limits
 from pi05_lightning.sim.session import Session, State
 
 PAGE = Path(__file__).with_name("page")
+MAX_REASON = 123  # bytes of why a WebSocket is closed (RFC 6455, 5.5)
 LIMITS = Limits(max_message_bytes=8192, max_clients=16)
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'",
@@ -175,6 +176,10 @@ class PlayServer:
                     await socket.send_str(self._state)
         except (TimeoutError, ConnectionError):
             await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"it takes no messages")
+        except Exception as error:  # a page that hears nothing more must not seem to be connected
+            logger.exception("what happens in the simulator cannot be told")
+            said = f"{type(error).__name__}: {error}".encode()[:MAX_REASON]
+            await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=said)
 
     async def _answer(self, kind: WSMsgType, data: Any) -> dict[str, str]:
         """What came of a command, or what is wrong with it."""

@@ -8,19 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks.interrupt import Stopped
 from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput, duration
 
 MIXTURE = {"robot/continuous_robot_actions": 1.0}
 
 
-def said(videos: Path, caplog: pytest.LogCaptureFixture, **source: Any) -> str:
+class Interrupts(Callback):
+    """As Ctrl-C does, after three batches."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == 3:
+            raise Stopped(2, requeued=False)
+
+
+def said(videos: Path, caplog: pytest.LogCaptureFixture, *callbacks: Callback, **source: Any) -> str:
     """What a run of six steps says; its data are decoded while it waits."""
     seed_everything(0)
     stages = StageSwitch(0, 6, posttrain=StageOptions(LossWeights(subtask=1, flow=1), MIXTURE))
@@ -34,7 +43,7 @@ def said(videos: Path, caplog: pytest.LogCaptureFixture, **source: Any) -> str:
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
-        callbacks=[stages, Throughput(), StepTime()],
+        callbacks=[stages, Throughput(), StepTime(), *callbacks],
     )
     with caplog.at_level(logging.INFO):
         data = Pi05DataModule({"robot": robot}, batch_size=8, num_workers=0)
@@ -52,6 +61,12 @@ def test_time_is_told_before_and_after_with_what_would_help(videos: Path, caplog
     assert text.index("Time: ") < text.index("Time of a batch: ")
     for advice in ("--data.num_workers 2", "--data.sources.robot.image_cache true", "fewer than 2 cameras"):
         assert advice in text
+
+
+def test_time_of_a_run_that_is_stopped_is_told_too(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Stopped):
+        said(videos, caplog, Interrupts())
+    assert re.search(r"Time of a batch: .* waiting for data \(3 batches\)", caplog.text)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pi05_lightning import Pi05Policy
+from pi05_lightning import Pi05Policy, __version__
 from pi05_lightning.cli.main import main
 from pi05_lightning.export.comparison import Comparison
 from pi05_lightning.export.runner import Policy
+from pi05_lightning.weights.locate import locate
 
 from .conftest import QUESTION, TASK
 
@@ -79,6 +80,7 @@ def test_exported_policy_acts_as_the_policy_without_this_package_or_torch(
     assert "subtasks: 2 of 2 the same" in export(checkpoint, out, videos)
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["compared"]["flow_error"] < 1e-4
+    assert manifest["policy"] == {"sha256": locate(checkpoint).content_hash(), "pi05_lightning": __version__}
     seen = observation(action_dim=6)
     assert_acts_as(in_a_fresh_process(out, seen, absent=("torch",)), expected(checkpoint, seen))
     with pytest.raises(SystemExit, match=r"--out .* already exists"):
@@ -111,6 +113,8 @@ def test_export_without_frames_to_compare_on_says_what_to_give(
     (checkpoint / "processor.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit, match=r"give --data.* its demonstrations were data/gone"):
         main(["export", str(checkpoint), "--out", str(tmp_path / "exported")])
+    with pytest.raises(SystemExit, match="--state_keys says how --data is read"):
+        main(["export", str(checkpoint), "--out", str(tmp_path / "exported"), "--state_keys", STATE_KEYS])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,12 @@ ROLLOUT = {
     "milliseconds": {"policy": {"decision": {"median": 36.5, "p95": 88.7, "lanes": 3.8}}},
     "max_seconds": {"reach-v3": 6.0, "door-open-v3": 8.0},
     "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 2}},
+    "per_minute": {"policy": 12.5},
+    "groups": {
+        "policy": {"easy": {"success": [3, 4], "tasks": 1}, "hard": {"success": [1, 4], "tasks": 1}},
+        "random": {"easy": {"success": [0, 4], "tasks": 1}, "hard": {"success": [0, 4], "tasks": 1}},
+    },
+    "macro": {"policy": 0.5, "random": None},
     "delays": [],
     "env": "MetaWorld()",
     "seed": 0,

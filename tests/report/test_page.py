@@ -103,6 +103,15 @@ def test_page_says_how_long_it_took_and_why_episodes_failed(page: str) -> None:
     assert cells[place - 1 : place + 3] == ["door-open-v3", "out of time", "3", "·"]
 
 
+def test_page_has_groups_of_tasks_and_successes_in_a_minute(page: str) -> None:
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
+    easy, mean = cells.index("easy"), cells.index("mean of these rates")
+    assert cells[easy : easy + 3] == ["easy", "3 / 4", "0 / 4"]
+    assert cells[mean : mean + 3] == ["mean of these rates", "0.50", "–"]
+    minute = cells.index("successes in a simulated minute")
+    assert cells[minute + 1 : minute + 3] == ["12.5", "–"]
+
+
 def test_caption_of_a_film_says_how_it_ended(page: str, run: Path) -> None:
     assert "policy, subtask first · reach-v3 · initial state 2000007: out of time" in page
     older = json.loads((run / "rollout" / "rollout.json").read_text())

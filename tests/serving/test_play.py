@@ -22,6 +22,7 @@ from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.play import LIMITS, PlayServer
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.session import Session
+from pi05_lightning.sim.simulators import MetaWorld
 from tests.serving.room import SENTENCES, Room
 
 SEEDS = {task: range(3) for task in SENTENCES}
@@ -177,6 +178,11 @@ def test_only_pages_of_this_machine_may_ask(policy: Pi05Policy) -> None:
 def test_a_second_checkpoint_needs_no_name(args: list[str], named: list[str]) -> None:
     assert with_second_named(args, "beside") == named
     assert with_second_named(args, None) == args
+
+
+def test_task_that_there_is_not_is_refused_before_the_page_is_served(served: Path) -> None:
+    with pytest.raises(ValueError, match="drawr-open-v3"):
+        play(served, env=MetaWorld(), tasks=["reach-v3", "drawr-open-v3"], port=0)
 
 
 def test_policy_computes_in_the_type_that_the_command_says(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:

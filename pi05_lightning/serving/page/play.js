@@ -47,6 +47,7 @@ function notice(text) {
 
 function begin(told) {
   scene = told;
+  one("#players").replaceChildren();  // of an earlier server
   one("#simulator").textContent = told.simulator;
   one("#known").replaceChildren(...Object.values(told.tasks).map(sentence =>
     button(sentence, () => tell(sentence))));
@@ -170,6 +171,7 @@ function showChunk(card, player) {
       name.append(mark, `action ${dim}`);
       legend.append(name);
     }
+    if (dims > COLOURS.length) legend.append(`the first ${COLOURS.length} of ${dims}; `);
     legend.append("solid: executed, dashed: the rest of the chunk, shaded: due before the next one");
   }
 }
@@ -223,7 +225,7 @@ one("#pause").onclick = () => {
 one("#step").onclick = () => send("step");
 function reset() {
   held = false;
-  send("reset", { number: one("#number").valueAsNumber, task: one("#task").value });
+  send("reset", { number: one("#number").valueAsNumber || 0, task: one("#task").value });
 }
 one("#reset").onsubmit = event => { event.preventDefault(); reset(); };
 one("#task").onchange = reset;
