@@ -173,10 +173,12 @@ class Rounds:
         """Success of a policy."""
         return Part(name, ("rollout", str(acting), *self.tests, "--out", str(to)))
 
-    def judge(self, name: str, folder: Path, attempts: Sequence[str], number: int) -> list[Part]:
+    def judge(
+        self, name: str, folder: Path, demonstrations: Sequence[str], attempts: Sequence[str], number: int
+    ) -> list[Part]:
         """A value of all attempts so far, and their labels by it."""
         value, tried = folder / "value", ("--rollouts", listed(attempts))
-        known = ("--demonstrations", listed(self.demonstrations), "--steps", str(self.value_steps))
+        known = ("--demonstrations", listed(demonstrations), "--steps", str(self.value_steps))
         begun = ("--policy", str(self.policy), "--seed", str(self.seed))
         ahead = () if number == 1 else ("--n_seconds", str(self.n_seconds))
         device = ("--device", self.device)
@@ -210,6 +212,7 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     """
     out = plan.out
     todo = [plan.test("base-rollout", plan.policy, out / "base")]
+    of_the_robot = reading.of_one_robot(plan.demonstrations, plan.robot)
     for method in methods:
         acting, attempts = plan.policy, list[str]()
         for number in range(1, rounds_of(method, plan.rounds) + 1):
@@ -222,7 +225,9 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
                 todo += [] if part in todo else [part]
                 attempts.append(str(data / "robot"))
             if method == "recap":
-                todo += plan.judge(name, folder, attempts, number)
+                todo += plan.judge(name, folder, of_the_robot, attempts, number)
+            # what is wrong with the options shows before hours are spent
+            planned(plan, reading, method, [Tries(path) for path in attempts])
             write = partial(write_configuration, plan, reading, method, folder, tuple(attempts))
             if (folder / "fit" / "config.yaml").exists():
                 write()
@@ -238,9 +243,12 @@ def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: 
     """
     labels = {path: folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts}
     tries = [Tries.read(path, labels[path] if method == "recap" else None) for path in attempts]
-    found = configuration(method, plan.policy, reading, plan.demonstrations, tries, plan.training, plan.robot)
     write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
-    write(folder / CONFIG, yaml.safe_dump(found, sort_keys=False))
+    write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, tries), sort_keys=False))
+
+
+def planned(plan: Rounds, reading: Reading, method: Method, tries: Sequence[Tries]) -> dict[str, Any]:
+    return configuration(method, plan.policy, reading, plan.demonstrations, tries, plan.training, plan.robot)
 
 
 def rounds_of(method: Method, rounds: int) -> int:

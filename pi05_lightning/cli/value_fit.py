@@ -47,7 +47,7 @@ def value_fit(
         run: directory of the value: a run of `pi05 fit`, and value.json, calibration.json and value.html.
         policy: checkpoint that it begins with, which says how the datasets are read.
         rollouts: LeRobot datasets of attempts that say how they ended, as those of `pi05 collect --policy`.
-        demonstrations: LeRobot datasets whose episodes all succeeded.
+        demonstrations: LeRobot datasets whose episodes all succeeded, of the robot that made the attempts.
         steps: optimizer steps.
         batch_size: frames of a step.
         lr: learning rate.

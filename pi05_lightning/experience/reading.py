@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from itertools import starmap
@@ -103,6 +103,13 @@ class Reading:
         """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""
         name = self.name_of(path)
         return self._robots[name].get("same_robot_as") if name else None
+
+    def of_one_robot(self, paths: Sequence[str], robot: str | None) -> list[str]:
+        """Those of the datasets that are of one robot: that of a source, or by default of the first dataset."""
+        first = self.robot_of(paths[0]) or self.name_of(paths[0])
+        robots = [self.robot_of(path) or self.name_of(path) or first for path in paths]
+        wanted = next((of for path, of in zip(paths, robots, strict=True) if self.name_of(path) == robot), first)
+        return [path for path, of in zip(paths, robots, strict=True) if of == wanted]
 
     def name_of(self, path: str) -> str | None:
         """What the run called the dataset at a path."""

@@ -268,6 +268,20 @@ def test_robot_of_the_attempts_is_the_one_that_is_named(tmp_path: Path) -> None:
         configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, "leg")
 
 
+def test_value_is_fitted_on_the_robot_that_acts(plan: Rounds, tmp_path: Path) -> None:
+    sources = {
+        name: {"class_path": CLASS_PATH, "init_args": {"path": str(tmp_path / name), "same_robot_as": same}}
+        for name, same in (("arm", None), ("more", "arm"), ("hand", None))
+    }
+    paths = {name: str(tmp_path / name) for name in (*sources, "unknown")}
+    named_all = replace(plan, demonstrations=list(paths.values()))
+    for robot, own in ((None, ["arm", "more", "unknown"]), ("more", ["arm", "more", "unknown"]), ("hand", ["hand"])):
+        todo = parts(replace(named_all, robot=robot), Reading(sources=sources), ["recap"])
+        assert option(named(todo, "recap-1-value"), "--demonstrations") == f"[{','.join(paths[name] for name in own)}]"
+    with pytest.raises(ValueError, match="robot 'leg'"):
+        parts(replace(named_all, robot="leg"), Reading(sources=sources), ["recap"])
+
+
 def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> None:
     reading = Reading(trainer={"accelerator": "gpu", "devices": 8, "strategy": "ddp", "precision": "bf16-mixed"})
     found = value_fit.configuration(tmp_path, reading, {}, steps=1, batch_size=1, lr=1.0)["trainer"]
