@@ -157,7 +157,7 @@ def test_corrections_alone_can_be_trained_on(pictures_copy: Path) -> None:
     assert [(place["episode_index"], place["frame_index"]) for place in places] == [(1, frame) for frame in range(5, 9)]
 
 
-def test_chunks_end_where_another_one_begins_to_act(pictures_copy: Path) -> None:
+def test_chunks_of_a_correction_end_where_the_policy_acts_again(pictures_copy: Path) -> None:
     corrected = [episode == 1 and 3 <= frame < 6 for episode, length in enumerate(LENGTHS) for frame in range(length)]
     column(corrected, "intervention", pa.bool_(), pictures_copy)
 
@@ -177,7 +177,7 @@ def test_chunks_end_where_another_one_begins_to_act(pictures_copy: Path) -> None
     files, file = LeRobotFiles.open(pictures_copy), pictures_copy / "signs.parquet"
     attempts = Attempts.read(files, demonstrations=True)
     Labels(attempts.episode, attempts.frame, {POSITIVE: attempts.intervention}, {}).write(file, files)
-    of_policy = {0: 1, 1: 2, 2: 3, 6: 1, 7: 2, 8: 3}
+    of_policy = {0: 0, 1: 0, 2: 0, 6: 1, 7: 2, 8: 3}
     assert padding(labels=str(file), frames="negative") == of_policy
     assert padding(labels=str(file)) == of_policy | {3: 1, 4: 2, 5: 3}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from time import sleep
 
 import pytest
 import yaml
@@ -337,7 +339,7 @@ def test_page_shows_what_there_is_so_far(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_round_from_attempts_to_the_page_and_nothing_is_done_twice(tmp_path: Path) -> None:
+def test_a_round_that_is_stopped_goes_on_to_the_page_and_nothing_is_done_twice(tmp_path: Path) -> None:
     demo = [sys.executable, "-m", "pi05_lightning"]
     base = tmp_path / "demo"
     subprocess.run([*demo, "demo", "--out", str(base), "--quick", "true"], check=True)
@@ -351,6 +353,13 @@ def test_a_round_from_attempts_to_the_page_and_nothing_is_done_twice(tmp_path: P
         "[recap,dagger,demonstrations]",
         *small,
     ]
+    with subprocess.Popen(command) as stopped:
+        while not (tmp_path / "out" / "parts" / "collect-1.json").exists():
+            assert stopped.poll() is None
+            sleep(0.2)
+        stopped.send_signal(signal.SIGTERM)
+    assert stopped.returncode
+    assert not (tmp_path / "out" / "recap" / "round_1" / "rollout").exists()
     subprocess.run(command, check=True)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.ckpt")}
     assert before

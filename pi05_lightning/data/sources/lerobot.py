@@ -376,14 +376,15 @@ class LeRobotSource(Source):
     def _chunk_ends(self) -> np.ndarray:
         """The row before which each row's chunk ends, i64[N]: its episode's end.
 
-        Where it counts whose actions they are, also that from which another one acts: what a policy did badly is not
-        learned with the expert's correction of it, nor a correction with what the policy did next.
+        Where it counts whose actions they are, that of a correction ends with it: what the policy did next is not
+        learned. What a policy did is learned with the correction that it was given.
         """
         end = self.columns.end
         if self.config.frames == "all" and self.config.labels in (None, "positive"):
             return end
-        changes = np.append(np.flatnonzero(np.diff(self._corrected)) + 1, len(end))
-        return np.minimum(end, changes[np.searchsorted(changes, np.arange(len(end)), side="right")])
+        over = np.append(np.flatnonzero(np.diff(self._corrected.astype(int)) < 0) + 1, len(end))
+        ends = np.minimum(end, over[np.searchsorted(over, np.arange(len(end)), side="right")])
+        return np.where(self._corrected, ends, end)
 
     @cached_property
     def _corrected(self) -> np.ndarray:
