@@ -24,6 +24,7 @@ from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.hub import check_repo, publish
+from pi05_lightning.files.local import first_line
 from pi05_lightning.models.int8 import computes_in_int8
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame
@@ -395,7 +396,7 @@ def check_device(device: str | torch.device) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 
 def check_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> None:

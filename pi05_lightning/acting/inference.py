@@ -157,11 +157,9 @@ class Inference:
         """A subtask for each frame."""
         prompts = [self.processor.prompt(frame, self.robot, high_level=True) for frame in frames]
         batch = self.processor.collate(prompts).to(self.model.device)
-        opening = self.processor.language.prompts.subtask.split("{subtask}")[0].strip()
         options = {"temperature": self.acting.temperature, "generator": generator}
         texts = generate_texts(self.model, self.processor, batch, **options)
-        # what may come before the opening are boxes
-        said = [(text.rpartition(opening)[2] if opening else text).strip() for text in texts]
+        said = map(self.processor.language.prompts.said, texts)
         return [to_picture(text, prompt.letterboxes.values()) for text, prompt in zip(said, prompts, strict=True)]
 
     def given(self, frame: Frame, prefix_actions: Tensor | np.ndarray) -> Given:

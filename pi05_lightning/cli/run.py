@@ -196,7 +196,9 @@ class Pi05CLI(LightningCLI):
         # upstream warns whenever args are given and the process has some of its own, which is how `pi05` works
         assert isinstance(args, list)
         self.config = parser.parse_args(args)
-        if not isinstance(self.config.seed_everything, bool):
+        if self.config.seed_everything is True:  # Lightning's own draw would differ from the one that is written down
+            parser.error("seed_everything is true: give a number, so that the run can be resumed and repeated")
+        if self.config.seed_everything is not False:
             check("seed_everything", self.config.seed_everything, 0, 2**32 - 1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

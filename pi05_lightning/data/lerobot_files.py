@@ -29,7 +29,7 @@ from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
 from pi05_lightning.data.outcomes import with_outcomes
 from pi05_lightning.data.split import Split, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
-from pi05_lightning.files.local import read_json, shown
+from pi05_lightning.files.local import first_line, read_json, shown
 
 MISSING_SHOWN = 5  # tasks and subtasks that a warning names
 
@@ -330,7 +330,7 @@ class LeRobotFiles:
             except duckdb.Error as error:
                 columns = ", ".join(self.episodes.column_names)
                 raise ValueError(
-                    f"episodes: {condition!r} is no SQL condition ({str(error).splitlines()[0]}). Columns: {columns}"
+                    f"episodes: {condition!r} is no SQL condition ({first_line(error)}). Columns: {columns}"
                 ) from error
         return np.asarray(found["episode_index"])
 

@@ -74,6 +74,11 @@ class Prompts:
             if unknown:
                 raise ValueError(f"prompts.{name} is {template!r}, and {sorted(unknown)} is none of {sorted(names)}")
 
+    def said(self, text: str) -> str:
+        """The subtask in what the model said; what may come before the template's words are boxes."""
+        before, _, after = (part.strip() for part in self.subtask.partition("{subtask}"))
+        return (text.rpartition(before)[2] if before else text).strip().removesuffix(after).strip()
+
     def state(self, frame: Frame) -> str:
         bins = () if frame.state is None else discretize_state(frame.state, clip=self.clip_state)
         return " ".join(map(str, bins))

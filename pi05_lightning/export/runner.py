@@ -170,8 +170,9 @@ class Policy:
     def _say(self, seen: Seen) -> tuple[str, Columns]:
         sequence = self._start(seen, [(self._fill("task", seen), False)])
         self._generate(sequence, self._words, MAX_WORDS, self.tokens["eos"])
-        text, opening = self._text(sequence.said), self.prompts["subtask"].split("{subtask}")[0].strip()
-        subtask = text.rpartition(opening)[2] if opening else text
+        before, _, after = (part.strip() for part in self.prompts["subtask"].partition("{subtask}"))
+        text = self._text(sequence.said)
+        subtask = (text.rpartition(before)[2] if before else text).strip().removesuffix(after)
         return seen.to_picture(subtask.strip()), sequence
 
     def _words(self, logits: np.ndarray, said: Sequence[int]) -> np.ndarray:

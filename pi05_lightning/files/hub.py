@@ -9,7 +9,7 @@ from typing import Literal
 
 import httpx
 
-from pi05_lightning.files.local import shown
+from pi05_lightning.files.local import first_line, shown
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FAILURES = (OSError, ValueError, RuntimeError, httpx.HTTPError)
@@ -37,7 +37,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
     except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"there is no folder {shown(name)}, and the Hugging Face Hub does not give one of that name ({reason}):"
             " correct the path, log in if the repository is gated, or download it elsewhere and name its folder"

@@ -83,6 +83,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first; one that says nothing is named by its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def sha256(file: Path) -> str:
     """Of a file's content."""
     with file.open("rb") as content:

@@ -10,4 +10,4 @@ def check(name: str, value: float, least: float, most: float = math.inf, *, abov
     if (value > least if above else value >= least) and value <= most and value < math.inf:
         return
     lower = f"above {least:g}" if above else f"at least {least:g}"
-    raise ValueError(f"{name} is {value:g}: it must be {lower}{'' if most == math.inf else f' and at most {most:g}'}")
+    raise ValueError(f"{name} is {value}: it must be {lower}{'' if most == math.inf else f' and at most {most:g}'}")

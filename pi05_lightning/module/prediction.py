@@ -30,7 +30,7 @@ class Predicted:
 
 
 class Predictor:
-    """A policy for each of several data sources, which acts as the source's robot.
+    """A policy for each of several data sources, which acts as the robot that the source is of.
 
     Raises ValueError for what the policies cannot do, see `Inference`.
     """
@@ -40,7 +40,10 @@ class Predictor:
     ) -> None:
         self.seed = seed
         self._policies = {
-            name: Inference(model, processor, replace(acting, robot=name), seed, trained) for name in sources
+            name: Inference(
+                model, processor, replace(acting, robot=processor.robots[name].same_as or name), seed, trained
+            )
+            for name in sources
         }
 
     def predict(self, batch: Observed) -> Predicted:

@@ -120,12 +120,13 @@ def extras(distribution: str) -> list[str]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps simulators from telling what they import and make, in every process."""
+    level = logging.root.manager.disable
     with redirect_stdout(io.StringIO()):
         logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(level)
 
 
 class LeRobotEnvironment:

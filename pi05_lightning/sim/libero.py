@@ -66,10 +66,16 @@ class Libero(EnvironmentConfig):
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         """The first initial states of every task for seed 0, as LIBERO is evaluated; the next ones for seed 1.
 
-        A policy's attempts to learn from begin with the last one. There are 50: more than that of both meet.
+        A policy's attempts to learn from begin with the last one. Raises ValueError for more than there are: the same
+        episodes would be counted again.
         """
+        if (1 if split == EXPERIENCE else seed + 1) * episodes > LIBERO_STATES:
+            raise ValueError(
+                f"LIBERO has {LIBERO_STATES} initial states of a task, and {episodes} episodes with seed {seed} would"
+                " begin in some of them again: give fewer, or a lower seed"
+            )
         if split == EXPERIENCE:
-            return [LIBERO_STATES - 1 - number % LIBERO_STATES for number in range(episodes)]
+            return [LIBERO_STATES - 1 - number for number in range(episodes)]
         return list(range(seed * episodes, (seed + 1) * episodes))
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:
@@ -93,7 +99,7 @@ class LiberoEnvironment(LeRobotEnvironment):
         self.solved_other = False
 
     def reset(self, seed: int) -> None:
-        """Begin from initial state `seed`, counted around."""
+        """Begin from initial state `seed`."""
         self._env.unwrapped.init_state_id = seed
         super().reset(seed)
         self._other, self.solved_other = None, False

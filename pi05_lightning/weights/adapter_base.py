@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pi05_lightning.files.local import first_line
 from pi05_lightning.weights.base import Weights
 
 
@@ -42,7 +43,7 @@ class AdapterBase:
                 weights = locate(place)
                 sha256 = weights.content_hash()
             except ValueError as error:
-                seen.append(f"{place}: {str(error).splitlines()[0]}")
+                seen.append(f"{place}: {first_line(error)}")
                 continue
             if sha256 == self.sha256:
                 return replace(self, place=place_of(place, weights)), weights

@@ -295,7 +295,7 @@ def write_lerobot(
         image_resolution=(size, size),
         tokenizer_max_length=max(PI05Config.tokenizer_max_length, longest_prompt(processor, robot)),
     )
-    lerobot_config._save_pretrained(folder)
+    lerobot_config.save_pretrained(folder)
     save_pipelines(folder, lerobot_config, normalize)
     return lerobot_config
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi05_lightning.files.local import first_line
+
 PARAMS, TRAIN_STATE = "params", "train_state"
 """Folders of a checkpoint: what it is used with (the average if there is one), and what training goes on with."""
 LORA_A, LORA_B = "lora_a", "lora_b"
@@ -248,10 +250,6 @@ def as_tensor(array: np.ndarray) -> Tensor:
     if str(array.dtype) == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def vision_heads(tensors: Mapping[str, Tensor]) -> int | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from pi05_lightning.files.local import first_line
+
 REMEDY = "Return ints, floats, text, lists, dictionaries and tensors from state_dict and on_save_checkpoint"
 
 
@@ -18,7 +20,7 @@ def unreadable(checkpoint: dict[str, Any], path: str, error: Exception) -> str:
     wrong = ", ".join(unreadable_places(checkpoint))
     return (
         f"{path} is not written: {wrong} holds more than tensors and plain types, and could never be read again"
-        f" ({str(error).splitlines()[0]}). {REMEDY}"
+        f" ({first_line(error)}). {REMEDY}"
     )
 
 

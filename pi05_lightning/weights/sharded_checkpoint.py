@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from pi05_lightning.files.local import first_line
 from pi05_lightning.models.shards import own_part, rows_of
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
@@ -181,7 +182,7 @@ def load(file: Path) -> dict[str, Any]:
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{file} is truncated, or no checkpoint of tensors and plain types, and nothing else is read"
-            f" ({str(error).splitlines()[0]})"
+            f" ({first_line(error)})"
         ) from error
     if not isinstance(content, dict) or "pi05" not in content:
         raise ValueError(f"{file} is a checkpoint of something else: it has no `pi05` entry")

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 from torch.futures import Future
 
+from pi05_lightning.files.local import first_line
+
 METADATA = ".metadata"
 """The file with names, shapes and places of a directory's tensors."""
 Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -156,4 +158,4 @@ def fill_slices(targets: Mapping[str, Tensor], reader: StorageReader) -> None:
 
 def first_failure(error: dcp.CheckpointException) -> str:
     """What went wrong on the first of the ranks on which anything did."""
-    return str(error.failures[min(error.failures)][0]).splitlines()[0]
+    return first_line(error.failures[min(error.failures)][0])

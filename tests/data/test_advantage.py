@@ -31,6 +31,18 @@ def said(condition_on: ConditionOn, subtask: str | None, fast: bool, advantage: 
     return [segment.text for segment in segments]
 
 
+@pytest.mark.parametrize(
+    ("template", "text", "subtask"),
+    [
+        ("Subtask: {subtask}", "<loc0001> box; Subtask: open it", "open it"),
+        ("Subtask: {subtask}.", "Subtask: pick up the cup.", "pick up the cup"),
+        ("{subtask}", "open it", "open it"),
+    ],
+)
+def test_subtask_is_what_the_template_is_filled_with(template: str, text: str, subtask: str) -> None:
+    assert Prompts(subtask=template).said(text) == subtask
+
+
 @pytest.mark.parametrize("fast", [False, True])
 def test_advantage_comes_after_the_subtask_and_before_the_actions(fast: bool) -> None:
     assert said("both", "pull", fast, "positive") == [

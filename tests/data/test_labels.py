@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,43 @@ def test_chunks_of_a_correction_end_where_the_policy_acts_again(pictures_copy: P
     of_policy = {0: 0, 1: 0, 2: 0, 6: 1, 7: 2, 8: 3}
     assert padding(labels=str(file), frames="negative") == of_policy
     assert padding(labels=str(file)) == of_policy | {3: 1, 4: 2, 5: 3}
+
+
+def test_held_out_episodes_without_corrections_are_no_reason_not_to_train(
+    pictures_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = (14, 14)
+    corrected = [episode == 1 and frame > 4 for episode, length in enumerate(LENGTHS) for frame in range(length)]
+    column(corrected, "intervention", pa.bool_(), pictures_copy)
+    config = LeRobotConfig(str(pictures_copy), val_fraction=0.2, frames="corrections")
+    held_out = {
+        int(number) for number in LeRobotSource(replace(config, frames="all"), "robot", "val", 3, shape).episode
+    }
+    assert held_out
+    assert 1 not in held_out
+    assert len(LeRobotSource(config, "robot", "train", 3, shape)) == 4
+    assert len(LeRobotSource(config, "robot", "val", 3, shape)) == 0
+    assert "there is none of it to measure on" in caplog.text
+
+
+def test_what_is_wrong_with_frames_that_are_not_chosen_is_not_counted(pictures_copy: Path) -> None:
+    corrected = [episode == 1 and frame > 4 for episode, length in enumerate(LENGTHS) for frame in range(length)]
+    column(corrected, "intervention", pa.bool_(), pictures_copy)
+    (path,) = (pictures_copy / "data").glob("*/*.parquet")
+    rewrite(path, with_nan_state_at(0))
+    config = LeRobotConfig(str(pictures_copy), val_fraction=0, on_bad_sample="skip")
+    assert LeRobotSource(config, "robot", "train", 3, (14, 14)).rejects.frames == 1
+    assert LeRobotSource(replace(config, frames="corrections"), "robot", "train", 3, (14, 14)).rejects.frames == 0
+
+
+def with_nan_state_at(row: int) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        state = table["observation.state"].to_pylist()
+        state[row] = [float("nan")] * len(state[row])
+        place = table.column_names.index("observation.state")
+        return table.set_column(place, "observation.state", pa.array(state, table.schema.field(place).type))
+
+    return change
 
 
 @pytest.mark.parametrize("sign", ["positive", "negative"])

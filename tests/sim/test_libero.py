@@ -17,6 +17,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.environment import NoSuchEnvironment, SharedScene, View
 from pi05_lightning.sim.simulators import Libero
+from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.weights.folder import save
 
 VIEW = View(("image", "image2"), 64, 20.0)
@@ -28,6 +29,13 @@ needs_libero = pytest.mark.skipif(
 def test_liberos_first_initial_states_are_run_as_it_is_evaluated():
     assert Libero().seeds(3, 50, seed=0) == list(range(50))
     assert Libero().seeds(0, 10, seed=1) == list(range(10, 20))
+    assert Libero().seeds(0, 3, 7, EXPERIENCE) == [49, 48, 47]
+
+
+@pytest.mark.parametrize(("episodes", "seed", "split"), [(51, 0, "rollout"), (25, 2, "rollout"), (51, 0, EXPERIENCE)])
+def test_initial_states_that_there_are_not_are_refused(episodes: int, seed: int, split: str) -> None:
+    with pytest.raises(ValueError, match=f"{episodes} episodes with seed {seed} would begin in some of them again"):
+        Libero().seeds(0, episodes, seed, split)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libero") is not None, reason="the extra `libero` is installed")

@@ -166,10 +166,10 @@ class LeRobotSource(Source):
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
         self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
+        self._kept.mask &= self._chosen()  # what is wrong with other frames is nobody's concern
         self._taught = self._taught_subtasks()
         reject_texts(self._kept, self._task, self._taught)
         reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
-        self._kept.mask &= self._chosen()
         self._images = self._open_images()
         self._say_how_it_is_read()
         if not any(cache.missing() for cache in self._images.caches.values()):
@@ -179,10 +179,13 @@ class LeRobotSource(Source):
             where = f"the {split} split of {config.path}"
             if config.frames == "all":
                 raise ValueError(f"dataset {name!r}: no usable frame is left in {where}")
-            raise ValueError(
-                f"dataset {name!r}: {where} has no frame of `frames: {config.frames}`: leave it out, or record more"
-                " attempts; where all of them fail, `--corrections` lets an expert take over"
-            )
+            said = f"dataset {name!r}: {where} has no frame of `frames: {config.frames}`"
+            if split == "train":
+                raise ValueError(
+                    f"{said}: leave it out, or record more attempts; where all of them fail, `--corrections` lets an"
+                    " expert take over"
+                )
+            log.warning("%s: there is none of it to measure on", said)
 
     def __reduce__(self) -> tuple:
         # a spawned worker reads the columns anew: quicker than pickling them

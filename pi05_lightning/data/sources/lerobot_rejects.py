@@ -27,10 +27,12 @@ class Kept:
         return np.flatnonzero(self.mask)
 
     def reject(self, bad: np.ndarray, what: str, problem: str, remedy: str, row: int | None = None) -> None:
-        """Leave out the rows for which bool[N] holds, if any; row: the one to name, by default the first of them.
+        """Leave out the rows for which bool[N] holds, if any is not left out yet.
 
+        row: the one to name, by default the first of them.
         Raises BadSample unless they are to be skipped.
         """
+        bad = bad & self.mask
         if bad.any():
             where = f"{self.columns.address(int(np.argmax(bad)) if row is None else row)}, {what}"
             self.rejects.add(where, problem, remedy, int(bad.sum()))

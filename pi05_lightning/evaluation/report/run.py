@@ -55,8 +55,9 @@ class Run:
     acting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How the policy acted in the rollout, by mode."""
     swapped: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    chains: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Success at the task whose instruction was given in another one's scene, see `sim.summary.summarise`."""
+    chains: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """How many instructions were done in a row, by mode and task, see `sim.summary.summarise`."""
     jumps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """How far the policy's actions jump where chunks meet and inside them, by mode, see `sim.summary.jumps`."""
     curves: dict[str, Curve] = field(default_factory=dict)

@@ -38,6 +38,7 @@ def collect(config: CollectConfig) -> Path:
         for task in config.recorded:
             config.expert_env.check_task(task)
     out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
+    _restore(out, replaced)
     if out.exists() and not config.overwrite:
         raise FileExistsError(f"{out} already exists. Delete it, choose another out, or set overwrite: true.")
     if out.exists() and not (out / ROBOT / "meta" / "info.json").exists():
@@ -58,9 +59,16 @@ def collect(config: CollectConfig) -> Path:
             out.rename(replaced)
         partial.rename(out)
     finally:
+        _restore(out, replaced)
         for left in (partial, replaced):
             shutil.rmtree(left, ignore_errors=True)
     return out
+
+
+def _restore(out: Path, replaced: Path) -> None:
+    """Put back a dataset that was moved aside for one that did not come."""
+    if replaced.exists() and not out.exists():
+        replaced.rename(out)
 
 
 def _beside(out: Path, purpose: str) -> Path:

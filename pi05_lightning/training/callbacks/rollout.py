@@ -219,7 +219,7 @@ class PeriodicRollout(Callback):
         summary = Summary(value=[Summary.Value(tag=f"rollout/{trial.task}", image=image)])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment._get_file_writer().add_summary(summary, trainer.global_step)
+                logger.experiment.file_writer.add_summary(summary, trainer.global_step)
 
 
 def _success(trials: list[Trial]) -> float:
