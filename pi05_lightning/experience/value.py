@@ -135,7 +135,10 @@ class ValueFunction:
     def opened(self, tried: Tried, split: Split, options: dict[str, Any]) -> LeRobotSource:
         """A part of a dataset, as a source that this can be asked about."""
         config = LeRobotConfig(**{**options, "path": tried.path})
-        return config.open(tried.path, split, self.processor.shapes)
+        source = config.open(tried.path, split, self.processor.shapes)
+        if len(source):
+            source.prepare()  # nothing may have been trained on it yet
+        return source
 
     def everywhere(self, tried: Tried, options: dict[str, Any]) -> np.ndarray:
         """V of every frame of a dataset, f64[N] in the order of its `Attempts`.
