@@ -20,7 +20,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from tools import experiment
-from tools.experiment_recipes import DESK
+from tools.experiment_recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(folder.name for folder in ROOT.glob("experiments/*") if folder.is_dir())
@@ -91,8 +91,8 @@ def test_large_model_can_be_built(model: str) -> None:
     assert sum(p.numel() for p in built.parameters()) > 3e9
 
 
-def test_every_experiment_is_a_difference_or_a_script() -> None:
-    assert sorted([*DIFFERENCES, *SCRIPTS, DESK.name]) == EXPERIMENTS  # the desk's recipe is configs/desk.yaml itself
+def test_every_experiment_is_a_difference_or_a_script_or_a_recipe_of_its_own() -> None:
+    assert sorted({*DIFFERENCES, *SCRIPTS, *(recipe.name for recipe in RECIPES)}) == EXPERIMENTS
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
