@@ -14,6 +14,7 @@ from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks import step_time
 from pi05_lightning.training.callbacks.interrupt import Stopped
 from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput, duration
@@ -51,13 +52,15 @@ def said(videos: Path, caplog: pytest.LogCaptureFixture, *callbacks: Callback, *
     return caplog.text
 
 
-def test_time_is_told_before_and_after_with_what_would_help(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_time_is_told_before_and_after_with_what_would_help(
+    videos: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_time, "MUCH", 0.0)  # how much it is depends on the machine
     text = said(videos, caplog)
     assert re.search(r"Time: [\d.e-]+ s at the best rate of this device \([\d.e-]+ TFLOP/s\)", text)
     shares = re.search(r"Time of a batch: [\d.]+ s, (\d+)% computing, (\d+)% waiting for data \(6 batches\)", text)
     assert shares is not None
     assert 99 <= sum(map(int, shares.groups())) <= 101
-    assert int(shares[2]) > 10
     assert text.index("Time: ") < text.index("Time of a batch: ")
     for advice in ("--data.num_workers 2", "--data.sources.robot.image_cache true", "fewer than 2 cameras"):
         assert advice in text
