@@ -132,16 +132,16 @@ def calibrate(
     On those of attempts, where any is held out: beside demonstrations, which all succeeded, an attempt is told by who
     acted.
     """
-    parts: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    of_attempts, of_demonstrations = list[np.ndarray](), list[np.ndarray]()
     for one in tried:
         options = reading.options(one.path, tried[0].path, one.collected) | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)
             compared = np.stack([value.of(source), returns[rows], one.attempts.success[rows]])
-            parts[one.demonstrations].append(compared)
-    kind = "attempts" if parts[False] else "demonstrations"
-    predicted, returns, success = np.concatenate(parts[not parts[False]], axis=1)
+            (of_demonstrations if one.demonstrations else of_attempts).append(compared)
+    kind = "attempts" if of_attempts else "demonstrations"
+    predicted, returns, success = np.concatenate(of_attempts or of_demonstrations, axis=1)
     found = calibration(predicted, returns, success > 0)
     write_json(run / CALIBRATION, found)
     table = [["predicted", "actual", "frames"], *([f"{v:.3f}", f"{r:.3f}", str(n)] for v, r, n in found["bins"])]

@@ -19,9 +19,8 @@ Stored = Literal["float32", "int8", "int4"]
 ENDINGS: dict[Format, str] = {"openvino": ".xml", "onnx": ".onnx", "pt2": ".pt2"}
 PACKAGES: dict[Format, tuple[str, ...]] = {"openvino": ("openvino",), "onnx": ("onnxscript", "onnxruntime"), "pt2": ()}
 """What a format needs here, to be written and compared."""
-GROUP = (
-    32  # weights of a row that share a scale in 4 bits; a row of fewer, or of another multiple, takes what divides it
-)
+GROUP = 32
+"""Weights of a row that share a scale in 4 bits; a row that it does not divide takes fewer."""
 
 
 def needed(format: Format, stored: Stored) -> tuple[str, ...]:
