@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -48,14 +49,20 @@ def compressed(model: Any, stored: Stored) -> Any:
     """An OpenVINO model whose weights are stored in 8 bits, a scale per row, or in 4 bits, a scale per group of a row.
 
     In 4 bits the first and the last layers keep 8, as NNCF chooses them.
+
+    NNCF makes many an `openvino.Core` of its own. On processors with AMX each gives its thread a stack for signals, and
+    takes it back at its end (`runner._openvino_core` says what that does), so they get a thread of their own.
     """
     import nncf
 
     if stored == "int8":
-        return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
-    fitting = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-    mode = nncf.CompressWeightsMode.INT4_ASYM
-    return nncf.compress_weights(model, mode=mode, ratio=1.0, group_size=GROUP, advanced_parameters=fitting)
+        options: dict[str, Any] = {"mode": nncf.CompressWeightsMode.INT8_ASYM}
+    else:
+        fitting = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
+        options = {"mode": nncf.CompressWeightsMode.INT4_ASYM, "ratio": 1.0, "group_size": GROUP}
+        options["advanced_parameters"] = fitting
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(nncf.compress_weights, model, **options).result()
 
 
 def save_onnx(graph: Graph, path: Path, stored: Stored) -> None:
