@@ -14,7 +14,20 @@ from pathlib import Path
 
 from benchmarks.harness import environment, markdown, publish, read_json, write_json
 
-PARTS = ("train", "chunk", "counts", "recipe", "base", "small_card", "data", "stats", "fast", "serve", "growth")
+PARTS = (
+    "train",
+    "chunk",
+    "engines",
+    "counts",
+    "recipe",
+    "base",
+    "small_card",
+    "data",
+    "stats",
+    "fast",
+    "serve",
+    "growth",
+)
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 

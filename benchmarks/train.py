@@ -19,9 +19,10 @@ from benchmarks.harness import (
     speed_up,
 )
 from benchmarks.limit import limit_seconds, share_of_limit
-from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
+from benchmarks.peer import build_lerobot, make_inputs, randomize, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
-from pi05_lightning.models.parallelize import checkpoint_blocks
+from pi05_lightning.models.parallelize import checkpoint_blocks, compile_blocks
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import to_ours
 
 
@@ -60,7 +61,23 @@ def train(options: Options) -> list[Row]:
         rows += of_case
     fp32, bf16 = our_seconds[CASES[0].name], our_seconds[CASES[2].name]
     rows.append(speed_up("train, our bf16 against our fp32", ">= 1.8", (fp32, bf16)))
+    rows += [measure_compiled(dtype, options) for dtype in (torch.float32, torch.bfloat16)]
     return rows
+
+
+def measure_compiled(dtype: torch.dtype, options: Options) -> Row:
+    """Ours with `model.compile` against ours without."""
+    config = DEBUG if options.quick else MID
+    ours, compiled = Pi05(config), Pi05(config)
+    randomize(ours)
+    compiled.load_state_dict(ours.state_dict())
+    compile_blocks(compiled)
+    inputs = make_inputs(config, PART_PRESENT)
+    steps = [training_step(model, lambda m=model: inputs.our_loss(m), dtype) for model in (ours, compiled)]
+    check_equal("loss, compiled", steps[1]().mean(), steps[0]().mean(), TOLERANCE[dtype])
+    name = "fp32" if dtype == torch.float32 else "bf16"
+    seconds = alternate(steps[0], steps[1], options.pairs)
+    return speed_up(f"train, {name}, our model.compile against without", "", seconds)
 
 
 def measure(case: Case, options: Options) -> tuple[list[Row], list[float]]:
@@ -76,24 +93,27 @@ def measure(case: Case, options: Options) -> tuple[list[Row], list[float]]:
         ours.backbone.requires_grad_(False)
     inputs = make_inputs(config, case.work)
 
-    def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            model.zero_grad(set_to_none=True)
-            with autocast(case.dtype):
-                value = loss()
-            value.mean().backward()
-            return value.detach()
-
-        return run
-
-    peer_step = step(lerobot, lambda: inputs.lerobot_loss(lerobot))
-    our_step = step(ours, lambda: inputs.our_loss(ours, case.insulate))
+    peer_step = training_step(lerobot, lambda: inputs.lerobot_loss(lerobot), case.dtype)
+    our_step = training_step(ours, lambda: inputs.our_loss(ours, case.insulate), case.dtype)
     check_step(lerobot, ours, peer_step(), our_step(), case.dtype)
     seconds = alternate(peer_step, our_step, options.pairs)
     rows = [speed_up(case.name, case.goal, seconds)]
     if case.share:
         rows.append(share_of_limit(case.name, case.share, limit_seconds(our_step), seconds[1]))
     return rows, seconds[1]
+
+
+def training_step(model: nn.Module, loss: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Forward and backward; it returns the loss per element."""
+
+    def run() -> Tensor:
+        model.zero_grad(set_to_none=True)
+        with autocast(dtype):
+            value = loss()
+        value.mean().backward()
+        return value.detach()
+
+    return run
 
 
 def check_step(lerobot: nn.Module, ours: nn.Module, peer_loss: Tensor, our_loss: Tensor, dtype: torch.dtype) -> None:

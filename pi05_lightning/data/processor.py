@@ -46,7 +46,7 @@ class Language:
     task_only_share: float = 0.0
     """Share of the action samples that hide the subtask, so that the policy also acts on the task alone."""
     no_task_share: float = 0.0
-    """Share of the action and subtask samples whose task is left empty: language dropout."""
+    """Share of the training samples whose task is left empty: language dropout. With 1, validation has none either."""
     fast_share: float = 0.0
     """Share of the flow samples with a subtask that go on with the same actions as FAST tokens: both heads learn in one
     pass, and flow does not see the tokens (arXiv 2505.23705). Needs condition_on: both."""
@@ -121,9 +121,9 @@ class Processor:
     def sample(
         self, frame: Frame, subset: Subset, key: int = 0, max_questions: int = 1, training: bool = False
     ) -> Sample:
-        """A training or validation sample of a subset. key chooses questions, hides subtasks, tasks, and seeds noise.
+        """A training or validation sample of a subset. key chooses questions, hides subtasks, and seeds noise.
 
-        training: some do not say the advantage either.
+        training: some do not say the task, or the advantage, either.
 
         Raises ValueError when the frame lacks what the modality needs, and BadFrame when it must not be trained on.
         """
@@ -134,7 +134,8 @@ class Processor:
         if problem := outlier(frame):
             raise BadFrame(f"{problem}. {OUTLIER_REMEDY}")
         prompts, language = self.language.prompts, self.language
-        if language.no_task_share and rng.random() < language.no_task_share:
+        untold = language.no_task_share
+        if untold == 1 or (training and untold and rng.random() < untold):
             frame = replace(frame, task="")
         actions = mask = None
         told = frame.task

@@ -143,11 +143,11 @@ def test_flow_sample_goes_on_with_the_fast_tokens_of_the_same_actions(parsed: tu
 
 
 def test_share_of_the_samples_is_told_no_task(videos: Path) -> None:
-    def prompts(**language: float) -> list[str]:
+    def prompts(training: bool = True, **language: float) -> list[str]:
         source = {"robot": LeRobotConfig(str(videos))}
         data = Pi05DataModule(source, shapes=SHAPES, language=Language(condition_on="task", **language))
         frame, subset = data.sources("train")["robot"][0], Subset("robot", Modality.CONTINUOUS)
-        samples = [data.processor.sample(frame, subset, key) for key in range(100)]
+        samples = [data.processor.sample(frame, subset, key, training=training) for key in range(100)]
         return [data.processor.tokenizer.decode(sample.tokens.tolist()) for sample in samples]
 
     (always,) = set(prompts())
@@ -156,3 +156,5 @@ def test_share_of_the_samples_is_told_no_task(videos: Path) -> None:
     sometimes = prompts(no_task_share=0.3)
     assert set(sometimes) == {always, always.replace(task[1], "")}
     assert 15 <= sum(prompt != always for prompt in sometimes) <= 45
+    assert set(prompts(training=False, no_task_share=0.3)) == {always}  # what is validated says what it asks for
+    assert always not in prompts(training=False, no_task_share=1.0)
