@@ -19,10 +19,12 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
+from pi05_lightning.sim.trials import Trial
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
+from pi05_lightning.weights.abilities import ADVANTAGE, Trained
 
 STAGES = {
     "pretrain": StageOptions(LossWeights(subtask=1), {"robot/hl_subtask": 1.0}),
@@ -116,6 +118,30 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
         assert own.requires_grad
     owned = trainer.lightning_module.model.parameters()
     assert any(not torch.equal(own, used) for own, used in zip(owned, seen[0], strict=True))
+
+
+def test_policy_that_learned_to_follow_an_advantage_is_told_one(collected, tmp_path, monkeypatch):
+    told, trial = [], Trial("policy", "reach-v3", 0)
+    monkeypatch.setattr(
+        PeriodicRollout, "run", lambda self, policy: told.append(policy.advantage) or {"reach-v3": [trial]}
+    )
+    monkeypatch.setattr(PeriodicRollout, "_show", lambda *_: None)
+    train(collected, tmp_path, rollout(every_n_steps=1), steps=(0, 1))
+    record = Trained(terms={"flow": 1, ADVANTAGE: 1}, complete=True)
+    monkeypatch.setattr(Pi05Module, "trained", property(lambda _: record))
+    train(collected, tmp_path, rollout(every_n_steps=1), steps=(0, 1))
+    assert told == [None, "positive"]
+
+
+def test_two_of_them_need_names_and_keep_apart_what_they_log_and_film(collected, tmp_path):
+    with pytest.raises(ValueError, match="2 PeriodicRollout log as `rollout`: give all but one a `name`"):
+        train(collected, tmp_path, rollout(), rollout(mode="flat"))
+    train(collected, tmp_path, rollout(), rollout(mode="flat", name="flat"), steps=(0, 2))
+    films = {film.relative_to(tmp_path).as_posix() for film in tmp_path.glob("rollouts/**/*.mp4")}
+    assert films == {"rollouts/step-00000002.mp4", "rollouts/flat/step-00000002.mp4"}
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert {"rollout/success", "rollout_flat/success"} <= set(accumulator.Tags()["scalars"])
 
 
 def train_on_fast(collected: Path, folder: Path, *callbacks) -> Trainer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +18,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from pi05_lightning.acting import Acting, check
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of
-from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.modes import PolicyMode, acting_in
@@ -55,10 +55,11 @@ class PeriodicRollout(Callback):
         max_seconds: simulated time after which an episode has failed; by default the simulator's.
         lanes: episodes that are stepped together.
         seed: of the initial states and the noise.
+        name: what tells it from another one: it then logs `rollout_<name>/success`, and films into rollouts/<name>/.
         acting: how the policy acts, see `Acting`. Of data with several robots, name one as `robot`.
 
     Raises ValueError at the start of the run for what the policy will not be able to do, and for what the simulator
-    does not have, or lacks to run.
+    does not have, or lacks to run. Also for two of one name.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class PeriodicRollout(Callback):
         max_seconds: float | None = None,
         lanes: int = 8,
         seed: int = 0,
+        name: str = "",
         **acting: Any,
     ) -> None:
         if min(every_n_steps, episodes, lanes) < 1:
@@ -78,6 +80,7 @@ class PeriodicRollout(Callback):
         self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
         self.mode, self.max_seconds, self.lanes, self.seed = mode, max_seconds, lanes, seed
         self.acting = acting_in(mode, Acting(**acting))
+        self.name = name
         self.is_pending = False
         """A rollout has begun and is not over."""
         self._last = -1
@@ -88,6 +91,10 @@ class PeriodicRollout(Callback):
             env=self.env, tasks=self.tasks, mode=self.mode, every_n_steps=self.every_n_steps
         )
 
+    @property
+    def tag(self) -> str:
+        return f"rollout_{self.name}" if self.name else "rollout"
+
     def state_dict(self) -> dict[str, Any]:
         return {"is_pending": self.is_pending}
 
@@ -97,6 +104,11 @@ class PeriodicRollout(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
         assert pl_module.processor is not None
+        of_this_name = [c for c in callbacks_of(trainer) if isinstance(c, PeriodicRollout) and c.name == self.name]
+        if len(of_this_name) > 1:
+            raise ValueError(
+                f"{len(of_this_name)} PeriodicRollout log as `{self.tag}`: give all but one a `name` of their own"
+            )
         check(self.acting, pl_module.processor, UNKNOWN)  # the weights are yet to be trained
         if any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
             with self._weights(trainer, pl_module) as model:
@@ -131,7 +143,7 @@ class PeriodicRollout(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = trainer.global_step
-        for film in Path(trainer.default_root_dir, FOLDER).glob("step-*.*"):
+        for film in self._folder(trainer).glob("step-*.*"):
             if trainer.is_global_zero and int(film.stem.removeprefix("step-")) > trainer.global_step:
                 film.unlink()  # of steps that a resumed run takes anew
         if self.is_pending:
@@ -159,13 +171,13 @@ class PeriodicRollout(Callback):
         with isolate_rng(), self._policy(trainer, module, model) as policy:
             by_task = self.run(policy)
         trials = [trial for done in by_task.values() for trial in done]
-        metrics = {f"rollout/success/{task}": _success(done) for task, done in by_task.items()}
-        metrics |= {"rollout/success": _success(trials), "rollout/seconds": perf_counter() - start}
+        metrics = {f"{self.tag}/success/{task}": _success(done) for task, done in by_task.items()}
+        metrics |= {f"{self.tag}/success": _success(trials), f"{self.tag}/seconds": perf_counter() - start}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
         self._show(trainer, trials[0])
 
-    def run(self, policy: Pi05Policy) -> dict[str, list[Trial]]:
+    def run(self, policy: Inference) -> dict[str, list[Trial]]:
         """Every task's episodes, over; the first one is filmed."""
         plan = self._plan(policy)
         jobs = list(plan.jobs())
@@ -177,7 +189,7 @@ class PeriodicRollout(Callback):
                 by_task[job.task] += job.trials
         return by_task
 
-    def _plan(self, policy: Pi05Policy) -> Plan:
+    def _plan(self, policy: Inference) -> Plan:
         return Plan(
             self.env,
             self.tasks or self.env.tasks(policy.processor.robots[policy.robot]),
@@ -197,26 +209,30 @@ class PeriodicRollout(Callback):
             yield module.gathered(keep=trainer.is_global_zero)
 
     @contextmanager
-    def _policy(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> Iterator[Pi05Policy]:
+    def _policy(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> Iterator[Inference]:
         """The policy of these weights; the module trains on as before afterwards."""
         assert module.processor is not None
         training = {name: part.training for name, part in model.named_modules()}
         # what was not trained so far is not asked for
         acting = self.acting if module.trained.able("subtask") else replace(self.acting, hierarchical=False)
+        trained = replace(module.trained, complete=False)  # it is asked for actions before it has learned any
         with trainer.precision_plugin.val_step_context():
             try:
-                yield Pi05Policy((model, module.processor), device=module.device, **asdict(acting))
+                yield Inference(model, module.processor, acting, trained=trained)
             finally:
                 for name, part in model.named_modules():
                     part.training = training[name]
 
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir, FOLDER, self.name)
+
     def _show(self, trainer: Trainer, trial: Trial) -> None:
-        folder = Path(trainer.default_root_dir, FOLDER)
+        folder = self._folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         video.write(folder / f"step-{trainer.global_step:08d}.mp4", trial)
         height, width = video.frames(trial)[0].shape[:2]
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video.gif(trial))
-        summary = Summary(value=[Summary.Value(tag=f"rollout/{trial.task}", image=image)])
+        summary = Summary(value=[Summary.Value(tag=f"{self.tag}/{trial.task}", image=image)])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.file_writer.add_summary(summary, trainer.global_step)
