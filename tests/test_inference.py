@@ -18,6 +18,7 @@ from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.cli.serve import serve
 from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator
@@ -64,7 +65,7 @@ def test_a_chunk_lasts_by_default_until_the_next_one_may_have_come(horizon: int,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inference_delay": 5}, "inference_delay is 5, and the model's horizon 8: at most 4"),
+        ({"inference_delay": 5}, "inference_delay is 5, and a chunk has 8 actions: at most 4"),
         ({"inference_delay": 3, "execution_horizon": 2}, "execution_horizon: 2 .* within 3 and 5"),
         ({"inference_delay": 3, "execution_horizon": 6}, "execution_horizon: 6 .* within 3 and 5"),
     ],
@@ -72,6 +73,17 @@ def test_a_chunk_lasts_by_default_until_the_next_one_may_have_come(horizon: int,
 def test_a_chunk_that_does_not_last_until_the_next_one_is_refused(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Acting(**options).executed(8)
+
+
+def test_only_actions_of_a_chunk_that_the_data_has_are_executed(videos: Path) -> None:
+    short = LeRobotConfig(str(videos), horizon_steps=4)
+    processor = Pi05DataModule({"robot": short}, shapes=CONFIG.shapes).processor
+    processor = Processor.from_dict(processor.to_dict())
+    model = Pi05(CONFIG)
+    model.reset_parameters()
+    assert Pi05Policy((model, processor), execution_horizon=4).execution_horizon == 4
+    with pytest.raises(ValueError, match=r"execution_horizon: 5 .* within 1 and 4: a chunk's 4 actions"):
+        Pi05Policy((model, processor), execution_horizon=5)
 
 
 def test_actions_of_the_delay_are_given_unless_rtc_is_off() -> None:

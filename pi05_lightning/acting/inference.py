@@ -68,7 +68,9 @@ class Inference:
             acting.max_state_distance,
             acting.max_prompt_bytes,
         )
-        self.execution_horizon = acting.executed(self.model.config.horizon)
+        self.horizon = min(self.model.config.horizon, robot.horizon or self.model.config.horizon)
+        """Actions of a chunk that its training had; those beyond are noise."""
+        self.execution_horizon = acting.executed(self.horizon)
         able = processor.predicts_subtasks(self.robot) and self.trained.able("subtask")
         self.hierarchical = able and acting.hierarchical is not False
         able = self.abilities.advantage and acting.advantage != "none"

@@ -104,8 +104,8 @@ class Acting:
         delay, most = self.inference_delay, horizon - self.inference_delay
         if delay > most:
             raise ValueError(
-                f"inference_delay is {delay}, and the model's horizon {horizon}: at most {horizon // 2}, as a chunk has"
-                " to last until the next one has come"
+                f"inference_delay is {delay}, and a chunk has {horizon} actions: at most {horizon // 2}, as it has to"
+                " last until the next one has come"
             )
         least = max(1, delay)
         if self.execution_horizon is None:
@@ -113,8 +113,8 @@ class Acting:
         if not isinstance(self.execution_horizon, Integral) or not least <= self.execution_horizon <= most:
             raise ValueError(
                 f"execution_horizon: {self.execution_horizon} (pred_horizon in Python) is no whole number within"
-                f" {least} and {most}: the model's {horizon} actions less {delay} of inference_delay, which it has to"
-                " last for"
+                f" {least} and {most}: a chunk's {horizon} actions less {delay} of inference_delay, which it has"
+                " to last for"
             )
         return self.execution_horizon
 

@@ -106,7 +106,7 @@ def rollout(
     fast = policy.abilities.fast and policy.acting.actions == "flow"
     modes = available_modes(env, found, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
-        acting_in("async", how, delays).executed(policy.model.config.horizon)  # chunks last as long as any delay
+        acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     tasks = tasks or env.tasks(robot)
     check_tasks(env, tasks)
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}

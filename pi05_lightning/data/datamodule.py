@@ -174,8 +174,10 @@ class Pi05DataModule(LightningDataModule):
                     f"data.sources.{name}: same_robot_as {other!r} names no source with a robot of its own; there are"
                     f" {', '.join(n for n in robots if n not in shared) or 'none'}"
                 )
-            robots[name] = replace(robots[other], same_as=other)
-            source.check(robots[name])
+            source.check(robots[other])
+            if (own := source.robot()) is not None:
+                robots[other] = robots[other].with_data_of(own)
+        robots |= {name: replace(robots[other], same_as=other) for name, (other, _) in shared.items()}
         if self._fast is not None:
             self._check_fast(self._fast, robots)
         return Processor(

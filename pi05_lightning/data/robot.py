@@ -52,6 +52,8 @@ class Robot:
     """The cameras of its data; None where an older checkpoint does not say."""
     state_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     """Least and greatest value of every dim of the state in the training part; None where nothing tells."""
+    horizon: int | None = None
+    """Actions of a chunk that its data has, where they are less than the model's; the others are never trained."""
     same_as: str = ""
     """The source of which this is the robot, whose statistics these are; its own where it is empty."""
     looks: Mapping[str, Look] = field(default_factory=dict)
@@ -71,6 +73,20 @@ class Robot:
     def acts(self) -> bool:
         """Whether its data holds actions, so that a policy can act as it."""
         return self.action_dim > 0
+
+    def with_data_of(self, other: Robot) -> Robot:
+        """The same robot, which was trained on the data of another source too; its statistics stay these."""
+        state_range = self.state_range or other.state_range
+        if self.state_range and other.state_range:
+            least, greatest = np.array([self.state_range, other.state_range]).swapaxes(0, 1)
+            state_range = tuple(least.min(0).tolist()), tuple(greatest.max(0).tolist())
+        return replace(
+            self,
+            tasks=tuple(sorted({*self.tasks, *other.tasks})),
+            has_subtasks=self.has_subtasks or other.has_subtasks,
+            state_range=state_range,
+            horizon=max(self.horizon, other.horizon) if self.horizon and other.horizon else None,
+        )
 
     def to_model(self, frame: Frame) -> Frame:
         """The frame in the model's units."""

@@ -16,6 +16,7 @@ from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import ConditionOn, Prompts
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
@@ -122,6 +123,23 @@ def test_sources_of_one_robot_share_its_statistics_and_are_one_to_a_policy(data:
     assert data.processor.acting == ("robot",)
     again = Processor.from_dict(data.processor.to_dict())
     assert again.acting == ("robot",)
+
+
+def test_robot_has_the_tasks_subtasks_and_states_of_all_its_sources(videos: Path) -> None:
+    def robots(**sources: LeRobotConfig) -> dict[str, Robot]:
+        return Pi05DataModule(sources, shapes=CONFIG.shapes).processor.robots
+
+    opens, closes = ({"episodes": episodes, "val_fraction": 0} for episodes in ([1, 3], [0, 2, 4]))
+    both = robots(
+        robot=LeRobotConfig(str(videos), **opens),
+        more=LeRobotConfig(str(videos), same_robot_as="robot", **closes),
+    )
+    alone = robots(robot=LeRobotConfig(str(videos), **opens)) | robots(more=LeRobotConfig(str(videos), **closes))
+    assert both["robot"].tasks == both["more"].tasks == ("close the drawer", "open the drawer")
+    assert both["robot"].has_subtasks
+    assert both["robot"].to_dict()["quantiles"] == alone["robot"].to_dict()["quantiles"]
+    ranges = np.array([robot.state_range for robot in alone.values()])
+    np.testing.assert_array_equal(both["robot"].state_range, [ranges[:, 0].min(0), ranges[:, 1].max(0)])
 
 
 def test_source_that_shares_with_none_is_refused(videos: Path) -> None:

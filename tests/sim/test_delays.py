@@ -170,5 +170,5 @@ def test_rollout_measures_delays_beside_the_policy_without(untrained, tmp_path, 
     page = render(read_run(tmp_path), {})
     assert f"<td>{found['jumps']['async']['seams']['p95']:.3g}</td>" in page
     assert "<td>policy, delay without RTC</td>" in page
-    with pytest.raises(ValueError, match="inference_delay is 5, and the model's horizon 8: at most 4"):
+    with pytest.raises(ValueError, match="inference_delay is 5, and a chunk has 8 actions: at most 4"):
         rollout(untrained, ["reach-v3"], modes=("rtc",), delays=(5,), **options)

@@ -163,6 +163,7 @@ class LeRobotSource(Source):
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = Kept(self.columns, self.rejects)
         self._chunks = Chunks(self.columns, self._chunk_ends(), horizon, steps, relative_dims)
+        self._horizon = steps if steps < horizon else None
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
         self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
@@ -288,13 +289,15 @@ class LeRobotSource(Source):
     def robot(self) -> Robot | None:
         """Statistics of what is trained on, rate, tasks and names; None without state and actions.
 
-        Raises BadSample for a dimension without range, unless that is to be skipped.
+        Those of `same_robot_as` once `check` was told them. Raises BadSample for a dimension without range, unless that
+        is to be skipped.
         """
         if not self.config.action_keys and not self.config.state_keys:
             return None
+        shared = self._robot if self.same_robot_as is not None else None
         tasks = sorted({self._task.values[code] for code in np.unique(self._task.codes[self._rows])})
         return Robot(
-            normalize=self._normalize(),
+            normalize=self._normalize() if shared is None else shared.normalize,
             fps=self.files.fps,
             tasks=tuple(tasks),
             dataset=self.config.path,
@@ -304,6 +307,7 @@ class LeRobotSource(Source):
             has_subtasks=len(self.indices(Modality.HL_SUBTASK)) > 0,
             cameras=tuple(self.cameras.values()),
             state_range=self._state_range(),
+            horizon=self._horizon,
         )
 
     def looks(self) -> dict[str, Look]:
