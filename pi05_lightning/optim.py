@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.weights.resumed import REMEDY
 
@@ -167,7 +167,7 @@ def check_optimizer(make: Callable[[Any], Optimizer]) -> None:
         raise ValueError(f"model.optimizer: {error}") from error
     for name in ("lr", "weight_decay", "momentum", "eps"):
         if isinstance(options.get(name), int | float):
-            check(f"model.optimizer's {name}", options[name], 0)
+            check_range(f"model.optimizer's {name}", options[name], 0)
 
 
 PARTS = {

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 
 FLOW_ALPHA = 10.0  # π0.5 §IV-D
 
@@ -38,7 +38,7 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for name, weight in self.used.items():
-            check(f"loss weight {name}", weight, 0)
+            check_range(f"loss weight {name}", weight, 0)
 
     @property
     def used(self) -> dict[str, float]:
@@ -66,14 +66,14 @@ class StageOptions:
 
     def __post_init__(self) -> None:
         for name, share in self.mixture.items():
-            check(f"mixture: the share of {name}", share, 0)
+            check_range(f"mixture: the share of {name}", share, 0)
         if self.mixture and not any(self.mixture.values()):
             raise ValueError(f"mixture: no share is above 0; got {dict(self.mixture)}")
-        check("mixture_temperature", self.mixture_temperature, 0, 1)
-        check("warmup_steps", self.warmup_steps, 0)
-        check("final_lr_factor", self.final_lr_factor, 0, 1)
+        check_range("mixture_temperature", self.mixture_temperature, 0, 1)
+        check_range("warmup_steps", self.warmup_steps, 0)
+        check_range("final_lr_factor", self.final_lr_factor, 0, 1)
         for pattern, factor in self.lr_factors.items():
-            check(f"lr_factors {pattern}", factor, 0)
+            check_range(f"lr_factors {pattern}", factor, 0)
         for pattern in (*self.freeze, *self.lr_factors):
             try:
                 re.compile(pattern)
@@ -108,7 +108,7 @@ class Stage(StageOptions):
             raise ValueError(f"a stage's name is {self.name!r}: use letters, digits, _, - and . for it")
         if self.steps < 0:
             raise ValueError(f"stage {self.name} has {self.steps} steps: 0 leaves it out, fewer cannot be")
-        check(f"{self.name}: flow_alpha", self.flow_alpha, 0)
+        check_range(f"{self.name}: flow_alpha", self.flow_alpha, 0)
 
     @property
     def weights(self) -> dict[str, float]:

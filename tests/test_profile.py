@@ -155,10 +155,10 @@ def test_unknown_size_is_told_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"batch_size": 0}, "batch_size, prompt_tokens and draws are at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"cameras": 3}, "cameras is 3, and this model was made for 2 at most"),
-        ({"utilization": 40}, "it is a share"),
+        ({"utilization": 40}, "utilization is 40: it must be above 0 and at most 1"),
     ],
 )
 def test_sizes_that_make_no_step_are_refused(options: dict, named: str) -> None:

@@ -19,6 +19,7 @@ from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import MANIFEST, write
 from pi05_lightning.export.formats import Format, Stored, needed
 from pi05_lightning.files.local import replacing, write_json
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.locate import locate
 
@@ -76,8 +77,7 @@ def export(
         raise ValueError(f"--out {out} already exists: delete it or name another folder")
     if data is None and (given := [name for name, value in of_data.items() if value is not None]):
         raise ValueError(f"{given[0]} says how --data is read: give that too, or leave it out")
-    if frames < 1:
-        raise ValueError(f"--frames is {frames}: it must be at least 1")
+    check_range("--frames", frames, 1)
     if missing := [name for name in needed(format, dtype) if find_spec(name) is None]:
         raise ValueError(f"this export needs {' and '.join(missing)}: pip install 'pi05-lightning[export]'")
     weights = locate(checkpoint, averaged=averaged, base=base, tokenizer=tokenizer)

@@ -11,6 +11,7 @@ from typing import Any
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.cli.rollout import check_tasks, differences
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
@@ -67,8 +68,7 @@ def play(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     asyncio.run(check_address(HOST, port))  # what is wrong shows before the weights are read
-    if episodes < 1:
-        raise ValueError(f"episodes is {episodes}: give at least 1")
+    check_range("episodes", episodes, 1)
     env.warm_up()
     how = Acting(**acting)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}

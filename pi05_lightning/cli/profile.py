@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.evaluation.report.tables import table_of
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.shipped import find_model
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
@@ -81,9 +81,8 @@ def profile(
 
     Raises ValueError for configurations that cannot be read, and sizes that make no step.
     """
-    if not 0 < utilization <= 1:
-        raise ValueError(f"utilization is {utilization}: it is a share, above 0 and at most 1")
-    check("devices", devices, 1)
+    check_range("utilization", utilization, 0, 1, above=True)
+    check_range("devices", devices, 1)
     config, settings = read_run([configuration] if isinstance(configuration, str) else configuration)
     trained_in = str(first(settings["trainer.precision"], "bf16" if devices > 1 else "fp32"))
     shape = StepShape(

@@ -42,7 +42,7 @@ from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
 from pi05_lightning.files.local import write_json
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
@@ -199,7 +199,7 @@ class Pi05CLI(LightningCLI):
         if self.config.seed_everything is True:  # Lightning's own draw would differ from the one that is written down
             parser.error("seed_everything is true: give a number, so that the run can be resumed and repeated")
         if self.config.seed_everything is not False:
-            check("seed_everything", self.config.seed_everything, 0, 2**32 - 1)
+            check_range("seed_everything", self.config.seed_everything, 0, 2**32 - 1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for name, (kind, text) in RUN_OPTIONS.items():
@@ -283,9 +283,9 @@ def check_trainer(trainer: Namespace, command: str) -> None:
     least |= {"num_sanity_val_steps": -1, "min_steps": 0, "min_epochs": 0}
     for key, bound in least.items():
         if trainer[key] is not None:
-            check(f"trainer.{key}", trainer[key], bound)
+            check_range(f"trainer.{key}", trainer[key], bound)
     if isinstance(trainer.val_check_interval, int | float):
-        check("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
+        check_range("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
     if trainer.default_root_dir is not None:
         raise ValueError("trainer.default_root_dir is not where a run lies: give its directory as --run")
     if trainer.barebones:
@@ -313,7 +313,7 @@ def check_loggers(loggers: Any) -> None:
     for logger in as_list(loggers):
         every = logger.init_args.get("flush_logs_every_n_steps") if isinstance(logger, Namespace) else None
         if every is not None:
-            check("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
+            check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
 
 
 def keep_written(folder: Path, run: Path) -> None:

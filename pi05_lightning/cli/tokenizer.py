@@ -22,6 +22,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.fast import Chunks, Quality, measure, read_chunks
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.local import write_json
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
 
 console = Console()
@@ -71,8 +72,7 @@ def tokenizer(
         "min_range": min_range,
         "val_fraction": val_fraction,
     }
-    if max_chunks < 1:
-        raise ValueError(f"max_chunks is {max_chunks}: it must be at least 1")
+    check_range("max_chunks", max_chunks, 1)
     paths = [dataset] if isinstance(dataset, str) else dataset
     sources = sources_of(paths, {name: value for name, value in options.items() if value is not None})
     horizon, vocab_size = chunk_and_vocabulary(paths, horizon, vocab_size)
@@ -106,8 +106,7 @@ def chunk_and_vocabulary(paths: Sequence[str], horizon: int | None, vocab_size: 
         console.print(f"chunks of {horizon} actions, {'the horizon of the model' if models else 'as π0.5 has them'}")
     if vocab_size is None:
         vocab_size = min((model.fast_vocab_size for model in models), default=ModelConfig.fast_vocab_size)
-    if horizon < 1:
-        raise ValueError(f"horizon is {horizon}: it must be at least 1")
+    check_range("horizon", horizon, 1)
     return horizon, vocab_size
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Batch
 
 
@@ -36,10 +36,10 @@ class Augmentation:
     """Cameras whose name contains one of these words are not rotated: they see the gripper always at one angle."""
 
     def __post_init__(self) -> None:
-        check("augmentation.crop", self.crop, 0, 1, above=True)
-        check("augmentation.rotation", self.rotation, 0, 180)
+        check_range("augmentation.crop", self.crop, 0, 1, above=True)
+        check_range("augmentation.rotation", self.rotation, 0, 180)
         for name in ("brightness", "contrast", "saturation"):
-            check(f"augmentation.{name}", getattr(self, name), 0, 1)
+            check_range(f"augmentation.{name}", getattr(self, name), 0, 1)
 
     def draw(self, batch: Batch, cameras: Sequence[str], loc_ids: range) -> Batch:
         """The batch with `augmentation` drawn, on the host: f64[P 7], see `Batch`.

@@ -26,6 +26,7 @@ from pi05_lightning.data.samples import BadSampleCount, Observations, Observed, 
 from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Drawn, Modality, Shapes, Subset
 
@@ -88,8 +89,7 @@ class Pi05DataModule(LightningDataModule):
             ("val_samples", val_samples, 1),
             ("num_workers", num_workers, 0),
         ):
-            if value < least:
-                raise ValueError(f"data.{name} is {value}: it must be at least {least}")
+            check_range(f"data.{name}", value, least)
         self.configs, self.batch_size, self.tokenizer_name = sources, batch_size, tokenizer
         self.fast_path, self.language, self.num_workers, self.seed = fast, language, num_workers, seed
         self.val_samples, self.augmentation, self._shapes = val_samples, augmentation, shapes

@@ -19,7 +19,7 @@ from pi05_lightning.data.places import frame_to_model, said_to_model
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.tokenizer import TextTokenizer
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import (
     Answer,
     Batch,
@@ -59,12 +59,11 @@ class Language:
 
     def __post_init__(self) -> None:
         for name in ("task_only_share", "no_task_share", "fast_share", "advantage_omission"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it is a share, 0 to 1")
+            check_range(f"data.language.{name}", getattr(self, name), 0, 1)
         if self.fast_share and self.condition_on != "both":
             raise ValueError(f"fast_share is {self.fast_share}: it needs condition_on: both, not {self.condition_on}")
-        check("data.language.questions_per_sample", self.questions_per_sample, 1)
-        check("data.language.max_tokens", self.max_tokens, 1)
+        check_range("data.language.questions_per_sample", self.questions_per_sample, 1)
+        check_range("data.language.max_tokens", self.max_tokens, 1)
 
     @property
     def saying_subtasks(self) -> frozenset[Modality]:

@@ -20,6 +20,7 @@ from pi05_lightning.data.errors import BadFrame, BadSample
 from pi05_lightning.data.mixture import Draw, Entry, MixtureSampler
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.base import Source
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Batch, Drawn, Frame, Modality, Sample, Subset
 
 REPLACEMENTS = 16  # bad samples in a row after which a source has hardly any that are good
@@ -187,8 +188,7 @@ class BadSampleCount:
     """Bad samples among the draws so far; adding to it raises ValueError when they are more than a share of them."""
 
     def __init__(self, max_share: float) -> None:
-        if not 0 <= max_share <= 1:
-            raise ValueError(f"data.max_bad_share is {max_share}: it is a share, 0 to 1")
+        check_range("data.max_bad_share", max_share, 0, 1)
         self.max_share = max_share
         self.bad = self.drawn = 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def check(name: str, value: float, least: float, most: float = math.inf, *, above: bool = False) -> None:
+def check_range(name: str, value: float, least: float, most: float = math.inf, *, above: bool = False) -> None:
     """ValueError, by name, unless a number is finite and within `least` (or above it) and `most`; NaN never is."""
     if (value > least if above else value >= least) and value <= most and value < math.inf:
         return

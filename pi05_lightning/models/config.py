@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.shipped import find_model
 from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.types import Shapes
@@ -24,7 +24,7 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         for name in fields(self):
-            check(name.name, getattr(self, name.name), 1)
+            check_range(name.name, getattr(self, name.name), 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -56,7 +56,7 @@ class VisionConfig:
     def __post_init__(self) -> None:
         for name in fields(self):
             if name.name != "points_at_prompt":
-                check(f"vision.{name.name}", getattr(self, name.name), 1)
+                check_range(f"vision.{name.name}", getattr(self, name.name), 1)
         if self.width % self.num_heads:
             raise ValueError(f"vision width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.num_keypoints % self.keypoints_per_token:
@@ -88,8 +88,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "fast_vocab_size", "horizon", "action_dim"):
-            check(name, getattr(self, name), 1)
-        check("fast_skip_tokens", self.fast_skip_tokens, 0)
+            check_range(name, getattr(self, name), 1)
+        check_range("fast_skip_tokens", self.fast_skip_tokens, 0)
         side, patch = self.vision.image_size, self.vision.patch_size
         if self.backbone_type == "siglip_gemma" and side % patch:
             raise ValueError(f"vision.image_size {side} is not a multiple of vision.patch_size {patch}")

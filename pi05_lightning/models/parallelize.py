@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.gemma import AdaRMSNorm, Block, ExpertBlock
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
@@ -53,8 +53,8 @@ class Lora:
     """Regular expressions: parameters that are trained whole. All others but the adapters are frozen."""
 
     def __post_init__(self) -> None:
-        check("lora.rank", self.rank, 1)
-        check("lora.alpha", self.alpha, 0, above=True)
+        check_range("lora.rank", self.rank, 1)
+        check_range("lora.alpha", self.alpha, 0, above=True)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}: it must be in [0, 1)")
         for pattern in (self.targets, *self.train):

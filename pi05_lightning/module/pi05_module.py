@@ -20,7 +20,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured
 from pi05_lightning.evaluation.metrics.questions import Table
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
@@ -106,8 +106,8 @@ class Pi05Module(LightningModule):
         self.init_from, self.make_optimizer = init_from, optimizer
         check_optimizer(optimizer)
         for name, value in {"flow_draws": flow_draws, "num_steps": num_steps}.items():
-            check(f"model.{name}", value, 1)
-        check("model.accuracy_threshold", accuracy_threshold, 0, above=True)
+            check_range(f"model.{name}", value, 1)
+        check_range("model.accuracy_threshold", accuracy_threshold, 0, above=True)
         if not 0 <= rtc_max_delay < self.config.horizon:
             raise ValueError(f"rtc_max_delay {rtc_max_delay} is not within 0 and the horizon of {self.config.horizon}")
         self.flow_draws, self.rtc_max_delay = flow_draws, rtc_max_delay

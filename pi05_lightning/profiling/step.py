@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Target
@@ -24,8 +25,10 @@ class StepShape:
     draws: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.batch_size, self.prompt_tokens, self.draws) < 1 or min(self.cameras, self.target_tokens) < 0:
-            raise ValueError("batch_size, prompt_tokens and draws are at least 1, cameras and target_tokens 0")
+        for name in ("batch_size", "prompt_tokens", "draws"):
+            check_range(name, getattr(self, name), 1)
+        for name in ("cameras", "target_tokens"):
+            check_range(name, getattr(self, name), 0)
 
     @property
     def for_chunk(self) -> StepShape:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
@@ -40,8 +41,7 @@ class Workload:
     """What matrix products are computed in, over fp32 weights."""
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps is {self.num_steps}: a chunk takes at least 1")
+        check_range("num_steps", self.num_steps, 1)
         cameras, most = self.shape.cameras, self.config.shapes.max_cameras
         if most is not None and cameras > most:
             raise ValueError(f"cameras is {cameras}, and this model was made for {most} at most")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Answers, Pi05Policy, Request, predict_together
 
 
@@ -28,11 +28,9 @@ class Batching:
     """Requests that may wait; one more is refused."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_waiting"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} is {value}: give at least 1")
-        if not 0 <= self.batch_wait < math.inf:
-            raise ValueError(f"batch_wait is {self.batch_wait}: give seconds, 0 to wait for nobody")
+        check_range("max_batch", self.max_batch, 1)
+        check_range("max_waiting", self.max_waiting, 1)
+        check_range("batch_wait", self.batch_wait, 0)
 
 
 class Busy(RuntimeError):

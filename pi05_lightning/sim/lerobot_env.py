@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.mt50 import MT50
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
@@ -46,8 +47,8 @@ class LeRobotEnv(EnvironmentConfig):
     policy's, which must be a whole number."""
 
     def __post_init__(self) -> None:
-        if self.action_repeat is not None and self.action_repeat < 1:
-            raise ValueError(f"action_repeat: {self.action_repeat} is not a number of steps, give at least 1")
+        if self.action_repeat is not None:
+            check_range("action_repeat", self.action_repeat, 1)
 
     def warm_up(self) -> None:
         self._config()

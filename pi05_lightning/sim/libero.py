@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
@@ -40,8 +41,7 @@ class Libero(EnvironmentConfig):
     rate a dataset says it was recorded at."""
 
     def __post_init__(self) -> None:
-        if self.action_repeat < 1:
-            raise ValueError(f"action_repeat: {self.action_repeat} is not a number of steps, give at least 1")
+        check_range("action_repeat", self.action_repeat, 1)
 
     def warm_up(self) -> None:
         for name in self.suites:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
@@ -87,10 +88,10 @@ class Plan:
         chains = [task for task in self.tasks if self.env.is_chain(task)]
         if chains and {*self.instructions} != {"right"}:
             raise ValueError(f"instructions: {chains[0]} gives its own, one after the other: run it by itself")
-        if any(delay < 0 for delay in self.delays):
-            raise ValueError(f"delays is {list(self.delays)}: give numbers of control steps, at least 0")
-        if min(self.episodes, self.lanes) < 1:
-            raise ValueError("episodes and lanes: at least 1")
+        for delay in self.delays:
+            check_range("delays", delay, 0)
+        check_range("episodes", self.episodes, 1)
+        check_range("lanes", self.lanes, 1)
 
     def jobs(self) -> Iterator[Job]:
         """Grouped by task so that environments are reused."""

@@ -14,7 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.parallelize import Sharding
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.checkpoint_io import ShardedCheckpointIO
@@ -54,7 +54,7 @@ class FSDP2(ModelParallelStrategy):
         offload: bool = False,
     ) -> None:
         super().__init__(timeout=timeout)
-        check("replicas of the strategy fsdp2", replicas, 1)
+        check_range("replicas of the strategy fsdp2", replicas, 1)
         self.replicas, self.reduce_dtype, self.offload = replicas, reduce_dtype, offload
         self._sharding: Sharding | None = None
 

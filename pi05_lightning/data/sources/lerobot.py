@@ -39,7 +39,7 @@ from pi05_lightning.data.sources.lerobot_rejects import (
 from pi05_lightning.data.split import Split, check_fraction
 from pi05_lightning.data.statistics import FeatureStats
 from pi05_lightning.data.transforms import Normalize
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 log = logging.getLogger(__name__)
@@ -110,14 +110,14 @@ class LeRobotConfig(SourceConfig):
         check_fraction(self.val_fraction)
         for key in ("horizon_seconds", "min_range", "box_range", "tolerance_s"):
             if getattr(self, key) is not None:
-                check(key, getattr(self, key), 0, above=True)
+                check_range(key, getattr(self, key), 0, above=True)
         if self.horizon_steps is not None:
-            check("horizon_steps", self.horizon_steps, 1)
+            check_range("horizon_steps", self.horizon_steps, 1)
             if self.horizon_seconds is not None:
                 raise ValueError("give horizon_steps or horizon_seconds, not both")
         for key in ("relative_dims", "relative_state_dims"):
             for dim in getattr(self, key) or ():
-                check(key, dim, 0)
+                check_range(key, dim, 0)
 
     def open(self, name: str, split: Split, shapes: Shapes) -> LeRobotSource:
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""

@@ -24,7 +24,7 @@ from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import shown
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
 _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
@@ -88,9 +88,9 @@ class VisionTextConfig(SourceConfig):
                 raise ValueError(f"{key} is {getattr(self, key)!r}: write what is meant, or leave it out")
         check_fraction(self.val_fraction)
         if self.stream_rows is not None:
-            check("stream_rows", self.stream_rows, 1)
+            check_range("stream_rows", self.stream_rows, 1)
         if self.box_range is not None:
-            check("box_range", self.box_range, 0, above=True)
+            check_range("box_range", self.box_range, 0, above=True)
 
     def open(self, name: str, split: Split, shapes: Shapes) -> VisionTextSource:
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""

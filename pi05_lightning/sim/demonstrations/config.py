@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig, View
 from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what --env knows by name
 
@@ -81,18 +82,17 @@ class CollectConfig:
             raise ValueError("acting says how a policy acts, and there is none: give --policy")
         if self.device != "cpu" and self.policy is None:
             raise ValueError("device says where a policy runs, and there is none: give --policy")
-        if self.episodes < 1 or self.val_episodes < 0 or self.scenes < 0:
-            raise ValueError("episodes: at least 1; val_episodes and scenes: at least 0")
+        check_range("episodes", self.episodes, 1)
+        check_range("val_episodes", self.val_episodes, 0)
+        check_range("scenes", self.scenes, 0)
 
     def _check_demonstrations(self) -> None:
         rate = self.expert_env.control_hz
         if self.action_repeat < 1 or rate % self.action_repeat:
             raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use 1, 2, 4, 5, 8 or 10")
-        if self.answers_every < 1:
-            raise ValueError(f"answers_every: {self.answers_every} is not a number of frames, give at least 1")
+        check_range("answers_every", self.answers_every, 1)
         for name in ("noise_share", "rephrased_share", "continued_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is a share, give it between 0 and 1")
+            check_range(name, getattr(self, name), 0, 1)
         if self.image_size % 2:
             raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")
 

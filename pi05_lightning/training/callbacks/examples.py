@@ -19,7 +19,7 @@ from pi05_lightning.evaluation.report.examples import draw_example, readable
 from pi05_lightning.evaluation.report.plots import draw_horizon
 from pi05_lightning.evaluation.report.run import EXAMPLES, ExampleFile, Group
 from pi05_lightning.files.local import write_json
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 
 DPI = 110
@@ -38,7 +38,7 @@ class ValidationExamples(Callback):
 
     def __init__(self, first: int = 2, worst: int = 3) -> None:
         for name, value in {"first": first, "worst": worst}.items():
-            check(f"ValidationExamples: {name}", value, 0)
+            check_range(f"ValidationExamples: {name}", value, 0)
         self.first, self.worst = first, worst
         self.fixed: dict[str, list[Example]] = {}
         self.worse: dict[str, list[Example]] = {}

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
-from pi05_lightning.files.ranges import check
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 
 
@@ -17,7 +17,7 @@ class ProgressLines(ProgressBar):
 
     def __init__(self, seconds: float = 10.0) -> None:
         super().__init__()
-        check("ProgressLines: seconds", seconds, 0)
+        check_range("ProgressLines: seconds", seconds, 0)
         self.seconds = seconds
         self._enabled = True
         self._last_time = self._first_time = 0.0

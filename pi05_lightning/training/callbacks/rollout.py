@@ -19,6 +19,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.inference import Inference
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of
@@ -75,8 +76,8 @@ class PeriodicRollout(Callback):
         name: str = "",
         **acting: Any,
     ) -> None:
-        if min(every_n_steps, episodes, lanes) < 1:
-            raise ValueError("every_n_steps, episodes and lanes: at least 1")
+        for option, value in {"every_n_steps": every_n_steps, "episodes": episodes, "lanes": lanes}.items():
+            check_range(f"PeriodicRollout's {option}", value, 1)
         self.every_n_steps, self.env, self.tasks, self.episodes = every_n_steps, env, tasks, episodes
         self.mode, self.max_seconds, self.lanes, self.seed = mode, max_seconds, lanes, seed
         self.acting = acting_in(mode, Acting(**acting))
