@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi05_lightning.data.errors import OnBadSample
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of
@@ -70,17 +70,10 @@ def stats(
         for key in names:
             stop = start + files.features[key]["shape"][0]
             if key in keys:
-                console.print(feature_table(key, found.part(slice(start, stop)), dim_names(files, key)))
+                dims = dim_names(files.features[key]) or [""] * (stop - start)
+                console.print(feature_table(key, found.part(slice(start, stop)), dims))
             start = stop
     console.print(f"{len(source)} frames of {len(set(source.episode))} training episodes", highlight=False)
-
-
-def dim_names(files: LeRobotFiles, key: str) -> list[str]:
-    names = files.features[key].get("names") or []
-    if isinstance(names, dict):
-        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    width = files.features[key]["shape"][0]
-    return [str(name) for name in names] if len(names) == width else [""] * width
 
 
 def feature_table(key: str, feature: FeatureStats, names: Sequence[str]) -> Table:

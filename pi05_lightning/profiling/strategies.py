@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from pi05_lightning.models.config import ModelConfig
@@ -31,6 +30,7 @@ from pi05_lightning.models.parallelize import (
     shard,
 )
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.shards import own_part
 from pi05_lightning.profiling.memory import Held, bytes_of, make_fake, parts_of, step_memory
 from pi05_lightning.profiling.step import StepShape, training_loss
 
@@ -133,10 +133,10 @@ class Step:
             with fake, Sent(strategy) as held:
                 shard(model, sharding)
                 begin_sharded(model)
-                own = [local(parameter) for parameter in model.parameters()]
+                own = [own_part(parameter) for parameter in model.parameters()]
                 held.begin(own)
                 self._loss(model).backward()
-        gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]
         weights = bytes_of(own)
         return Rank(
             weights=weights,
@@ -147,10 +147,6 @@ class Step:
             sent=held.sent,
             group=held.largest,
         )
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,8 +42,8 @@ from pi05_lightning.sim.desk.tasks import (
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.environment import import_metaworld
 from pi05_lightning.sim.rendering import GRIPPER, Cameras
+from pi05_lightning.sim.sawyer import CONTROL_HZ, Sawyer
 from pi05_lightning.sim.splits import split_seeds
-from pi05_lightning.types import Box, Frame
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
@@ -58,7 +58,7 @@ class Desk(DemonstratorConfig):
     same_states: bool = False
     """Whether the n-th initial state is the same for all tasks, so that only the instruction tells them apart."""
 
-    control_hz = 80
+    control_hz = CONTROL_HZ
     cameras = (CAMERA, "gripperPOV")
     demonstrated = tuple(TASKS)
 
@@ -97,7 +97,7 @@ class Desk(DemonstratorConfig):
         return kind(task, view.image_size, view.cameras, repeat, self.same_states)
 
 
-class DeskEnvironment:
+class DeskEnvironment(Sawyer):
     """The desk at one task.
 
     Args:
@@ -111,9 +111,6 @@ class DeskEnvironment:
     """
 
     objects = tuple(OBJECTS)
-    ended = False
-    action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
-    workspace = (HAND_LOW, HAND_HIGH)
 
     def __init__(
         self,
@@ -168,29 +165,14 @@ class DeskEnvironment:
         self._episode = Episode.beginning(self._episode.now)
         return True
 
-    def step(self, action: np.ndarray) -> bool:
-        """Hold `action` f32[4] (dx, dy, dz, gripper effort, clipped to [-1, 1]) for `action_repeat` control steps.
-
-        Returns whether the task succeeded in one of them.
-        """
-        successes = [self.control_step(action) for _ in range(self.action_repeat)]
-        return any(successes)
-
     def control_step(self, action: np.ndarray) -> bool:
-        """One control step of 1/80 s; returns whether the task is solved."""
         self._desk.act(np.clip(action, -1.0, 1.0))
         self._episode = self._episode.after(self._desk.state())
         if self._other is not None and not self.solved_other:
             self.solved_other = self._other.solved(self._episode)
         return self._given.solved(self._episode)
 
-    def expert_step(self) -> bool:
-        """As long as a `step`, with what the expert does at each control step."""
-        successes = [self.control_step(self.expert_action()) for _ in range(self.action_repeat)]
-        return any(successes)
-
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert does now, for one control step: f32[4] in [-1, 1]."""
         return self._move().action(self._episode.now.hand)
 
     def subtask(self) -> str:
@@ -207,6 +189,10 @@ class DeskEnvironment:
         return self._given.sentence
 
     @property
+    def workspace(self) -> tuple[np.ndarray, np.ndarray]:
+        return HAND_LOW, HAND_HIGH
+
+    @property
     def target(self) -> str | None:
         """The thing that the instruction is about, if it is about one."""
         return self._given.target
@@ -221,34 +207,16 @@ class DeskEnvironment:
         return self._given.seconds
 
     @property
-    def fps(self) -> float:
-        """Actions per second."""
-        return Desk.control_hz / self.action_repeat
+    def _data(self) -> Any:
+        return self._desk.data
+
+    @property
+    def _fingertips(self) -> np.ndarray:
+        return self._desk.fingertips
 
     @property
     def state(self) -> np.ndarray:
-        """f32[4]: hand position in metres, gripper opening in [0, 1]."""
         return np.array([*self._episode.now.hand, self._episode.now.gripper], np.float32)
-
-    def observation(self) -> Frame:
-        """What a policy may see: images, the instruction and `state`."""
-        return Frame(images=self.render(), task=self.sentence, state=self.state)
-
-    def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """{camera: uint8[3 h w]}."""
-        return self._views.images(self._desk.data, cameras or self.cameras)
-
-    def picture(self, size: int) -> np.ndarray:
-        """What the first camera sees: uint8[3 size size]."""
-        return self._views.picture(self._desk.data, self.cameras[0], size)
-
-    def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
-        """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""
-        return self._views.boxes(self._desk.data, cameras or self.cameras)
-
-    def positions(self) -> dict[str, np.ndarray]:
-        """Where the things and the gripper are: f64[3] in metres, x to the right and y away from the robot."""
-        return self._views.positions(self._desk.data) | {"gripper": self._desk.fingertips}
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Questions about the state of things, and their answers."""
@@ -261,23 +229,8 @@ class DeskEnvironment:
             yield f"is the {colour} block in the drawer?", "yes" if now.in_drawer(colour) else "no"
 
     def place_hand(self, position: np.ndarray, effort: float) -> None:
-        """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
         self._desk.place_hand(position, effort)
         self._episode = self._episode.after(self._desk.state())
-
-    def push(self, offset: np.ndarray) -> None:
-        """Displace the hand by `offset` f64[3] in metres (x to the right, y away from the robot), within its reach."""
-        self.place_hand(np.clip(self._episode.now.hand + offset, *self.workspace), float(self._desk.data.ctrl[0]))
-
-    def close(self) -> None:
-        """Free the renderer; without it EGL complains when the interpreter exits."""
-        self._views.close()
-
-    def __enter__(self) -> DeskEnvironment:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class ChainEnvironment(DeskEnvironment):

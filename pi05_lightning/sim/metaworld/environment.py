@@ -23,12 +23,11 @@ import numpy as np
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE, task_of_sentence
 from pi05_lightning.sim.rendering import GRIPPER, Camera, Cameras, check_rendering
-from pi05_lightning.types import Box, Frame
+from pi05_lightning.sim.sawyer import CONTROL_HZ, Sawyer
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
 
-CONTROL_HZ = 80  # MetaWorld: 5 MuJoCo steps of 2.5 ms
 _PLACING_STEPS = 100  # MuJoCo steps in which the hand follows wherever it is sent
 
 CAMERAS = {"topview": Camera(offset=(0.0, 0.15, 0.0), fovy=28.0), "corner2": Camera(rotate=True)}
@@ -113,7 +112,7 @@ class MetaWorld(DemonstratorConfig):
         return MetaWorldEnvironment(task, view.image_size, view.cameras, repeat)
 
 
-class MetaWorldEnvironment:
+class MetaWorldEnvironment(Sawyer):
     """One MetaWorld task.
 
     Args:
@@ -130,8 +129,6 @@ class MetaWorldEnvironment:
     """
 
     other_sentences = ()  # of an instruction
-    ended = False  # an episode goes on for as long as the caller likes
-    action_low, action_high = np.full(4, -1.0), np.full(4, 1.0)
 
     def __init__(
         self,
@@ -151,7 +148,7 @@ class MetaWorldEnvironment:
         self.task = task
         self.language = LANGUAGE[task]
         self._sentences = sentences
-        self.sentence = self._instruction(task)
+        self._sentence = self._instruction(task)
         self.max_seconds = max_seconds
         self.objects = tuple(self.language.objects)
         self.target = next(iter(self.objects), None)
@@ -193,7 +190,7 @@ class MetaWorldEnvironment:
         other = None if task == self.task else self._beside(task)
         if task != self.task and other is None:
             return False
-        self.sentence, self._told = self._instruction(task), other
+        self._sentence, self._told = self._instruction(task), other
         return True
 
     def _instruction(self, task: str) -> str:
@@ -225,91 +222,50 @@ class MetaWorldEnvironment:
         self._mujoco.mj_forward(model, data)
         return bool(other.evaluate_state(other._get_obs(), np.zeros(4, np.float32))[1]["success"])
 
-    def step(self, action: np.ndarray) -> bool:
-        """Hold `action` f32[4] (dx, dy, dz, gripper effort, clipped to [-1, 1]) for `action_repeat` control steps.
-
-        Returns whether the task succeeded in one of them.
-        """
-        successes = [self.control_step(action) for _ in range(self.action_repeat)]
-        return any(successes)
-
     def control_step(self, action: np.ndarray) -> bool:
-        """One control step of 1/80 s; returns whether the task is solved."""
         self._obs, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0).astype(np.float32))
         if self._other is not None and not self.solved_other:
             self.solved_other = self._is_solved(self._other)
         return bool(info["success"]) if self._told is None else self._is_solved(self._told)
-
-    def expert_step(self) -> bool:
-        """As long as a `step`, with what the expert does at each control step."""
-        successes = [self.control_step(self.expert_action()) for _ in range(self.action_repeat)]
-        return any(successes)
 
     def expert_action(self) -> np.ndarray:
         """What MetaWorld's scripted expert does now, for one control step: f32[4] in [-1, 1]."""
         return np.clip(self._policy.get_action(self._obs.copy()), -1.0, 1.0).astype(np.float32)
 
     @property
-    def fps(self) -> float:
-        """Actions per second."""
-        return CONTROL_HZ / self.action_repeat
+    def _data(self) -> Any:
+        return self._env.data
+
+    @property
+    def _fingertips(self) -> np.ndarray:
+        return self._env.tcp_center.copy()
+
+    @property
+    def sentence(self) -> str:
+        return self._sentence
 
     @property
     def state(self) -> np.ndarray:
-        """f32[4]: hand position in metres, gripper opening in [0, 1]."""
         return self._obs[:4].astype(np.float32)
-
-    def observation(self) -> Frame:
-        """What a policy may see: images, the instruction and `state`."""
-        return Frame(images=self.render(), task=self.sentence, state=self.state)
 
     def subtask(self) -> str:
         """What the expert is doing at the moment, in words."""
         return self.language.phase(self._policy._parse_obs(self._obs))
-
-    def positions(self) -> dict[str, np.ndarray]:
-        """Where the task's objects and the gripper are: f64[3] in metres, x to the right and y away from the robot."""
-        return self._views.positions(self._env.data) | {"gripper": self._env.tcp_center.copy()}
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Nothing is asked beyond where things are."""
         yield from ()
 
     def place_hand(self, position: np.ndarray, effort: float) -> None:
-        """Bring the hand near `position` f64[3] in metres at once, not as a robot would: for pictures of it there."""
         self._env.data.mocap_pos[:] = position
         self._env.do_simulation([effort, -effort], _PLACING_STEPS)
         self._obs = self._env._get_obs()
 
-    def push(self, offset: np.ndarray) -> None:
-        """Displace the hand by `offset` f64[3] in metres (x to the right, y away from the robot), within its reach."""
-        self.place_hand(np.clip(self._obs[:3] + offset, *self.workspace), float(self._env.data.ctrl[0]))
-
     @property
     def workspace(self) -> tuple[np.ndarray, np.ndarray]:
-        """The lowest and the highest place the hand can be sent to: f64[3] in metres, twice."""
         return self._env.mocap_low, self._env.mocap_high
 
-    def render(self, cameras: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """{camera: uint8[3 h w]}."""
-        return self._views.images(self._env.data, cameras or self.cameras)
-
-    def picture(self, size: int) -> np.ndarray:
-        """What the first camera sees: uint8[3 size size]."""
-        return self._views.picture(self._env.data, self.cameras[0], size)
-
-    def boxes(self, cameras: Sequence[str] | None = None) -> dict[str, dict[str, Box]]:
-        """{camera: {object: (ymin, xmin, ymax, xmax) in [0, 1]}} of what is visible."""
-        return self._views.boxes(self._env.data, cameras or self.cameras)
-
     def close(self) -> None:
-        """Free the renderer; without it EGL complains when the interpreter exits."""
-        self._views.close()
+        super().close()
         for env in (self._env, *self._others.values()):
             env.close()
-
-    def __enter__(self) -> MetaWorldEnvironment:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()

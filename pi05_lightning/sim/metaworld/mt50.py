@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pi05_lightning.sim.environment import View, action_repeat
-from pi05_lightning.sim.metaworld.environment import CONTROL_HZ, MetaWorld, MetaWorldEnvironment
+from pi05_lightning.sim.metaworld.environment import MetaWorld, MetaWorldEnvironment
 from pi05_lightning.sim.rendering import Camera
+from pi05_lightning.sim.sawyer import CONTROL_HZ
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
