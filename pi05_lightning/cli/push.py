@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
 from pi05_lightning.evaluation.report.page import film_caption, protocol
-from pi05_lightning.evaluation.report.run import ROLLOUT, Run, read_run
+from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import read_json, write_text
@@ -116,6 +116,9 @@ def policy(
     home = run_of(weights.path)
     if is_run(home) and (home / CONFIG).is_file():
         run = read_run(home)
+        if run.metrics and run.measured.get("sha256") != weights.content_hash():
+            print(f"{home / METRICS} is not known to be of these weights, and is left out: run `pi05 validate` first")
+            run = replace(run, metrics={}, questions={})
         if run.success and run.rollout.get("sha256") != weights.content_hash():
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
             run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})

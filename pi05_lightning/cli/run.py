@@ -53,7 +53,7 @@ from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.forecast import MemoryForecast
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps
 from pi05_lightning.training.callbacks.mixture import MixtureLog
-from pi05_lightning.training.callbacks.predictions import PredictionsFile
+from pi05_lightning.training.callbacks.predictions import PredictionsFile, measured_weights
 from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.restart import Restart
@@ -353,11 +353,12 @@ def silence_noise() -> None:
     )
 
 
-def show_results(module: Pi05Module, run: Path, command: str) -> None:
-    """Write what `validate` or `test` measured into a run, and print it."""
+def show_results(trainer: Trainer, module: Pi05Module, run: Path, command: str) -> None:
+    """Write what `validate` or `test` measured into a run, and of which weights, and print it."""
     part, name = {"validate": ("validation", ""), "test": ("test", "test_")}[command]
     tables = [metrics_table(write_metrics(module.results, run, f"{name}metrics"), part)]
     write_json(run / f"{name}questions.json", module.questions)
+    write_json(run / f"{name}measured.json", measured_weights(trainer, module))
     Console().print(*tables, *(questions_table(subset, rows) for subset, rows in module.questions.items()))
 
 
@@ -389,7 +390,7 @@ def run(command: str, args: list[str]) -> None:
             cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            show_results(cli.model, Path(cli.config.run), command)
+            show_results(cli.trainer, cli.model, Path(cli.config.run), command)
     except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
         raise ValueError(str(error)) from error
     finally:

@@ -15,7 +15,7 @@ RUNS = Path("runs")
 CONFIG = "config.yaml"
 MARK = "# The whole configuration of this run, as pi05 resolved it."
 """First line of a run's config.yaml: no file without it is a run's."""
-MEASURED = ("metrics.json", "metrics.csv", "questions.json")
+MEASURED = ("metrics.json", "metrics.csv", "questions.json", "measured.json")
 WRITTEN = (CONFIG, "checkpoints", "validation", "provenance.json", *MEASURED, "report.html")
 """What a run may write into its directory, beside the logger's files."""
 _SHARED = "PI05_RUN"

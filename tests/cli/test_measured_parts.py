@@ -12,6 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.weights.locate import locate
 
 from .conftest import STEPS
 
@@ -41,6 +42,7 @@ def measure(command: str, run: Path, data: Path) -> None:
 def test_each_command_measures_its_own_part(run: Path, parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure("validate", run, parts)
     validation = (run / "metrics.json").read_text()
+    assert json.loads((run / "measured.json").read_text())["sha256"] == locate(run).content_hash()
     shown = sorted((run / "validation").iterdir())
     measure("test", run, parts)
     assert (run / "metrics.json").read_text() == validation  # what the report shows as validation

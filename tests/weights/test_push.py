@@ -86,6 +86,7 @@ def make_run(run: Path, policy: Pi05Policy) -> None:
     write_json(run / "rollout" / "rollout.json", result | {"films": {"one.mp4": film}})
     (run / "rollout" / "one.mp4").write_bytes(b"a film")
     write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
+    write_json(run / "measured.json", {"sha256": measured["sha256"]})
     versions = {"pi05_lightning": "0.2.0"}
     write_json(run / "provenance.json", {"samples": {"robot/qa": {"train": 7, "val": 2}}, "versions": versions})
 
@@ -195,6 +196,13 @@ def test_films_that_are_gone_leave_with_the_next_push_and_other_files_stay(hub: 
     main(["push", str(run), "lab/arm"])
     assert "films/old.mp4" not in hub.repositories[MODEL]
     assert hub.repositories[MODEL]["theirs.md"] == b"kept"
+
+
+def test_metrics_of_other_weights_are_left_out(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(run / "measured.json", {"sha256": "of others"})
+    main(["push", str(run), "lab/arm", "--license", "mit"])
+    assert "metrics.json is not known to be of these weights" in capsys.readouterr().out
+    assert "| robot/continuous_robot_actions |" not in hub.repositories[MODEL]["README.md"].decode()
 
 
 def test_success_and_films_of_other_weights_are_left_out(

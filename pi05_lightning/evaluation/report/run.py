@@ -15,6 +15,7 @@ from pi05_lightning.evaluation.report.metrics import Metrics
 from pi05_lightning.evaluation.statistics import Success
 from pi05_lightning.files.local import read_json
 
+METRICS = Path("metrics.json")
 EXAMPLES = Path("validation", "examples.json")
 """Within a run: what `pi05 validate` drew, by `source/modality`; the pictures lie beside it."""
 PROVENANCE = Path("provenance.json")
@@ -51,6 +52,8 @@ class Run:
     metrics: Metrics = field(default_factory=dict)
     questions: dict[str, Metrics] = field(default_factory=dict)
     """Of answers, by `source/qa`: metrics by question."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """The weights that these metrics are of: checkpoint, sha256 and step."""
     success: Success = field(default_factory=dict)
     acting: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How the policy acted in the rollout, by mode."""
@@ -85,8 +88,9 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         config_yaml=config_yaml,
         config=yaml.safe_load(config_yaml),
-        metrics=read_json(folder / "metrics.json", default={}),
+        metrics=read_json(folder / METRICS, default={}),
         questions=read_json(folder / "questions.json", default={}),
+        measured=read_json(folder / "measured.json", default={}),
         success=result.get("success", {}),
         acting=result.get("acting", {}),
         swapped=result.get("swapped", {}),

@@ -107,7 +107,7 @@ def _plain(values: np.ndarray | None) -> Any:
 
 def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, Any]:
     """Which weights acted, how, and what the numbers of every source's table are."""
-    data, path = datamodule_of(trainer), trainer.ckpt_path
+    data = datamodule_of(trainer)
     sources = {}
     for name, source in data.predicted_sources.items():
         robot = data.own_processor.robots[name]
@@ -119,10 +119,18 @@ def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, An
             "state": source.names("state"),
         }
     return {
-        "checkpoint": str(path) if path else None,
-        "sha256": locate(path).content_hash() if path else None,
-        "step": module.measured_step,
+        **measured_weights(trainer, module),
         "seed": module.seed,
         "acting": asdict(module.acting),
         "sources": sources,
+    }
+
+
+def measured_weights(trainer: Trainer, module: Pi05Module) -> dict[str, Any]:
+    """The checkpoint that a command was given, the hash of its weights, and their step; None where there was none."""
+    path = trainer.ckpt_path
+    return {
+        "checkpoint": str(path) if path else None,
+        "sha256": locate(path).content_hash() if path else None,
+        "step": module.measured_step,
     }
