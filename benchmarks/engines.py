@@ -49,9 +49,7 @@ def measure(served: Served, options: Options) -> list[Row]:
                 if problems := found.problems(MAX_ERROR[stored]):
                     raise AssertionError(f"{served.name} in {name}: {'; '.join(problems)}")
                 exported = Policy(folder, **{THREADS[format]: torch.get_num_threads()})
-                seconds = alternate(
-                    partial(act, ours, frame), partial(chunk, exported, frame), max(options.pairs, served.pairs)
-                )
+                seconds = alternate(partial(act, ours, frame), partial(chunk, exported, frame), options.pairs)
             rows.append(speed_up(f"one chunk, {served.name}, {name} against our PyTorch", "", seconds))
     return rows
 

@@ -28,7 +28,8 @@ import numpy as np
 from examples.slow_network import SlowNetwork
 from pi05_lightning.serving.client import Controller, Mode
 from pi05_lightning.sim.environment import Environment, View
-from pi05_lightning.sim.metaworld.environment import CONTROL_HZ, MetaWorld
+from pi05_lightning.sim.metaworld.environment import MetaWorld
+from pi05_lightning.sim.sawyer import CONTROL_HZ
 from pi05_lightning.sim.trials import jumps
 from pi05_lightning.weights.locate import locate
 

@@ -87,7 +87,7 @@ def check(
         show(f"{checkpoint} beside {dataset}", said)
         found += said
     if env is not None:
-        abilities, horizon = Abilities.of(processor, weights.trained), weights.config().horizon
+        abilities, horizon = Abilities.of(processor, weights.trained), policy.horizon or weights.config().horizon
         view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
         said = beside_simulator(policy, abilities, horizon, env, tasks or env.tasks(policy), view, seed)
         show(f"{checkpoint} beside {type(env).__name__}", said)
@@ -112,13 +112,13 @@ def beside_dataset(
 ) -> list[Finding]:
     """What there is to say of a policy, which acts as the robot of a name, and a dataset."""
     abilities, horizon = Abilities.of(processor, weights.trained), weights.config().horizon
-    source = open_dataset(chosen, policy, horizon)
+    source = open_dataset(replace(chosen, horizon_steps=policy.horizon), policy, horizon)
     here = source.robot()
     assert here is not None
     here = replace(here, looks=source.looks(), cameras=tuple(source.camera_names))
     episodes = np.unique(source.episode, return_counts=True)[1]
     given = Given(here, chosen.path, episode_seconds=float(episodes.max()) / here.fps)
-    said = agreement(policy, abilities, horizon, given)
+    said = agreement(policy, abilities, policy.horizon or horizon, given)
     if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
         said += predictions(weights, processor, name, abilities, source, frames, seed, device)
     return said

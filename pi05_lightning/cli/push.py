@@ -115,11 +115,11 @@ def policy(
     begun = None
     home = run_of(weights.path)
     if is_run(home) and (home / CONFIG).is_file():
-        run = read_run(home)
-        if run.metrics and run.measured.get("sha256") != weights.content_hash():
+        run, published = read_run(home), weights.content_hash()
+        if run.metrics and run.measured.get("sha256") != published:
             print(f"{home / METRICS} is not known to be of these weights, and is left out: run `pi05 validate` first")
             run = replace(run, metrics={}, questions={})
-        if run.success and run.rollout.get("sha256") != weights.content_hash():
+        if run.success and run.rollout.get("sha256") != published:
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
             run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
         films = {film.name: film for film in run.videos}

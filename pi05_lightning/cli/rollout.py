@@ -142,8 +142,7 @@ def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str]
     """What the simulator gives otherwise than the policy expects, by a look at the beginning of a few episodes."""
     view = view_of(policy)
     expected = replace(policy.processor.robots[policy.robot], cameras=view.cameras)
-    horizon = policy.model.config.horizon
-    found = beside_simulator(expected, policy.abilities, horizon, env, tasks, view, seed, expert=False)
+    found = beside_simulator(expected, policy.abilities, policy.horizon, env, tasks, view, seed, expert=False)
     return [finding for finding in found if finding.verdict == "differs"]
 
 

@@ -169,10 +169,10 @@ class Pi05DataModule(LightningDataModule):
             if robot is not None:
                 robots[name] = replace(robot, looks=source.looks())
         for name, (other, source) in shared.items():
-            if other not in robots or other in shared:
+            if other not in robots:
                 raise ValueError(
                     f"data.sources.{name}: same_robot_as {other!r} names no source with a robot of its own; there are"
-                    f" {', '.join(n for n in robots if n not in shared) or 'none'}"
+                    f" {', '.join(robots) or 'none'}"
                 )
             source.check(robots[other])
             if (own := source.robot()) is not None:

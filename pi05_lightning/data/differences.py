@@ -14,7 +14,7 @@ from pi05_lightning.data.processor import Processor
 ROUNDING = 1e-6  # of a value and its dim's range: statistics are deterministic, but for a machine's last bit
 SHOWN = 3  # dims of which the values are told
 ANOTHER_LOOK = 8.0  # grey levels between the means of two cameras' images
-_TOLD_OTHERWISE = {"quantiles", "state_range", "tasks", "dataset", "looks"}
+_TOLD_OTHERWISE = {"quantiles", "state_range", "tasks", "dataset", "looks", "horizon"}
 _UNKNOWN = ("cameras", None)  # to an older checkpoint
 
 
@@ -80,7 +80,7 @@ def differences(saved: Mapping[str, Any], today: Processor) -> list[Difference]:
 
 def _of_robot(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
     found = [
-        Difference(place, f"{key} {_values(now[key], value)}")
+        Difference(place, f"{key} {_values(now[key], value)}", harmless=(key, value) == ("has_subtasks", False))
         for key, value in then.items()
         if key in now and key not in _TOLD_OTHERWISE and (key, value) != _UNKNOWN and _plain(value) != _plain(now[key])
     ]
@@ -97,6 +97,8 @@ def _of_robot(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> li
             found.append(
                 Difference(place, f"the images of {camera} differ by {distance:.0f} grey levels from the checkpoint's")
             )
+    if then.get("horizon") != now["horizon"]:
+        found.append(Difference(place, f"horizon_steps {_values(now['horizon'], then.get('horizon'))}", harmless=True))
     if then["tasks"] != now["tasks"]:
         others = sorted(set(then["tasks"]) ^ set(now["tasks"]))
         found.append(

@@ -76,15 +76,10 @@ class Robot:
 
     def with_data_of(self, other: Robot) -> Robot:
         """The same robot, which was trained on the data of another source too; its statistics stay these."""
-        state_range = self.state_range or other.state_range
-        if self.state_range and other.state_range:
-            least, greatest = np.array([self.state_range, other.state_range]).swapaxes(0, 1)
-            state_range = tuple(least.min(0).tolist()), tuple(greatest.max(0).tolist())
         return replace(
             self,
             tasks=tuple(sorted({*self.tasks, *other.tasks})),
             has_subtasks=self.has_subtasks or other.has_subtasks,
-            state_range=state_range,
             horizon=max(self.horizon, other.horizon) if self.horizon and other.horizon else None,
         )
 

@@ -78,11 +78,11 @@ def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: st
             ours = policy.acting_as(replace(policy.acting, actions="flow"))
             expected = ours.predict_chunks([frame], [subtask], start[None])[0]
             found = exported.act(*seen, subtask=subtask, noise=start, actions="flow")
-            flow.append(float((np.abs(found - expected) / half_range).max()))
+            flow.append(float((np.abs(found - expected[: len(found)]) / half_range).max()))
         if with_fast is not None:
             expected = with_fast.predict_chunks([frame], [subtask])[0]
             found = exported.act(*seen, subtask=subtask, actions="fast")
-            fast.append(float((np.abs(found - expected) / half_range).max()))
+            fast.append(float((np.abs(found - expected[: len(found)]) / half_range).max()))
         exported.reset()
         seconds.append((timed(exported.act, *seen), timed(act, policy, frame)))
         if policy.hierarchical:

@@ -71,6 +71,7 @@ def described(policy: Inference) -> dict[str, Any]:
             "cameras": processor.cameras_of(policy.robot),
             "tasks": robot.tasks,
             "fps": robot.fps,
+            "horizon": robot.horizon,
             "embodiment": robot.embodiment,
             "control_mode": robot.control_mode,
             "state": quantiles["state"],

@@ -122,7 +122,7 @@ class Policy:
         prefix_actions: np.ndarray | None = None,
         actions: str | None = None,
     ) -> np.ndarray:
-        """A chunk f32[T A] in the robot's units.
+        """A chunk f32[T A] in the robot's units, of as many actions as its data's chunks had.
 
         images: {camera: u8, or floats of 0..1, [3 h w] or [h w 3]}.  state: f32[S] in the robot's units.
         subtask: what to act on instead of what it says itself.  noise: f32[T D] that the flow starts from.
@@ -151,7 +151,7 @@ class Policy:
         if prefix_actions is not None:
             real[: len(prefix_actions)] = prefix_actions
         self._check_actions(real, seen)
-        return real
+        return real[: self.robot["horizon"]]
 
     def say(self, images: Mapping[str, np.ndarray], state: np.ndarray | None = None, task: str = "") -> str:
         """What to do next, in words."""

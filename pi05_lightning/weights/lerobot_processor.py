@@ -290,7 +290,7 @@ def write_lerobot(
         device="cpu",
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
         chunk_size=config.horizon,
-        n_action_steps=config.horizon,
+        n_action_steps=processor.robots[robot].horizon or config.horizon,
         max_action_dim=config.action_dim,
         image_resolution=(size, size),
         tokenizer_max_length=max(PI05Config.tokenizer_max_length, longest_prompt(processor, robot)),

@@ -10,9 +10,9 @@ from lightning.pytorch import Trainer, seed_everything
 from sharded_runs import Notes, weights_of
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
+from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
@@ -24,7 +24,7 @@ FLOW = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_act
 class Remembered(PeriodicRollout):
     """Keeps the weights that acted."""
 
-    def run(self, policy: Pi05Policy) -> Any:
+    def run(self, policy: Inference) -> Any:
         self.acted = {name: value.clone() for name, value in policy.model.state_dict().items()}
         return super().run(policy)
 

@@ -88,8 +88,9 @@ class PeriodicRollout(Callback):
 
     @property
     def state_key(self) -> str:
+        named = {"name": self.name} if self.name else {}  # checkpoints of before it could have one have no such key
         return self._generate_state_key(
-            env=self.env, tasks=self.tasks, mode=self.mode, every_n_steps=self.every_n_steps
+            env=self.env, tasks=self.tasks, mode=self.mode, every_n_steps=self.every_n_steps, **named
         )
 
     @property

@@ -246,7 +246,7 @@ class Pi05LightningPolicy(PreTrainedPolicy):
     def _sample(self, frame: Frame, subset: Subset, key: int, index: int) -> Sample:
         questions = self.config.language.questions_per_sample if self.training else 1
         try:
-            return self.processor.sample(frame, subset, key, questions)
+            return self.processor.sample(frame, subset, key, questions, self.training)
         except ValueError as error:
             raise ValueError(f"frame {index} of the dataset: {error}") from error
 
