@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -17,13 +18,18 @@ from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.evaluation.report.plots import COLORS, as_svg
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
+from pi05_lightning.experience.labelling import check_shares
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
+from pi05_lightning.files.ranges import check_range
+from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.simulators import Libero
 from pi05_lightning.sim.splits import LIBERO_STATES
 
 CONFIG = "experience.yaml"  # of a round: what its policy was trained on
+_OF_ADVANTAGES = {"advantage", "guidance"}  # options of acting
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
 
@@ -78,7 +84,7 @@ def experience(
         noise_scale: of the noise with which attempts are made, see `Acting`; 0 makes the same attempt each time, and 1,
             as trained, may fail much oftener than the policy does.
         acting: how policies act in attempts and where they are tried, as `{execution_horizon: 8}`: options of
-            `pi05 rollout`.
+            `pi05 rollout`. Those about advantages are for recap's policies alone.
         corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
         steps: optimizer steps of a round's policy.
         batch_size: frames of a step.
@@ -102,29 +108,38 @@ def experience(
     Raises ValueError when `out` holds rounds with other arguments, where attempts and tests would begin in the same
     states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
-    if rounds < 1 or not methods:
-        raise ValueError("rounds, methods: at least one")
-    if env.startswith("Libero") and episodes + test_episodes > LIBERO_STATES:
+    check_range("rounds", rounds, 1)
+    if not methods:
+        raise ValueError("methods: name at least one")
+    check_range("n_seconds", n_seconds, 0, above=True)
+    check_range("demonstrations_share", demonstrations_share, 0, 0.99)  # the attempts have what is left
+    check_range("advantage_omission", advantage_omission, 0, 1)
+    for share in (first_positive_share, positive_share):
+        check_shares(share, positive_shares or {})
+    simulated = simulator_of(env)
+    if (corrections or "dagger" in methods) and not simulated.has_expert:
+        raise ValueError(f"env: {type(simulated).__name__} has no scripted expert for `corrections`, and for dagger")
+    if isinstance(simulated, Libero) and episodes + test_episodes > LIBERO_STATES:
         raise ValueError(
             f"LIBERO has {LIBERO_STATES} initial states of a task: {episodes} episodes and {test_episodes}"
             " test_episodes would meet, so give fewer"
         )
     simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None, "device": device}
-    acts = {**(acting or {}), **({"robot": robot} if robot else {})}
     attempts = {
         "episodes": episodes,
         "val_episodes": 0,
-        "acting": json.dumps({"noise_scale": noise_scale} | acts),
+        "acting": {"noise_scale": noise_scale},
         "max_seconds": attempt_seconds or max_seconds,
     }
-    tests = {"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds} | acts
     plan = Rounds(
         out,
         policy,
         demonstrations,
         rounds,
-        attempts=flags(attempts | simulator),
-        tests=flags(tests | simulator),
+        acting={**(acting or {}), **({"robot": robot} if robot else {})},
+        attempts=attempts | simulator,
+        tests={"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds},
+        simulator=simulator,
         training=Training(steps, batch_size, lr, demonstrations_share, advantage_omission),
         value_steps=value_steps,
         n_seconds=n_seconds,
@@ -143,16 +158,18 @@ def experience(
 class Rounds:
     """What `parts` are made of, beside the methods; see `experience`.
 
-    attempts, tests: options of `pi05 collect` and of `pi05 rollout`.  shares: of positive frames in the first round,
-    and in later ones.
+    acting: how policies act.  attempts, tests: options of `pi05 collect` and of `pi05 rollout`, which also takes
+    `simulator`.  shares: of positive frames in the first round, and in later ones.
     """
 
     out: Path
     policy: Path
     demonstrations: Sequence[str]
     rounds: int
-    attempts: Sequence[str]
-    tests: Sequence[str]
+    acting: Mapping[str, Any]
+    attempts: Mapping[str, Any]
+    tests: Mapping[str, Any]
+    simulator: Mapping[str, Any]
     training: Training
     value_steps: int
     n_seconds: float
@@ -163,15 +180,23 @@ class Rounds:
     device: str = "cpu"
     shares_of_tasks: Mapping[str, float] = field(default_factory=dict)
 
-    def collect(self, name: str, acting: Path, to: Path, number: int, patience: int | None) -> Part:
+    def acting_of(self, knows_advantage: bool) -> dict[str, Any]:
+        """How a policy acts, without what only one is told that was trained on advantages."""
+        return {name: value for name, value in self.acting.items() if knows_advantage or name not in _OF_ADVANTAGES}
+
+    def collect(
+        self, name: str, acting: Path, to: Path, number: int, patience: int | None, knows_advantage: bool
+    ) -> Part:
         """Attempts of a round's policy."""
+        how = json.dumps(self.attempts["acting"] | self.acting_of(knows_advantage))
         corrected = ("--corrections", str(patience)) if patience else ()
         own = ("--seed", str(1000 * self.seed + number), *corrected, "--overwrite", "true")
-        return Part(name, ("collect", str(to), "--policy", str(acting), *self.attempts, *own))
+        return Part(name, ("collect", str(to), "--policy", str(acting), *flags({**self.attempts, "acting": how}), *own))
 
-    def test(self, name: str, acting: Path, to: Path) -> Part:
+    def test(self, name: str, acting: Path, to: Path, knows_advantage: bool) -> Part:
         """Success of a policy."""
-        return Part(name, ("rollout", str(acting), *self.tests, "--out", str(to)))
+        options = flags({**self.tests, **self.acting_of(knows_advantage), **self.simulator})
+        return Part(name, ("rollout", str(acting), *options, "--out", str(to)))
 
     def judge(
         self, name: str, folder: Path, demonstrations: Sequence[str], attempts: Sequence[str], number: int
@@ -196,6 +221,17 @@ class Rounds:
         return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt", write)
 
 
+def simulator_of(env: str) -> EnvironmentConfig:
+    """The simulator that `pi05 collect` and `pi05 rollout` will have. ValueError where there is none of that name."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--env", type=EnvironmentConfig)
+    try:
+        found: EnvironmentConfig = parser.instantiate(parser.parse_args([f"--env={env}"])).env
+    except ArgumentError as error:
+        raise ValueError(f"env: {error}") from error
+    return found
+
+
 def listed(words: Sequence[str]) -> str:
     return f"[{','.join(words)}]"
 
@@ -211,17 +247,18 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     ValueError where a training was begun with other options than these give it.
     """
     out = plan.out
-    todo = [plan.test("base-rollout", plan.policy, out / "base")]
+    todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
     of_the_robot = reading.of_one_robot(plan.demonstrations, plan.robot)
     for method in methods:
-        acting, attempts = plan.policy, list[str]()
+        acting, attempts, is_told = plan.policy, list[str](), method == "recap"
         for number in range(1, rounds_of(method, plan.rounds) + 1):
             name, folder = f"{method}-{number}", out / method / f"round_{number}"
             if method != "demonstrations":
                 patience = (plan.corrections or PATIENCE) if method == "dagger" else plan.corrections
                 shared = number == 1 and patience == plan.corrections  # of the policy that all begin with
                 data = out / "attempts_1" if shared else out / method / f"attempts_{number}"
-                part = plan.collect("collect-1" if shared else f"{name}-collect", acting, data, number, patience)
+                called = "collect-1" if shared else f"{name}-collect"
+                part = plan.collect(called, acting, data, number, patience, is_told and number > 1)
                 todo += [] if part in todo else [part]
                 attempts.append(str(data / "robot"))
             if method == "recap":
@@ -231,7 +268,8 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
             write = partial(write_configuration, plan, reading, method, folder, tuple(attempts))
             if (folder / "fit" / "config.yaml").exists():
                 write()
-            todo += [plan.fit(name, folder, write), plan.test(f"{name}-rollout", folder / "fit", folder / "rollout")]
+            tried = plan.test(f"{name}-rollout", folder / "fit", folder / "rollout", is_told)
+            todo += [plan.fit(name, folder, write), tried]
             acting = folder / "fit"
     return todo
 

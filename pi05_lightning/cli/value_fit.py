@@ -17,6 +17,7 @@ from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.experience.value import Tried, ValueFunction, datasets, longest_of
 from pi05_lightning.files.local import write_json, write_once
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.weights.locate import locate
 
@@ -61,6 +62,8 @@ def value_fit(
     Raises ValueError where nothing says how an episode ended, where none is held out, and for a run that was begun with
     other options or on other episodes.
     """
+    if c_fail is not None:
+        check_range("c_fail", c_fail, 0, above=True)
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(tried)
     names = [f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(tried)]

@@ -115,7 +115,7 @@ def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) 
             attempts, options = one.tried.attempts, reading.options(one.tried.path, first.path, one.tried.collected)
             source = value.opened(one.tried, "train", options)
             shown = np.isin(attempts.episode, source.episode) & (attempts.success == ended)
-            if one.tried.demonstrations or not shown.any():
+            if one.tried.demonstrations or not shown.any() or not source.camera_names:
                 continue
             episode = attempts.episode[int(np.argmax(shown))]
             own, rows = attempts.episode == episode, np.flatnonzero(source.episode == episode)

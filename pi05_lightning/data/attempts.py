@@ -50,12 +50,11 @@ class Attempts:
 
     @cached_property
     def longest(self) -> dict[str, int]:
-        """task -> frames of its longest episode."""
-        first = np.flatnonzero(np.diff(self.episode, prepend=-1))
-        found: dict[str, int] = {}
-        for row in first:
-            found[self.task[row]] = max(found.get(self.task[row], 0), int(self.end[row] - row))
-        return found
+        """task -> frames of its longest episode; one that goes over to another task counts whole for both."""
+        begins = np.flatnonzero(np.diff(self.episode, prepend=-1))
+        lengths = np.diff(begins, append=len(self.episode))
+        length = np.repeat(lengths, lengths)
+        return {task: int(length[self.task == task].max()) for task in dict.fromkeys(self.task.tolist())}
 
     @classmethod
     def read(cls, files: LeRobotFiles, demonstrations: bool = False) -> Attempts:
@@ -63,7 +62,7 @@ class Attempts:
 
         Raises ValueError where nothing says how an episode ended, and for a file that is damaged.
         """
-        parts = [_read(files, path) for path in files.data.episodes]
+        parts = [_read(path) for path in files.data.episodes]
         if files.data.damaged or not parts:
             raise ValueError(next(iter(files.data.damaged.values()), f"{files.root}/data holds no frames"))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -104,18 +103,25 @@ def outcomes(files: LeRobotFiles) -> dict[int, bool | None]:
     return found | {number: success for number, success in said.items() if success is not None}
 
 
-def _read(files: LeRobotFiles, path: object) -> dict[str, np.ndarray]:
+def _read(path: Path) -> dict[str, np.ndarray]:
     """A data file's columns; intervention is 0 where no column says."""
     names = pq.read_schema(path).names
     corrected = next((name for name in INTERVENTIONS if name in names), None)
     wanted = ["episode_index", "frame_index", "task_index", *filter(None, (corrected,))]
     table = pq.read_table(path, columns=wanted)
-    return {
+    columns = {
         "episode": whole_numbers(table.column("episode_index"), f"{path}, episode_index"),
         "frame": whole_numbers(table.column("frame_index"), f"{path}, frame_index"),
         "task": whole_numbers(table.column("task_index"), f"{path}, task_index", null=-1),
-        "intervention": np.nan_to_num(_numbers(table, corrected, path)) if corrected else np.zeros(len(table)),
+        "intervention": _numbers(table, corrected, path) if corrected else np.zeros(len(table)),
     }
+    unknown = np.isnan(columns["intervention"])
+    if unknown.any():
+        episode, frame = (columns[name][int(np.argmax(unknown))] for name in ("episode", "frame"))
+        raise ValueError(
+            f"{path}: {corrected} does not say whether anybody corrected episode {episode}, frame {frame}: write 0 or 1"
+        )
+    return columns
 
 
 def _numbers(table: pa.Table, name: str, path: object) -> np.ndarray:

@@ -100,8 +100,10 @@ def fingerprint(files: LeRobotFiles) -> str:
     kept = [name for name in ("episode_index", "length", SUCCESS) if name in files.episodes.column_names]
     tables = [files.episodes.select(kept)]
     found.update(json.dumps(sorted(files.sentences("tasks", "task").items())).encode())
+    moved = [name for name, feature in sorted(files.features.items()) if feature["dtype"] in ("float32", "float64")]
+    hashed = [*_HASHED, *(name for name in moved if name not in (*_HASHED, "timestamp"))]
     for path in files.data.episodes:
-        names = [name for name in _HASHED if name in pq.read_schema(path).names]
+        names = [name for name in hashed if name in pq.read_schema(path).names]
         tables.append(pq.read_table(path, columns=names))
     for table in tables:
         sink = pa.BufferOutputStream()

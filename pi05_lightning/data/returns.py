@@ -35,7 +35,7 @@ def bootstrapped(
 
 
 def threshold(advantages: np.ndarray, share: float, task: str) -> float:
-    """What an advantage f64[N] has to be above so that a share of them is; 0, where fewer are above that.
+    """What an advantage f64[N] has to be above so that a share of them is; 0, where fewer are above that, or N is 1.
 
     A share alone marks frames that went no better than expected, where most of an attempt is a failure that nothing
     changes any more: the value is right about these, and what is left is noise.
@@ -44,6 +44,8 @@ def threshold(advantages: np.ndarray, share: float, task: str) -> float:
     """
     if not np.isfinite(advantages).all():
         raise ValueError(f"task {task!r}: its advantages are not all finite numbers: fit the value again")
+    if len(advantages) == 1:  # that of a single frame is neither more nor less than others
+        return 0.0
     if np.ptp(advantages) < 1e-9:
         raise ValueError(
             f"task {task!r}: all of its {len(advantages)} advantages are {advantages[0]:g}, so none is better than"

@@ -31,6 +31,13 @@ class Judged:
         return Labels(self.tried.attempts.episode, self.tried.attempts.frame, columns, about)
 
 
+def check_shares(share: float, shares: Mapping[str, float]) -> None:
+    """ValueError for a share of positive frames that is none; shares: of tasks by name."""
+    for name, wanted in {"positive_share": share, **shares}.items():
+        if not 0 < wanted < 1:
+            raise ValueError(f"{name}: {wanted} is no share of the frames, give it between 0 and 1")
+
+
 def judge(
     tried: Sequence[Tried],
     values: Sequence[np.ndarray],
@@ -48,9 +55,7 @@ def judge(
 
     Raises ValueError as `threshold`, and for a share that is none.
     """
-    for name, wanted in {"positive_share": share, **shares}.items():
-        if not 0 < wanted < 1:
-            raise ValueError(f"{name}: {wanted} is no share of the frames, give it between 0 and 1")
+    check_shares(share, shares)
     if unknown := shares.keys() - longest.keys():
         raise ValueError(f"positive_shares: there is no task {min(unknown)!r}, only {', '.join(longest)}")
     found = []

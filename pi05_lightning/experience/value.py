@@ -154,5 +154,8 @@ class ValueFunction:
         if np.isnan(value).any():
             row = int(np.argmax(np.isnan(value)))
             where = f"episode {attempts.episode[row]}, frame {attempts.frame[row]}"
-            raise ValueError(f"{tried.path}, {where}: it cannot be read, so its value is not known: mend the dataset")
+            raise ValueError(
+                f"{tried.path}, {where}: it is read in no split, so its value is not known: mend the frame, or name its"
+                " episode in the `splits` of meta/info.json"
+            )
         return value

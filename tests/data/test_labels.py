@@ -93,13 +93,15 @@ def test_number_that_is_none_is_refused_with_its_place(labelled: tuple[Path, Pat
         opened(*labelled)
 
 
-def test_changed_dataset_refuses_its_old_labels(labelled: tuple[Path, Path]) -> None:
-    (path,) = (labelled[0] / "data").glob("*/*.parquet")
-    table = pq.read_table(path)
-    actions = np.stack(table["action"].to_numpy())
-    actions[40, 1] += 1e-3
-    place = table.column_names.index("action")
-    pq.write_table(table.set_column(place, "action", pa.array(list(actions), table.schema.field("action").type)), path)
+@pytest.mark.parametrize("key", ["action", "observation.gripper"])  # by the policy's own names too
+def test_changed_dataset_refuses_its_old_labels(labelled: tuple[Path, Path], key: str) -> None:
+    def move(table: pa.Table) -> pa.Table:
+        values = table[key].to_pylist()
+        values[40] = [value + 1e-3 for value in values[40]] if isinstance(values[40], list) else values[40] + 1e-3
+        place = table.column_names.index(key)
+        return table.set_column(place, key, pa.array(values, table.schema.field(key).type))
+
+    rewrite(next((labelled[0] / "data").glob("*/*.parquet")), move)
     with pytest.raises(ValueError, match=r"of another dataset than .*or that was changed since"):
         opened(*labelled)
 

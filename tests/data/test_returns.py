@@ -65,3 +65,7 @@ def test_advantages_that_are_all_the_same_say_nothing() -> None:
 def test_advantages_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="not all finite"):
         threshold(np.array([0.1, np.nan]), 0.3, "open the drawer")
+
+
+def test_single_frame_is_positive_where_it_went_better_than_expected() -> None:
+    assert threshold(np.array([0.4]), 0.3, "open") == threshold(np.array([-0.4]), 0.3, "open") == 0

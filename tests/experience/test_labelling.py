@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pi05_lightning.cli.value_fit import value_fit
 from pi05_lightning.cli.value_label import histogram_section
 from pi05_lightning.data.attempts import PROVENANCE, Attempts
 from pi05_lightning.data.labels import Labels
@@ -45,6 +46,32 @@ def tried(pictures: Path, tmp_path: Path) -> Tried:
 
 def test_longest_episode_is_that_of_all_datasets(tried: Tried, pictures: Path) -> None:
     assert longest_of([tried]) == LONGEST
+
+
+def rewrite(tried: Tried, name: str, values: pa.Array) -> Tried:
+    """The dataset with other values in a column."""
+    (path,) = Path(tried.path, "data").glob("*/*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.column_names.index(name), name, values), path)
+    return Tried(tried.path)
+
+
+def test_episode_that_goes_over_to_another_task_counts_for_both(tried: Tried) -> None:
+    tasks = np.repeat([0, 0, 0, 0, 0], LENGTHS)
+    tasks[30:] = 1  # within the third episode, the longest one
+    assert set(rewrite(tried, "task_index", pa.array(tasks)).attempts.longest.values()) == {15}
+
+
+def test_missing_intervention_is_no_intervention_of_the_policy(tried: Tried) -> None:
+    corrected = tried.attempts.intervention.tolist()
+    corrected[13] = None
+    with pytest.raises(ValueError, match="intervention does not say whether anybody corrected episode 1, frame 1"):
+        _ = rewrite(tried, "intervention", pa.array(corrected, pa.bool_())).attempts
+
+
+def test_failure_costs_something(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="c_fail is -5: it must be above 0"):
+        value_fit(tmp_path / "value", policy=tmp_path, c_fail=-5)
 
 
 def test_attempts_say_whether_there_are_corrections_and_successes_without(tried: Tried, pictures: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import sleep
+from typing import Any
 
 import pytest
 import yaml
@@ -32,15 +33,17 @@ def plan(tmp_path: Path) -> Rounds:
         tmp_path / "out",
         tmp_path / "policy",
         ["demos"],
-        2,
-        ["--episodes", "3"],
-        ["--episodes", "9"],
-        TRAINING,
-        11,
-        0.5,
-        (0.3, 0.4),
-        None,
-        5,
+        rounds=2,
+        acting={"execution_horizon": 4, "guidance": 1.5},
+        attempts={"episodes": 3, "acting": {"noise_scale": 0.5}},
+        tests={"episodes": 9},
+        simulator={"env": "MetaWorld"},
+        training=TRAINING,
+        value_steps=11,
+        n_seconds=0.5,
+        shares=(0.3, 0.4),
+        corrections=None,
+        seed=5,
     )
 
 
@@ -103,6 +106,29 @@ def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights
     for number in (1, 2):
         assert option(named(todo, f"recap-{number}-value"), "--policy") == str(plan.policy)
         assert trained(plan, "recap", number)["model"]["init_from"] == str(plan.policy)
+
+
+def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
+    todo = parts(plan, Reading(), ["recap", "successes"])
+    led = {part.name for part in todo if "guidance" in " ".join(part.command)}
+    assert led == {"recap-1-rollout", "recap-2-collect", "recap-2-rollout"}
+    assert all("execution_horizon" in " ".join(named(todo, name)) for name in ("base-rollout", "collect-1"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"positive_share": 40}, "positive_share: 40 is no share"),
+        ({"demonstrations_share": 1.0}, "demonstrations_share is 1.0"),
+        ({"advantage_omission": 30}, "advantage_omission is 30"),
+        ({"env": "Libero", "methods": ("recap", "dagger"), "episodes": 5, "test_episodes": 5}, "no scripted expert"),
+        ({"env": "{class_path: Libero, init_args: {suites: [libero_goal]}}"}, "LIBERO has 50 initial states"),
+        ({"env": "Nowhere"}, "env: (?s:.*)Nowhere"),
+    ],
+)
+def test_wrong_option_shows_before_anything_runs(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        experience(tmp_path / "out", policy=tmp_path / "none", demonstrations=("demos",), **wrong)
 
 
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:

@@ -13,9 +13,13 @@ import pytest
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.demonstrations import autonomous
 from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
+from pi05_lightning.sim.demonstrations.lerobot_writer import Recording, video_path, write_dataset
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.rollout import Job, run_in_processes
 from pi05_lightning.sim.splits import split_seeds
@@ -25,6 +29,7 @@ from pi05_lightning.weights.locate import locate
 from .conftest import TASKS, config
 
 PATIENCE = 4
+SHAPES = ModelConfig.preset("debug").shapes
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +153,18 @@ def test_attempt_in_which_nothing_was_done_costs_no_other(
 def test_options_that_do_not_belong_together_are_refused(tmp_path: Path, wrong: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         config(tmp_path, **wrong)
+
+
+def test_attempt_without_a_state_in_the_images_of_its_simulator_is_read_as_it_was(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), np.uint8)
+    nobody = np.zeros(6, dtype=bool)
+    episode = Episode("move", None, np.eye(6, 2, dtype=np.float32), {"top": images}, [None] * 6, [()] * 6, nobody)
+    what = Recording("plain", ["top"], 28, 10, [], ["x", "y"], "plain", of_a_policy=True)
+    root = tmp_path / "plain"
+    blocks = (("train", filmed([one], {"top": video_path(root, "top", 0)}, what.fps)) for one in [episode])
+    write_dataset(root, what, blocks)
+    source = LeRobotConfig(str(root), state_keys=[], val_fraction=0, min_range=1.0).open("robot", "train", SHAPES)
+    assert LeRobotFiles.open(root).features["observation.images.top"]["shape"] == [48, 64, 3]
+    assert len(source) == 6
+    np.testing.assert_array_equal(source[1].actions[:5], np.eye(6, 2)[1:])
+    assert source[1].images["top"].shape == (3, 48, 64)

@@ -126,9 +126,10 @@ def _blocks(
 def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:
     """A trial that is over, as it is recorded."""
     steps = trial.steps
+    states = [step.frame.state for step in steps if step.frame.state is not None]
     return Episode(
         task=steps[0].frame.task,
-        state=np.stack([step.frame.state for step in steps if step.frame.state is not None]),
+        state=np.stack(states) if states else None,
         action=np.stack([step.action for step in steps]),
         images={name: np.stack([step.frame.images[name].transpose(1, 2, 0) for step in steps]) for name in cameras},
         subtasks=[step.subtask for step in steps],

@@ -33,13 +33,13 @@ STATS_STRIDE = 4  # every fourth pixel is plenty for the statistics of an image
 class Episode:
     """What happened, one entry per frame.
 
-    state f32[N S], action f32[N A];  images: {camera: uint8[N h w 3]};  subtasks: the expert's phase, or what the
-    policy said;  answers: on the frame.  Of a policy's episodes, intervention bool[N]: whether the expert acted;
-    outcome: how it went and ended, columns of meta/episodes.
+    state f32[N S], where there is one;  action f32[N A];  images: {camera: uint8[N h w 3]};  subtasks: the expert's
+    phase, or what the policy said;  answers: on the frame.  Of a policy's episodes, intervention bool[N]: whether the
+    expert acted;  outcome: how it went and ended, columns of meta/episodes.
     """
 
     task: str
-    state: np.ndarray
+    state: np.ndarray | None
     action: np.ndarray
     images: dict[str, np.ndarray]
     subtasks: Sequence[str | None]

@@ -69,7 +69,8 @@ def write_dataset(root: Path, what: Recording, blocks: Iterable[tuple[str, Seque
     image = {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     features: dict[str, Any] = {image_key(camera): image for camera in what.cameras}
     for key, names in (("observation.state", what.state_names), ("action", what.action_names)):
-        features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
+        if names:
+            features[key] = {"dtype": "float32", "shape": (len(names),), "names": list(names)}
     if what.of_a_policy:
         features[INTERVENTION] = {"dtype": "bool", "shape": (1,), "names": None}
     meta = LeRobotDatasetMetadata.create(
@@ -87,6 +88,8 @@ def write_dataset(root: Path, what: Recording, blocks: Iterable[tuple[str, Seque
         splits[split] = range(first, meta.total_episodes)
     for key in meta.video_keys:
         meta.update_video_info(key, RGBEncoderConfig(**encoding.SETTINGS))
+        film = meta.info.features[key]["info"]
+        meta.info.features[key]["shape"] = (film["video.height"], film["video.width"], 3)  # as the simulator draws
     meta.info.splits = {name: f"{of.start}:{of.stop}" for name, of in splits.items()}
     write_info(meta.info, meta.root)
     meta.finalize()
@@ -104,12 +107,12 @@ def _write_block(meta: LeRobotDatasetMetadata, number: int, block: Sequence[Epis
         tables.append(_table(columns, episode, meta.fps))
         stats = {key: get_feature_stats(column, axis=0, keepdims=column.ndim == 1) for key, column in columns.items()}
         stats |= {image_key(camera): _image_stats(images) for camera, images in episode.images.items()}
-        stop = start + len(episode.state)
+        stop = start + len(episode.action)
         where: dict[str, Any] = {f"data/{name}": value for name, value in place.items()} | dict(episode.outcome)
         for key in meta.video_keys:
             where |= {f"videos/{key}/{name}": value for name, value in place.items()}
             where |= {f"videos/{key}/from_timestamp": start / meta.fps, f"videos/{key}/to_timestamp": stop / meta.fps}
-        meta.save_episode(meta.total_episodes, len(episode.state), [episode.task], stats, where)
+        meta.save_episode(meta.total_episodes, len(episode.action), [episode.task], stats, where)
         start = stop
     path = meta.root / DEFAULT_DATA_PATH.format(**place)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +120,9 @@ def _write_block(meta: LeRobotDatasetMetadata, number: int, block: Sequence[Epis
 
 
 def _columns(meta: LeRobotDatasetMetadata, episode: Episode) -> dict[str, np.ndarray]:
-    frames = np.arange(len(episode.state))
-    own = {} if episode.intervention is None else {INTERVENTION: episode.intervention}
-    return own | {
-        "observation.state": episode.state,
+    frames = np.arange(len(episode.action))
+    own = {"observation.state": episode.state, INTERVENTION: episode.intervention}
+    return {key: column for key, column in own.items() if column is not None} | {
         "action": episode.action,
         "timestamp": (frames / meta.fps).astype(np.float32),
         "frame_index": frames,
