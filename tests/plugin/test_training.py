@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 
 from lerobot_policy_pi05_lightning.frames import camera_names
 from pi05_lightning import Pi05DataModule, Pi05Module
+from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Drawn, Modality
@@ -115,3 +116,14 @@ def test_frozen_parameters_are_given_to_no_optimizer(make: Make) -> None:
     assert {round(group["lr"], 6) for group in groups} == {1e-3, 1e-4}
     with pytest.raises(ValueError, match="freeze 'vison' matches no parameter"):
         make(freeze=["vison"])
+
+
+def test_task_is_left_out_in_training_alone(make: Make, batch_of: Callable[..., Batch]) -> None:
+    policy = make(losses={"flow": 1.0}, language=Language(condition_on="task", no_task_share=0.999))
+    batch = batch_of(policy, FRAMES)
+    said = []
+    for training in (False, True):
+        samples = policy.train(training).samples(batch)
+        said.append([policy.processor.tokenizer.decode(sample.tokens.tolist()) for sample in samples])
+    assert all("drawer" in text for text in said[0])
+    assert not any("drawer" in text for text in said[1])
