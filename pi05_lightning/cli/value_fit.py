@@ -141,11 +141,12 @@ def calibrate(
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)
-            compared = np.stack([value.of(source), returns[rows], one.attempts.success[rows]])
+            seconds = one.scale(value.longest) / one.files.fps
+            compared = np.stack([value.of(source), returns[rows], one.attempts.success[rows], seconds[rows]])
             (of_demonstrations if one.demonstrations else of_attempts).append(compared)
     kind = "attempts" if of_attempts else "demonstrations"
-    predicted, returns, success = np.concatenate(of_attempts or of_demonstrations, axis=1)
-    found = calibration(predicted, returns, success > 0)
+    predicted, returns, success, seconds = np.concatenate(of_attempts or of_demonstrations, axis=1)
+    found = calibration(predicted, returns, success > 0, seconds)
     write_json(run / CALIBRATION, found)
     table = [["predicted", "actual", "frames"], *([f"{v:.3f}", f"{r:.3f}", str(n)] for v, r, n in found["bins"])]
     auc = "unknown, as all of them ended alike" if found["auc"] is None else f"{found['auc']:.3f}"
@@ -153,7 +154,9 @@ def calibrate(
         f"Of {found['frames']} frames of held-out {kind}: mean error {found['mean_error']:.3f} of a range of 1,"
         f" that of a constant {found['mean_error_of_a_constant']:.3f}; area under the ROC of success {auc}."
     )
-    figure = calibration_plot(predicted, returns, success > 0)
+    if found["mean_error_seconds"] is not None:
+        said += f" Where an episode succeeded, the time to success is off by {found['mean_error_seconds']:.2f} s."
+    figure = calibration_plot(predicted, returns, success > 0, seconds)
     write_page(run / "value.html", f"Value {run}", [Section("Calibration", [said], table, [figure])])
     Console().print(said, f"page {run / 'value.html'}", sep="\n", highlight=False)
     return found

@@ -16,11 +16,14 @@ BINS = 10
 LABELS = ("success", "failure")
 
 
-def calibration(value: np.ndarray, returns: np.ndarray, success: np.ndarray) -> dict[str, Any]:
+def calibration(value: np.ndarray, returns: np.ndarray, success: np.ndarray, seconds: np.ndarray) -> dict[str, Any]:
     """Plain types of values and returns f64[N] and whether the frame's episode succeeded, bool[N].
 
-    mean_error: of |V - R|, and of a constant, the mean return.  auc: area under the ROC of success by V; None where all
-    episodes ended alike.  bins: [V, R, frames], the means of the frames in tenths by V.
+    seconds f64[N]: the time that a return of -1 stands for.
+
+    mean_error: of |V - R|, and of a constant, the mean return.  mean_error_seconds: of the time to success, in episodes
+    that have one; None without.  auc: area under the ROC of success by V; None where all episodes ended alike.  bins:
+    [V, R, frames], the means of the frames in tenths by V.
     """
     order = np.argsort(value, kind="stable")
     bins = [
@@ -34,22 +37,28 @@ def calibration(value: np.ndarray, returns: np.ndarray, success: np.ndarray) -> 
     return {
         "frames": len(value),
         "mean_error": float(np.abs(value - returns).mean()),
+        "mean_error_seconds": float((np.abs(value - returns) * seconds)[success].mean()) if success.any() else None,
         "mean_error_of_a_constant": float(np.abs(returns - returns.mean()).mean()),
         "auc": auc,
         "bins": bins,
     }
 
 
-def calibration_plot(value: np.ndarray, returns: np.ndarray, success: np.ndarray) -> str:
-    """Predicted against actual return, per frame and in tenths; beside it the ROC of success. SVG."""
+def calibration_plot(value: np.ndarray, returns: np.ndarray, success: np.ndarray, seconds: np.ndarray) -> str:
+    """Predicted against actual time to success, per frame and in tenths; beside it the ROC of success. SVG.
+
+    A failure is drawn at the time that it costs.
+    """
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    predicted, actual = -value * seconds, -returns * seconds
     for ended, label, color in zip((success, ~success), LABELS, COLORS, strict=False):
-        left.scatter(value[ended], returns[ended], s=4, alpha=0.3, color=color, label=label, rasterized=True)
-    bins = np.array(calibration(value, returns, success)["bins"])
-    left.plot(bins[:, 0], bins[:, 1], "o-", color="#444444", label="mean of a tenth")
-    left.plot([-1, 0], [-1, 0], ":", color="#444444")
-    left.set(xlabel="predicted return", ylabel="actual return")
+        left.scatter(predicted[ended], actual[ended], s=4, alpha=0.3, color=color, label=label, rasterized=True)
+    tenths = [rows for rows in np.array_split(np.argsort(predicted, kind="stable"), BINS) if len(rows)]
+    means = [[part[rows].mean() for rows in tenths] for part in (predicted, actual)]
+    left.plot(*means, "o-", color="#444444", label="mean of a tenth")
+    left.plot([0, seconds.max()], [0, seconds.max()], ":", color="#444444")
+    left.set(xlabel="predicted time to success, s", ylabel="actual time, s; of a failure: what it costs")
     left.legend(frameon=False, fontsize=8)
     if success.any() and not success.all():
         false, true, _ = binary_roc(torch.from_numpy(value + 1).clamp(0, 1), torch.from_numpy(success).long())

@@ -180,15 +180,19 @@ def test_calibration_tells_a_good_value_from_a_bad_one() -> None:
     rng = np.random.default_rng(0)
     success = rng.random(500) < 0.5
     returns = np.where(success, -0.3 * rng.random(500), -1.0)
-    good = calibration(returns + 0.05 * rng.normal(size=500), returns, success)
-    bad = calibration(-rng.random(500), returns, success)
+    seconds = np.where(np.arange(500) < 250, 2.0, 8.0)  # of two tasks
+    good = calibration(returns + 0.05 * rng.normal(size=500), returns, success, seconds)
+    bad = calibration(-rng.random(500), returns, success, seconds)
     assert good["auc"] > 0.95 > 0.6 > bad["auc"] > 0.4
     assert good["mean_error"] < 0.1 < good["mean_error_of_a_constant"] < bad["mean_error"]
     assert sum(count for *_, count in good["bins"]) == 500
-    assert calibration(returns, returns, np.ones(500, bool))["auc"] is None
+    assert calibration(returns, returns, np.ones(500, bool), seconds)["auc"] is None
+    late = calibration(returns - 0.1, returns, success, seconds)
+    assert late["mean_error_seconds"] == pytest.approx(0.1 * seconds[success].mean())
+    assert calibration(returns, returns, np.zeros(500, bool), seconds)["mean_error_seconds"] is None
 
 
 def test_plots_are_pictures() -> None:
     values, success = -np.linspace(0, 1, 30), np.arange(30) < 12
-    assert calibration_plot(values, values, success).count("<svg") == 1
+    assert calibration_plot(values, values, success, np.full(30, 4.0)).count("<svg") == 1
     assert histograms({"a": values, "b": values}, {"a": -0.5, "b": -0.1}).count("<svg") == 1
