@@ -19,12 +19,12 @@ from torch import Tensor
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.inference import Computed, Given, Inference
 from pi05_lightning.acting.int8 import int8_weights
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import first_line
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.models.int8 import computes_in_int8
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Frame

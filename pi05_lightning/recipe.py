@@ -12,9 +12,9 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 
 from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.suggestion import suggestion
 
 FLOW_ALPHA = 10.0  # π0.5 §IV-D
 
@@ -234,9 +234,8 @@ class Recipe:
             if stage.steps and not stage.weights:
                 raise ValueError(f"stage {stage.name} has steps and no loss that is above 0: give it one, or 0 steps")
             for name in stage.losses.used.keys() - set(known):
-                near = get_close_matches(name, known, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ValueError(
-                    f"stage {stage.name}: no head of this model has the loss {name!r}{hint}; it has {', '.join(known)}."
-                    " Others come with `model.heads`, and location with backbone_type keypoint_gemma"
+                    f"stage {stage.name}: no head of this model has the loss {name!r}{suggestion(name, known)}; it has"
+                    f" {', '.join(known)}. Others come with `model.heads`, and location with backbone_type"
+                    " keypoint_gemma"
                 )

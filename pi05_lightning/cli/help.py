@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from pi05_lightning.cli.signatures import Found, Option, find, options_of, sentence, subclasses
-from pi05_lightning.data.errors import suggestion
+from pi05_lightning.files.suggestion import suggestion
 
 RUN_OPTIONS: dict[str, tuple[Any, str]] = {
     "run": (str | None, "The run's directory (default: runs/ and the time)."),

@@ -19,8 +19,8 @@ from jsonargparse import auto_cli, set_parsing_settings
 from pi05_lightning.cli.help import OfTheParser, asked, command_help, run_help
 from pi05_lightning.cli.layers import LayeredParser
 from pi05_lightning.cli.mistakes import elsewhere, explained, placed, unknown_key
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.files.shipped import PACKAGE
+from pi05_lightning.files.suggestion import suggestion
 
 TRAINER_COMMANDS = {
     "fit": "train a policy through its stages, or resume a run",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.files.shipped import find_config
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.files.yaml_files import compose_yaml
 
 # lines of jsonargparse's message about a value that fits none of several types: what a user cannot use

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.clock import align, most_batches, start
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler, TrainedBy
 from pi05_lightning.data.processor import Language, Processor
@@ -27,6 +26,7 @@ from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Drawn, Modality, Shapes, Subset
 

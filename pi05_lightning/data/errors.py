@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
-from collections.abc import Iterable
 from typing import Literal
 
 OnBadSample = Literal["error", "skip"]
@@ -23,15 +20,6 @@ class BadFrame(ValueError):
 
 class BadImage(BadFrame):
     """An image that cannot be read."""
-
-
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """` (did you mean …?)` with the known name that is nearest to a name or to its last part, or nothing."""
-    names, written = list(known), name.replace("-", "_")
-    for part in (written, re.split(r"[./]", written)[-1]):
-        if nearest := difflib.get_close_matches(part, names, n=1):
-            return f" (did you mean {nearest[0]}?)"
-    return ""
 
 
 class Rejects:

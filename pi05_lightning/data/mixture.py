@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 
 import numpy as np
 from torch.utils.data import Sampler
 
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.recipe import Recipe, StageOptions
 from pi05_lightning.types import Modality, Subset
 
@@ -70,9 +70,7 @@ class Mixture:
         learned = [any(entry.subset.modality in modalities for modalities in terms) for entry in self.entries]
         for name in shares:
             if name not in names:
-                near = get_close_matches(name, names, 1)
-                hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ValueError(f"mixture: unknown {name!r}{hint}; the data has {names}")
+                raise ValueError(f"mixture: unknown {name!r}{suggestion(name, names)}; the data has {names}")
             if shares[name] and not learned[names.index(name)]:
                 raise ValueError(
                     f"mixture: nothing is learned from {name} in this stage, whose losses are {stage.losses.used}"

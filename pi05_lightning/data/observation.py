@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.types import Frame
 
 REPORTED_DISTANCE = 1.0  # quantile ranges from which on a state outside the training data is spoken of

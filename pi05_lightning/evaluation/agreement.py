@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.weights.abilities import Abilities
 
 Verdict = Literal["ok", "differs", "unknown"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pi05_lightning.data.errors import suggestion
 from pi05_lightning.data.observation import as_array, as_pixels, as_vector
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY
 
 TASK_KEYS = ("prompt", "task")

@@ -1,0 +1,16 @@
+"""Names that a user gave, and what may have been meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """` (did you mean …?)` with the known name that is nearest to a name or to its last part, or nothing."""
+    names, written = list(known), name.replace("-", "_")
+    for part in (written, re.split(r"[./]", written)[-1]):
+        if nearest := difflib.get_close_matches(part, names, n=1):
+            return f" (did you mean {nearest[0]}?)"
+    return ""
