@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_figures import GIB, Figure, Place, read_figures, write_figures
+from pi05_lightning.files.local import first_line
 from pi05_lightning.losses import mean_terms, total_loss
 from pi05_lightning.models.parallelize import Lora, Sharding, begin_sharded, checkpoint_blocks, compile_blocks, shard
 from pi05_lightning.models.pi05 import Pi05
@@ -75,7 +76,7 @@ def training(case: Training) -> Callable[[Place], list[Figure]]:
             try:
                 return measured(replace(case, batch=batch), place)
             except torch.OutOfMemoryError as error:
-                print(f"    batch {batch}: {str(error).splitlines()[0][:80]}", flush=True)
+                print(f"    batch {batch}: {first_line(error)}", flush=True)
             gc.collect()
             torch.cuda.empty_cache()
         raise AssertionError(f"not even a quarter of {case.batch} samples fit")

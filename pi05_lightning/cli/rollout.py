@@ -19,7 +19,7 @@ from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
-from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig
+from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
@@ -129,13 +129,6 @@ def rollout(
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
-
-
-def check_tasks(env: EnvironmentConfig, tasks: Sequence[str]) -> None:
-    """Raises ValueError for a task that there is not, where that shows before an episode is run."""
-    if isinstance(env, DemonstratorConfig):
-        for task in tasks:
-            env.check_task(task)
 
 
 def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str], seed: int) -> list[Finding]:

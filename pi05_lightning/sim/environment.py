@@ -314,3 +314,10 @@ class DemonstratorConfig(EnvironmentConfig, ABC):
 
     @abstractmethod
     def open(self, task: str, view: View) -> Demonstrator: ...
+
+
+def check_tasks(env: EnvironmentConfig, tasks: Iterable[str]) -> None:
+    """Raises ValueError for a task that there is not, where that shows before an episode is run."""
+    if isinstance(env, DemonstratorConfig):
+        for task in tasks:
+            env.check_task(task)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fsspec.utils import get_protocol
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol as is_local
 from torch import nn
 
 from pi05_lightning.files.local import replacing
@@ -93,3 +93,8 @@ class ShardedCheckpointIO(AtomicCheckpointIO):
     def wait(self) -> None:
         """Until what was saved last has its name. Raises ValueError where it could not be written."""
         self._writer.wait()
+
+
+def is_local(path: Any) -> bool:
+    """Whether it is no address of a remote file system."""
+    return bool(get_protocol(str(path)) == "file")

@@ -28,7 +28,7 @@ from pi05_lightning.sim.demonstrations.lerobot_writer import (
     video_path,
     write_dataset,
 )
-from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment
+from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, check_tasks
 from pi05_lightning.sim.rollout import Job, Plan, Worker, run_in_processes, view_of
 from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.sim.trials import Trial
@@ -52,9 +52,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     if view.fps != round(view.fps):
         raise NoSuchEnvironment(f"policy: it acts {view.fps:g} times a second, and a dataset needs a whole number")
     tasks = config.tasks or tuple(config.env.tasks(robot))
-    if isinstance(config.env, DemonstratorConfig):
-        for task in tasks:
-            config.env.check_task(task)
+    check_tasks(config.env, tasks)
     jobs = list(_jobs(config, tasks))
     worker = Worker(config.env, view, str(config.policy), {"policy": acting}, config.device)
     known = isinstance(config.env, DemonstratorConfig) and robot.state_dim == len(STATE_NAMES)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.demonstrations.episodes import Block, Episode, record_block
 from pi05_lightning.sim.demonstrations.scenes import record_scenes, write_scenes
+from pi05_lightning.sim.environment import check_tasks
 from pi05_lightning.sim.processes import simulator_processes
 
 ROBOT, WEB = "robot", "web"
@@ -35,8 +36,7 @@ def collect(config: CollectConfig) -> Path:
     tasks or cameras and when an expert fails too often.
     """
     if config.policy is None:
-        for task in config.recorded:
-            config.expert_env.check_task(task)
+        check_tasks(config.expert_env, config.recorded)
     out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
     _restore(out, replaced)
     if out.exists() and not config.overwrite:
