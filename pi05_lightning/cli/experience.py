@@ -112,7 +112,9 @@ def experience(
     if not methods:
         raise ValueError("methods: name at least one")
     check_range("n_seconds", n_seconds, 0, above=True)
-    check_range("demonstrations_share", demonstrations_share, 0, 0.99)  # the attempts have what is left
+    check_range("demonstrations_share", demonstrations_share, 0, 1)
+    if demonstrations_share == 1:
+        raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
     check_range("advantage_omission", advantage_omission, 0, 1)
     for share in (first_positive_share, positive_share):
         check_shares(share, positive_shares or {})

@@ -25,12 +25,7 @@ def calibration(value: np.ndarray, returns: np.ndarray, success: np.ndarray, sec
     that have one; None without.  auc: area under the ROC of success by V; None where all episodes ended alike.  bins:
     [V, R, frames], the means of the frames in tenths by V.
     """
-    order = np.argsort(value, kind="stable")
-    bins = [
-        [float(value[rows].mean()), float(returns[rows].mean()), len(rows)]
-        for rows in np.array_split(order, BINS)
-        if len(rows)
-    ]
+    bins = [[float(value[rows].mean()), float(returns[rows].mean()), len(rows)] for rows in tenths(value)]
     auc = None
     if success.any() and not success.all():
         auc = float(binary_auroc(torch.from_numpy(value + 1).clamp(0, 1), torch.from_numpy(success).long()))
@@ -44,6 +39,11 @@ def calibration(value: np.ndarray, returns: np.ndarray, success: np.ndarray, sec
     }
 
 
+def tenths(values: np.ndarray) -> list[np.ndarray]:
+    """The rows of each tenth by value, i64 each; fewer where there are fewer rows."""
+    return [rows for rows in np.array_split(np.argsort(values, kind="stable"), BINS) if len(rows)]
+
+
 def calibration_plot(value: np.ndarray, returns: np.ndarray, success: np.ndarray, seconds: np.ndarray) -> str:
     """Predicted against actual time to success, per frame and in tenths; beside it the ROC of success. SVG.
 
@@ -54,8 +54,7 @@ def calibration_plot(value: np.ndarray, returns: np.ndarray, success: np.ndarray
     predicted, actual = -value * seconds, -returns * seconds
     for ended, label, color in zip((success, ~success), LABELS, COLORS, strict=False):
         left.scatter(predicted[ended], actual[ended], s=4, alpha=0.3, color=color, label=label, rasterized=True)
-    tenths = [rows for rows in np.array_split(np.argsort(predicted, kind="stable"), BINS) if len(rows)]
-    means = [[part[rows].mean() for rows in tenths] for part in (predicted, actual)]
+    means = [[part[rows].mean() for rows in tenths(predicted)] for part in (predicted, actual)]
     left.plot(*means, "o-", color="#444444", label="mean of a tenth")
     left.plot([0, seconds.max()], [0, seconds.max()], ":", color="#444444")
     left.set(xlabel="predicted time to success, s", ylabel="actual time, s; of a failure: what it costs")

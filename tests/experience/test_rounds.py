@@ -119,7 +119,7 @@ def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
     ("wrong", "said"),
     [
         ({"positive_share": 40}, "positive_share: 40 is no share"),
-        ({"demonstrations_share": 1.0}, "demonstrations_share is 1.0"),
+        ({"demonstrations_share": 1.0}, "demonstrations_share is 1, which leaves nothing"),
         ({"advantage_omission": 30}, "advantage_omission is 30"),
         ({"env": "Libero", "methods": ("recap", "dagger"), "episodes": 5, "test_episodes": 5}, "no scripted expert"),
         ({"env": "{class_path: Libero, init_args: {suites: [libero_goal]}}"}, "LIBERO has 50 initial states"),
