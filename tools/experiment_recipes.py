@@ -178,6 +178,11 @@ def _folder(heading: str) -> str:
     return heading.replace(" %", "").replace(" ", "_")
 
 
+_ATTEMPTS_OF_RECAP = "[{run}/rounds/attempts_1/robot,{run}/rounds/recap/attempts_2/robot]"
+_SAME_ATTEMPTS = {  # as RECAP 2 learned from
+    "DAgger, same attempts": "same_attempts/dagger/round_1/rollout/rollout.json",
+    "successes, same attempts": "same_attempts/successes/round_1/rollout/rollout.json",
+}
 _ROUNDS = {
     "base": "base",
     **{f"RECAP {number}": f"recap/round_{number}/rollout" for number in (1, 2)},
@@ -193,6 +198,9 @@ EXPERIENCE = Recipe(
     "pi05 tokenizer runs/few/data/robot --out runs/few/fast --horizon 8",
     parts={
         "rounds": _rounds("rounds", "--methods", "[recap,dagger,successes,demonstrations]"),
+        "same_attempts": _rounds(
+            *("same_attempts", "--methods", "[dagger,successes]", "--rounds", "1", "--attempts", _ATTEMPTS_OF_RECAP)
+        ),
         **{_folder(told): _rolled_out(_folder(told), _LEARNED, *_TRIED, *how) for told, how in _TOLD.items()},
         **{
             _folder(other): _rounds(_folder(other), "--methods", "[recap]", "--rounds", "1", *how)
@@ -201,15 +209,16 @@ EXPERIENCE = Recipe(
     },
     rollouts={
         **{heading: f"rounds/{folder}/rollout.json" for heading, folder in _ROUNDS.items()},
+        **_SAME_ATTEMPTS,
         **{told: f"{_folder(told)}/rollout.json" for told in _TOLD},
         **{other: f"{_folder(other)}/recap/round_1/rollout/rollout.json" for other in _OTHERWISE},
     },
-    shares={heading: success("policy", heading) for heading in _ROUNDS},
+    shares={heading: success("policy", heading) for heading in (*_ROUNDS, *_SAME_ATTEMPTS)},
     numbers={
         "RECAP 2, per minute": (per_minute("RECAP 2"), 1),
         "DAgger 2, per minute": (per_minute("DAgger 2"), 1),
     },
-    modes={(rollout, "policy"): rollout for rollout in (*_ROUNDS, *_TOLD, *_OTHERWISE)},
+    modes={(rollout, "policy"): rollout for rollout in (*_ROUNDS, *_SAME_ATTEMPTS, *_TOLD, *_OTHERWISE)},
 )
 _STEPS = {f"{number} steps" if number > 1 else "1 step": number for number in (1, 2, 5, 10, 20)}
 SAMPLING = Recipe(

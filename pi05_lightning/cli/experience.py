@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pi05_lightning.cli.parts import Part, console, run_parts
+from pi05_lightning.cli.value_label import frames_ahead
+from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.evaluation.report.plots import COLORS, as_svg
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
-from pi05_lightning.experience.labelling import check_shares
+from pi05_lightning.experience.labelling import check_shares, labels_path
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
@@ -47,6 +49,7 @@ def experience(
     noise_scale: float = 0.5,
     acting: dict[str, Any] | None = None,
     corrections: int | None = None,
+    attempts: tuple[str, ...] = (),
     steps: int = 800,
     batch_size: int = 32,
     lr: float = 1e-3,
@@ -86,6 +89,8 @@ def experience(
         acting: how policies act in attempts and where they are tried, as `{execution_horizon: 8}`: options of
             `pi05 rollout`. Those about advantages are for recap's policies alone.
         corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
+        attempts: LeRobot datasets of attempts that were made before, as those of a robot: the first round of all
+            methods learns from them, and makes none.
         steps: optimizer steps of a round's policy.
         batch_size: frames of a step.
         lr: learning rate.
@@ -108,26 +113,8 @@ def experience(
     Raises ValueError when `out` holds rounds with other arguments, where attempts and tests would begin in the same
     states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
-    check_range("rounds", rounds, 1)
-    if not methods:
-        raise ValueError("methods: name at least one")
-    check_range("n_seconds", n_seconds, 0, above=True)
-    check_range("demonstrations_share", demonstrations_share, 0, 1)
-    if demonstrations_share == 1:
-        raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
-    check_range("advantage_omission", advantage_omission, 0, 1)
-    for share in (first_positive_share, positive_share):
-        check_shares(share, positive_shares or {})
-    simulated = simulator_of(env)
-    if (corrections or "dagger" in methods) and not simulated.has_expert:
-        raise ValueError(f"env: {type(simulated).__name__} has no scripted expert for `corrections`, and for dagger")
-    if isinstance(simulated, Libero) and episodes + test_episodes > LIBERO_STATES:
-        raise ValueError(
-            f"LIBERO has {LIBERO_STATES} initial states of a task: {episodes} episodes and {test_episodes}"
-            " test_episodes would meet, so give fewer"
-        )
     simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None, "device": device}
-    attempts = {
+    collecting = {
         "episodes": episodes,
         "val_episodes": 0,
         "acting": {"noise_scale": noise_scale},
@@ -139,7 +126,7 @@ def experience(
         demonstrations,
         rounds,
         acting={**(acting or {}), **({"robot": robot} if robot else {})},
-        attempts=attempts | simulator,
+        attempts=collecting | simulator,
         tests={"modes": "[policy]", "videos": 0, "episodes": test_episodes, "max_seconds": max_seconds},
         simulator=simulator,
         training=Training(steps, batch_size, lr, demonstrations_share, advantage_omission),
@@ -148,10 +135,12 @@ def experience(
         shares=(first_positive_share, positive_share),
         shares_of_tasks=positive_shares or {},
         corrections=corrections,
+        made_before=attempts,
         seed=seed,
         robot=robot,
         device=device,
     )
+    check(plan, methods)
     run_parts(out, parts(plan, Reading.of(policy), methods), lambda: write_results(out))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 
@@ -161,7 +150,8 @@ class Rounds:
     """What `parts` are made of, beside the methods; see `experience`.
 
     acting: how policies act.  attempts, tests: options of `pi05 collect` and of `pi05 rollout`, which also takes
-    `simulator`.  shares: of positive frames in the first round, and in later ones.
+    `simulator`.  made_before: attempts of the first round, where it makes none.  shares: of positive frames in the
+    first round, and in later ones.
     """
 
     out: Path
@@ -178,6 +168,7 @@ class Rounds:
     shares: tuple[float, float]
     corrections: int | None
     seed: int
+    made_before: Sequence[str] = ()
     robot: str | None = None
     device: str = "cpu"
     shares_of_tasks: Mapping[str, float] = field(default_factory=dict)
@@ -223,6 +214,34 @@ class Rounds:
         return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt", write)
 
 
+def check(plan: Rounds, methods: Sequence[Method]) -> None:
+    """ValueError for options that would show as wrong when hours have been spent."""
+    check_range("rounds", plan.rounds, 1)
+    if not methods:
+        raise ValueError("methods: name at least one")
+    check_range("demonstrations_share", plan.training.demonstrations_share, 0, 1)
+    if plan.training.demonstrations_share == 1:
+        raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
+    check_range("advantage_omission", plan.training.omission, 0, 1)
+    for share in plan.shares:
+        check_shares(share, plan.shares_of_tasks)
+    simulated = simulator_of(plan.simulator["env"])
+    if plan.rounds > 1 or not plan.made_before:
+        if (plan.corrections or "dagger" in methods) and not simulated.has_expert:
+            raise ValueError(
+                f"env: {type(simulated).__name__} has no scripted expert for `corrections`, and for dagger"
+            )
+        states = plan.attempts["episodes"], plan.tests["episodes"]
+        if isinstance(simulated, Libero) and sum(states) > LIBERO_STATES:
+            raise ValueError(
+                f"LIBERO has {LIBERO_STATES} initial states of a task: {states[0]} episodes and {states[1]}"
+                " test_episodes would meet, so give fewer"
+            )
+    frames_ahead(None, plan.n_seconds, LeRobotFiles.open(find_dataset(plan.demonstrations[0])).fps)
+    for path in plan.made_before:
+        Tries.read(path)
+
+
 def simulator_of(env: str) -> EnvironmentConfig:
     """The simulator that `pi05 collect` and `pi05 rollout` will have. ValueError where there is none of that name."""
     parser = ArgumentParser(exit_on_error=False)
@@ -252,10 +271,10 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
     of_the_robot = reading.of_one_robot(plan.demonstrations, plan.robot)
     for method in methods:
-        acting, attempts, is_told = plan.policy, list[str](), method == "recap"
+        acting, attempts, is_told = plan.policy, list(plan.made_before), method == "recap"
         for number in range(1, rounds_of(method, plan.rounds) + 1):
             name, folder = f"{method}-{number}", out / method / f"round_{number}"
-            if method != "demonstrations":
+            if method != "demonstrations" and not (number == 1 and plan.made_before):
                 patience = (plan.corrections or PATIENCE) if method == "dagger" else plan.corrections
                 shared = number == 1 and patience == plan.corrections  # of the policy that all begin with
                 data = out / "attempts_1" if shared else out / method / f"attempts_{number}"
@@ -281,7 +300,7 @@ def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: 
 
     ValueError where it takes other things than when it was begun, or there is nothing for the method to learn from.
     """
-    labels = {path: folder / "labels" / f"{Path(path).parent.name}-robot.labels.parquet" for path in attempts}
+    labels = {path: labels_path(Path(path), folder / "labels") for path in attempts}
     tries = [Tries.read(path, labels[path] if method == "recap" else None) for path in attempts]
     write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
     write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, tries), sort_keys=False))

@@ -54,7 +54,7 @@ def value_label(
         )
     reading = Reading.of(value)
     n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
-    paths = [labels_path(one, out) for one in tried]
+    paths = [labels_path(one.files.root, out) for one in tried]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise ValueError(f"out: the labels of two datasets would both be {twice}: leave out --out, or label them apart")
     for dataset in tried:

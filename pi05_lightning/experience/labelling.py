@@ -77,9 +77,8 @@ def judge(
     return judged, thresholds
 
 
-def labels_path(tried: Tried, out: Path | None) -> Path:
+def labels_path(root: Path, out: Path | None) -> Path:
     """Where a dataset's labels go: beside it, or into a folder under its name and that of the folder it is in."""
-    root = tried.files.root
     if out is None:
         return root.with_name(f"{root.name}.labels.parquet")
     return out / f"{root.parent.name}-{root.name}.labels.parquet"

@@ -127,8 +127,8 @@ def test_shares_that_are_none_are_refused(tried: Tried, shares: dict[str, float]
 
 
 def test_labels_go_beside_the_dataset_or_into_a_folder(tried: Tried, tmp_path: Path) -> None:
-    assert labels_path(tried, None) == tmp_path / "tries.labels.parquet"
-    assert labels_path(tried, Path("out")) == Path("out", f"{tmp_path.name}-tries.labels.parquet")
+    assert labels_path(tried.files.root, None) == tmp_path / "tries.labels.parquet"
+    assert labels_path(tried.files.root, Path("out")) == Path("out", f"{tmp_path.name}-tries.labels.parquet")
 
 
 def test_datasets_are_named_once_and_not_none() -> None:

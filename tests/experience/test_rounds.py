@@ -96,6 +96,21 @@ def test_attempts_that_are_all_corrected_are_daggers_too(plan: Rounds) -> None:
     assert option(named(parts(plan, Reading(), ["recap"]), "collect-1"), "--corrections") is None
 
 
+def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_methods(plan: Rounds) -> None:
+    """As a robot's recordings, or the attempts of another method."""
+    plan = replace(plan, made_before=["recorded/monday", "recorded/tuesday"], corrections=8)
+    todo = written(plan, METHODS)
+    names = [part.name for part in todo if "collect" in part.name]
+    assert names == ["recap-2-collect", "successes-2-collect", "dagger-2-collect"]
+    assert option(named(todo, "recap-1-value"), "--rollouts") == "[recorded/monday,recorded/tuesday]"
+    read = {name: source["init_args"] for name, source in trained(plan, "recap", 1)["data"]["sources"].items()}
+    assert read["positive_1"]["path"] == "recorded/tuesday"
+    labels = plan.out / "recap" / "round_1" / "labels" / "recorded-tuesday.labels.parquet"
+    assert read["positive_1"]["labels"] == str(labels)
+    taken = [source["init_args"]["path"] for source in trained(plan, "dagger", 2)["data"]["sources"].values()]
+    assert taken == ["demos", *plan.made_before, str(plan.out / "dagger" / "attempts_2" / "robot")]
+
+
 def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Rounds) -> None:
     todo = written(plan, ["recap"])
     last = plan.out / "recap" / "round_1" / "fit"
@@ -124,11 +139,23 @@ def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
         ({"env": "Libero", "methods": ("recap", "dagger"), "episodes": 5, "test_episodes": 5}, "no scripted expert"),
         ({"env": "{class_path: Libero, init_args: {suites: [libero_goal]}}"}, "LIBERO has 50 initial states"),
         ({"env": "Nowhere"}, "env: (?s:.*)Nowhere"),
+        ({"n_seconds": 0.01}, "n_steps: 0 frames are no time"),
     ],
 )
-def test_wrong_option_shows_before_anything_runs(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+def test_wrong_option_shows_before_anything_runs(
+    tmp_path: Path, videos: Path, wrong: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
-        experience(tmp_path / "out", policy=tmp_path / "none", demonstrations=("demos",), **wrong)
+        experience(tmp_path / "out", policy=tmp_path / "none", demonstrations=(str(videos),), **wrong)
+
+
+def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_runs(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    recorded, policy = (str(videos),), tmp_path / "none"
+    with pytest.raises(ValueError, match="nothing says whether episode 0 succeeded"):
+        experience(tmp_path / "out", policy=policy, demonstrations=recorded, attempts=recorded)
 
 
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
