@@ -286,11 +286,17 @@ class Pi05DataModule(LightningDataModule):
         """Whether the actions that a stage of this run draws are said to be better than expected, or not.
 
         Raises ValueError where those of some sources are and others' are not: what is missing must not be learned as
-        left out.
+        left out. And where their labels are returns alone, of which no loss of the stage can learn.
         """
         subsets = [self.train_samples.subsets[number] for number in self.drawn_entries(stage)]
         names = {s.source for s in subsets if s.modality in (Modality.FAST, Modality.CONTINUOUS)}
         told = {name for name in names if self.sources("train")[name].tells_advantage}
+        returns = {name for name in names - told if self.sources("train")[name].tells_return}
+        if returns and not any(stage.losses.others.values()):
+            raise ValueError(
+                f"stage {stage.name}: the labels of data.sources.{min(returns)} are returns, which only a value learns:"
+                " give it those that `pi05 value label` wrote, or none"
+            )
         if told and told != names:
             raise ValueError(
                 f"stage {stage.name}: it draws actions from data.sources.{min(told)}, whose labels say their advantage,"

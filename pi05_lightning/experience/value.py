@@ -146,16 +146,16 @@ class ValueFunction:
         Raises ValueError for a frame that cannot be read.
         """
         attempts = tried.attempts
-        value = np.full(len(attempts.episode), np.nan)
-        for split in ("train", "val", "test"):
-            source = self.opened(tried, split, options | {"episodes": None})
-            if len(source):
-                value[tried.rows(source)] = self.of(source)
-        if np.isnan(value).any():
-            row = int(np.argmax(np.isnan(value)))
-            where = f"episode {attempts.episode[row]}, frame {attempts.frame[row]}"
+        opened = [self.opened(tried, split, options | {"episodes": None}) for split in ("train", "val", "test")]
+        rows = [tried.rows(source) if len(source) else np.zeros(0, np.int64) for source in opened]
+        if len(missing := np.setdiff1d(np.arange(len(attempts.episode)), np.concatenate(rows))):
+            where = f"episode {attempts.episode[missing[0]]}, frame {attempts.frame[missing[0]]}"
             raise ValueError(
-                f"{tried.path}, {where}: it is read in no split, so its value is not known: mend the frame, or name its"
-                " episode in the `splits` of meta/info.json"
+                f"{tried.path}, {where}: it is left out as bad, or is in no split, and every frame needs a value: mend"
+                " the frame, name its episode in the `splits` of meta/info.json, or delete it (LeRobot's"
+                " lerobot-edit-dataset with --operation.type delete_episodes)"
             )
+        value = np.empty(len(attempts.episode))
+        for source, own in zip(opened, rows, strict=True):
+            value[own] = self.of(source)
         return value

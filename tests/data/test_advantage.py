@@ -13,6 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning import Pi05DataModule
+from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.labels import Labels
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import ConditionOn, Prompts
@@ -187,3 +190,19 @@ def test_stage_with_and_without_labels_is_refused(data: Pi05DataModule) -> None:
     assert not data.tells_advantage(stage("silent"))
     with pytest.raises(ValueError, match=r"stage experience: .*robot, whose labels .* silent, which has no labels"):
         data.tells_advantage(stage("robot", "silent"))
+
+
+def test_returns_alone_are_refused_where_no_value_learns_them(pictures_copy: Path) -> None:
+    files = LeRobotFiles.open(pictures_copy)
+    attempts = Attempts.read(files, demonstrations=True)
+    path = pictures_copy.with_name("returns.parquet")
+    returns = np.zeros(len(attempts.episode), np.float32)
+    Labels(attempts.episode, attempts.frame, {"return": returns}, {}).write(path, files)
+    source = LeRobotConfig(str(pictures_copy), labels=str(path))
+    data = Pi05DataModule({"robot": source}, shapes=CONFIG.shapes, batch_size=4)
+    data.setup("fit")
+    data._mixture = Mixture(data.train_samples.entries, {"flow": {Modality.CONTINUOUS}}, 4)
+    acting = Stage(name="experience", steps=1, losses=LossWeights(flow=1))
+    with pytest.raises(ValueError, match=r"stage experience: .*robot are returns, which only a value learns"):
+        data.tells_advantage(acting)
+    assert not data.tells_advantage(replace(acting, losses=LossWeights(flow=1, others={"value": 1.0})))

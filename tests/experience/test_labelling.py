@@ -22,26 +22,14 @@ from pi05_lightning.experience.rounds import Tries
 from pi05_lightning.experience.value import Tried, datasets, longest_of
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
+from tests.experience.attempts import LENGTHS, recorded_attempts
 
-LENGTHS = (12, 9, 15, 7, 11)  # of the recorded episodes; those of odd number are of another task
 LONGEST = {"close the drawer": 15, "open the drawer": 9}
 
 
 @pytest.fixture
 def tried(pictures: Path, tmp_path: Path) -> Tried:
-    """Episodes of which the third failed, and in which frames 5 and later of the second are corrections."""
-    root = shutil.copytree(pictures, tmp_path / "tries", ignore=shutil.ignore_patterns("pi05_*"))
-    (path,) = (root / "data").glob("*/*.parquet")
-    table = pq.read_table(path)
-    places = [(episode, frame) for episode, length in enumerate(LENGTHS) for frame in range(length)]
-    columns = {
-        "next.success": [episode != 2 and frame == LENGTHS[episode] - 1 for episode, frame in places],
-        "intervention": [episode == 1 and frame >= 5 for episode, frame in places],
-    }
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.bool_()))
-    pq.write_table(table, path)
-    return Tried(str(root))
+    return Tried(str(recorded_attempts(pictures, tmp_path / "tries")))
 
 
 def test_longest_episode_is_that_of_all_datasets(tried: Tried, pictures: Path) -> None:

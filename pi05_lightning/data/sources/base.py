@@ -40,6 +40,8 @@ class Source(ABC):
     """What becomes of a frame that turns out bad only when it is read."""
     tells_advantage: bool = False
     """Whether every frame says if what is done in it is better than was to be expected."""
+    tells_return: bool = False
+    """Whether every frame says how its episode will end, which a value learns."""
     same_robot_as: str | None = None
     """The source whose robot its own is."""
     rejects: Rejects | None = None

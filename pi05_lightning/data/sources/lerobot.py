@@ -166,7 +166,8 @@ class LeRobotSource(Source):
         self._horizon = steps if steps < horizon else None
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
-        self.tells_advantage, self.same_robot_as = self._advantage is not None, self.config.same_robot_as
+        self.tells_advantage, self.tells_return = self._advantage is not None, self._returns is not None
+        self.same_robot_as = self.config.same_robot_as
         self._kept.mask &= self._chosen()  # what is wrong with other frames is nobody's concern
         self._taught = self._taught_subtasks()
         reject_texts(self._kept, self._task, self._taught)
