@@ -23,7 +23,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 import yaml
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -222,7 +222,7 @@ class Pi05CLI(LightningCLI):
             self.parser.error("no model: give its dimensions as model.config, or weights as model.init_from")
         if config.model.config is None:
             # into the configuration that is saved: the run's checkpoints need no other file
-            config.model.config = dict_to_namespace(locate(config.model.init_from).config().to_dict())
+            config.model.config = locate(config.model.init_from).config().to_dict()
         if config.resume and (self.command != "fit" or not config.run):
             self.parser.error(RESUME_NEEDS)
         if config.resume and config.ckpt_path is None:
