@@ -18,6 +18,7 @@ from types import ModuleType
 from urllib.request import urlopen
 
 import pytest
+from playwright.sync_api import Page, expect, sync_playwright
 
 from pi05_lightning.cli.help import GROUPS, function_of, group_options
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
@@ -98,6 +99,42 @@ def test_pages_open_without_errors_and_fit_the_screen(site: str, page: str, widt
     assert all(there for _, there in visited.images)
     assert [address for address in visited.requests if not address.startswith(site)] == []
     assert visited.width == width
+
+
+@pytest.fixture
+def laptop(site: str) -> Iterator[Page]:
+    """The site's first page, as somebody sees it whose laptop is set to light."""
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser.find_browser(), args=["--no-sandbox"])
+        page = chromium.new_page(viewport={"width": 1280, "height": 800}, color_scheme="light")
+        page.goto(site)
+        yield page
+        chromium.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.find_browser() is None, reason="no Chromium on this machine")
+def test_search_finds_a_page_and_goes_there(laptop: Page) -> None:
+    laptop.get_by_role("textbox", name="Search").click()
+    laptop.keyboard.type("horizon_seconds")
+    found = laptop.locator(".md-search-result__link", has_text="fit").first
+    found.click()
+    expect(laptop.locator("article")).to_contain_text("horizon_seconds")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(browser.find_browser() is None, reason="no Chromium on this machine")
+def test_site_is_light_or_dark_as_asked(laptop: Page) -> None:
+    def darkness() -> float:
+        colour = laptop.evaluate("getComputedStyle(document.body).backgroundColor")
+        return 1 - sum(map(int, re.findall(r"\d+", colour)[:3])) / 3 / 255
+
+    assert darkness() < 0.1
+    laptop.locator("label[title=Dark]").click()
+    expect(laptop.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
+    assert darkness() > 0.8
+    laptop.reload()
+    expect(laptop.locator("body")).to_have_attribute("data-md-color-scheme", "slate")
 
 
 @pytest.mark.slow

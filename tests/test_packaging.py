@@ -67,6 +67,18 @@ def test_installed_package_brings_its_data_files(installed: Path, tmp_path: Path
     assert shown.split() == ["4096", "True"]
 
 
+@pytest.mark.slow
+def test_installed_package_runs_the_tutorial(installed: Path, tmp_path: Path) -> None:
+    """With its simulator, and Jupyter to run it."""
+    (built,) = (path for path in installed.parents[1].iterdir() if path.suffix in (".whl", ".gz"))
+    wanted = (f"pi05_lightning[sim] @ {built.as_uri()}", "nbconvert", "ipykernel")
+    uv("pip", "install", "--python", installed / "python", "--constraint", ROOT / "requirements.lock", *wanted)
+    shutil.copy(ROOT / "docs" / "tutorial.ipynb", tmp_path)
+    command = [str(installed / "python"), "-m", "nbconvert", "--execute", "--to", "notebook", "tutorial.ipynb"]
+    ran = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_packages_bring_the_models_that_shipped_configurations_name() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
