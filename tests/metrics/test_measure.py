@@ -196,6 +196,18 @@ def test_action_error_of_true_tokens_is_what_fast_loses(
     assert values(evaluator, FAST, batch)["action_mae"] == pytest.approx(float(lost.mean()), rel=1e-4)
 
 
+def test_subtask_that_fast_tokens_follow_is_not_measured_with_them(evaluator: Evaluator, data: Pi05DataModule) -> None:
+    (batch, *_) = batches(data, FAST)
+    alone = evaluator.measure(batch, Subset.parse(FAST)).values
+    prefix = evaluator.model.backbone(batch)
+    nll = evaluator.model.fast_head.score(batch, prefix, evaluator.model.backbone, Target.FAST).nll
+    batch.target_index[Target.SUBTASK] = batch.target_index[Target.FAST][:5] - 1
+    with_subtask = evaluator.measure(batch, Subset.parse(FAST)).values
+    for found in (alone, with_subtask):
+        torch.testing.assert_close(found["cross_entropy"].values, nll)
+        assert len(found["token_accuracy"].values) == len(nll)
+
+
 def test_subtask_that_actions_follow_is_not_hidden_with_the_actions(evaluator: Evaluator, data: Pi05DataModule) -> None:
     (batch, *_) = batches(data, FAST)
     batch.target_kind[:, 3] = Target.SUBTASK

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.heads.token import Allowed, Generators, TokenHead, generate
+from pi05_lightning.models.heads.token import TOKEN_METRICS, Allowed, Generators, TokenHead, generate
 from pi05_lightning.types import Modality, Prefix, Target
 
 
@@ -17,6 +17,7 @@ class FastHead(TokenHead):
 
     kinds: ClassVar = {"fast": Target.FAST}
     terms: ClassVar = {"fast": frozenset({Modality.FAST})}
+    metrics: ClassVar = dict.fromkeys(TOKEN_METRICS, frozenset({Modality.FAST}))
 
     def __init__(self, vocab_size: int, fast_vocab_size: int, fast_skip_tokens: int) -> None:
         super().__init__()

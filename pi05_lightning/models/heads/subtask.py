@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
-from pi05_lightning.models.heads.base import ROBOT_ACTIONS
-from pi05_lightning.models.heads.token import Generators, TokenHead, generate
+from pi05_lightning.models.heads.base import PREDICTS_TOKENS, ROBOT_ACTIONS
+from pi05_lightning.models.heads.token import TOKEN_METRICS, Generators, TokenHead, generate
 from pi05_lightning.types import Modality, Prefix, Target
 
 
@@ -21,6 +21,8 @@ class SubtaskHead(TokenHead):
         "text": frozenset({Modality.WEB_CAPTION, Modality.QA}),
         "subtask": frozenset({Modality.HL_SUBTASK, *ROBOT_ACTIONS}),
     }
+    # beside FAST tokens, a subtask's would hide how well these are predicted
+    metrics: ClassVar = dict.fromkeys(TOKEN_METRICS, PREDICTS_TOKENS - {Modality.FAST})
 
     def __init__(self, vocab_size: int, fast_ids: range, eos_id: int = 1) -> None:
         super().__init__()

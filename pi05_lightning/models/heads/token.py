@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.models.backbone import Backbone, Cache
-from pi05_lightning.models.heads.base import PREDICTS_TOKENS, Head, Term, Terms
+from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.kernels import linear
 from pi05_lightning.types import Batch, Prefix, Target
 
+TOKEN_METRICS = ("cross_entropy", "token_accuracy")
 CHUNK_BYTES = 1 << 28  # of fp32 logits at a time: 260 positions of π0.5's vocabulary
 
 
@@ -49,11 +50,10 @@ def _score(hidden: Tensor, embedding: Tensor, targets: Tensor) -> TokenScores:
 class TokenHead(Head):
     """A head that predicts tokens of some kinds, each with a loss term: mean cross-entropy of the next token.
 
-    kinds: term -> the kind of token that it is about.
+    kinds: term -> the kind of token that it is about.  A subclass's `metrics` say where TOKEN_METRICS are measured.
     """
 
     kinds: ClassVar[Mapping[str, Target]] = {}
-    metrics: ClassVar = {"cross_entropy": PREDICTS_TOKENS, "token_accuracy": PREDICTS_TOKENS}
     reads_hidden = True
 
     def masks(self, batch: Batch) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ class TokenHead(Head):
         scores = [self.score(batch, prefix, backbone, kind) for kind in self._present(batch).values()]
         nll, correct = (torch.cat(part) for part in zip(*scores, strict=True))
         ones = torch.ones_like(correct)
-        return {"cross_entropy": Term(nll, ones), "token_accuracy": Term(correct, ones)}
+        return dict(zip(TOKEN_METRICS, (Term(nll, ones), Term(correct, ones)), strict=True))
 
     def _present(self, batch: Batch) -> dict[str, Target]:
         return {term: kind for term, kind in self.kinds.items() if len(batch.target_index[kind])}
