@@ -108,7 +108,7 @@ def rollout(
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     tasks = tasks or env.tasks(robot)
-    check_tasks(env, tasks)
+    check_tasks(env, (task for task in tasks if not env.is_chain(task)))
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}

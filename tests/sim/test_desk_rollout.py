@@ -60,6 +60,13 @@ def test_rollout_judges_the_task_told(policy, tmp_path):
     assert found["crashed"] == []
 
 
+@pytest.mark.slow
+def test_rollout_takes_a_chain(policy, tmp_path):
+    options = {"episodes": 1, "max_seconds": 0.1, "num_workers": 1, "videos": 0, "out": tmp_path}
+    found = rollout(policy, [CHAIN], Desk(), modes=("policy",), **options)
+    assert found["chains"]["policy"]["chain"]["mean"] == 0
+
+
 def test_chain_is_told_the_right_instructions_alone():
     with pytest.raises(ValueError, match="instructions: chain gives its own, one after the other: run it by itself"):
         Plan(Desk(), ["drawer-open", CHAIN], ("policy",), 1, instructions=("right", "empty"))
