@@ -22,7 +22,7 @@ from pi05_lightning.acting.int8 import int8_weights
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.hub import check_repo, publish
+from pi05_lightning.files.hub import check_repo
 from pi05_lightning.files.local import first_line
 from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.models.int8 import computes_in_int8
@@ -31,7 +31,7 @@ from pi05_lightning.types import Batch, Frame
 from pi05_lightning.weights.abilities import UNKNOWN
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
-from pi05_lightning.weights.published import save_published
+from pi05_lightning.weights.published import Licence, publish_policy, save_published
 
 Observation = Mapping[str, Any]
 """{"image": u8|f32[3 H W] or [1 3 H W] or {camera: …}, "state": f32[S], "task": str}; float images are in [0, 1].
@@ -146,17 +146,27 @@ class Pi05Policy(Inference):
         self._check_whole("saved")
         save(folder, self.model, self.processor, self.trained)
 
-    def push_to_hub(self, repo: str, *, private: bool = False, license: str | None = None) -> str:
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = False,
+        license: str | None = None,
+        license_name: str | None = None,
+        license_link: str | None = None,
+    ) -> str:
         """Publish the policy as `user/name` on the Hugging Face Hub, with a card; returns the commit's address.
 
-        license: an identifier of the Hub's, such as apache-2.0.  `pi05 push` also puts a run's results on the card.
+        license: an identifier of the Hub's, such as apache-2.0, or `other` with its name and a link.  `pi05 push` also
+        puts a run's results on the card.
         Raises ValueError when the Hub refuses or cannot be reached; readers then see what was there before.
         """
         check_repo(repo)
+        licence = Licence(license, license_name, license_link)
         self._check_whole("published")
         with TemporaryDirectory() as folder:
-            save_published(Path(folder), repo, self.model, self.processor, self.trained, license)
-            return publish(Path(folder), repo, private=private)
+            save_published(Path(folder), repo, self.model, self.processor, self.trained, licence)
+            return publish_policy(Path(folder), repo, private)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
         """Move the model. Raises ValueError where it computes in 8 bits, which it does on a CPU alone."""

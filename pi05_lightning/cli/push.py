@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
 from pi05_lightning.cli.convert import keep_robot
+from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
 from pi05_lightning.evaluation.report.page import film_caption, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
-from pi05_lightning.files.hub import check_repo, publish
-from pi05_lightning.files.local import read_json, write_text
+from pi05_lightning.files.hub import check_repo, is_on_hub, publish
+from pi05_lightning.files.local import read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
-from pi05_lightning.weights.published import CARD, save_published
+from pi05_lightning.weights.published import CARD, Licence, publish_policy, save_published
 
 FILMS = "films"
 RUN_CONFIG = "run.yaml"
@@ -35,6 +37,8 @@ def push(
     source: Path,
     repo: str,
     license: str | None = None,
+    license_name: str | None = None,
+    license_link: str | None = None,
     private: bool = False,
     dry_run: bool = False,
     out: Path | None = None,
@@ -48,7 +52,9 @@ def push(
     Args:
         source: a run, a checkpoint or a folder of weights; or a dataset of `pi05 collect`: its robot or its web folder.
         repo: where to, as user/name. It is made if there is none.
-        license: an identifier of the Hub's, such as apache-2.0, for the card.
+        license: an identifier of the Hub's, such as apache-2.0, for the card; or `other`, with the next two.
+        license_name: of a licence that the Hub has no identifier for.
+        license_link: where its text is.
         private: make the repository private, where it is made.
         dry_run: send nothing, and show the files and the card.
         out: keep what is published in this folder too; it must not exist.
@@ -61,6 +67,7 @@ def push(
     a push or nothing of it.
     """
     check_repo(repo)
+    licence = Licence(license, license_name, license_link)
     if out is not None and out.exists():
         raise ValueError(f"{out} already exists: delete it or name another folder")
     tag = None
@@ -76,19 +83,21 @@ def push(
         if is_dataset and (given := [option for option, value in of_a_policy.items() if value]):
             raise ValueError(f"{given[0]} is for policies, and {source} is a dataset: leave it out")
         if (source / LEROBOT).is_file():
-            tag = lerobot_dataset(source, folder, repo, license)
+            tag = lerobot_dataset(source, folder, repo, licence)
         elif (source / IMAGES).is_file():
-            image_dataset(source, folder, repo, license)
+            image_dataset(source, folder, repo, licence)
         else:
             kind = "model"
-            policy(source, folder, repo, license, robot=robot, averaged=averaged, base=base, tokenizer=tokenizer)
+            policy(source, folder, repo, licence, robot=robot, averaged=averaged, base=base, tokenizer=tokenizer)
         print("\n".join(listing(folder)))
-        if out is not None:
-            shutil.copytree(folder, out)
         if dry_run:
             print(f"\n{(folder / CARD).read_text(encoding='utf-8')}\nnothing was sent")
+        elif kind == "model":
+            print(f"pushed: {publish_policy(folder, repo, private)}")
         else:
             print(f"pushed: {publish(folder, repo, kind, private, tag)}")
+        if out is not None:
+            shutil.copytree(folder, out)
         stated = RepoCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")
     if stated is None:
         print("No licence is stated: --license apache-2.0 (or another identifier of the Hub's) says who may use it.")
@@ -103,13 +112,13 @@ def listing(folder: Path) -> Iterator[str]:
 # --- policies
 
 
-def policy(
-    source: Path, folder: Path, repo: str, license: str | None, robot: str | None = None, **options: Any
-) -> None:
+def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str | None = None, **options: Any) -> None:
     """Write what is published of a policy; of a run's, with its results, films and configuration."""
     weights = locate(source, **options)
     processor = weights.processor()
+    robots = [*processor.acting]
     keep_robot(processor, robot)
+    others = {*robots} - {*processor.acting}
     sections: dict[str, str] = {}
     results: list[EvalResult] = []
     begun = None
@@ -122,6 +131,8 @@ def policy(
         if run.success and run.rollout.get("sha256") != published:
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
             run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
+        if others:
+            run = of_the_robot(run, next(iter(processor.acting)), others)
         films = {film.name: film for film in run.videos}
         if films:
             (folder / FILMS).mkdir()
@@ -130,22 +141,42 @@ def policy(
         write_text(folder / RUN_CONFIG, yaml.safe_dump(named_alone(run.config), sort_keys=False))
         sections, results = sections_of(run, repo), results_of(run)
         begun = run.config.get("model", {}).get("init_from")
-    save_published(folder, repo, weights.model(), processor, weights.trained, license, sections, results, begun)
+    save_published(folder, repo, weights.model(), processor, weights.trained, licence, sections, results, begun)
+
+
+def of_the_robot(run: Run, robot: str, others: set[str]) -> Run:
+    """What a run measured of one of its robots.  others: sources that are other robots."""
+    acted = {acting.get("robot") for acting in run.acting.values()}
+    if run.success and not acted <= {robot, None}:
+        print(f"{ROLLOUT} is of the robot {', '.join(map(str, acted))}, so success and films are left out")
+        run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
+    kept = {name: of for name, of in run.metrics.items() if name.partition("/")[0] not in others}
+    return replace(run, metrics=kept)
 
 
 def named_alone(value: Any) -> Any:
-    """A configuration whose absolute paths are their last names: where things lay here is nobody else's business."""
+    """A configuration whose absolute paths are their last names: where things lay here is nobody else's business.
+
+    And whose addresses have no user's name and password.
+    """
     if isinstance(value, dict):
         return {key: named_alone(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [named_alone(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    if "://" in value or value.startswith("file:"):
+        address = urlsplit(value)
+        if not address.netloc:  # a file's
+            return f"{address.scheme}:{Path(address.path).name}"
+        return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
+    return Path(value).name if Path(value).expanduser().is_absolute() else value
 
 
 def sections_of(run: Run, repo: str) -> dict[str, str]:
     """What a card says of a run, by heading."""
     found = {
-        "### Data": data(run.provenance),
+        "### Data": data(run),
         "## Success in closed loop": success(run),
         "## Metrics on validation data": metrics(run),
         "## Films": films(run, repo),
@@ -153,11 +184,21 @@ def sections_of(run: Run, repo: str) -> dict[str, str]:
     return {heading: text for heading, text in found.items() if text}
 
 
-def data(provenance: Mapping[str, Any]) -> str:
-    rows = [(name, of.get("train", ""), of.get("val", "")) for name, of in provenance.get("samples", {}).items()]
-    versions = ", ".join(f"{name} {version}" for name, version in provenance.get("versions", {}).items())
+def data(run: Run) -> str:
+    samples, sources = run.provenance.get("samples", {}), run.config.get("data", {}).get("sources", {})
+    paths = {name: str(source.get("init_args", {}).get("path", "")) for name, source in sources.items()}
+    known = {name: path if is_on_hub(path) else Path(path).name for name, path in paths.items()}
+    rows = [
+        (name, known.get(name.partition("/")[0], ""), of.get("train", ""), of.get("val", ""))
+        for name, of in samples.items()
+    ]
+    versions = ", ".join(f"{name} {version}" for name, version in run.provenance.get("versions", {}).items())
     made = f"Made with {versions}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
-    return made + table(("source and modality", "samples to train on", "to validate on"), rows) if rows else made
+    return (
+        made + table(("source and modality", "dataset", "samples to train on", "to validate on"), rows)
+        if rows
+        else made
+    )
 
 
 def success(run: Run) -> str:
@@ -220,31 +261,32 @@ def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 # --- datasets
 
 
-def lerobot_dataset(source: Path, folder: Path, repo: str, license: str | None) -> str:
+def lerobot_dataset(source: Path, folder: Path, repo: str, licence: Licence) -> str:
     """Put a LeRobot dataset into a folder, with LeRobot's card; returns the tag by which LeRobot asks for it."""
     from lerobot.datasets.io_utils import load_info
     from lerobot.datasets.utils import create_lerobot_dataset_card
 
     # caches are left out; files are not copied, as they may be many gigabytes
-    shutil.copytree(
-        source.resolve(),
-        folder,
-        copy_function=os.symlink,
-        ignore=shutil.ignore_patterns("pi05_*", ".*"),
-        dirs_exist_ok=True,
-    )
-    if not (folder / CARD).exists():
-        card = create_lerobot_dataset_card(["pi05_lightning"], load_info(source), license=license, repo_id=repo)
+    hidden = shutil.ignore_patterns(".*")
+    shutil.copytree(source.resolve(), folder, copy_function=os.symlink, ignore=hidden, dirs_exist_ok=True)
+    if (folder / PROVENANCE).exists():
+        about = named_alone(read_json(folder / PROVENANCE))
+        (folder / PROVENANCE).unlink()  # a link to the dataset's own
+        write_json(folder / PROVENANCE, about)
+    is_new = not (folder / CARD).exists()
+    if is_new:
+        card: RepoCard = create_lerobot_dataset_card(["pi05_lightning"], load_info(source), repo_id=repo)
+    else:
+        card = RepoCard.load(folder / CARD, ignore_metadata_errors=True)
+    if is_new or licence.metadata:
+        for name, value in licence.metadata.items():
+            setattr(card.data, name, value)
+        (folder / CARD).unlink(missing_ok=True)  # a link to the dataset's own
         write_text(folder / CARD, str(card))
-    elif license is not None:
-        theirs = RepoCard.load(folder / CARD, ignore_metadata_errors=True)
-        theirs.data.license = license
-        (folder / CARD).unlink()  # a link to the dataset's own
-        write_text(folder / CARD, str(theirs))
     return read_json(source / LEROBOT)["codebase_version"]
 
 
-def image_dataset(source: Path, folder: Path, repo: str, license: str | None) -> None:
+def image_dataset(source: Path, folder: Path, repo: str, licence: Licence) -> None:
     """Write single images with text as parquet files, which `datasets` and the Hub's viewer read, with a card."""
     from datasets import load_from_disk
     from huggingface_hub import DatasetCardData
@@ -252,6 +294,6 @@ def image_dataset(source: Path, folder: Path, repo: str, license: str | None) ->
     for split, rows in load_from_disk(source).items():
         (folder / "data").mkdir(exist_ok=True)
         rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    about = DatasetCardData(license=license, task_categories=["visual-question-answering"], tags=["pi05_lightning"])
+    about = DatasetCardData(**licence.metadata, task_categories=["visual-question-answering"], tags=["pi05_lightning"])
     text = f"---\n{about.to_yaml()}\n---\n\n# {repo.partition('/')[2]}\n\nSingle images with captions and questions.\n"
     write_text(folder / CARD, text)

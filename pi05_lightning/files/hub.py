@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,12 @@ def is_hub_id(name: str | Path) -> bool:
     return _ID.fullmatch(str(name)) is not None
 
 
+def is_on_hub(name: str | Path) -> bool:
+    """Whether a name stands for something of the Hub's: it has the form of one, and no folder here is meant."""
+    path = Path(name)
+    return is_hub_id(name) and not path.exists() and not path.parent.exists()
+
+
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
     """The path itself; for `organisation/name`, unless there is such a folder here, where the Hub's files were put.
 
@@ -29,9 +36,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     The Hub's own cache is used, so that a second call, or one without a network, downloads nothing.
     ValueError when the Hub cannot be reached, has no such repository or does not give it to this account.
     """
-    path = Path(name)
-    if path.exists() or path.parent.exists() or not is_hub_id(name):
-        return path
+    if not is_on_hub(name):
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
@@ -51,14 +57,20 @@ def check_repo(name: str) -> None:
 
 
 def publish(
-    folder: Path, repo: str, kind: Literal["model", "dataset"] = "model", private: bool = False, tag: str | None = None
+    folder: Path,
+    repo: str,
+    kind: Literal["model", "dataset"] = "model",
+    private: bool = False,
+    tag: str | None = None,
+    replaced: Sequence[str] = (),
 ) -> str:
     """Put a folder into a repository of the Hub, which is made if there is none; returns the commit's address.
 
     All files come in one commit, so readers see all of it or nothing. What a push that failed had sent is not sent
     again. Files that an earlier push wrote into a folder of this one, and that are no longer in it, go in the same
     commit; what else is in the repository stays.
-    tag: what the commit is called too, in place of an earlier commit.
+    tag: what the commit is called too, in place of an earlier commit.  replaced: patterns of other files that go too,
+    where they are not written again.
     ValueError when the Hub refuses or cannot be reached, and where a repository that is to be private is public.
     """
     from huggingface_hub import HfApi
@@ -79,7 +91,7 @@ def publish(
             repo_type=kind,
             folder_path=folder,
             commit_message="Pushed by pi05_lightning",
-            delete_patterns=[f"{inner.name}/*" for inner in folder.iterdir() if inner.is_dir()],
+            delete_patterns=[*replaced, *(f"{inner.name}/*" for inner in folder.iterdir() if inner.is_dir())],
         )
     except _FAILURES as error:
         raise ValueError(_failed(repo, error)) from error

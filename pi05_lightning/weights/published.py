@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.hub import is_hub_id
+from pi05_lightning.files.hub import is_on_hub, publish
 from pi05_lightning.files.local import write_text
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
@@ -19,7 +19,37 @@ from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot_plugin import save_for_plugin
 
 CARD = "README.md"
+WRITTEN = ("films/*", "run.yaml", "policy_preprocessor*", "policy_postprocessor*")
+"""What a push may write and a later one not: it leaves the repository with that one."""
 TAGS = ["robotics", "vision-language-action", "pi0.5", "pi05_lightning"]
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What a card says of who may use it.
+
+    id: an identifier of the Hub's, such as apache-2.0, or other.  name, link: of one that the Hub has none for, which
+    `other` needs.
+    Raises ValueError for `other` without them, and for them without `other`.
+    """
+
+    id: str | None = None
+    name: str | None = None
+    link: str | None = None
+
+    def __post_init__(self) -> None:
+        told = self.name is not None and self.link is not None
+        if (self.id == "other") != told or (self.name is None) != (self.link is None):
+            raise ValueError(
+                f"license {self.id}, license_name {self.name}, license_link {self.link}: a licence that the Hub has no"
+                " identifier for is `other` with a name and a link, and others have neither"
+            )
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Its fields of a card."""
+        found = {"license": self.id, "license_name": self.name, "license_link": self.link}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 def save_published(
@@ -28,7 +58,7 @@ def save_published(
     model: Pi05,
     processor: Processor,
     trained: Trained,
-    license: str | None = None,
+    licence: Licence = Licence(),
     sections: Mapping[str, str] | None = None,
     results: Sequence[EvalResult] = (),
     begun_with: str | None = None,
@@ -47,13 +77,13 @@ def save_published(
     else:
         save(folder, model, processor, trained)
     metadata = ModelCardData(
-        license=license,
+        **licence.metadata,
         library_name="pi05_lightning",
         pipeline_tag="robotics",
         tags=[*TAGS, *(["LeRobot"] if for_lerobot else [])],
-        datasets=[robot.dataset for robot in robots.values() if is_hub_id(robot.dataset)] or None,
+        datasets=[robot.dataset for robot in robots.values() if is_on_hub(robot.dataset)] or None,
         model_name=repo.partition("/")[2],
-        base_model=begun_with if begun_with is not None and is_hub_id(begun_with) else None,
+        base_model=begun_with if begun_with is not None and is_on_hub(begun_with) else None,
         eval_results=list(results) or None,
     )
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
@@ -69,16 +99,21 @@ def save_published(
         for_lerobot=for_lerobot,
         trained=trained,
         sections=sections or {},
-        license=license,
+        licence=licence,
     )
     write_text(folder / CARD, text + "\n")
+
+
+def publish_policy(folder: Path, repo: str, private: bool) -> str:
+    """Put what `save_published` wrote on the Hub; see `publish`."""
+    return publish(folder, repo, private=private, replaced=WRITTEN)
 
 
 def without_places(processor: Processor) -> Processor:
     """A processor whose robots' data have their Hub ids, or the names of their folders alone."""
     kept = copy.copy(processor)
     kept.robots = {
-        name: robot if is_hub_id(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
+        name: robot if is_on_hub(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
         for name, robot in processor.robots.items()
     }
     return kept

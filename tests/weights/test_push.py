@@ -77,7 +77,13 @@ def policy(pictures: Path) -> Pi05Policy:
 def make_run(run: Path, policy: Pi05Policy) -> None:
     """A run's directory that holds weights, a rollout with a film, metrics, and paths of this machine."""
     save(run, policy.model, policy.processor, policy.trained)
-    config = {"data": {"fast": "/secret/place/fast"}, "seed_everything": 0, "model": {"init_from": "lab/before"}}
+    sources = {"robot": {"init_args": {"path": "/secret/place/kitchen"}}}
+    config = {
+        "data": {"fast": "/secret/place/fast", "sources": sources},
+        "seed_everything": 0,
+        "model": {"init_from": "lab/before"},
+        "trainer": {"logger": {"tracking_uri": "http://me:secret@flow.lab/x", "save_dir": "file:/secret/runs"}},
+    }
     write_config(run, yaml.safe_dump(config))
     success = {"policy": {"open-drawer": [9, 10]}, "random": {"open-drawer": [0, 10]}}
     film = {"mode": "policy", "task": "open-drawer", "seed": 3, "outcome": "failed: out of time"}
@@ -130,7 +136,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
     assert [result.metric_value for result in card.data.eval_results] == [0.9]
     for said in (
         "| posttrain | 5 |",
-        "| robot/qa | 7 | 2 |",
+        "| robot/qa | kitchen | 7 | 2 |",
         "| open-drawer | 9/10 (0.60–0.98) | 0/10 (0.00–0.28) |",
         "| robot/continuous_robot_actions | 4 | 0.250 |",
         "films/one.mp4",
@@ -146,7 +152,9 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
 
 def test_no_path_of_this_machine_is_published(pushed: Hub, pictures: Path) -> None:
     files = pushed.repositories[MODEL]
-    assert yaml.safe_load(files["run.yaml"])["data"]["fast"] == "fast"
+    published = yaml.safe_load(files["run.yaml"])
+    assert published["data"]["fast"] == "fast"
+    assert published["trainer"]["logger"] == {"tracking_uri": "http://flow.lab/x", "save_dir": "file:runs"}
     told = [name for name, content in files.items() if str(pictures.parent).encode() in content or b"secret" in content]
     assert told == []
 
@@ -186,6 +194,40 @@ def test_failed_push_leaves_what_readers_saw_and_goes_on_where_it_was(hub: Hub, 
     main(["push", str(run), "lab/arm"])
     assert hub.repositories[MODEL]["films/two.mp4"] == b"a second film"
     assert len(hub.sent) == len(set(hub.sent)) == 2
+
+
+def test_folder_here_is_no_name_of_the_hubs(
+    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab").mkdir()
+    main(["push", str(run), "lab/arm"])
+    assert ModelCard(hub.repositories[MODEL]["README.md"].decode()).data.base_model is None
+
+
+def test_what_a_later_push_does_not_write_leaves_with_it(hub: Hub, run: Path) -> None:
+    main(["push", str(run), "lab/arm"])
+    assert {"films/one.mp4", "run.yaml"} <= hub.repositories[MODEL].keys()
+    shutil.rmtree(run / "rollout")
+    main(["push", str(run), "lab/arm"])
+    assert "films/one.mp4" not in hub.repositories[MODEL]
+    Pi05Policy.from_pretrained(run).push_to_hub("lab/arm")
+    assert "run.yaml" not in hub.repositories[MODEL]
+    assert "model.safetensors" in hub.repositories[MODEL]
+
+
+def test_licence_that_the_hub_does_not_know_has_a_name_and_a_link(hub: Hub, run: Path, pictures: Path) -> None:
+    named = ["--license", "other", "--license_name", "lab-1", "--license_link", "https://lab.example/licence"]
+    main(["push", str(run), "lab/arm", *named])
+    main(["push", str(pictures), "lab/drawers", *named])
+    for place in (MODEL, DATA):
+        metadata = ModelCard(hub.repositories[place]["README.md"].decode()).data.to_dict()
+        assert [metadata[key] for key in ("license", "license_name")] == ["other", "lab-1"]
+        assert metadata["license_link"] == "https://lab.example/licence"
+    assert "[lab-1](https://lab.example/licence)" in hub.repositories[MODEL]["README.md"].decode()
+    for given in (named[:2], named[:4], ["--license", "mit", *named[2:]]):
+        with pytest.raises(SystemExit, match="is `other` with a name and a link"):
+            main(["push", str(run), "lab/arm", *given])
 
 
 def test_films_that_are_gone_leave_with_the_next_push_and_other_files_stay(hub: Hub, run: Path) -> None:
@@ -277,7 +319,23 @@ def test_policy_of_two_robots_is_ours_alone_until_one_is_named(hub: Hub, policy:
         save(tmp_path / "two", policy.model, processor)
         main(["push", str(tmp_path / "two"), "lab/arm"])
         assert "LeRobot takes policies of one robot" in hub.repositories[MODEL]["README.md"].decode()
+        write_json(
+            tmp_path / "two" / "metrics.json",
+            {f"{name}/qa": {"samples": 4, "exact_match": 0.5} for name in ("robot", "other")},
+        )
+        write_config(tmp_path / "two", "seed_everything: 0")
+        sha256 = locate(tmp_path / "two").content_hash()
+        write_json(tmp_path / "two" / "measured.json", {"sha256": sha256})
+        acting = {"robot": "robot", "noise_scale": 0.5, "execution_horizon": 1}
+        rolled_out = {"success": {"policy": {"open-drawer": [9, 10]}}, "acting": {"policy": acting}}
+        write_json(tmp_path / "two" / "rollout" / "rollout.json", rolled_out | {"sha256": sha256})
+        main(["push", str(tmp_path / "two"), "lab/arm", "--robot", "robot"])
+        assert "9/10" in hub.repositories[MODEL]["README.md"].decode()
         main(["push", str(tmp_path / "two"), "lab/arm", "--robot", "other"])
+        card = hub.repositories[MODEL]["README.md"].decode()
+        assert "9/10" not in card
+        assert "| other/qa |" in card
+        assert "| robot/qa |" not in card
         assert "--policy.path=lab/arm" in hub.repositories[MODEL]["README.md"].decode()
     finally:
         del processor.robots["other"]
@@ -285,13 +343,18 @@ def test_policy_of_two_robots_is_ours_alone_until_one_is_named(hub: Hub, policy:
 
 def test_recorded_dataset_goes_whole_under_lerobots_tag(hub: Hub, pictures: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(pictures, tmp_path / "robot"))
-    (source / "meta" / "pi05_stats.json").write_text("a cache")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "frames").write_text("a cache")
+    write_json(source / "meta" / "pi05_outcomes.json", {"0": {"success": True, "frames": 12}})
+    write_json(source / "meta" / "pi05_collect.json", {"policy": "/secret/place/fit", "sha256": "a"})
     for _ in range(2):
         main(["push", str(source), "lab/drawers", "--license", "cc-by-4.0"])
     files = hub.repositories[DATA]
     names = {str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.is_file()}
-    names = {name for name in names if "pi05_" not in name}
-    assert set(files) == names | {"README.md"}
+    said = {"meta/pi05_outcomes.json", "meta/pi05_collect.json"}
+    assert set(files) == names | said | {"README.md"}
+    assert json.loads(files["meta/pi05_collect.json"])["policy"] == "fit"
+    assert json.loads((source / "meta" / "pi05_collect.json").read_text())["policy"] == "/secret/place/fit"
     assert all(files[name] == (pictures / name).read_bytes() for name in names)
     assert hub.tags[DATA] == {"v3.0"}
     assert "license: cc-by-4.0" in files["README.md"].decode()
