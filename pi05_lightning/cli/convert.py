@@ -56,6 +56,7 @@ def convert(
     format: Literal["ours", "lerobot", "plugin"] = "ours",
     tokenizer: str | None = None,
     vision_heads: int | None = None,
+    horizon: int | None = None,
     averaged: bool = True,
     robot: str | None = None,
     data: str | None = None,
@@ -74,6 +75,8 @@ def convert(
             this package opens, and LeRobot with the plugin lerobot_policy_pi05_lightning.
         tokenizer: folder or name of the text tokenizer; by default what the source names, which is PaliGemma's.
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
+        horizon: actions of a chunk, where no file tells, as of openpi's; by default 50. pi05_droid has 15, pi05_libero
+            10.
         averaged: of a training checkpoint, ours or openpi's, take the averaged weights if it has them.
         robot: keep this one of the policy's robots alone. LeRobot knows of one, so of several one must be named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
@@ -86,7 +89,9 @@ def convert(
     """
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
-    weights = locate(source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads, base=base)
+    weights = locate(
+        source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads, horizon=horizon, base=base
+    )
     with replacing(target, one_writer=True) as folder:
         folder.mkdir()
         if format == "ours":

@@ -97,11 +97,16 @@ def lerobot_tensors(tensors: Mapping[str, Tensor], unread: Mapping[str, Tensor])
 
 
 def config_of(
-    shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any], vision_heads: int | None
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, Any],
+    vision_heads: int | None,
+    horizon: int | None = None,
 ) -> tuple[ModelConfig, list[str]]:
     """Dimensions from the tensors' shapes (our names); of config.json (`values`) only what the tensors do not tell.
 
-    ValueError when a tensor that tells a dimension is missing, or when config.json says otherwise than the tensors.
+    vision_heads, horizon: what no file tells.
+    ValueError when a tensor that tells a dimension is missing, or when config.json says otherwise than the tensors, or
+    than `horizon`.
     """
     sizes = _Sizes(shapes)
     notes = []
@@ -126,10 +131,16 @@ def config_of(
     if width % vision_heads:
         raise ValueError(f"SigLIP's width of {width} is not a multiple of {vision_heads} heads: give vision_heads")
     image_size = values.get("image_resolution", [round(positions**0.5) * patch])[0]
-    horizon = values.get("chunk_size", values.get("action_horizon"))
+    stated = values.get("chunk_size", values.get("action_horizon"))
+    if None not in (stated, horizon) and stated != horizon:
+        raise ValueError(f"config.json says a horizon of {stated}, not {horizon}: leave out the horizon")
+    horizon = stated or horizon
     if horizon is None:
         horizon = ModelConfig.horizon
-        notes.append(f"the horizon is in neither file: taken as π0.5's {horizon}")
+        notes.append(
+            f"the horizon is in neither file: taken as π0.5's {horizon}. Actions of a model that was trained with"
+            " another are not its own: pi05_droid has 15, pi05_libero 10 (`pi05 convert --horizon`)"
+        )
     config = ModelConfig(
         vision=VisionConfig(image_size, patch, width, sizes.depth("backbone.vision"), vision_mlp, vision_heads),
         language=language,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ from pi05_lightning.weights.lerobot import (
 )
 from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name
 from pi05_lightning.weights.safetensors import CONFIG, Keep, check_keys, map_weights, read_weights, shapes_of, whole
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,13 +78,16 @@ class LeRobotFolder(Weights):
 
     tokenizer: where PaliGemma's text tokenizer is, if not where the folder says.
     vision_heads: attention heads of SigLIP, which no file tells; 72 dimensions each if the width divides, else 16.
+    horizon: actions of a chunk, where no file tells.
     """
 
     trained = UNKNOWN
 
-    def __init__(self, path: Path, tokenizer: str | None = None, vision_heads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, tokenizer: str | None = None, vision_heads: int | None = None, horizon: int | None = None
+    ) -> None:
         super().__init__(path)
-        self.tokenizer, self.vision_heads = tokenizer, vision_heads
+        self.tokenizer, self.vision_heads, self.horizon = tokenizer, vision_heads, horizon
 
     @cached_property
     def mapped(self) -> Foreign:
@@ -110,7 +116,7 @@ class LeRobotFolder(Weights):
                 tensors[ours], source[ours] = tensor, theirs
 
         shapes = shapes_of(tensors)
-        config, notes = config_of(shapes, read_json(self.path / CONFIG, default={}), self.vision_heads)
+        config, notes = config_of(shapes, read_json(self.path / CONFIG, default={}), self.vision_heads, self.horizon)
         with torch.device("meta"):
             expected = shapes_of(Pi05(config).state_dict())
         names = {ours: to_lerobot(ours) for ours in expected} | source
@@ -121,6 +127,15 @@ class LeRobotFolder(Weights):
 
     def config(self) -> ModelConfig:
         return self.mapped.config
+
+    @property
+    def notes(self) -> list[str]:
+        return [*self.mapped.notes]
+
+    def model(self, dtype: torch.dtype | None = None) -> Pi05:
+        for note in self.notes:
+            logger.warning("%s: %s", self.path, note)
+        return super().model(dtype)
 
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
         """Each is read once, into memory of its own; the heads that no loss reads are left out."""

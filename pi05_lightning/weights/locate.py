@@ -28,6 +28,7 @@ def locate(
     averaged: bool = True,
     tokenizer: str | None = None,
     vision_heads: int | None = None,
+    horizon: int | None = None,
     base: str | Path | None = None,
 ) -> Weights:
     """The weights at a path: of a `.ckpt`, a run's directory (its newest checkpoint), a folder or a Hub id.
@@ -38,6 +39,7 @@ def locate(
     tokenizer: of LeRobot's and openpi's: where PaliGemma's text tokenizer is, if not where the folder says.
     vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
         each if the width divides, else 16.
+    horizon: of LeRobot's and openpi's: actions of a chunk, where no file tells; by default 50.
     base: of a checkpoint of adapters: where its base is now, if not where it was.
     ValueError when there are no weights, or a folder has checkpoints beside them.
     """
@@ -49,12 +51,12 @@ def locate(
         )
     if not weight_files(folder):
         if is_orbax(folder):
-            return OpenpiFolder(folder, tokenizer, vision_heads, averaged)
+            return OpenpiFolder(folder, tokenizer, vision_heads, horizon, averaged)
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     if is_exported(read_json(folder / CONFIG, default={})):
         return ExportedFolder(folder)
-    return LeRobotFolder(folder, tokenizer, vision_heads)
+    return LeRobotFolder(folder, tokenizer, vision_heads, horizon)
 
 
 def find_base(base: AdapterBase, checkpoint: Path, given: str | Path | None = None) -> Weights:

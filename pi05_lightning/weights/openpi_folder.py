@@ -13,7 +13,7 @@ from pi05_lightning.files.local import read_json
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import config_of
 from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder
-from pi05_lightning.weights.orbax import LORA_A, OrbaxParams, checkpoint_folder, ours, vision_heads
+from pi05_lightning.weights.orbax import LORA_A, TRAIN_STATE, OrbaxParams, checkpoint_folder, ours, vision_heads
 from pi05_lightning.weights.safetensors import CONFIG, READERS, Keep, check_keys, shapes_of, whole
 
 
@@ -25,9 +25,14 @@ class OpenpiFolder(LeRobotFolder):
     """
 
     def __init__(
-        self, path: Path, tokenizer: str | None = None, vision_heads: int | None = None, averaged: bool = True
+        self,
+        path: Path,
+        tokenizer: str | None = None,
+        vision_heads: int | None = None,
+        horizon: int | None = None,
+        averaged: bool = True,
     ) -> None:
-        super().__init__(checkpoint_folder(path), tokenizer, vision_heads)
+        super().__init__(checkpoint_folder(path), tokenizer, vision_heads, horizon)
         self.params = OrbaxParams(self.path, averaged)
 
     @cached_property
@@ -36,12 +41,14 @@ class OpenpiFolder(LeRobotFolder):
         theirs = self.params.on_meta()
         tensors, source = ours(theirs, self.params.place)
         heads = self.vision_heads or vision_heads(theirs)
-        config, notes = config_of(shapes_of(tensors), read_json(self.path / CONFIG, default={}), heads)
+        config, notes = config_of(shapes_of(tensors), read_json(self.path / CONFIG, default={}), heads, self.horizon)
         with torch.device("meta"):
             expected = shapes_of(Pi05(config).state_dict())
         check_keys(shapes_of(tensors), expected, source, self.params.place)
         if any(LORA_A in name for name in theirs):
             notes.append("LoRA is merged into its weights at the scale of openpi's variants, 1")
+        if not self.params.averaged and not (self.path / TRAIN_STATE).is_dir():
+            notes.append(f"{TRAIN_STATE} is not there: these are the average, if training kept one")
         return Foreign(config, tensors, {}, {}, source, tuple(notes))
 
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from pi05_lightning.files.local import first_line
 
 PARAMS, TRAIN_STATE = "params", "train_state"
 """Folders of a checkpoint: what it is used with (the average if there is one), and what training goes on with."""
+WRITTEN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+"""Files that Orbax writes into each folder, of which a broken download may lack some."""
 LORA_A, LORA_B = "lora_a", "lora_b"
 
 Rule = tuple[str, Callable[[Tensor], Tensor]]
@@ -117,18 +119,18 @@ def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     The output projection's LoRA sums over the heads between its two matrices, as openpi computes it.
     """
     whole = {name: tensor for name, tensor in tensors.items() if LORA_A not in name and LORA_B not in name}
-    for name, a in tensors.items():
-        if LORA_A not in name:
-            continue
-        # beside .../q_einsum/w is .../q_einsum/lora_a, beside .../linear is .../linear_lora_a
-        base = name.removesuffix(LORA_A) + "w" if name.endswith(f"/{LORA_A}") else name.removesuffix(f"_{LORA_A}")
-        b = tensors.get(name.removesuffix(LORA_A) + LORA_B)
-        if b is None or base not in whole:
-            raise ValueError(f"{name} is LoRA's, and one of {base} and {name.removesuffix(LORA_A)}{LORA_B} is missing")
-        if "attn_vec_einsum" in name:
-            b = b.float().sum(-3, keepdim=True)
-        weight = whole[base]
-        whole[base] = (weight.float() + a.float() @ b.float()).to(weight.dtype)
+    begins = {name.replace(LORA_B, LORA_A).removesuffix(LORA_A) for name in tensors.keys() - whole.keys()}
+    # beside .../q_einsum/w is .../q_einsum/lora_a, beside .../linear is .../linear_lora_a
+    bases = {begin: f"{begin}w" if begin.endswith("/") else begin.removesuffix("_") for begin in sorted(begins)}
+    wanted = {begin: (base, begin + LORA_A, begin + LORA_B) for begin, base in bases.items()}
+    if missing := [name for names in wanted.values() for name in names if name not in tensors]:
+        told = "\n  ".join(missing)
+        raise ValueError(f"a LoRA is two matrices beside a weight, and of some a part is missing:\n  {told}")
+    for begin, (base, first, second) in wanted.items():
+        a, b = tensors[first].float(), tensors[second].float()
+        if "attn_vec_einsum" in begin:
+            b = b.sum(-3, keepdim=True)
+        whole[base] = (whole[base].float() + a @ b).to(whole[base].dtype)
     return whole
 
 
@@ -158,8 +160,10 @@ def ours(tensors: Mapping[str, Tensor], where: Path | str) -> tuple[dict[str, Te
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint of openpi's JAX code, or is its `params` itself."""
-    return any((place / "_METADATA").is_file() for place in (folder, folder / PARAMS))
+    """Whether a folder holds a checkpoint of openpi's JAX code, or is its `params` itself; whole or not."""
+    if (folder / PARAMS).is_dir() and (folder / "assets").is_dir():
+        return True
+    return any((place / name).is_file() for place in (folder, folder / PARAMS) for name in WRITTEN)
 
 
 def checkpoint_folder(folder: Path) -> Path:
@@ -180,7 +184,7 @@ class OrbaxParams:
             raise ValueError(
                 f"{folder} was saved with Orbax, which is read with the extra orbax: pip install orbax-checkpoint"
             ) from error
-        self.orbax = orbax.checkpoint
+        self.orbax, self.averaged = orbax.checkpoint, averaged
         self.place, self.tree = folder / PARAMS, self.read_metadata(folder / PARAMS)
         if not averaged and (folder / TRAIN_STATE).is_dir():
             found = self.read_metadata(folder / TRAIN_STATE)
@@ -196,7 +200,8 @@ class OrbaxParams:
         except Exception as error:  # whatever Orbax and what is below it think of damaged files
             raise ValueError(f"{place} cannot be read by Orbax ({first_line(error)}): copy it again, whole") from error
         if found is None:
-            raise ValueError(f"{place} cannot be read by Orbax, as files of it are missing: copy it again, whole")
+            absent = ", ".join(name for name in WRITTEN if not (place / name).is_file()) or "files of it"
+            raise ValueError(f"{place} cannot be read by Orbax, as {absent} is missing: copy it again, whole")
         return found.tree
 
     def on_meta(self) -> dict[str, Tensor]:

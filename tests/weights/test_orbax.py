@@ -114,9 +114,22 @@ def test_missing_and_foreign_parameters_are_all_listed() -> None:
 
 def test_half_of_a_lora_is_refused() -> None:
     parameters = tree(lora=True)
-    del parameters["PaliGemma"]["llm"]["layers"]["attn"]["q_einsum"]["lora_b"]
-    with pytest.raises(ValueError, match="q_einsum/lora_b is missing"):
+    attention = parameters["PaliGemma"]["llm"]["layers"]["attn"]
+    del attention["q_einsum"]["lora_b"], attention["kv_einsum"]["lora_a"]
+    with pytest.raises(ValueError, match="of some a part is missing") as error:
         converted(parameters)
+    for said in ("q_einsum/lora_b", "kv_einsum/lora_a"):
+        assert said in str(error.value)
+
+
+def test_folder_that_lost_its_metadata_is_still_known(tmp_path: Path) -> None:
+    (tmp_path / "params").mkdir()
+    assert not is_orbax(tmp_path)
+    (tmp_path / "params" / "manifest.ocdbt").touch()
+    assert is_orbax(tmp_path)
+    (tmp_path / "params" / "manifest.ocdbt").unlink()
+    (tmp_path / "assets").mkdir()
+    assert is_orbax(tmp_path)
 
 
 def test_without_orbax_its_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +211,11 @@ def test_folder_is_opened_with_every_parameter(write: Write, values: bool, lora:
 def test_average_or_what_is_trained_on_by_choice(write: Write) -> None:
     folder = write(tree(seed=1), state=tree(seed=2))
     assert equal(locate(folder).tensors(), tree(seed=1))
-    assert equal(locate(folder, averaged=False).tensors(), tree(seed=2))
+    other = locate(folder, averaged=False)
+    assert equal(other.tensors(), tree(seed=2))
+    assert not [note for note in other.notes if "train_state" in note]
+    shutil.rmtree(folder / "train_state")
+    assert [note for note in locate(folder, averaged=False).notes if "train_state is not there" in note]
 
 
 @pytest.mark.slow
@@ -222,6 +239,8 @@ def test_bf16_stays_bf16(write: Write, orbax: Any) -> None:
 def test_policy_training_and_conversion_begin_with_it(write: Write, tmp_path: Path) -> None:
     folder = write(tree())
     convert(source=folder, target=tmp_path / "ours", tokenizer="tiny")
+    convert(source=folder, target=tmp_path / "short", tokenizer="tiny", horizon=15)
+    assert locate(tmp_path / "short").config().horizon == 15
     policies = [Pi05Policy.from_pretrained(path, tokenizer="tiny") for path in (folder, tmp_path / "ours")]
     images = {camera: torch.zeros(3, 9, 9) for camera in policies[0].inputs.cameras}
     observation = {"image": images, "state": torch.zeros(4), "task": "open"}
@@ -247,6 +266,9 @@ def test_truncated_and_foreign_folders_say_what_is_missing(write: Write, orbax: 
     with pytest.raises(ValueError, match="cannot be read by Orbax"):
         locate(folder)
     (folder / "params" / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read by Orbax"):
+        locate(folder)
+    (folder / "params" / "_METADATA").unlink()
     with pytest.raises(ValueError, match="cannot be read by Orbax"):
         locate(folder)
     shutil.rmtree(folder)
