@@ -58,7 +58,7 @@ def test_time_is_told_before_and_after_with_what_would_help(
     monkeypatch.setattr(step_time, "MUCH", 0.0)  # how much it is depends on the machine
     text = said(videos, caplog)
     assert re.search(r"Time: [\d.e-]+ s at the best rate of this device \([\d.e-]+ TFLOP/s\)", text)
-    shares = re.search(r"Time of a batch: [\d.]+ s, (\d+)% computing, (\d+)% waiting for data \(6 batches\)", text)
+    shares = re.search(r"Time of a batch: [\d.]+ s, (\d+)% computing, (\d+)% waiting for data \(5 batches\)", text)
     assert shares is not None
     assert 99 <= sum(map(int, shares.groups())) <= 101
     assert text.index("Time: ") < text.index("Time of a batch: ")
@@ -69,7 +69,7 @@ def test_time_is_told_before_and_after_with_what_would_help(
 def test_time_of_a_run_that_is_stopped_is_told_too(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Stopped):
         said(videos, caplog, Interrupts())
-    assert re.search(r"Time of a batch: .* waiting for data \(3 batches\)", caplog.text)
+    assert re.search(r"Time of a batch: .* waiting for data \(2 batches\)", caplog.text)
 
 
 @pytest.mark.parametrize(

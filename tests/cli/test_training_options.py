@@ -1,14 +1,17 @@
 """Training features from the command line: a run with all of them is saved, validated and resumed by its path alone."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.cli.main import main
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
@@ -24,6 +27,22 @@ def without_model(config: Path, tmp_path: Path) -> Path:
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(content))
     return file
+
+
+class Slow(Callback):
+    """Says what was before it."""
+
+    before: ClassVar[list[str]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        names = [type(callback).__name__ for callback in callbacks_of(trainer)]
+        Slow.before = names[: names.index("Slow")]
+
+
+def test_a_batchs_time_is_taken_before_callbacks_that_do_more_at_its_end(config: Path, tmp_path: Path) -> None:
+    flag = f"[{{class_path: {__name__}.Slow}}]"
+    main(["fit", "-c", str(config), "--run", str(tmp_path / "run"), "--trainer.callbacks", flag])
+    assert Slow.before[:2] == ["Throughput", "StepTime"]
 
 
 def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

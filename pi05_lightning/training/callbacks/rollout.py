@@ -30,6 +30,7 @@ from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.abilities import UNKNOWN
 
@@ -166,6 +167,9 @@ class PeriodicRollout(Callback):
         if module.sharding is not None:
             module.sharding.wait()  # what comes next has less patience
         self.is_pending = False
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, Throughput):
+                callback.pause()
 
     @rank_zero_only
     def _roll_out_on_one_rank(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> None:

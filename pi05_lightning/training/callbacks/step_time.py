@@ -23,26 +23,29 @@ class StepTime(Callback):
     """Prints what shares of a batch's time were spent on, and advice where much was not computing.
 
     It does so when `fit` ends or is stopped. The times are of the first rank, by the host's clock, without the first
-    batch, for which workers start. Communicating is what DDP does beside the backward pass; what is hidden behind it
-    costs nothing, and what sharding gathers counts as computing.
+    batch, for which workers start and kernels are compiled. Communicating is what DDP does beside the backward pass;
+    what is hidden behind it costs nothing, and what sharding gathers counts as computing. It goes before callbacks that
+    do much at the end of a batch, as `PeriodicRollout`.
     """
 
     def __init__(self) -> None:
-        self.batches = 0
+        self.batches = -1
+        """That were counted; -1 before the first one, which is not."""
         self.computing = self.waiting = 0.0
         self._start = self._waited = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.batches, self.computing, self.waiting = 0, 0.0, 0.0
+        self.batches, self.computing, self.waiting = -1, 0.0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if not self.batches:
-            self._waited = waited(trainer)
         self._start = perf_counter()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.computing += perf_counter() - self._start
-        self.waiting = waited(trainer) - self._waited
+        if self.batches < 0:
+            self._waited = waited(trainer)
+        else:
+            self.computing += perf_counter() - self._start
+            self.waiting = waited(trainer) - self._waited
         self.batches += 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,13 +56,16 @@ class StepTime(Callback):
             self._tell(trainer)
 
     def _tell(self, trainer: Trainer) -> None:
-        if not self.batches:
+        if self.batches < 1:
             return
         waiting, computing = self.waiting / self.batches, self.computing / self.batches
-        communicating = min(communicated(trainer.strategy.model), computing)
+        model = trainer.strategy.model
+        communicating = 0.0
+        if isinstance(model, DistributedDataParallel):  # once for all accumulated batches
+            communicating = min(communicated(model) / trainer.accumulate_grad_batches, computing)
         batch = waiting + computing
         parts = {"computing": computing - communicating, "waiting for data": waiting}
-        if trainer.world_size > 1:
+        if isinstance(model, DistributedDataParallel):
             parts["communicating"] = communicating
         told = ", ".join(f"{part / batch:.0%} {name}" for name, part in parts.items())
         rank_zero_info(f"Time of a batch: {batch:.3g} s, {told} ({self.batches} batches)")
@@ -78,10 +84,8 @@ def waited(trainer: Trainer) -> float:
     return loader.waited if isinstance(loader, TrainLoader) else 0.0
 
 
-def communicated(model: Any) -> float:
-    """Seconds of a backward pass in which DDP communicates and computes nothing, as it samples them itself; else 0."""
-    if not isinstance(model, DistributedDataParallel):
-        return 0.0
+def communicated(model: DistributedDataParallel) -> float:
+    """Seconds of a backward pass in which DDP communicates and computes nothing, as it samples them itself."""
     times = model._get_ddp_logging_data()  # in ns; nothing public tells it
     return 1e-9 * max(
         0, times.get("avg_backward_comm_time", 0) - times.get("avg_backward_compute_comm_overlap_time", 0)

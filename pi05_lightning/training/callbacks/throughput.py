@@ -87,7 +87,7 @@ class Throughput(Callback):
     operations are left alone. Those of other batches follow from their shapes, see `Work`. The share is not logged
     where FLOPs or the rate are unknown: with a head of your own that needs values, in FP8, and where other programs
     slowed the matrix product down so that training seems to be faster than it. Nothing waits for the device between two
-    intervals. Time spent in validation does not count.
+    intervals. Time spent in validation and in rollouts does not count.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Pi05Module)
-        assert self.count is not None
+        if self.count is None:  # paused by a callback before this one
+            return
         self.count.samples += len(batch)
         self.count.tokens = self.count.tokens + count_tokens(batch, pl_module)
         assert self.work is not None
@@ -172,6 +173,10 @@ class Throughput(Callback):
         self.count = Count(time.perf_counter(), trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.pause()
+
+    def pause(self) -> None:
+        """Count anew from the next batch on: what is done until then is no training."""
         self.count = None
 
 
