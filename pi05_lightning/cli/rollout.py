@@ -21,7 +21,7 @@ from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks
 from pi05_lightning.sim.glimpse import beside_simulator
-from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, read_paraphrases, swapped_tasks
+from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, check_unheard, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Job, Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
@@ -112,6 +112,7 @@ def rollout(
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
+    check_unheard(words, robot.tasks, paraphrases or PARAPHRASES)
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
     actings: dict[Mode, Acting] = {

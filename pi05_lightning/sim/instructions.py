@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.files.yaml_files import read_yaml
 
 Instruction = Literal["right", "swapped", "paraphrased", "empty"]
@@ -50,6 +51,19 @@ def read_paraphrases(file: Path) -> dict[str, list[str]]:
         if not isinstance(others, list) or not others or not all(isinstance(o, str) and o.strip() for o in others):
             raise ValueError(f"{file}, {sentence}: expected an instruction and a list of the same in other words")
     return found
+
+
+def check_unheard(paraphrases: Mapping[str, Sequence[str]], heard: Sequence[str], file: Path) -> None:
+    """ValueError for other words that a policy was trained on: whether it understands new ones would not be measured.
+
+    heard: the instructions that it was trained on.
+    """
+    known = {clean_task(sentence) for sentence in heard}
+    for sentence, others in paraphrases.items():
+        if trained := [other for other in others if clean_task(other) in known]:
+            raise ValueError(
+                f"{file}, {sentence}: the policy was trained on {trained[0]!r}: these are no new words"
+            )
 
 
 def paraphrase(paraphrases: Mapping[str, Sequence[str]], sentence: str, number: int) -> str:

@@ -96,6 +96,15 @@ def test_page_says_how_success_was_measured(page: str) -> None:
     assert (facts["checkpoint"], facts["SHA-256"]) == ("checkpoints/last.ckpt", "c0ffee" * 10)
 
 
+def test_page_says_of_which_weights_the_metrics_are_and_whether_others_were_rolled_out(run: Path) -> None:
+    measured = {"checkpoint": "checkpoints/last.ckpt", "sha256": "c0ffee" * 10, "step": 90}
+    for sha256, others in (("c0ffee" * 10, False), ("beef" * 15, True)):
+        (run / "measured.json").write_text(json.dumps(measured | {"sha256": sha256}))
+        page = report(run).read_text(encoding="utf-8")
+        assert "at step 90" in page.partition('id="metrics"')[2]
+        assert ("These are of other weights" in page) is others
+
+
 def test_page_says_how_long_it_took_and_why_episodes_failed(page: str) -> None:
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", page)
     assert {"36.5", "88.7", "3.8"} <= set(cells)

@@ -19,6 +19,7 @@ from pi05_lightning.sim.desk.tasks import (
     Left,
     draw_before,
     draw_chain,
+    holds,
 )
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.instructions import PARAPHRASES, read_paraphrases
@@ -154,6 +155,27 @@ def test_other_task_is_watched_whichever_it_is(desk):
     assert not desk.watch("faucet-left")
 
 
+def test_no_task_is_told_in_place_of_another_that_is_done_by_it():
+    partners = Desk().partners(list(TASKS))
+    assert partners.keys() == TASKS.keys()
+    assert not [name for name, other in partners.items() if holds(name, other)]
+    with Desk().open("tidy-up", VIEW) as env:
+        env.reset(HELD_OUT[0])
+        assert not env.watch("store-green")
+        assert env.watch("turn-and-open")
+
+
+def test_other_task_is_judged_within_its_own_time(desk):
+    begin(desk, "faucet-left", HELD_OUT[2])
+    assert desk.watch("button-red")
+    for _ in range(round(TASKS["button-red"].seconds * Desk.control_hz)):
+        desk.control_step(np.zeros(4))
+    for _ in range(200):
+        desk.control_step(TASKS["button-red"].expert(desk._episode).action(desk._episode.now.hand))
+    assert TASKS["button-red"].solved(desk._episode)
+    assert not desk.solved_other
+
+
 def test_unknown_tasks_and_cameras_are_named():
     with pytest.raises(NoSuchEnvironment, match=r"no task 'juggle': use one of drawer-open, .*also chain"):
         Desk().open("juggle", VIEW)
@@ -187,6 +209,23 @@ def test_expert_does_a_whole_chain_without_a_reset():
         for _ in range(60):
             env.step(np.zeros(4))
         assert (env.done, env.ended) == (0, True)
+
+
+def test_instruction_of_a_chain_that_holds_already_is_done_once_it_is_done_anew():
+    with Desk().open(CHAIN, VIEW) as env:
+        env.reset(HELD_OUT[0])
+        env._chain = ["drawer-open", *env._chain[1:]]
+        env._given, expert = INSTRUCTIONS["drawer-open"], INSTRUCTIONS["drawer-open"].expert
+        while not env._given.solved(env._episode):
+            DeskEnvironment.control_step(env, expert(env._episode).action(env._episode.now.hand))
+        env._give()
+        for _ in range(10):
+            env.control_step(np.zeros(4))
+        assert env.done == 0
+        for name in ("drawer-close", "drawer-open"):
+            while not INSTRUCTIONS[name].solved(env._episode):
+                env.control_step(INSTRUCTIONS[name].expert(env._episode).action(env._episode.now.hand))
+        assert env.done == 1
 
 
 @pytest.mark.parametrize("name", ["store-green", pytest.param("tidy-up", marks=pytest.mark.slow)])

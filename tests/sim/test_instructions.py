@@ -12,6 +12,7 @@ from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.instructions import (
     PARAPHRASES,
     NoSuchInstruction,
+    check_unheard,
     paraphrase,
     read_paraphrases,
     swapped_tasks,
@@ -138,7 +139,13 @@ def test_metaworld_judges_the_other_task_of_a_scene_as_its_own_environment_does(
 
 @pytest.mark.parametrize(
     ("task", "other"),
-    [("drawer-open-v3", "drawer-close-v3"), ("reach-v3", "push-v3"), ("faucet-close-v3", "drawer-open-v3")],
+    [
+        ("drawer-open-v3", "drawer-close-v3"),
+        ("reach-v3", "push-v3"),
+        ("faucet-close-v3", "drawer-open-v3"),
+        ("coffee-push-v3", "coffee-pull-v3"),  # their goals are drawn: with ours, both would be one task
+        ("plate-slide-v3", "plate-slide-back-v3"),
+    ],
 )
 def test_what_is_solved_already_or_not_there_is_not_watched(task, other):
     with MetaWorld().open(task, VIEW) as env:
@@ -179,6 +186,13 @@ def test_paraphrases_take_turns_and_a_sentence_without_any_is_named(tmp_path):
     assert [paraphrase(found, "open it", i) for i in range(3)] == ["do open it", "opening is the task", "do open it"]
     with pytest.raises(NoSuchInstruction, match=r"'close it' in no other words.* --paraphrases"):
         paraphrase(found, "close it", 0)
+
+
+def test_words_that_were_trained_on_are_no_paraphrase():
+    words = {"open it": ["do open it", "opening_is the task"]}
+    check_unheard(words, ["open it"], PARAPHRASES)
+    with pytest.raises(ValueError, match="open it: the policy was trained on 'opening_is the task'"):
+        check_unheard(words, ["opening is the task"], PARAPHRASES)
 
 
 @pytest.mark.parametrize("text", ["open it: do\n", "open it: []\n", "- open it\n", "open it: [1]\n"])

@@ -92,13 +92,14 @@ NAMES = {
     "memory/gpu_reserved_gb": "reserved on the GPU, GB",
 }
 """What scalars are called on the page whose tags say it badly."""
+ERRORS = {"action_mae": "mean absolute error", "action_accuracy": "share of accurate actions"}
 EXACT = ("lr", "memory")
 """What scalars begin with that do not scatter: nothing of them is smoothed."""
 SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
 TOPICS = {
     "losses": "loss/",
     "validation": "val/",
-    "closed loop": "rollout/",
+    "closed loop": ("rollout/", "rollout_"),  # the second of those that have a name
     "learning rates": "lr",
     "gradient norms": "grad_norm/",
     "speed": "throughput/",
@@ -230,7 +231,7 @@ def draw_horizon(values: Mapping[str, float | None]) -> Figure:
             axes.plot(list(points), list(points.values()), color=color, marker="o", markersize=3, linewidth=1.2)
         else:
             axes.bar(list(points), list(points.values()), color=color)
-        axes.set_title(metric, fontsize=9, loc="left")
+        axes.set_title(ERRORS[metric], fontsize=9, loc="left")
         axes.set_xlabel("step of the horizon" if kind == "step" else "action dim", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylim(bottom=0)

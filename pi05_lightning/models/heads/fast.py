@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.models.backbone import Backbone
+from pi05_lightning.models.heads.base import Term, Terms
 from pi05_lightning.models.heads.token import TOKEN_METRICS, Allowed, Generators, TokenHead, generate
-from pi05_lightning.types import Modality, Prefix, Target
+from pi05_lightning.types import Batch, Modality, Prefix, Target
 
 
 class FastHead(TokenHead):
@@ -26,6 +27,13 @@ class FastHead(TokenHead):
         self.vocab_size = vocab_size
         if self.ids.start < 1:  # 0 is padding
             raise ValueError(f"vocab_size {vocab_size} has no room for {fast_vocab_size} FAST tokens")
+
+    def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
+        """Of FAST tokens alone: the words that open and close them are known."""
+        scores = self.score(batch, prefix, backbone, Target.FAST)
+        targets = batch.tokens.flatten()[batch.target_index[Target.FAST]]
+        own = (targets >= self.ids.start) & (targets < self.ids.stop)
+        return {name: Term(values, own) for name, values in zip(TOKEN_METRICS, scores, strict=True)}
 
     def generate(
         self,

@@ -31,6 +31,7 @@ from pi05_lightning.sim.desk.tasks import (
     CHAIN_LENGTH,
     INSTRUCTIONS,
     OPEN,
+    PARTNERS,
     SHUT,
     TASKS,
     TURNED,
@@ -38,6 +39,7 @@ from pi05_lightning.sim.desk.tasks import (
     Task,
     draw_before,
     draw_chain,
+    holds,
 )
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.environment import import_metaworld
@@ -81,10 +83,11 @@ class Desk(DemonstratorConfig):
         return () if task == CHAIN else (TASKS[task].sentence, *TASKS[task].others)
 
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
-        """The one that is half of the list away: tasks that are alike are neighbours."""
+        """Of those of one step the one that is half of the list away, as tasks that are alike are neighbours."""
         names = [name for name in (tasks if len(tasks) > 1 else INSTRUCTIONS) if name in INSTRUCTIONS]
         others = {name: names[(place + len(names) // 2) % len(names)] for place, name in enumerate(names)}
-        return {name: other for name, other in others.items() if name in tasks and name != other}
+        others = PARTNERS | {name: other for name, other in others.items() if name != other}
+        return {name: others[name] for name in tasks if name in others}
 
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         return split_seeds(split, episodes, seed) if self.same_states else super().seeds(number, episodes, seed, split)
@@ -129,6 +132,7 @@ class DeskEnvironment(Sawyer):
         self._views = Cameras("the desk", self._desk.model, image_size, self.cameras, {}, things)
         self._given = TASKS.get(task) or next(iter(INSTRUCTIONS.values()))
         self._other: Task | None = None
+        self._other_steps_left = 0
         self.solved_other = False
 
     def reset(self, seed: int) -> None:
@@ -153,9 +157,14 @@ class DeskEnvironment(Sawyer):
         self._episode = Episode.beginning(self._desk.state())
 
     def watch(self, task: str) -> bool:
-        """Watch until the next reset whether another task is solved; returns whether it is not solved already."""
+        """Watch until the next reset whether another task is solved within its own time.
+
+        Returns whether that tells anything: it is not solved already, and neither is done by doing the other.
+        """
         Desk().check_task(task)
-        self._other = None if TASKS[task].solved(self._episode) else TASKS[task]
+        known = holds(task, self.task) or TASKS[task].solved(self._episode)
+        self._other = None if known else TASKS[task]
+        self._other_steps_left = round(TASKS[task].seconds * Desk.control_hz)
         return self._other is not None
 
     def instruct(self, task: str) -> bool:
@@ -168,7 +177,8 @@ class DeskEnvironment(Sawyer):
     def control_step(self, action: np.ndarray) -> bool:
         self._desk.act(np.clip(action, -1.0, 1.0))
         self._episode = self._episode.after(self._desk.state())
-        if self._other is not None and not self.solved_other:
+        if self._other is not None and not self.solved_other and self._other_steps_left > 0:
+            self._other_steps_left -= 1
             self.solved_other = self._other.solved(self._episode)
         return self._given.solved(self._episode)
 
@@ -253,6 +263,7 @@ class ChainEnvironment(DeskEnvironment):
         self._given = INSTRUCTIONS[self._chain[self.done]]
         self._episode = Episode.beginning(self._episode.now)
         self._steps_left = round(self._given.seconds * Desk.control_hz)
+        self._was_open = False
 
     def watch(self, task: str) -> bool:
         """Nothing else is judged while instructions change."""
@@ -266,11 +277,13 @@ class ChainEnvironment(DeskEnvironment):
         """One control step; returns whether all instructions are done."""
         if self.ended or self.done == self.length:
             return self.done == self.length
-        if super().control_step(action):
+        solved = super().control_step(action)
+        if solved and self._was_open:  # what held when it was given counts once it is done anew, as in CALVIN
             self.done += 1
             if self.done < self.length:
                 self._give()
         else:
+            self._was_open = self._was_open or not solved
             self._steps_left -= 1
             self.ended = self.ended or self._steps_left <= 0
         return self.done == self.length

@@ -47,6 +47,7 @@ class Task:
     """An instruction.
 
     target  the thing that it is about, if it is one
+    steps   the instructions that have to be done for it, where they are several
     solved  whether it is done
     expert  what to do next for it
     needs   whether it can be done on a desk that was left so
@@ -63,6 +64,7 @@ class Task:
     others: tuple[str, ...] = ()
     seconds: float = 6.0
     target: str | None = None
+    steps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _steps(sentence: str, *names: str, others: tuple[str, ...]) -> Task:
     def needs(left: Left) -> bool:
         return all(step.needs(left) for step in steps)
 
-    return Task(sentence, solved, expert, needs, others=others, seconds=6.0 * len(steps))
+    return Task(sentence, solved, expert, needs, others=others, seconds=6.0 * len(steps), steps=names)
 
 
 def _store_and_close(colour: str) -> Task:
@@ -264,6 +266,19 @@ SEVERAL_STEPS: Mapping[str, Task] = {
     ),
 }
 TASKS: Mapping[str, Task] = {**INSTRUCTIONS, **SEVERAL_STEPS}
+PARTNERS = {
+    "tidy-up": "turn-and-open",
+    "turn-and-open": "store-green",
+    "store-green": "store-purple",
+    "store-purple": "store-green",
+}
+"""For each of several steps another one, of which neither is done by doing the other."""
+
+
+def holds(name: str, other: str) -> bool:
+    """Whether one of two tasks is done by doing the other."""
+    one, two = ({*TASKS[task].steps} or {task} for task in (name, other))
+    return one <= two or two <= one
 
 
 def draw_chain(rng: np.random.Generator, length: int = CHAIN_LENGTH) -> list[str]:

@@ -69,7 +69,7 @@ def layout(recipe: Recipe) -> Layout:
             f"validation: {modality}": {metric: [f"val/(.*/)?{modality}/{metric}$"] for metric in metrics}
             for modality, metrics in METRICS.items()
         },
-        "closed loop": {"success": ["rollout/.*success"], "cost": ["rollout/.*seconds"]},
+        "closed loop": {"success": [r"rollout(_\w+)?/.*success"], "cost": [r"rollout(_\w+)?/.*seconds"]},
         "learning rates": {"per group": ["lr/"]},
         "gradient norms": {"per module": ["grad_norm/"]},
         "speed": {
