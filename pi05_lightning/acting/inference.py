@@ -107,11 +107,15 @@ class Inference:
         """Whether a new subtask is predicted before chunk number `chunk` of an episode."""
         return self.hierarchical and chunk % self.acting.replan_subtask_every == 0
 
-    def predict_subtasks(self, frames: Sequence[Frame]) -> list[str]:
-        """What to do next, for each frame. Raises ValueError for one that `Inputs` refuses, or if it cannot say."""
+    def predict_subtasks(self, frames: Sequence[Frame], generator: Generators | None = None) -> list[str]:
+        """What to do next, for each frame.
+
+        generator: what tokens are drawn with instead of its own: one for all, or one for each frame.
+        Raises ValueError for a frame that `Inputs` refuses, or if it cannot say.
+        """
         if not (self.processor.robots[self.robot].has_subtasks and self.trained.able("subtask")):
             raise ValueError("the policy was not trained to say subtasks: ask it for actions alone")
-        return self.say([self.inputs(frame) for frame in frames], self.generator)
+        return self.say([self.inputs(frame) for frame in frames], generator or self.generator)
 
     def answer(self, frame: Frame, question: str, camera: str) -> str:
         """What it says to a question about a camera's picture; places in it are shares of the picture.
@@ -134,12 +138,13 @@ class Inference:
         subtasks: Sequence[str | None],
         noise: Tensor | np.ndarray | None = None,
         prefix_actions: Sequence[Tensor | np.ndarray] | None = None,
+        generator: Generators | None = None,
     ) -> np.ndarray:
         """One chunk per frame, f32[B T A] in the robot's units, each conditioned on its subtask (None: on the task).
 
         noise f32[B T D] makes it reproducible.  prefix_actions: per frame f32[d A] in the robot's units, what it will
         do in the chunk's first d steps whatever comes out; d may differ. The chunk begins with them and goes on from
-        them.
+        them.  generator: what tokens are drawn with instead of its own: one for all, or one for each frame.
 
         Raises ValueError for a frame that `Inputs` refuses, for noise and prefix_actions that are not finite or of
         another shape, for more prefix_actions than it was trained to go on from, and for a chunk that is not finite or
@@ -150,7 +155,7 @@ class Inference:
         if prefix_actions is not None:
             given = [self.given(frame, actions) for frame, actions in zip(frames, prefix_actions, strict=True)]
         start = self.start(noise, len(frames))
-        computed = self.compute(frames, subtasks, start, given, self.generator)
+        computed = self.compute(frames, subtasks, start, given, generator or self.generator)
         return np.stack([self.finish(*row) for row in zip(computed, frames, given, strict=True)])
 
     # --- the steps of both, for frames that `Inputs` let through

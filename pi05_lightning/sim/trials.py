@@ -393,10 +393,10 @@ def decide(
     trials = [trial for _, trial, _ in lanes]
     try:
         if policy.replans(number):
-            for trial, subtask in zip(trials, policy.predict_subtasks(frames), strict=True):
+            for trial, subtask in zip(trials, policy.predict_subtasks(frames, _drawn(trials, number)), strict=True):
                 trial.subtask = subtask
-        noise = _noise(trials, number, policy)
-        chunks = policy.predict_chunks(frames, [trial.subtask for trial in trials], noise, _given(policy, lanes))
+        noise, subtasks = _noise(trials, number, policy), [trial.subtask for trial in trials]
+        chunks = policy.predict_chunks(frames, subtasks, noise, _given(policy, lanes), _drawn(trials, number))
         if len(chunks) != len(lanes):
             raise ValueError(f"{len(chunks)} chunks for {len(lanes)} observations")
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
@@ -427,6 +427,12 @@ def _noise(trials: Sequence[Trial], number: int, policy: Inference) -> torch.Ten
     keys = [[trial.noise_seed, (trial.seed << 12) + number] for trial in trials]
     draws = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32) for key in keys]
     return policy.acting.noise_scale * torch.from_numpy(np.stack(draws))
+
+
+def _drawn(trials: Sequence[Trial], number: int) -> list[torch.Generator]:
+    """What each trial's tokens are drawn with at a temperature, of its seeds and the chunk's number alone."""
+    seeds = [np.random.SeedSequence([trial.noise_seed, trial.seed, number]) for trial in trials]
+    return [torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1)) for seed in seeds]
 
 
 def _random_action(env: Environment, trial: Trial, rng: np.random.Generator) -> np.ndarray:

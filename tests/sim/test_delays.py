@@ -41,7 +41,7 @@ class Numbered(Stub):
         super().__init__(None, **acting)
         self.given: list[list[float] | None] = []
 
-    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None):
+    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None, generator=None):
         chunk = (len(self.given) + np.arange(4) / 10)[:, None].astype(np.float32)
         self.given.append(None if prefix_actions is None else prefix_actions[0][:, 0].round(3).tolist())
         if prefix_actions is not None:

@@ -50,7 +50,7 @@ class Heard(Stub):
         super().__init__(None)
         self.told: set[str] = set()
 
-    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None):
+    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None, generator=None):
         self.told |= {frame.task for frame in frames}
         return [chunk(-0.25 if frame.task == "go back" else 0.25) for frame in frames]
 

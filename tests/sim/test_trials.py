@@ -59,6 +59,14 @@ def test_policy_that_raises_ends_the_episode_that_it_raises_for():
     assert policy.calls[:5] == [[0, 1, 2], [0], [1], [2], [0, 2]]
 
 
+def test_tokens_of_an_episode_are_drawn_alike_whatever_runs_beside_it():
+    together = run(lambda seed: chunk(0.25))[1].drawn
+    assert len({seed for drawn in together for seed in drawn}) == sum(map(len, together))
+    for place, seed in enumerate((0, 1, 2)):
+        alone = run(lambda seed: chunk(0.25), seeds=[seed])[1].drawn
+        assert alone == [[drawn[place]] for drawn in together]
+
+
 def test_interrupt_is_no_failure_of_the_policy():
     def interrupted(seed):
         raise KeyboardInterrupt

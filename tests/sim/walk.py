@@ -43,14 +43,15 @@ class Stub(Inference):
     def __init__(self, act, **acting) -> None:
         self.acting = Acting(**acting)
         self.execution_horizon = self.acting.executed(HORIZON)
-        self.act, self.calls, self.noise = act, [], []
+        self.act, self.calls, self.noise, self.drawn = act, [], [], []
 
-    def predict_subtasks(self, frames):
+    def predict_subtasks(self, frames, generator=None):
         return [f"subtask {frame.state[0]:.1f}" for frame in frames]
 
-    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None):
+    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None, generator=None):
         self.calls.append([int(frame.state[1]) for frame in frames])
         self.noise.append(noise)
+        self.drawn.append([row.initial_seed() for row in generator])
         return [self.act(int(frame.state[1])) for frame in frames]
 
 
