@@ -260,7 +260,7 @@ class Pi05CLI(LightningCLI):
             made = super().instantiate_trainer(**kwargs)
         replaced(made.precision_plugin)  # refuses what is not trained in
         # what takes the time of a batch comes before callbacks that do more at its end
-        made.callbacks.sort(key=lambda callback: not isinstance(callback, Throughput | StepTime))
+        cast("Any", made).callbacks.sort(key=lambda callback: not isinstance(callback, Throughput | StepTime))
         for logger in made.loggers:
             if isinstance(logger, CSVLogger) and made.is_global_zero:
                 keep_written(Path(logger.log_dir), Path(self.config.run))

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -46,7 +47,7 @@ class Licence:
             )
 
     @property
-    def metadata(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, Any]:
         """Its fields of a card."""
         found = {"license": self.id, "license_name": self.name, "license_link": self.link}
         return {key: value for key, value in found.items() if value is not None}

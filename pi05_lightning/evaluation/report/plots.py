@@ -96,7 +96,7 @@ ERRORS = {"action_mae": "mean absolute error", "action_accuracy": "share of accu
 EXACT = ("lr", "memory")
 """What scalars begin with that do not scatter: nothing of them is smoothed."""
 SMOOTHED_FROM = 60  # points; TensorBoard's habit: the values faint, their moving average over them
-TOPICS = {
+TOPICS: dict[str, str | tuple[str, ...]] = {
     "losses": "loss/",
     "validation": "val/",
     "closed loop": ("rollout/", "rollout_"),  # the second of those that have a name
