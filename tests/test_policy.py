@@ -1,5 +1,6 @@
 """The policy: what it predicts is what the trained module predicts, and observations that do not fit are refused."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
@@ -302,6 +303,19 @@ def test_subtask_conditions_the_actions(trained) -> None:
     noise = torch.randn(1, policy.model.config.horizon, policy.model.config.action_dim)
     flat, told = (policy.predict_chunks([frame], [subtask], noise) for subtask in (None, "pull the drawer open"))
     assert not np.array_equal(flat, told)
+
+
+def test_tokens_of_a_row_are_drawn_with_its_own_generator(trained, with_fast: Path) -> None:
+    _, data, _ = trained
+    policy = Pi05Policy.from_pretrained(with_fast, actions="fast", temperature=3.0)
+    frames = [policy.frame(observation(data, i)) for i in range(3)]
+
+    def drawn(rows: Sequence[int]) -> np.ndarray:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return policy.predict_chunks([frames[row] for row in rows], [None] * len(rows), generator=generators)
+
+    np.testing.assert_array_equal(drawn([0, 1, 2])[1:2], drawn([1]))
+    assert not np.array_equal(drawn([0])[0], policy.predict_chunks([frames[0]], [None])[0])
 
 
 def test_chunk_of_a_robot_does_not_depend_on_the_others_in_the_batch(trained) -> None:

@@ -24,6 +24,7 @@ from pi05_lightning.experience.labelling import check_shares, labels_path
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
+from pi05_lightning.experience.value import datasets
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
@@ -89,8 +90,8 @@ def experience(
         acting: how policies act in attempts and where they are tried, as `{execution_horizon: 8}`: options of
             `pi05 rollout`. Those about advantages are for recap's policies alone.
         corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
-        attempts: LeRobot datasets of attempts that were made before, as those of a robot: the first round of all
-            methods learns from them, and makes none.
+        attempts: LeRobot datasets of attempts that were made before: the first round of all methods learns from them,
+            and makes none.
         steps: optimizer steps of a round's policy.
         batch_size: frames of a step.
         lr: learning rate.
@@ -135,7 +136,7 @@ def experience(
         shares=(first_positive_share, positive_share),
         shares_of_tasks=positive_shares or {},
         corrections=corrections,
-        made_before=attempts,
+        made_before=[str(find_dataset(path).absolute()) for path in attempts],
         seed=seed,
         robot=robot,
         device=device,
@@ -237,9 +238,26 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
                 f"LIBERO has {LIBERO_STATES} initial states of a task: {states[0]} episodes and {states[1]}"
                 " test_episodes would meet, so give fewer"
             )
+    check_range("n_seconds", plan.n_seconds, 0, above=True)
     frames_ahead(None, plan.n_seconds, LeRobotFiles.open(find_dataset(plan.demonstrations[0])).fps)
+    if plan.made_before:
+        datasets(plan.made_before, plan.demonstrations[:1])
+        later = [plan.out / "recap" / f"attempts_{number}" / "robot" for number in range(2, plan.rounds + 1)]
+        check_labels([*plan.made_before, *map(str, later)])
     for path in plan.made_before:
         Tries.read(path)
+
+
+def check_labels(attempts: Sequence[str]) -> None:
+    """ValueError for datasets whose labels would be files of one name."""
+    found: dict[Path, str] = {}
+    for path in attempts:
+        labels = labels_path(Path(path), Path())
+        if labels in found:
+            raise ValueError(
+                f"attempts: the labels of {found[labels]} and {path} would both be {labels}: rename a folder"
+            )
+        found[labels] = path
 
 
 def simulator_of(env: str) -> EnvironmentConfig:
@@ -270,6 +288,7 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     out = plan.out
     todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
     of_the_robot = reading.of_one_robot(plan.demonstrations, plan.robot)
+    known = {path: Tries.read(path) for path in plan.made_before}
     for method in methods:
         acting, attempts, is_told = plan.policy, list(plan.made_before), method == "recap"
         for number in range(1, rounds_of(method, plan.rounds) + 1):
@@ -285,7 +304,7 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
             if method == "recap":
                 todo += plan.judge(name, folder, of_the_robot, attempts, number)
             # what is wrong with the options shows before hours are spent
-            planned(plan, reading, method, [Tries(path) for path in attempts])
+            planned(plan, reading, method, [known.get(path, Tries(path)) for path in attempts])
             write = partial(write_configuration, plan, reading, method, folder, tuple(attempts))
             if (folder / "fit" / "config.yaml").exists():
                 write()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import yaml
 from huggingface_hub import EvalResult, RepoCard, hf_hub_url
@@ -20,7 +20,7 @@ from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_r
 from pi05_lightning.evaluation.report.page import film_caption, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
-from pi05_lightning.files.hub import check_repo, is_on_hub, publish
+from pi05_lightning.files.hub import check_repo, is_dataset_on_hub, publish
 from pi05_lightning.files.local import read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
@@ -116,9 +116,10 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
     """Write what is published of a policy; of a run's, with its results, films and configuration."""
     weights = locate(source, **options)
     processor = weights.processor()
-    robots = [*processor.acting]
+    robots = processor.robots
     keep_robot(processor, robot)
-    others = {*robots} - {*processor.acting}
+    (*_, kept) = processor.acting
+    others = {name for name, of in robots.items() if (of.same_as or name) != kept} if robot is not None else set()
     sections: dict[str, str] = {}
     results: list[EvalResult] = []
     begun = None
@@ -132,7 +133,7 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
             run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
         if others:
-            run = of_the_robot(run, next(iter(processor.acting)), others)
+            run = of_the_robot(run, kept, others)
         films = {film.name: film for film in run.videos}
         if films:
             (folder / FILMS).mkdir()
@@ -145,19 +146,19 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
 
 
 def of_the_robot(run: Run, robot: str, others: set[str]) -> Run:
-    """What a run measured of one of its robots.  others: sources that are other robots."""
+    """What a run measured of one of its robots.  others: sources that are other robots; means over all are left out."""
     acted = {acting.get("robot") for acting in run.acting.values()}
     if run.success and not acted <= {robot, None}:
         print(f"{ROLLOUT} is of the robot {', '.join(map(str, acted))}, so success and films are left out")
         run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
-    kept = {name: of for name, of in run.metrics.items() if name.partition("/")[0] not in others}
-    return replace(run, metrics=kept)
+    of_sources = {name: of for name, of in run.metrics.items() if "/" in name}
+    return replace(run, metrics={name: of for name, of in of_sources.items() if name.partition("/")[0] not in others})
 
 
 def named_alone(value: Any) -> Any:
     """A configuration whose absolute paths are their last names: where things lay here is nobody else's business.
 
-    And whose addresses have no user's name and password.
+    And whose addresses have no user's name, password and query.
     """
     if isinstance(value, dict):
         return {key: named_alone(inner) for key, inner in value.items()}
@@ -165,12 +166,14 @@ def named_alone(value: Any) -> Any:
         return [named_alone(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    if "://" in value or value.startswith("file:"):
-        address = urlsplit(value)
-        if not address.netloc:  # a file's
-            return f"{address.scheme}:{Path(address.path).name}"
-        return address._replace(netloc=address.netloc.rpartition("@")[2]).geturl()
-    return Path(value).name if Path(value).expanduser().is_absolute() else value
+    if re.fullmatch(r"[a-z][a-z0-9+.-]*:(//|/)\S*", value):
+        scheme, _, rest = value.partition(":")
+        place = rest.partition("?")[0]
+        if scheme == "file" or not place.removeprefix("//").partition("/")[0]:  # of this machine
+            return f"{scheme}:{Path(place).name}"
+        host, slash, path = place.removeprefix("//").partition("/")
+        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return Path(value).name if value.startswith("~/") or Path(value).is_absolute() else value
 
 
 def sections_of(run: Run, repo: str) -> dict[str, str]:
@@ -187,7 +190,7 @@ def sections_of(run: Run, repo: str) -> dict[str, str]:
 def data(run: Run) -> str:
     samples, sources = run.provenance.get("samples", {}), run.config.get("data", {}).get("sources", {})
     paths = {name: str(source.get("init_args", {}).get("path", "")) for name, source in sources.items()}
-    known = {name: path if is_on_hub(path) else Path(path).name for name, path in paths.items()}
+    known = {name: path if is_dataset_on_hub(path) else Path(path).name for name, path in paths.items()}
     rows = [
         (name, known.get(name.partition("/")[0], ""), of.get("train", ""), of.get("val", ""))
         for name, of in samples.items()
@@ -279,8 +282,8 @@ def lerobot_dataset(source: Path, folder: Path, repo: str, licence: Licence) -> 
     else:
         card = RepoCard.load(folder / CARD, ignore_metadata_errors=True)
     if is_new or licence.metadata:
-        for name, value in licence.metadata.items():
-            setattr(card.data, name, value)
+        for name in ("license", "license_name", "license_link"):
+            setattr(card.data, name, licence.metadata.get(name))
         (folder / CARD).unlink(missing_ok=True)  # a link to the dataset's own
         write_text(folder / CARD, str(card))
     return read_json(source / LEROBOT)["codebase_version"]

@@ -112,7 +112,8 @@ def rollout(
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
-    check_unheard(words, robot.tasks, paraphrases or PARAPHRASES)
+    heard = [task for known in policy.processor.robots.values() for task in known.tasks]
+    check_unheard(words, heard, paraphrases or PARAPHRASES)
     if found and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
     actings: dict[Mode, Acting] = {

@@ -26,7 +26,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVWriter
@@ -235,7 +235,7 @@ class Pi05CLI(LightningCLI):
         check_free(Path(config.run))
         check_writable(Path(config.run))
         if config.ckpt_path is not None:
-            check_dimensions(Path(config.ckpt_path), config.model.config.as_dict())
+            check_dimensions(Path(config.ckpt_path), config.as_dict()["model"]["config"])
         if self.command == "fit" and config.ckpt_path is None and (found := saved_in(config)):
             self.parser.error(
                 f"{found} holds a run: resume it with --ckpt_path {found} (or --resume auto, which also starts one),"
@@ -256,11 +256,12 @@ class Pi05CLI(LightningCLI):
             kwargs["enable_progress_bar"] = True
             if not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in as_list(trainer.callbacks)):
                 kwargs["callbacks"] = [*as_list(trainer.callbacks), ProgressLines()]
+        added = [*as_list(trainer.callbacks)]
         with mistakes_named(vars(trainer), likely=("accelerator", "devices", "strategy")):
             made = super().instantiate_trainer(**kwargs)
         replaced(made.precision_plugin)  # refuses what is not trained in
-        # what takes the time of a batch comes before callbacks that do more at its end
-        cast("Any", made).callbacks.sort(key=lambda callback: not isinstance(callback, Throughput | StepTime))
+        # what a user adds, as rollouts, comes after what takes a batch's time; checkpoints stay last
+        cast("Any", made).callbacks.sort(key=lambda c: 2 if isinstance(c, Checkpoint) else c in added)
         for logger in made.loggers:
             if isinstance(logger, CSVLogger) and made.is_global_zero:
                 keep_written(Path(logger.log_dir), Path(self.config.run))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.labels import POSITIVE, Labels, Sign
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.experience.reading import TRAINER, Reading
@@ -42,7 +42,8 @@ class Tries:
     """A dataset of attempts, and what there is in it to learn from.
 
     labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
-    any.  succeeded: whether any succeeded without.
+    any.  succeeded: whether any succeeded without.  collected: whether `pi05 collect` wrote it, which names things in
+    its own way.
     """
 
     path: str
@@ -50,6 +51,7 @@ class Tries:
     signs: Sequence[Sign] = get_args(Sign)
     corrected: bool = True
     succeeded: bool = True
+    collected: bool = True
 
     @classmethod
     def read(cls, path: str, labels: Path | None = None) -> Tries:
@@ -60,7 +62,8 @@ class Tries:
             positive = Labels.read(labels, files).columns[POSITIVE]
             signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
-        return cls(path, labels, signs, bool(attempts.intervention.any()), bool((attempts.success & alone).any()))
+        corrected, succeeded = bool(attempts.intervention.any()), bool((attempts.success & alone).any())
+        return cls(path, labels, signs, corrected, succeeded, of_a_policy(files))
 
 
 def configuration(
@@ -77,7 +80,7 @@ def configuration(
     The stage goes on with what the policy was last trained on, so that it forgets nothing; of its draws of actions,
     attempts have their share.
 
-    attempts: datasets, one of each round.  robot: source whose robot they were made as, by default that of the first
+    attempts: datasets, of all rounds so far.  robot: source whose robot they were made as, by default that of the first
     demonstrations.
     Raises ValueError where there is nothing in the attempts for the method to learn from.
     """
@@ -150,7 +153,8 @@ def drawn(
         for kind, (share, options) in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
-            sources[f"{kind}_{number}"] = reading.source(attempts[number].path, shown, collected=True, **options)
+            tried = attempts[number]
+            sources[f"{kind}_{number}"] = reading.source(tried.path, shown, collected=tried.collected, **options)
             shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(having) * share
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())

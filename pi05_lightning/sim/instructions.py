@@ -61,7 +61,7 @@ def check_unheard(paraphrases: Mapping[str, Sequence[str]], heard: Sequence[str]
     known = {clean_task(sentence) for sentence in heard}
     for sentence, others in paraphrases.items():
         if trained := [other for other in others if clean_task(other) in known]:
-            raise ValueError(f"{file}, {sentence}: the policy was trained on {trained[0]!r}: these are no new words")
+            raise ValueError(f"{file}, {sentence}: the policy was trained on {trained[0]!r}: take it out of the file")
 
 
 def paraphrase(paraphrases: Mapping[str, Sequence[str]], sentence: str, number: int) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.hub import is_on_hub, publish
+from pi05_lightning.files.hub import is_dataset_on_hub, is_on_hub, publish
 from pi05_lightning.files.local import write_text
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
@@ -82,7 +82,7 @@ def save_published(
         library_name="pi05_lightning",
         pipeline_tag="robotics",
         tags=[*TAGS, *(["LeRobot"] if for_lerobot else [])],
-        datasets=[robot.dataset for robot in robots.values() if is_on_hub(robot.dataset)] or None,
+        datasets=[robot.dataset for robot in robots.values() if is_dataset_on_hub(robot.dataset)] or None,
         model_name=repo.partition("/")[2],
         base_model=begun_with if begun_with is not None and is_on_hub(begun_with) else None,
         eval_results=list(results) or None,
@@ -114,7 +114,7 @@ def without_places(processor: Processor) -> Processor:
     """A processor whose robots' data have their Hub ids, or the names of their folders alone."""
     kept = copy.copy(processor)
     kept.robots = {
-        name: robot if is_on_hub(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
+        name: robot if is_dataset_on_hub(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
         for name, robot in processor.robots.items()
     }
     return kept

@@ -42,7 +42,21 @@ class Slow(Callback):
 def test_a_batchs_time_is_taken_before_callbacks_that_do_more_at_its_end(config: Path, tmp_path: Path) -> None:
     flag = f"[{{class_path: {__name__}.Slow}}]"
     main(["fit", "-c", str(config), "--run", str(tmp_path / "run"), "--trainer.callbacks", flag])
-    assert Slow.before[:2] == ["Throughput", "StepTime"]
+    assert {"Throughput", "StepTime", "StageSwitch"} <= {*Slow.before}
+
+
+def test_run_that_begins_with_weights_goes_on_with_its_own_configuration_given_again(
+    without_model: Path, tmp_path: Path
+) -> None:
+    """As a requeued job does; the weights say the dimensions."""
+    start = Pi05(ModelConfig.preset("debug"))
+    start.reset_parameters()
+    save(tmp_path / "start", start)
+    run = tmp_path / "run"
+    begin = ["fit", "-c", str(without_model), "--model.init_from", str(tmp_path / "start"), "--run", str(run)]
+    main([*begin, "--resume", "auto"])
+    main([*begin, "--resume", "auto", "--stages.pretrain_steps", str(STEPS + 1)])
+    assert torch.load(find_checkpoint(run), weights_only=False)["global_step"] == STEPS + 1
 
 
 def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -132,7 +132,6 @@ class DeskEnvironment(Sawyer):
         self._views = Cameras("the desk", self._desk.model, image_size, self.cameras, {}, things)
         self._given = TASKS.get(task) or next(iter(INSTRUCTIONS.values()))
         self._other: Task | None = None
-        self._other_steps_left = 0
         self.solved_other = False
 
     def reset(self, seed: int) -> None:
@@ -157,14 +156,13 @@ class DeskEnvironment(Sawyer):
         self._episode = Episode.beginning(self._desk.state())
 
     def watch(self, task: str) -> bool:
-        """Watch until the next reset whether another task is solved within its own time.
+        """Watch until the next reset whether another task is solved.
 
         Returns whether that tells anything: it is not solved already, and neither is done by doing the other.
         """
         Desk().check_task(task)
         known = holds(task, self.task) or TASKS[task].solved(self._episode)
         self._other = None if known else TASKS[task]
-        self._other_steps_left = round(TASKS[task].seconds * Desk.control_hz)
         return self._other is not None
 
     def instruct(self, task: str) -> bool:
@@ -177,8 +175,7 @@ class DeskEnvironment(Sawyer):
     def control_step(self, action: np.ndarray) -> bool:
         self._desk.act(np.clip(action, -1.0, 1.0))
         self._episode = self._episode.after(self._desk.state())
-        if self._other is not None and not self.solved_other and self._other_steps_left > 0:
-            self._other_steps_left -= 1
+        if self._other is not None and not self.solved_other:
             self.solved_other = self._other.solved(self._episode)
         return self._given.solved(self._episode)
 
@@ -263,7 +260,7 @@ class ChainEnvironment(DeskEnvironment):
         self._given = INSTRUCTIONS[self._chain[self.done]]
         self._episode = Episode.beginning(self._episode.now)
         self._steps_left = round(self._given.seconds * Desk.control_hz)
-        self._was_open = False
+        self._was_open = not self._given.solved(self._episode)
 
     def watch(self, task: str) -> bool:
         """Nothing else is judged while instructions change."""

@@ -27,19 +27,27 @@ CHAIN_LENGTH = 5  # as in CALVIN
 
 @dataclass(frozen=True)
 class Episode:
-    """What happened since an instruction was given: how it was then and is now, and the buttons pressed meanwhile."""
+    """What happened since an instruction was given: how it was then and is now, and the buttons pressed meanwhile.
+
+    held: buttons that were down then and still are, which is no pressing.
+    """
 
     start: State
     now: State
     pressed: frozenset[str] = frozenset()
+    held: frozenset[str] = frozenset()
 
     @classmethod
     def beginning(cls, state: State) -> Episode:
-        return cls(state, state)
+        return cls(state, state, held=_down(state))
 
     def after(self, state: State) -> Episode:
-        down = {colour for colour, depth in state.pressed.items() if depth > _PRESSED}
-        return replace(self, now=state, pressed=self.pressed | down)
+        down = _down(state)
+        return replace(self, now=state, pressed=self.pressed | (down - self.held), held=self.held & down)
+
+
+def _down(state: State) -> frozenset[str]:
+    return frozenset(colour for colour, depth in state.pressed.items() if depth > _PRESSED)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ class StepTime(Callback):
 
     It does so when `fit` ends or is stopped. The times are of the first rank, by the host's clock, without the first
     batch, for which workers start and kernels are compiled. Communicating is what DDP does beside the backward pass;
-    what is hidden behind it costs nothing, and what sharding gathers counts as computing. It goes before callbacks that
-    do much at the end of a batch, as `PeriodicRollout`.
+    what is hidden behind it costs nothing, and what sharding gathers counts as computing. What callbacks after it do at
+    a batch's end does not count; the command has rollouts there.
     """
 
     def __init__(self) -> None:
