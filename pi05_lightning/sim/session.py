@@ -160,9 +160,9 @@ class Session:
     # --- what a page shows
 
     def scene(self) -> State:
-        """What stays the same: {tasks: {task: instruction, or the task}, states: their number, ways, speeds}."""
+        """What stays the same: {tasks: {task: instruction, or None}, states: their number, ways, speeds}."""
         start = self.players[0].start
-        said = {task: next(iter(start.env.sentences(task)), task) for task in start.seeds}
+        said = {task: next(iter(start.env.sentences(task)), None) for task in start.seeds}
         return {
             "simulator": type(start.env).__name__,
             "tasks": said,

@@ -16,15 +16,16 @@ ROOMS = {"left": "room", "right": "room", "deep": "cellar"}
 
 @dataclass(frozen=True)
 class Room(EnvironmentConfig):
-    """breaks: an action on which the simulator raises."""
+    """breaks: an action on which the simulator raises.  unsaid: a task whose instruction its room alone can tell."""
 
     breaks: int | None = None
+    unsaid: str | None = None
 
     def tasks(self, robot: object) -> list[str]:
         return list(SENTENCES)
 
     def sentences(self, task: str) -> Sequence[str]:
-        return SENTENCES[task], f"{SENTENCES[task]}, please"
+        return () if task == self.unsaid else (SENTENCES[task], f"{SENTENCES[task]}, please")
 
     def open(self, task: str, view: View) -> RoomEnvironment:
         return RoomEnvironment(task, view.fps, self.breaks)

@@ -194,6 +194,11 @@ def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> 
     assert first.trial.decisions == second.trial.decisions
 
 
+def test_the_scene_has_no_words_for_a_task_whose_instruction_its_environment_alone_can_tell(play: Open) -> None:
+    session = play(env=Room(unsaid="deep"))
+    assert session.scene()["tasks"] == SENTENCES | {"deep": None}
+
+
 def test_what_cannot_be_opened_is_raised_where_it_begins(policy: Pi05Policy) -> None:
     session = Session(lambda: [Player("it", policy.session(0), Start(Room(), {}))], lambda state: None)
     with pytest.raises(StopIteration):

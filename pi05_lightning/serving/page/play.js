@@ -49,8 +49,8 @@ function begin(told) {
   scene = told;
   one("#players").replaceChildren();  // of an earlier server
   one("#simulator").textContent = told.simulator;
-  one("#known").replaceChildren(...Object.values(told.tasks).map(sentence =>
-    button(sentence, () => tell(sentence))));
+  one("#known").replaceChildren(...Object.entries(told.tasks).map(([task, sentence]) =>
+    button(sentence ?? task, () => sentence ? tell(sentence) : reset(task))));
   one("#task").replaceChildren(...Object.keys(told.tasks).map(task => new Option(task, task)));
   one("#number").max = told.states - 1;
   for (const old of document.querySelectorAll("#speeds button")) old.remove();
@@ -223,12 +223,12 @@ one("#pause").onclick = () => {
   send("pause", { on: !over && !state.paused });
 };
 one("#step").onclick = () => send("step");
-function reset() {
+function reset(task = one("#task").value) {
   held = false;
-  send("reset", { number: one("#number").valueAsNumber || 0, task: one("#task").value });
+  send("reset", { number: one("#number").valueAsNumber || 0, task });
 }
 one("#reset").onsubmit = event => { event.preventDefault(); reset(); };
-one("#task").onchange = reset;
+one("#task").onchange = () => reset();
 one("#number").oninput = () => { held = true; };
 document.onkeydown = event => {
   if (event.code === "Space" && event.target === document.body) {
