@@ -105,26 +105,25 @@ class Player:
         begin(self.env, trial)
         self._begin(trial)
 
-    def tell(self, sentence: str, stay: bool = False) -> None:
-        """Give an instruction in the middle of things.
+    def go_on(self, task: str | None) -> bool:
+        """Judge a task from now on in the scene as it is, None: the same as before; returns whether that can be.
 
-        One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
-        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before.
+        It cannot in another scene, nor for what was just done.
         """
-        task = None if stay else self.start.task_of(sentence)
-        just_done = self.trial.success and task == self.judged
-        if task is not None and (just_done or not self._judge(task)):
-            self.reset(task, self.number)
+        if task is None:
+            return True
+        if self.trial.success and task == self.judged:
+            return False
+        if isinstance(self.env, Instructed) and self.env.instruct(task):
+            self.judged = task
+        return self.judged == task
+
+    def tell(self, sentence: str) -> None:
+        """Give an instruction in the middle of things."""
         self._sentence = sentence
         trial = self._trial()
         begin_here(self.env, trial)
         self._begin(trial)
-
-    def _judge(self, task: str) -> bool:
-        """Whether a task can be judged from now on in the scene as it is."""
-        if isinstance(self.env, Instructed) and self.env.instruct(task):
-            self.judged = task
-        return self.judged == task
 
     def _trial(self) -> Trial:
         seed = self.start.seeds[self.task][self.number]

@@ -64,17 +64,28 @@ class Session:
     # --- what can be done, in the players' thread
 
     def tell(self, text: str, stay: bool = False) -> None:
-        """An instruction for all, who go on. ValueError where it says nothing."""
-        if not text.strip():
+        """An instruction for all, who go on. ValueError where it says nothing.
+
+        One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
+        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before.
+        All begin anew where one has to: side by side they stay comparable.
+        """
+        sentence, first = text.strip(), self.players[0]
+        if not sentence:
             raise ValueError("the instruction is blank: say what to do")
+        task = None if stay else first.start.task_of(sentence)
+        apart = len({(player.task, player.judged, player.number) for player in self.players}) > 1
+        if apart or not all(player.go_on(task) for player in self.players):
+            self.reset(first.number, task)
         for player in self.players:
-            player.tell(text.strip(), stay)
+            player.tell(sentence)
         self.paused = False
 
     def reset(self, number: int, task: str | None = None) -> None:
         """Begin at a numbered initial state, by default of the judged task. ValueError for what there is not."""
+        task = self.players[0].judged if task is None else task
         for player in self.players:
-            player.reset(player.judged if task is None else task, number)
+            player.reset(task, number)
 
     def pause(self, on: bool) -> None:
         self.paused = on

@@ -31,6 +31,11 @@ def player(policy: Pi05Policy) -> Player:
     return Player("it", policy.session(0), Start(Room(), SEEDS))
 
 
+@pytest.fixture
+def pair(policy: Pi05Policy) -> Session:
+    return session_of(*(Player(name, policy.session(0), Start(Room(), SEEDS)) for name in ("it", "another")))
+
+
 Open = Callable[..., Session]
 
 
@@ -50,6 +55,17 @@ def play(policy: Pi05Policy) -> Iterator[Open]:
     yield open_session
     for session in begun:
         session.end()
+
+
+def session_of(*players: Player) -> Session:
+    """What is said is done at once, in this thread."""
+    session = Session(lambda: players, lambda state: None)
+    session.players = players
+    return session
+
+
+def tell(player: Player, text: str, stay: bool = False) -> None:
+    session_of(player).tell(text, stay)
 
 
 def done(future: Future[None]) -> None:
@@ -85,29 +101,29 @@ def test_executed_actions_are_those_of_the_chunk_up_to_its_place(player: Player)
 def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) -> None:
     player.step()
     before = player.frame.state
-    player.tell("  go to the RIGHT ")
+    tell(player, "  go to the  RIGHT ")
     assert (player.judged, player.task, player.trial.decisions) == ("right", "left", 0)
     np.testing.assert_array_equal(player.frame.state, before)
-    assert player.frame.task == "  go to the RIGHT "
+    assert player.frame.task == "go to the  RIGHT"
     player.push("right")
     while player.running and player.trial.decisions < 5:
         player.env.at[0] = 1.0
         player.step()
     assert player.trial.success
-    player.tell("go to the right")
+    tell(player, "go to the right")
     assert (player.task, player.trial.success, player.number) == ("right", False, 0)
 
 
 def test_a_task_of_another_scene_opens_it_at_the_same_number_and_whoever_stays_is_told_it_here(player: Player) -> None:
     player.reset("left", 2)
-    player.tell("go down", stay=True)
+    tell(player, "go down", stay=True)
     assert (player.task, player.judged, player.frame.task) == ("left", "left", "go down")
-    player.tell("go down")
+    tell(player, "go down")
     assert (player.task, player.judged, player.number, player.trial.seed) == ("deep", "deep", 2, SEEDS["deep"][2])
 
 
 def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(player: Player) -> None:
-    player.tell("wander about")
+    tell(player, "wander about")
     player.step()
     assert (player.judged, player.frame.task, player.env.sentence) == ("left", "wander about", "go to the left")
     player.reset("left", 1)
@@ -197,6 +213,24 @@ def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> 
 def test_the_scene_has_no_words_for_a_task_whose_instruction_its_environment_alone_can_tell(play: Open) -> None:
     session = play(env=Room(unsaid="deep"))
     assert session.scene()["tasks"] == SENTENCES | {"deep": None}
+
+
+def test_players_side_by_side_begin_anew_together_where_one_has_done_what_they_are_told(pair: Session) -> None:
+    first, second = pair.players
+    first.env.at[0] = -1.0
+    pair.step()
+    assert (first.trial.success, second.trial.success) == (True, False)
+    pair.tell("go to the left")
+    assert (first.trial.success, second.trial.decisions) == (False, 0)
+    np.testing.assert_array_equal(first.frame.state, second.frame.state)
+
+
+def test_players_that_came_apart_begin_anew_together(pair: Session) -> None:
+    first, second = pair.players
+    second.reset("deep", 1)
+    pair.tell("wander about")
+    assert (second.task, second.judged, second.number) == ("left", "left", 0)
+    np.testing.assert_array_equal(first.frame.state, second.frame.state)
 
 
 def test_what_cannot_be_opened_is_raised_where_it_begins(policy: Pi05Policy) -> None:
