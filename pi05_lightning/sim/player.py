@@ -83,6 +83,8 @@ class Player:
         self.answers: list[Said] = []
         self.version = 0  # of the picture
         self.judged = next(iter(start.seeds))
+        self._solved = False  # the judged task, by the last action
+        self._counts = True  # whether its success would: it was unsolved at some moment since it was told
         self._sentence: str | None = None  # what it was told; None: the environment's instruction
         self.reset(self.judged, 0)
 
@@ -100,6 +102,7 @@ class Player:
         (self.env,) = self._lanes.of(task, 1)
         self._sentence = self._sentence if task == self.judged else None
         self.task = self.judged = task
+        self._solved, self._counts = False, True
         self.number, self.answers = number, []
         trial = self._trial()
         begin(self.env, trial)
@@ -112,15 +115,16 @@ class Player:
         """
         if task is None:
             return True
-        if self.trial.success and task == self.judged:
+        if self._solved and task == self.judged:
             return False
-        if isinstance(self.env, Instructed) and self.env.instruct(task):
-            self.judged = task
+        if isinstance(self.env, Instructed) and self.env.instruct(task) and task != self.judged:
+            self.judged, self._solved, self._counts = task, False, False  # whether it is solved, a step will tell
         return self.judged == task
 
     def tell(self, sentence: str) -> None:
-        """Give an instruction in the middle of things."""
+        """Give an instruction in the middle of things: what is solved already counts once it was not, meanwhile."""
         self._sentence = sentence
+        self._counts &= not self._solved
         trial = self._trial()
         begin_here(self.env, trial)
         self._begin(trial)
@@ -149,12 +153,19 @@ class Player:
                 return
             self.chunk, self.place = action
             took = self.chunk[self.place]
-            take(self.env, self.trial, partial(self.env.step, took), self.clock)
+            take(self.env, self.trial, partial(self._act, took), self.clock)
             self.executed.append(took)
             self._ends.append(monotonic())
             self._look()
         except Exception as error:  # a simulator's own, of which there is no end
             self._fail(error)
+
+    def _act(self, action: np.ndarray) -> bool:
+        """Take one action; returns whether the judged task is solved, and was not since the instruction was told."""
+        self._solved = bool(self.env.step(action))
+        success = self._solved and self._counts
+        self._counts |= not self._solved
+        return success
 
     def _replan(self) -> tuple[np.ndarray, int] | None:
         start = monotonic()

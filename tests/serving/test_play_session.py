@@ -105,10 +105,9 @@ def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) ->
     assert (player.judged, player.task, player.trial.decisions) == ("right", "left", 0)
     np.testing.assert_array_equal(player.frame.state, before)
     assert player.frame.task == "go to the  RIGHT"
-    player.push("right")
-    while player.running and player.trial.decisions < 5:
-        player.env.at[0] = 1.0
-        player.step()
+    player.step()
+    player.env.at[0] = 1.0
+    player.step()
     assert player.trial.success
     tell(player, "go to the right")
     assert (player.task, player.trial.success, player.number) == ("right", False, 0)
@@ -130,6 +129,50 @@ def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(play
     assert player.frame.task == "wander about"
     player.reset("right", 1)
     assert player.frame.task == "go to the right"
+
+
+@pytest.mark.parametrize(("text", "stay"), [("wander about", False), ("go down", True)])
+def test_what_is_solved_when_it_is_told_counts_once_it_was_not(player: Player, text: str, stay: bool) -> None:
+    player.env.at[0] = -1.0
+    player.step()
+    assert player.trial.success
+    tell(player, text, stay)
+    player.step()
+    assert (player.judged, player.trial.success, player.running) == ("left", False, True)
+    for place, success in ((0.0, False), (-1.0, True)):
+        player.env.at[0] = place
+        player.step()
+        assert player.trial.success is success
+
+
+def test_what_was_not_solved_when_it_was_told_counts_at_once(player: Player) -> None:
+    player.step()
+    tell(player, "wander about")
+    player.env.at[0] = -1.0
+    player.step()
+    assert player.trial.success
+
+
+def test_what_is_solved_and_told_again_begins_anew_whatever_was_told_since(player: Player) -> None:
+    player.env.at[0] = -1.0
+    player.step()
+    tell(player, "wander about")
+    tell(player, "go to the left")
+    np.testing.assert_allclose(player.frame.state[:2], np.random.default_rng(0).uniform(-0.1, 0.1, 2), atol=1e-6)
+    player.env.at[0] = -1.0
+    player.step()
+    assert player.trial.success
+
+
+def test_another_task_that_is_solved_already_counts_once_it_was_not(player: Player) -> None:
+    player.env.at[0] = -1.0
+    player.step()
+    player.env.at[0] = 1.0
+    for _ in range(2):
+        tell(player, "go to the right")
+    player.step()
+    assert player.env.at[0] > 0.5
+    assert (player.judged, player.trial.success) == ("right", False)
 
 
 def test_a_push_moves_the_arm_by_a_few_centimetres(player: Player) -> None:
