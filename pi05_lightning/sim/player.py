@@ -111,8 +111,10 @@ class Player:
     def go_on(self, task: str | None) -> bool:
         """Judge a task from now on in the scene as it is, None: the same as before; returns whether that can be.
 
-        It cannot in another scene, nor for what was just done.
+        It cannot in another scene, for what was just done, and where the environment ended the episode.
         """
+        if self.env.ended:
+            return False
         if task is None:
             return True
         if self._solved and task == self.judged:

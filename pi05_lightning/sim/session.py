@@ -67,7 +67,8 @@ class Session:
         """An instruction for all, who go on. ValueError where it says nothing.
 
         One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
-        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before.
+        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before;
+        it begins anew where the environment ended the episode.
         All begin anew where one has to: side by side they stay comparable.
         """
         sentence, first = text.strip(), self.players[0]

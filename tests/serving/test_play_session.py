@@ -15,7 +15,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.rollout import Lanes, view_of
 from pi05_lightning.sim.session import Session, State
-from pi05_lightning.sim.trials import Clock, Trial, run_policy
+from pi05_lightning.sim.trials import ENDED, Clock, Trial, run_policy
 from tests.serving.room import SENTENCES, Room
 
 SEEDS = {task: range(10 * number, 10 * number + 3) for number, task in enumerate(SENTENCES)}
@@ -173,6 +173,20 @@ def test_another_task_that_is_solved_already_counts_once_it_was_not(player: Play
     player.step()
     assert player.env.at[0] > 0.5
     assert (player.judged, player.trial.success) == ("right", False)
+
+
+def test_what_the_environment_ended_begins_anew_when_something_else_is_told(policy: Pi05Policy) -> None:
+    player = Player("it", policy.session(0), Start(Room(ends=2), SEEDS))
+    player.reset("left", 1)
+    start = player.frame.state
+    for _ in range(2):
+        player.step()
+    assert player.trial.outcome == ENDED
+    tell(player, "wander about")
+    assert (player.judged, player.number, player.frame.task) == ("left", 1, "wander about")
+    np.testing.assert_array_equal(player.frame.state, start)
+    player.step()
+    assert player.running
 
 
 def test_a_push_moves_the_arm_by_a_few_centimetres(player: Player) -> None:
