@@ -33,7 +33,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 COMMANDS: dict[str, dict[str, type]] = {
-    "tell": {"text": str, "stay": bool},
+    "tell": {"text": str, "stay": bool, "task": str},
     "reset": {"number": int, "task": str},
     "pause": {"on": bool},
     "step": {},

@@ -50,11 +50,26 @@ class Start:
     max_seconds: float | None = None
     noise_seed: int = 0
 
-    def task_of(self, sentence: str) -> str | None:
-        """The task that a sentence tells, as far as the simulator knows; in any spelling of upper and lower case."""
-        words = " ".join(sentence.split()).casefold()
-        known = {said.casefold(): task for task in self.seeds for said in reversed(self.env.sentences(task))}
-        return known.get(words)
+    def task_of(self, sentence: str, judged: str) -> str | None:
+        """The task that a sentence tells, as far as the simulator knows; in any spelling of upper and lower case.
+
+        Of several the one that is judged, else the first.
+        """
+        tasks = [
+            task for task in self.seeds if _words(sentence) in {_words(known) for known in self.env.sentences(task)}
+        ]
+        return judged if judged in tasks else next(iter(tasks), None)
+
+    def check(self, task: str, number: int) -> None:
+        """Raises ValueError for a task, or a number of an initial state, that there is not."""
+        if task not in self.seeds:
+            raise ValueError(f"there is no task {task!r} here: choose one of {', '.join(self.seeds)}")
+        if not 0 <= number < len(self.seeds[task]):
+            raise ValueError(f"initial states are numbered from 0 to {len(self.seeds[task]) - 1}, not {number}")
+
+
+def _words(sentence: str) -> str:
+    return " ".join(sentence.split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,7 @@ class Player:
 
         ValueError for a task or number that there is not.
         """
-        if task not in self.start.seeds:
-            raise ValueError(f"there is no task {task!r} here: choose one of {', '.join(self.start.seeds)}")
-        if not 0 <= number < len(self.start.seeds[task]):
-            raise ValueError(f"initial states are numbered from 0 to {len(self.start.seeds[task]) - 1}, not {number}")
+        self.start.check(task, number)
         (self.env,) = self._lanes.of(task, 1)
         self._sentence = self._sentence if task == self.judged else None
         self.task = self.judged = task

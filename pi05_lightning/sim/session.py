@@ -63,9 +63,10 @@ class Session:
 
     # --- what can be done, in the players' thread
 
-    def tell(self, text: str, stay: bool = False) -> None:
-        """An instruction for all, who go on. ValueError where it says nothing.
+    def tell(self, text: str, stay: bool = False, task: str | None = None) -> None:
+        """An instruction for all, who go on. ValueError where it says nothing, and for a task that there is not.
 
+        task: the one that it is of, where several share their instruction; by default the judged one of them.
         One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
         done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before;
         it begins anew where the environment ended the episode.
@@ -74,7 +75,9 @@ class Session:
         sentence, first = text.strip(), self.players[0]
         if not sentence:
             raise ValueError("the instruction is blank: say what to do")
-        task = None if stay else first.start.task_of(sentence)
+        task = None if stay else task or first.start.task_of(sentence, first.judged)
+        if task is not None:
+            first.start.check(task, first.number)
         apart = len({(player.task, player.judged, player.number) for player in self.players}) > 1
         if apart or not all(player.go_on(task) for player in self.players):
             self.reset(first.number, task)

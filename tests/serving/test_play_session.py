@@ -15,6 +15,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.rollout import Lanes, view_of
 from pi05_lightning.sim.session import Session, State
+from pi05_lightning.sim.simulators import MT50
 from pi05_lightning.sim.trials import ENDED, Clock, Trial, run_policy
 from tests.serving.room import SENTENCES, Room
 
@@ -64,8 +65,8 @@ def session_of(*players: Player) -> Session:
     return session
 
 
-def tell(player: Player, text: str, stay: bool = False) -> None:
-    session_of(player).tell(text, stay)
+def tell(player: Player, text: str, stay: bool = False, task: str | None = None) -> None:
+    session_of(player).tell(text, stay, task)
 
 
 def done(future: Future[None]) -> None:
@@ -173,6 +174,17 @@ def test_another_task_that_is_solved_already_counts_once_it_was_not(player: Play
     player.step()
     assert player.env.at[0] > 0.5
     assert (player.judged, player.trial.success) == ("right", False)
+
+
+def test_of_tasks_that_share_their_instruction_the_named_one_is_meant_else_the_judged_one() -> None:
+    start = Start(MT50(), {"push-v3": range(3), "push-back-v3": range(3), "reach-v3": range(3)})
+    for judged, task in (("push-v3", "push-v3"), ("push-back-v3", "push-back-v3"), ("reach-v3", "push-v3")):
+        assert start.task_of("push the  puck to a goal", judged) == task
+
+
+def test_an_instruction_is_of_the_task_that_it_is_said_to_be_of(player: Player) -> None:
+    tell(player, "go there", task="right")
+    assert (player.judged, player.frame.task) == ("right", "go there")
 
 
 def test_what_the_environment_ended_begins_anew_when_something_else_is_told(policy: Pi05Policy) -> None:

@@ -50,7 +50,7 @@ function begin(told) {
   one("#players").replaceChildren();  // of an earlier server
   one("#simulator").textContent = told.simulator;
   one("#known").replaceChildren(...Object.entries(told.tasks).map(([task, sentence]) =>
-    button(sentence ?? task, () => sentence ? tell(sentence) : reset(task))));
+    button(sentence ?? task, () => sentence ? tell(sentence, task) : reset(task))));
   one("#task").replaceChildren(...Object.keys(told.tasks).map(task => new Option(task, task)));
   one("#number").max = told.states - 1;
   for (const old of document.querySelectorAll("#speeds button")) old.remove();
@@ -75,9 +75,9 @@ function button(text, onclick) {
   return made;
 }
 
-function tell(text) {
+function tell(text, task) {
   one("#instruction").value = text;
-  send("tell", { text, stay: one("#stay").checked });
+  send("tell", { text, stay: one("#stay").checked, task });
 }
 
 // --- what changes
