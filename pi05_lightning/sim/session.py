@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Session:
         self.players: Sequence[Player] = ()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._opened: Future[None] = Future()
+        self._shown_at = -math.inf  # when, by the monotonic clock
         self._pictures: dict[Player, tuple[int, dict[str, Any]]] = {}
         self._thread = threading.Thread(target=self._run, name="simulator", daemon=True)
 
@@ -132,15 +134,14 @@ class Session:
             self._opened.set_exception(error)
             return
         self._opened.set_result(None)
-        shown = monotonic()
         while self._turn():
-            if self._is_still() or monotonic() - shown > 1 / MOST_SHOWN:
-                shown = monotonic()
+            if self._is_still() or monotonic() - self._shown_at > 1 / MOST_SHOWN:
                 self._show()
         for player in self.players:
             player.close()
 
     def _show(self) -> None:
+        self._shown_at = monotonic()
         try:
             self._changed(self.state())
         except Exception:  # a renderer's: the next state may be drawn again, and who asks is to be answered
@@ -170,6 +171,7 @@ class Session:
             done.set_exception(error)
         else:
             done.set_result(None)
+        self._shown_at = -math.inf  # what was done is to be seen before the next action, which may take long
         return True
 
     # --- what a page shows

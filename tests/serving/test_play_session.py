@@ -14,7 +14,7 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.rollout import Lanes, view_of
-from pi05_lightning.sim.session import Session, State
+from pi05_lightning.sim.session import MOST_SHOWN, Session, State
 from pi05_lightning.sim.simulators import MT50
 from pi05_lightning.sim.trials import ENDED, Clock, Trial, run_policy
 from tests.serving.room import SENTENCES, Room
@@ -266,6 +266,18 @@ def test_paused_it_waits_and_acts_once_when_asked(play: Open) -> None:
         done(session.do(session.step))
     done(session.do(lambda: session.pause(True)))
     assert [player["seconds"] for player in states[-1]["players"]] == pytest.approx([0.3, 0.3])
+
+
+def test_what_is_done_is_shown_before_the_next_action(play: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[State] = []
+    told: list[str] = []
+    session = play(states=states)
+    monkeypatch.setattr(Player, "step", lambda player: told.append(states[-1]["players"][0]["told"]))
+    sleep(2 / MOST_SHOWN)
+    session.do(lambda: session.tell("wander about"))
+    done(session.do(lambda: session.tell("stand still")))
+    until(lambda: bool(told))
+    assert told[-1] == "stand still"
 
 
 def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> None:
