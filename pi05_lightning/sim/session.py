@@ -115,11 +115,19 @@ class Session:
             player.push(way)
 
     def ask(self, text: str) -> None:
-        """A question to all. ValueError where it says nothing, or where one cannot answer."""
+        """A question to all. ValueError where it says nothing, or, once all were asked, where one cannot answer."""
         if not text.strip():
             raise ValueError("the question is blank: ask something, such as where the gripper is")
         for player in self.players:
-            player.ask(text.strip())
+            player.answers = []
+        wrong = []
+        for player in self.players:
+            try:
+                player.ask(text.strip())
+            except ValueError as error:
+                wrong.append(f"{player.name}: {error}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
     # --- the thread
 
