@@ -155,9 +155,13 @@ class Player:
         self.place, self._number = 0, 0
         self._due: Iterator[tuple[np.ndarray, int]] = iter(())
         self.executed: deque[np.ndarray] = deque(maxlen=HISTORY)
+        self.measure_anew()
+        self._look()
+
+    def measure_anew(self) -> None:
+        """From now on: the next action is due at once, and how fast it is does not tell of what was before."""
         self._ends: deque[float] = deque(maxlen=_MEASURED)
         self.due = monotonic()
-        self._look()
 
     def step(self) -> None:
         """The next action, for which a chunk may have to be computed; the episode ends where something raises."""

@@ -95,12 +95,11 @@ class Session:
 
     def pause(self, on: bool) -> None:
         self.paused = on
-        for player in self.players:
-            player.due = monotonic()
+        self._measure_anew()
 
     def step(self) -> None:
         """One action of each that runs, and pause."""
-        self.paused = True
+        self.pause(True)
         for player in self._running():
             player.step()
 
@@ -109,6 +108,7 @@ class Session:
         if value not in (0, *SPEEDS):
             raise ValueError(f"speed: {value} is none of {', '.join(map(str, SPEEDS))}, or 0 for as fast as it can")
         self.speed = value
+        self._measure_anew()
 
     def push(self, way: str) -> None:
         for player in self.players:
@@ -126,10 +126,15 @@ class Session:
                 player.ask(text.strip())
             except ValueError as error:
                 wrong.append(f"{player.name}: {error}")
+        self._measure_anew()
         if wrong:
             raise ValueError("; ".join(wrong))
 
     # --- the thread
+
+    def _measure_anew(self) -> None:
+        for player in self.players:
+            player.measure_anew()
 
     def _running(self) -> list[Player]:
         return [player for player in self.players if player.running]
