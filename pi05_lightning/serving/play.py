@@ -33,7 +33,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 COMMANDS: dict[str, dict[str, type]] = {
-    "tell": {"text": str, "stay": bool},
+    "tell": {"text": str, "stay": bool, "task": str},
     "reset": {"number": int, "task": str},
     "pause": {"on": bool},
     "step": {},
@@ -151,31 +151,33 @@ class PlayServer:
         news = asyncio.Event()
         news.set()
         self._news.add(news)
-        telling = asyncio.create_task(self._tell(socket, news))
+        telling = asyncio.create_task(self._tell(request, socket, news))
         try:
             async for message in socket:
                 answer = await self._answer(message.type, message.data)
                 async with asyncio.timeout(self.limits.client_timeout):
                     await socket.send_json(answer)
         except (TimeoutError, ConnectionError):
-            pass  # it takes no answers, or left
+            _abort(request)  # it takes no answers, or left
         finally:
             telling.cancel()
             self._news.discard(news)
             self._clients.discard(socket)
         return socket
 
-    async def _tell(self, socket: web.WebSocketResponse, news: asyncio.Event) -> None:
+    async def _tell(self, request: web.Request, socket: web.WebSocketResponse, news: asyncio.Event) -> None:
         """Send the newest state whenever there is one, until cancelled or the client takes none."""
         try:
-            await socket.send_json({"scene": self.session.scene()})
+            async with asyncio.timeout(self.limits.client_timeout):
+                await socket.send_json({"scene": self.session.scene()})
             while True:
                 await news.wait()
                 news.clear()
                 async with asyncio.timeout(self.limits.client_timeout):
                     await socket.send_str(self._state)
         except (TimeoutError, ConnectionError):
-            await socket.close(code=WSCloseCode.POLICY_VIOLATION, message=b"it takes no messages")
+            logger.warning("%s: takes no messages: its connection is ended", request.remote)
+            _abort(request)
         except Exception as error:  # a page that hears nothing more must not seem to be connected
             logger.exception("what happens in the simulator cannot be told")
             said = f"{type(error).__name__}: {error}".encode()[:MAX_REASON]
@@ -195,3 +197,9 @@ class PlayServer:
             return {
                 "error": printable(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
             }
+
+
+def _abort(request: web.Request) -> None:
+    """End a connection at once: saying goodbye waits for a client that reads nothing."""
+    if request.transport is not None:
+        request.transport.abort()

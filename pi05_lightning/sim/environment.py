@@ -197,7 +197,8 @@ class Instructed(Environment, Protocol):
     def instruct(self, task: str) -> bool:
         """Give another task's instruction until the next reset, in the scene as it is, and judge that task from now on.
 
-        Returns whether the scene allows that, and changes nothing where it does not.
+        Returns whether the scene allows that, and changes nothing where it does not. It may not where the task is
+        solved already.
         """
         ...
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
-from pi05_lightning.sim.metaworld.mt50 import MT50
+from pi05_lightning.sim.metaworld.mt50 import MT50, SENTENCES
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
 from pi05_lightning.types import Frame
 
@@ -56,6 +56,11 @@ class LeRobotEnv(EnvironmentConfig):
     def tasks(self, robot: Robot) -> list[str]:
         """The one of its options or LeRobot's default; of MetaWorld those that the policy was trained on."""
         return MT50().tasks(robot) if self._is_mt50 else [self._config().task]
+
+    def sentences(self, task: str) -> Sequence[str]:
+        """The configured one, or MetaWorld's; what others say shows in their scene alone."""
+        said = self.sentence or (SENTENCES.get(task) if self.type == "metaworld" else None)
+        return (said,) if said else ()
 
     def groups(self) -> Mapping[str, Sequence[str]]:
         return MT50().groups() if self._is_mt50 else {}

@@ -51,6 +51,10 @@ class Libero(EnvironmentConfig):
     def tasks(self, robot: Robot | None) -> list[str]:
         return [f"{suite}/{number}" for suite in self.suites for number in range(_suite(suite).n_tasks)]
 
+    def sentences(self, task: str) -> Sequence[str]:
+        suite, number = _place(task)
+        return (suite.get_task(number).language,)
+
     def partners(self, tasks: Sequence[str]) -> dict[str, str]:
         """The next of `tasks`, or of the suite, with another goal whose things are in the scene."""
         found = {}

@@ -50,11 +50,26 @@ class Start:
     max_seconds: float | None = None
     noise_seed: int = 0
 
-    def task_of(self, sentence: str) -> str | None:
-        """The task that a sentence tells, as far as the simulator knows; in any spelling of upper and lower case."""
-        words = " ".join(sentence.split()).casefold()
-        known = {said.casefold(): task for task in self.seeds for said in reversed(self.env.sentences(task))}
-        return known.get(words)
+    def task_of(self, sentence: str, judged: str) -> str | None:
+        """The task that a sentence tells, as far as the simulator knows; in any spelling of upper and lower case.
+
+        Of several the one that is judged, else the first.
+        """
+        tasks = [
+            task for task in self.seeds if _words(sentence) in {_words(known) for known in self.env.sentences(task)}
+        ]
+        return judged if judged in tasks else next(iter(tasks), None)
+
+    def check(self, task: str, number: int) -> None:
+        """Raises ValueError for a task, or a number of an initial state, that there is not."""
+        if task not in self.seeds:
+            raise ValueError(f"there is no task {task!r} here: choose one of {', '.join(self.seeds)}")
+        if not 0 <= number < len(self.seeds[task]):
+            raise ValueError(f"initial states are numbered from 0 to {len(self.seeds[task]) - 1}, not {number}")
+
+
+def _words(sentence: str) -> str:
+    return " ".join(sentence.split()).casefold()
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,8 @@ class Player:
         self.answers: list[Said] = []
         self.version = 0  # of the picture
         self.judged = next(iter(start.seeds))
+        self._solved = False  # the judged task, by the last action
+        self._counts = True  # whether its success would: it was unsolved at some moment since it was told
         self._sentence: str | None = None  # what it was told; None: the environment's instruction
         self.reset(self.judged, 0)
 
@@ -93,38 +110,38 @@ class Player:
 
         ValueError for a task or number that there is not.
         """
-        if task not in self.start.seeds:
-            raise ValueError(f"there is no task {task!r} here: choose one of {', '.join(self.start.seeds)}")
-        if not 0 <= number < len(self.start.seeds[task]):
-            raise ValueError(f"initial states are numbered from 0 to {len(self.start.seeds[task]) - 1}, not {number}")
+        self.start.check(task, number)
         (self.env,) = self._lanes.of(task, 1)
         self._sentence = self._sentence if task == self.judged else None
         self.task = self.judged = task
+        self._solved, self._counts = False, True
         self.number, self.answers = number, []
         trial = self._trial()
         begin(self.env, trial)
         self._begin(trial)
 
-    def tell(self, sentence: str, stay: bool = False) -> None:
-        """Give an instruction in the middle of things.
+    def go_on(self, task: str | None) -> bool:
+        """Judge a task from now on in the scene as it is, None: the same as before; returns whether that can be.
 
-        One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
-        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before.
+        It cannot in another scene, for what was just done, and where the environment ended the episode.
         """
-        task = None if stay else self.start.task_of(sentence)
-        just_done = self.trial.success and task == self.judged
-        if task is not None and (just_done or not self._judge(task)):
-            self.reset(task, self.number)
+        if self.env.ended:
+            return False
+        if task is None:
+            return True
+        if self._solved and task == self.judged:
+            return False
+        if isinstance(self.env, Instructed) and self.env.instruct(task) and task != self.judged:
+            self.judged, self._solved, self._counts = task, False, False  # whether it is solved, a step will tell
+        return self.judged == task
+
+    def tell(self, sentence: str) -> None:
+        """Give an instruction in the middle of things: what is solved already counts once it was not, meanwhile."""
         self._sentence = sentence
+        self._counts &= not self._solved
         trial = self._trial()
         begin_here(self.env, trial)
         self._begin(trial)
-
-    def _judge(self, task: str) -> bool:
-        """Whether a task can be judged from now on in the scene as it is."""
-        if isinstance(self.env, Instructed) and self.env.instruct(task):
-            self.judged = task
-        return self.judged == task
 
     def _trial(self) -> Trial:
         seed = self.start.seeds[self.task][self.number]
@@ -138,9 +155,13 @@ class Player:
         self.place, self._number = 0, 0
         self._due: Iterator[tuple[np.ndarray, int]] = iter(())
         self.executed: deque[np.ndarray] = deque(maxlen=HISTORY)
+        self.measure_anew()
+        self._look()
+
+    def measure_anew(self) -> None:
+        """From now on: the next action is due at once, and how fast it is does not tell of what was before."""
         self._ends: deque[float] = deque(maxlen=_MEASURED)
         self.due = monotonic()
-        self._look()
 
     def step(self) -> None:
         """The next action, for which a chunk may have to be computed; the episode ends where something raises."""
@@ -150,12 +171,19 @@ class Player:
                 return
             self.chunk, self.place = action
             took = self.chunk[self.place]
-            take(self.env, self.trial, partial(self.env.step, took), self.clock)
+            take(self.env, self.trial, partial(self._act, took), self.clock)
             self.executed.append(took)
             self._ends.append(monotonic())
             self._look()
         except Exception as error:  # a simulator's own, of which there is no end
             self._fail(error)
+
+    def _act(self, action: np.ndarray) -> bool:
+        """Take one action; returns whether the judged task is solved, and was not since the instruction was told."""
+        self._solved = bool(self.env.step(action))
+        success = self._solved and self._counts
+        self._counts |= not self._solved
+        return success
 
     def _replan(self) -> tuple[np.ndarray, int] | None:
         start = monotonic()

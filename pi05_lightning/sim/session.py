@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
 import queue
 import threading
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ class Session:
         self.players: Sequence[Player] = ()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
         self._opened: Future[None] = Future()
+        self._shown_at = -math.inf  # when, by the monotonic clock
         self._pictures: dict[Player, tuple[int, dict[str, Any]]] = {}
         self._thread = threading.Thread(target=self._run, name="simulator", daemon=True)
 
@@ -63,27 +65,41 @@ class Session:
 
     # --- what can be done, in the players' thread
 
-    def tell(self, text: str, stay: bool = False) -> None:
-        """An instruction for all, who go on. ValueError where it says nothing."""
-        if not text.strip():
+    def tell(self, text: str, stay: bool = False, task: str | None = None) -> None:
+        """An instruction for all, who go on. ValueError where it says nothing, and for a task that there is not.
+
+        task: the one that it is of, where several share their instruction; by default the judged one of them.
+        One of another scene opens that one, at the initial state of the same number, unless we `stay`; what was just
+        done begins anew. One that no task has is told in the scene as it is, where the same task is judged as before;
+        it begins anew where the environment ended the episode.
+        All begin anew where one has to: side by side they stay comparable.
+        """
+        sentence, first = text.strip(), self.players[0]
+        if not sentence:
             raise ValueError("the instruction is blank: say what to do")
+        task = None if stay else task or first.start.task_of(sentence, first.judged)
+        if task is not None:
+            first.start.check(task, first.number)
+        apart = len({(player.task, player.judged, player.number) for player in self.players}) > 1
+        if apart or not all(player.go_on(task) for player in self.players):
+            self.reset(first.number, task)
         for player in self.players:
-            player.tell(text.strip(), stay)
+            player.tell(sentence)
         self.paused = False
 
     def reset(self, number: int, task: str | None = None) -> None:
         """Begin at a numbered initial state, by default of the judged task. ValueError for what there is not."""
+        task = self.players[0].judged if task is None else task
         for player in self.players:
-            player.reset(player.judged if task is None else task, number)
+            player.reset(task, number)
 
     def pause(self, on: bool) -> None:
         self.paused = on
-        for player in self.players:
-            player.due = monotonic()
+        self._measure_anew()
 
     def step(self) -> None:
         """One action of each that runs, and pause."""
-        self.paused = True
+        self.pause(True)
         for player in self._running():
             player.step()
 
@@ -92,19 +108,33 @@ class Session:
         if value not in (0, *SPEEDS):
             raise ValueError(f"speed: {value} is none of {', '.join(map(str, SPEEDS))}, or 0 for as fast as it can")
         self.speed = value
+        self._measure_anew()
 
     def push(self, way: str) -> None:
         for player in self.players:
             player.push(way)
 
     def ask(self, text: str) -> None:
-        """A question to all. ValueError where it says nothing, or where one cannot answer."""
+        """A question to all. ValueError where it says nothing, or, once all were asked, where one cannot answer."""
         if not text.strip():
             raise ValueError("the question is blank: ask something, such as where the gripper is")
         for player in self.players:
-            player.ask(text.strip())
+            player.answers = []
+        wrong = []
+        for player in self.players:
+            try:
+                player.ask(text.strip())
+            except ValueError as error:
+                wrong.append(f"{player.name}: {error}")
+        self._measure_anew()
+        if wrong:
+            raise ValueError("; ".join(wrong))
 
     # --- the thread
+
+    def _measure_anew(self) -> None:
+        for player in self.players:
+            player.measure_anew()
 
     def _running(self) -> list[Player]:
         return [player for player in self.players if player.running]
@@ -117,15 +147,14 @@ class Session:
             self._opened.set_exception(error)
             return
         self._opened.set_result(None)
-        shown = monotonic()
         while self._turn():
-            if self._is_still() or monotonic() - shown > 1 / MOST_SHOWN:
-                shown = monotonic()
+            if self._is_still() or monotonic() - self._shown_at > 1 / MOST_SHOWN:
                 self._show()
         for player in self.players:
             player.close()
 
     def _show(self) -> None:
+        self._shown_at = monotonic()
         try:
             self._changed(self.state())
         except Exception:  # a renderer's: the next state may be drawn again, and who asks is to be answered
@@ -155,14 +184,15 @@ class Session:
             done.set_exception(error)
         else:
             done.set_result(None)
+        self._shown_at = -math.inf  # what was done is to be seen before the next action, which may take long
         return True
 
     # --- what a page shows
 
     def scene(self) -> State:
-        """What stays the same: {tasks: {task: instruction, or the task}, states: their number, ways, speeds}."""
+        """What stays the same: {tasks: {task: instruction, or None}, states: their number, ways, speeds}."""
         start = self.players[0].start
-        said = {task: next(iter(start.env.sentences(task)), task) for task in start.seeds}
+        said = {task: next(iter(start.env.sentences(task)), None) for task in start.seeds}
         return {
             "simulator": type(start.env).__name__,
             "tasks": said,

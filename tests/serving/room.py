@@ -16,28 +16,33 @@ ROOMS = {"left": "room", "right": "room", "deep": "cellar"}
 
 @dataclass(frozen=True)
 class Room(EnvironmentConfig):
-    """breaks: an action on which the simulator raises."""
+    """breaks: an action on which the simulator raises.  ends: one after which the environment ends the episode.
+
+    unsaid: a task whose instruction its room alone can tell.
+    """
 
     breaks: int | None = None
+    ends: int | None = None
+    unsaid: str | None = None
 
     def tasks(self, robot: object) -> list[str]:
         return list(SENTENCES)
 
     def sentences(self, task: str) -> Sequence[str]:
-        return SENTENCES[task], f"{SENTENCES[task]}, please"
+        return () if task == self.unsaid else (SENTENCES[task], f"{SENTENCES[task]}, please")
 
     def open(self, task: str, view: View) -> RoomEnvironment:
-        return RoomEnvironment(task, view.fps, self.breaks)
+        return RoomEnvironment(task, view.fps, self.breaks, self.ends)
 
 
 class RoomEnvironment:
     """A place that actions move, of which the state tells; the instruction is done half a metre to its side."""
 
-    max_seconds, ended = 2.0, False
+    max_seconds = 2.0
     action_low, action_high = np.array([-np.inf, -1.0]), np.array([np.inf, 1.0])
 
-    def __init__(self, task: str, fps: float, breaks: int | None) -> None:
-        self.task, self.told, self.fps, self.breaks = task, task, fps, breaks
+    def __init__(self, task: str, fps: float, breaks: int | None, ends: int | None) -> None:
+        self.task, self.told, self.fps, self.breaks, self.ends = task, task, fps, breaks, ends
 
     def reset(self, seed: int) -> None:
         self.at, self.steps = np.random.default_rng(seed).uniform(-0.1, 0.1, 2), 0
@@ -47,6 +52,10 @@ class RoomEnvironment:
         if ROOMS[task] == ROOMS[self.task]:
             self.told = task
         return ROOMS[task] == ROOMS[self.task]
+
+    @property
+    def ended(self) -> bool:
+        return self.steps == self.ends
 
     @property
     def sentence(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from pi05_lightning.sim.simulators import MetaWorld
 from tests.serving.room import SENTENCES, Room
 
 SEEDS = {task: range(3) for task in SENTENCES}
+UPGRADE = (
+    "GET /play HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
 
 
 @asynccontextmanager
@@ -92,7 +96,8 @@ BAD = {
     '{"do": "tell", "text": 3}': "tell: text is 3, and must be of type str",
     '{"do": "tell"}': "tell: missing a required argument: 'text'",
     '{"do": "tell", "text": " "}': "the instruction is blank",
-    '{"do": "tell", "text": "go", "loud": true}': "tell has no 'loud', only text, stay",
+    '{"do": "tell", "text": "go", "loud": true}': "tell has no 'loud', only text, stay, task",
+    '{"do": "tell", "text": "go", "task": "fly"}': "there is no task 'fly' here",
     '{"do": "reset", "number": true}': "number is true, and must be of type int",
     '{"do": "reset", "number": 3}': "numbered from 0 to 2, not 3",
     '{"do": "reset", "number": 1e999}': "must be of type int",
@@ -143,6 +148,32 @@ def test_who_reads_nothing_holds_up_nobody_and_no_more_come_than_may(policy: Pi0
                     await say(client, do="push", way="left")
                     await hear(client, "done")
             assert not deaf.closed
+
+    asyncio.run(look())
+
+
+def test_who_stops_reading_loses_its_place_though_it_still_answers_pings(
+    policy: Pi05Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "state", lambda session: {"players": [], "more than buffers hold": "x" * 2**25})
+    limits = replace(LIMITS, max_clients=1, client_timeout=0.5)
+    pong = bytes([0x8A, 0x80, 0, 0, 0, 0])  # RFC 6455, 5.2: final, masked, empty
+
+    async def look() -> None:
+        async with played(policy, limits=limits) as (address, session):
+            reader, writer = await asyncio.open_connection(*address.split(":"), limit=4096)
+            writer.write(UPGRADE.format(host=address).encode())
+            await reader.readuntil(b"\r\n\r\n")
+            async with asyncio.timeout(60):
+                while True:
+                    with suppress(ConnectionError):
+                        writer.write(pong)
+                    async with session.ws_connect(f"ws://{address}/play") as client:
+                        if (message := await client.receive()).type is WSMsgType.TEXT:
+                            assert "scene" in json.loads(message.data)
+                            break
+                    await asyncio.sleep(0.1)
+            writer.close()
 
     asyncio.run(look())
 

@@ -14,8 +14,9 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.rollout import Lanes, view_of
-from pi05_lightning.sim.session import Session, State
-from pi05_lightning.sim.trials import Clock, Trial, run_policy
+from pi05_lightning.sim.session import MOST_SHOWN, Session, State
+from pi05_lightning.sim.simulators import MT50
+from pi05_lightning.sim.trials import ENDED, Clock, Trial, run_policy
 from tests.serving.room import SENTENCES, Room
 
 SEEDS = {task: range(10 * number, 10 * number + 3) for number, task in enumerate(SENTENCES)}
@@ -29,6 +30,11 @@ def policy(served: Path) -> Pi05Policy:
 @pytest.fixture
 def player(policy: Pi05Policy) -> Player:
     return Player("it", policy.session(0), Start(Room(), SEEDS))
+
+
+@pytest.fixture
+def pair(policy: Pi05Policy) -> Session:
+    return session_of(*(Player(name, policy.session(0), Start(Room(), SEEDS)) for name in ("it", "another")))
 
 
 Open = Callable[..., Session]
@@ -50,6 +56,17 @@ def play(policy: Pi05Policy) -> Iterator[Open]:
     yield open_session
     for session in begun:
         session.end()
+
+
+def session_of(*players: Player) -> Session:
+    """What is said is done at once, in this thread."""
+    session = Session(lambda: players, lambda state: None)
+    session.players = players
+    return session
+
+
+def tell(player: Player, text: str, stay: bool = False, task: str | None = None) -> None:
+    session_of(player).tell(text, stay, task)
 
 
 def done(future: Future[None]) -> None:
@@ -85,35 +102,103 @@ def test_executed_actions_are_those_of_the_chunk_up_to_its_place(player: Player)
 def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) -> None:
     player.step()
     before = player.frame.state
-    player.tell("  go to the RIGHT ")
+    tell(player, "  go to the  RIGHT ")
     assert (player.judged, player.task, player.trial.decisions) == ("right", "left", 0)
     np.testing.assert_array_equal(player.frame.state, before)
-    assert player.frame.task == "  go to the RIGHT "
-    player.push("right")
-    while player.running and player.trial.decisions < 5:
-        player.env.at[0] = 1.0
-        player.step()
+    assert player.frame.task == "go to the  RIGHT"
+    player.step()
+    player.env.at[0] = 1.0
+    player.step()
     assert player.trial.success
-    player.tell("go to the right")
+    tell(player, "go to the right")
     assert (player.task, player.trial.success, player.number) == ("right", False, 0)
 
 
 def test_a_task_of_another_scene_opens_it_at_the_same_number_and_whoever_stays_is_told_it_here(player: Player) -> None:
     player.reset("left", 2)
-    player.tell("go down", stay=True)
+    tell(player, "go down", stay=True)
     assert (player.task, player.judged, player.frame.task) == ("left", "left", "go down")
-    player.tell("go down")
+    tell(player, "go down")
     assert (player.task, player.judged, player.number, player.trial.seed) == ("deep", "deep", 2, SEEDS["deep"][2])
 
 
 def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(player: Player) -> None:
-    player.tell("wander about")
+    tell(player, "wander about")
     player.step()
     assert (player.judged, player.frame.task, player.env.sentence) == ("left", "wander about", "go to the left")
     player.reset("left", 1)
     assert player.frame.task == "wander about"
     player.reset("right", 1)
     assert player.frame.task == "go to the right"
+
+
+@pytest.mark.parametrize(("text", "stay"), [("wander about", False), ("go down", True)])
+def test_what_is_solved_when_it_is_told_counts_once_it_was_not(player: Player, text: str, stay: bool) -> None:
+    player.env.at[0] = -1.0
+    player.step()
+    assert player.trial.success
+    tell(player, text, stay)
+    player.step()
+    assert (player.judged, player.trial.success, player.running) == ("left", False, True)
+    for place, success in ((0.0, False), (-1.0, True)):
+        player.env.at[0] = place
+        player.step()
+        assert player.trial.success is success
+
+
+def test_what_was_not_solved_when_it_was_told_counts_at_once(player: Player) -> None:
+    player.step()
+    tell(player, "wander about")
+    player.env.at[0] = -1.0
+    player.step()
+    assert player.trial.success
+
+
+def test_what_is_solved_and_told_again_begins_anew_whatever_was_told_since(player: Player) -> None:
+    player.env.at[0] = -1.0
+    player.step()
+    tell(player, "wander about")
+    tell(player, "go to the left")
+    np.testing.assert_allclose(player.frame.state[:2], np.random.default_rng(0).uniform(-0.1, 0.1, 2), atol=1e-6)
+    player.env.at[0] = -1.0
+    player.step()
+    assert player.trial.success
+
+
+def test_another_task_that_is_solved_already_counts_once_it_was_not(player: Player) -> None:
+    player.env.at[0] = -1.0
+    player.step()
+    player.env.at[0] = 1.0
+    for _ in range(2):
+        tell(player, "go to the right")
+    player.step()
+    assert player.env.at[0] > 0.5
+    assert (player.judged, player.trial.success) == ("right", False)
+
+
+def test_of_tasks_that_share_their_instruction_the_named_one_is_meant_else_the_judged_one() -> None:
+    start = Start(MT50(), {"push-v3": range(3), "push-back-v3": range(3), "reach-v3": range(3)})
+    for judged, task in (("push-v3", "push-v3"), ("push-back-v3", "push-back-v3"), ("reach-v3", "push-v3")):
+        assert start.task_of("push the  puck to a goal", judged) == task
+
+
+def test_an_instruction_is_of_the_task_that_it_is_said_to_be_of(player: Player) -> None:
+    tell(player, "go there", task="right")
+    assert (player.judged, player.frame.task) == ("right", "go there")
+
+
+def test_what_the_environment_ended_begins_anew_when_something_else_is_told(policy: Pi05Policy) -> None:
+    player = Player("it", policy.session(0), Start(Room(ends=2), SEEDS))
+    player.reset("left", 1)
+    start = player.frame.state
+    for _ in range(2):
+        player.step()
+    assert player.trial.outcome == ENDED
+    tell(player, "wander about")
+    assert (player.judged, player.number, player.frame.task) == ("left", 1, "wander about")
+    np.testing.assert_array_equal(player.frame.state, start)
+    player.step()
+    assert player.running
 
 
 def test_a_push_moves_the_arm_by_a_few_centimetres(player: Player) -> None:
@@ -139,6 +224,19 @@ def test_where_something_is_is_asked_in_words_and_for_boxes_in_every_camera(
         ("detect the red button", "wrist"),
     ]
     assert [(said.text, len(said.boxes)) for said in player.answers] == [("left, ahead", 1), ("", 1)]
+
+
+def test_who_cannot_answer_is_named_and_the_other_is_asked(pair: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = pair.players
+    pair.ask("is it closed?")
+
+    def answer(*_: object) -> str:
+        raise ValueError("the policy was not trained to answer questions")
+
+    monkeypatch.setattr(first.policy, "answer", answer)
+    with pytest.raises(ValueError, match="it: the policy was not trained to answer questions"):
+        pair.ask("is it open?")
+    assert ([said.asked for said in first.answers], [said.asked for said in second.answers]) == ([], ["is it open?"])
 
 
 def test_the_policy_answers_in_words_that_it_knows(player: Player) -> None:
@@ -183,6 +281,18 @@ def test_paused_it_waits_and_acts_once_when_asked(play: Open) -> None:
     assert [player["seconds"] for player in states[-1]["players"]] == pytest.approx([0.3, 0.3])
 
 
+def test_what_is_done_is_shown_before_the_next_action(play: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[State] = []
+    told: list[str] = []
+    session = play(states=states)
+    monkeypatch.setattr(Player, "step", lambda player: told.append(states[-1]["players"][0]["told"]))
+    sleep(2 / MOST_SHOWN)
+    session.do(lambda: session.tell("wander about"))
+    done(session.do(lambda: session.tell("stand still")))
+    until(lambda: bool(told))
+    assert told[-1] == "stand still"
+
+
 def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> None:
     session = play(players=2)
     done(session.do(lambda: session.set_speed(4)))
@@ -192,6 +302,48 @@ def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> 
     assert first.rate is not None
     assert first.rate < 4.4
     assert first.trial.decisions == second.trial.decisions
+
+
+def test_the_scene_has_no_words_for_a_task_whose_instruction_its_environment_alone_can_tell(play: Open) -> None:
+    session = play(env=Room(unsaid="deep"))
+    assert session.scene()["tasks"] == SENTENCES | {"deep": None}
+
+
+def test_players_side_by_side_begin_anew_together_where_one_has_done_what_they_are_told(pair: Session) -> None:
+    first, second = pair.players
+    first.env.at[0] = -1.0
+    pair.step()
+    assert (first.trial.success, second.trial.success) == (True, False)
+    pair.tell("go to the left")
+    assert (first.trial.success, second.trial.decisions) == (False, 0)
+    np.testing.assert_array_equal(first.frame.state, second.frame.state)
+
+
+def test_players_that_came_apart_begin_anew_together(pair: Session) -> None:
+    first, second = pair.players
+    second.reset("deep", 1)
+    pair.tell("wander about")
+    assert (second.task, second.judged, second.number) == ("left", "left", 0)
+    np.testing.assert_array_equal(first.frame.state, second.frame.state)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda session: session.pause(False),
+        lambda session: session.step(),
+        lambda session: session.set_speed(0.5),
+        lambda session: session.ask("is it closed?"),
+    ],
+    ids=["pause", "step", "set_speed", "ask"],
+)
+def test_speed_is_that_since_it_last_stood_still(pair: Session, what: Callable[[Session], None]) -> None:
+    for _ in range(3):
+        for player in pair.players:
+            player.step()
+    assert all(player.rate is not None for player in pair.players)
+    what(pair)
+    assert [player.rate for player in pair.players] == [None, None]
 
 
 def test_what_cannot_be_opened_is_raised_where_it_begins(policy: Pi05Policy) -> None:

@@ -155,6 +155,18 @@ def test_what_is_solved_already_or_not_there_is_not_watched(task, other):
         assert not env.solved_other
 
 
+def test_what_is_solved_already_is_no_instruction_and_what_is_not_is_one():
+    with MetaWorld().open("drawer-open-v3", VIEW) as env:
+        env.reset(0)
+        assert not env.instruct("drawer-close-v3")
+        assert env.sentence == "open the drawer"
+        while not env.expert_step():
+            pass
+        assert env.instruct("drawer-close-v3")
+        assert not env.step(np.zeros(4, np.float32))
+        assert env.instruct("drawer-open-v3")
+
+
 def test_watching_another_task_changes_nothing_of_the_own():
     states = []
     with MetaWorld().open("faucet-close-v3", VIEW) as env:

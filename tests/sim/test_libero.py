@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pi05_lightning.cli.main import main
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.sim import libero
 from pi05_lightning.sim.environment import NoSuchEnvironment, SharedScene, View
 from pi05_lightning.sim.simulators import Libero
 from pi05_lightning.sim.splits import EXPERIENCE
@@ -38,6 +40,13 @@ def test_initial_states_that_there_are_not_are_refused(episodes: int, seed: int,
         Libero().seeds(0, episodes, seed, split)
 
 
+def test_a_tasks_sentence_is_its_suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ["pick up the bowl", "open the drawer"]
+    suite = SimpleNamespace(n_tasks=2, get_task=lambda number: SimpleNamespace(language=said[number]))
+    monkeypatch.setattr(libero, "_suite", {"libero_goal": suite}.__getitem__)
+    assert Libero().sentences("libero_goal/1") == ("open the drawer",)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libero") is not None, reason="the extra `libero` is installed")
 def test_missing_libero_names_the_extra():
     with pytest.raises(NoSuchEnvironment, match=r"pip install 'pi05_lightning\[libero\]'"):
@@ -57,6 +66,7 @@ def test_libero_begins_from_the_benchmarks_states_and_has_lerobots_eight_dimensi
         axis_angle = quat2axisangle(raw["robot0_eef_quat"].copy())
         expected = np.concatenate([raw["robot0_eef_pos"], axis_angle, raw["robot0_gripper_qpos"]])
         assert frame.task == "pick up the black bowl on the cookie box and place it on the plate"
+        assert Libero().sentences("libero_spatial/3") == (frame.task,)
         np.testing.assert_allclose(frame.state, expected, atol=1e-4)
         np.testing.assert_array_equal(frame.images["image"], raw["agentview_image"][::-1, ::-1].transpose(2, 0, 1))
         assert not env.step(np.zeros(7, np.float32))

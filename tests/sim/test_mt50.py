@@ -95,6 +95,23 @@ def test_camera_sees_the_objects_and_the_expert_goes_through_phases(task):
     assert any(earlier != later for earlier, later in pairwise(phases))
 
 
+@pytest.mark.parametrize(
+    ("env", "task", "sentences"),
+    [
+        (LeRobotEnv("metaworld"), "drawer-open-v3", ("Open a drawer",)),
+        (LeRobotEnv("metaworld", {"task": "reach-v3"}), "reach-v3", ("Reach a goal position",)),
+        (LeRobotEnv("metaworld", sentence="open it"), "drawer-open-v3", ("open it",)),
+        (LeRobotEnv("pusht", sentence="push the T"), "PushT-v0", ("push the T",)),
+        (LeRobotEnv("metaworld"), "easy/3", ()),
+        (LeRobotEnv("aloha"), "AlohaInsertion-v0", ()),
+    ],
+)
+def test_lerobots_environment_says_what_its_tasks_are_told(
+    env: LeRobotEnv, task: str, sentences: tuple[str, ...]
+) -> None:
+    assert env.sentences(task) == sentences
+
+
 def test_every_task_has_objects():
     assert sorted(LANGUAGE) == task_names()
     assert all(language.objects for language in LANGUAGE.values())

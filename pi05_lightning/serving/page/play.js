@@ -10,7 +10,7 @@ let socket = null;
 let scene = null;
 let state = null;
 let over = false;  // whether no robot has a next action
-let held = false;  // whether the scene and number are being chosen, and not to be overwritten
+let held = false;  // whether the number is being chosen, and not to be overwritten
 
 // --- the server
 
@@ -21,7 +21,7 @@ function connect() {
     const said = JSON.parse(event.data);
     if (said.scene) begin(said.scene);
     else if (said.state) show(said.state);
-    else notice(said.error ?? "");
+    else if (said.error) notice(said.error);
   };
   socket.onclose = event => {
     link(event.reason || "not connected: is pi05 play running?");
@@ -30,6 +30,7 @@ function connect() {
 }
 
 function send(what, details = {}) {
+  notice("");  // of an earlier command
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ do: what, ...details }));
 }
 
@@ -49,8 +50,8 @@ function begin(told) {
   scene = told;
   one("#players").replaceChildren();  // of an earlier server
   one("#simulator").textContent = told.simulator;
-  one("#known").replaceChildren(...Object.values(told.tasks).map(sentence =>
-    button(sentence, () => tell(sentence))));
+  one("#known").replaceChildren(...Object.entries(told.tasks).map(([task, sentence]) =>
+    button(sentence ?? task, () => sentence ? tell(sentence, task) : reset(task))));
   one("#task").replaceChildren(...Object.keys(told.tasks).map(task => new Option(task, task)));
   one("#number").max = told.states - 1;
   for (const old of document.querySelectorAll("#speeds button")) old.remove();
@@ -75,9 +76,10 @@ function button(text, onclick) {
   return made;
 }
 
-function tell(text) {
+function tell(text, task) {
+  held = false;
   one("#instruction").value = text;
-  send("tell", { text, stay: one("#stay").checked });
+  send("tell", { text, stay: one("#stay").checked, task });
 }
 
 // --- what changes
@@ -89,9 +91,9 @@ function show(now) {
   one("#step").disabled = over;
   for (const made of document.querySelectorAll("#speeds button"))
     made.setAttribute("aria-pressed", Number(made.dataset.speed) === now.speed);
-  if (!held && now.players.length) {
+  if (now.players.length) {
     one("#task").value = now.players[0].judged;
-    one("#number").value = now.players[0].number;
+    if (!held) one("#number").value = now.players[0].number;
   }
   const cards = one("#players");
   while (cards.children.length < now.players.length) cards.append(one("#player").content.cloneNode(true));
@@ -183,7 +185,9 @@ function shape(name, attributes) {
 }
 
 function showAnswers(place, answers) {
-  const key = JSON.stringify(answers.map(answer => [answer.asked, answer.camera, answer.text, answer.picture.length]));
+  const key = JSON.stringify(answers.map(answer => [
+    answer.asked, answer.camera, answer.text, answer.boxes, answer.picture.length,
+  ]));
   if (place.dataset.key === key) return;
   place.dataset.key = key;
   const asked = document.createElement("p");
@@ -219,22 +223,25 @@ function showAnswers(place, answers) {
 one("#tell").onsubmit = event => { event.preventDefault(); tell(one("#instruction").value); };
 one("#ask").onsubmit = event => { event.preventDefault(); send("ask", { text: one("#question").value }); };
 one("#pause").onclick = () => {
-  if (over) reset();
-  send("pause", { on: !over && !state.paused });
+  if (!over) send("pause", { on: !state.paused });
+  else if (reset()) send("pause", { on: false });
 };
 one("#step").onclick = () => send("step");
-function reset() {
+function reset(task = one("#task").value) {  // returns whether the number can be begun at
+  if (!one("#reset").reportValidity()) return false;
   held = false;
-  send("reset", { number: one("#number").valueAsNumber || 0, task: one("#task").value });
+  send("reset", { number: one("#number").valueAsNumber, task });
+  return true;
 }
 one("#reset").onsubmit = event => { event.preventDefault(); reset(); };
-one("#task").onchange = reset;
+one("#task").onchange = () => reset();
 one("#number").oninput = () => { held = true; };
+const pauses = event => event.code === "Space" && !event.target.closest("input, select, textarea");
 document.onkeydown = event => {
-  if (event.code === "Space" && event.target === document.body) {
-    event.preventDefault();
-    one("#pause").click();
-  }
+  if (!pauses(event)) return;
+  event.preventDefault();
+  if (!event.repeat) one("#pause").click();
 };
+document.onkeyup = event => { if (pauses(event)) event.preventDefault(); };  // Firefox clicks the button in focus here
 
 connect();

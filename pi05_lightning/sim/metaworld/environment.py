@@ -190,9 +190,12 @@ class MetaWorldEnvironment(Sawyer):
         return self._other is not None
 
     def instruct(self, task: str) -> bool:
-        """Give another task's instruction until the next reset; returns whether this task's scene allows that."""
+        """Give another task's instruction until the next reset; returns whether this task's scene allows that.
+
+        It does not where that other task is solved already.
+        """
         other = None if task == self.task else self._beside(task)
-        if task != self.task and other is None:
+        if task != self.task and (other is None or self._is_solved(other)):
             return False
         self._sentence, self._told = self._instruction(task), other
         return True
