@@ -11,7 +11,7 @@ import torch
 
 from pi05_lightning import __version__
 from pi05_lightning.acting import Acting, check
-from pi05_lightning.acting.frames import recorded_frames
+from pi05_lightning.acting.frames import reading, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
@@ -59,7 +59,8 @@ def export(
         dtype: what weights are stored in; int8 and int4 are for openvino, and take a quarter and less of the space.
         data: LeRobot dataset on whose frames they are compared; by default the policy's demonstrations.
         cameras: image features of the dataset, each with its camera name, as in training.
-        state_keys: features that make the state, as in training; by default observation.state.
+        state_keys: features that make the state, as in training; by default observation.state, or none for a policy
+            without a state.
         action_keys: features that make the action, as in training; by default action.
         frames: how many frames are compared, evenly spaced over the dataset.
         max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs. By
@@ -85,15 +86,7 @@ def export(
     check(how, processor, weights.trained)
     keep_robot(processor, processor.acting_as(how.robot))
     policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
-    read = None
-    if data is not None:
-        read = LeRobotConfig(
-            path=data,
-            cameras=cameras,
-            state_keys=state_keys or ["observation.state"],
-            action_keys=action_keys or ["action"],
-            val_fraction=0,
-        )
+    read = None if data is None else reading(policy, data, cameras, state_keys, action_keys)
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()
