@@ -60,15 +60,17 @@ class Measured(nn.Module):
         super().__init__()
         self.layer, self.product = layer, Int8Product(Int8Linear(layer))
         self.weight = self.product.weight
+        self.ran = False
         self._difference, self._size = 0.0, 0.0  # sums of squares
 
     @property
     def error(self) -> float:
-        """Of all that it computed, the norm of the difference over that of the output; 0 before it did."""
+        """Of all that it computed, the norm of the difference over that of the output; 0 before it ran."""
         return (self._difference / max(self._size, 1e-30)) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
+        self.ran = True
         self._difference += (self.product(x) - y).float().square().sum().item()
         self._size += y.float().square().sum().item()
         return y
