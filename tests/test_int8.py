@@ -13,11 +13,11 @@ from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import made_up_frames, recorded_frames
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.acting.int8 import MAX_ACTION_ERROR, choose
+from pi05_lightning.acting.int8 import MAX_ACTION_ERROR, MAX_LAYER_ERROR, choose
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.int8 import Int8Product, linear_layers
+from pi05_lightning.models.int8 import UNEMBEDDING, Int8Product, linear_layers
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Int8Linear
@@ -104,7 +104,7 @@ def test_an_int8_policy_acts_as_the_plain_one(folder: Path) -> None:
     plain, policy = Pi05Policy(folder), Pi05Policy(folder, dtype="int8")
     choice = json.loads(choice_of(folder).read_text())
     assert choice["action_error"] <= MAX_ACTION_ERROR
-    assert int8_layers(policy) == linear_layers(plain.model).keys() - {*choice["kept"]}
+    assert int8_layers(policy) == {*linear_layers(plain.model), UNEMBEDDING} - {*choice["kept"]}
     assert len(int8_layers(policy)) > len(choice["errors"]) / 2
     assert {file.name for file in folder.iterdir()} == before  # whose hash says which policy it is
     error = np.abs(chunks_of(policy) - chunks_of(plain)).max()
@@ -166,6 +166,25 @@ def test_a_layer_that_did_not_run_stays_as_it_is(videos: Path, tmp_path: Path) -
     assert flow <= {*choice.kept}
 
 
+def test_logits_of_what_is_said_are_made_in_8_bits_and_tokens_looked_up_as_before(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting(actions="fast", hierarchical=False))
+    backbone = policy.model.backbone
+    embedding, hidden = backbone.embed_tokens.weight.clone(), torch.randn(3, backbone.embed_tokens.embedding_dim)
+    expected = backbone.logits(hidden)
+    choice = choose(policy, recorded_frames(policy, None, 1))
+    assert 0 < choice.errors[UNEMBEDDING] <= MAX_LAYER_ERROR
+    assert UNEMBEDDING not in choice.kept
+    assert isinstance(backbone.unembedding, Int8Product)
+    assert 0 < (backbone.logits(hidden) - expected).norm() / expected.norm() < 0.03
+    assert torch.equal(backbone.embed_tokens.weight, embedding)
+
+
+def test_a_policy_that_says_nothing_has_no_8_bit_logits(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting(hierarchical=False))
+    assert UNEMBEDDING in choose(policy, made_up_frames(policy)).kept
+    assert policy.model.backbone.unembedding is None
+
+
 def test_without_frames_nothing_is_chosen(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no frames to compare"):
         choose(speaking(videos, tmp_path, Acting()), [])
@@ -195,7 +214,7 @@ def test_a_damaged_choice_is_refused(folder: Path) -> None:
 
 
 def test_an_unknown_dtype_and_another_device_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="dtype is 'int4': expected float32, bfloat16, int8"):
+    with pytest.raises(ValueError, match=r"dtype int4: .* use `pi05 export --dtype int4`"):
         Pi05Policy(folder, dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype is torch\.int8: .* give 'int8'"):
         Pi05Policy(folder, dtype=torch.int8)

@@ -11,8 +11,17 @@ import torch
 from pi05_lightning.acting.frames import made_up_frames, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.acting.options import Acting, says_subtasks
-from pi05_lightning.models.int8 import REST, Measured, check_int8, linear_layers
+from pi05_lightning.models.int8 import (
+    REST,
+    UNEMBEDDING,
+    Int8Product,
+    Measured,
+    check_int8,
+    linear_layers,
+    unembedding,
+)
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.int8 import Choice, Fingerprint, int8_model
@@ -67,7 +76,11 @@ def _as_chosen(weights: Weights, choice: Choice, how: Acting) -> Pi05 | None:
         return None
     found = Fingerprint()
     model = int8_model(weights, choice.kept, found)
-    return model if found.hexdigest() == choice.fingerprint else None
+    if found.hexdigest() != choice.fingerprint:
+        return None
+    if UNEMBEDDING not in choice.kept:
+        model.backbone.unembedding = Int8Product(Int8Linear(unembedding(model.backbone.embed_tokens)))
+    return model
 
 
 def choose(policy: Inference, frames: Sequence[Frame]) -> Choice:
@@ -82,6 +95,7 @@ def choose(policy: Inference, frames: Sequence[Frame]) -> Choice:
     model, fingerprint = policy.model, Fingerprint()
     for name, tensor in model.state_dict().items():
         fingerprint.add(name, tensor)
+    model.backbone.unembedding = unembedding(model.backbone.embed_tokens)
     layers = {name: Measured(layer) for name, layer in linear_layers(model).items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -97,6 +111,8 @@ def choose(policy: Inference, frames: Sequence[Frame]) -> Choice:
         error = float(np.abs(_chunks(policy, frames, subtasks) - expected).max())
         is_alike = error <= MAX_ACTION_ERROR and _subtasks(policy, frames) == subtasks
         if is_alike or count == len(worst):
+            if UNEMBEDDING in kept:
+                model.backbone.unembedding = None
             return Choice(
                 fingerprint=fingerprint.hexdigest(),
                 robot=policy.robot,

@@ -15,6 +15,8 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from pi05_lightning.models.kernels import DTYPES, Linear
 from pi05_lightning.models.quantized import Int8Linear
 
+UNEMBEDDING = "backbone.unembedding"
+"""Among the layers that can compute in 8 bits: the embedding where it makes logits. To look tokens up it is whole."""
 REST = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32
 """What computes beside 8-bit products: bf16 where the processor multiplies in it."""
 
@@ -79,6 +81,14 @@ class Measured(nn.Module):
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """The layers that can compute in 8 bits, by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def unembedding(embedding: nn.Embedding) -> Linear:
+    """The layer that makes logits by an embedding, over the same weight."""
+    with torch.device("meta"):
+        layer = Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
+    layer.weight = embedding.weight
+    return layer
 
 
 def computes_in_int8(model: nn.Module) -> bool:
