@@ -16,7 +16,7 @@ from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
-from pi05_lightning.export.folder import MANIFEST, write
+from pi05_lightning.export.folder import CALLERS, MANIFEST, write
 from pi05_lightning.export.formats import Format, Stored, needed
 from pi05_lightning.files.local import replacing, write_json
 from pi05_lightning.files.ranges import check_range
@@ -68,11 +68,19 @@ def export(
         averaged: of a training checkpoint, take the averaged weights if it has them.
         base: of a checkpoint of adapters: where its base is, if not where it was.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
-        acting: how the policy acts, see `Acting`; num_steps and robot are fixed by the export.
+        acting: how the policy acts, see `Acting`; num_steps and robot are fixed by the export. What is executed of a
+            chunk, and when the next is computed, is up to the program that calls the runner: execution_horizon,
+            inference_delay, rtc and on_failed_decode are refused.
 
     Raises ValueError for what cannot be exported or compared, and where the exported policy acts otherwise.
     """
     how = Acting(**acting)
+    for name in CALLERS:
+        if getattr(how, name) != getattr(Acting(), name):
+            raise ValueError(
+                f"--{name} has no effect on an exported policy, whose `act` gives whole chunks or raises: leave it out,"
+                " and execute as much of a chunk as you want where you call it (`prefix_actions` go on from the last)"
+            )
     of_data = {"--cameras": cameras, "--state_keys": state_keys, "--action_keys": action_keys}
     if out.exists():
         raise ValueError(f"--out {out} already exists: delete it or name another folder")
