@@ -411,6 +411,8 @@ def check_device(device: str | torch.device) -> None:
 
 def check_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> None:
     """Raises ValueError for a dtype that no policy computes in, or not on this device."""
+    if dtype == "int4":
+        raise ValueError("dtype int4: PyTorch computes in 8 bits at least; for 4 use `pi05 export --dtype int4`")
     if isinstance(dtype, str) and dtype not in get_args(Dtype):
         raise ValueError(f"dtype is {dtype!r}: expected {', '.join(get_args(Dtype))}, or a torch.dtype")
     if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:

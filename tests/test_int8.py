@@ -10,15 +10,20 @@ import pytest
 import torch
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
+from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import made_up_frames, recorded_frames
-from pi05_lightning.acting.int8 import MAX_ACTION_ERROR
+from pi05_lightning.acting.inference import Inference
+from pi05_lightning.acting.int8 import MAX_ACTION_ERROR, MAX_LAYER_ERROR, choose
+from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.int8 import Int8Product, linear_layers
+from pi05_lightning.models.int8 import UNEMBEDDING, Int8Product, linear_layers
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.int8 import Choice
+from pi05_lightning.weights.locate import locate
 
 LAYER = "flow_head.layers.0.mlp.down_proj"
 
@@ -39,6 +44,20 @@ def save_policy(videos: Path, folder: Path, seed: int) -> None:
 def folder(videos: Path, tmp_path: Path) -> Path:
     save_policy(videos, tmp_path / "policy", seed=0)
     return tmp_path / "policy"
+
+
+def speaking(videos: Path, folder: Path, acting: Acting) -> Inference:
+    """An untrained policy of the size `debug`, which says subtasks and acts with both heads."""
+    config = ModelConfig.preset("debug")
+    chunks = np.random.default_rng(0).uniform(-1, 1, (200, config.horizon, 2)).astype(np.float32)
+    FastTokenizer.fit(chunks, vocab_size=config.fast_vocab_size, scale=3).save(folder)
+    data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, fast=folder, shapes=config.shapes)
+    torch.manual_seed(0)
+    model = Pi05(config)
+    model.reset_parameters()
+    with torch.no_grad():
+        model.backbone.embed_tokens.weight.mul_(0.2)  # or it says its last token again, whatever its layers compute
+    return Inference(model, data.processor, acting)
 
 
 def choice_of(folder: Path) -> Path:
@@ -85,7 +104,7 @@ def test_an_int8_policy_acts_as_the_plain_one(folder: Path) -> None:
     plain, policy = Pi05Policy(folder), Pi05Policy(folder, dtype="int8")
     choice = json.loads(choice_of(folder).read_text())
     assert choice["action_error"] <= MAX_ACTION_ERROR
-    assert int8_layers(policy) == linear_layers(plain.model).keys() - {*choice["kept"]}
+    assert int8_layers(policy) == {*linear_layers(plain.model), UNEMBEDDING} - {*choice["kept"]}
     assert len(int8_layers(policy)) > len(choice["errors"]) / 2
     assert {file.name for file in folder.iterdir()} == before  # whose hash says which policy it is
     error = np.abs(chunks_of(policy) - chunks_of(plain)).max()
@@ -120,11 +139,72 @@ def test_a_layer_that_eight_bits_do_not_fit_stays_as_it_is(videos: Path, folder:
     assert len(int8_layers(policy)) > 0
 
 
-def test_a_choice_of_other_weights_is_refused(videos: Path, folder: Path) -> None:
+def test_what_it_says_stays_the_same(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting())
+    frames = made_up_frames(policy)
+    subtasks = policy.predict_subtasks(frames)
+    choice = choose(policy, frames)
+    assert (choice.robot, choice.actions, choice.hierarchical) == ("robot", "flow", True)
+    assert policy.predict_subtasks(frames) == subtasks
+
+
+def test_actions_of_fast_tokens_stay_the_same(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting(actions="fast", hierarchical=False))
+    frames = recorded_frames(policy, None, 6)
+    chunks = [policy.predict_chunks([frame], [None]) for frame in frames]
+    choice = choose(policy, frames)
+    assert (choice.actions, choice.hierarchical) == ("fast", False)
+    for frame, chunk in zip(frames, chunks, strict=True):
+        np.testing.assert_array_equal(policy.predict_chunks([frame], [None]), chunk)
+
+
+def test_a_layer_that_did_not_run_stays_as_it_is(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting(actions="fast"))
+    choice = choose(policy, made_up_frames(policy))
+    flow = {name for name in linear_layers(policy.model) if name.startswith("flow_head")}
+    assert len(flow) > 0
+    assert flow <= {*choice.kept}
+
+
+def test_logits_of_what_is_said_are_made_in_8_bits_and_tokens_looked_up_as_before(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting(actions="fast", hierarchical=False))
+    backbone = policy.model.backbone
+    embedding, hidden = backbone.embed_tokens.weight.clone(), torch.randn(3, backbone.embed_tokens.embedding_dim)
+    expected = backbone.logits(hidden)
+    choice = choose(policy, recorded_frames(policy, None, 1))
+    assert 0 < choice.errors[UNEMBEDDING] <= MAX_LAYER_ERROR
+    assert UNEMBEDDING not in choice.kept
+    assert isinstance(backbone.unembedding, Int8Product)
+    assert 0 < (backbone.logits(hidden) - expected).norm() / expected.norm() < 0.03
+    assert torch.equal(backbone.embed_tokens.weight, embedding)
+
+
+def test_a_policy_that_says_nothing_has_no_8_bit_logits(videos: Path, tmp_path: Path) -> None:
+    policy = speaking(videos, tmp_path, Acting(hierarchical=False))
+    assert UNEMBEDDING in choose(policy, made_up_frames(policy)).kept
+    assert policy.model.backbone.unembedding is None
+
+
+def test_without_frames_nothing_is_chosen(videos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no frames to compare"):
+        choose(speaking(videos, tmp_path, Acting()), [])
+
+
+def test_a_choice_for_acting_otherwise_or_of_other_weights_is_made_anew(videos: Path, folder: Path) -> None:
+    file = choice_of(folder)
     Pi05Policy(folder, dtype="int8")
+    first = json.loads(file.read_text())
+    file.write_text(json.dumps(first | {"robot": "another", "kept": []}))
+    Pi05Policy(folder, dtype="int8")
+    assert json.loads(file.read_text()) == first
     save_policy(videos, folder, seed=1)
-    with pytest.raises(ValueError, match=r"int8\.json was measured on other weights .* delete it"):
-        Pi05Policy(folder, dtype="int8")
+    Pi05Policy(folder, dtype="int8")
+    assert json.loads(file.read_text())["fingerprint"] != first["fingerprint"]
+
+
+def test_a_choice_of_the_working_folder_is_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert Choice.file(locate(Path())) == choice_of(folder)
 
 
 def test_a_damaged_choice_is_refused(folder: Path) -> None:
@@ -134,7 +214,7 @@ def test_a_damaged_choice_is_refused(folder: Path) -> None:
 
 
 def test_an_unknown_dtype_and_another_device_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="dtype is 'int4': expected float32, bfloat16, int8"):
+    with pytest.raises(ValueError, match=r"dtype int4: .* use `pi05 export --dtype int4`"):
         Pi05Policy(folder, dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"dtype is torch\.int8: .* give 'int8'"):
         Pi05Policy(folder, dtype=torch.int8)

@@ -2,40 +2,80 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
 from pi05_lightning.acting.inference import Inference
+from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.types import Frame
+
+log = logging.getLogger(__name__)
 
 RECORDED, MADE_UP = 3, 2
 """Frames of each kind."""
 
 
-def recorded_frames(policy: Inference, data: str | LeRobotConfig | None, number: int = RECORDED) -> list[Frame]:
-    """Frames of a LeRobot dataset, evenly spaced: of `data`, or of the robot's own where that is still there.
+def reading(
+    policy: Inference,
+    path: str,
+    cameras: dict[str, str] | None = None,
+    state_keys: list[str] | None = None,
+    action_keys: list[str] | None = None,
+) -> LeRobotConfig:
+    """How a dataset is read to try a policy on it: by default the features that most robots have.
 
-    ValueError for a dataset given as `data` that is not of this robot.
+    What cannot be trained on is left out, and images of every kind are taken: a policy may have been trained so.
     """
-    robot = policy.processor.robots[policy.robot]
-    if data is None and not Path(robot.dataset, "meta", "info.json").is_file():
-        return []
-    config = data if isinstance(data, LeRobotConfig) else LeRobotConfig(data or robot.dataset, val_fraction=0)
-    source = config.open("data", "train", policy.model.config.shapes)
-    frames = [source[int(i)] for i in np.linspace(0, len(source) - 1, number)]
-    seen = set(source.camera_names) == set(policy.inputs.cameras)
-    dims = [0 if values is None else values.shape[-1] for values in (frames[0].state, frames[0].actions)]
-    if seen and dims == [robot.state_dim, robot.action_dim]:
-        return [Frame(images=frame.images, task=frame.task, state=frame.state) for frame in frames]
+    has_state = policy.processor.robots[policy.robot].state_dim > 0
+    return LeRobotConfig(
+        path,
+        cameras=cameras,
+        state_keys=(["observation.state"] if has_state else []) if state_keys is None else state_keys,
+        action_keys=["action"] if action_keys is None else action_keys,
+        val_fraction=0,
+        convert_images=True,
+        on_bad_sample="skip",
+    )
+
+
+def recorded_frames(policy: Inference, data: LeRobotConfig | None, number: int = RECORDED) -> list[Frame]:
+    """Frames of a LeRobot dataset, evenly spaced: of `data`, or of the robot's own where that can still be read.
+
+    ValueError for a dataset given as `data` that cannot be read, or is not of this robot.
+    """
     if data is not None:
+        return _frames_of(policy, data, number)
+    own = policy.processor.robots[policy.robot].dataset
+    if not Path(own, "meta", "info.json").is_file():
+        return []
+    try:
+        return _frames_of(policy, reading(policy, own), number)
+    except ValueError as error:  # the run may have read it in another way, which no checkpoint tells
+        log.warning("no frames of the policy's own data, %s: %s", own, error)
+        return []
+
+
+def _frames_of(policy: Inference, data: LeRobotConfig, number: int) -> list[Frame]:
+    robot = policy.processor.robots[policy.robot]
+    source = data.open("data", "train", policy.model.config.shapes)
+    frames = list[Frame]()
+    for place in np.linspace(0, len(source) - 1, number):
+        with suppress(BadSample):  # an image that does not decode shows only now
+            frames.append(source[int(place)])
+    if not frames:
+        raise ValueError(f"{data.path}: none of {number} frames can be read: restore its images")
+    dims = [0 if values is None else values.shape[-1] for values in (frames[0].state, frames[0].actions)]
+    if set(source.camera_names) != set(policy.inputs.cameras) or dims != [robot.state_dim, robot.action_dim]:
         raise ValueError(
-            f"--data {config.path} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)},"
-            f" {dims[0]} dimensions of state and {dims[1]} of action; the policy has {sorted(policy.inputs.cameras)},"
+            f"{data.path} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)}, {dims[0]}"
+            f" dimensions of state and {dims[1]} of action; the policy has {sorted(policy.inputs.cameras)},"
             f" {robot.state_dim} and {robot.action_dim}"
         )
-    return []  # the run read it in another way, which no checkpoint tells
+    return [Frame(images=frame.images, task=frame.task, state=frame.state) for frame in frames]
 
 
 def made_up_frames(policy: Inference) -> list[Frame]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi05_lightning.acting.options import Acting, check
+from pi05_lightning.acting.options import Acting, check, says_subtasks
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.observation import Inputs, as_numbers, check_actions
 from pi05_lightning.data.places import to_picture
@@ -71,8 +71,7 @@ class Inference:
         self.horizon = min(self.model.config.horizon, robot.horizon or self.model.config.horizon)
         """Actions of a chunk that its training had; those beyond are noise."""
         self.execution_horizon = acting.executed(self.horizon)
-        able = processor.predicts_subtasks(self.robot) and self.trained.able("subtask")
-        self.hierarchical = able and acting.hierarchical is not False
+        self.hierarchical = says_subtasks(acting, processor, self.trained)
         able = self.abilities.advantage and acting.advantage != "none"
         self.advantage = (acting.advantage or "positive") if able else None
         self.acting = acting

@@ -1,4 +1,4 @@
-"""Which layers of a policy compute in 8 bits: all whose errors leave its actions as they are."""
+"""Which layers of a policy compute in 8 bits: all whose errors leave its actions and its subtasks as they are."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ import torch
 
 from pi05_lightning.acting.frames import made_up_frames, recorded_frames
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.acting.options import Acting
-from pi05_lightning.models.int8 import REST, Measured, check_int8, linear_layers
+from pi05_lightning.acting.options import Acting, says_subtasks
+from pi05_lightning.models.int8 import (
+    REST,
+    UNEMBEDDING,
+    Int8Product,
+    Measured,
+    check_int8,
+    linear_layers,
+    unembedding,
+)
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.int8 import Choice, Fingerprint, int8_model
@@ -30,26 +39,28 @@ RECORDED = 8  # frames
 def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     """The model of a policy's weights that computes in 8 bits, as the choice beside them says.
 
-    Where there is none, it is made from the answers to a few frames, and written.  acting: as which robot.
-    Raises ValueError for a choice that was made of other weights, and where this machine has no 8-bit products.
+    Where there is none, or one that was made of other weights or for acting otherwise, it is made from the answers to a
+    few frames, and written.  acting: as which robot, with which actions, and whether it says subtasks.
+    Raises ValueError where this machine has no 8-bit products.
     """
     check_int8()
-    file = Choice.file(weights)
-    if file.is_file():
-        choice, found = Choice.read(file), Fingerprint()
-        model = int8_model(weights, choice.kept, found)
-        if found.hexdigest() != choice.fingerprint:
-            raise ValueError(f"{file} was measured on other weights than {weights.path}: delete it to measure anew")
+    processor, file = weights.processor(), Choice.file(weights)
+    how = Acting(
+        robot=processor.acting_as(acting.robot),
+        actions=acting.actions,
+        hierarchical=says_subtasks(acting, processor, weights.trained),
+        max_state_distance=None,
+    )
+    model = _as_chosen(weights, Choice.read(file), how) if file.is_file() else None
+    if model is not None:
         return model
     logger.info("measuring which layers can compute in 8 bits")
-    how = Acting(robot=acting.robot, actions=acting.actions, hierarchical=acting.hierarchical)
-    policy = Inference(weights.model(REST), weights.processor(), how, trained=weights.trained)
+    policy = Inference(weights.model(REST), processor, how, trained=weights.trained)
     choice = choose(policy, [*recorded_frames(policy, None, RECORDED), *made_up_frames(policy)])
-    total = len(choice.errors)
     logger.info(
-        "%d of %d layers compute in 8 bits; actions differ by %.2g of their range at most",
-        total - len(choice.kept),
-        total,
+        "%d of %d layers that run compute in 8 bits; actions differ by %.2g of their range at most",
+        len(choice.errors.keys() - set(choice.kept)),
+        len(choice.errors),
         choice.action_error,
     )
     try:
@@ -59,38 +70,69 @@ def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     return policy.model
 
 
+def _as_chosen(weights: Weights, choice: Choice, how: Acting) -> Pi05 | None:
+    """The model as a choice says; None where that was made of other weights, or for acting otherwise."""
+    if (choice.robot, choice.actions, choice.hierarchical) != (how.robot, how.actions, how.hierarchical):
+        return None
+    found = Fingerprint()
+    model = int8_model(weights, choice.kept, found)
+    if found.hexdigest() != choice.fingerprint:
+        return None
+    if UNEMBEDDING not in choice.kept:
+        model.backbone.unembedding = Int8Product(Int8Linear(unembedding(model.backbone.embed_tokens)))
+    return model
+
+
 def choose(policy: Inference, frames: Sequence[Frame]) -> Choice:
     """Have a policy compute in 8 bits where its answers to frames allow, in place.
 
-    Those layers are left out whose own error is above `MAX_LAYER_ERROR`, and then the worst ones, until no action is
-    further than `MAX_ACTION_ERROR` from what it was.
+    Those layers are left out that did not run or whose own error is above `MAX_LAYER_ERROR`, and then the worst ones,
+    until it says the same subtasks and no action is further than `MAX_ACTION_ERROR` from what it was.
+    ValueError without frames, as nothing would be compared.
     """
+    if not frames:
+        raise ValueError("dtype int8: there are no frames to compare the policy's answers on")
     model, fingerprint = policy.model, Fingerprint()
     for name, tensor in model.state_dict().items():
         fingerprint.add(name, tensor)
+    model.backbone.unembedding = unembedding(model.backbone.embed_tokens)
     layers = {name: Measured(layer) for name, layer in linear_layers(model).items()}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    subtasks = policy.predict_subtasks(frames) if policy.hierarchical else [None] * len(frames)
-    expected = _actions(policy, frames, subtasks)
-    errors = {name: layer.error for name, layer in layers.items()}
+    subtasks = _subtasks(policy, frames)
+    expected = _chunks(policy, frames, subtasks)
+    errors = {name: layer.error for name, layer in layers.items() if layer.ran}
     worst = sorted(errors, key=errors.__getitem__, reverse=True)
     count = sum(error > MAX_LAYER_ERROR for error in errors.values())
     while True:
-        kept = set(worst[:count])
+        kept = layers.keys() - set(worst[count:])
         for name, layer in layers.items():
             model.set_submodule(name, layer.layer if name in kept else layer.product)
-        error = float(np.abs(_actions(policy, frames, subtasks) - expected).max(initial=0))
-        if error <= MAX_ACTION_ERROR or count == len(worst):
-            return Choice(fingerprint.hexdigest(), tuple(sorted(kept)), errors, error)
+        error = float(np.abs(_chunks(policy, frames, subtasks) - expected).max())
+        is_alike = error <= MAX_ACTION_ERROR and _subtasks(policy, frames) == subtasks
+        if is_alike or count == len(worst):
+            if UNEMBEDDING in kept:
+                model.backbone.unembedding = None
+            return Choice(
+                fingerprint=fingerprint.hexdigest(),
+                robot=policy.robot,
+                actions=policy.acting.actions,
+                hierarchical=policy.hierarchical,
+                kept=tuple(sorted(kept)),
+                errors=errors,
+                action_error=error,
+            )
         count = min(len(worst), count + -(-len(worst) // STEPS))
 
 
-def _actions(policy: Inference, frames: Sequence[Frame], subtasks: Sequence[str | None]) -> np.ndarray:
-    """A chunk of the flow head for each frame, from fixed noise, as shares of the actions' ranges."""
-    if not policy.abilities.flow:
-        return np.zeros(0)
-    policy, config = policy.acting_as(Acting(robot=policy.robot)), policy.model.config
+def _subtasks(policy: Inference, frames: Sequence[Frame]) -> Sequence[str | None]:
+    """What it says before it acts on each frame."""
+    return policy.predict_subtasks(frames) if policy.hierarchical else [None] * len(frames)
+
+
+def _chunks(policy: Inference, frames: Sequence[Frame], subtasks: Sequence[str | None]) -> np.ndarray:
+    """A chunk for each frame, from fixed noise where the flow head makes it, as shares of the actions' ranges."""
+    config = policy.model.config
     noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=torch.Generator().manual_seed(0))
     chunks = [
         policy.predict_chunks([frame], [subtask], noise[[i]])[0]

@@ -144,6 +144,12 @@ def check(acting: Acting, processor: Processor, trained: Trained) -> Abilities:
     return abilities
 
 
+def says_subtasks(acting: Acting, processor: Processor, trained: Trained) -> bool:
+    """Whether a predicted subtask conditions the actions: wherever it was trained to, unless it is not to."""
+    able = processor.predicts_subtasks(processor.acting_as(acting.robot)) and trained.able("subtask")
+    return able and acting.hierarchical is not False
+
+
 def weights_of(checkpoint: Path) -> str:
     """Where in its run a checkpoint's weights are: of a run's directory, those of its newest."""
     return relpath(locate(checkpoint).path.resolve(), run_of(checkpoint).resolve())

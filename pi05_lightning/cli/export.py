@@ -11,12 +11,12 @@ import torch
 
 from pi05_lightning import __version__
 from pi05_lightning.acting import Acting, check
-from pi05_lightning.acting.frames import recorded_frames
+from pi05_lightning.acting.frames import reading, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
-from pi05_lightning.export.folder import MANIFEST, write
+from pi05_lightning.export.folder import CALLERS, MANIFEST, write
 from pi05_lightning.export.formats import Format, Stored, needed
 from pi05_lightning.files.local import replacing, write_json
 from pi05_lightning.files.ranges import check_range
@@ -59,7 +59,8 @@ def export(
         dtype: what weights are stored in; int8 and int4 are for openvino, and take a quarter and less of the space.
         data: LeRobot dataset on whose frames they are compared; by default the policy's demonstrations.
         cameras: image features of the dataset, each with its camera name, as in training.
-        state_keys: features that make the state, as in training; by default observation.state.
+        state_keys: features that make the state, as in training; by default observation.state, or none for a policy
+            without a state.
         action_keys: features that make the action, as in training; by default action.
         frames: how many frames are compared, evenly spaced over the dataset.
         max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs. By
@@ -67,11 +68,19 @@ def export(
         averaged: of a training checkpoint, take the averaged weights if it has them.
         base: of a checkpoint of adapters: where its base is, if not where it was.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
-        acting: how the policy acts, see `Acting`; num_steps and robot are fixed by the export.
+        acting: how the policy acts, see `Acting`; num_steps and robot are fixed by the export. What is executed of a
+            chunk, and when the next is computed, is up to the program that calls the runner: execution_horizon,
+            inference_delay, rtc and on_failed_decode are refused.
 
     Raises ValueError for what cannot be exported or compared, and where the exported policy acts otherwise.
     """
     how = Acting(**acting)
+    for name in CALLERS:
+        if getattr(how, name) != getattr(Acting(), name):
+            raise ValueError(
+                f"--{name} has no effect on an exported policy, whose `act` gives whole chunks or raises: leave it out,"
+                " and execute as much of a chunk as you want where you call it (`prefix_actions` go on from the last)"
+            )
     of_data = {"--cameras": cameras, "--state_keys": state_keys, "--action_keys": action_keys}
     if out.exists():
         raise ValueError(f"--out {out} already exists: delete it or name another folder")
@@ -85,15 +94,7 @@ def export(
     check(how, processor, weights.trained)
     keep_robot(processor, processor.acting_as(how.robot))
     policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
-    read = None
-    if data is not None:
-        read = LeRobotConfig(
-            path=data,
-            cameras=cameras,
-            state_keys=state_keys or ["observation.state"],
-            action_keys=action_keys or ["action"],
-            val_fraction=0,
-        )
+    read = None if data is None else reading(policy, data, cameras, state_keys, action_keys)
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,9 +15,13 @@ import torch
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.export.runner import Policy
 from pi05_lightning.types import Frame
+from pi05_lightning.weights.abilities import Actions
 
 THREADS = {"openvino": "INFERENCE_NUM_THREADS", "onnx": "intra_op_num_threads"}
 """Of an engine, the option that says how many threads it has."""
+COMPARED: dict[str, Any] = {"temperature": 0.0, "constrain_fast": True, "max_action_distance": None}
+"""What both do while they are compared, however the policy acts: nothing is drawn, and no chunk is refused."""
+ACTIONS: tuple[Actions, ...] = get_args(Actions)
 
 
 @dataclass(frozen=True)
@@ -61,40 +65,49 @@ class Comparison:
 
 
 def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: str) -> Comparison:
-    """A policy beside what was exported of it.  engine: the folder's format."""
+    """A policy beside what was exported of it, acting as it does but for `COMPARED`.  engine: the folder's format.
+
+    Chunks are compared where both are given the subtask, and where both say it themselves.
+    """
     threads = {THREADS[engine]: torch.get_num_threads()} if engine in THREADS else {}
     exported, config = Policy(folder, **threads), policy.model.config
+    exported.acting = exported.acting | COMPARED
+    policy = policy.acting_as(replace(policy.acting, **COMPARED))
+    acted = {name: acting_with(policy, name) for name in ACTIONS if getattr(policy.abilities, name)}
     noise = np.random.default_rng(0).standard_normal((len(frames), config.horizon, config.action_dim), np.float32)
     half_range = policy.processor.robots[policy.robot].normalize.action.span / 2
-    with_fast = None
-    if exported.fast is not None:
-        with_fast = policy.acting_as(replace(policy.acting, actions="fast", guidance=1.0, inference_delay=0))
-    flow, fast, same = list[float](), list[float](), list[bool]()
+    errors: dict[str, list[float]] = {name: [] for name in acted}
+    same = list[bool]()
     seconds: list[tuple[float, float]] = []
     for frame, start in zip(frames, noise, strict=True):
         seen = {name: shown(image) for name, image in frame.images.items()}, frame.state, frame.task
         subtask = policy.predict_subtasks([frame])[0] if policy.hierarchical else None
-        if policy.abilities.flow:
-            ours = policy.acting_as(replace(policy.acting, actions="flow"))
+        for name, ours in acted.items():
             expected = ours.predict_chunks([frame], [subtask], start[None])[0]
-            found = exported.act(*seen, subtask=subtask, noise=start, actions="flow")
-            flow.append(float((np.abs(found - expected[: len(found)]) / half_range).max()))
-        if with_fast is not None:
-            expected = with_fast.predict_chunks([frame], [subtask])[0]
-            found = exported.act(*seen, subtask=subtask, actions="fast")
-            fast.append(float((np.abs(found - expected[: len(found)]) / half_range).max()))
-        exported.reset()
-        seconds.append((timed(exported.act, *seen), timed(act, policy, frame)))
+            for given in (subtask, None) if policy.hierarchical else (None,):
+                exported.reset()
+                found = exported.act(*seen, subtask=given, noise=start, actions=name)
+                errors[name].append(float((np.abs(found - expected[: len(found)]) / half_range).max()))
         if policy.hierarchical:
             same.append(exported.subtask == subtask)
+        exported.reset()
+        seconds.append((timed(exported.act, *seen), timed(act, policy, frame)))
     return Comparison(
         frames=len(frames),
-        flow_error=max(flow, default=None),
-        fast_error=max(fast, default=None),
+        flow_error=max(errors.get("flow", ()), default=None),
+        fast_error=max(errors.get("fast", ()), default=None),
         same_subtasks=sum(same) if policy.hierarchical else None,
         seconds=median(theirs for theirs, _ in seconds),
         seconds_pytorch=median(ours for _, ours in seconds),
     )
+
+
+def acting_with(policy: Inference, actions: Actions) -> Inference:
+    """The policy with one of its heads."""
+    if actions == policy.acting.actions:
+        return policy
+    plain: dict[str, Any] = {"guidance": 1.0, "inference_delay": 0} if actions == "fast" else {}
+    return policy.acting_as(replace(policy.acting, actions=actions, **plain))
 
 
 def shown(image: np.ndarray) -> np.ndarray:

@@ -16,6 +16,8 @@ from pi05_lightning.export.graphs import flow_table, graphs_of
 from pi05_lightning.files.local import sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
+CALLERS = ("execution_horizon", "inference_delay", "rtc", "on_failed_decode")
+"""Options of `Acting` that the runner leaves to whoever calls it: `act` gives whole chunks, or raises."""
 
 
 def write(folder: Path, policy: Inference, format: Format, stored: Stored = "float32") -> dict[str, Any]:
@@ -49,12 +51,19 @@ def write(folder: Path, policy: Inference, format: Format, stored: Stored = "flo
 
 
 def described(policy: Inference) -> dict[str, Any]:
-    """What the runner must know of a policy: dimensions, statistics, prompts, tokens, and how it acts."""
+    """What the runner must know of a policy: what it can do, how it acts, dimensions, statistics, prompts, tokens."""
     config, processor, language = policy.model.config, policy.processor, policy.processor.language
     robot, tokenizer = processor.robots[policy.robot], processor.tokenizer
     quantiles = robot.to_dict()["quantiles"]
+    acting = {name: value for name, value in asdict(policy.resolved).items() if name not in CALLERS}
     return {
-        "acting": asdict(policy.resolved) | {"max_prompt_bytes": policy.inputs.max_prompt_bytes},
+        "acting": acting | {"max_prompt_bytes": policy.inputs.max_prompt_bytes},
+        "able": {
+            "flow": policy.abilities.flow,
+            "fast": policy.abilities.fast,
+            "subtask": robot.has_subtasks and policy.trained.able("subtask"),
+            "text": policy.trained.able("text"),
+        },
         "model": {
             "backbone_type": config.backbone_type,
             "image_size": config.vision.image_size,
@@ -81,6 +90,7 @@ def described(policy: Inference) -> dict[str, Any]:
         },
         "prompts": asdict(language.prompts),
         "condition_on": language.condition_on,
+        "max_tokens": language.max_tokens,
         "tokens": {
             **{name: getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")},
             "fast": [policy.model.fast_head.ids[0], policy.model.fast_head.ids[-1]],

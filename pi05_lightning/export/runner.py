@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,13 @@ from tokenizers import Tokenizer
 Graph = Callable[..., list[np.ndarray]]
 LOCATION = re.compile(r"<loc(\d+)>")
 LOCATIONS = re.compile(r"(?:<loc\d+>)+")
+ABILITIES = {
+    "flow": "to act with the flow head",
+    "fast": "to act by FAST tokens",
+    "subtask": "to say subtasks",
+    "text": "to answer questions",
+}
+"""What a policy may have been trained to do, by the name that the manifest has for it."""
 STATE_BINS = np.linspace(-1, 1, 257)[:-1]
 MAX_WORDS = 32
 """Tokens of what it says at most."""
@@ -131,6 +138,12 @@ class Policy:
 
         Raises ValueError for what the policy was not made for.
         """
+        actions = actions or self.acting["actions"]
+        if actions not in ("flow", "fast"):
+            raise ValueError(f"actions is {actions!r}: expected flow or fast")
+        self._check_able(actions)
+        if actions == "fast" and prefix_actions is not None:
+            raise ValueError("prefix_actions need the flow head: leave them out, or set actions to flow")
         seen = self._read(images, state, task)
         if seen.task != self._task:
             self.reset()
@@ -141,9 +154,7 @@ class Policy:
         elif self._chunks % self.acting["replan_subtask_every"] == 0:
             self.subtask, said = self._say(seen)
         self._chunks += 1
-        if (actions or self.acting["actions"]) == "fast":
-            if prefix_actions is not None:
-                raise ValueError("prefix_actions need the flow head: leave them out, or set actions to flow")
+        if actions == "fast":
             chunk = self._fast_chunk(seen, said)
         else:
             chunk = self._flow_chunk(seen, noise, prefix_actions, said)
@@ -154,11 +165,17 @@ class Policy:
         return real[: self.robot["horizon"]]
 
     def say(self, images: Mapping[str, np.ndarray], state: np.ndarray | None = None, task: str = "") -> str:
-        """What to do next, in words."""
+        """What to do next, in words. Raises ValueError as `act`, and where it was not trained to say that."""
+        self._check_able("subtask")
         return self._say(self._read(images, state, task))[0]
 
     def answer(self, camera: str, image: np.ndarray, question: str) -> str:
-        """What it says to a question about a camera's image; places in it are shares of that image."""
+        """What it says to a question about a camera's image; places in it are shares of that image.
+
+        Raises ValueError for a camera that it does not have, and where it was not trained to answer.
+        """
+        self._check_able("text")
+        self._check_cameras([camera])
         seen = Seen({camera: as_pixels(camera, image)}, "", None, self.model["image_size"])
         asked = self.prompts["question"].format(question=seen.to_model(question))
         sequence = self._start(seen, [(asked, False)])
@@ -246,8 +263,6 @@ class Policy:
 
     def _fast_chunk(self, seen: Seen, said: Columns | None) -> np.ndarray:
         """Normalised, f32[T A], from tokens that the language model says."""
-        if self.fast is None:
-            raise ValueError("actions is fast: the policy was not trained on FAST tokens")
         pieces = [bytes.fromhex(piece) for piece in self.fast["pieces"]]
         shape = self.model["horizon"], len(self.robot["action"]["q01"])
         top, total, is_free = self.tokens["fast"][1], shape[0] * shape[1], not self.acting["constrain_fast"]
@@ -271,7 +286,8 @@ class Policy:
 
         sequence = self._start(seen, self._conditions(seen, self.advantage, fast=True), said)
         sequence.said = []
-        self._extend(sequence, opening)
+        if opening:
+            self._extend(sequence, opening)
         self._generate(sequence, (lambda logits, said: logits) if is_free else fitting, total + 1, stop)
         numbers = [top - token for token in sequence.said if token != stop]
         try:
@@ -330,6 +346,9 @@ class Policy:
             if is_said and first is None:
                 first = len(tokens)
             tokens += [*self._encode(text), *([self.tokens["eos"]] if is_said else [])]
+        if len(tokens) > self.manifest["max_tokens"]:
+            most = self.manifest["max_tokens"]
+            raise ValueError(f"the text is {len(tokens)} tokens long, and the policy was trained on {most} at most")
         first = len(tokens) if first is None else first
         if said is not None and said.first == first and tokens[: len(said.tokens)] == said.tokens:
             rest = tokens[len(said.tokens) :]
@@ -379,16 +398,24 @@ class Policy:
 
     # --- what comes in, and what goes out
 
+    def _check_able(self, what: str) -> None:
+        if not self.manifest["able"][what]:
+            raise ValueError(f"the policy was not trained {ABILITIES[what]}")
+
+    def _check_cameras(self, names: Iterable[str]) -> None:
+        cameras = self.robot["cameras"]
+        if unknown := sorted(set(names) - set(cameras)):
+            raise ValueError(f"the policy has no camera {unknown[0]!r}; it has {', '.join(cameras)}")
+
     def _read(self, images: Mapping[str, np.ndarray], state: np.ndarray | None, task: str) -> Seen:
         cameras, optional = self.robot["cameras"], self.acting["missing_cameras"]
-        if unknown := sorted(set(images) - set(cameras)):
-            raise ValueError(f"the policy has no camera {unknown[0]!r}; it has {', '.join(cameras)}")
+        self._check_cameras(images)
         if missing := [name for name in cameras if name not in images and name not in optional]:
             raise ValueError(f"images: {', '.join(missing)} missing; the policy was trained with {', '.join(cameras)}")
         if not task and len(self.robot["tasks"]) == 1:
             task = self.robot["tasks"][0]
         most = self.acting["max_prompt_bytes"]
-        if not task.strip() or (most is not None and len(task.encode()) > most):
+        if not task.replace("_", " ").strip() or (most is not None and len(task.encode()) > most):
             raise ValueError(f"task is {task[:40]!r}: say what to do, in at most {most} bytes")
         pixels = {name: as_pixels(name, image) for name, image in images.items()}
         return Seen(pixels, task, self._checked_state(state), self.model["image_size"])
@@ -396,6 +423,8 @@ class Policy:
     def _checked_state(self, state: np.ndarray | None) -> np.ndarray | None:
         quantiles = self.robot["state"]
         if not quantiles["q01"]:
+            if state is not None and np.size(state):
+                raise ValueError("a state is given, and the policy was trained without one: leave it out")
             return None
         values = np.zeros(0) if state is None else np.asarray(state, np.float32).reshape(-1)
         if len(values) != len(quantiles["q01"]) or not np.isfinite(values).all():
@@ -459,7 +488,9 @@ class Seen:
         self.windows = {window for _, window in resized.values()}
 
     def to_model(self, text: str) -> str:
-        """Raises ValueError where a place is meant, and the images differ in shape."""
+        """Raises ValueError for a place that is none, and where one is meant, and the images differ in shape."""
+        if problem := misplaced(text):
+            raise ValueError(f"{text!r}: {problem}")
         if LOCATION.search(text) and len(self.windows) > 1:
             raise ValueError(f"{text!r} names a place in images of several shapes: say in which camera's, or drop it")
         return self.said_to_model(text)
@@ -487,6 +518,21 @@ def moved(text: str, axes: tuple[tuple[float, float], tuple[float, float]]) -> s
         return "".join(f"<loc{min(int(min(max(edge, 0.0), 1.0) * 1024), 1023):04d}>" for edge in edges)
 
     return LOCATIONS.sub(run, text)
+
+
+def misplaced(text: str) -> str | None:
+    """What is wrong with the places that a text spells, or None."""
+    for run in LOCATIONS.findall(text):
+        numbers = LOCATION.findall(run)
+        if outside := [number for number in numbers if len(number) != 4 or int(number) > 1023]:
+            return f"<loc{outside[0]}> is outside the image, which goes from <loc0000> to <loc1023>"
+        if len(numbers) % 2:
+            return f"{run} is no place: a point is two tokens and a box four, with nothing between them"
+        edges = iter(map(int, numbers))
+        boxes = zip(edges, edges, edges, edges, strict=False)  # what is left of four is a point
+        if any(top > bottom or left > right for top, left, bottom, right in boxes):
+            return f"the box {run} is inside out: the order is ymin, xmin, ymax, xmax"
+    return None
 
 
 def as_pixels(name: str, image: Any) -> np.ndarray:

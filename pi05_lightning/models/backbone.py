@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_table, with_room
-from pi05_lightning.models.kernels import Embedding
+from pi05_lightning.models.kernels import Embedding, linear
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.quantized import set_weight
 from pi05_lightning.models.shards import own_part, whole
@@ -74,6 +74,8 @@ class Backbone(nn.Module):
         self.head_dim = config.language.head_dim
         self.vision = stems[config.backbone_type](config.vision, width)
         self.embed_tokens = Embedding(config.vocab_size, width)
+        self.unembedding: nn.Module | None = None
+        """What makes the logits of a policy that computes in 8 bits; otherwise the embedding does."""
         blocks = (Block(config.language) for _ in range(config.language.depth))
         self.layers: list[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.norm = RMSNorm(width)
@@ -135,6 +137,11 @@ class Backbone(nn.Module):
 
     def embed_text(self, tokens: Tensor) -> Tensor:
         return self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of what a policy says next, f32[... V], from hidden states [... W]."""
+        made = linear(hidden, self.embed_tokens.weight) if self.unembedding is None else self.unembedding(hidden)
+        return made.float()
 
     def decode(self, tokens: Tensor, valid: Tensor, cache: Cache, *, flow_visible: bool) -> Tensor:
         """Append tokens i64[B n] (valid bool[B n]) to the cache, causally, and return their hidden states [B n W]."""

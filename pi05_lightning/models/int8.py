@@ -15,6 +15,8 @@ from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 from pi05_lightning.models.kernels import DTYPES, Linear
 from pi05_lightning.models.quantized import Int8Linear
 
+UNEMBEDDING = "backbone.unembedding"
+"""Among the layers that can compute in 8 bits: the embedding where it makes logits. To look tokens up it is whole."""
 REST = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32
 """What computes beside 8-bit products: bf16 where the processor multiplies in it."""
 
@@ -60,15 +62,17 @@ class Measured(nn.Module):
         super().__init__()
         self.layer, self.product = layer, Int8Product(Int8Linear(layer))
         self.weight = self.product.weight
+        self.ran = False
         self._difference, self._size = 0.0, 0.0  # sums of squares
 
     @property
     def error(self) -> float:
-        """Of all that it computed, the norm of the difference over that of the output; 0 before it did."""
+        """Of all that it computed, the norm of the difference over that of the output; 0 before it ran."""
         return (self._difference / max(self._size, 1e-30)) ** 0.5
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
+        self.ran = True
         self._difference += (self.product(x) - y).float().square().sum().item()
         self._size += y.float().square().sum().item()
         return y
@@ -77,6 +81,14 @@ class Measured(nn.Module):
 def linear_layers(model: nn.Module) -> dict[str, Linear]:
     """The layers that can compute in 8 bits, by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def unembedding(embedding: nn.Embedding) -> Linear:
+    """The layer that makes logits by an embedding, over the same weight."""
+    with torch.device("meta"):
+        layer = Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
+    layer.weight = embedding.weight
+    return layer
 
 
 def computes_in_int8(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.int8 import REST, Int8Product, linear_layers
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Int8Linear, quantizing
+from pi05_lightning.weights.abilities import Actions
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import ContentHash, fill
 
@@ -34,17 +35,22 @@ class Choice:
 
     fingerprint: str
     """Of the weights that it was measured on."""
+    robot: str
+    """Which robot they acted as when it was measured, with which actions, and whether they said subtasks before."""
+    actions: Actions
+    hierarchical: bool
     kept: tuple[str, ...]
-    """Layers that stay as they are; all others compute in 8 bits."""
+    """Layers that stay as they are, those that did not run among them; all others compute in 8 bits."""
     errors: dict[str, float]
-    """By layer: the norm of the difference of its output, over that of the output."""
+    """By layer that ran: the norm of the difference of its output, over that of the output."""
     action_error: float
     """The largest of all actions that were compared, as a share of the range q99 - q01 of their dimension."""
 
     @staticmethod
     def file(weights: Weights) -> Path:
         """Where it is: beside the checkpoint or the folder, whose own content it must not change."""
-        return weights.path.with_name(f"{weights.path.name}.int8.json")
+        path = weights.path.resolve()
+        return path.with_name(f"{path.name}.int8.json")
 
     @classmethod
     def read(cls, file: Path) -> Self:

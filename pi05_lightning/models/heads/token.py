@@ -119,7 +119,7 @@ def generate(
         if forced is not None and step < len(forced):
             token = forced[step].expand(rows)
         else:
-            logits = linear(hidden, backbone.embed_tokens.weight).float()
+            logits = backbone.logits(hidden)
             if allowed is not None:
                 logits = logits.masked_fill(~allowed(_stack(tokens, rows, device), step), -torch.inf)
             token = _choose(logits, alive, temperature, generator)
