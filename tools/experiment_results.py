@@ -118,9 +118,14 @@ def plot(arms: Arms, recipe: Recipe) -> Figure:
     shares, beside = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, (arm, _, values) in enumerate(rows):
         dots(shares, values, place, names.index(arm))
-    for same in {recipe.dashed(result) for found in results.values() for result in found} - {None}:
+    dashed = {recipe.dashed(result) for found in results.values() for result in found} - {None}
+    for same in dashed:
         shares.axvline(same, color="#444444", linestyle="--", linewidth=1)
-    shares.set(xlim=(0, 1.02), ylim=(len(rows) - 0.5, -0.5), xlabel="success (dashed: mean trajectory)")
+    shares.set(
+        xlim=(0, 1.02),
+        ylim=(len(rows) - 0.5, -0.5),
+        xlabel="success (dashed: mean trajectory)" if dashed else "success",
+    )
     shares.set_yticks(range(len(rows)), [f"{number(arm)}, {heading}" for arm, heading, _ in rows])
     heading, (measure, _) = next(iter(recipe.numbers.items()))
     measured = [[value for result in found if (value := measure(result)) is not None] for found in results.values()]
