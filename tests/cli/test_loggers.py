@@ -46,7 +46,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory, config: Path) -> Path:
 
 def losses(logged: Path) -> np.ndarray:
     """Of the steps, as TensorBoard has them."""
-    events = EventAccumulator(str(logged / "runs/tensorboard"))
+    events = EventAccumulator(str(logged / "runs/tensorboard/version_0"))
     events.Reload()
     found = events.Scalars(LOSS)
     assert [event.step for event in found] == list(range(STEPS))
@@ -59,7 +59,7 @@ def test_guide_has_a_line_for_each() -> None:
 
 @pytest.mark.slow
 def test_csv_has_the_losses(logged: Path) -> None:
-    with (logged / "runs/csv/metrics.csv").open() as file:
+    with (logged / "runs/csv/version_0/metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get(LOSS)]
     np.testing.assert_allclose([float(row[LOSS]) for row in rows], losses(logged), rtol=1e-6)
 
