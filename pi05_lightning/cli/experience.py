@@ -20,7 +20,7 @@ from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.evaluation.report.plots import COLORS, as_svg
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
-from pi05_lightning.experience.labelling import check_shares, labels_path
+from pi05_lightning.experience.labelling import check_shares, labels_path, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
@@ -243,21 +243,7 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     if plan.made_before:
         datasets(plan.made_before, plan.demonstrations[:1])
         later = [plan.out / "recap" / f"attempts_{number}" / "robot" for number in range(2, plan.rounds + 1)]
-        check_labels([*plan.made_before, *map(str, later)])
-    for path in plan.made_before:
-        Tries.read(path)
-
-
-def check_labels(attempts: Sequence[str]) -> None:
-    """ValueError for datasets whose labels would be files of one name."""
-    found: dict[Path, str] = {}
-    for path in attempts:
-        labels = labels_path(Path(path), Path())
-        if labels in found:
-            raise ValueError(
-                f"attempts: the labels of {found[labels]} and {path} would both be {labels}: rename a folder"
-            )
-        found[labels] = path
+        labels_paths([*map(Path, plan.made_before), *later], plan.out)
 
 
 def simulator_of(env: str) -> EnvironmentConfig:

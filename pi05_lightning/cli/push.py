@@ -118,8 +118,6 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
     processor = weights.processor()
     robots = processor.robots
     keep_robot(processor, robot)
-    (*_, kept) = processor.acting
-    others = {name for name, of in robots.items() if (of.same_as or name) != kept} if robot is not None else set()
     sections: dict[str, str] = {}
     results: list[EvalResult] = []
     begun = None
@@ -132,8 +130,8 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
         if run.success and run.rollout.get("sha256") != published:
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
             run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
-        if others:
-            run = of_the_robot(run, kept, others)
+        if robot is not None:
+            run = of_the_robot(run, robot, {name for name, of in robots.items() if (of.same_as or name) != robot})
         films = {film.name: film for film in run.videos}
         if films:
             (folder / FILMS).mkdir()
@@ -147,6 +145,8 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
 
 def of_the_robot(run: Run, robot: str, others: set[str]) -> Run:
     """What a run measured of one of its robots.  others: sources that are other robots; means over all are left out."""
+    if not others:
+        return run
     acted = {acting.get("robot") for acting in run.acting.values()}
     if run.success and not acted <= {robot, None}:
         print(f"{ROLLOUT} is of the robot {', '.join(map(str, acted))}, so success and films are left out")
@@ -197,11 +197,8 @@ def data(run: Run) -> str:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in run.provenance.get("versions", {}).items())
     made = f"Made with {versions}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
-    return (
-        made + table(("source and modality", "dataset", "samples to train on", "to validate on"), rows)
-        if rows
-        else made
-    )
+    heads = ("source and modality", "dataset", "samples to train on", "to validate on")
+    return made + table(heads, rows) if rows else made
 
 
 def success(run: Run) -> str:
@@ -278,7 +275,8 @@ def lerobot_dataset(source: Path, folder: Path, repo: str, licence: Licence) -> 
         write_json(folder / PROVENANCE, about)
     is_new = not (folder / CARD).exists()
     if is_new:
-        card: RepoCard = create_lerobot_dataset_card(["pi05_lightning"], load_info(source), repo_id=repo)
+        shown = licence.name or licence.id
+        card: RepoCard = create_lerobot_dataset_card(["pi05_lightning"], load_info(source), license=shown, repo_id=repo)
     else:
         card = RepoCard.load(folder / CARD, ignore_metadata_errors=True)
     if is_new or licence.metadata:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.experience.calibration import film, histograms
-from pi05_lightning.experience.labelling import Judged, judge, labels_path
+from pi05_lightning.experience.labelling import Judged, judge, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.value import ValueFunction, datasets
@@ -54,9 +54,7 @@ def value_label(
         )
     reading = Reading.of(value)
     n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
-    paths = [labels_path(one.files.root, out) for one in tried]
-    if twice := next((path for path in paths if paths.count(path) > 1), None):
-        raise ValueError(f"out: the labels of two datasets would both be {twice}: leave out --out, or label them apart")
+    paths = labels_paths([one.files.root for one in tried], out)
     for dataset in tried:
         dataset.scale(judge_of.longest)  # an unknown task shows before the values are computed
     values = [judge_of.everywhere(one, reading.options(one.path, tried[0].path, one.collected)) for one in tried]

@@ -77,6 +77,18 @@ def judge(
     return judged, thresholds
 
 
+def labels_paths(roots: Sequence[Path], out: Path | None) -> list[Path]:
+    """Where the labels of several datasets go. ValueError where those of two would be one file."""
+    found: dict[Path, Path] = {}
+    for root in roots:
+        other = found.setdefault(labels_path(root, out), root)
+        if other is not root:
+            raise ValueError(
+                f"the labels of {other} and {root} would both be {labels_path(root, out)}: rename a folder of theirs"
+            )
+    return list(found)
+
+
 def labels_path(root: Path, out: Path | None) -> Path:
     """Where a dataset's labels go: beside it, or into a folder under its name and that of the folder it is in."""
     if out is None:

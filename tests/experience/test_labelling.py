@@ -17,7 +17,7 @@ from pi05_lightning.data.attempts import PROVENANCE, Attempts
 from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
-from pi05_lightning.experience.labelling import judge, labels_path
+from pi05_lightning.experience.labelling import judge, labels_path, labels_paths
 from pi05_lightning.experience.rounds import Tries
 from pi05_lightning.experience.value import Tried, datasets, longest_of
 from pi05_lightning.files.local import read_json, write_json
@@ -117,6 +117,12 @@ def test_shares_that_are_none_are_refused(tried: Tried, shares: dict[str, float]
 def test_labels_go_beside_the_dataset_or_into_a_folder(tried: Tried, tmp_path: Path) -> None:
     assert labels_path(tried.files.root, None) == tmp_path / "tries.labels.parquet"
     assert labels_path(tried.files.root, Path("out")) == Path("out", f"{tmp_path.name}-tries.labels.parquet")
+
+
+def test_labels_of_two_datasets_need_two_names() -> None:
+    assert labels_paths([Path("a/robot"), Path("b/robot")], Path("out"))[1] == Path("out/b-robot.labels.parquet")
+    with pytest.raises(ValueError, match="the labels of a/b/robot and c/b/robot would both be out/b-robot"):
+        labels_paths([Path("a/b/robot"), Path("c/b/robot")], Path("out"))
 
 
 def test_datasets_are_named_once_and_not_none() -> None:

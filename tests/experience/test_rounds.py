@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pi05_lightning.cli import value_fit
-from pi05_lightning.cli.experience import Rounds, check_labels, experience, parts, rounds_of, write_results
+from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
@@ -151,12 +151,12 @@ def test_wrong_option_shows_before_anything_runs(
 
 
 def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_runs(
-    tmp_path: Path, videos: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Rounds, tmp_path: Path, videos: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     recorded, policy = (str(videos),), tmp_path / "none"
     with pytest.raises(ValueError, match="nothing says whether episode 0 succeeded"):
-        experience(tmp_path / "out", policy=policy, demonstrations=(str(pictures),), attempts=recorded)
+        parts(replace(plan, made_before=recorded), Reading(), ["recap"])
     same = (str(videos), str(videos.parent / "." / videos.name))
     with pytest.raises(ValueError, match="is named more than once"):
         experience(tmp_path / "out", policy=policy, demonstrations=(str(pictures),), attempts=same)
@@ -170,12 +170,6 @@ def test_attempts_that_no_command_of_ours_made_are_read_as_the_policys_demonstra
         found = configuration("successes", tmp_path, reading, [read["path"]], tries, TRAINING)
         options = found["data"]["sources"]["successes_0"]["init_args"]
         assert ("cameras" in options, "state_keys" in options) == (not collected, not collected)
-
-
-def test_labels_of_two_datasets_need_two_names() -> None:
-    check_labels(["a/robot", "b/robot"])
-    with pytest.raises(ValueError, match="the labels of a/b/robot and c/b/robot would both be b-robot"):
-        check_labels(["a/b/robot", "c/b/robot"])
 
 
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:

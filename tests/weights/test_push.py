@@ -357,7 +357,9 @@ def test_recorded_dataset_goes_whole_under_lerobots_tag(hub: Hub, pictures: Path
     assert json.loads((source / "meta" / "pi05_collect.json").read_text())["policy"] == "/secret/place/fit"
     assert all(files[name] == (pictures / name).read_bytes() for name in names)
     assert hub.tags[DATA] == {"v3.0"}
-    assert "license: cc-by-4.0" in files["README.md"].decode()
+    card = files["README.md"].decode()
+    assert "license: cc-by-4.0" in card
+    assert "**License:** cc-by-4.0" in card
 
 
 def test_images_with_text_go_as_parquet(hub: Hub, tmp_path: Path) -> None:
