@@ -18,7 +18,7 @@ from pi05_lightning.files.local import first_line
 
 PARAMS, TRAIN_STATE = "params", "train_state"
 """Folders of a checkpoint: what it is used with (the average if there is one), and what training goes on with."""
-WRITTEN = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
+WRITTEN = ("_METADATA", "manifest.ocdbt")
 """Files that Orbax writes into each folder, of which a broken download may lack some."""
 LORA_A, LORA_B = "lora_a", "lora_b"
 
@@ -200,8 +200,8 @@ class OrbaxParams:
         except Exception as error:  # whatever Orbax and what is below it think of damaged files
             raise ValueError(f"{place} cannot be read by Orbax ({first_line(error)}): copy it again, whole") from error
         if found is None:
-            absent = ", ".join(name for name in WRITTEN if not (place / name).is_file()) or "files of it"
-            raise ValueError(f"{place} cannot be read by Orbax, as {absent} is missing: copy it again, whole")
+            absent = next((name for name in WRITTEN if not (place / name).is_file()), "some of its files")
+            raise ValueError(f"{place} cannot be read by Orbax, as it lacks {absent}: copy it again, whole")
         return found.tree
 
     def on_meta(self) -> dict[str, Tensor]:
