@@ -97,11 +97,12 @@ def test_page_says_how_success_was_measured(page: str) -> None:
 
 
 def test_page_says_of_which_weights_the_metrics_are_and_whether_others_were_rolled_out(run: Path) -> None:
-    measured = {"checkpoint": "checkpoints/last.ckpt", "sha256": "c0ffee" * 10, "step": 90}
+    measured = {"checkpoint": "checkpoints/last.ckpt", "sha256": "c0ffee" * 10, "step": 123}
     for sha256, others in (("c0ffee" * 10, False), ("beef" * 15, True)):
         (run / "measured.json").write_text(json.dumps(measured | {"sha256": sha256}))
         page = report(run).read_text(encoding="utf-8")
-        assert "at step 90" in page.partition('id="metrics"')[2]
+        assert "at step 123" in page.partition('id="metrics"')[2]
+        assert "123 steps" in page.partition('id="glance"')[0]
         assert ("These are of other weights" in page) is others
 
 

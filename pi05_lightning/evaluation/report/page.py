@@ -119,8 +119,10 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
     """One line: which steps, on which data, from which commit."""
     found = facts(run, switches)
     sources = run.config.get("data", {}).get("sources", {})
+    # not every step is logged, and the weights that were measured may be of a later one
+    steps = max(found.get("last logged step", -1) + 1, run.measured.get("step") or 0)
     parts = [
-        f"{found['last logged step'] + 1} steps" if "last logged step" in found else "",
+        f"{steps} steps" if steps else "",
         f"next stage from {found['next stage from step']}" if switches else "",
         f"data: {', '.join(sources)}" if sources else "",
         f"seed {found['seed']}" if "seed" in found else "",
