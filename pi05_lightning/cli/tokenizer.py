@@ -120,7 +120,9 @@ def read_datasets(
     """Chunks of every dataset by its name, several read at a time."""
     with ThreadPoolExecutor() as pool:  # most of it is in libraries that let go of the interpreter
         read = partial(read_chunks, horizon=horizon, max_chunks=max_chunks)
-        each = track(pool.map(read, sources.values()), "reading", len(sources), console=console, transient=True)
+        robots = [_robot_of(name, sources) for name in sources]
+        chunks = pool.map(read, sources.values(), robots)
+        each = track(chunks, "reading", len(sources), console=console, transient=True)
         return dict(zip(sources, each, strict=True))
 
 
@@ -147,6 +149,14 @@ def sources_of(paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Le
     if not found:
         raise ValueError(f"{', '.join(paths)}: no LeRobotConfig with actions under data.sources")
     return found
+
+
+def _robot_of(name: str, sources: Mapping[str, LeRobotConfig]) -> LeRobotConfig | None:
+    """The source whose statistics this one shares; None where they are its own. ValueError where there is none."""
+    other = sources[name].same_robot_as
+    if other is not None and (other not in sources or sources[other].same_robot_as is not None):
+        raise ValueError(f"data.sources.{name}: same_robot_as {other!r} names no source with actions of its own")
+    return sources[other] if other is not None else None
 
 
 def _of_actions(config: LeRobotConfig) -> LeRobotConfig:

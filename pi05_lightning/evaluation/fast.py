@@ -40,15 +40,23 @@ class Quality:
     """Share of the DCT coefficients that the vocabulary spells; the others are clipped."""
 
 
-def read_chunks(config: LeRobotConfig, horizon: int, max_chunks: int) -> dict[Split, Chunks]:
-    """At most `max_chunks` chunks of each split, evenly spaced, normalised by the training split's statistics.
+def read_chunks(
+    config: LeRobotConfig, of_robot: LeRobotConfig | None, horizon: int, max_chunks: int
+) -> dict[Split, Chunks]:
+    """At most `max_chunks` chunks of each split, evenly spaced, normalised as in training.
 
-    ValueError for a dataset without actions, and for what `LeRobotSource` rejects, values beyond all
-    statistics among it.
+    Statistics are those of the training split: of `of_robot`'s, which `same_robot_as` names, or else of the dataset's
+    own. ValueError for a dataset without actions, and for what `LeRobotSource` rejects, values beyond all statistics
+    among it.
     """
-    part = partial(LeRobotSource, config, Path(config.path).name, horizon=horizon, image_size=(0, 0))
+    of_name = partial(LeRobotSource, horizon=horizon, image_size=(0, 0))
+    part = partial(of_name, config, Path(config.path).name)
     train, val = part(split="train"), part(split="val")
-    robot = train.checked_robot()
+    if of_robot is None:
+        robot = train.checked_robot()
+    else:
+        robot = of_name(of_robot, Path(of_robot.path).name, split="train").checked_robot()
+        train.check(robot)
     val.check(robot)
     if robot is None or not robot.acts:
         raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")

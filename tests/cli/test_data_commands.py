@@ -129,6 +129,34 @@ def test_mistake_in_a_runs_source_is_named(init_args: dict, named: str, tmp_path
         main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path)])
 
 
+def sources_of_one_robot(path: Path, other: Path, shared: str) -> dict:
+    keys = {"action_keys": ["observation.state"], "val_fraction": 0.2}
+    configs = {"robot": {"path": str(path), **keys}, "more": {"path": str(other), **keys, "same_robot_as": shared}}
+    path_of_class = "pi05_lightning.data.sources.lerobot.LeRobotConfig"
+    return {name: {"class_path": path_of_class, "init_args": config} for name, config in configs.items()}
+
+
+def test_tokenizer_normalises_by_the_robot_that_a_source_shares(
+    pictures: Path, pictures_copy: Path, tmp_path: Path
+) -> None:
+    """As in training: half the movement is half of the normalised range, too."""
+    values = pq.read_table(data_file(pictures_copy))["observation.state"].to_pylist()
+    rewrite(data_file(pictures_copy), **{"observation.state": [[value / 2 for value in row] for row in values]})
+    sources = sources_of_one_robot(pictures, pictures_copy, "robot")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
+    main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path), "--horizon", "4"])
+    own, shared = json.loads((tmp_path / "report.json").read_text())["datasets"]
+    span = np.array(own["rmse_real"]) / own["rmse"]
+    np.testing.assert_allclose(np.array(shared["rmse_real"]) / shared["rmse"], span, rtol=1e-6)
+
+
+def test_tokenizer_refuses_a_source_that_shares_no_robot(pictures: Path, tmp_path: Path) -> None:
+    sources = sources_of_one_robot(pictures, pictures, "arm")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
+    with pytest.raises(SystemExit, match=r"data\.sources\.more: same_robot_as 'arm' names no source"):
+        main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path)])
+
+
 def test_too_large_an_error_fails_and_writes_no_tokenizer(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,8 +113,8 @@ def test_a_fast_tokenizer_is_fitted_on_what_is_trained_on(long: Path) -> None:
     break_sensor(long, key="action", row=500)
     config = LeRobotConfig(str(long), cameras={}, val_fraction=0)
     with pytest.raises(BadSample, match=r"episode 1, frame 20, action: dimension 0 of its action is"):
-        read_chunks(config, HORIZON, 10**6)
-    chunks = read_chunks(replace(config, on_bad_sample="skip"), HORIZON, 10**6)["train"].actions
+        read_chunks(config, None, HORIZON, 10**6)
+    chunks = read_chunks(replace(config, on_bad_sample="skip"), None, HORIZON, 10**6)["train"].actions
     assert len(chunks) == 40 * sum(LENGTHS) - HORIZON
     assert np.abs(chunks).max() < 1e3
 
