@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ def test_table_of_tasks_adds_up_the_seeds(gathered: Path) -> None:
     assert list(experiment_results.task_table(arms, METAWORLD))[-1] == "| reach-v3 | 18/20 | 12/20 | 6/20 |"
 
 
+def test_a_recipe_shows_the_means_of_all_that_differ_from_it(gathered: Path, tmp_path: Path) -> None:
+    for name in ("012_whole", "012a_without", "012b_not_run"):
+        (gathered.parent / name).mkdir()
+        (gathered.parent / name / "README.md").write_text("<!-- TABLES -->\n<!-- /TABLES -->\n")
+    whole = replace(METAWORLD, name="012_whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment_recipes, "RECIPES", (METAWORLD, whole))
+        for name, policy in {"012a_without": 5, "012_whole": 9}.items():
+            write_run(tmp_path / "runs" / name / "seed0", policy=policy, flat=6, error=0.1, seconds=100)
+            experiment_results.gather(name, tmp_path / "runs")
+    rows = [line.split(" | ")[:3] for line in (gathered.parent / "012_whole" / "README.md").read_text().splitlines()]
+    assert ["| 012 whole", "1", "0.900"] in rows
+    assert ["| 012a without", "1", "0.500"] in rows
+    assert "012b" not in (gathered.parent / "012_whole" / "README.md").read_text()
+
+
 def test_tables_replace_those_in_the_readme(gathered: Path) -> None:
     text = (gathered / "README.md").read_text()
     assert "| reach-v3 | 18/20 |" in text
@@ -116,20 +133,18 @@ def test_unknown_experiment_is_told_the_known_ones() -> None:
         experiment.experiment("000_nothing")
 
 
-def test_number_says_which_recipe_an_experiment_differs_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert recipe_of("009a_without_language") is recipe_of("009_desk") is DESK
+def test_number_says_which_recipe_an_experiment_differs_from() -> None:
+    assert recipe_of("009_desk") is DESK
+    assert recipe_of("012a_without_stage_1").name == "012_desk_ablations"
     assert recipe_of("002_without_stage_1") is METAWORLD
     assert experiment.configs("002_without_stage_1")[1:] == [
         "experiments/001_metaworld/config.yaml",
         "experiments/002_without_stage_1/config.yaml",
     ]
-    other = tmp_path / "experiments" / "009a_without_language" / "config.yaml"
-    other.parent.mkdir(parents=True)
-    other.touch()
-    monkeypatch.setattr(experiment, "EXPERIMENTS", other.parents[1])
-    assert experiment.configs("009a_without_language") == [
+    assert experiment.configs("012a_without_stage_1") == [
         "configs/desk.yaml",
-        "experiments/009a_without_language/config.yaml",
+        "experiments/012_desk_ablations/config.yaml",
+        "experiments/012a_without_stage_1/config.yaml",
     ]
 
 

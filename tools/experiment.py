@@ -1,9 +1,9 @@
 """Runs an experiment with several training seeds, and gathers what they came to beside the recipe that it differs from.
 
 An experiment is a folder under experiments/: a config.yaml, which says how it differs from its recipe, or a run.py with
-the commands data, train and rollout. Its recipe is the one of its number in tools/experiment_recipes.py, as 009_desk is
-of 009a_without_language, and else 001. Data and FAST tokenizer are those of a demo. What is done is not done again: an
-interrupted experiment goes on where it was, and one that is done is only gathered anew.
+the commands data, train and rollout. Its recipe is the one of its number in tools/experiment_recipes.py, as
+012_desk_ablations is of 012a_without_stage_1, and else 001. Data and FAST tokenizer are those of a demo. What is done
+is not done again: an interrupted experiment goes on where it was, and one that is done is only gathered anew.
 """
 
 from __future__ import annotations

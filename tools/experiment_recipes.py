@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ Measure = Callable[[Result], float | None]
 class Recipe:
     """An experiment that others differ from.
 
-    name      of its folder, whose number those begin with that differ from it: 009a_… from 009_…
+    name      of its folder, whose number those begin with that differ from it: 012a_… from 012_…
     base      the configurations that it goes on from, in order
     demo      where a demo of its scene has its data and its tokenizer, and the command that makes it
     parts     {name: arguments of `pi05`}, in order, after the training and its validation; {run}, {data} and {seed}
@@ -150,6 +150,20 @@ DESK = Recipe(
     },
     dashed=success("mean_replay"),
 )
+_ABLATED = ("rollout", "several")  # of the desk's rollouts
+DESK_ABLATIONS = replace(
+    DESK,
+    name="012_desk_ablations",
+    parts={
+        "rollout": _at_desk(
+            *("rollout", INSTRUCTIONS, "--modes", "[policy]", "--episodes", "8"),
+            *("--instructions", "[right,swapped,paraphrased,empty]"),
+        ),
+        "several": _at_desk("several", SEVERAL_STEPS, "--modes", "[policy,flat]", "--episodes", "8"),
+    },
+    rollouts={name: DESK.rollouts[name] for name in _ABLATED},
+    numbers={heading: number for heading, number in DESK.numbers.items() if "in a row" not in heading},
+)
 
 
 _WINDOW = ("--tasks", "[window-open-v3]", "--max_seconds", "2.5")
@@ -240,7 +254,7 @@ SAMPLING = Recipe(
     numbers={"per minute, 10 steps": (per_minute("10 steps"), 1), "per minute, 2 steps": (per_minute("2 steps"), 1)},
     modes={(heading, "policy"): heading for heading in _STEPS},
 )
-RECIPES = (METAWORLD, DESK, EXPERIENCE, SAMPLING)
+RECIPES = (METAWORLD, DESK, EXPERIENCE, SAMPLING, DESK_ABLATIONS)
 
 
 def recipe_of(name: str) -> Recipe:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pi05_lightning.evaluation.report.plots import COLORS
 from pi05_lightning.files.local import read_json, write_json, write_text
 from tools import experiment_recipes
-from tools.experiment_recipes import Recipe, Result, recipe_of
+from tools.experiment_recipes import Measure, Recipe, Result, recipe_of
 
 METRICS = ("flow_loss", "action_mae")  # that validation has of robot/continuous_robot_actions
 MEASURED = ("success", "per_minute", "swapped", "chains")  # of a rollout
@@ -28,10 +28,12 @@ def gather(name: str, out: Path) -> None:
     runs = sorted(run for run in (out / name).glob("seed*") if run.is_dir())
     results = {run.name.removeprefix("seed"): read_result(run, recipe) for run in runs}
     write_json(folder / name / "results.json", {seed: result for seed, result in results.items() if result})
-    arms = {arm: read_json(folder / arm / "results.json", default={}) for arm in dict.fromkeys((recipe.name, name))}
-    arms = {arm: found for arm, found in arms.items() if found}
+    variants = sorted(path.name for path in folder.glob(f"{recipe.name[:3]}[a-z]_*")) if name == recipe.name else []
+    names = dict.fromkeys((recipe.name, name, *variants))
+    arms = {arm: found for arm in names if (found := read_json(folder / arm / "results.json", default={}))}
     plot(arms, recipe).savefig(folder / name / "plot.png", dpi=120)
-    tables = "\n".join([*seed_table(arms, recipe), "", *task_table(arms, recipe)])
+    lines = mean_table(arms, recipe) if variants else (*seed_table(arms, recipe), "", *task_table(arms, recipe))
+    tables = "\n".join(lines)
     print(tables)
     fill(folder / name / "README.md", f"{tables}\n\n![What was measured, per seed](plot.png)")
 
@@ -57,9 +59,24 @@ def read_result(run: Path, recipe: Recipe) -> Result:
     }
 
 
+def columns_of(recipe: Recipe) -> dict[str, tuple[Measure, int]]:
+    """What a recipe is judged by, and how many digits of it are shown."""
+    return {**{heading: (measure, 3) for heading, measure in recipe.shares.items()}, **recipe.numbers}
+
+
+def mean_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
+    """A row per experiment: means ± standard deviations of its seeds."""
+    columns = columns_of(recipe)
+    yield f"| experiment | training seeds | {' | '.join(columns)} |"
+    yield f"|---|---|{'---|' * len(columns)}"
+    for arm, results in arms.items():
+        cells = (shown([value(r) for r in results.values()], digits) for value, digits in columns.values())
+        yield f"| {arm.replace('_', ' ')} | {len(results)} | {' | '.join(cells)} |"
+
+
 def seed_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
     """A row per experiment and seed, and one of each experiment's means ± standard deviations."""
-    columns = {**{heading: (measure, 3) for heading, measure in recipe.shares.items()}, **recipe.numbers}
+    columns = columns_of(recipe)
     yield f"| experiment | training seed | {' | '.join(columns)} |"
     yield f"|---|---|{'---|' * len(columns)}"
     for arm, results in arms.items():
@@ -139,5 +156,5 @@ def plot(arms: Arms, recipe: Recipe) -> Figure:
 
 def dots(axes: Axes, values: Sequence[float], place: int, color: int) -> None:
     if values:
-        axes.plot(values, [place] * len(values), "o", color=COLORS[color], alpha=0.7)
-        axes.vlines(fmean(values), place - 0.3, place + 0.3, color=COLORS[color], linewidth=2)
+        axes.plot(values, [place] * len(values), "o", color=COLORS[color % len(COLORS)], alpha=0.7)
+        axes.vlines(fmean(values), place - 0.3, place + 0.3, color=COLORS[color % len(COLORS)], linewidth=2)
