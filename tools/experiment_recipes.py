@@ -182,8 +182,11 @@ _OTHERWISE = {
 }
 
 
-def _rounds(name: str, *options: str) -> tuple[str, ...]:
-    attempts = ("--episodes", "80", "--attempt_seconds", "4", "--corrections", "8", "--test_episodes", "200")
+def _rounds(name: str, *options: str, episodes: int = 80) -> tuple[str, ...]:
+    attempts = (
+        *("--episodes", str(episodes), "--attempt_seconds", "4", "--corrections", "8"),
+        *("--test_episodes", "200"),
+    )
     of_seed = ("--policy", "{run}", "--demonstrations", "[{data}/robot]", "--seed", "{seed}")
     return ("experience", f"{{run}}/{name}", *of_seed, *attempts, *_WINDOW, *options)
 
@@ -192,17 +195,30 @@ def _folder(heading: str) -> str:
     return heading.replace(" %", "").replace(" ", "_")
 
 
-_ATTEMPTS_OF_RECAP = "[{run}/rounds/attempts_1/robot,{run}/rounds/recap/attempts_2/robot]"
-_SAME_ATTEMPTS = {  # as RECAP 2 learned from
+def _learned_after(rounds: str, heading: str = "") -> dict[str, str]:
+    """{heading: rollout} of RECAP and DAgger after each round."""
+    methods = {"RECAP": "recap", "DAgger": "dagger"}
+    return {
+        f"{method} {number}{heading}": f"{rounds}/{folder}/round_{number}/rollout/rollout.json"
+        for method, folder in methods.items()
+        for number in (1, 2)
+    }
+
+
+def _attempts_of_recap(rounds: str) -> str:
+    return f"[{{run}}/{rounds}/attempts_1/robot,{{run}}/{rounds}/recap/attempts_2/robot]"
+
+
+_ROUNDS = {
+    "base": "rounds/base/rollout.json",
+    **_learned_after("rounds"),
+    **{f"successes {number}": f"rounds/successes/round_{number}/rollout/rollout.json" for number in (1, 2)},
+    "demonstrations": "rounds/demonstrations/round_1/rollout/rollout.json",
+    # with what RECAP 2 learned from
     "DAgger, same attempts": "same_attempts/dagger/round_1/rollout/rollout.json",
     "successes, same attempts": "same_attempts/successes/round_1/rollout/rollout.json",
-}
-_ROUNDS = {
-    "base": "base",
-    **{f"RECAP {number}": f"recap/round_{number}/rollout" for number in (1, 2)},
-    **{f"DAgger {number}": f"dagger/round_{number}/rollout" for number in (1, 2)},
-    **{f"successes {number}": f"successes/round_{number}/rollout" for number in (1, 2)},
-    "demonstrations": "demonstrations/round_1/rollout",
+    **_learned_after("forty", ", 40 attempts"),
+    "DAgger, same 40 attempts": "forty_same/dagger/round_1/rollout/rollout.json",
 }
 EXPERIENCE = Recipe(
     "010_experience",
@@ -213,7 +229,13 @@ EXPERIENCE = Recipe(
     parts={
         "rounds": _rounds("rounds", "--methods", "[recap,dagger,successes,demonstrations]"),
         "same_attempts": _rounds(
-            *("same_attempts", "--methods", "[dagger,successes]", "--rounds", "1", "--attempts", _ATTEMPTS_OF_RECAP)
+            *("same_attempts", "--methods", "[dagger,successes]", "--rounds", "1"),
+            *("--attempts", _attempts_of_recap("rounds")),
+        ),
+        "forty": _rounds("forty", "--methods", "[recap,dagger]", episodes=40),
+        "forty_same": _rounds(
+            *("forty_same", "--methods", "[dagger]", "--rounds", "1", "--attempts", _attempts_of_recap("forty")),
+            episodes=40,
         ),
         **{_folder(told): _rolled_out(_folder(told), _LEARNED, *_TRIED, *how) for told, how in _TOLD.items()},
         **{
@@ -222,17 +244,16 @@ EXPERIENCE = Recipe(
         },
     },
     rollouts={
-        **{heading: f"rounds/{folder}/rollout.json" for heading, folder in _ROUNDS.items()},
-        **_SAME_ATTEMPTS,
+        **_ROUNDS,
         **{told: f"{_folder(told)}/rollout.json" for told in _TOLD},
         **{other: f"{_folder(other)}/recap/round_1/rollout/rollout.json" for other in _OTHERWISE},
     },
-    shares={heading: success("policy", heading) for heading in (*_ROUNDS, *_SAME_ATTEMPTS)},
+    shares={heading: success("policy", heading) for heading in _ROUNDS},
     numbers={
         "RECAP 2, per minute": (per_minute("RECAP 2"), 1),
         "DAgger 2, per minute": (per_minute("DAgger 2"), 1),
     },
-    modes={(rollout, "policy"): rollout for rollout in (*_ROUNDS, *_SAME_ATTEMPTS, *_TOLD, *_OTHERWISE)},
+    modes={(rollout, "policy"): rollout for rollout in (*_ROUNDS, *_TOLD, *_OTHERWISE)},
 )
 _STEPS = {f"{number} steps" if number > 1 else "1 step": number for number in (1, 2, 5, 10, 20)}
 SAMPLING = Recipe(
