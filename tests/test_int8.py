@@ -65,6 +65,10 @@ def choice_of(folder: Path) -> Path:
     return folder.with_name("policy.int8.json")
 
 
+def choices_of(folder: Path) -> list[dict]:
+    return json.loads(choice_of(folder).read_text())["choices"]
+
+
 def chunks_of(policy: Pi05Policy) -> np.ndarray:
     """Of frames that the choice was not made on among others, as shares of the actions' ranges."""
     config = policy.model.config
@@ -102,7 +106,7 @@ def test_bf16_goes_in_and_comes_out() -> None:
 def test_an_int8_policy_acts_as_the_plain_one(folder: Path) -> None:
     before = {file.name for file in folder.iterdir()}
     plain, policy = Pi05Policy(folder), Pi05Policy(folder, dtype="int8")
-    choice = json.loads(choice_of(folder).read_text())
+    (choice,) = choices_of(folder)
     assert choice["action_error"] <= MAX_ACTION_ERROR
     assert int8_layers(policy) == {*linear_layers(plain.model), UNEMBEDDING} - {*choice["kept"]}
     assert len(int8_layers(policy)) > len(choice["errors"]) / 2
@@ -118,8 +122,8 @@ def test_the_choice_is_read_again_and_done_as_it_says(folder: Path) -> None:
     before = file.stat().st_mtime_ns
     np.testing.assert_array_equal(chunks_of(Pi05Policy(folder, dtype="int8")), first)
     assert file.stat().st_mtime_ns == before
-    choice = json.loads(file.read_text())
-    file.write_text(json.dumps(choice | {"kept": [*choice["kept"], LAYER]}))
+    (choice,) = choices_of(folder)
+    file.write_text(json.dumps({"choices": [choice | {"kept": [*choice["kept"], LAYER]}]}))
     policy = Pi05Policy(folder, dtype="int8")
     assert int8_layers(policy) == choice["errors"].keys() - {*choice["kept"], LAYER}
     assert isinstance(policy.model.get_submodule(LAYER), Linear)
@@ -144,7 +148,7 @@ def test_what_it_says_stays_the_same(videos: Path, tmp_path: Path) -> None:
     frames = made_up_frames(policy)
     subtasks = policy.predict_subtasks(frames)
     choice = choose(policy, frames)
-    assert (choice.robot, choice.actions, choice.hierarchical) == ("robot", "flow", True)
+    assert choice.way == ("robot", "flow", True)
     assert policy.predict_subtasks(frames) == subtasks
 
 
@@ -153,7 +157,7 @@ def test_actions_of_fast_tokens_stay_the_same(videos: Path, tmp_path: Path) -> N
     frames = recorded_frames(policy, None, 6)
     chunks = [policy.predict_chunks([frame], [None]) for frame in frames]
     choice = choose(policy, frames)
-    assert (choice.actions, choice.hierarchical) == ("fast", False)
+    assert choice.way == ("robot", "fast", False)
     for frame, chunk in zip(frames, chunks, strict=True):
         np.testing.assert_array_equal(policy.predict_chunks([frame], [None]), chunk)
 
@@ -190,16 +194,24 @@ def test_without_frames_nothing_is_chosen(videos: Path, tmp_path: Path) -> None:
         choose(speaking(videos, tmp_path, Acting()), [])
 
 
-def test_a_choice_for_acting_otherwise_or_of_other_weights_is_made_anew(videos: Path, folder: Path) -> None:
-    file = choice_of(folder)
+def test_a_choice_of_other_weights_is_made_anew(videos: Path, folder: Path) -> None:
     Pi05Policy(folder, dtype="int8")
-    first = json.loads(file.read_text())
-    file.write_text(json.dumps(first | {"robot": "another", "kept": []}))
-    Pi05Policy(folder, dtype="int8")
-    assert json.loads(file.read_text()) == first
+    (first,) = choices_of(folder)
     save_policy(videos, folder, seed=1)
     Pi05Policy(folder, dtype="int8")
-    assert json.loads(file.read_text())["fingerprint"] != first["fingerprint"]
+    (second,) = choices_of(folder)
+    assert second["fingerprint"] != first["fingerprint"]
+
+
+def test_each_way_of_acting_has_a_choice_of_its_own(folder: Path) -> None:
+    speaking = Pi05Policy(folder, dtype="int8")
+    (first,) = choices_of(folder)
+    silent = Pi05Policy(folder, dtype="int8", hierarchical=False)
+    both = choices_of(folder)
+    assert both[0] == first
+    assert [choice["way"] for choice in both] == [["robot", "flow", True], ["robot", "flow", False]]
+    for policy, choice in zip((speaking, silent), both, strict=True):
+        assert int8_layers(policy) == choice["errors"].keys() - {*choice["kept"]}
 
 
 def test_a_choice_of_the_working_folder_is_beside_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.int8 import Choice, Fingerprint, int8_model
+from pi05_lightning.weights.int8 import Choice, Fingerprint, Way, int8_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,13 @@ def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     """
     check_int8()
     processor, file = weights.processor(), Choice.file(weights)
-    how = Acting(
-        robot=processor.acting_as(acting.robot),
-        actions=acting.actions,
-        hierarchical=says_subtasks(acting, processor, weights.trained),
-        max_state_distance=None,
-    )
-    model = _as_chosen(weights, Choice.read(file), how) if file.is_file() else None
+    way = Way(processor.acting_as(acting.robot), acting.actions, says_subtasks(acting, processor, weights.trained))
+    choice = Choice.read(file).get(way)
+    model = _as_chosen(weights, choice) if choice is not None else None
     if model is not None:
         return model
     logger.info("measuring which layers can compute in 8 bits")
+    how = Acting(**way._asdict(), max_state_distance=None)
     policy = Inference(weights.model(REST), processor, how, trained=weights.trained)
     choice = choose(policy, [*recorded_frames(policy, None, RECORDED), *made_up_frames(policy)])
     logger.info(
@@ -70,10 +67,8 @@ def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     return policy.model
 
 
-def _as_chosen(weights: Weights, choice: Choice, how: Acting) -> Pi05 | None:
-    """The model as a choice says; None where that was made of other weights, or for acting otherwise."""
-    if (choice.robot, choice.actions, choice.hierarchical) != (how.robot, how.actions, how.hierarchical):
-        return None
+def _as_chosen(weights: Weights, choice: Choice) -> Pi05 | None:
+    """The model as a choice says; None where that was made of other weights."""
     found = Fingerprint()
     model = int8_model(weights, choice.kept, found)
     if found.hexdigest() != choice.fingerprint:
@@ -115,9 +110,7 @@ def choose(policy: Inference, frames: Sequence[Frame]) -> Choice:
                 model.backbone.unembedding = None
             return Choice(
                 fingerprint=fingerprint.hexdigest(),
-                robot=policy.robot,
-                actions=policy.acting.actions,
-                hierarchical=policy.hierarchical,
+                way=Way(policy.robot, policy.acting.actions, policy.hierarchical),
                 kept=tuple(sorted(kept)),
                 errors=errors,
                 action_error=error,

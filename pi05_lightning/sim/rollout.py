@@ -240,8 +240,7 @@ class Worker:
         lanes = _lanes_of_process(self.env, self.view)
         if job.mode in POLICY_MODES:
             acting = self.actings[job.mode]
-            policy = _policy(self, acting).acting_as(acting)
-            run_policy_job(job, policy, lanes, self.paraphrases)
+            run_policy_job(job, _policy(self, acting), lanes, self.paraphrases)
             _keep_one_failure(job.trials)
         else:
             run_baseline_job(job, lanes, self.dataset)
@@ -281,20 +280,21 @@ def _lanes_of_process(env: EnvironmentConfig, view: View) -> Lanes:
     return _LANES[0]
 
 
-_POLICIES = list["Pi05Policy"]()  # of this process: the one that it loaded
+_POLICIES = dict[tuple[object, ...], "Pi05Policy"]()  # of this process: those that it loaded
 
 
 def _policy(worker: Worker, acting: Acting) -> Pi05Policy:
-    """The policy of a worker's checkpoint; it acts in some mode."""
-    if not _POLICIES:
+    """The policy of a worker's checkpoint, which acts so; what it loaded for one mode serves all, unless in 8 bits."""
+    key = (acting.actions, acting.hierarchical) if worker.dtype == "int8" else ()
+    if key not in _POLICIES:
         import torch
 
         from pi05_lightning.policy import Pi05Policy
 
         torch.set_num_threads(1)  # as many processes as cores
         options = {name: getattr(worker, name) for name in ("device", "base", "tokenizer", "dtype")}
-        _POLICIES.append(Pi05Policy.from_pretrained(worker.checkpoint, **options, **asdict(acting)))
-    return _POLICIES[0]
+        _POLICIES[key] = Pi05Policy.from_pretrained(worker.checkpoint, **options, **asdict(acting))
+    return _POLICIES[key].acting_as(acting)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -29,16 +29,22 @@ class Fingerprint(ContentHash):
         return super().add(name, values[:: max(1, len(values) // SAMPLE)].bfloat16())
 
 
+class Way(NamedTuple):
+    """How a policy acts, where its layers' errors depend on it; hierarchical: it says subtasks before."""
+
+    robot: str
+    actions: Actions
+    hierarchical: bool
+
+
 @dataclass(frozen=True)
 class Choice:
     """Which linear layers of some weights compute in 8 bits, and why."""
 
     fingerprint: str
     """Of the weights that it was measured on."""
-    robot: str
-    """Which robot they acted as when it was measured, with which actions, and whether they said subtasks before."""
-    actions: Actions
-    hierarchical: bool
+    way: Way
+    """How they acted when it was measured."""
     kept: tuple[str, ...]
     """Layers that stay as they are, those that did not run among them; all others compute in 8 bits."""
     errors: dict[str, float]
@@ -53,18 +59,23 @@ class Choice:
         return path.with_name(f"{path.name}.int8.json")
 
     @classmethod
-    def read(cls, file: Path) -> Self:
-        """ValueError for a file that is no choice."""
-        values = read_json(file)
+    def read(cls, file: Path) -> dict[Way, Self]:
+        """By how the policy acts; none where there is no file. ValueError for a file of other content."""
         try:
-            return cls(**values | {"kept": tuple(values["kept"])})
+            choices = [
+                cls(**values | {"way": Way(*values["way"]), "kept": tuple(values["kept"])})
+                for values in read_json(file, default={"choices": []})["choices"]
+            ]
         except (TypeError, KeyError) as error:
             raise ValueError(
                 f"{file} does not say which layers compute in 8 bits: delete it to measure anew"
             ) from error
+        return {choice.way: choice for choice in choices}
 
     def write(self, file: Path) -> None:
-        write_json(file, asdict(self))
+        """Beside those of other ways of acting."""
+        choices = {**self.read(file), self.way: self}
+        write_json(file, {"choices": [asdict(choice) for choice in choices.values()]})
 
 
 def int8_model(weights: Weights, kept: Collection[str] = (), fingerprint: Fingerprint | None = None) -> Pi05:
