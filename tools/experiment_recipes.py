@@ -166,6 +166,7 @@ DESK_ABLATIONS = replace(
 )
 
 
+_CORRECTED = ("--episodes", "80", "--attempt_seconds", "4", "--corrections", "8")
 _WINDOW = ("--tasks", "[window-open-v3]", "--max_seconds", "2.5")
 _TRIED = ("--modes", "[policy]", "--episodes", "200", *_WINDOW)
 _LEARNED = "{run}/rounds/recap/round_2/fit"
@@ -182,43 +183,36 @@ _OTHERWISE = {
 }
 
 
-def _rounds(name: str, *options: str, episodes: int = 80) -> tuple[str, ...]:
-    attempts = (
-        *("--episodes", str(episodes), "--attempt_seconds", "4", "--corrections", "8"),
-        *("--test_episodes", "200"),
-    )
+def _rounds(name: str, *options: str, attempts: tuple[str, ...] = _CORRECTED) -> tuple[str, ...]:
     of_seed = ("--policy", "{run}", "--demonstrations", "[{data}/robot]", "--seed", "{seed}")
-    return ("experience", f"{{run}}/{name}", *of_seed, *attempts, *_WINDOW, *options)
+    return ("experience", f"{{run}}/{name}", *of_seed, *attempts, "--test_episodes", "200", *_WINDOW, *options)
 
 
 def _folder(heading: str) -> str:
     return heading.replace(" %", "").replace(" ", "_")
 
 
-def _learned_after(rounds: str, heading: str = "") -> dict[str, str]:
-    """{heading: rollout} of RECAP and DAgger after each round."""
-    methods = {"RECAP": "recap", "DAgger": "dagger"}
+_METHODS = {"RECAP": "recap", "DAgger": "dagger", "successes": "successes"}
+
+
+def _learned(rounds: str, methods: Iterable[str], heading: str = "") -> dict[str, str]:
+    """{heading: rollout} of each method after each round."""
     return {
-        f"{method} {number}{heading}": f"{rounds}/{folder}/round_{number}/rollout/rollout.json"
-        for method, folder in methods.items()
+        f"{method} {number}{heading}": f"{rounds}/{_METHODS[method]}/round_{number}/rollout/rollout.json"
+        for method in methods
         for number in (1, 2)
     }
 
 
-def _attempts_of_recap(rounds: str) -> str:
-    return f"[{{run}}/{rounds}/attempts_1/robot,{{run}}/{rounds}/recap/attempts_2/robot]"
-
-
+_ATTEMPTS_OF_RECAP = "[{run}/rounds/attempts_1/robot,{run}/rounds/recap/attempts_2/robot]"
 _ROUNDS = {
     "base": "rounds/base/rollout.json",
-    **_learned_after("rounds"),
-    **{f"successes {number}": f"rounds/successes/round_{number}/rollout/rollout.json" for number in (1, 2)},
+    **_learned("rounds", ("RECAP", "DAgger", "successes")),
     "demonstrations": "rounds/demonstrations/round_1/rollout/rollout.json",
     # with what RECAP 2 learned from
     "DAgger, same attempts": "same_attempts/dagger/round_1/rollout/rollout.json",
     "successes, same attempts": "same_attempts/successes/round_1/rollout/rollout.json",
-    **_learned_after("forty", ", 40 attempts"),
-    "DAgger, same 40 attempts": "forty_same/dagger/round_1/rollout/rollout.json",
+    **_learned("alone", ("RECAP", "successes"), ", alone"),
 }
 EXPERIENCE = Recipe(
     "010_experience",
@@ -230,13 +224,9 @@ EXPERIENCE = Recipe(
         "rounds": _rounds("rounds", "--methods", "[recap,dagger,successes,demonstrations]"),
         "same_attempts": _rounds(
             *("same_attempts", "--methods", "[dagger,successes]", "--rounds", "1"),
-            *("--attempts", _attempts_of_recap("rounds")),
+            *("--attempts", _ATTEMPTS_OF_RECAP),
         ),
-        "forty": _rounds("forty", "--methods", "[recap,dagger]", episodes=40),
-        "forty_same": _rounds(
-            *("forty_same", "--methods", "[dagger]", "--rounds", "1", "--attempts", _attempts_of_recap("forty")),
-            episodes=40,
-        ),
+        "alone": _rounds("alone", "--methods", "[recap,successes]", attempts=("--episodes", "200")),
         **{_folder(told): _rolled_out(_folder(told), _LEARNED, *_TRIED, *how) for told, how in _TOLD.items()},
         **{
             _folder(other): _rounds(_folder(other), "--methods", "[recap]", "--rounds", "1", *how)
