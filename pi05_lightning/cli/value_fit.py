@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
-from pi05_lightning.experience.value import Tried, ValueFunction, datasets, longest_of
+from pi05_lightning.experience.value import Tried, ValueFunction, datasets, hash_of, longest_of, read_value
 from pi05_lightning.files.local import write_json, write_once
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
@@ -67,14 +68,21 @@ def value_fit(
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(tried)
     names = [f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(tried)]
+    folder = run / f"returns{'' if c_fail is None else f'_{c_fail:g}'}"
     sources = {}
     for name, one in zip(names, tried, strict=True):
-        file = run / f"returns{'' if c_fail is None else f'_{c_fail:g}'}" / f"{name}.parquet"
-        returns = {RETURN: one.returns(longest, c_fail).astype(np.float32)}
-        Labels(one.attempts.episode, one.attempts.frame, returns, {}).write(file, one.files)
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
-        options_of_one = {"labels": str(file), "val_fraction": val_fraction, **shared}
-        sources[name] = reading.source(one.path, tried[0].path, one.collected, **options_of_one)
+        told = {"labels": str(folder / f"{name}.parquet"), "val_fraction": val_fraction, **shared}
+        sources[name] = reading.source(one.path, tried[0].path, one.collected, **told)
+    contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in tried)
+    config = yaml.safe_dump(configuration(policy, reading, sources, steps, batch_size, lr), sort_keys=False)
+    write = partial(write_once, run / "value.yaml", contents + config)
+    if (run / "value.yaml").exists():
+        write()  # what the run has is not overwritten with other options' returns
+    for name, one in zip(names, tried, strict=True):
+        returns = {RETURN: one.returns(longest, c_fail).astype(np.float32)}
+        attempts = one.attempts
+        Labels(attempts.episode, attempts.frame, returns, {}).write(folder / f"{name}.parquet", one.files)
     shapes = locate(policy).config().shapes
     held_out = (LeRobotConfig(**source["init_args"]).open(name, "val", shapes) for name, source in sources.items())
     if not any(map(len, held_out)):
@@ -82,17 +90,13 @@ def value_fit(
             f"val_fraction {val_fraction:g} holds out no episode, so nothing would tell how good the value is: raise"
             " it, or record more attempts"
         )
-    config = configuration(policy, reading, sources, steps, batch_size, lr)
-    contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in tried)
-    write_once(run / "value.yaml", contents + yaml.safe_dump(config, sort_keys=False))
+    write()
     arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
     run_trainer("fit", [*arguments, *options])
     about = {"longest": longest, "fps": tried[0].files.fps, "c_fail": c_fail, "policy": str(policy)}
     about["datasets"] = [one.path for one in tried]
-    write_json(run / VALUE_FILE, about)
-    value = ValueFunction(run, device)
-    write_json(run / VALUE_FILE, {"sha256": value.sha256} | about)
-    return calibrate(value, tried, reading, val_fraction, run)
+    write_json(run / VALUE_FILE, {"sha256": hash_of(read_value(run)[1])} | about)
+    return calibrate(ValueFunction(run, device), tried, reading, val_fraction, run)
 
 
 def configuration(
@@ -117,7 +121,7 @@ def configuration(
         "data": {
             "sources": sources,
             "tokenizer": reading.tokenizer,
-            "language": {"condition_on": "task"},
+            "language": reading.language | {"condition_on": "task", "task_only_share": 0.0, "fast_share": 0.0},
             "batch_size": batch_size,
             "num_workers": 1,
             "augmentation": None,

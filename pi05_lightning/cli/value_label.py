@@ -13,6 +13,7 @@ from pi05_lightning.experience.labelling import Judged, judge, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.value import ValueFunction, datasets
+from pi05_lightning.weights.locate import run_of
 
 STRIP = 8  # images of a film
 
@@ -47,7 +48,7 @@ def value_label(
     which no frame is better than another.
     """
     tried, judge_of = datasets(rollouts, demonstrations), ValueFunction(value, device)
-    if judge_of.fps not in (None, tried[0].files.fps):
+    if judge_of.fps != tried[0].files.fps:
         raise ValueError(
             f"{tried[0].path} has {tried[0].files.fps:g} frames per second, and {value} was fitted on {judge_of.fps:g}:"
             " returns count frames, so fit a value on data of this rate"
@@ -61,7 +62,7 @@ def value_label(
     shares = positive_shares or {}
     judged, thresholds = judge(tried, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
     about = {
-        "value": str(value.resolve()),
+        "value": str(run_of(value.resolve())),
         "sha256": judge_of.sha256,
         "n_steps": n_steps,
         "thresholds": thresholds,

@@ -95,8 +95,9 @@ class Labels:
 
 
 def fingerprint(files: LeRobotFiles) -> str:
-    """SHA-256 of what labels are about: which frames there are, what was to be done and was, and how episodes ended."""
-    found = hashlib.sha256()
+    """SHA-256 of what labels are about: which frames there are, how many a second, what was to be done and was, and how
+    episodes ended. Images do not count, as reading them takes long."""
+    found = hashlib.sha256(f"{files.fps:g}".encode())
     kept = [name for name in ("episode_index", "length", SUCCESS) if name in files.episodes.column_names]
     tables = [files.episodes.select(kept)]
     found.update(json.dumps(sorted(files.sentences("tasks", "task").items())).encode())

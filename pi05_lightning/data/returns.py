@@ -25,12 +25,13 @@ def bootstrapped(
 ) -> np.ndarray:
     """The rewards of the next `steps` frames and the value after them, f64[N] in [-1, 0]; the return near the end.
 
-    Frames are in order, whole episodes.  returns, value f64[N]: scaled.  end i64[N]: the row where its episode ends.
+    Frames are in order, whole episodes.  returns, value f64[N]: scaled, each by its own frame's `longest`, as an
+    episode may go over to another task.  end i64[N]: the row where its episode ends.
     """
     after = np.arange(len(returns)) + steps
     inside = after < end
-    found = returns.copy()
-    found[inside] = np.clip(value[after[inside]] - steps / longest[inside], -1.0, 0.0)
+    rest, found = after[inside], returns.copy()
+    found[inside] = np.clip((value[rest] * longest[rest] - steps) / longest[inside], -1.0, 0.0)
     return found
 
 

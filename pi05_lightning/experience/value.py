@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import batched
@@ -24,9 +24,10 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.files.local import read_json
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.locate import locate_run
+from pi05_lightning.weights.locate import locate_run, run_of
 from pi05_lightning.weights.safetensors import ContentHash
 from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 BATCH = 64
 
@@ -65,7 +66,10 @@ class Tried:
         """i64[N]: of each frame's task the longest episode. Raises ValueError for a task of which that is not known."""
         if unknown := set(self.attempts.task) - longest.keys():
             known = ", ".join(longest)
-            raise ValueError(f"{self.path}: the value knows nothing of the task {min(unknown)!r}, only of {known}")
+            raise ValueError(
+                f"{self.path}: the value knows nothing of the task {min(unknown)!r}, only of {known}: fit one on"
+                " attempts at it too"
+            )
         return np.array([longest[task] for task in self.attempts.task])
 
 
@@ -92,33 +96,47 @@ def longest_of(tried: Sequence[Tried]) -> dict[str, int]:
     return found
 
 
+def read_value(run: Path) -> tuple[TrainingCheckpoint, dict[str, Tensor]]:
+    """The checkpoint of a run of `pi05 value fit`, and its weights. ValueError for one of a policy."""
+    checkpoint = locate_run(run)
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.content[STATE_DICT].items()}
+    if not any(name.startswith(f"auxiliary.{NAME}.") for name in tensors):
+        raise ValueError(f"{run} is no run of a value, but of a policy: make one with `pi05 value fit`")
+    return checkpoint, tensors
+
+
+def hash_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a value's weights, which labels carry too."""
+    content = ContentHash()
+    for name, tensor in tensors.items():
+        content.add(name, tensor)
+    return content.hexdigest()
+
+
 class ValueFunction:
     """The model of a run of `pi05 value fit`, and what its numbers mean.
 
     longest: frames of a task's longest episode, which 1 stands for.  fps: frames per second of what it was fitted on.
     c_fail: steps that a failure costs.
-    Raises ValueError for a run that is none of a value.
+    Raises ValueError for a run that is none of a value, or that was not fitted to its end.
     """
 
     def __init__(self, run: Path, device: str = "cpu") -> None:
-        checkpoint = locate_run(run)
-        tensors: dict[str, Tensor] = {
-            name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.content[STATE_DICT].items()
-        }
-        if not any(name.startswith(f"auxiliary.{NAME}.") for name in tensors):
-            raise ValueError(f"{run} is no run of a value, but of a policy: make one with `pi05 value fit`")
+        checkpoint, tensors = read_value(run)
+        about: dict[str, Any] = read_json(run_of(run) / VALUE_FILE, default={})
+        if not about:
+            raise ValueError(
+                f"{run} has no {VALUE_FILE}, so its value was not fitted to its end: start the same `pi05 value fit`"
+                " again, which goes on with it, and give its directory"
+            )
         self.processor = checkpoint.processor()
         self.model = Pi05(checkpoint.config(), {NAME: ValueHead})
         self.model.load_state_dict(tensors)
         self.model.to(device).eval()
-        content = ContentHash()
-        for name, tensor in tensors.items():
-            content.add(name, tensor)
-        self.sha256 = content.hexdigest()
-        about: dict[str, Any] = read_json(run / VALUE_FILE, default={})
-        self.longest: dict[str, int] = about.get("longest", {})
-        self.fps: float | None = about.get("fps")
-        self.c_fail: float | None = about.get("c_fail")
+        self.sha256 = hash_of(tensors)
+        self.longest: dict[str, int] = about["longest"]
+        self.fps: float = about["fps"]
+        self.c_fail: float | None = about["c_fail"]
 
     @torch.no_grad()
     def of(self, source: LeRobotSource) -> np.ndarray:

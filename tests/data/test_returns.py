@@ -42,6 +42,14 @@ def test_bootstrap_never_looks_into_the_next_episode() -> None:
     np.testing.assert_allclose(bootstrapped(returns, value, END, LONGEST, steps=3)[:3], returns[:3])
 
 
+def test_a_value_of_another_task_is_taken_in_the_units_of_the_frames_own() -> None:
+    """Frames 0 to 3 are of a task of 10 frames and 4 to 7 of one of 40, so V = R everywhere leaves no advantage."""
+    longest, left = np.array([10] * 4 + [40] * 4), np.arange(8)[::-1]
+    returns = monte_carlo(left, np.ones(8, bool), longest, None)
+    targets = bootstrapped(returns, returns, np.full(8, 8), longest, steps=2)
+    np.testing.assert_allclose(targets, returns)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
 def test_share_of_the_advantages_is_above_the_threshold(share: float) -> None:
     advantages = np.random.default_rng(0).normal(loc=3, size=1000)

@@ -41,6 +41,7 @@ def value(attempts: Path, demonstrations: Path, tmp_path_factory: pytest.TempPat
         "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
         "data": {
             "sources": {"robot": {"class_path": CLASS_PATH, "init_args": {"path": str(demonstrations)}}},
+            "language": {"prompts": {"clip_state": False}, "no_task_share": 0.1},
             "batch_size": 2,
             "num_workers": 0,
         },
@@ -61,6 +62,27 @@ def test_value_says_what_its_numbers_mean_and_how_good_it_is(value: Path) -> Non
     found = read_json(value / "calibration.json")
     assert found["frames"] > 0
     assert "mean error" in (value / "value.html").read_text()
+
+
+def test_value_reads_the_prompts_that_its_policy_reads(value: Path) -> None:
+    language = ValueFunction(value).processor.language
+    assert (language.prompts.clip_state, language.no_task_share, language.condition_on) == (False, 0.1, "task")
+
+
+def test_value_is_found_by_its_checkpoint_too_and_one_that_was_not_fitted_to_its_end_is_refused(
+    value: Path, tmp_path: Path
+) -> None:
+    assert ValueFunction(value / "checkpoints" / "last.ckpt").longest == ValueFunction(value).longest
+    begun = shutil.copytree(value, tmp_path / "begun", ignore=shutil.ignore_patterns("value.json"))
+    with pytest.raises(ValueError, match=r"begun has no value\.json, so its value was not fitted to its end"):
+        ValueFunction(begun)
+
+
+def test_a_refused_fit_leaves_what_the_run_has(value: Path, attempts: Path) -> None:
+    before = {file: file.read_bytes() for file in (value / "returns").iterdir()}
+    with pytest.raises(ValueError, match="written with other options"):
+        value_fit(value, policy=value.parent / "policy", rollouts=(str(attempts),), steps=2, batch_size=4)
+    assert {file: file.read_bytes() for file in (value / "returns").iterdir()} == before
 
 
 def test_value_of_a_frame_is_the_same_whatever_is_asked_beside_it(value: Path, attempts: Path) -> None:
