@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pi05_lightning.acting.options import Acting
 from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.cli.value_label import frames_ahead
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
@@ -30,8 +31,10 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.simulators import Libero
 from pi05_lightning.sim.splits import LIBERO_STATES
+from pi05_lightning.weights.locate import locate
 
 CONFIG = "experience.yaml"  # of a round: what its policy was trained on
+PLAN = "plan.yaml"  # of all rounds: the options that methods which are compared have in common
 _OF_ADVANTAGES = {"advantage", "guidance"}  # options of acting
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
@@ -142,6 +145,7 @@ def experience(
         device=device,
     )
     check(plan, methods)
+    plan = replace(plan, sha256=locate(policy).content_hash())
     run_parts(out, parts(plan, Reading.of(policy), methods), lambda: write_results(out))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 
@@ -152,7 +156,7 @@ class Rounds:
 
     acting: how policies act.  attempts, tests: options of `pi05 collect` and of `pi05 rollout`, which also takes
     `simulator`.  made_before: attempts of the first round, where it makes none.  shares: of positive frames in the
-    first round, and in later ones.
+    first round, and in later ones.  sha256: of the policy's weights.
     """
 
     out: Path
@@ -173,6 +177,23 @@ class Rounds:
     robot: str | None = None
     device: str = "cpu"
     shares_of_tasks: Mapping[str, float] = field(default_factory=dict)
+    sha256: str = ""
+
+    @property
+    def common(self) -> str:
+        """YAML of what every method has, and every start of the same rounds."""
+        options = asdict(self)
+        for name in ("out", "rounds", "device"):
+            del options[name]
+        options["policy"] = str(self.policy)
+        for name in ("attempts", "simulator"):
+            options[name] = {k: v for k, v in options[name].items() if k not in ("num_workers", "device")}
+        return yaml.safe_dump(json.loads(json.dumps(options)))
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether some method is being trained, or was."""
+        return any(self.out.glob("*/round_*/fit/config.yaml"))
 
     def acting_of(self, knows_advantage: bool) -> dict[str, Any]:
         """How a policy acts, without what only one is told that was trained on advantages."""
@@ -224,6 +245,8 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     if plan.training.demonstrations_share == 1:
         raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
     check_range("advantage_omission", plan.training.omission, 0, 1)
+    if Acting(**plan.acting).guidance != 1 and not plan.training.omission:
+        raise ValueError("acting: guidance needs samples without an advantage: give an advantage_omission above 0")
     for share in plan.shares:
         check_shares(share, plan.shares_of_tasks)
     simulated = simulator_of(plan.simulator["env"])
@@ -269,9 +292,11 @@ def flags(options: Mapping[str, Any]) -> list[str]:
 def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Part]:
     """All commands, in order.
 
-    ValueError where a training was begun with other options than these give it.
+    ValueError where a training was begun with other options than these give it, or with other weights.
     """
     out = plan.out
+    if plan.is_begun and (out / PLAN).is_file():
+        write_once(out / PLAN, plan.common)
     todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
     of_the_robot = reading.of_one_robot(plan.demonstrations, plan.robot)
     known = {path: Tries.read(path) for path in plan.made_before}
@@ -307,6 +332,7 @@ def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: 
     """
     labels = {path: labels_path(Path(path), folder / "labels") for path in attempts}
     tries = [Tries.read(path, labels[path] if method == "recap" else None) for path in attempts]
+    (write_once if plan.is_begun else write_text)(plan.out / PLAN, plan.common)
     write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
     write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, tries), sort_keys=False))
 

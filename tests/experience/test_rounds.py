@@ -136,6 +136,8 @@ def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
         ({"positive_share": 40}, "positive_share: 40 is no share"),
         ({"demonstrations_share": 1.0}, "demonstrations_share is 1, which leaves nothing"),
         ({"advantage_omission": 30}, "advantage_omission is 30"),
+        ({"acting": {"guidance": 1.5}, "advantage_omission": 0}, "guidance needs samples without an advantage"),
+        ({"acting": {"advantage": "postive"}}, "advantage is 'postive'"),
         ({"env": "Libero", "methods": ("recap", "dagger"), "episodes": 5, "test_episodes": 5}, "no scripted expert"),
         ({"env": "{class_path: Libero, init_args: {suites: [libero_goal]}}"}, "LIBERO has 50 initial states"),
         ({"env": "Nowhere"}, "env: (?s:.*)Nowhere"),
@@ -313,6 +315,19 @@ def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Round
     file.write_text(file.read_text().replace("steps: 7", "steps: 8"))
     with pytest.raises(ValueError, match="with other options"):
         parts(plan, Reading(), ["recap"])
+
+
+@pytest.mark.parametrize(
+    "other", [{"training": replace(TRAINING, steps=8)}, {"demonstrations": ["others"]}, {"sha256": "of other weights"}]
+)
+def test_methods_of_one_page_have_the_same_options_and_begin_with_the_same_weights(
+    plan: Rounds, other: dict[str, Any]
+) -> None:
+    written(plan, ["recap"])
+    write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
+    written(replace(plan, rounds=3, device="cuda"), ["successes"])
+    with pytest.raises(ValueError, match=r"plan\.yaml was written with other options"):
+        parts(replace(plan, **other), Reading(), ["successes"])
 
 
 def test_what_failed_may_be_tried_with_other_options(plan: Rounds) -> None:
