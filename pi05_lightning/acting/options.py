@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from os.path import relpath
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import read_json
@@ -61,6 +62,14 @@ class Acting:
     """The same for predicted actions: a chunk with one that is further is an error, not clipped; null bounds none."""
     max_prompt_bytes: int | None = 1024
     """Bytes (UTF-8) of an instruction; a longer one is refused, as it costs time. null bounds none."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """From options by name. ValueError for one that there is not."""
+        known = [option.name for option in fields(cls)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise ValueError(f"acting: there is no option {unknown[0]!r}: they are {', '.join(known)}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         wholes = {"inference_delay": 0, "replan_subtask_every": 1, "num_steps": 1, "max_prompt_bytes": 1}

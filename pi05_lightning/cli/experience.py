@@ -245,7 +245,7 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     if plan.training.demonstrations_share == 1:
         raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
     check_range("advantage_omission", plan.training.omission, 0, 1)
-    if Acting(**plan.acting).guidance != 1 and not plan.training.omission:
+    if Acting.of(plan.acting).guidance != 1 and not plan.training.omission:
         raise ValueError("acting: guidance needs samples without an advantage: give an advantage_omission above 0")
     for share in plan.shares:
         check_shares(share, plan.shares_of_tasks)

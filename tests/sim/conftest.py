@@ -12,8 +12,9 @@ TASKS = ("reach-v3", "drawer-open-v3")
 
 
 def config(out: Path, **changes) -> CollectConfig:
-    small = {"tasks": TASKS, "episodes": 3, "val_episodes": 1, "scenes": 2, "num_workers": 1}
-    return CollectConfig(out, **small | changes)
+    small = {"tasks": TASKS, "episodes": 3, "val_episodes": 1, "num_workers": 1}
+    of_experts = {} if "policy" in changes else {"scenes": 2}
+    return CollectConfig(out, **small | of_experts | changes)
 
 
 @pytest.fixture(scope="session")

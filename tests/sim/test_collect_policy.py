@@ -145,9 +145,11 @@ def test_attempt_in_which_nothing_was_done_costs_no_other(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"corrections": 3}, "corrections"),
-        ({"acting": {"num_steps": 3}}, "acting"),
-        ({"policy": Path("x"), "corrections": 0}, "corrections: 0"),
+        ({"corrections": 3}, "corrections: of a policy's own episodes alone"),
+        ({"acting": {"num_steps": 3}, "lanes": 4}, "acting, lanes: of a policy's own"),
+        ({"policy": Path("x"), "corrections": 0}, "corrections is 0"),
+        ({"policy": Path("x"), "image_size": 96, "cameras": ("top",)}, "cameras, image_size: of experts'"),
+        ({"policy": Path("x"), "lanes": 0}, "lanes is 0"),
     ],
 )
 def test_options_that_do_not_belong_together_are_refused(tmp_path: Path, wrong: dict, said: str) -> None:

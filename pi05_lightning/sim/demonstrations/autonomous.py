@@ -47,7 +47,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     """
     assert config.policy is not None
     config.env.warm_up()  # what is missing shows before the weights are read
-    policy = Pi05Policy.from_pretrained(config.policy, **asdict(Acting(**config.acting)))
+    policy = Pi05Policy.from_pretrained(config.policy, **asdict(Acting.of(config.acting)))
     view, robot, acting = view_of(policy), policy.processor.robots[policy.robot], policy.resolved
     if view.fps != round(view.fps):
         raise NoSuchEnvironment(f"policy: it acts {view.fps:g} times a second, and a dataset needs a whole number")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig, View
 from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what --env knows by name
+
+OF_POLICIES = {"acting", "corrections", "max_seconds", "lanes", "device"}
+OF_EXPERTS = {
+    *("scenes", "noise_share", "rephrased_share", "continued_share", "action_repeat", "cameras", "image_size"),
+    *("answers_every", "max_frames", "tail_frames"),
+}
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,24 @@ class CollectConfig:
     """Replace `out` when it exists."""
 
     def __post_init__(self) -> None:
+        given = {option.name for option in fields(self) if getattr(self, option.name) != default_of(option)}
         if self.policy is None:
+            if of_policies := sorted(given & OF_POLICIES):
+                raise ValueError(f"{', '.join(of_policies)}: of a policy's own episodes alone: give --policy")
             self._check_demonstrations()
-        elif self.corrections is not None and not self.env.has_expert:
-            raise ValueError(f"corrections: {type(self.env).__name__} has no scripted expert who could take over")
-        if self.corrections is not None and (self.policy is None or self.corrections < 1):
-            raise ValueError(f"corrections: {self.corrections}: give at least 1, and a policy to correct")
-        if self.acting and self.policy is None:
-            raise ValueError("acting says how a policy acts, and there is none: give --policy")
-        if self.device != "cpu" and self.policy is None:
-            raise ValueError("device says where a policy runs, and there is none: give --policy")
+        else:
+            if of_experts := sorted(given & OF_EXPERTS):
+                raise ValueError(
+                    f"{', '.join(of_experts)}: of experts' demonstrations alone: leave out with --policy, which sees"
+                    " what it was trained on"
+                )
+            check_range("lanes", self.lanes, 1)
+            if self.max_seconds is not None:
+                check_range("max_seconds", self.max_seconds, 0, above=True)
+        if self.corrections is not None:
+            check_range("corrections", self.corrections, 1)
+            if not self.env.has_expert:
+                raise ValueError(f"corrections: {type(self.env).__name__} has no scripted expert who could take over")
         check_range("episodes", self.episodes, 1)
         check_range("val_episodes", self.val_episodes, 0)
         check_range("scenes", self.scenes, 0)
@@ -133,3 +147,7 @@ class Piece:
     split: str
     first: int
     count: int
+
+
+def default_of(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
