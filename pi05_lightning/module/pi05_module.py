@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from pi05_lightning.acting import Acting
@@ -39,7 +40,7 @@ from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, r
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch
 from pi05_lightning.weights.abilities import Trained
-from pi05_lightning.weights.beginning import carried_on
+from pi05_lightning.weights.beginning import carried_on, moved_cameras
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE
 
@@ -187,6 +188,8 @@ class Pi05Module(LightningModule):
             self.blueprint.make_shards(*given, self.sharding, self.trainer.strategy.broadcast)
         self._hollow = blank and self.will_be_restored
         if weights is not None:
+            if found := moved_cameras(self.model, weights, self.processor):
+                rank_zero_warn(found)
             self._history.before = carried_on(weights, self.processor)
             self._checkpoints.began(weights, self._run_directory)
 

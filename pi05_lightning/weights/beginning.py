@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import quantizing
 from pi05_lightning.weights.abilities import Trained
@@ -45,6 +46,21 @@ def begin_slices(model: Pi05, weights: Weights | None, processor: Processor | No
 
 def _reset(model: Pi05, processor: Processor | None) -> None:
     model.reset_parameters(processor.tokenizer.ordinal_ids() if processor else None)
+
+
+def moved_cameras(model: Pi05, weights: Weights, processor: Processor | None) -> str | None:
+    """What to say where weights that have keypoints of their own for each camera get the cameras in another order."""
+    if not isinstance(model.backbone.vision, KeypointStem) or processor is None:
+        return None
+    known = list(weights.processor().cameras)
+    moved = [name for place, name in enumerate(processor.cameras) if name in known and known.index(name) != place]
+    if not moved:
+        return None
+    return (
+        f"{weights.path}: it was trained with the cameras {', '.join(known)}, in this order, and the data has"
+        f" {', '.join(processor.cameras)}: what it knows of {', '.join(moved)} is lost. Name data.sources, or their"
+        " cameras, in its order"
+    )
 
 
 def carried_on(weights: Weights, processor: Processor | None) -> Trained:

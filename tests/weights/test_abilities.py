@@ -19,9 +19,11 @@ from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.weights.abilities import ADVANTAGE, Trained
+from pi05_lightning.weights.beginning import moved_cameras
 from pi05_lightning.weights.locate import locate
 
 CONFIG = ModelConfig.preset("debug")
@@ -190,6 +192,18 @@ def test_fast_tokens_that_stand_for_other_actions_now_were_not_trained(fit: Fit,
     assert locate(same).trained.terms == {"text": 2, "fast": 2, "flow": 2}
     assert locate(other).trained.terms == {"text": 2, "flow": 2}
     assert not locate(other).abilities.fast
+
+
+def test_cameras_in_another_order_lose_what_keypoints_know_of_them(text_and_fast: Path) -> None:
+    weights = locate(text_and_fast)
+    with torch.device("meta"):
+        keypoints, patches = Pi05(ModelConfig.preset("tiny")), Pi05(CONFIG)
+    same, other = weights.processor(), weights.processor()
+    other.cameras = same.cameras[::-1]
+    assert moved_cameras(keypoints, weights, same) is None
+    assert moved_cameras(patches, weights, other) is None
+    assert str(text_and_fast) in (said := str(moved_cameras(keypoints, weights, other)))
+    assert f"and the data has {', '.join(other.cameras)}: what it knows of {', '.join(other.cameras)} is lost" in said
 
 
 # --- given actions
