@@ -195,24 +195,22 @@ def _folder(heading: str) -> str:
 _METHODS = {"RECAP": "recap", "DAgger": "dagger", "successes": "successes"}
 
 
-def _learned(rounds: str, methods: Iterable[str], heading: str = "") -> dict[str, str]:
-    """{heading: rollout} of each method after each round."""
-    return {
-        f"{method} {number}{heading}": f"{rounds}/{_METHODS[method]}/round_{number}/rollout/rollout.json"
-        for method in methods
-        for number in (1, 2)
-    }
+def _learned(rounds: str, method: str, number: int) -> str:
+    """The rollout of a method's policy after a round."""
+    return f"{rounds}/{_METHODS[method]}/round_{number}/rollout/rollout.json"
 
 
 _ATTEMPTS_OF_RECAP = "[{run}/rounds/attempts_1/robot,{run}/rounds/recap/attempts_2/robot]"
 _ROUNDS = {
     "base": "rounds/base/rollout.json",
-    **_learned("rounds", ("RECAP", "DAgger", "successes")),
+    **{f"{method} {number}": _learned("rounds", method, number) for method in _METHODS for number in (1, 2)},
     "demonstrations": "rounds/demonstrations/round_1/rollout/rollout.json",
     # with what RECAP 2 learned from
-    "DAgger, same attempts": "same_attempts/dagger/round_1/rollout/rollout.json",
-    "successes, same attempts": "same_attempts/successes/round_1/rollout/rollout.json",
-    **_learned("alone", ("RECAP", "successes"), ", alone"),
+    "DAgger, same attempts": _learned("same_attempts", "DAgger", 1),
+    "successes, same attempts": _learned("same_attempts", "successes", 1),
+    # without the expert
+    "RECAP 1, alone": _learned("alone", "RECAP", 1),
+    "successes 1, alone": _learned("alone", "successes", 1),
 }
 EXPERIENCE = Recipe(
     "010_experience",
@@ -226,7 +224,7 @@ EXPERIENCE = Recipe(
             *("same_attempts", "--methods", "[dagger,successes]", "--rounds", "1"),
             *("--attempts", _ATTEMPTS_OF_RECAP),
         ),
-        "alone": _rounds("alone", "--methods", "[recap,successes]", attempts=("--episodes", "200")),
+        "alone": _rounds("alone", "--methods", "[recap,successes]", "--rounds", "1", attempts=("--episodes", "200")),
         **{_folder(told): _rolled_out(_folder(told), _LEARNED, *_TRIED, *how) for told, how in _TOLD.items()},
         **{
             _folder(other): _rounds(_folder(other), "--methods", "[recap]", "--rounds", "1", *how)
