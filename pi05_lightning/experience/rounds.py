@@ -42,15 +42,15 @@ class Tries:
     """A dataset of attempts, and what there is in it to learn from.
 
     labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
-    any.  succeeded: whether any succeeded without.  collected: whether `pi05 collect` wrote it, which names things in
-    its own way.
+    any.  successes: numbers of the episodes that succeeded without; None as long as it is not recorded.  collected:
+    whether `pi05 collect` wrote it, which names things in its own way.
     """
 
     path: str
     labels: Path | None = None
     signs: Sequence[Sign] = get_args(Sign)
     corrected: bool = True
-    succeeded: bool = True
+    successes: Sequence[int] | None = None
     collected: bool = True
 
     @classmethod
@@ -62,8 +62,8 @@ class Tries:
             positive = Labels.read(labels, files).columns[POSITIVE]
             signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
-        corrected, succeeded = bool(attempts.intervention.any()), bool((attempts.success & alone).any())
-        return cls(path, labels, signs, corrected, succeeded, of_a_policy(files))
+        successes = np.unique(attempts.episode[attempts.success & alone]).tolist()
+        return cls(path, labels, signs, bool(attempts.intervention.any()), successes, of_a_policy(files))
 
 
 def configuration(
@@ -179,9 +179,10 @@ def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]
 
     Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many
     frames that what went well would hardly be drawn. Corrections are drawn as often as both: they are few, and positive
-    frames are mostly what the policy does already.
+    frames are mostly what the policy does already. Which episodes succeeded is said by their numbers: recordings tell
+    that in different columns, and of corrections it is enough to name the frames.
     """
-    corrections = {"frames": "corrections", "episodes": "corrected"}
+    corrections = {"frames": "corrections"}
     match method:
         case "recap":
             told = {"labels": str(tries.labels)}
@@ -191,7 +192,8 @@ def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]
         case "dagger":
             return {"corrections": (1.0, corrections)} if tries.corrected else {}
         case _:
-            return {"successes": (1.0, {"episodes": "success AND NOT corrected"})} if tries.succeeded else {}
+            any_may = tries.successes is None or len(tries.successes)
+            return {"successes": (1.0, {"episodes": tries.successes})} if any_may else {}
 
 
 _NOTHING: dict[Method, str] = {

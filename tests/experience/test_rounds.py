@@ -7,24 +7,32 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from pi05_lightning.cli import value_fit
 from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
+from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.labels import POSITIVE, Labels
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
+from tests.experience.attempts import LENGTHS, recorded_attempts
 
 TRAINING = Training(steps=7, batch_size=4, lr=1e-3, demonstrations_share=0.4, omission=0.2)
+SUCCESSES = [0, 3]
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def plan(tmp_path: Path) -> Rounds:
 @pytest.fixture(autouse=True)
 def all_kinds_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts are planned here, not made: as if there were corrected ones and others that succeeded."""
-    monkeypatch.setattr(Tries, "read", Tries)
+    monkeypatch.setattr(Tries, "read", partial(Tries, successes=SUCCESSES))
 
 
 def written(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
@@ -172,6 +180,37 @@ def test_attempts_that_no_command_of_ours_made_are_read_as_the_policys_demonstra
         assert ("cameras" in options, "state_keys" in options) == (not collected, not collected)
 
 
+@pytest.mark.parametrize(
+    ("method", "source", "wanted"),
+    [
+        ("recap", "corrections_0", {1: [5, 6, 7, 8]}),
+        ("recap", "positive_0", {**{n: [*range(LENGTHS[n])] for n in (0, 3, 4)}, 1: [5, 6, 7, 8]}),
+        ("dagger", "corrections_0", {1: [5, 6, 7, 8]}),
+        ("successes", "successes_0", {n: [*range(LENGTHS[n])] for n in (0, 3, 4)}),
+    ],
+)
+def test_recordings_that_no_command_of_ours_made_can_be_learned_from(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, method: Method, source: str, wanted: dict
+) -> None:
+    """Their episodes have neither `success` nor `corrected`: the frames alone say how they went."""
+    monkeypatch.undo()
+    root, labels = recorded_attempts(pictures, tmp_path / "tries"), tmp_path / "labels.parquet"
+    files = LeRobotFiles.open(root)
+    attempts = Attempts.read(files)
+    corrected = np.isin(attempts.episode, attempts.episode[attempts.intervention])
+    positive = np.where(corrected, attempts.intervention, attempts.success)
+    Labels(attempts.episode, attempts.frame, {POSITIVE: positive}, {}).write(labels, files)
+    tries = Tries.read(str(root), labels if method == "recap" else None)
+    found = configuration(method, tmp_path, Reading(), [str(pictures)], [tries], TRAINING)
+    options = found["data"]["sources"][source]["init_args"]
+    opened = LeRobotConfig(**options).open(source, "train", ModelConfig.preset("debug").shapes)
+    places: dict[int, list[int]] = {}
+    for index in range(len(opened)):
+        place = opened.place(index)
+        places.setdefault(int(place["episode_index"]), []).append(int(place["frame_index"]))
+    assert places == wanted
+
+
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
     todo = written(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
@@ -210,7 +249,7 @@ def test_frames_of_either_sign_are_drawn_as_often_and_corrections_as_both() -> N
 
 
 def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_none_has_them() -> None:
-    good, bad = Tries("good"), Tries("bad", corrected=False, succeeded=False)
+    good, bad = Tries("good"), Tries("bad", corrected=False, successes=[])
     assert shares("dagger", [bad, good]) == pytest.approx({"demonstrations_0": 0.4, "corrections_1": 0.6})
     assert shares("successes", [good, bad]) == pytest.approx({"demonstrations_0": 0.4, "successes_0": 0.6})
     with pytest.raises(ValueError, match="dagger has nothing to learn from: the expert never took over in bad"):
@@ -232,7 +271,7 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
     assert list(sources["demonstrations"]) == ["demonstrations_0"]
-    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == "success AND NOT corrected"
+    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == SUCCESSES
     assert sources["dagger"]["corrections_0"]["init_args"]["frames"] == "corrections"
     others = [source["init_args"] for method in METHODS if method != "recap" for source in sources[method].values()]
     assert not any("labels" in options for options in others)
@@ -292,7 +331,9 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
         for name, options in read.items()
     }
     demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
-    found = configuration("successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries")], TRAINING)
+    found = configuration(
+        "successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries", successes=SUCCESSES)], TRAINING
+    )
     read_as = {name: source["init_args"] for name, source in found["data"]["sources"].items()}
     assert "cameras" not in read_as["successes_0"]  # what collects them names them as the policy does
     assert read_as["successes_0"]["relative_dims"] == [1]
@@ -302,7 +343,7 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
     assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other}
     episodes = {name: options.get("episodes") for name, options in read_as.items()}
     own = {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None}
-    assert episodes == {**own, "successes_0": "success AND NOT corrected"}
+    assert episodes == {**own, "successes_0": SUCCESSES}
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
