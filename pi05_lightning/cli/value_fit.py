@@ -74,7 +74,8 @@ def value_fit(
         Labels(one.attempts.episode, one.attempts.frame, returns, {}).write(file, one.files)
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
         options_of_one = {"labels": str(file), "val_fraction": val_fraction, **shared}
-        sources[name] = reading.source(one.path, tried[0].path, one.collected, **options_of_one)
+        tries = not one.demonstrations
+        sources[name] = reading.source(one.path, tried[0].path, one.collected, tries, **options_of_one)
     shapes = locate(policy).config().shapes
     held_out = (LeRobotConfig(**source["init_args"]).open(name, "val", shapes) for name, source in sources.items())
     if not any(map(len, held_out)):
@@ -137,7 +138,8 @@ def calibrate(
     """
     of_attempts, of_demonstrations = list[np.ndarray](), list[np.ndarray]()
     for one in tried:
-        options = reading.options(one.path, tried[0].path, one.collected) | {"val_fraction": val_fraction}
+        read = reading.options(one.path, tried[0].path, one.collected, attempts=not one.demonstrations)
+        options = read | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)

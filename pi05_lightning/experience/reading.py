@@ -82,18 +82,22 @@ class Reading:
             last_stage(config["stages"], model.get("heads") or {}, run.get("samples", {})),
         )
 
-    def source(self, path: str, like: str, collected: bool = False, **options: Any) -> dict[str, Any]:
+    def source(
+        self, path: str, like: str, collected: bool = False, attempts: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """A source of a run's configuration; see `options`."""
-        return {"class_path": CLASS_PATH, "init_args": {**self.options(path, like, collected), "path": path, **options}}
+        read = self.options(path, like, collected, attempts)
+        return {"class_path": CLASS_PATH, "init_args": {**read, "path": path, **options}}
 
-    def options(self, path: str, like: str, collected: bool = False) -> dict[str, Any]:
+    def options(self, path: str, like: str, collected: bool = False, attempts: bool = False) -> dict[str, Any]:
         """How a dataset is read, as options of `LeRobotConfig`: as the run read it, if it had that.
 
         like: another dataset of the same robot, as which one is read that the run had not; if it had neither, as the
-        first that it had.  collected: `pi05 collect` wrote it, which names things in its own way.
+        first that it had.  collected: `pi05 collect` wrote it, which names things in its own way.  attempts: all its
+        episodes count, whichever of them the run was trained on.
         """
         robots, own = self._robots, self.name_of(path)
-        taken = _KNOWN - _OF_THE_METHOD
+        taken = _KNOWN - _OF_THE_METHOD - ({"episodes"} if attempts else set())
         if own is None:
             taken -= _OF_ITS_FILES if collected else {"episodes"}
         name = own or self.name_of(like) or next(iter(robots), None)

@@ -154,7 +154,7 @@ def drawn(
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
             tried = attempts[number]
-            sources[f"{kind}_{number}"] = reading.source(tried.path, shown, collected=tried.collected, **options)
+            sources[f"{kind}_{number}"] = reading.source(tried.path, shown, tried.collected, attempts=True, **options)
             shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(having) * share
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())

@@ -346,6 +346,21 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
     assert episodes == {**own, "successes_0": SUCCESSES}
 
 
+def test_attempts_are_read_with_all_episodes_whichever_the_policy_was_trained_on(tmp_path: Path) -> None:
+    """As where the policy is one of an earlier round of successes."""
+    paths = {name: str(tmp_path / name) for name in ("arm", "successes_0")}
+    read = {
+        name: {"class_path": CLASS_PATH, "init_args": {"path": path, "episodes": "success"}}
+        for name, path in paths.items()
+    }
+    reading, demonstrations, tries = Reading(sources=read), [paths["arm"]], [Tries(paths["successes_0"], Path("signs"))]
+    sources = configuration("recap", tmp_path, reading, demonstrations, tries, TRAINING)["data"]["sources"]
+    episodes = {name: source["init_args"].get("episodes") for name, source in sources.items()}
+    assert episodes == {"arm": "success", "positive_0": None, "negative_0": None, "corrections_0": None}
+    of_value = [reading.options(path, paths["arm"], attempts=name != "arm") for name, path in paths.items()]
+    assert [options.get("episodes") for options in of_value] == ["success", None]
+
+
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
     written(plan, ["recap"])
     written(plan, ["recap"])
