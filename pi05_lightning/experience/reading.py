@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from pi05_lightning.data.labels import Sign
 from pi05_lightning.data.mixture import Entry, Mixture
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.run import PROVENANCE
@@ -107,6 +108,20 @@ class Reading:
         """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""
         name = self.name_of(path)
         return self._robots[name].get("same_robot_as") if name else None
+
+    def frames_of(self, path: str) -> dict[str, str]:
+        """Which frames of demonstrations the run was trained on, as an option; nothing for all of them.
+
+        ValueError for those of one sign, which only attempts have.
+        """
+        name = self.name_of(path)
+        frames = self._robots[name].get("frames", "all") if name else "all"
+        if frames in get_args(Sign):
+            raise ValueError(
+                f"{path} was read with `frames: {frames}`, as {name!r}: it holds attempts, so name it among the"
+                " attempts and not among the demonstrations, which all succeeded"
+            )
+        return {} if frames == "all" else {"frames": frames}
 
     def of_one_robot(self, paths: Sequence[str], robot: str | None) -> list[str]:
         """Those of the datasets that are of one robot: that of a source, or by default of the first dataset."""

@@ -140,7 +140,8 @@ def drawn(
         same = reading.robot_of(path) if known else (names[0] if name != names[0] else None)
         if same not in (None, *names):
             raise ValueError(f"{path} was read as of the robot of {same!r}: name that among the demonstrations too")
-        sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told)
+        chosen = reading.frames_of(path)
+        sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told, **chosen)
     shown, same = demonstrations[names.index(actor)], sources[actor]["init_args"]["same_robot_as"] or actor
     own = {} if method == "demonstrations" else {n: taken(method, tries) for n, tries in enumerate(attempts)}
     having = {number: found for number, found in own.items() if found}

@@ -361,6 +361,20 @@ def test_attempts_are_read_with_all_episodes_whichever_the_policy_was_trained_on
     assert [options.get("episodes") for options in of_value] == ["success", None]
 
 
+def test_demonstrations_of_corrections_alone_stay_so(tmp_path: Path) -> None:
+    """What the policy did in them before is no demonstration."""
+    path, read = str(tmp_path / "corrected"), {"frames": "corrections"}
+    reading = Reading(sources={"expert": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
+    for method in METHODS:
+        tries = Tries("tries", Path("signs"))
+        sources = configuration(method, tmp_path, reading, [path], [tries], TRAINING)["data"]["sources"]
+        assert sources["expert"]["init_args"]["frames"] == "corrections"
+    read["frames"] = "negative"
+    reading = Reading(sources={"negative_0": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
+    with pytest.raises(ValueError, match="was read with `frames: negative`, as 'negative_0': it holds attempts"):
+        configuration("recap", tmp_path, reading, [path], [tries], TRAINING)
+
+
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
     written(plan, ["recap"])
     written(plan, ["recap"])
