@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -130,7 +130,9 @@ def drawn(
     """The data sources of a run by name, and the share of the draws of each subset."""
     is_recap = method == "recap"
     told: dict[str, Any] = {"labels": "positive"} if is_recap else {}
-    names = [reading.name_of(path) or f"demonstrations_{number}" for number, path in enumerate(demonstrations)]
+    names: list[str] = []
+    for number, path in enumerate(demonstrations):
+        names.append(reading.name_of(path) or free(f"demonstrations_{number}", {*reading.sources, *names}))
     actor = robot or names[0]
     if actor not in names:
         raise ValueError(f"robot {actor!r}: name its dataset among the demonstrations, which are {', '.join(names)}")
@@ -154,15 +156,20 @@ def drawn(
         for kind, (share, options) in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
-            tried = attempts[number]
-            sources[f"{kind}_{number}"] = reading.source(tried.path, shown, tried.collected, attempts=True, **options)
-            shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(having) * share
+            tried, name = attempts[number], free(f"{kind}_{number}", {*sources, *reading.others})
+            sources[name] = reading.source(tried.path, shown, tried.collected, attempts=True, **options)
+            shares[name] = (1 - demonstrations_share) / len(having) * share
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())
     acted = f"/{Modality.CONTINUOUS}"
     acting = sum(share for subset, share in reading.stage.get("mixture", {}).items() if subset.endswith(acted)) or 1.0
     mixture = {f"{name}{acted}": acting * share for name, share in shares.items()}
     return sources | {name: reading.others[name] for name in others}, mixture | rest
+
+
+def free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number behind it where something else has it."""
+    return next(n for n in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if n not in taken)
 
 
 def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, float]:

@@ -375,6 +375,30 @@ def test_demonstrations_of_corrections_alone_stay_so(tmp_path: Path) -> None:
         configuration("recap", tmp_path, reading, [path], [tries], TRAINING)
 
 
+def test_no_dataset_takes_the_name_of_another(tmp_path: Path) -> None:
+    """The policy is one of rounds, which called its data as these would."""
+    words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path)}}
+    read = {name: str(tmp_path / name) for name in ("demonstrations_0", "successes_0", "demonstrations_0_2")}
+    stage = {"mixture": {"demonstrations_0/continuous_robot_actions": 0.9, "successes_1/qa": 0.1}}
+    reading = Reading(stage=stage, sources={"successes_1": words})
+    reading.sources.update({n: {"class_path": CLASS_PATH, "init_args": {"path": p}} for n, p in read.items()})
+    new = str(tmp_path / "new")
+    demonstrations, tries = [new, read["demonstrations_0"], read["successes_0"]], [Tries("tries"), Tries("more")]
+    found = configuration("successes", tmp_path, reading, demonstrations, tries, TRAINING)
+    sources = found["data"]["sources"]
+    assert sources.pop("successes_1") == words
+    assert {name: source["init_args"]["path"] for name, source in sources.items()} == {
+        "demonstrations_0_3": new,
+        "demonstrations_0": read["demonstrations_0"],
+        "successes_0": read["successes_0"],
+        "successes_0_2": "tries",
+        "successes_1_2": "more",
+    }
+    shares = found["stages"]["then"][0]["mixture"]
+    assert {name.partition("/")[0] for name in shares} == {*sources, "successes_1"}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
     written(plan, ["recap"])
     written(plan, ["recap"])
