@@ -102,7 +102,11 @@ class Reading:
         if own is None:
             taken -= _OF_ITS_FILES if collected else {"episodes"}
         name = own or self.name_of(like) or next(iter(robots), None)
-        return {option: value for option, value in robots[name].items() if option in taken} if name else {}
+        if name is None:
+            return {}
+        if robots[name].get("state_keys") == []:  # nothing of a policy without a state has one
+            taken |= {"state_keys"}
+        return {option: value for option, value in robots[name].items() if option in taken}
 
     def robot_of(self, path: str) -> str | None:
         """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""

@@ -211,6 +211,19 @@ def test_recordings_that_no_command_of_ours_made_can_be_learned_from(
     assert places == wanted
 
 
+def test_attempts_of_a_policy_without_a_state_have_none(tmp_path: Path, pictures_copy: Path) -> None:
+    """`pi05 collect` writes no state of them, so none is asked for."""
+    read = {"path": str(tmp_path / "arm"), "state_keys": [], "action_keys": ["joints"]}
+    reading = Reading(sources={"arm": {"class_path": CLASS_PATH, "init_args": read}})
+    info = read_json(pictures_copy / "meta" / "info.json")
+    del info["features"]["observation.state"]
+    write_json(pictures_copy / "meta" / "info.json", info)
+    options = reading.source(str(pictures_copy), read["path"], collected=True, attempts=True)["init_args"]
+    source = LeRobotConfig(**options).open("tries", "train", ModelConfig.preset("debug").shapes)
+    assert source[0].state is None
+    assert source[0].actions is not None
+
+
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
     todo = written(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
