@@ -113,7 +113,7 @@ class Reading:
         name = self.name_of(path)
         return self._robots[name].get("same_robot_as") if name else None
 
-    def frames_of(self, path: str) -> dict[str, str]:
+    def frames_of(self, path: str) -> dict[str, Any]:
         """Which frames of demonstrations the run was trained on, as an option; nothing for all of them.
 
         ValueError for those of one sign, which only attempts have.
