@@ -73,7 +73,8 @@ def value_fit(
     for name, one in zip(names, tried, strict=True):
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
         told = {"labels": str(folder / f"{name}.parquet"), "val_fraction": val_fraction, **shared}
-        sources[name] = reading.source(one.path, tried[0].path, one.collected, **told)
+        tries = not one.demonstrations
+        sources[name] = reading.source(one.path, tried[0].path, one.collected, tries, **told)
     contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in tried)
     config = yaml.safe_dump(configuration(policy, reading, sources, steps, batch_size, lr), sort_keys=False)
     write = partial(write_once, run / "value.yaml", contents + config)
@@ -141,7 +142,8 @@ def calibrate(
     """
     of_attempts, of_demonstrations = list[np.ndarray](), list[np.ndarray]()
     for one in tried:
-        options = reading.options(one.path, tried[0].path, one.collected) | {"val_fraction": val_fraction}
+        read = reading.options(one.path, tried[0].path, one.collected, attempts=not one.demonstrations)
+        options = read | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):
             rows, returns = one.rows(source), one.returns(value.longest, value.c_fail)

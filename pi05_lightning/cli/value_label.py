@@ -111,7 +111,8 @@ def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) 
     sections, first = [], judged[0].tried
     for ended, heading in ((True, "A success"), (False, "A failure")):
         for one in judged:
-            attempts, options = one.tried.attempts, reading.options(one.tried.path, first.path, one.tried.collected)
+            attempts = one.tried.attempts
+            options = reading.options(one.tried.path, first.path, one.tried.collected, not one.tried.demonstrations)
             source = value.opened(one.tried, "train", options)
             shown = np.isin(attempts.episode, source.episode) & (attempts.success == ended)
             if one.tried.demonstrations or not shown.any() or not source.camera_names:

@@ -7,17 +7,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.columns import vectors, whole_numbers
+from pi05_lightning.data.columns import whole_numbers
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.outcomes import recorded_success
+from pi05_lightning.data.outcomes import known_outcomes, truths
 
 PROVENANCE = Path("meta", "pi05_collect.json")
 """Of the policy, in a dataset of its attempts: their subtasks are its own words, but for those of corrections."""
-NEXT_SUCCESS = "next.success"
-"""Column of frames that says whether the episode succeeded, true at the end."""
 INTERVENTIONS = ("intervention", "is_intervention", "complementary_info.is_intervention")
 """Columns of frames in which somebody corrected the policy: LeRobot 0.6.1 records the first (rollout/context.py), and
 its teleoperators call it the second."""
@@ -91,16 +88,7 @@ class Attempts:
 
 def outcomes(files: LeRobotFiles) -> dict[int, bool | None]:
     """Whether each episode succeeded, by its number, as meta/episodes or else its frames say; None for unknown."""
-    found: dict[int, bool | None] = dict.fromkeys(map(int, files.column("episode_index")))
-    for path in files.data.episodes:
-        if NEXT_SUCCESS in pq.read_schema(path).names:
-            table = pq.read_table(path, columns=["episode_index", NEXT_SUCCESS])
-            of_frame = whole_numbers(table.column("episode_index"), f"{path}, episode_index")
-            reached = _numbers(table, NEXT_SUCCESS, path)
-            for value, rows in ((False, ~np.isnan(reached)), (True, reached > 0)):
-                found |= dict.fromkeys(np.unique(of_frame[rows]).tolist(), value)
-    said = recorded_success(files.episodes, files.root)
-    return found | {number: success for number, success in said.items() if success is not None}
+    return known_outcomes(files.episodes, files.data.episodes, files.root)
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
@@ -113,7 +101,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         "episode": whole_numbers(table.column("episode_index"), f"{path}, episode_index"),
         "frame": whole_numbers(table.column("frame_index"), f"{path}, frame_index"),
         "task": whole_numbers(table.column("task_index"), f"{path}, task_index", null=-1),
-        "intervention": _numbers(table, corrected, path) if corrected else np.zeros(len(table)),
+        "intervention": truths(table, corrected, path) if corrected else np.zeros(len(table)),
     }
     unknown = np.isnan(columns["intervention"])
     if unknown.any():
@@ -122,11 +110,3 @@ def _read(path: Path) -> dict[str, np.ndarray]:
             f"{path}: {corrected} does not say whether anybody corrected episode {episode}, frame {frame}: write 0 or 1"
         )
     return columns
-
-
-def _numbers(table: pa.Table, name: str, path: object) -> np.ndarray:
-    """f64 of each frame; NaN for null."""
-    column = table.column(name)
-    if pa.types.is_boolean(column.type):
-        column = column.cast(pa.int8())
-    return vectors(column, 1, f"{path}, {name}")[0][:, 0].astype(np.float64)

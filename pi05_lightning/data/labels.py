@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.attempts import INTERVENTIONS, NEXT_SUCCESS
+from pi05_lightning.data.attempts import INTERVENTIONS
 from pi05_lightning.data.columns import real_numbers, rows_at
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.outcomes import SUCCESS
+from pi05_lightning.data.outcomes import NEXT_SUCCESS, SUCCESS
 from pi05_lightning.files.local import read_json, replacing
 
 Sign = Literal["positive", "negative"]

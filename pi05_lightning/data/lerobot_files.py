@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
-from pi05_lightning.data.outcomes import with_outcomes
+from pi05_lightning.data.outcomes import SUCCESS, with_known_outcomes, with_outcomes
 from pi05_lightning.data.split import Split, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import first_line, read_json, shown
@@ -322,13 +322,16 @@ class LeRobotFiles:
         return parts, np.any([*found.values(), np.zeros(len(episodes), bool)], axis=0)
 
     def _matching(self, condition: str) -> np.ndarray:
+        episodes = self.episodes
+        if SUCCESS in condition.lower():  # only then its frames are read, which may tell it too
+            episodes = with_known_outcomes(episodes, self.data.episodes, self.root)
         with duckdb.connect() as connection:
             connection.execute("SET enable_external_access = false")
-            connection.register("episodes", self.episodes)
+            connection.register("episodes", episodes)
             try:
                 found = connection.execute(f"SELECT episode_index FROM episodes WHERE {condition}").fetchnumpy()
             except duckdb.Error as error:
-                columns = ", ".join(self.episodes.column_names)
+                columns = ", ".join(episodes.column_names)
                 raise ValueError(
                     f"episodes: {condition!r} is no SQL condition ({first_line(error)}). Columns: {columns}"
                 ) from error

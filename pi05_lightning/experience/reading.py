@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields
 from importlib import import_module
 from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from pi05_lightning.data.labels import Sign
 from pi05_lightning.data.mixture import Entry, Mixture
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.run import PROVENANCE
@@ -82,27 +83,49 @@ class Reading:
             last_stage(config["stages"], model.get("heads") or {}, run.get("samples", {})),
         )
 
-    def source(self, path: str, like: str, collected: bool = False, **options: Any) -> dict[str, Any]:
+    def source(
+        self, path: str, like: str, collected: bool = False, attempts: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """A source of a run's configuration; see `options`."""
-        return {"class_path": CLASS_PATH, "init_args": {**self.options(path, like, collected), "path": path, **options}}
+        read = self.options(path, like, collected, attempts)
+        return {"class_path": CLASS_PATH, "init_args": {**read, "path": path, **options}}
 
-    def options(self, path: str, like: str, collected: bool = False) -> dict[str, Any]:
+    def options(self, path: str, like: str, collected: bool = False, attempts: bool = False) -> dict[str, Any]:
         """How a dataset is read, as options of `LeRobotConfig`: as the run read it, if it had that.
 
         like: another dataset of the same robot, as which one is read that the run had not; if it had neither, as the
-        first that it had.  collected: `pi05 collect` wrote it, which names things in its own way.
+        first that it had.  collected: `pi05 collect` wrote it, which names things in its own way.  attempts: all its
+        episodes count, whichever of them the run was trained on.
         """
         robots, own = self._robots, self.name_of(path)
-        taken = _KNOWN - _OF_THE_METHOD
+        taken = _KNOWN - _OF_THE_METHOD - ({"episodes"} if attempts else set())
         if own is None:
             taken -= _OF_ITS_FILES if collected else {"episodes"}
         name = own or self.name_of(like) or next(iter(robots), None)
-        return {option: value for option, value in robots[name].items() if option in taken} if name else {}
+        if name is None:
+            return {}
+        if robots[name].get("state_keys") == []:  # nothing of a policy without a state has one
+            taken |= {"state_keys"}
+        return {option: value for option, value in robots[name].items() if option in taken}
 
     def robot_of(self, path: str) -> str | None:
         """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""
         name = self.name_of(path)
         return self._robots[name].get("same_robot_as") if name else None
+
+    def frames_of(self, path: str) -> dict[str, Any]:
+        """Which frames of demonstrations the run was trained on, as an option; nothing for all of them.
+
+        ValueError for those of one sign, which only attempts have.
+        """
+        name = self.name_of(path)
+        frames = self._robots[name].get("frames", "all") if name else "all"
+        if frames in get_args(Sign):
+            raise ValueError(
+                f"{path} was read with `frames: {frames}`, as {name!r}: it holds attempts, so name it among the"
+                " attempts and not among the demonstrations, which all succeeded"
+            )
+        return {} if frames == "all" else {"frames": frames}
 
     def of_one_robot(self, paths: Sequence[str], robot: str | None) -> list[str]:
         """Those of the datasets that are of one robot: that of a source, or by default of the first dataset."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,15 +42,15 @@ class Tries:
     """A dataset of attempts, and what there is in it to learn from.
 
     labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
-    any.  succeeded: whether any succeeded without.  collected: whether `pi05 collect` wrote it, which names things in
-    its own way.
+    any.  successes: numbers of the episodes that succeeded without; None as long as it is not recorded.  collected:
+    whether `pi05 collect` wrote it, which names things in its own way.
     """
 
     path: str
     labels: Path | None = None
     signs: Sequence[Sign] = get_args(Sign)
     corrected: bool = True
-    succeeded: bool = True
+    successes: Sequence[int] | None = None
     collected: bool = True
 
     @classmethod
@@ -62,8 +62,8 @@ class Tries:
             positive = Labels.read(labels, files).columns[POSITIVE]
             signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
-        corrected, succeeded = bool(attempts.intervention.any()), bool((attempts.success & alone).any())
-        return cls(path, labels, signs, corrected, succeeded, of_a_policy(files))
+        successes = np.unique(attempts.episode[attempts.success & alone]).tolist()
+        return cls(path, labels, signs, bool(attempts.intervention.any()), successes, of_a_policy(files))
 
 
 def configuration(
@@ -130,7 +130,9 @@ def drawn(
     """The data sources of a run by name, and the share of the draws of each subset."""
     is_recap = method == "recap"
     told: dict[str, Any] = {"labels": "positive"} if is_recap else {}
-    names = [reading.name_of(path) or f"demonstrations_{number}" for number, path in enumerate(demonstrations)]
+    names: list[str] = []
+    for number, path in enumerate(demonstrations):
+        names.append(reading.name_of(path) or free(f"demonstrations_{number}", {*reading.sources, *names}))
     actor = robot or names[0]
     if actor not in names:
         raise ValueError(f"robot {actor!r}: name its dataset among the demonstrations, which are {', '.join(names)}")
@@ -140,7 +142,8 @@ def drawn(
         same = reading.robot_of(path) if known else (names[0] if name != names[0] else None)
         if same not in (None, *names):
             raise ValueError(f"{path} was read as of the robot of {same!r}: name that among the demonstrations too")
-        sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told)
+        chosen = reading.frames_of(path)
+        sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told, **chosen)
     shown, same = demonstrations[names.index(actor)], sources[actor]["init_args"]["same_robot_as"] or actor
     own = {} if method == "demonstrations" else {n: taken(method, tries) for n, tries in enumerate(attempts)}
     having = {number: found for number, found in own.items() if found}
@@ -153,15 +156,20 @@ def drawn(
         for kind, (share, options) in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
-            tried = attempts[number]
-            sources[f"{kind}_{number}"] = reading.source(tried.path, shown, collected=tried.collected, **options)
-            shares[f"{kind}_{number}"] = (1 - demonstrations_share) / len(having) * share
+            tried, name = attempts[number], free(f"{kind}_{number}", {*sources, *reading.others})
+            sources[name] = reading.source(tried.path, shown, tried.collected, attempts=True, **options)
+            shares[name] = (1 - demonstrations_share) / len(having) * share
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())
     acted = f"/{Modality.CONTINUOUS}"
     acting = sum(share for subset, share in reading.stage.get("mixture", {}).items() if subset.endswith(acted)) or 1.0
     mixture = {f"{name}{acted}": acting * share for name, share in shares.items()}
     return sources | {name: reading.others[name] for name in others}, mixture | rest
+
+
+def free(name: str, taken: Collection[str]) -> str:
+    """The name, with a number behind it where something else has it."""
+    return next(n for n in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if n not in taken)
 
 
 def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, float]:
@@ -179,9 +187,10 @@ def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]
 
     Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many
     frames that what went well would hardly be drawn. Corrections are drawn as often as both: they are few, and positive
-    frames are mostly what the policy does already.
+    frames are mostly what the policy does already. Which episodes succeeded is said by their numbers: recordings tell
+    that in different columns, and of corrections it is enough to name the frames.
     """
-    corrections = {"frames": "corrections", "episodes": "corrected"}
+    corrections = {"frames": "corrections"}
     match method:
         case "recap":
             told = {"labels": str(tries.labels)}
@@ -191,7 +200,8 @@ def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]
         case "dagger":
             return {"corrections": (1.0, corrections)} if tries.corrected else {}
         case _:
-            return {"successes": (1.0, {"episodes": "success AND NOT corrected"})} if tries.succeeded else {}
+            any_may = tries.successes is None or len(tries.successes)
+            return {"successes": (1.0, {"episodes": tries.successes})} if any_may else {}
 
 
 _NOTHING: dict[Method, str] = {

@@ -171,7 +171,8 @@ class ValueFunction:
             raise ValueError(
                 f"{tried.path}, {where}: it is left out as bad, or is in no split, and every frame needs a value: mend"
                 " the frame, name its episode in the `splits` of meta/info.json, or delete it (LeRobot's"
-                " lerobot-edit-dataset with --operation.type delete_episodes)"
+                " lerobot-edit-dataset with --operation.type delete_episodes; into what it writes copy"
+                " meta/pi05_collect.json, where there is one)"
             )
         value = np.empty(len(attempts.episode))
         for source, own in zip(opened, rows, strict=True):

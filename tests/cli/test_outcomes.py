@@ -49,6 +49,20 @@ def test_episodes_are_chosen_by_what_was_said(pictures_copy: Path) -> None:
     assert files.choose("train", 0, "NOT success").tolist() == [1]
 
 
+def test_episodes_are_chosen_by_what_their_frames_say_too(pictures_copy: Path) -> None:
+    """With or without anything that a person said, as all other commands read it."""
+    (path,) = (pictures_copy / "data").glob("*/*.parquet")
+    table = pq.read_table(path)
+    values = [{0: True, 3: True, 4: None}.get(number, False) for number in table["episode_index"].to_pylist()]
+    pq.write_table(table.append_column("next.success", pa.array(values, pa.bool_())), path)
+    for said, succeeded, failed in (({}, [0, 3], [1, 2]), ({"success": "1", "failure": "3"}, [0, 1], [2, 3])):
+        known = outcomes(pictures_copy, **said)
+        assert known == {"success": succeeded, "failure": failed, "unknown": [4]}
+        files = LeRobotFiles.open(pictures_copy)
+        assert files.choose("train", 0, "Success").tolist() == succeeded
+        assert files.choose("train", 0, "NOT success AND length > 0").tolist() == failed
+
+
 @pytest.mark.parametrize("column", ["success", "next.success"])
 def test_it_counts_for_more_than_what_was_recorded(pictures_copy: Path, column: str) -> None:
     (path,) = (pictures_copy / ("data" if "." in column else "meta/episodes")).glob("*/*.parquet")

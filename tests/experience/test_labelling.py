@@ -63,7 +63,7 @@ def test_failure_costs_something(tmp_path: Path) -> None:
 
 
 def test_attempts_say_whether_there_are_corrections_and_successes_without(tried: Tried, pictures: Path) -> None:
-    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, succeeded=True, collected=False)
+    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, successes=[0, 3, 4], collected=False)
     labels = Path(tried.path, "labels.parquet")
     attempts = tried.attempts
     signs = {"positive": np.zeros(len(attempts.episode), dtype=bool)}
@@ -73,10 +73,10 @@ def test_attempts_say_whether_there_are_corrections_and_successes_without(tried:
     never = pa.array([False] * len(of_all), pa.bool_())
     place = of_all.column_names.index("next.success")
     pq.write_table(of_all.set_column(place, "next.success", never), path)
-    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, succeeded=False, collected=False)
+    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, successes=[], collected=False)
     place = of_all.column_names.index("intervention")
     pq.write_table(of_all.set_column(place, "intervention", never), path)
-    assert Tries.read(tried.path) == Tries(tried.path, corrected=False, succeeded=True, collected=False)
+    assert Tries.read(tried.path) == Tries(tried.path, corrected=False, successes=[0, 1, 3, 4], collected=False)
 
 
 def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(tried: Tried) -> None:

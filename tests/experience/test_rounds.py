@@ -7,24 +7,32 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import sleep
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from pi05_lightning.cli import value_fit
 from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
+from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.labels import POSITIVE, Labels
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
+from tests.experience.attempts import LENGTHS, recorded_attempts
 
 TRAINING = Training(steps=7, batch_size=4, lr=1e-3, demonstrations_share=0.4, omission=0.2)
+SUCCESSES = [0, 3]
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def plan(tmp_path: Path) -> Rounds:
 @pytest.fixture(autouse=True)
 def all_kinds_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts are planned here, not made: as if there were corrected ones and others that succeeded."""
-    monkeypatch.setattr(Tries, "read", Tries)
+    monkeypatch.setattr(Tries, "read", partial(Tries, successes=SUCCESSES))
 
 
 def written(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
@@ -174,6 +182,50 @@ def test_attempts_that_no_command_of_ours_made_are_read_as_the_policys_demonstra
         assert ("cameras" in options, "state_keys" in options) == (not collected, not collected)
 
 
+@pytest.mark.parametrize(
+    ("method", "source", "wanted"),
+    [
+        ("recap", "corrections_0", {1: [5, 6, 7, 8]}),
+        ("recap", "positive_0", {**{n: [*range(LENGTHS[n])] for n in (0, 3, 4)}, 1: [5, 6, 7, 8]}),
+        ("dagger", "corrections_0", {1: [5, 6, 7, 8]}),
+        ("successes", "successes_0", {n: [*range(LENGTHS[n])] for n in (0, 3, 4)}),
+    ],
+)
+def test_recordings_that_no_command_of_ours_made_can_be_learned_from(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, method: Method, source: str, wanted: dict
+) -> None:
+    """Their episodes have neither `success` nor `corrected`: the frames alone say how they went."""
+    monkeypatch.undo()
+    root, labels = recorded_attempts(pictures, tmp_path / "tries"), tmp_path / "labels.parquet"
+    files = LeRobotFiles.open(root)
+    attempts = Attempts.read(files)
+    corrected = np.isin(attempts.episode, attempts.episode[attempts.intervention])
+    positive = np.where(corrected, attempts.intervention, attempts.success)
+    Labels(attempts.episode, attempts.frame, {POSITIVE: positive}, {}).write(labels, files)
+    tries = Tries.read(str(root), labels if method == "recap" else None)
+    found = configuration(method, tmp_path, Reading(), [str(pictures)], [tries], TRAINING)
+    options = found["data"]["sources"][source]["init_args"]
+    opened = LeRobotConfig(**options).open(source, "train", ModelConfig.preset("debug").shapes)
+    places: dict[int, list[int]] = {}
+    for index in range(len(opened)):
+        place = opened.place(index)
+        places.setdefault(int(place["episode_index"]), []).append(int(place["frame_index"]))
+    assert places == wanted
+
+
+def test_attempts_of_a_policy_without_a_state_have_none(tmp_path: Path, pictures_copy: Path) -> None:
+    """`pi05 collect` writes no state of them, so none is asked for."""
+    read = {"path": str(tmp_path / "arm"), "state_keys": [], "action_keys": ["joints"]}
+    reading = Reading(sources={"arm": {"class_path": CLASS_PATH, "init_args": read}})
+    info = read_json(pictures_copy / "meta" / "info.json")
+    del info["features"]["observation.state"]
+    write_json(pictures_copy / "meta" / "info.json", info)
+    options = reading.source(str(pictures_copy), read["path"], collected=True, attempts=True)["init_args"]
+    source = LeRobotConfig(**options).open("tries", "train", ModelConfig.preset("debug").shapes)
+    assert source[0].state is None
+    assert source[0].actions is not None
+
+
 def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
     todo = written(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
@@ -212,7 +264,7 @@ def test_frames_of_either_sign_are_drawn_as_often_and_corrections_as_both() -> N
 
 
 def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_none_has_them() -> None:
-    good, bad = Tries("good"), Tries("bad", corrected=False, succeeded=False)
+    good, bad = Tries("good"), Tries("bad", corrected=False, successes=[])
     assert shares("dagger", [bad, good]) == pytest.approx({"demonstrations_0": 0.4, "corrections_1": 0.6})
     assert shares("successes", [good, bad]) == pytest.approx({"demonstrations_0": 0.4, "successes_0": 0.6})
     with pytest.raises(ValueError, match="dagger has nothing to learn from: the expert never took over in bad"):
@@ -234,7 +286,7 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
     assert list(sources["demonstrations"]) == ["demonstrations_0"]
-    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == "success AND NOT corrected"
+    assert sources["successes"]["successes_0"]["init_args"]["episodes"] == SUCCESSES
     assert sources["dagger"]["corrections_0"]["init_args"]["frames"] == "corrections"
     others = [source["init_args"] for method in METHODS if method != "recap" for source in sources[method].values()]
     assert not any("labels" in options for options in others)
@@ -294,7 +346,9 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
         for name, options in read.items()
     }
     demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
-    found = configuration("successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries")], TRAINING)
+    found = configuration(
+        "successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries", successes=SUCCESSES)], TRAINING
+    )
     read_as = {name: source["init_args"] for name, source in found["data"]["sources"].items()}
     assert "cameras" not in read_as["successes_0"]  # what collects them names them as the policy does
     assert read_as["successes_0"]["relative_dims"] == [1]
@@ -304,7 +358,60 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
     assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other}
     episodes = {name: options.get("episodes") for name, options in read_as.items()}
     own = {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None}
-    assert episodes == {**own, "successes_0": "success AND NOT corrected"}
+    assert episodes == {**own, "successes_0": SUCCESSES}
+
+
+def test_attempts_are_read_with_all_episodes_whichever_the_policy_was_trained_on(tmp_path: Path) -> None:
+    """As where the policy is one of an earlier round of successes."""
+    paths = {name: str(tmp_path / name) for name in ("arm", "successes_0")}
+    read = {
+        name: {"class_path": CLASS_PATH, "init_args": {"path": path, "episodes": "success"}}
+        for name, path in paths.items()
+    }
+    reading, demonstrations, tries = Reading(sources=read), [paths["arm"]], [Tries(paths["successes_0"], Path("signs"))]
+    sources = configuration("recap", tmp_path, reading, demonstrations, tries, TRAINING)["data"]["sources"]
+    episodes = {name: source["init_args"].get("episodes") for name, source in sources.items()}
+    assert episodes == {"arm": "success", "positive_0": None, "negative_0": None, "corrections_0": None}
+    of_value = [reading.options(path, paths["arm"], attempts=name != "arm") for name, path in paths.items()]
+    assert [options.get("episodes") for options in of_value] == ["success", None]
+
+
+def test_demonstrations_of_corrections_alone_stay_so(tmp_path: Path) -> None:
+    """What the policy did in them before is no demonstration."""
+    path, read = str(tmp_path / "corrected"), {"frames": "corrections"}
+    reading = Reading(sources={"expert": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
+    for method in METHODS:
+        tries = Tries("tries", Path("signs"))
+        sources = configuration(method, tmp_path, reading, [path], [tries], TRAINING)["data"]["sources"]
+        assert sources["expert"]["init_args"]["frames"] == "corrections"
+    read["frames"] = "negative"
+    reading = Reading(sources={"negative_0": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
+    with pytest.raises(ValueError, match="was read with `frames: negative`, as 'negative_0': it holds attempts"):
+        configuration("recap", tmp_path, reading, [path], [tries], TRAINING)
+
+
+def test_no_dataset_takes_the_name_of_another(tmp_path: Path) -> None:
+    """The policy is one of rounds, which called its data as these would."""
+    words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path)}}
+    read = {name: str(tmp_path / name) for name in ("demonstrations_0", "successes_0", "demonstrations_0_2")}
+    stage = {"mixture": {"demonstrations_0/continuous_robot_actions": 0.9, "successes_1/qa": 0.1}}
+    reading = Reading(stage=stage, sources={"successes_1": words})
+    reading.sources.update({n: {"class_path": CLASS_PATH, "init_args": {"path": p}} for n, p in read.items()})
+    new = str(tmp_path / "new")
+    demonstrations, tries = [new, read["demonstrations_0"], read["successes_0"]], [Tries("tries"), Tries("more")]
+    found = configuration("successes", tmp_path, reading, demonstrations, tries, TRAINING)
+    sources = found["data"]["sources"]
+    assert sources.pop("successes_1") == words
+    assert {name: source["init_args"]["path"] for name, source in sources.items()} == {
+        "demonstrations_0_3": new,
+        "demonstrations_0": read["demonstrations_0"],
+        "successes_0": read["successes_0"],
+        "successes_0_2": "tries",
+        "successes_1_2": "more",
+    }
+    shares = found["stages"]["then"][0]["mixture"]
+    assert {name.partition("/")[0] for name in shares} == {*sources, "successes_1"}
+    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
