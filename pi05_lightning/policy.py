@@ -104,6 +104,8 @@ class Pi05Policy(Inference):
             how = replace(how, execution_horizon=pred_horizon)
         check_device(device)
         check_dtype(dtype, device)
+        if cuda_graph and how.guidance != 1:
+            raise ValueError("cuda_graph: the graph is of one row, and guidance takes two: leave out one of them")
         if isinstance(model_path, tuple):
             (model, processor), trained = model_path, UNKNOWN
             if dtype is not None:

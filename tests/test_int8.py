@@ -220,7 +220,7 @@ def test_a_choice_of_the_working_folder_is_beside_it(folder: Path, monkeypatch: 
 
 
 def test_a_damaged_choice_is_refused(folder: Path) -> None:
-    choice_of(folder).write_text("{}")
+    choice_of(folder).write_text('{"choices": [{}]}')
     with pytest.raises(ValueError, match=r"int8\.json does not say which layers .* delete it"):
         Pi05Policy(folder, dtype="int8")
 

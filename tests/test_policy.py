@@ -392,6 +392,11 @@ def test_policy_whose_data_has_no_subtasks_acts_on_the_task(pictures: Path) -> N
     assert policy.subtask is not None
 
 
+def test_guidance_that_no_graph_is_captured_of_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cuda_graph: the graph is of one row, and guidance takes two"):
+        Pi05Policy(tmp_path / "none", cuda_graph="plain", guidance=1.5)
+
+
 def test_a_device_that_there_is_not_is_said(trained) -> None:
     with pytest.raises(ValueError, match="device 'cudda' cannot be used"):
         Pi05Policy(trained[2], device="cudda")

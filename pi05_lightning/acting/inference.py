@@ -96,12 +96,10 @@ class Inference:
     def capture(self, compile: bool = False) -> None:
         """From now on the chunk of one frame is a CUDA graph, see `CapturedChunk`; those of several are not.
 
-        Raises ValueError where the model is on no CUDA device, and with guidance, for which a frame is computed twice.
+        Raises ValueError where the model is on no CUDA device.
         """
         if self.model.device.type != "cuda":
             raise ValueError(f"cuda_graph: the model is on {self.model.device}; leave it out, or set device to cuda")
-        if self.acting.guidance != 1:
-            raise ValueError("cuda_graph: the graph is of one row, and guidance takes two: leave out one of them")
         self._chunk = CapturedChunk(self.model, compile)
 
     def replans(self, chunk: int) -> bool:

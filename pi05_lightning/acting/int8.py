@@ -39,7 +39,7 @@ RECORDED = 8  # frames
 def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     """The model of a policy's weights that computes in 8 bits, as the choice beside them says.
 
-    Where there is none, or one that was made of other weights or for acting otherwise, it is made from the answers to a
+    Where there is none for this way of acting, or one that was made of other weights, it is made from the answers to a
     few frames, and written.  acting: as which robot, with which actions, and whether it says subtasks.
     Raises ValueError where this machine has no 8-bit products.
     """

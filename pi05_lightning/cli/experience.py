@@ -34,6 +34,7 @@ from pi05_lightning.sim.splits import LIBERO_STATES
 from pi05_lightning.weights.locate import locate
 
 CONFIG = "experience.yaml"  # of a round: what its policy was trained on
+HASH = "policy.sha256"  # of the weights that every round begins with
 PLAN = "plan.yaml"  # of all rounds: the options that methods which are compared have in common
 _OF_ADVANTAGES = {"advantage", "guidance"}  # options of acting
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
@@ -91,7 +92,7 @@ def experience(
         noise_scale: of the noise with which attempts are made, see `Acting`; 0 makes the same attempt each time, and 1,
             as trained, may fail much oftener than the policy does.
         acting: how policies act in attempts and where they are tried, as `{execution_horizon: 8}`: options of
-            `pi05 rollout`. Those about advantages are for recap's policies alone.
+            `Acting`. Those about advantages are for recap's policies alone.
         corrections: actions without progress after which the expert takes over in attempts; in dagger's always.
         attempts: LeRobot datasets of attempts that were made before: the first round of all methods learns from them,
             and makes none.
@@ -183,7 +184,7 @@ class Rounds:
     def common(self) -> str:
         """YAML of what every method has, and every start of the same rounds."""
         options = asdict(self)
-        for name in ("out", "rounds", "device"):
+        for name in ("out", "rounds", "device", "sha256"):
             del options[name]
         options["policy"] = str(self.policy)
         for name in ("attempts", "simulator"):
@@ -245,7 +246,7 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     if plan.training.demonstrations_share == 1:
         raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
     check_range("advantage_omission", plan.training.omission, 0, 1)
-    if Acting.of(plan.acting).guidance != 1 and not plan.training.omission:
+    if Acting.of(plan.acting).guidance != 1 and "recap" in methods and not plan.training.omission:
         raise ValueError("acting: guidance needs samples without an advantage: give an advantage_omission above 0")
     for share in plan.shares:
         check_shares(share, plan.shares_of_tasks)
@@ -295,10 +296,12 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     ValueError where a training was begun with other options than these give it, or with other weights.
     """
     out = plan.out
+    write_once(out / HASH, f"{plan.sha256}\n")
     if plan.is_begun and (out / PLAN).is_file():
         write_once(out / PLAN, plan.common)
     todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
-    of_the_robot = reading.of_one_robot(plan.demonstrations, plan.robot)
+    # what holds corrections alone is no demonstration to the value, which sees all frames
+    of_the_robot = [d for d in reading.of_one_robot(plan.demonstrations, plan.robot) if not reading.frames_of(d)]
     known = {path: Tries.read(path) for path in plan.made_before}
     for method in methods:
         acting, attempts, is_told = plan.policy, list(plan.made_before), method == "recap"

@@ -123,6 +123,10 @@ def rollout(
         logger.warning("%s (`pi05 check` tells more)", finding)
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer, dtype)
     del policy  # maybe gigabytes: every process loads its own
+    if dtype == "int8":
+        for way in {(way.actions, way.hierarchical): way for way in actings.values()}.values():
+            # which layers compute in 8 bits is measured once for each way of acting, not in every process
+            Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(way))
     out = out or run_of(checkpoint) / ROLLOUT.parent
     policy_hash = locate(checkpoint).content_hash()
     with Unfinished.within(out, {"plan": str(plan), "worker": str(worker), "sha256": policy_hash}) as unfinished:

@@ -50,8 +50,8 @@ def with_outcomes(episodes: pa.Table, root: Path) -> pa.Table:
 
 def with_known_outcomes(episodes: pa.Table, data: Iterable[Path], root: Path) -> pa.Table:
     """The table of episodes with all that is known in its column `success`; as it is where frames say nothing more."""
-    recorded, known = recorded_success(episodes, root), known_outcomes(episodes, data, root)
-    return episodes if known == recorded else _with_column(episodes, known)
+    known = known_outcomes(episodes, data, root)
+    return episodes if known == recorded_success(episodes, root) else _with_column(episodes, known)
 
 
 def known_outcomes(episodes: pa.Table, data: Iterable[Path], root: Path) -> dict[int, bool | None]:
@@ -60,6 +60,8 @@ def known_outcomes(episodes: pa.Table, data: Iterable[Path], root: Path) -> dict
     data: files of frames.
     """
     recorded = recorded_success(episodes, root)
+    if None not in recorded.values():
+        return recorded
     found: dict[int, bool | None] = dict.fromkeys(recorded)
     for path in data:
         if NEXT_SUCCESS in pq.read_schema(path).names:

@@ -124,10 +124,10 @@ class ValueFunction:
     def __init__(self, run: Path, device: str = "cpu") -> None:
         checkpoint, tensors = read_value(run)
         about: dict[str, Any] = read_json(run_of(run) / VALUE_FILE, default={})
-        if not about:
+        if not about.keys() >= {"longest", "fps", "c_fail"}:
             raise ValueError(
-                f"{run} has no {VALUE_FILE}, so its value was not fitted to its end: start the same `pi05 value fit`"
-                " again, which goes on with it, and give its directory"
+                f"{run} has no whole {VALUE_FILE}, so its value was not fitted to its end: start the same"
+                " `pi05 value fit` again, which goes on with it, and give its directory"
             )
         self.processor = checkpoint.processor()
         self.model = Pi05(checkpoint.config(), {NAME: ValueHead})

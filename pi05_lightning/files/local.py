@@ -49,7 +49,9 @@ def write_text(path: Path, text: str) -> None:
 def write_once(path: Path, text: str) -> None:
     """Write a text file, or leave it as it is. Raises ValueError where there is one with another text."""
     if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{path} was written with other options: give those, or another directory")
+        raise ValueError(
+            f"{path} was written with other options, or by another version: give those, or another directory"
+        )
     write_text(path, text)
 
 

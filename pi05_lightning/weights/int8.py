@@ -64,7 +64,7 @@ class Choice:
         try:
             choices = [
                 cls(**values | {"way": Way(*values["way"]), "kept": tuple(values["kept"])})
-                for values in read_json(file, default={"choices": []})["choices"]
+                for values in read_json(file, default={}).get("choices", [])
             ]
         except (TypeError, KeyError) as error:
             raise ValueError(

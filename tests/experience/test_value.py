@@ -74,7 +74,7 @@ def test_value_is_found_by_its_checkpoint_too_and_one_that_was_not_fitted_to_its
 ) -> None:
     assert ValueFunction(value / "checkpoints" / "last.ckpt").longest == ValueFunction(value).longest
     begun = shutil.copytree(value, tmp_path / "begun", ignore=shutil.ignore_patterns("value.json"))
-    with pytest.raises(ValueError, match=r"begun has no value\.json, so its value was not fitted to its end"):
+    with pytest.raises(ValueError, match=r"begun has no whole value\.json, so its value was not fitted to its end"):
         ValueFunction(begun)
 
 
