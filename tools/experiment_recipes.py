@@ -107,6 +107,15 @@ def _at_desk(name: str, tasks: Iterable[str], *options: str) -> tuple[str, ...]:
     return _rolled_out(name, "{run}", "--env", "Desk", "--tasks", f"[{','.join(tasks)}]", *options)
 
 
+def _listening(modes: str, episodes: str) -> dict[str, tuple[str, ...]]:
+    """Parts: whether it does what it is told, and tasks of several steps."""
+    told = ("--instructions", "[right,swapped,paraphrased,empty]")
+    return {
+        "rollout": _at_desk("rollout", INSTRUCTIONS, "--modes", modes, "--episodes", episodes, *told),
+        "several": _at_desk("several", SEVERAL_STEPS, "--modes", "[policy,flat]", "--episodes", episodes),
+    }
+
+
 _HEARD = {
     "policy": "named",
     "policy, swapped": "swapped: original",
@@ -119,11 +128,7 @@ DESK = Recipe(
     demo=Path("runs/desk"),
     command='make demo ARGS="--scene desk"',
     parts={
-        "rollout": _at_desk(
-            *("rollout", INSTRUCTIONS, "--modes", "[policy,mean_replay]", "--episodes", "16"),
-            *("--instructions", "[right,swapped,paraphrased,empty]"),
-        ),
-        "several": _at_desk("several", SEVERAL_STEPS, "--modes", "[policy,flat]", "--episodes", "16"),
+        **_listening("[policy,mean_replay]", "16"),
         "chains": _at_desk("chains", ("chain",), "--modes", "[policy,flat]", "--episodes", "32"),
     },
     rollouts={name: f"{name}/rollout.json" for name in ("rollout", "several", "chains")},
@@ -154,13 +159,7 @@ _ABLATED = ("rollout", "several")  # of the desk's rollouts
 DESK_ABLATIONS = replace(
     DESK,
     name="012_desk_ablations",
-    parts={
-        "rollout": _at_desk(
-            *("rollout", INSTRUCTIONS, "--modes", "[policy]", "--episodes", "8"),
-            *("--instructions", "[right,swapped,paraphrased,empty]"),
-        ),
-        "several": _at_desk("several", SEVERAL_STEPS, "--modes", "[policy,flat]", "--episodes", "8"),
-    },
+    parts=_listening("[policy]", "8"),
     rollouts={name: DESK.rollouts[name] for name in _ABLATED},
     numbers={heading: number for heading, number in DESK.numbers.items() if "in a row" not in heading},
 )

@@ -296,7 +296,7 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     ValueError where a training was begun with other options than these give it, or with other weights.
     """
     out = plan.out
-    write_once(out / HASH, f"{plan.sha256}\n")
+    check_weights(plan)
     if plan.is_begun and (out / PLAN).is_file():
         write_once(out / PLAN, plan.common)
     todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
@@ -326,6 +326,17 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
             todo += [plan.fit(name, folder, write), tried]
             acting = folder / "fit"
     return todo
+
+
+def check_weights(plan: Rounds) -> None:
+    """Note the policy's weights, with which the rounds begin. ValueError where they began with others."""
+    file = plan.out / HASH
+    if file.is_file() and file.read_text(encoding="utf-8").strip() != plan.sha256:
+        raise ValueError(
+            f"{plan.policy} has other weights than those that the rounds in {plan.out} began with ({file}): give these,"
+            " or another directory"
+        )
+    write_text(file, f"{plan.sha256}\n")
 
 
 def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]) -> None:
