@@ -479,6 +479,13 @@ def test_value_is_fitted_on_the_robot_that_acts(plan: Rounds, tmp_path: Path) ->
         parts(replace(named_all, robot="leg"), Reading(sources=sources), ["recap"])
 
 
+def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succeeded(plan: Rounds) -> None:
+    paths = {"demos": {"path": "demos"}, "driven": {"path": "driven", "frames": "corrections"}}
+    reading = Reading(sources={name: {"class_path": CLASS_PATH, "init_args": read} for name, read in paths.items()})
+    todo = parts(replace(plan, demonstrations=["demos", "driven"]), reading, ["recap"])
+    assert option(named(todo, "recap-1-value"), "--demonstrations") == "[demos]"
+
+
 def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> None:
     reading = Reading(trainer={"accelerator": "gpu", "devices": 8, "strategy": "ddp", "precision": "bf16-mixed"})
     found = value_fit.configuration(tmp_path, reading, {}, steps=1, batch_size=1, lr=1.0)["trainer"]
