@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import cache, partial
 from itertools import batched, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -125,9 +126,9 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
     """
     policy, env, view = Act(run), MetaWorld(), view_of(source)
     trials, clocks = [], {"flat": Clock(), "mean_replay": Clock()}
+    replay = cache(partial(mean_trajectory, source))
     for number, sentence in enumerate(sorted(pd.read_parquet(source / "meta" / "tasks.parquet").index)):
         task, states = task_of_sentence(sentence), env.seeds(number, episodes, seed)
-        replay = mean_trajectory(source, sentence)
         with ExitStack() as stack:
             lanes = [stack.enter_context(env.open(task, view)) for _ in range(min(LANES, episodes))]
             for some in batched(states, LANES):
