@@ -139,7 +139,11 @@ def test_site_is_light_or_dark_as_asked(laptop: Page) -> None:
 
 @pytest.mark.slow
 def test_every_command_and_experiment_has_a_page(site: str) -> None:
-    pages = [f"reference/commands/{command}/" for command in TRAINER_COMMANDS | COMMANDS]
+    commands = [f"{command.replace(' ', '-')}/" for command in TRAINER_COMMANDS | COMMANDS]
+    with urlopen(f"{site}reference/commands/") as answer:
+        listed = answer.read().decode()
+    assert [command for command in commands if f'href="{command}"' not in listed] == []
+    pages = [f"reference/commands/{command}" for command in commands]
     pages += [f"experiments/{readme.parent.name}/" for readme in (ROOT / "experiments").glob("0*/README.md")]
     for page in pages:
         with urlopen(site + page) as answer:  # raises where there is none

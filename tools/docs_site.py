@@ -79,7 +79,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The menu, in which a folder stands for its pages."""
     names = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("experiments/*/README.md"))]
-    commands = [f"{COMMAND_PAGES}{command}.md" for command in TRAINER_COMMANDS | COMMANDS]
+    commands = [command_file(command) for command in TRAINER_COMMANDS | COMMANDS]
     python = [f"{PYTHON_PAGES}{title.lower()}.md" for title in API]
     folders = {
         "experiments/": ["experiments/README.md", *names],
@@ -101,11 +101,11 @@ def made_pages() -> Iterator[tuple[str, str | bytes]]:
     """Names and what is in them."""
     yield from tutorial()
     commands = TRAINER_COMMANDS | COMMANDS
-    rows = [(f"[`pi05 {command}`]({command}.md)", about) for command, about in commands.items()]
+    rows = [(f"[`pi05 {command}`]({Path(command_file(command)).name})", about) for command, about in commands.items()]
     yield f"{COMMAND_PAGES}index.md", "\n".join(["# Commands", "", *table("command", "what it does", rows)])
     for command in commands:
         lines = run_page(command) if command in TRAINER_COMMANDS else command_page(command)
-        yield f"{COMMAND_PAGES}{command}.md", "\n".join([f"# pi05 {command}", "", *lines])
+        yield command_file(command), "\n".join([f"# pi05 {command}", "", *lines])
     rows = [
         (f"[{title}]({title.lower()}.md)", ", ".join(f"`{name}`" for name in names)) for title, names in API.items()
     ]
@@ -138,6 +138,11 @@ def tutorial() -> Iterator[tuple[str, str | bytes]]:
 
 
 # --- options of commands
+
+
+def command_file(command: str) -> str:
+    """The page of a command, which may be of two words: neither an address nor a link has a space."""
+    return f"{COMMAND_PAGES}{command.replace(' ', '-')}.md"
 
 
 def run_page(command: str) -> Iterator[str]:

@@ -232,7 +232,7 @@ def test_rollout_tells_the_policy_every_kind_of_instruction(untrained, tmp_path,
     assert "told another task's instruction" in capsys.readouterr().out
     (tmp_path / "config.yaml").write_text("seed_everything: 0\n")
     page = render(read_run(tmp_path), {})
-    assert "<th>policy, paraphrased</th>" in page
+    assert "<th>policy, subtask first, paraphrased</th>" in page
     assert "<td>drawer-open-v3</td><td>0 / 1</td><td>not judged in this scene</td>" in page
 
 
