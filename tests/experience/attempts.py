@@ -1,4 +1,4 @@
-"""Attempts as a robot's recordings have them, made of the recorded episodes."""
+"""Attempts as a robot's recordings have them, made of the recorded episodes, and how rounds are trained on some."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pi05_lightning.experience.rounds import Training
+
+TRAINING = Training(steps=7, batch_size=4, lr=1e-3, demonstrations_share=0.4, omission=0.2)
+SUCCESSES = [0, 3]  # episodes
 LENGTHS = (12, 9, 15, 7, 11)  # of the recorded episodes; those of odd number are of another task
 
 

@@ -1,4 +1,4 @@
-"""Rounds as commands: what is collected once, what each method trains on, and that it goes on where it was stopped."""
+"""Rounds as commands: what is collected once, in what order, what is refused, and going on where it was stopped."""
 
 from __future__ import annotations
 
@@ -16,23 +16,17 @@ import numpy as np
 import pytest
 import yaml
 
-from pi05_lightning.cli import value_fit
 from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
-from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
+from pi05_lightning.experience.reading import CLASS_PATH, Reading
+from pi05_lightning.experience.rounds import METHODS, Method, Tries, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.folder import save
-from tests.experience.attempts import LENGTHS, recorded_attempts
-
-TRAINING = Training(steps=7, batch_size=4, lr=1e-3, demonstrations_share=0.4, omission=0.2)
-SUCCESSES = [0, 3]
+from tests.experience.attempts import LENGTHS, SUCCESSES, TRAINING, recorded_attempts
 
 
 @pytest.fixture
@@ -248,40 +242,6 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Round
             assert taken == (both[number], str(labels), sign, 0)
 
 
-def test_frames_of_either_sign_are_drawn_as_often_and_corrections_as_both() -> None:
-    signs = dict.fromkeys(["positive", "negative"], 0.075)
-    first, alone = Tries("tries", Path("labels")), Tries("more", Path("more_labels"), corrected=False)
-    assert shares("recap", [first]) == pytest.approx(
-        {"demonstrations_0": 0.4, "positive_0": 0.15, "negative_0": 0.15, "corrections_0": 0.3}
-    )
-    assert shares("recap", [first, alone]) == pytest.approx(
-        {
-            "demonstrations_0": 0.4,
-            **{f"{sign}_0": share for sign, share in signs.items()},
-            "corrections_0": 0.15,
-            **{f"{sign}_1": 2 * share for sign, share in signs.items()},
-        }
-    )
-
-
-def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_none_has_them() -> None:
-    good, bad = Tries("good"), Tries("bad", corrected=False, successes=[])
-    assert shares("dagger", [bad, good]) == pytest.approx({"demonstrations_0": 0.4, "corrections_1": 0.6})
-    assert shares("successes", [good, bad]) == pytest.approx({"demonstrations_0": 0.4, "successes_0": 0.6})
-    with pytest.raises(ValueError, match="dagger has nothing to learn from: the expert never took over in bad"):
-        shares("dagger", [bad])
-    only_negative = Tries("failed", Path("labels"), ("negative",), corrected=False)
-    assert shares("recap", [only_negative]) == pytest.approx({"demonstrations_0": 0.4, "negative_0": 0.6})
-    with pytest.raises(ValueError, match="successes has nothing to learn from: no attempt succeeded without"):
-        shares("successes", [bad, bad])
-
-
-def shares(method: Method, tries: Sequence[Tries]) -> dict[str, float]:
-    """Of the draws, by the sources' names."""
-    (stage,) = configuration(method, Path("policy"), Reading(), ["demos"], tries, TRAINING)["stages"]["then"]
-    return {name.partition("/")[0]: share for name, share in stage["mixture"].items()}
-
-
 def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Rounds) -> None:
     written(plan, METHODS)
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
@@ -301,118 +261,6 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
 def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: Rounds) -> None:
     names = [part.name for part in parts(plan, Reading(), ["demonstrations"])]
     assert names == ["base-rollout", "demonstrations-1-fit", "demonstrations-1-rollout"]
-
-
-def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) -> None:
-    (tmp_path / "web").mkdir()
-    words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "web")}}
-    gone = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "gone")}}
-    mixture = {"arm/continuous_robot_actions": 0.8, "arm/qa": 0.1, "web/qa": 0.04, "gone/qa": 0.04, "other/qa": 0.02}
-    stage = {"losses": {"text": 1.0, "flow": 1.0}, "mixture": mixture, "flow_alpha": 3.0}
-    reading = Reading(fast="fast", stage=stage, sources={"web": words, "gone": gone})
-    reading.sources["arm"] = reading.source("runs/demo/data/robot", "")
-    found = configuration(
-        "recap",
-        tmp_path,
-        reading,
-        ["runs/demo/data/../data/robot"],
-        [Tries("tries", tmp_path / "labels", corrected=False)],
-        TRAINING,
-    )
-    (made,) = found["stages"]["then"]
-    assert (made["losses"], made["flow_alpha"], made["steps"]) == (stage["losses"], 3.0, 7)
-    assert made["mixture"] == pytest.approx(
-        {
-            "arm/continuous_robot_actions": 0.32,
-            "positive_0/continuous_robot_actions": 0.24,
-            "negative_0/continuous_robot_actions": 0.24,
-            "arm/qa": 0.1,
-            "web/qa": 0.04,
-        }
-    )
-    assert list(found["data"]["sources"]) == ["arm", "positive_0", "negative_0", "web"]
-    assert (found["data"]["sources"]["web"], found["data"]["fast"]) == (words, "fast")
-
-
-def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(tmp_path: Path) -> None:
-    read = {
-        "arm": {"cameras": {"observation.image": "front"}},
-        "other": {"cameras": {"observation.rgb": "front"}, "relative_dims": [1]},
-    }
-    sources = {
-        name: {
-            "class_path": CLASS_PATH,
-            "init_args": {**options, "path": str(tmp_path / name), "episodes": "length > 9"},
-        }
-        for name, options in read.items()
-    }
-    demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
-    found = configuration(
-        "successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries", successes=SUCCESSES)], TRAINING
-    )
-    read_as = {name: source["init_args"] for name, source in found["data"]["sources"].items()}
-    assert "cameras" not in read_as["successes_0"]  # what collects them names them as the policy does
-    assert read_as["successes_0"]["relative_dims"] == [1]
-    cameras = {name: options["cameras"] for name, options in read_as.items() if name != "successes_0"}
-    as_other = read["other"]["cameras"]
-    arm = read["arm"]["cameras"]
-    assert cameras == {"other": as_other, "arm": arm, "demonstrations_2": as_other}
-    episodes = {name: options.get("episodes") for name, options in read_as.items()}
-    own = {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None}
-    assert episodes == {**own, "successes_0": SUCCESSES}
-
-
-def test_attempts_are_read_with_all_episodes_whichever_the_policy_was_trained_on(tmp_path: Path) -> None:
-    """As where the policy is one of an earlier round of successes."""
-    paths = {name: str(tmp_path / name) for name in ("arm", "successes_0")}
-    read = {
-        name: {"class_path": CLASS_PATH, "init_args": {"path": path, "episodes": "success"}}
-        for name, path in paths.items()
-    }
-    reading, demonstrations, tries = Reading(sources=read), [paths["arm"]], [Tries(paths["successes_0"], Path("signs"))]
-    sources = configuration("recap", tmp_path, reading, demonstrations, tries, TRAINING)["data"]["sources"]
-    episodes = {name: source["init_args"].get("episodes") for name, source in sources.items()}
-    assert episodes == {"arm": "success", "positive_0": None, "negative_0": None, "corrections_0": None}
-    of_value = [reading.options(path, paths["arm"], attempts=name != "arm") for name, path in paths.items()]
-    assert [options.get("episodes") for options in of_value] == ["success", None]
-
-
-def test_demonstrations_of_corrections_alone_stay_so(tmp_path: Path) -> None:
-    """What the policy did in them before is no demonstration."""
-    path, read = str(tmp_path / "corrected"), {"frames": "corrections"}
-    reading = Reading(sources={"expert": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
-    for method in METHODS:
-        tries = Tries("tries", Path("signs"))
-        sources = configuration(method, tmp_path, reading, [path], [tries], TRAINING)["data"]["sources"]
-        assert sources["expert"]["init_args"]["frames"] == "corrections"
-    read["frames"] = "negative"
-    reading = Reading(sources={"negative_0": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
-    with pytest.raises(ValueError, match="was read with `frames: negative`, as 'negative_0': it holds attempts"):
-        configuration("recap", tmp_path, reading, [path], [tries], TRAINING)
-
-
-def test_no_dataset_takes_the_name_of_another(tmp_path: Path) -> None:
-    """The policy is one of rounds, which called its data as these would."""
-    words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path)}}
-    read = {name: str(tmp_path / name) for name in ("demonstrations_0", "successes_0", "demonstrations_0_2")}
-    stage = {"mixture": {"demonstrations_0/continuous_robot_actions": 0.9, "successes_1/qa": 0.1}}
-    reading = Reading(stage=stage, sources={"successes_1": words})
-    reading.sources.update({n: {"class_path": CLASS_PATH, "init_args": {"path": p}} for n, p in read.items()})
-    new = str(tmp_path / "new")
-    demonstrations, tries = [new, read["demonstrations_0"], read["successes_0"]], [Tries("tries"), Tries("more")]
-    found = configuration("successes", tmp_path, reading, demonstrations, tries, TRAINING)
-    sources = found["data"]["sources"]
-    assert sources.pop("successes_1") == words
-    assert {name: source["init_args"]["path"] for name, source in sources.items()} == {
-        "demonstrations_0_3": new,
-        "demonstrations_0": read["demonstrations_0"],
-        "successes_0": read["successes_0"],
-        "successes_0_2": "tries",
-        "successes_1_2": "more",
-    }
-    shares = found["stages"]["then"][0]["mixture"]
-    assert {name.partition("/")[0] for name in shares} == {*sources, "successes_1"}
-    assert sum(shares.values()) == pytest.approx(1)
 
 
 def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
@@ -449,22 +297,6 @@ def test_what_failed_may_be_tried_with_other_options(plan: Rounds) -> None:
     assert trained(plan, "recap", 1)["data"]["batch_size"] == 2
 
 
-def test_robot_of_the_attempts_is_the_one_that_is_named(tmp_path: Path) -> None:
-    sources = {
-        name: {"class_path": CLASS_PATH, "init_args": {"path": str(tmp_path / name), "same_robot_as": same}}
-        for name, same in (("arm", None), ("more", "arm"), ("hand", None))
-    }
-    reading, demonstrations = Reading(sources=sources), [str(tmp_path / name) for name in sources]
-    for robot, same in ((None, "arm"), ("more", "arm"), ("hand", "hand")):
-        found = configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, robot)
-        robots = {name: s["init_args"]["same_robot_as"] for name, s in found["data"]["sources"].items()}
-        assert robots == {"arm": None, "more": "arm", "hand": None, "successes_0": same}
-    with pytest.raises(ValueError, match="the robot of 'arm'"):
-        configuration("successes", tmp_path, reading, demonstrations[1:], [Tries("tries")], TRAINING)
-    with pytest.raises(ValueError, match="robot 'leg'"):
-        configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, "leg")
-
-
 def test_value_is_fitted_on_the_robot_that_acts(plan: Rounds, tmp_path: Path) -> None:
     sources = {
         name: {"class_path": CLASS_PATH, "init_args": {"path": str(tmp_path / name), "same_robot_as": same}}
@@ -486,41 +318,10 @@ def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succ
     assert option(named(todo, "recap-1-value"), "--demonstrations") == "[demos]"
 
 
-def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> None:
-    reading = Reading(trainer={"accelerator": "gpu", "devices": 8, "strategy": "ddp", "precision": "bf16-mixed"})
-    found = value_fit.configuration(tmp_path, reading, {}, steps=1, batch_size=1, lr=1.0)["trainer"]
-    assert (found["accelerator"], found["precision"], found["devices"]) == ("gpu", "bf16-mixed", 1)
-    assert "strategy" not in found
-
-
 def test_states_of_libero_that_would_be_tried_and_tested_are_refused(tmp_path: Path) -> None:
     options = {"policy": tmp_path, "demonstrations": ("demos",), "env": "Libero", "episodes": 25}
     with pytest.raises(ValueError, match="25 episodes and 26 test_episodes would meet"):
         experience(tmp_path / "out", test_episodes=26, **options)
-
-
-def test_a_stage_that_drew_all_there_was_is_spelled_out() -> None:
-    losses = {"text": 0.0, "subtask": 1.0, "flow": 1.0, "others": {}}
-    stages = {
-        "pretrain_steps": 1,
-        "pretrain": {"losses": {**losses, "flow": 0.0}},
-        "posttrain_steps": 1,
-        "posttrain": {"losses": losses, "mixture": {}, "mixture_temperature": 0.5},
-        "flow_alpha": 10.0,
-        "then": [],
-    }
-    names = ("arm/continuous_robot_actions", "arm/hl_subtask", "arm/fast_robot_actions", "web/web_caption")
-    samples = {name: {"train": n, "val": 1} for name, n in zip(names, (100, 25, 100, 9), strict=True)}
-    found = last_stage(stages, {}, samples)
-    assert found["mixture"] == pytest.approx({names[0]: 0.4, names[1]: 0.2, names[2]: 0.4})
-    with pytest.raises(ValueError, match="drew from all its data"):
-        last_stage(stages, {}, {})
-
-
-def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:
-    save(tmp_path, Pi05(ModelConfig.preset("debug")))
-    with pytest.raises(ValueError, match="carries no configuration"):
-        Reading.of(tmp_path)
 
 
 def test_page_shows_what_there_is_so_far(tmp_path: Path) -> None:
