@@ -256,12 +256,15 @@ class Pi05CLI(LightningCLI):
             kwargs["enable_progress_bar"] = True
             if not sys.stdout.isatty() and not any(isinstance(c, ProgressBar) for c in as_list(trainer.callbacks)):
                 kwargs["callbacks"] = [*as_list(trainer.callbacks), ProgressLines()]
-        added = [*as_list(trainer.callbacks)]
+        added = [*as_list(trainer.callbacks)]  # Lightning adds to the list
         with mistakes_named(vars(trainer), likely=("accelerator", "devices", "strategy")):
             made = super().instantiate_trainer(**kwargs)
         replaced(made.precision_plugin)  # refuses what is not trained in
-        # what a user adds, as rollouts, comes after what takes a batch's time; checkpoints stay last
-        cast("Any", made).callbacks.sort(key=lambda c: 2 if isinstance(c, Checkpoint) else c in added)
+        # what a user adds, as rollouts, comes after what takes a batch's time, and before what stops or saves the run
+        last = (InterruptBetweenSteps, Restart, Checkpoint)
+        cast("Any", made).callbacks.sort(
+            key=lambda c: next((n for n, kind in enumerate(last, 2) if isinstance(c, kind)), int(c in added))
+        )
         for logger in made.loggers:
             if isinstance(logger, CSVLogger) and made.is_global_zero:
                 keep_written(Path(logger.log_dir), Path(self.config.run))

@@ -39,10 +39,13 @@ class Slow(Callback):
         Slow.before = names[: names.index("Slow")]
 
 
-def test_a_batchs_time_is_taken_before_callbacks_that_do_more_at_its_end(config: Path, tmp_path: Path) -> None:
+def test_a_users_callback_comes_after_what_takes_a_batchs_time_and_before_what_stops_or_saves_the_run(
+    config: Path, tmp_path: Path
+) -> None:
     flag = f"[{{class_path: {__name__}.Slow}}]"
     main(["fit", "-c", str(config), "--run", str(tmp_path / "run"), "--trainer.callbacks", flag])
     assert {"Throughput", "StepTime", "StageSwitch"} <= {*Slow.before}
+    assert not {"InterruptBetweenSteps", "Restart", "RunCheckpoint"} & {*Slow.before}
 
 
 def test_run_that_begins_with_weights_goes_on_with_its_own_configuration_given_again(
