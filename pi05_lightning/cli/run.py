@@ -389,6 +389,9 @@ def run(command: str, args: list[str]) -> None:
     if command == "predict":
         cli.model.acting = cli.config_init.acting
     cli.model.will_be_restored = cli.config.ckpt_path is not None
+    if command != "fit" and cli.model.will_be_restored and cli.trainer.is_global_zero:
+        # it takes memory, of which the model has none yet
+        cli.model.restored_hash = locate(cli.config.ckpt_path).content_hash()
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     try:

@@ -122,6 +122,8 @@ class Pi05Module(LightningModule):
         self.follow(Recipe.of(pretrain_steps=0))
         self.will_be_restored = False
         """A checkpoint's weights follow: `configure_model` makes none that would be thrown away."""
+        self.restored_hash: str | None = None
+        """`Weights.content_hash` of that checkpoint, where it was taken before."""
         self._history = History()
         self.acting = Acting()
         """How a prediction acts."""

@@ -6,8 +6,9 @@ They are one file, or of a sharded run a directory; nobody else asks which.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, partial
+from itertools import batched
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +32,7 @@ from pi05_lightning.weights.shards import ShardReader, fill_slices, read_layout
 
 ONLY_TRAINED = "auxiliary."
 """What the names of heads that only training has begin with."""
+AT_A_TIME = 8  # tensors that are read for their hash
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -75,16 +77,20 @@ class TrainingCheckpoint(Weights):
             kept |= keep(name, tensor.to(dtype or tensor.dtype, copy=copy))
         return kept
 
-    def _own(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """What it holds of the model, averaged or not: of a file as it is, but what is averaged in `dtype`."""
+    def _own(self, dtype: torch.dtype | None, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """What it holds of the model, averaged or not: of a file as it is, but what is averaged in `dtype`.
+
+        names: of those that are wanted, by default all.
+        """
+        names = self._keys if names is None else names
         if is_sharded(self.path):
             layout = read_layout(self.path)
-            like = {name: layout[f"{STATE_DICT}/{PREFIX}{name}"] for name in self._keys}
+            like = {name: layout[f"{STATE_DICT}/{PREFIX}{name}"] for name in names}
             tensors = {name: torch.empty(shape, dtype=dtype or saved) for name, (shape, saved) in like.items()}
             fill_slices({self._keys[name]: tensor for name, tensor in tensors.items()}, ShardReader(self.path))
             return tensors
         average = self.content.get(AVERAGE, {}) if self.averaged else {}
-        own = {name: self.content[STATE_DICT][PREFIX + name] for name in self._keys}
+        own = {name: self.content[STATE_DICT][PREFIX + name] for name in names}
         return own | {name: average[name].to(dtype or own[name].dtype) for name in average.keys() & own.keys()}
 
     @cached_property
@@ -124,8 +130,9 @@ class TrainingCheckpoint(Weights):
     def content_hash(self) -> str:
         """Of what it holds itself, adapters apart from their base: what merging rounds to depends on the machine."""
         content = ContentHash()
-        for name, tensor in self._own(None).items():
-            content.add(name, tensor)
+        for some in batched(self._keys, AT_A_TIME):
+            for name, tensor in self._own(None, some).items():
+                content.add(name, tensor)
         if self.adapter_base is not None:
             content.add(f"base {self.adapter_base.sha256}", torch.empty(0))
         return content.hexdigest()

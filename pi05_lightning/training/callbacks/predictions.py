@@ -128,9 +128,9 @@ def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, An
 
 def measured_weights(trainer: Trainer, module: Pi05Module) -> dict[str, Any]:
     """The checkpoint that a command was given, the hash of its weights, and their step; None where there was none."""
-    path = trainer.ckpt_path
+    path, found = trainer.ckpt_path, module.restored_hash
     return {
         "checkpoint": str(path) if path else None,
-        "sha256": locate(path).content_hash() if path else None,
+        "sha256": locate(path).content_hash() if path and found is None else found,
         "step": module.measured_step,
     }
