@@ -18,7 +18,6 @@ from benchmarks.limit import limit_seconds, share_of_limit
 from benchmarks.peer import build_lerobot, make_inputs, with_weights_of
 from benchmarks.sizes import ALL_PRESENT, DEBUG, MID, PART_PRESENT, Work
 from pi05_lightning.models.int8 import Int8Product, linear_layers
-from pi05_lightning.models.quantized import Int8Linear
 
 
 def chunk(options: Options) -> list[Row]:
@@ -41,7 +40,7 @@ def chunk(options: Options) -> list[Row]:
         rows.append(speed_up(name, goal, seconds))
         rows.append(share_of_limit(name, "", limit_seconds(lambda x=inputs: x.our_chunk(ours)), seconds[1]))
     for name, layer in linear_layers(ours).items():
-        ours.set_submodule(name, Int8Product(Int8Linear(layer)))
+        ours.set_submodule(name, Int8Product(layer.weight, layer.bias))
     inputs = make_inputs(config, PART_PRESENT)
     check_equal("chunk, int8", inputs.our_chunk(ours), inputs.lerobot_chunk(lerobot), INT8_TOLERANCE)
     seconds = alternate(lambda: inputs.lerobot_chunk(lerobot), lambda: inputs.our_chunk(ours), options.pairs)

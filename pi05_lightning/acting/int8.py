@@ -21,7 +21,6 @@ from pi05_lightning.models.int8 import (
     unembedding,
 )
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.models.quantized import Int8Linear
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.int8 import Choice, Fingerprint, Way, int8_model
@@ -74,7 +73,7 @@ def _as_chosen(weights: Weights, choice: Choice) -> Pi05 | None:
     if found.hexdigest() != choice.fingerprint:
         return None
     if UNEMBEDDING not in choice.kept:
-        model.backbone.unembedding = Int8Product(Int8Linear(unembedding(model.backbone.embed_tokens)))
+        model.backbone.unembedding = Int8Product(model.backbone.embed_tokens.weight)
     return model
 
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
 from pi05_lightning.models.kernels import DTYPES, Linear
-from pi05_lightning.models.quantized import Int8Linear
 
 UNEMBEDDING = "backbone.unembedding"
 """Among the layers that can compute in 8 bits: the embedding where it makes logits. To look tokens up it is whole."""
+PACKED = 1 << 25
+"""Values of a weight that are packed at a time: no layer of π0.5 has more, but its embedding has."""
 REST = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32
 """What computes beside 8-bit products: bf16 where the processor multiplies in it."""
 
@@ -31,28 +32,38 @@ def check_int8() -> None:
 
 
 class Int8Product(nn.Module):
-    """The linear layer whose weight an `Int8Linear` keeps; x [... in] -> [... out] in the type of x.
+    """A linear layer of 8-bit products; x [... in] -> [... out] in the type of x.
 
-    weight: [out in] in the type that the layer had, without values (on the meta device), as they are packed.
+    Its weight [out in] is packed, some rows at a time: that takes little more memory than what is kept. `weight` itself
+    is without values (on the meta device).
     """
 
-    def __init__(self, layer: Int8Linear) -> None:
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
-        self.weight = torch.empty(layer.qdata.shape, dtype=layer.scale.dtype, device="meta")
-        scale = layer.scale.detach().double().flatten()
-        weight = layer.qdata.detach() * scale.float()[:, None]
-        packed = torch.quantize_per_channel(weight, scale, torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8)
-        self._product = DynamicLinear(1, 1, bias_=False)
-        self._product.set_weight_bias(packed, None)
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        self._products = [_packed(rows) for rows in weight.detach().split(max(1, PACKED // self.in_features))]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
         largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True).clamp_min(1e-30)
-        y = self._product(rows / largest).mul_(largest)
+        rows = rows / largest
+        parts = [product(rows) for product in self._products]
+        y = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(largest)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def _packed(weight: Tensor) -> DynamicLinear:
+    """PyTorch's 8-bit product with a weight [out in], whose every row is rounded to 127ths of its largest value."""
+    values = weight.float()
+    scale = torch.linalg.vector_norm(values, torch.inf, 1).clamp_min(1e-30).double() / 127
+    rounded = torch.quantize_per_channel(values, scale, torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8)
+    product = DynamicLinear(1, 1, bias_=False)
+    product.set_weight_bias(rounded, None)
+    return product
 
 
 class Measured(nn.Module):
@@ -60,7 +71,7 @@ class Measured(nn.Module):
 
     def __init__(self, layer: Linear) -> None:
         super().__init__()
-        self.layer, self.product = layer, Int8Product(Int8Linear(layer))
+        self.layer, self.product = layer, Int8Product(layer.weight, layer.bias)
         self.weight = self.product.weight
         self.ran = False
         self._difference, self._size = 0.0, 0.0  # sums of squares

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple, Self
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.int8 import REST, Int8Product, linear_layers
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.models.quantized import Int8Linear, quantizing
 from pi05_lightning.weights.abilities import Actions
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import ContentHash, fill
@@ -81,24 +81,30 @@ class Choice:
 def int8_model(weights: Weights, kept: Collection[str] = (), fingerprint: Fingerprint | None = None) -> Pi05:
     """The model, whose linear layers compute in 8 bits but for those in `kept`; the rest has the type `REST`.
 
-    Every weight is quantised as soon as it is read, so that no more than a few are whole at a time.  fingerprint: takes
-    note of them.  ValueError as `Weights.model`.
+    Every weight is packed as soon as it is read, one at a time, so that few are whole at once.  fingerprint: takes note
+    of them.  ValueError as `Weights.model`.
     """
     with torch.device("meta"):
         model = Pi05(weights.config())
-    names = [name for name in linear_layers(model) if name not in kept]
-    for name in names:
-        model.set_submodule(name, Int8Linear(linear_layers(model.get_submodule(name))[""]))
-    quantized = quantizing(model)
+    layers = {name: layer for name, layer in linear_layers(model).items() if name not in kept}
+    products: dict[str, Int8Product] = {}
+    packing = Lock()
 
     def keep(name: str, tensor: Tensor) -> dict[str, Tensor]:
         if fingerprint is not None:
             fingerprint.add(name, tensor)
-        return quantized(name, tensor)
+        layer = name.removesuffix(".weight")
+        if layer not in layers or tensor.shape != layers[layer].weight.shape:  # which `fill` refuses
+            return {name: tensor}
+        with packing:
+            products[layer] = Int8Product(tensor)
+        return {}
 
-    fill(model, weights.tensors(REST, keep), where=weights.path)
-    for name in names:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, Int8Linear)
-        model.set_submodule(name, Int8Product(layer))
+    tensors = weights.tensors(REST, keep)
+    for name in products:
+        layers[name].register_parameter("weight", None)
+    fill(model, tensors, where=weights.path)
+    for name, product in products.items():
+        product.bias = layers[name].bias
+        model.set_submodule(name, product)
     return model
