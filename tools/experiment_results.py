@@ -16,6 +16,7 @@ from tools.experiment_recipes import Measure, Recipe, Result, recipe_of
 
 METRICS = ("flow_loss", "action_mae")  # that validation has of robot/continuous_robot_actions
 MEASURED = ("success", "per_minute", "swapped", "chains")  # of a rollout
+PANELS = 4  # in a row of a plot
 MARKS = ("<!-- TABLES -->", "<!-- /TABLES -->")  # in a README: what is between them is written here
 
 Arms = Mapping[str, Mapping[str, Result]]
@@ -122,39 +123,44 @@ def shown(values: Sequence[float | None], digits: int) -> str:
 
 
 def plot(arms: Arms, recipe: Recipe) -> Figure:
-    """Shares and the first number: a dot per seed and a line at their mean; dashed: what is the same for all."""
-    results = {arm: list(by_seed.values()) for arm, by_seed in arms.items()}
-    rows = [
-        (arm, heading, values)
-        for heading, measure in recipe.shares.items()
-        for arm, found in results.items()
-        if (values := [value for result in found if (value := measure(result)) is not None])
-    ]
-    names = list(arms)
-    figure = Figure(figsize=(9, 1.1 + 0.4 * len(rows)), layout="constrained")
-    shares, beside = figure.subplots(1, 2, width_ratios=(3, 2))
-    for place, (arm, _, values) in enumerate(rows):
-        dots(shares, values, place, names.index(arm))
-    dashed = {recipe.dashed(result) for found in results.values() for result in found} - {None}
-    for same in dashed:
-        shares.axvline(same, color="#444444", linestyle="--", linewidth=1)
-    shares.set(
-        xlim=(0, 1.02),
-        ylim=(len(rows) - 0.5, -0.5),
-        xlabel="success (dashed: mean trajectory)" if dashed else "success",
-    )
-    shares.set_yticks(range(len(rows)), [f"{number(arm)}, {heading}" for arm, heading, _ in rows])
-    heading, (measure, _) = next(iter(recipe.numbers.items()))
-    measured = [[value for result in found if (value := measure(result)) is not None] for found in results.values()]
-    for place, values in enumerate(measured):
-        dots(beside, values, place, place)
-    beside.set(ylim=(len(names) - 0.5, -0.5), xlabel=heading)
-    beside.set_yticks(range(len(names)), [number(arm) for arm in names])
-    beside.set_xlim(0, 1.1 * max((value for values in measured for value in values), default=0) or 1)
+    """Shares and the first number: a dot per seed and a line at their mean; dashed: what is the same for all.
+
+    Several experiments have a panel for each of these; of one alone, all shares are in one.
+    """
+
+    def values(arm: str, measure: Measure) -> list[float]:
+        return [value for result in arms[arm].values() if (value := measure(result)) is not None]
+
+    heading, (measured, _) = next(iter(recipe.numbers.items()))
+    by_arm = {
+        title: {arm.replace("_", " "): values(arm, measure) for arm in arms}
+        for title, measure in {**recipe.shares, heading: measured}.items()
+    }
+    alone = {"success": {title: values(next(iter(arms)), measure) for title, measure in recipe.shares.items()}}
+    panels = by_arm if len(arms) > 1 else {**alone, heading: by_arm[heading]}
+    columns = min(len(panels), PANELS)
+    rows = -(-len(panels) // columns)
+    height = 1 + 0.25 * max(map(len, panels.values()))
+    figure = Figure(figsize=(2 + 2.25 * PANELS, rows * height), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=len(arms) > 1, squeeze=False).flat
+    dashed = {recipe.dashed(result) for found in arms.values() for result in found.values()} - {None}
+    if dashed:
+        figure.supxlabel("dashed: mean trajectory", fontsize="medium")
+    for (title, places), axis in zip(panels.items(), axes, strict=False):
+        for place, found in enumerate(places.values()):
+            dots(axis, found, place)
+        axis.set_title(title, fontsize="medium")
+        axis.set_xlim(0, 1.1 * axis.get_xlim()[1] if title == heading else 1.02)
+        for same in dashed if title != heading else ():
+            axis.axvline(same, color="#444444", linestyle="--", linewidth=1)
+        axis.set_ylim(len(places) - 0.5, -0.5)
+        axis.set_yticks(range(len(places)), [*places])
+    for axis in axes:
+        axis.set_axis_off()
     return figure
 
 
-def dots(axes: Axes, values: Sequence[float], place: int, color: int) -> None:
+def dots(axes: Axes, values: Sequence[float], place: int) -> None:
     if values:
-        axes.plot(values, [place] * len(values), "o", color=COLORS[color % len(COLORS)], alpha=0.7)
-        axes.vlines(fmean(values), place - 0.3, place + 0.3, color=COLORS[color % len(COLORS)], linewidth=2)
+        axes.plot(values, [place] * len(values), "o", color=COLORS[0], alpha=0.7)
+        axes.vlines(fmean(values), place - 0.3, place + 0.3, color=COLORS[0], linewidth=2)
