@@ -48,8 +48,12 @@ def main() -> None:
             command = [sys.executable, "-m", f"benchmarks.{part}", "--json", str(output)]
             if subprocess.run([*command, "--quick"] if args.quick else command).returncode:
                 failed.append(part)
-        files = [results / f"{part}.json" for part in PARTS]
-        rows = [row for file in files if file.is_file() for row in read_json(file)]
+        files = {part: results / f"{part}.json" for part in PARTS}
+        measured = {part: read_json(file) for part, file in files.items() if file.is_file()}
+    kept = [f"{part} {part_rows[0].day}" for part, part_rows in measured.items() if part not in args.only]
+    if kept:
+        header += f"\nkept from an earlier run: {', '.join(kept)}"
+    rows = [row for part_rows in measured.values() for row in part_rows]
     table = markdown(rows)
     print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")
     if not args.quick:

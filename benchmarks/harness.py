@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Row:
     peer: float
     ours: float
     unit: str
+    day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
     @property
     def met(self) -> bool:
@@ -184,7 +185,7 @@ def publish(rows: Sequence[Row], page: Path, header: str = "") -> None:
 
 
 def write_json(rows: Sequence[Row], path: Path) -> None:
-    """A list of {name, goal, ratio, low, high, peer, ours, unit}."""
+    """A list of {name, goal, ratio, low, high, peer, ours, unit, day}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
