@@ -50,9 +50,9 @@ def main() -> None:
                 failed.append(part)
         files = {part: results / f"{part}.json" for part in PARTS}
         measured = {part: read_json(file) for part, file in files.items() if file.is_file()}
-    kept = [f"{part} {part_rows[0].day}" for part, part_rows in measured.items() if part not in args.only]
-    if kept:
-        header += f"\nkept from an earlier run: {', '.join(kept)}"
+    kept = {part: part_rows[0].day for part, part_rows in measured.items() if part not in args.only}
+    for day in sorted(set(kept.values())):
+        header += f"\nkept from {day}: {', '.join(part for part in kept if kept[part] == day)}"
     rows = [row for part_rows in measured.values() for row in part_rows]
     table = markdown(rows)
     print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")

@@ -47,6 +47,7 @@ class Row:
     ours: float
     unit: str
     day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
+    """When it was measured."""
 
     @property
     def met(self) -> bool:

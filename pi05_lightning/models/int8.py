@@ -67,7 +67,7 @@ def _packed(weight: Tensor) -> DynamicLinear:
 
 
 def _largest(rows: Tensor) -> Tensor:
-    """The largest absolute value of each row, [rows 1], and never 0; twenty times as fast as PyTorch's norm of inf."""
+    """The largest absolute value of each row, [rows 1], and never 0; many times as fast as PyTorch's norm of inf."""
     return torch.maximum(rows.amax(1, keepdim=True), rows.amin(1, keepdim=True).neg_()).clamp_min_(1e-30)
 
 

@@ -141,7 +141,7 @@ MID = {
     "action_dim": 6,
 }
 NOTHING_KEPT = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-"""glibc returns every tensor that is freed; with adapters in bf16 it else keeps 1 GB, of the 1.6 GB of this run."""
+"""glibc gives back all that is larger than so many bytes; with adapters in bf16 it else keeps 1 GB, of 1.6 GB."""
 
 
 @pytest.mark.slow
