@@ -12,7 +12,7 @@ from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what -
 
 OF_POLICIES = {"acting", "corrections", "max_seconds", "lanes", "device"}
 OF_EXPERTS = {
-    *("scenes", "noise_share", "rephrased_share", "continued_share", "action_repeat", "cameras", "image_size"),
+    *("scenes", "noise_share", "slip_share", "rephrased_share", "continued_share", "action_repeat", "cameras", "image_size"),
     *("answers_every", "max_frames", "tail_frames"),
 }
 
@@ -53,6 +53,9 @@ class CollectConfig:
     """Decides every initial state, push and scene; other seeds share none of them."""
     noise_share: float = 0.5
     """Share of the episodes in which the arm is pushed off its way; the actions stay the expert's."""
+    slip_share: float = 0.0
+    """Share of the episodes in which the fingers at times open while the expert closes them, so that what they hold
+    falls. The expert then takes it again; the actions stay the expert's."""
     rephrased_share: float = 0.0
     """Share of the episodes whose instruction is in other words, which the desk has; those of `pi05 rollout` are not
     among them."""
@@ -105,7 +108,7 @@ class CollectConfig:
         if self.action_repeat < 1 or rate % self.action_repeat:
             raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use 1, 2, 4, 5, 8 or 10")
         check_range("answers_every", self.answers_every, 1)
-        for name in ("noise_share", "rephrased_share", "continued_share"):
+        for name in ("noise_share", "slip_share", "rephrased_share", "continued_share"):
             check_range(name, getattr(self, name), 0, 1)
         if self.image_size % 2:
             raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")

@@ -26,6 +26,8 @@ from pi05_lightning.types import Answer, Frame
 ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all
 PUSH_STEPS = 5  # control steps that a push lasts at most (6 cm): a policy that saw the way back finds it
 PUSH_CHANCE = 0.3  # of a push after a frame
+SLIP_STEPS = (6, 12)  # control steps that the fingers open for: enough to let go of a thing
+SLIP_CHANCE = 0.15  # of a slip after a frame in which the expert closes them
 STATS_STRIDE = 4  # every fourth pixel is plenty for the statistics of an image
 
 
@@ -103,6 +105,8 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     """
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
+    slips = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 2])
+    slip_chance = SLIP_CHANCE if slips.random() < config.slip_share else 0.0
     begin(env, seed, config.continued_share)
     said = _said(env, config.rephrased_share, seed)
     frames: list[Frame] = []
@@ -122,6 +126,9 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
             push = np.append(rng.uniform(-1.0, 1.0, 3), taken[-1][3])
             for _ in range(rng.integers(1, PUSH_STEPS + 1)):
                 env.control_step(push)
+        if not solved and taken[-1][3] > 0 and slips.random() < slip_chance:
+            for _ in range(slips.integers(*SLIP_STEPS, endpoint=True)):
+                env.control_step(np.append(env.expert_action()[:3], -1.0))
     if not solved:
         return None
     return Episode(
