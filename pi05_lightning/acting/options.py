@@ -186,6 +186,8 @@ def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str, st
             f"as_measured: {file} measured {result.get('weights')}, and {checkpoint} is {weights} of the run: name the"
             f" former, or {anew}"
         )
+    if result.get("sha256") not in (None, locate(checkpoint).content_hash()):
+        raise ValueError(f"as_measured: {file} measured other weights than {checkpoint} has now: {anew}")
     if unknown := actings[mode].keys() - {field.name for field in fields(Acting)}:
         raise ValueError(f"as_measured: {file} has the option {min(unknown)}, which this version does not know: {anew}")
     return Acting(**actings[mode]), mode, result.get("dtype")

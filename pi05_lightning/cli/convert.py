@@ -89,9 +89,10 @@ def convert(
     """
     if target.exists():
         raise ValueError(f"{target} already exists: delete it or name another target")
-    weights = locate(
-        source, averaged=averaged, tokenizer=tokenizer, vision_heads=vision_heads, horizon=horizon, base=base
-    )
+    if format != "lerobot" and (given := [name for name, value in {"data": data, "force": force}.items() if value]):
+        raise ValueError(f"{', '.join(given)}: of --format lerobot alone, which is compared with LeRobot: leave it out")
+    text = None if format == "lerobot" else tokenizer  # there it is what LeRobot's answers are compared with
+    weights = locate(source, averaged=averaged, tokenizer=text, vision_heads=vision_heads, horizon=horizon, base=base)
     with replacing(target, one_writer=True) as folder:
         folder.mkdir()
         if format == "ours":
@@ -206,13 +207,14 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     problems = []
     if processor is not None and robot is not None:
         problems = inexpressible(processor, robot, weights.trained)
-    if processor is not None and robot is not None and not (came and same_statistics(origin, model.config, processor)):
+    as_it_came = came and (processor is None or same_statistics(origin, model.config, processor))
+    if processor is not None and robot is not None and not (as_it_came and is_lerobots(origin)):
         write_lerobot(folder, model.config, processor, robot, model.backbone.embed_tokens.weight.dtype)
     else:
         for file in origin.iterdir():
             if file.name != UNREAD:
                 shutil.copyfile(file, folder / file.name)
-    if "type" not in read_json(folder / CONFIG, default={}):
+    if not is_lerobots(folder):
         raise ValueError(
             f"{weights.path} came from openpi and without a tokenizer, so there is nothing to write LeRobot's files of:"
             " convert it to ours again with --tokenizer FOLDER"
@@ -259,6 +261,11 @@ def compare(folder: Path, processor: Processor, expected: Answers, tolerance: fl
         f" actions differ by {worst:.1g} of their range at most"
     )
     return [compared, *notes, *unverified]
+
+
+def is_lerobots(folder: Path) -> bool:
+    """Whether a config.json is LeRobot's; openpi's, where there is one, names no type of policy."""
+    return "type" in read_json(folder / CONFIG, default={})
 
 
 def same_statistics(origin: Path, config: ModelConfig, processor: Processor) -> bool:

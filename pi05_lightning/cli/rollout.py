@@ -15,7 +15,9 @@ from tqdm import tqdm
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.hub import is_on_hub, local_folder
+from pi05_lightning.files.local import shown, write_json
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
@@ -28,6 +30,7 @@ from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.sim.unfinished import Films, Unfinished
+from pi05_lightning.training.run_directory import RUNS
 from pi05_lightning.weights.locate import locate, run_of
 
 logger = logging.getLogger(__name__)
@@ -72,7 +75,7 @@ def rollout(
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
             default all that policy, simulator and data allow.
         out: folder for rollout.json, videos and frames, in place of earlier ones; by default `rollout` beside the
-            checkpoint.
+            checkpoint, and of a Hub id `runs/NAME/rollout`.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
         max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, 5 in MT50,
             LeRobot's in others.
@@ -97,17 +100,31 @@ def rollout(
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
     Raises ValueError for tasks, cameras and modes that the simulator does not have.
     """
+    if num_workers is not None:
+        check_range("num_workers", num_workers, 1)
     env.warm_up()  # what is missing shows before the weights are read
+    if is_on_hub(checkpoint):
+        out = out or RUNS / checkpoint.name / ROLLOUT.parent
+        checkpoint = local_folder(checkpoint)
     how = Acting(**acting)
     policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(how))
     robot = policy.processor.robots[policy.robot]
+    if dataset is not None and not (dataset / "meta" / "tasks.parquet").is_file():
+        raise ValueError(f"dataset: {shown(dataset)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
     demonstrations = dataset or Path(robot.dataset)
     found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
     fast = policy.abilities.fast and policy.acting.actions == "flow"
     modes = available_modes(env, found, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
+    elif delays:
+        raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
+    for name, given, kind in (("swaps", swaps, "swapped"), ("paraphrases", paraphrases, "paraphrased")):
+        if given is not None and kind not in instructions:
+            raise ValueError(f"{name}: of the instruction {kind} alone: add it to --instructions, or leave {name} out")
     tasks = tasks or env.tasks(robot)
+    if not tasks:
+        raise ValueError("tasks: the policy does not say what it was trained on: name some")
     check_tasks(env, (task for task in tasks if not env.is_chain(task)))
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
@@ -206,7 +223,8 @@ def replace_result(out: Path, before: Iterable[Path], unfinished: Path, result: 
         film.with_suffix(".png").unlink(missing_ok=True)
     for name in result["films"]:
         for file in (unfinished / name, (unfinished / name).with_suffix(".png")):
-            file.replace(out / file.name)
+            if file.exists():  # else it was moved before the command was interrupted here
+                file.replace(out / file.name)
     write_json(out / ROLLOUT.name, result)
 
 

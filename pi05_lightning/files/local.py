@@ -35,6 +35,26 @@ def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
         _remove(part)
 
 
+@contextmanager
+def held(folder: Path, by: str) -> Iterator[None]:
+    """A folder that no other process holds meanwhile; it is made if there is none.
+
+    Raises ValueError while another one does, which is said to be held `by` it.
+    """
+    import fcntl  # Windows has none
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another {by}: wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(lock)
+
+
 def shown(path: Path | str) -> str:
     """A path for a message, with the folder that it is relative to: `data/robot (in /home/me)`."""
     return str(path) if Path(path).expanduser().is_absolute() else f"{path} (in {Path.cwd()})"

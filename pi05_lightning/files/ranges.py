@@ -1,8 +1,10 @@
-"""Numbers that a user gives, and where they must lie."""
+"""What a user gives, and what it may be."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 
 def check_range(name: str, value: float, least: float, most: float = math.inf, *, above: bool = False) -> None:
@@ -11,3 +13,9 @@ def check_range(name: str, value: float, least: float, most: float = math.inf, *
         return
     lower = f"above {least:g}" if above else f"at least {least:g}"
     raise ValueError(f"{name} is {value}: it must be {lower}{'' if most == math.inf else f' and at most {most:g}'}")
+
+
+def check_unique(name: str, values: Iterable[str]) -> None:
+    """ValueError, by name, for a value that is there twice."""
+    if twice := [value for value, count in Counter(values).items() if count > 1]:
+        raise ValueError(f"{name}: {', '.join(twice)} is named twice")

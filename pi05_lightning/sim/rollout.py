@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.ranges import check_range, check_unique
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
@@ -90,6 +90,8 @@ class Plan:
             raise ValueError(f"instructions: {chains[0]} gives its own, one after the other: run it by itself")
         for delay in self.delays:
             check_range("delays", delay, 0)
+        for name, values in {"tasks": self.tasks, "modes": self.modes, "instructions": self.instructions}.items():
+            check_unique(name, values)
         check_range("episodes", self.episodes, 1)
         check_range("lanes", self.lanes, 1)
 

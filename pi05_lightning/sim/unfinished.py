@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.files.local import held, read_json, write_json
 from pi05_lightning.sim.rollout import Job
 from pi05_lightning.sim.trials import Clock
 
@@ -40,17 +38,9 @@ class Unfinished:
         Raises ValueError while another process writes to it.
         """
         folder = out / ".unfinished"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another rollout writes to {out}: wait for it, or give another --out") from None
+        with held(folder, f"rollout writes to {out}"):
             yield cls(folder, what)
             shutil.rmtree(folder)
-        finally:
-            os.close(lock)
 
     def keep(self, number: int, job: Job, films: Films) -> None:
         """Keep a job that is over, by its number in the plan, and which films of it there are."""

@@ -56,7 +56,9 @@ class AdapterBase:
 
     def is_at(self, name: str | None) -> bool:
         """Whether it was found where a name says."""
-        return name is not None and self.place.startswith(str(Path(name).absolute()) if Path(name).exists() else name)
+        if name is None or not Path(name).exists():
+            return name == self.place
+        return Path(self.place).is_relative_to(Path(name).absolute())
 
 
 def place_of(name: str, weights: Weights) -> str:

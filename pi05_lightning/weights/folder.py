@@ -47,8 +47,8 @@ class ExportedFolder(Weights):
     def processor(self) -> Processor:
         if not (self.path / PROCESSOR).is_file():
             raise ValueError(
-                f"{self.path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert it again"
-                " with --tokenizer FOLDER"
+                f"{self.path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert what it"
+                " came from, LeRobot's or openpi's folder, again with --tokenizer FOLDER"
             )
         return Processor.from_dict(read_json(self.path / PROCESSOR))
 

@@ -58,6 +58,8 @@ class Choice:
     def file(weights: Weights) -> Path:
         """Where it is: beside the checkpoint or the folder, whose own content it must not change."""
         path = weights.path.resolve()
+        if path.parent.name == "snapshots":  # of the Hub's cache, which takes a file there for damage
+            return path.parent.with_name(f"{path.name}.int8.json")
         return path.with_name(f"{path.name}.int8.json")
 
     @classmethod

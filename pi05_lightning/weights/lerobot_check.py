@@ -19,7 +19,7 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.lerobot import PREFIX
-from pi05_lightning.weights.lerobot_processor import IMAGE, STATE
+from pi05_lightning.weights.lerobot_processor import STATE, lerobot_camera
 from pi05_lightning.weights.safetensors import shapes_of
 
 if TYPE_CHECKING:
@@ -103,7 +103,11 @@ def differences(
     """In what LeRobot's policy answers otherwise, by frame; and how far its actions are off at most, of their range."""
     problems, worst = [], 0.0
     for number, frame in enumerate(expected.frames):
-        images = {IMAGE + name: torch.from_numpy(np.float32(image)) / 255 for name, image in frame.images.items()}
+        images = {
+            key: torch.from_numpy(np.float32(frame.images[lerobot_camera(key)])) / 255
+            for key in policy.config.image_features
+            if lerobot_camera(key) in frame.images
+        }
         batch = before({**images, STATE: torch.from_numpy(np.float32(frame.state)), "task": frame.task})
         tokens = batch["observation.language.tokens"][batch["observation.language.attention_mask"]].tolist()
         if tokens != list(expected.tokens[number]):

@@ -150,4 +150,7 @@ class LeRobotFolder(Weights):
 
     def processor(self) -> Processor:
         text = self.text_tokenizer()  # first: it is what may be missing
-        return read_processor(self.path, self.config(), text)[0]
+        processor, notes = read_processor(self.path, self.config(), text)
+        for note in notes:
+            logger.warning("%s: %s", self.path, note)
+        return processor

@@ -22,7 +22,7 @@ from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Frame
-from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.abilities import Abilities, Trained
 from pi05_lightning.weights.safetensors import CONFIG, map_tensors
 
 if TYPE_CHECKING:
@@ -156,8 +156,13 @@ def read_relative(
 def cameras(values: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of a LeRobot policy's cameras, in its order; openpi's where the config has none."""
     features = values.get("input_features") or {}
-    names = [key.removeprefix(IMAGE) for key, feature in features.items() if feature["type"] == "VISUAL"]
+    names = [lerobot_camera(key) for key, feature in features.items() if feature["type"] == "VISUAL"]
     return tuple(name for name in names if not name.startswith("empty_camera_")) or OPENPI_CAMERAS
+
+
+def lerobot_camera(key: str) -> str:
+    """The name of the camera of an image feature; `image` of the one without a name."""
+    return key.removeprefix(IMAGE).removeprefix("observation.")
 
 
 def tokenizer_name(folder: Path) -> str:
@@ -190,7 +195,7 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
                 _openpi_quantiles(stats, "state", path), _openpi_quantiles(stats, "actions", path)
             )
             for path, stats in assets.items()
-        }, []
+        }, ["openpi has in no file whether actions are relative to the state (delta actions): taken as absolute"]
     tensors = read_once(files[PREPROCESSOR])
     # what LeRobot makes real units of; a preprocessor's are for training
     after = {name: x for name, x in read_once(files[POSTPROCESSOR]).items() if name.startswith(f"{ACTION}.")}
@@ -385,6 +390,11 @@ def inexpressible(processor: Processor, robot: str, trained: Trained) -> list[st
         )
     if not processor.robots[robot].state_dim:
         problems.append("the policy was trained without a state, which LeRobot's prompt has to have")
+    if Abilities.of(processor, trained).advantage:
+        problems.append(
+            "the policy is told the advantage of its actions, which LeRobot's prompt has no place for: there it acts as"
+            " with --advantage none"
+        )
     if not trained.able("flow"):
         problems.append("the policy's flow head was not trained, and LeRobot takes no actions from anything else")
     return problems

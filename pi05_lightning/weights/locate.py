@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def locate(
         each if the width divides, else 16.
     horizon: of LeRobot's and openpi's: actions of a chunk, where no file tells; by default 50.
     base: of a checkpoint of adapters: where its base is now, if not where it was.
-    ValueError when there are no weights, or a folder has checkpoints beside them.
+    ValueError when there are no weights, a folder has checkpoints beside them, or ours are given what they say
+    themselves.
     """
     folder = local_folder(path)
     if weight_files(folder) and (checkpoints := checkpoints_in(folder)):
@@ -49,14 +51,23 @@ def locate(
             f"{folder} has weights of its own, and the checkpoints {', '.join(file.name for file in checkpoints)}: name"
             " a checkpoint, or move one of the two"
         )
+    foreign = {"tokenizer": tokenizer, "vision_heads": vision_heads, "horizon": horizon}
     if not weight_files(folder):
         if is_orbax(folder):
             return OpenpiFolder(folder, tokenizer, vision_heads, horizon, averaged)
+        _check_ours(folder, foreign)
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     if is_exported(read_json(folder / CONFIG, default={})):
+        _check_ours(folder, foreign)
         return ExportedFolder(folder)
     return LeRobotFolder(folder, tokenizer, vision_heads, horizon)
+
+
+def _check_ours(folder: Path, foreign: Mapping[str, object]) -> None:
+    """ValueError for what is asked of LeRobot's and openpi's alone."""
+    if given := [name for name, value in foreign.items() if value is not None]:
+        raise ValueError(f"{', '.join(given)}: {folder} is no folder of LeRobot's or openpi's, and says that itself")
 
 
 def find_base(base: AdapterBase, checkpoint: Path, given: str | Path | None = None) -> Weights:

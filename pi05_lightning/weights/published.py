@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,6 +88,7 @@ def save_published(
         base_model=begun_with if begun_with is not None and is_on_hub(begun_with) else None,
         eval_results=list(results) or None,
     )
+    tasks = list(dict.fromkeys(task for robot in robots.values() for task in robot.tasks))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
     text = templates.get_template("card.md.j2").render(
         metadata=metadata.to_yaml(),
@@ -96,7 +98,8 @@ def save_published(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         robots=robots,
         cameras={name: processor.cameras_of(name) for name in robots},
-        tasks=list(dict.fromkeys(task for robot in robots.values() for task in robot.tasks)),
+        tasks=tasks,
+        example=json.dumps(tasks[0] if tasks else "what to do", ensure_ascii=False),
         for_lerobot=for_lerobot,
         trained=trained,
         sections=sections or {},

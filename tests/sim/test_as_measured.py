@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientSession
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 from pi05_lightning import Pi05Policy
 from pi05_lightning.acting import Acting, measured
@@ -102,6 +104,28 @@ def test_other_weights_than_the_measured_are_refused_and_a_moved_run_is_not(run,
     shutil.move(moved / "rollout" / "newer.ckpt", moved)
     with pytest.raises(ValueError, match=r"measured \., and .*newer.ckpt is newer.ckpt of the run: name the former"):
         measured(moved / "newer.ckpt")
+
+
+def test_weights_that_took_the_place_of_the_measured_are_refused(run, tmp_path):
+    trained_on = Path(shutil.copytree(run, tmp_path / "trained_on"))
+    tensors = load_file(trained_on / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, trained_on / "model.safetensors")
+    with pytest.raises(ValueError, match=r"measured other weights than .*trained_on has now: measure it with"):
+        measured(trained_on)
+
+
+def test_a_hub_ids_rollout_is_under_runs_and_leaves_the_id_what_it_is(untrained, tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "models--lab--arm"
+    shutil.copytree(untrained, repository / "snapshots" / "0123456789")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123456789")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    rollout(Path("lab/arm"), ["reach-v3"], episodes=1, modes=("policy",), max_seconds=0.2, num_workers=1, videos=0)
+    assert (tmp_path / "runs" / "arm" / "rollout" / "rollout.json").is_file()
+    assert not (tmp_path / "lab").exists()
+    assert [path.name for path in (repository / "snapshots").iterdir()] == ["0123456789"]
 
 
 @pytest.mark.slow

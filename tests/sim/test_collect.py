@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pi05_lightning.files.local import held
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.episodes import record_episode
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
@@ -127,7 +128,8 @@ def test_pushes_leave_the_actions_the_experts():
 
 
 def test_slips_open_the_fingers_and_the_expert_takes_the_thing_again():
-    firm, slipping = (config(Path("unused"), noise_share=0.0, slip_share=share, action_repeat=4) for share in (0.0, 1.0))
+    options = {"noise_share": 0.0, "action_repeat": 4}
+    firm, slipping = (config(Path("unused"), slip_share=share, **options) for share in (0.0, 1.0))
     with MetaWorldEnvironment("pick-place-v3", action_repeat=4) as env:
         seeds = split_seeds("train", 6)
         held, slipped = ([record_episode(env, seed, of) for seed in seeds] for of in (firm, slipping))
@@ -207,6 +209,21 @@ from pi05_lightning.sim.demonstrations.config import CollectConfig
 if __name__ == "__main__":
     collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=100, num_workers=1, overwrite=True))
 """
+
+
+def test_two_collects_do_not_make_one_dataset(tmp_path):
+    with held(tmp_path / ".data.partial", "x"), pytest.raises(ValueError, match=r"another pi05 collect writes to .*data"):
+        collect(config(tmp_path / "data"))
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"tasks": ("reach-v3", "reach-v3")}, "tasks: reach-v3 is named twice"), ({"num_workers": 0}, "num_workers is 0")],
+)
+def test_what_would_be_made_twice_or_by_nobody_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(Path("unused"), **options)
 
 
 @pytest.mark.slow

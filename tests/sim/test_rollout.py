@@ -135,8 +135,14 @@ def test_episodes_depend_on_their_seed_and_not_on_the_lanes(untrained):
     [
         ({"tasks": ["reach-v2"]}, r"no task 'reach-v2'.*reach-v3"),
         ({"execution_horizon": 99}, "execution_horizon: 99"),
-        ({"modes": ("mean_replay",), "dataset": Path("nowhere")}, "--dataset"),
+        ({"dataset": Path("nowhere")}, "dataset: nowhere .* is no LeRobot v3 dataset"),
         ({"episodes": 0}, "at least 1"),
+        ({"num_workers": -1}, "num_workers is -1"),
+        ({"tasks": ["reach-v3", "reach-v3"]}, "tasks: reach-v3 is named twice"),
+        ({"modes": ("random", "random")}, "modes: random is named twice"),
+        ({"modes": ("random",), "delays": (2,)}, "delays: of the modes rtc and async alone"),
+        ({"swaps": {"reach-v3": "push-v3"}}, "swaps: of the instruction swapped alone"),
+        ({"paraphrases": Path("nowhere")}, "paraphrases: of the instruction paraphrased alone"),
         ({"env": LeRobotEnv("pushy")}, "pushy"),
         ({"env": LeRobotEnv("metaworld"), "tasks": ["reach-v3"]}, r"cameras \['image'\].*topview"),
         ({"env": LeRobotEnv("metaworld"), "modes": ("expert",)}, "no scripted expert"),
@@ -145,6 +151,15 @@ def test_episodes_depend_on_their_seed_and_not_on_the_lanes(untrained):
 def test_mistake_is_named(untrained, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         rollout(untrained, **{"episodes": 1, "num_workers": 1, "out": tmp_path, "max_seconds": 0.1} | options)
+
+
+def test_a_policy_that_names_no_task_needs_some(untrained, tmp_path):
+    nameless = Path(shutil.copytree(untrained, tmp_path / "nameless"))
+    values = json.loads((nameless / "processor.json").read_text())
+    values["robots"]["robot"]["tasks"] = []
+    (nameless / "processor.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="tasks: the policy does not say what it was trained on: name some"):
+        rollout(nameless, episodes=1, num_workers=1)
 
 
 def test_modes_that_cannot_be_are_left_out():

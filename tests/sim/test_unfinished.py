@@ -12,7 +12,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from pi05_lightning.cli.rollout import rollout
+from pi05_lightning.cli.rollout import replace_result, rollout
 from pi05_lightning.sim.rollout import Job
 from pi05_lightning.sim.trials import Clock, Trial, run_policy
 from pi05_lightning.sim.unfinished import Films, Unfinished
@@ -90,6 +90,17 @@ def test_success_as_numpy_says_it_is_kept(tmp_path: Path) -> None:
         again = Job((Trial("policy", "walk", 0),))
         assert unfinished.complete([again]) == {0: {}}
     assert again.trials[0] == trial
+
+
+def test_films_that_were_moved_before_an_interruption_are_not_missed(tmp_path: Path) -> None:
+    result = {"films": {"one.mp4": {}, "two.mp4": {}}}
+    unfinished = tmp_path / ".unfinished"
+    unfinished.mkdir()
+    for folder, name in ((tmp_path, "one"), (unfinished, "two")):
+        (folder / f"{name}.mp4").touch()
+        (folder / f"{name}.png").touch()
+    replace_result(tmp_path, (), unfinished, result)
+    assert {file.name for file in tmp_path.glob("*.*")} >= {"one.mp4", "one.png", "two.mp4", "two.png", "rollout.json"}
 
 
 def test_two_rollouts_do_not_write_to_one_folder(tmp_path: Path) -> None:

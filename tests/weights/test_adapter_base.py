@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
@@ -170,3 +172,12 @@ def test_the_content_of_weights_is_their_names_types_shapes_and_values(tmp_path:
     assert locate(tmp_path / "nearly").content_hash() != start.content_hash()
     save(tmp_path / "bf16", start.model(torch.bfloat16))
     assert locate(tmp_path / "bf16").content_hash() != start.content_hash()
+
+
+def test_a_base_is_not_at_a_name_that_its_own_only_begins_with(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    base = AdapterBase("sha", str(tmp_path / "base2" / "checkpoints" / "last.ckpt"), str(tmp_path), "float32")
+    assert not base.is_at(str(tmp_path / "base"))
+    assert replace(base, place=str(tmp_path / "base" / "last.ckpt")).is_at(str(tmp_path / "base"))
+    assert not replace(base, place="lab/arm2").is_at("lab/arm")
+    assert replace(base, place="lab/arm").is_at("lab/arm")

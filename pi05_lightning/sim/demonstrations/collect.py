@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pi05_lightning.files.local import held
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.demonstrations.episodes import Block, Episode, record_block
 from pi05_lightning.sim.demonstrations.scenes import record_scenes, write_scenes
@@ -33,36 +34,41 @@ def collect(config: CollectConfig) -> Path:
 
     All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there.
     Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
-    tasks or cameras and when an expert fails too often.
+    tasks or cameras, when an expert fails too often, and while another process makes the same `out`.
     """
     if config.policy is None:
         check_tasks(config.expert_env, config.recorded)
     out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
-    _restore(out, replaced)
-    if out.exists() and not config.overwrite:
+    with held(partial, f"pi05 collect writes to {out}"):
+        try:
+            _restore(out, replaced)
+            _check_free(out, config.overwrite)
+            for left in (*partial.iterdir(), replaced):
+                if left.exists():
+                    logger.warning("removing %s, left by an interrupted collect", left)
+                    shutil.rmtree(left)
+            if config.policy is None:
+                _make(partial, config)
+            else:  # slow to import, and experts need no model
+                from pi05_lightning.sim.demonstrations.autonomous import record_policy
+
+                record_policy(partial / ROBOT, config)
+            if out.exists():
+                out.rename(replaced)
+            partial.rename(out)
+        finally:
+            _restore(out, replaced)
+            for left in (partial, replaced):
+                shutil.rmtree(left, ignore_errors=True)
+    return out
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """FileExistsError for a place where no dataset may be put."""
+    if out.exists() and not overwrite:
         raise FileExistsError(f"{out} already exists. Delete it, choose another out, or set overwrite: true.")
     if out.exists() and not (out / ROBOT / "meta" / "info.json").exists():
         raise FileExistsError(f"{out} is not a dataset of pi05 collect, so it is not overwritten: choose another out.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in (partial, replaced):
-        if left.exists():
-            logger.warning("removing %s, left by an interrupted collect", left)
-            shutil.rmtree(left)
-    try:
-        if config.policy is None:
-            _make(partial, config)
-        else:
-            from pi05_lightning.sim.demonstrations.autonomous import record_policy  # slow, and experts need no model
-
-            record_policy(partial / ROBOT, config)
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
-    finally:
-        _restore(out, replaced)
-        for left in (partial, replaced):
-            shutil.rmtree(left, ignore_errors=True)
-    return out
 
 
 def _restore(out: Path, replaced: Path) -> None:
@@ -76,7 +82,6 @@ def _beside(out: Path, purpose: str) -> Path:
 
 
 def _make(root: Path, config: CollectConfig) -> None:
-    root.mkdir()
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
     with simulator_processes(config.num_workers or os.cpu_count() or 1, config.env.warm_up) as pool:

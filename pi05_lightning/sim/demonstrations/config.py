@@ -6,13 +6,22 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.ranges import check_range, check_unique
 from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig, View
 from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what --env knows by name
 
 OF_POLICIES = {"acting", "corrections", "max_seconds", "lanes", "device"}
 OF_EXPERTS = {
-    *("scenes", "noise_share", "slip_share", "rephrased_share", "continued_share", "action_repeat", "cameras", "image_size"),
+    *(
+        "scenes",
+        "noise_share",
+        "slip_share",
+        "rephrased_share",
+        "continued_share",
+        "action_repeat",
+        "cameras",
+        "image_size",
+    ),
     *("answers_every", "max_frames", "tail_frames"),
 }
 
@@ -102,6 +111,9 @@ class CollectConfig:
         check_range("episodes", self.episodes, 1)
         check_range("val_episodes", self.val_episodes, 0)
         check_range("scenes", self.scenes, 0)
+        check_unique("tasks", self.tasks or ())
+        if self.num_workers is not None:
+            check_range("num_workers", self.num_workers, 1)
 
     def _check_demonstrations(self) -> None:
         rate = self.expert_env.control_hz

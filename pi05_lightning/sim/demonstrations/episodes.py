@@ -105,7 +105,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     """
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
-    slips = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 2])
+    slips = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 4])
     slip_chance = SLIP_CHANCE if slips.random() < config.slip_share else 0.0
     begin(env, seed, config.continued_share)
     said = _said(env, config.rephrased_share, seed)

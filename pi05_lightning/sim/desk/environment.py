@@ -144,7 +144,7 @@ class DeskEnvironment(Sawyer):
     def reset_after_others(self, seed: int) -> None:
         """As `reset`, but the experts of one to four other instructions have done theirs since."""
         self.reset(seed)
-        rng = np.random.default_rng([seed, *self._key, 2])
+        rng = np.random.default_rng([seed, *self._key, 3])
         own = self._given
         for name in draw_before(rng, own):
             self._given = INSTRUCTIONS[name]

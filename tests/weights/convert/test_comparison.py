@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
+from pi05_lightning.files.local import write_json
 from pi05_lightning.models.config import GemmaConfig, ModelConfig
 from pi05_lightning.types import Frame
-from pi05_lightning.weights.abilities import Trained
-from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.abilities import ADVANTAGE, Trained
+from pi05_lightning.weights.folder import TRAINED, save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.lerobot_check import as_lerobot_uses_it, differences, misfits, open_lerobot
 from pi05_lightning.weights.lerobot_processor import cameras
@@ -181,6 +182,13 @@ def test_what_lerobot_would_do_otherwise_is_refused_or_forced_and_said(
     export(folder, tmp_path / "out", force=True)
     assert message in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_policy_that_is_told_its_advantage_is_refused(saved: Save, tmp_path: Path) -> None:
+    folder = saved()
+    write_json(folder / TRAINED, asdict(Trained({"recap": 5}, {"flow": 5, ADVANTAGE: 5}, complete=True)))
+    with pytest.raises(ValueError, match="LeRobot's prompt has no place for: there it acts as with --advantage none"):
+        export(folder, tmp_path / "out")
 
 
 def test_all_that_lerobot_would_do_otherwise_is_listed(saved: Save, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.cli.main import call
+from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     PREFIX,
@@ -52,6 +54,21 @@ def test_every_key_of_a_missing_layer_is_listed(copy: Copy) -> None:
     with pytest.raises(ValueError, match="11 keys do not fit") as error:
         locate(copy(cut)).tensors()
     assert str(error.value).count(f"missing: {last}") == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 20}, "^horizon: .*ours is no folder of LeRobot's or openpi's, and says that itself"),
+        ({"vision_heads": 8, "tokenizer": "tiny"}, "^tokenizer, vision_heads: "),
+        ({"data": "some/data", "force": True}, "^data, force: of --format lerobot alone"),
+    ],
+)
+def test_what_would_not_count_is_refused(copy: Copy, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    save(tmp_path / "ours", locate(copy(lambda tensors: None)).model())
+    with pytest.raises(ValueError, match=message):
+        convert(source=tmp_path / "ours", target=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_key_with_and_without_its_prefix_is_listed(copy: Copy) -> None:
