@@ -212,7 +212,8 @@ if __name__ == "__main__":
 
 
 def test_two_collects_do_not_make_one_dataset(tmp_path):
-    with held(tmp_path / ".data.partial", "x"), pytest.raises(ValueError, match=r"another pi05 collect writes to .*data"):
+    held_by_another = held(tmp_path / ".data.partial", "x")
+    with held_by_another, pytest.raises(ValueError, match=r"another pi05 collect writes to .*data"):
         collect(config(tmp_path / "data"))
     assert not (tmp_path / "data").exists()
 
