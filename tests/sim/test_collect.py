@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -127,18 +128,17 @@ def test_pushes_leave_the_actions_the_experts():
     assert np.corrcoef(moved.ravel(), told.ravel())[0, 1] > 0.9
 
 
-def test_slips_open_the_fingers_and_the_expert_takes_the_thing_again():
+def test_slips_let_go_of_a_thing_and_the_expert_takes_it_again():
     options = {"noise_share": 0.0, "action_repeat": 4}
     firm, slipping = (config(Path("unused"), slip_share=share, **options) for share in (0.0, 1.0))
-    with MetaWorldEnvironment("pick-place-v3", action_repeat=4) as env:
-        seeds = split_seeds("train", 6)
-        held, slipped = ([record_episode(env, seed, of) for seed in seeds] for of in (firm, slipping))
-    carry = "carry the puck to the blue ball"
-    assert all(set(episode.subtasks[episode.subtasks.index(carry) :]) == {carry} for episode in held)
-    again = [episode for episode in slipped if set(episode.subtasks[episode.subtasks.index(carry) :]) != {carry}]
-    assert again  # the puck lies there, and the hand goes back to it
-    assert all(episode.subtasks[-1] == carry for episode in again)
-    assert min(episode.action[:, 3].min() for episode in slipped) >= 0  # this expert never opens by force
+    with MetaWorldEnvironment("bin-picking-v3", action_repeat=4) as env:
+        seeds = split_seeds("train", 2)
+        firmly, slipped = ([record_episode(env, seed, of) for seed in seeds] for of in (firm, slipping))
+    lifts = [
+        [sum(now == "lift the cube" != before for before, now in pairwise(episode.subtasks)) for episode in episodes]
+        for episodes in (firmly, slipped)
+    ]
+    assert max(lifts[0]) <= 2 < min(lifts[1])
 
 
 def test_held_actions_of_an_episode_bring_the_same_success():

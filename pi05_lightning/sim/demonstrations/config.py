@@ -64,7 +64,7 @@ class CollectConfig:
     """Share of the episodes in which the arm is pushed off its way; the actions stay the expert's."""
     slip_share: float = 0.0
     """Share of the episodes in which the fingers at times open while the expert closes them, so that what they hold
-    falls. The expert then takes it again; the actions stay the expert's."""
+    falls. Most experts take it again; the actions stay the expert's."""
     rephrased_share: float = 0.0
     """Share of the episodes whose instruction is in other words, which the desk has; those of `pi05 rollout` are not
     among them."""
