@@ -13,9 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from benchmarks.peer import lerobot_sizes
+from benchmarks.sizes import DEBUG
 from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.cli import main as cli
+from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.processor import Language
+from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
@@ -73,6 +78,21 @@ def checkpoint_like_the_demos(dataset: Path, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
+def lerobots_folder(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A π0.5 as LeRobot writes it, small and not trained, of the same robot."""
+    folder = tmp_path_factory.mktemp("lerobot")
+    keys = ["observation.state", "observation.gripper"]
+    robot = LeRobotConfig(str(dataset), state_keys=keys, action_keys=keys)
+    language = Language(prompts=Prompts(clip_state=False), condition_on="task")
+    model = Pi05(DEBUG)
+    model.reset_parameters()
+    save(folder / "ours", model, Pi05DataModule({"robot": robot}, language=language, shapes=DEBUG.shapes).processor)
+    with lerobot_sizes(DEBUG):
+        convert(source=folder / "ours", target=folder / "pi05_base", format="lerobot")
+    return folder / "pi05_base"
+
+
+@pytest.fixture(scope="module")
 def predictions_like_the_demos(
     checkpoint_like_the_demos: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -93,6 +113,7 @@ def predictions_like_the_demos(
 def test_python_runs_as_written(
     page: Path,
     checkpoint_like_the_demos: Path,
+    lerobots_folder: Path,
     predictions_like_the_demos: Path,
     dataset: Path,
     tmp_path: Path,
@@ -104,7 +125,7 @@ def test_python_runs_as_written(
         "runs/demo/fit/predictions/robot": predictions_like_the_demos,
         "runs/base": checkpoint_like_the_demos,
         "runs/mine": checkpoint_like_the_demos,
-        "path/to/pi05_base": checkpoint_like_the_demos,
+        "path/to/pi05_base": lerobots_folder,
         "runs/demo/data/robot": dataset,
         "path/to/dataset": dataset,
         "path/to/paligemma": "tiny",

@@ -1,7 +1,8 @@
 """How often MT50 is done by the expert's actions where each is held as a policy holds it.
 
 A demonstration's action is the mean of what the expert does in `action_repeat` control steps. Here every such mean is
-known beforehand, as the expert acts once in a copy of the state, and is then held. What fails so no policy can learn.
+known beforehand, as the expert acts once in a copy of the state, and is then held. What fails so is beyond a policy
+that does what it was shown.
 
     python experiments/008_mt50/held_actions.py --action_repeat 4
 """

@@ -13,6 +13,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.hub import is_on_hub, local_folder
@@ -102,6 +103,8 @@ def rollout(
     """
     if num_workers is not None:
         check_range("num_workers", num_workers, 1)
+    check_told("swaps", swaps, "swapped", instructions)
+    check_told("paraphrases", paraphrases, "paraphrased", instructions)
     env.warm_up()  # what is missing shows before the weights are read
     if is_on_hub(checkpoint):
         out = out or RUNS / checkpoint.name / ROLLOUT.parent
@@ -109,19 +112,14 @@ def rollout(
     how = Acting(**acting)
     policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(how))
     robot = policy.processor.robots[policy.robot]
-    if dataset is not None and not (dataset / "meta" / "tasks.parquet").is_file():
-        raise ValueError(f"dataset: {shown(dataset)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
-    demonstrations = dataset or Path(robot.dataset)
-    found = str(demonstrations) if (demonstrations / "meta" / "tasks.parquet").is_file() else None
+    demonstrations = demonstrations_of(robot, dataset)
+    found = None if demonstrations is None else str(demonstrations)
     fast = policy.abilities.fast and policy.acting.actions == "flow"
     modes = available_modes(env, found, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     elif delays:
         raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    for name, given, kind in (("swaps", swaps, "swapped"), ("paraphrases", paraphrases, "paraphrased")):
-        if given is not None and kind not in instructions:
-            raise ValueError(f"{name}: of the instruction {kind} alone: add it to --instructions, or leave {name} out")
     tasks = tasks or env.tasks(robot)
     if not tasks:
         raise ValueError("tasks: the policy does not say what it was trained on: name some")
@@ -131,7 +129,7 @@ def rollout(
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
     heard = [task for known in policy.processor.robots.values() for task in known.tasks]
     check_unheard(words, heard, paraphrases or PARAPHRASES)
-    if found and "mean_replay" in modes:
+    if demonstrations is not None and "mean_replay" in modes:
         check_rate(demonstrations, robot.fps)
     actings: dict[Mode, Acting] = {
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
@@ -152,6 +150,22 @@ def rollout(
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
+
+
+def check_told(name: str, given: object, kind: Instruction, instructions: Sequence[Instruction]) -> None:
+    """ValueError for an option that is given, and is for a kind of instruction that is not."""
+    if given is not None and kind not in instructions:
+        raise ValueError(f"{name}: of the instruction {kind} alone: add it to --instructions, or leave {name} out")
+
+
+def demonstrations_of(robot: Robot, dataset: Path | None) -> Path | None:
+    """The LeRobot dataset that a robot was trained on, if it is here. ValueError for a `dataset` that is none."""
+    path = dataset or Path(robot.dataset)
+    if (path / "meta" / "tasks.parquet").is_file():
+        return path
+    if dataset is not None:
+        raise ValueError(f"dataset: {shown(dataset)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
+    return None
 
 
 def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str], seed: int) -> list[Finding]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+CHAINS = WORDS = 1  # a chain has no other words
+BEGINNING, OTHERS, SLIPS = 2, 3, 4
+"""Streams of random numbers of one initial state, by what is drawn from them; things and pushes are drawn from the
+first, which has no number."""
+
 SPLITS = ("train", "val", "rollout")
 SEEDS_PER_SPLIT = 1_000_000
 EXPERIENCE = "experience"

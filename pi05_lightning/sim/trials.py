@@ -283,7 +283,8 @@ def _is_stuck(env: Environment, trial: Trial) -> bool:
     if trial.patience is None:
         return False
     now = cast("Demonstrator", env).subtask()
-    if trial.phase is None or trial.phase[0] != now:
+    assert trial.phase is not None
+    if trial.phase[0] != now:
         trial.phase = now, trial.decisions
     trial.corrected = trial.decisions - trial.phase[1] >= trial.patience
     return trial.corrected
@@ -326,6 +327,8 @@ def begin_here(env: Environment, trial: Trial) -> None:
     trial.max_seconds = max(1, round(seconds * env.fps)) / env.fps  # whole actions
     if isinstance(env, Chained):
         trial.done, trial.length = 0, env.length
+    if trial.patience is not None:
+        trial.phase = cast("Demonstrator", env).subtask(), 0
 
 
 def take(

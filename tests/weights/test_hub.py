@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from pi05_lightning import Pi05Module, Pi05Policy
 from pi05_lightning.cli.convert import convert
@@ -18,6 +16,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
+from tests.weights.hub_cache import hold_in_cache
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,7 @@ def lerobot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cached(lerobot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub's cache holds the folder as `lab/arm`, there is no network, and nothing else is in the way."""
-    repository = tmp_path / "hub" / "models--lab--arm"
-    shutil.copytree(lerobot, repository / "snapshots" / "0123456789")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0123456789")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hold_in_cache(lerobot, tmp_path / "hub", monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 

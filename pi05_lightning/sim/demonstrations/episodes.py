@@ -20,7 +20,7 @@ from pi05_lightning.sim.demonstrations.beginning import begin
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.sim.environment import Demonstrator, act_as_expert
-from pi05_lightning.sim.splits import split_seeds
+from pi05_lightning.sim.splits import SLIPS, WORDS, split_seeds
 from pi05_lightning.types import Answer, Frame
 
 ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all
@@ -105,7 +105,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     """
     rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
-    slips = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 4])
+    slips = np.random.default_rng([seed, zlib.crc32(env.task.encode()), SLIPS])
     slip_chance = SLIP_CHANCE if slips.random() < config.slip_share else 0.0
     begin(env, seed, config.continued_share)
     said = _said(env, config.rephrased_share, seed)
@@ -143,7 +143,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
 
 def _said(env: Demonstrator, rephrased_share: float, seed: int) -> str:
     """The instruction, or the same in other words."""
-    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), 1])
+    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), WORDS])
     if rephrased_share and not env.other_sentences:
         raise ValueError(f"rephrased_share: {env.task} has no other words: leave it 0, or leave the task out")
     return str(rng.choice(env.other_sentences)) if rng.random() < rephrased_share else env.sentence

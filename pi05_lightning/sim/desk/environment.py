@@ -45,7 +45,7 @@ from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment
 from pi05_lightning.sim.metaworld.environment import import_metaworld
 from pi05_lightning.sim.rendering import GRIPPER, Cameras
 from pi05_lightning.sim.sawyer import CONTROL_HZ, Sawyer
-from pi05_lightning.sim.splits import split_seeds
+from pi05_lightning.sim.splits import CHAINS, OTHERS, split_seeds
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
@@ -144,7 +144,7 @@ class DeskEnvironment(Sawyer):
     def reset_after_others(self, seed: int) -> None:
         """As `reset`, but the experts of one to four other instructions have done theirs since."""
         self.reset(seed)
-        rng = np.random.default_rng([seed, *self._key, 3])
+        rng = np.random.default_rng([seed, *self._key, OTHERS])
         own = self._given
         for name in draw_before(rng, own):
             self._given = INSTRUCTIONS[name]
@@ -252,7 +252,7 @@ class ChainEnvironment(DeskEnvironment):
 
     def reset(self, seed: int) -> None:
         super().reset(seed)
-        self._chain = draw_chain(np.random.default_rng([seed, *self._key, 1]), self.length)
+        self._chain = draw_chain(np.random.default_rng([seed, *self._key, CHAINS]), self.length)
         self.done, self.ended = 0, False
         self._give()
 
