@@ -75,8 +75,8 @@ def rollout(
             FAST tokens), rtc and async (with `delays`: real-time chunking, and without it), and the baselines
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
             default all that policy, simulator and data allow.
-        out: folder for rollout.json, videos and frames, in place of earlier ones; by default `rollout` beside the
-            checkpoint, or in runs/NAME of a Hub id.
+        out: folder for results, in place of earlier ones; by default `rollout` beside the checkpoint, of a Hub id in
+            runs/NAME.
         dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
         max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, 5 in MT50,
             LeRobot's in others.
