@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -99,3 +102,12 @@ def test_softmax_of_bf16_attention_has_fp32_statistics(masked: bool) -> None:
     mask = torch.ones(1, 1, 8, 4096, dtype=torch.bool) if masked else None
     out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     assert torch.equal(out, torch.ones_like(out))
+
+
+def test_products_that_a_cpu_is_slow_at_are_zero_in_every_thread() -> None:
+    """In a process of its own: a thread has what the importing one had when it was started."""
+    check = (
+        "import torch, pi05_lightning.models.pi05; torch.set_num_threads(2);"
+        " assert not (torch.full((1_000_000,), 1e-39) * 0.5).any()"
+    )
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
