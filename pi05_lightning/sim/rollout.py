@@ -93,6 +93,7 @@ class Plan:
         for name, values in {"tasks": self.tasks, "modes": self.modes, "instructions": self.instructions}.items():
             check_unique(name, values)
         check_range("episodes", self.episodes, 1)
+        check_range("seed", self.seed, 0)
         check_range("lanes", self.lanes, 1)
 
     def jobs(self) -> Iterator[Job]:

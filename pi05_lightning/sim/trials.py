@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pi05_lightning.data.observation import NotFinite
 from pi05_lightning.sim.environment import (
@@ -362,7 +363,11 @@ def take(
 
 
 def _side_by_side(frame: Frame) -> np.ndarray:
-    return np.concatenate([image.transpose(1, 2, 0) for image in frame.images.values()], axis=1)
+    """The cameras' images, as high as the highest: u8[H W 3]."""
+    images = [Image.fromarray(image.transpose(1, 2, 0)) for image in frame.images.values()]
+    height = max(image.height for image in images)
+    same = [image.resize((round(image.width * height / image.height), height)) for image in images]
+    return np.concatenate([np.asarray(image) for image in same], axis=1)
 
 
 def _film_decision(trial: Trial, frame: Frame, chunk: np.ndarray, number: int, executed: int) -> None:

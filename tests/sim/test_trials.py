@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from pi05_lightning.sim.trials import (
     run_baseline,
     run_policy,
 )
+from pi05_lightning.types import Frame
 from tests.sim.walk import HORIZON, Stub, Walk, chunk
 
 
@@ -207,3 +210,16 @@ def test_noise_is_scaled_as_the_policy_says() -> None:
 
     assert torch.equal(first_noise(0.5), 0.5 * first_noise(1.0))
     assert not first_noise(0.0).any()
+
+
+class TwoCameras(Walk):
+    def observation(self) -> Frame:
+        frame = super().observation()
+        return replace(frame, images=frame.images | {"wrist": np.zeros((3, 4, 6), np.uint8)})
+
+
+def test_cameras_of_other_heights_stand_side_by_side_in_a_film():
+    trial = Trial("policy", "walk", 1, record=True)
+    run_policy(Stub(lambda seed: chunk(0.25)), [(TwoCameras(), trial)], Clock())
+    assert {frame.image.shape for frame in trial.film} == {(8, 8 + 12, 3)}
+    assert (trial.film[0].image[:, :8] == 1).all()

@@ -111,6 +111,7 @@ class CollectConfig:
         check_range("episodes", self.episodes, 1)
         check_range("val_episodes", self.val_episodes, 0)
         check_range("scenes", self.scenes, 0)
+        check_range("seed", self.seed, 0)
         check_unique("tasks", self.tasks or ())
         if self.num_workers is not None:
             check_range("num_workers", self.num_workers, 1)
