@@ -1,8 +1,8 @@
 """How often MT50 is done by a policy that is told where things are, and by one that is told so with an error.
 
 It sees the simulator's state instead of an image: hand, first two things, goal. It learns the demonstrations of
-`pi05 collect --env MT50 --action_repeat 4` with a small MLP. What it cannot do is beyond 50
-demonstrations per task; what an error costs tells how well an image has to be read.
+`pi05 collect --env MT50 --action_repeat 4` with a small MLP. What it cannot do is beyond 50 demonstrations
+per task; what an error costs tells how well an image has to be read.
 
     python experiments/008_mt50/privileged.py --errors 0 0.007 0.015 0.03
 """

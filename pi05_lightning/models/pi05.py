@@ -29,8 +29,8 @@ from pi05_lightning.models.heads.subtask import SubtaskHead
 from pi05_lightning.models.shards import whole
 from pi05_lightning.types import Batch, TargetMaker
 
-# Below 1e-38 a CPU takes several times as long for a product, and what the softmax of a sharp map and AdamW's squares
-# leave is that small: it counts as zero. At import, as a thread of PyTorch's takes it over when it is started.
+# Below 1e-38 a CPU takes several times as long for a product, and a training on keypoints makes many such numbers: they
+# count as zero. At import, as a thread of PyTorch's takes it over when it is started.
 torch.set_flush_denormal(True)
 
 
