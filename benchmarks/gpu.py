@@ -1,7 +1,8 @@
 """π0.5 at full size on one CUDA device: does it run right there, and how fast? `python -m benchmarks.gpu`
 
-Every part is a process of its own, and its figures are written as soon as it ends: the command goes on where it was
-stopped, and --again measures anew. It stops by itself after ten minutes. Where there is no CUDA device, it says so.
+Every part is a process of its own, and its figures are written as soon as it ends, under the device's name: the command
+goes on where it was stopped, and --again measures anew. It stops by itself after ten minutes. Where there is no CUDA
+device, it says so.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def main() -> None:
     if not torch.cuda.is_available() and not args.quick:
         print("There is no CUDA device here: nothing to measure.")
         return
-    results = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {"parts": {}}
-    results["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    devices = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    results = devices.setdefault(device, {"parts": {}})
     results["environment"] = environment()
     failed, left, end = [], [], time.monotonic() + 60 * args.minutes
     for part in args.only:
@@ -83,8 +85,8 @@ def main() -> None:
                 (failed if time.monotonic() < end else left).append(part)
                 continue
             results["parts"][part] = figures
-            write(results, args.json)
-    print(f"\n{results['device']}\n{results['environment']}\n\n{table(results)}")
+            write(devices, args.json)
+    print(f"\n{device}\n{results['environment']}\n\n{table(results)}")
     if left:
         print(f"\nAfter {args.minutes:g} minutes these are left; the same command goes on with them: {', '.join(left)}")
     if failed:
@@ -107,8 +109,8 @@ def in_its_own_process(part: str, beside: Path, quick: bool, limit: float) -> li
     return figures
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def write(devices: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(devices, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def table(results: dict[str, Any]) -> str:

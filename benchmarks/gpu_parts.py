@@ -46,7 +46,8 @@ def ceilings(place: Place) -> list[Figure]:
 def tests(place: Place) -> list[Figure]:
     """The tests marked `gpu`."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", "-n", "4", "-p", "no:cacheprovider"]
+    brief = ["-q", "--tb=short", "--disable-warnings", "--durations=0"]
+    command = [sys.executable, "-m", "pytest", *brief, "-m", "gpu", "tests/gpu", "-n", "4", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(done.stdout[-6000:], flush=True)
     if done.returncode:

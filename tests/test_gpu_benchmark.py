@@ -29,9 +29,11 @@ def test_parts_that_are_measured_or_do_not_fit_into_the_time_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = tmp_path / "gpu.json"
-    results.write_text(json.dumps({"parts": {"ceilings": [{"name": "copy", "value": 3.0, "unit": "TB/s"}]}}))
+    parts = {"ceilings": [{"name": "copy", "value": 3.0, "unit": "TB/s"}]}
+    results.write_text(json.dumps({"CPU": {"parts": parts}, "another": {"parts": parts | {"train-nf4": []}}}))
     words = ["--quick", "--minutes", "0", "--json", str(results), "--only", "ceilings", "train-nf4", "train-sharded"]
     monkeypatch.setattr(sys, "argv", ["gpu", *words])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main()
     said = capsys.readouterr().out
     assert "ceilings: measured before" in said

@@ -25,6 +25,7 @@ from pi05_lightning.data.samples import BadSampleCount, Observations, Observed, 
 from pi05_lightning.data.sources.base import Source, SourceConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.data.workers import leave_signals_to_the_run
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.recipe import Recipe, Stage
@@ -405,4 +406,5 @@ class Pi05DataModule(LightningDataModule):
             "collate_fn": self.processor.collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": False,
+            "worker_init_fn": leave_signals_to_the_run,
         }

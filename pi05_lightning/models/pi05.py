@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,10 @@ from pi05_lightning.models.shards import whole
 from pi05_lightning.types import Batch, TargetMaker
 
 # Below 1e-38 a CPU takes several times as long for a product, and a training on keypoints makes many such numbers: they
-# count as zero. At import, as a thread of PyTorch's takes it over when it is started.
+# count as zero. At import, as a thread of PyTorch's takes it over when it is started. NumPy looks for the smallest such
+# number once, and would warn that there is none.
+for real in (np.float32, np.float64):
+    np.finfo(real)
 torch.set_flush_denormal(True)
 
 

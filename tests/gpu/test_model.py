@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,7 +125,7 @@ def test_a_quantised_layer_on_cuda_is_the_cpus(kind: Kind, dtype: torch.dtype) -
     torch.manual_seed(0)
     plain = Linear(256, 512, dtype=dtype)
     on_cpu, x = CLASSES[kind](plain), torch.randn(7, 256, dtype=dtype)
-    on_cuda, on_x = CLASSES[kind](plain.cuda()), x.cuda().requires_grad_()
+    on_cuda, on_x = CLASSES[kind](deepcopy(plain).cuda()), x.cuda().requires_grad_()
     torch.testing.assert_close(on_cuda.dequantized(dtype).cpu(), on_cpu.dequantized(dtype))
     out = on_cuda(on_x)
     out.sum().backward()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import fields
 from multiprocessing.connection import wait
@@ -27,6 +28,8 @@ from pi05_lightning.types import Batch
 KILL_AT_BATCH, KILL_AT_FILE_EVENT, SIGNAL_AT_BATCH = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT", "SIGNAL_AT_BATCH"
 SIGNAL_IN_VALIDATION, SIGNAL_AT_START = "SIGNAL_IN_VALIDATION", "SIGNAL_AT_START"
 """After so many optimizer steps; the signal is SIGNAL, as for SIGNAL_AT_BATCH."""
+TO_ALL = "TO_ALL"
+"""SIGNAL_AT_BATCH reaches the loader's processes too, as a signal to a job does."""
 PATIENCE = 500  # seconds
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.symlink")
 
@@ -87,7 +90,10 @@ class Record(Callback):
         if str(batch_idx) == os.environ.get(KILL_AT_BATCH):
             os.kill(os.getpid(), signal.SIGKILL)
         if str(batch_idx) == os.environ.get(SIGNAL_AT_BATCH) and trainer.global_rank == trainer.world_size - 1:
-            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+            loaders = multiprocessing.active_children() if TO_ALL in os.environ else []
+            assert loaders or TO_ALL not in os.environ
+            pids = [str(process.pid) for process in loaders] + [str(os.getpid())]
+            subprocess.run(["kill", f"-{os.environ['SIGNAL']}", *pids], check=True)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not trainer.sanity_checking and str(trainer.global_step) == os.environ.get(SIGNAL_IN_VALIDATION):

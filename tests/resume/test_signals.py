@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from killable_fit import SIGNAL_AT_BATCH, SIGNAL_AT_START, digest, fit
+from killable_fit import SIGNAL_AT_BATCH, SIGNAL_AT_START, TO_ALL, digest, fit
 
 from .conftest import ACCUMULATE
 
@@ -36,6 +36,19 @@ def test_signal_inside_an_accumulated_step_saves_that_step_and_the_run_ends_as_t
     assert codes == [0] * ranks, log.read_text()
     for part in ("global_step", "state_dict", "optimizer_states"):
         assert digest(state(run)[part]) == digest(state(whole(ranks))[part]), part
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_to_all_processes_of_a_run_leaves_its_loaders_at_work_until_it_is_saved(
+    config: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    start = ["-c", str(config), "--run", str(run), "--data.num_workers", "2", "--checkpoint.every_n_train_steps", "100"]
+    codes = fit(start, log, **{SIGNAL_AT_BATCH: INSIDE, "SIGNAL": int(signum), TO_ALL: True})
+    assert codes == [128 + signum], log.read_text()
+    assert state(run)["global_step"] == 3
+    assert log.read_text().count("saving after this step") == 1
+    assert "Traceback" not in log.read_text()
 
 
 @pytest.fixture
