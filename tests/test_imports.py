@@ -40,6 +40,7 @@ LAYERS = (
         "data.prompt",
         "data.returns",
         "data.outcomes",
+        "data.workers",
     ),
     ("data.looks", "data.places", "data.robot", "data.frames", "data.lerobot_files"),
     ("data.boxes", "data.labels", "data.attempts"),

@@ -104,10 +104,11 @@ def test_softmax_of_bf16_attention_has_fp32_statistics(masked: bool) -> None:
     assert torch.equal(out, torch.ones_like(out))
 
 
-def test_products_that_a_cpu_is_slow_at_are_zero_in_every_thread() -> None:
+def test_products_that_a_cpu_is_slow_at_are_zero_in_every_thread_and_numpy_does_not_warn_of_it() -> None:
     """In a process of its own: a thread has what the importing one had when it was started."""
     check = (
-        "import torch, pi05_lightning.models.pi05; torch.set_num_threads(2);"
-        " assert not (torch.full((1_000_000,), 1e-39) * 0.5).any()"
+        "import warnings, numpy as np, torch, pi05_lightning.models.pi05; torch.set_num_threads(2);"
+        " assert not (torch.full((1_000_000,), 1e-39) * 0.5).any();"
+        " warnings.simplefilter('error'); np.finfo(np.float32).smallest_subnormal, repr(np.finfo(np.float64))"
     )
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
