@@ -106,6 +106,10 @@ class Pi05Policy(Inference):
         check_dtype(dtype, device)
         if cuda_graph and how.guidance != 1:
             raise ValueError("cuda_graph: the graph is of one row, and guidance takes two: leave out one of them")
+        if cuda_graph and how.actions == "fast":
+            raise ValueError(
+                "cuda_graph: the graph is of the flow head, and FAST tokens need none: leave out one of them"
+            )
         if isinstance(model_path, tuple):
             (model, processor), trained = model_path, UNKNOWN
             if dtype is not None:

@@ -19,7 +19,9 @@ from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.evaluation.agreement import Finding, Given, agreement, compare_predictions, differs
 from pi05_lightning.evaluation.report.tables import table_of
-from pi05_lightning.sim.environment import EnvironmentConfig, View
+from pi05_lightning.files.ranges import check_range
+from pi05_lightning.policy import check_device
+from pi05_lightning.sim.environment import EnvironmentConfig, View, tasks_to_run
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.simulators import Desk, LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.abilities import Abilities
@@ -60,11 +62,20 @@ def check(
         action_keys: features that make the action, as in training; by default action.
         frames: frames of the dataset at which the policy is asked, to compare its actions with what was done; 0: none.
         tasks: the simulator's tasks; by default the first few that a rollout would run.
-        seed: of the initial states and the noise.
+        seed: of the noise.
         device: where the policy runs.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         base: of a checkpoint of adapters: where its base is, if not where it was.
     """
+    check_range("frames", frames, 0)
+    check_range("seed", seed, 0)
+    check_device(device)
+    of_data = {"cameras": cameras, "state_keys": state_keys, "action_keys": action_keys}
+    given = [name for name, value in of_data.items() if value is not None]
+    if given and env is not None and dataset is None:
+        raise ValueError(f"{given[0]} says how a dataset is read, and env is a simulator: give --dataset too")
+    if env is None and tasks is not None:
+        raise ValueError("tasks are a simulator's: give --env too, or leave them out")
     weights = locate(checkpoint, tokenizer=tokenizer, base=base)
     processor = weights.processor()
     name = processor.acting_as(robot)
@@ -78,8 +89,8 @@ def check(
         chosen = LeRobotConfig(
             path=dataset,
             cameras=cameras,
-            state_keys=state_keys or ["observation.state"],
-            action_keys=action_keys or ["action"],
+            state_keys=["observation.state"] if state_keys is None else state_keys,
+            action_keys=["action"] if action_keys is None else action_keys,
             val_fraction=0,
             on_bad_sample="skip",
         )
@@ -89,7 +100,7 @@ def check(
     if env is not None:
         abilities, horizon = Abilities.of(processor, weights.trained), policy.horizon or weights.config().horizon
         view = View(policy.cameras or (), processor.shapes.image_size, policy.fps)
-        said = beside_simulator(policy, abilities, horizon, env, tasks or env.tasks(policy), view, seed)
+        said = beside_simulator(policy, abilities, horizon, env, tasks_to_run(env, tasks, policy), view)
         show(f"{checkpoint} beside {type(env).__name__}", said)
         found += said
     if differs(found):

@@ -13,6 +13,7 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import MADE_UP
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.answers import answers_of
+from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import read_json, replacing
 from pi05_lightning.models.config import ModelConfig
@@ -196,6 +197,10 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
 
     if isinstance(weights, LeRobotFolder):
         raise ValueError(f"{weights.path} is no checkpoint of ours: convert it to ours first, then to lerobot")
+    if export.tokenizer is not None:  # what is wrong shows before gigabytes are written
+        lerobot_tokenizer(export.tokenizer)
+    if export.data is not None:
+        find_dataset(export.data)
     origin = weights.path / ORIGIN
     came = origin.is_dir()
     # what came without a tokenizer goes as it came

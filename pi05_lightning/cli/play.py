@@ -17,7 +17,7 @@ from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.play import PlayServer
 from pi05_lightning.serving.until_signal import serve_until_signal
-from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks
+from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.session import Session
 from pi05_lightning.sim.simulators import MetaWorld
@@ -55,8 +55,7 @@ def play(
         env: the simulator: MetaWorld, MT50, Desk, Libero, LeRobotEnv, or an EnvironmentConfig of your own by its
             import path.
         episodes: initial states per task, numbered from 0: those of `pi05 rollout` with as many episodes.
-        max_seconds: simulated time after which an instruction has failed; by default 6 per step of a task, LeRobot's in
-            others.
+        max_seconds: simulated time after which an instruction has failed; by default what the simulator says.
         seed: of the initial states and the noise.
         device: where the policies run; the simulator is on the CPU, but for what it renders.
         dtype: what the weights are cast to; by default none. With int8, layers compute in 8 bits where actions allow.
@@ -69,16 +68,19 @@ def play(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     asyncio.run(check_address(HOST, port))  # what is wrong shows before the weights are read
     check_range("episodes", episodes, 1)
+    check_range("seed", seed, 0)
+    if max_seconds is not None:
+        check_range("max_seconds", max_seconds, 0, above=True)
     env.warm_up()
     how = Acting(**acting)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}
     names = [str(path) for path in (checkpoint, beside) if path is not None]
     policies = [Pi05Policy.from_pretrained(name, **options, **asdict(how)) for name in names]
-    tasks = tasks or env.tasks(policies[0].processor.robots[policies[0].robot])
+    tasks = tasks_to_run(env, tasks, policies[0].processor.robots[policies[0].robot])
     check_tasks(env, tasks)
     start = Start(env, {task: env.seeds(n, episodes, seed) for n, task in enumerate(tasks)}, max_seconds, seed)
     for name, policy in zip(names, policies, strict=True):
-        for finding in differences(policy, env, tasks, seed):
+        for finding in differences(policy, env, tasks):
             logger.warning("%s: %s (`pi05 check` tells more)", name, finding)
 
     def players() -> Sequence[Player]:

@@ -20,7 +20,9 @@ def report(run: Path, out: Path | None = None, summary: Path | None = None) -> P
     Raises ValueError when `run` is not a run's directory.
     """
     out = out or run / "report.html"
-    seconds = read_json(summary, default={}).get("seconds", {}) if summary else {}
+    if out.is_dir() or (out.exists() and out.suffix != ".html"):
+        raise ValueError(f"out: {out} is there, and is no page: name a file that ends with .html")
+    seconds = read_json(summary).get("seconds", {}) if summary else {}
     write_text(out, render(read_run(run), seconds))
     print(f"page: {out}")
     return out

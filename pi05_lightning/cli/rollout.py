@@ -22,7 +22,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
-from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks
+from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, check_unheard, read_paraphrases, swapped_tasks
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
@@ -120,9 +120,7 @@ def rollout(
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     elif delays:
         raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    tasks = tasks or env.tasks(robot)
-    if not tasks:
-        raise ValueError("tasks: the policy does not say what it was trained on: name some")
+    tasks = tasks_to_run(env, tasks, robot)
     check_tasks(env, (task for task in tasks if not env.is_chain(task)))
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
@@ -134,7 +132,7 @@ def rollout(
     actings: dict[Mode, Acting] = {
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
-    for finding in differences(policy, env, tasks, seed):
+    for finding in differences(policy, env, tasks):
         logger.warning("%s (`pi05 check` tells more)", finding)
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer, dtype)
     del policy  # maybe gigabytes: every process loads its own
@@ -168,11 +166,11 @@ def demonstrations_of(robot: Robot, dataset: Path | None) -> Path | None:
     return None
 
 
-def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str], seed: int) -> list[Finding]:
+def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str]) -> list[Finding]:
     """What the simulator gives otherwise than the policy expects, by a look at the beginning of a few episodes."""
     view = view_of(policy)
     expected = replace(policy.processor.robots[policy.robot], cameras=view.cameras)
-    found = beside_simulator(expected, policy.abilities, policy.horizon, env, tasks, view, seed, expert=False)
+    found = beside_simulator(expected, policy.abilities, policy.horizon, env, tasks, view, expert=False)
     return [finding for finding in found if finding.verdict == "differs"]
 
 

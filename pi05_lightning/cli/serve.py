@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pi05_lightning.acting import Acting, measured
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import CudaGraph, Dtype, Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
@@ -94,6 +95,7 @@ def serve(
     how = Acting(**acting)
     if as_measured:
         how, dtype = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how, dtype)
+    check_range("drain_timeout", drain_timeout, 0)
     batching = Batching((1 if cuda_graph else 32) if max_batch is None else max_batch, batch_wait, max_waiting)
     limits = Limits(
         max_message_bytes, max_image_bytes, max_values, max_clients=max_clients, client_timeout=client_timeout

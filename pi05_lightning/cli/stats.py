@@ -13,6 +13,7 @@ from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_data
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.files.ranges import check_range
 
 STATE, ACTION = "observation.state", "action"
 
@@ -42,10 +43,11 @@ def stats(
         episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
         relative_dims: dims of the action to take relative to observation.state at the chunk's first step.
         horizon: steps of a chunk.
-        min_range: range that dims of less are widened to, as in training; it decides what is too far out.
+        min_range: range that dims of less are widened to, as in training, for the notes and what is too far out.
         task: sentence for frames that have none, as in training.
         on_bad_sample: whether bad frames are an error or left out, as in training.
     """
+    check_range("horizon", horizon, 1)
     files = LeRobotFiles.open(find_dataset(dataset))
     keys = keys or vector_keys(files)
     action_keys = [key for key in keys if key.startswith(ACTION)]
@@ -71,27 +73,29 @@ def stats(
             stop = start + files.features[key]["shape"][0]
             if key in keys:
                 dims = dim_names(files.features[key]) or [""] * (stop - start)
-                console.print(feature_table(key, found.part(slice(start, stop)), dims))
+                console.print(feature_table(key, found.part(slice(start, stop)), dims, min_range or 0.0))
             start = stop
     console.print(f"{len(source)} frames of {len(set(source.episode))} training episodes", highlight=False)
 
 
-def feature_table(key: str, feature: FeatureStats, names: Sequence[str]) -> Table:
+def feature_table(key: str, feature: FeatureStats, names: Sequence[str], min_range: float) -> Table:
+    """min_range: the least range that a dimension is normalised by."""
     parts = ("mean", "std", "min", "q01", "q99", "max")
     table = table_of(key, ["dim"], [*parts, "outside"])
     table.add_column("note")
-    furthest = np.abs([feature.quantiles.normalize(value) for value in (feature.min, feature.max)]).max(0)
+    normalize = feature.quantiles.widened(min_range).normalize
+    furthest = np.abs([normalize(value) for value in (feature.min, feature.max)]).max(0)
     for dim, name in enumerate(names):
         numbers = [getattr(feature, part)[dim] for part in parts]
         share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count[dim]:.1%})"
-        note = remark(feature, dim, furthest[dim])
+        note = remark(feature, dim, furthest[dim], min_range)
         table.add_row(f"{dim} {name}", *(f"{number:.4g}" for number in numbers), share, note)
     return table
 
 
-def remark(feature: FeatureStats, dim: int, furthest: float) -> str:
+def remark(feature: FeatureStats, dim: int, furthest: float, min_range: float) -> str:
     if feature.constant[dim]:
         return "constant"
-    if feature.zero_range[dim]:
+    if feature.zero_range[dim] and not min_range:
         return "q01 = q99: its rare values explode when normalised"
     return f"reaches {furthest:.1f} when normalised" if furthest > 3 else ""  # 3: far from the -1..1 that models learn

@@ -73,6 +73,12 @@ def tokenizer(
         "val_fraction": val_fraction,
     }
     check_range("max_chunks", max_chunks, 1)
+    check_range("scale", scale, 0, above=True)
+    check_range("coverage", coverage, 0, 1, above=True)
+    if max_rmse is not None:
+        check_range("max_rmse", max_rmse, 0)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, and the tokenizer needs a folder")
     paths = [dataset] if isinstance(dataset, str) else dataset
     sources = sources_of(paths, {name: value for name, value in options.items() if value is not None})
     horizon, vocab_size = chunk_and_vocabulary(paths, horizon, vocab_size)
@@ -107,6 +113,7 @@ def chunk_and_vocabulary(paths: Sequence[str], horizon: int | None, vocab_size: 
     if vocab_size is None:
         vocab_size = min((model.fast_vocab_size for model in models), default=ModelConfig.fast_vocab_size)
     check_range("horizon", horizon, 1)
+    check_range("vocab_size", vocab_size, 1)
     return horizon, vocab_size
 
 

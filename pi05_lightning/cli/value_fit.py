@@ -20,6 +20,7 @@ from pi05_lightning.experience.value import Tried, ValueFunction, datasets, hash
 from pi05_lightning.files.local import write_json, write_once
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
+from pi05_lightning.policy import check_device
 from pi05_lightning.weights.locate import locate
 
 CALIBRATION = "calibration.json"
@@ -63,6 +64,11 @@ def value_fit(
     Raises ValueError where nothing says how an episode ended, where none is held out, and for a run that was begun with
     other options or on other episodes.
     """
+    check_device(device)
+    check_range("steps", steps, 1)
+    check_range("batch_size", batch_size, 1)
+    check_range("lr", lr, 0, above=True)
+    check_range("seed", seed, 0)
     if c_fail is not None:
         check_range("c_fail", c_fail, 0, above=True)
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)

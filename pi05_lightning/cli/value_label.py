@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.experience.calibration import film, histograms
-from pi05_lightning.experience.labelling import Judged, judge, labels_paths
+from pi05_lightning.experience.labelling import Judged, check_shares, judge, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.value import ValueFunction, datasets
@@ -55,11 +55,13 @@ def value_label(
         )
     reading = Reading.of(value)
     n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
+    shares = positive_shares or {}
+    # what is wrong shows before the values are computed
+    check_shares(positive_share, shares, judge_of.longest)
     paths = labels_paths([one.files.root for one in tried], out)
     for dataset in tried:
-        dataset.scale(judge_of.longest)  # an unknown task shows before the values are computed
+        dataset.scale(judge_of.longest)
     values = [judge_of.everywhere(one, reading.options(one.path, tried[0].path, one.collected)) for one in tried]
-    shares = positive_shares or {}
     judged, thresholds = judge(tried, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
     about = {
         "value": str(run_of(value.resolve())),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ class Judged:
         return Labels(self.tried.attempts.episode, self.tried.attempts.frame, columns, about)
 
 
-def check_shares(share: float, shares: Mapping[str, float]) -> None:
-    """ValueError for a share of positive frames that is none; shares: of tasks by name."""
+def check_shares(share: float, shares: Mapping[str, float], tasks: Collection[str] | None = None) -> None:
+    """ValueError for a share of positive frames that is none; shares: of tasks by name, which are among `tasks`."""
     for name, wanted in {"positive_share": share, **shares}.items():
         if not 0 < wanted < 1:
             raise ValueError(f"{name}: {wanted} is no share of the frames, give it between 0 and 1")
+    if tasks is not None and (unknown := shares.keys() - tasks):
+        raise ValueError(f"positive_shares: there is no task {min(unknown)!r}, only {', '.join(tasks)}")
 
 
 def judge(
@@ -55,9 +57,7 @@ def judge(
 
     Raises ValueError as `threshold`, and for a share that is none.
     """
-    check_shares(share, shares)
-    if unknown := shares.keys() - longest.keys():
-        raise ValueError(f"positive_shares: there is no task {min(unknown)!r}, only {', '.join(longest)}")
+    check_shares(share, shares, longest)
     found = []
     for one, value in zip(tried, values, strict=True):
         returns = one.returns(longest, c_fail)
@@ -78,7 +78,9 @@ def judge(
 
 
 def labels_paths(roots: Sequence[Path], out: Path | None) -> list[Path]:
-    """Where the labels of several datasets go. ValueError where those of two would be one file."""
+    """Where the labels of several datasets go. ValueError where those of two would be one file, or `out` is a file."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"out: {out} is a file, and the labels need a folder")
     found: dict[Path, Path] = {}
     for root in roots:
         other = found.setdefault(labels_path(root, out), root)

@@ -24,6 +24,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.files.local import read_json
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.policy import check_device
 from pi05_lightning.weights.locate import locate_run, run_of
 from pi05_lightning.weights.safetensors import ContentHash
 from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
@@ -122,6 +123,7 @@ class ValueFunction:
     """
 
     def __init__(self, run: Path, device: str = "cpu") -> None:
+        check_device(device)
         checkpoint, tensors = read_value(run)
         about: dict[str, Any] = read_json(run_of(run) / VALUE_FILE, default={})
         if not about.keys() >= {"longest", "fps", "c_fail"}:

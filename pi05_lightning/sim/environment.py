@@ -317,6 +317,14 @@ class DemonstratorConfig(EnvironmentConfig, ABC):
     def open(self, task: str, view: View) -> Demonstrator: ...
 
 
+def tasks_to_run(env: EnvironmentConfig, tasks: Sequence[str] | None, robot: Robot) -> list[str]:
+    """`tasks` if any are named, else those to run with a policy of this robot. ValueError where that says none."""
+    found = list(tasks or env.tasks(robot))
+    if not found:
+        raise ValueError("tasks: the policy does not say what it was trained on: name some")
+    return found
+
+
 def check_tasks(env: EnvironmentConfig, tasks: Iterable[str]) -> None:
     """Raises ValueError for a task that there is not, where that shows before an episode is run."""
     if isinstance(env, DemonstratorConfig):

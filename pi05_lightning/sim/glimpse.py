@@ -29,18 +29,17 @@ def beside_simulator(
     env: EnvironmentConfig,
     tasks: Sequence[str],
     view: View,
-    seed: int = 0,
     expert: bool = True,
 ) -> list[Finding]:
     """What there is to say of a policy and a simulator; horizon: actions of a chunk.  The others as `glimpse`."""
     try:
-        given = glimpse(env, tasks, view, seed, expert)
+        given = glimpse(env, tasks, view, expert)
     except NoSuchEnvironment as error:
         return [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
     return agreement(policy, abilities, horizon, given)
 
 
-def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, seed: int = 0, expert: bool = True) -> Given:
+def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert: bool = True) -> Given:
     """Observations of some tasks' initial states, and of what an expert makes of them; no policy acts.
 
     expert: whether one, if there is any, shows some of each episode, which takes seconds.
@@ -56,7 +55,7 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, seed: i
             with closing(config.open(task, view)) as env:
                 sentences[env.sentence] = None
                 bounds, fps = Quantiles(env.action_low, env.action_high), env.fps
-                for start in config.seeds(number, EPISODES, seed):
+                for start in config.seeds(number, EPISODES, seed=0):
                     env.reset(start)
                     frames.append(env.observation())
                     if expert:

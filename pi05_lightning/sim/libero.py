@@ -73,6 +73,7 @@ class Libero(EnvironmentConfig):
         A policy's attempts to learn from begin with the last one. Raises ValueError for more than there are: the same
         episodes would be counted again.
         """
+        check_range("seed", seed, 0)
         if (1 if split == EXPERIENCE else seed + 1) * episodes > LIBERO_STATES:
             raise ValueError(
                 f"LIBERO has {LIBERO_STATES} initial states of a task, and {episodes} episodes with seed {seed} would"

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from pi05_lightning.data.observation import NotFinite
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import (
     Chained,
     Demonstrator,
@@ -124,8 +125,8 @@ class Trial:
     """What the expert would be doing, and since which action; of a trial with patience."""
 
     def __post_init__(self) -> None:
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise ValueError(f"max_seconds: {self.max_seconds} leaves no time for an action")
+        if self.max_seconds is not None:
+            check_range("max_seconds", self.max_seconds, 0, above=True)
 
     @property
     def over(self) -> bool:

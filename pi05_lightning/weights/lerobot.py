@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import GemmaConfig, ModelConfig, VisionConfig
 
 _PALIGEMMA = "paligemma_with_expert.paligemma"
@@ -128,6 +129,7 @@ def config_of(
     if vision_heads is None:
         vision_heads = width // SIGLIP_HEAD_DIM if width % SIGLIP_HEAD_DIM == 0 else SIGLIP_HEADS
         notes.append(f"SigLIP's heads are in neither file: taken as {vision_heads} for its width of {width}")
+    check_range("vision_heads", vision_heads, 1)
     if width % vision_heads:
         raise ValueError(f"SigLIP's width of {width} is not a multiple of {vision_heads} heads: give vision_heads")
     image_size = values.get("image_resolution", [round(positions**0.5) * patch])[0]

@@ -60,7 +60,9 @@ def locate(
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     if is_exported(read_json(folder / CONFIG, default={})):
         _check_ours(folder, foreign)
+        _check_averaged(folder, averaged)
         return ExportedFolder(folder)
+    _check_averaged(folder, averaged)
     return LeRobotFolder(folder, tokenizer, vision_heads, horizon)
 
 
@@ -68,6 +70,14 @@ def _check_ours(folder: Path, foreign: Mapping[str, object]) -> None:
     """ValueError for what is asked of LeRobot's and openpi's alone."""
     if given := [name for name, value in foreign.items() if value is not None]:
         raise ValueError(f"{', '.join(given)}: {folder} is no folder of LeRobot's or openpi's, and says that itself")
+
+
+def _check_averaged(folder: Path, averaged: bool) -> None:
+    """ValueError where others than the averaged weights are asked of what has one kind alone."""
+    if not averaged:
+        raise ValueError(
+            f"averaged: {folder} has one kind of weights: leave it out, or name a checkpoint"
+        )
 
 
 def find_base(base: AdapterBase, checkpoint: Path, given: str | Path | None = None) -> Weights:

@@ -40,7 +40,10 @@ class OpenpiFolder(LeRobotFolder):
         """Dimensions, names and shapes; its tensors have no values. ValueError that lists all that does not fit."""
         theirs = self.params.on_meta()
         tensors, source = ours(theirs, self.params.place)
-        heads = self.vision_heads or vision_heads(theirs)
+        given, heads = self.vision_heads, vision_heads(theirs)
+        if None not in (given, heads) and given != heads:
+            raise ValueError(f"{self.params.place} says {heads} heads of SigLIP, not {given}: leave out vision_heads")
+        heads = heads if given is None else given
         config, notes = config_of(shapes_of(tensors), read_json(self.path / CONFIG, default={}), heads, self.horizon)
         with torch.device("meta"):
             expected = shapes_of(Pi05(config).state_dict())

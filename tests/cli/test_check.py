@@ -114,6 +114,27 @@ def test_renamed_cameras_can_be_named_as_in_training(
     assert status == 0, printed
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--frames", "-1"], "frames is -1"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--device", "cuda:9"], "device 'cuda:9' cannot be used"),
+        (["--tasks", "[drawer-open-v3]"], "tasks are a simulator's: give --env too"),
+        (["--env", "MetaWorld", "--state_keys", "[a]"], "state_keys says how a dataset is read"),
+    ],
+)
+def test_an_option_without_effect_or_sense_is_refused(run: Path, options: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        main(["check", str(run), *options])
+
+
+def test_a_dataset_may_be_read_without_a_state(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, printed = check(capsys, run, "--state_keys", "[]", "--frames", "0")
+    assert status == 1
+    assert "state differs" in printed
+
+
 def test_images_that_were_replaced_stop_a_resume(run: Path, pictures_copy: Path, tmp_path: Path) -> None:
     turned(pictures_copy)
     copy = shutil.copytree(run, tmp_path / "run")

@@ -12,8 +12,10 @@ import yaml
 from PIL import Image
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.cli.stats import feature_table
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.statistics import FeatureStats
 from tests.data.recorded import data_file, open_source, rewrite
 
 # five episodes, so one is held out; their states move more like actions than their actions, which count frames
@@ -225,6 +227,36 @@ def test_options_that_a_runs_yaml_decides_are_refused_beside_it(
 def test_a_count_of_nothing_is_refused(pictures: Path, tmp_path: Path, option: str) -> None:
     with pytest.raises(SystemExit, match=f"{option} is -5: it must be at least 1"):
         main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), f"--{option}", "-5"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("scale", "0", "scale is 0.0: it must be above 0"),
+        ("coverage", "99.9", "coverage is 99.9: it must be above 0 and at most 1"),
+        ("coverage", "0", "coverage is 0.0"),
+        ("max_rmse", ".nan", "max_rmse is nan"),
+        ("vocab_size", "0", "vocab_size is 0"),
+    ],
+)
+def test_a_number_with_which_no_tokenizer_is_of_use_is_refused(
+    pictures: Path, tmp_path: Path, option: str, value: str, said: str
+) -> None:
+    with pytest.raises(SystemExit, match=said):
+        main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), f"--{option}", value])
+    assert not (tmp_path / "fast").exists()
+
+
+def test_a_file_in_the_place_of_a_tokenizer_is_left_alone(pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"notes.txt is a file"):
+        main(["tokenizer", str(pictures), "--out", str(tmp_path / "notes.txt")])
+
+
+def test_stats_widens_small_ranges_as_training_does() -> None:
+    rare = FeatureStats.of([np.eye(1, 1000)[0]])
+    shown = {least: list(feature_table("state", rare, ["gripper"], least).columns[-1].cells) for least in (0.0, 1.0)}
+    assert shown == {0.0: ["q01 = q99: its rare values explode when normalised"], 1.0: [""]}
 
 
 def test_options_of_other_commands_are_refused(pictures: Path, tmp_path: Path) -> None:

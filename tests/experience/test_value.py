@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -133,6 +134,23 @@ def test_frame_that_is_read_nowhere_is_named_before_any_value_is_computed(
     monkeypatch.setattr(ValueFunction, "of", None)
     with pytest.raises(ValueError, match="episode 4, frame 0: it is left out as bad, or is in no split"):
         value_label(value, (str(other),))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"positive_share": 30.0}, "positive_share: 30.0 is no share"),
+        ({"positive_shares": {"opne it": 0.3}}, "there is no task 'opne it'"),
+        ({"out": Path(__file__)}, "is a file, and the labels need a folder"),
+        ({"device": "cuda:9"}, "device 'cuda:9' cannot be used"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_any_value_is_computed(
+    value: Path, attempts: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(ValueFunction, "of", None)
+    with pytest.raises(ValueError, match=said):
+        value_label(value, (str(attempts),), **options)
 
 
 def test_frames_ahead_are_told_in_one_way() -> None:

@@ -196,8 +196,10 @@ def test_expert_that_fails_too_often_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "value"), [("action_repeat", 7), ("action_repeat", 0), ("answers_every", 0)])
-def test_rates_that_cannot_be_are_rejected(tmp_path, name, value):
+@pytest.mark.parametrize(
+    ("name", "value"), [("action_repeat", 7), ("action_repeat", 0), ("answers_every", 0), ("seed", -1)]
+)
+def test_numbers_that_cannot_be_are_rejected(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"{name}(:| is) {value}"):
         config(tmp_path, **{name: value})
 

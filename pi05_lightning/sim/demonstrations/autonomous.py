@@ -28,7 +28,7 @@ from pi05_lightning.sim.demonstrations.lerobot_writer import (
     video_path,
     write_dataset,
 )
-from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, check_tasks
+from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, check_tasks, tasks_to_run
 from pi05_lightning.sim.rollout import Job, Plan, Worker, run_in_processes, view_of
 from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.sim.trials import Trial
@@ -51,7 +51,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     view, robot, acting = view_of(policy), policy.processor.robots[policy.robot], policy.resolved
     if view.fps != round(view.fps):
         raise NoSuchEnvironment(f"policy: it acts {view.fps:g} times a second, and a dataset needs a whole number")
-    tasks = config.tasks or tuple(config.env.tasks(robot))
+    tasks = tasks_to_run(config.env, config.tasks, robot)
     check_tasks(config.env, tasks)
     jobs = list(_jobs(config, tasks))
     worker = Worker(config.env, view, str(config.policy), {"policy": acting}, config.device)

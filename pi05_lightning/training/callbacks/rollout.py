@@ -24,7 +24,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.sim import video
-from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.environment import EnvironmentConfig, tasks_to_run
 from pi05_lightning.sim.modes import PolicyMode, acting_in
 from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
@@ -198,7 +198,7 @@ class PeriodicRollout(Callback):
     def _plan(self, policy: Inference) -> Plan:
         return Plan(
             self.env,
-            self.tasks or self.env.tasks(policy.processor.robots[policy.robot]),
+            tasks_to_run(self.env, self.tasks, policy.processor.robots[policy.robot]),
             [self.mode],
             self.episodes,
             split="val",
