@@ -1,9 +1,11 @@
 """`pi05 demo`: what is done is not done again, what was interrupted goes on, the summary holds what was measured."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -75,6 +77,25 @@ def test_command_that_fails_ends_the_demo_with_its_status() -> None:
     with pytest.raises(SystemExit) as stopped:
         run_command(("stats", "--no-such-option"))
     assert stopped.value.code == 2
+
+
+def test_a_signal_reaches_the_command_and_ends_the_demo_with_its_status() -> None:
+    asked = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+    asked.start()
+    with pytest.raises(SystemExit) as stopped:
+        run_command(("profile", "debug"))
+    assert stopped.value.code == 128 + signal.SIGUSR1
+
+
+def test_what_nohup_ignores_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        lost = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGHUP))
+        lost.start()
+        run_command(("stats", "--help"))
+        lost.join()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_finished_demo_shows_its_result_without_running_anything(

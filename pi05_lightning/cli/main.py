@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -202,6 +203,10 @@ def main(args: list[str] | None = None) -> None:
             hint = suggestion(command, [*TRAINER_COMMANDS, *COMMANDS])
             print(f"pi05: there is no command {command!r}{hint}\n\n{overview()}", file=sys.stderr)
             sys.exit(2)
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on with the episodes that are not over" if command == "rollout" else ""
+        print(f"\npi05 {command}: interrupted{goes_on}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # of `| head`; Python would try to write what is left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

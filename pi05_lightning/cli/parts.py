@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -16,6 +16,9 @@ from time import monotonic
 from rich.console import Console
 
 from pi05_lightning.files.local import read_json, write_json
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SLURM asks a job by one of the last two to save before its time is over."""
 
 console = Console()
 
@@ -93,26 +96,32 @@ class Progress:
 def run_command(command: tuple[str, ...]) -> None:
     """Run a `pi05` command in a process of its own; raises SystemExit with its status when that is not 0.
 
-    Ctrl-C reaches it once and we wait for it, so that training can save before everything ends.
+    A signal reaches it once and we wait for it, so that training can save before everything ends. What came when it
+    had nothing left to do ends the command too.
     """
     process: subprocess.Popen[bytes] | None = None
-    early: list[int] = []  # signals that came before there was a process to send them to
+    came: list[int] = []
 
     def forward(number: int, _: object) -> None:
-        if process is None:
-            early.append(number)
-        else:
-            os.killpg(process.pid, number)
+        came.append(number)
+        if process is not None:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    # `nohup` has SIGHUP ignored, by the part too
+    heard = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, forward) for number in heard}
     try:
         process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
-        for number in early:
+        for number in came.copy():
             forward(number, None)
         status = process.wait()
+        if not status and came:
+            status = -came[-1]
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if status:
+        status = status if status > 0 else 128 - status
         console.print(f"pi05 {command[0]} ended with status {status}; the same command again goes on from here.")
-        raise SystemExit(status if status > 0 else 128 - status)
+        raise SystemExit(status)

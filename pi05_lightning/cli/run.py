@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -41,7 +42,7 @@ from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.local import first_line, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
@@ -400,6 +401,17 @@ def run(command: str, args: list[str]) -> None:
         )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
             show_results(cli.trainer, cli.model, Path(cli.config.run), command)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # for which the trainer says 1
+            raise SystemExit(128 + signal.SIGINT) from None
+        raise
+    except RuntimeError as error:  # PyTorch says it wherever the run is at the moment
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(
+            f"a process that loads data was killed ({first_line(error)}), most likely for want of memory: use fewer"
+            " with --data.num_workers, or give a container more of /dev/shm"
+        ) from error
     except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
         raise ValueError(str(error)) from error
     finally:

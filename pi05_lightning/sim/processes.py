@@ -21,8 +21,9 @@ def simulator_processes(count: int, warm_up: Callable[[], None]) -> Iterator[Pro
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _start_worker)
     try:
-        for _ in range(count):
-            pool.submit(warm_up)
+        with _hearing_nothing():
+            for _ in range(count):
+                pool.submit(warm_up)
         yield pool
         pool.shutdown()
     except BaseException as error:
@@ -35,6 +36,16 @@ def simulator_processes(count: int, warm_up: Callable[[], None]) -> Iterator[Pro
                 "a process that simulates was killed, most likely for want of memory: use fewer with --num_workers"
             ) from error
         raise
+
+
+@contextmanager
+def _hearing_nothing() -> Iterator[None]:
+    """Ctrl-C waits, in processes that start meanwhile too, until they leave it to their parent."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _start_worker() -> None:

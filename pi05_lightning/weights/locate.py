@@ -75,9 +75,7 @@ def _check_ours(folder: Path, foreign: Mapping[str, object]) -> None:
 def _check_averaged(folder: Path, averaged: bool) -> None:
     """ValueError where others than the averaged weights are asked of what has one kind alone."""
     if not averaged:
-        raise ValueError(
-            f"averaged: {folder} has one kind of weights: leave it out, or name a checkpoint"
-        )
+        raise ValueError(f"averaged: {folder} has one kind of weights: leave it out, or name a checkpoint")
 
 
 def find_base(base: AdapterBase, checkpoint: Path, given: str | Path | None = None) -> Weights:

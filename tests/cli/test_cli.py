@@ -1,5 +1,6 @@
 """The `pi05` command: finding commands, configurations and options, and refusing what it does not know."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -34,6 +35,17 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     commands = [*TRAINER_COMMANDS, *COMMANDS]
     assert [next(name for name in commands if line.startswith(f"  {name} ")) for line in listed] == commands
+
+
+def test_ctrl_c_is_one_line_and_the_status_of_a_killed_process() -> None:
+    command = [sys.executable, "-m", "pi05_lightning", "profile", "base"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()  # the first table's title: it is at work
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert told.strip() == "pi05 profile: interrupted"
 
 
 def test_help_does_not_wait_for_torch() -> None:

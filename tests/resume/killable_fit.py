@@ -26,6 +26,7 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.types import Batch
 
 KILL_AT_BATCH, KILL_AT_FILE_EVENT, SIGNAL_AT_BATCH = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT", "SIGNAL_AT_BATCH"
+KILL_LOADER_AT_BATCH = "KILL_LOADER_AT_BATCH"
 SIGNAL_IN_VALIDATION, SIGNAL_AT_START = "SIGNAL_IN_VALIDATION", "SIGNAL_AT_START"
 """After so many optimizer steps; the signal is SIGNAL, as for SIGNAL_AT_BATCH."""
 TO_ALL = "TO_ALL"
@@ -89,6 +90,8 @@ class Record(Callback):
             file.write(json.dumps(line) + "\n")
         if str(batch_idx) == os.environ.get(KILL_AT_BATCH):
             os.kill(os.getpid(), signal.SIGKILL)
+        if str(batch_idx) == os.environ.get(KILL_LOADER_AT_BATCH):
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         if str(batch_idx) == os.environ.get(SIGNAL_AT_BATCH) and trainer.global_rank == trainer.world_size - 1:
             loaders = multiprocessing.active_children() if TO_ALL in os.environ else []
             assert loaders or TO_ALL not in os.environ
@@ -122,7 +125,7 @@ def _fit(args: list[str], environment: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 2)
     if KILL_AT_FILE_EVENT in environment:
         _kill_at_file_event(int(environment[KILL_AT_FILE_EVENT]))
-    main(["fit", *args])
+    main(args)
 
 
 def _save(path: Path, values: int) -> None:
@@ -150,6 +153,7 @@ def fit(
     log: Path,
     ranks: int = 1,
     strategy: str = "ddp",
+    command: str = "fit",
     kill_others: bool = True,
     **environment: int | str,
 ) -> list[int | None]:
@@ -164,7 +168,7 @@ def fit(
     processes = []
     for rank in range(ranks):
         own = common | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})
-        processes.append(server().Process(target=_fit, args=(args, own, log)))
+        processes.append(server().Process(target=_fit, args=([command, *args], own, log)))
         processes[-1].start()
     running = list(processes)
     while running:

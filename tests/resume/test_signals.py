@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from killable_fit import SIGNAL_AT_BATCH, SIGNAL_AT_START, TO_ALL, digest, fit
+from killable_fit import (
+    KILL_LOADER_AT_BATCH,
+    SIGNAL_AT_BATCH,
+    SIGNAL_AT_START,
+    SIGNAL_IN_VALIDATION,
+    TO_ALL,
+    digest,
+    fit,
+)
 
 from .conftest import ACCUMULATE
 
@@ -49,6 +57,29 @@ def test_a_signal_to_all_processes_of_a_run_leaves_its_loaders_at_work_until_it_
     assert state(run)["global_step"] == 3
     assert log.read_text().count("saving after this step") == 1
     assert "Traceback" not in log.read_text()
+
+
+def test_sigterm_ends_a_measurement_with_its_status_and_without_a_result(
+    config: Path, whole: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    args = ["--ckpt_path", str(whole(1)), "--trainer.limit_val_batches", "1.0", "--run", str(tmp_path / "run")]
+    assert fit(args, log, command="validate", **{SIGNAL_IN_VALIDATION: 0, "SIGNAL": signal.SIGTERM}) == [
+        128 + signal.SIGTERM
+    ], log.read_text()
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_a_loader_that_is_killed_is_told_in_words_and_the_run_goes_on_from_the_last_whole_step(
+    config: Path, whole: Any, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    start = ["-c", str(config), "--run", str(run), "--data.num_workers", "2"]
+    assert fit(start, log, **{KILL_LOADER_AT_BATCH: INSIDE}) == [1]
+    assert "a process that loads data was killed" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert fit(["--ckpt_path", str(run)], log) == [0], log.read_text()
+    assert digest(state(run)["state_dict"]) == digest(state(whole(1))["state_dict"])
 
 
 @pytest.fixture

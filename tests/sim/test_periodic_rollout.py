@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,6 +24,7 @@ from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.sim.trials import Trial
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps, Stopped
 from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.weights.abilities import ADVANTAGE, Trained
@@ -106,9 +109,9 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
     seen = []
     original = PeriodicRollout.run
 
-    def look(self, policy):
+    def look(self, policy, between):
         seen.append([p.detach().clone() for p in policy.model.parameters()])
-        return original(self, policy)
+        return original(self, policy, between)
 
     monkeypatch.setattr(PeriodicRollout, "run", look)
     average = WeightAverage(decay=0.9)
@@ -209,6 +212,29 @@ def test_a_policy_that_cannot_act_in_the_simulator_ends_the_run_before_training(
 def test_a_time_limit_that_leaves_no_time_is_refused_before_training(collected, tmp_path):
     with pytest.raises(ValueError, match="max_seconds is -1: it must be above 0"):
         train(collected, tmp_path, rollout(max_seconds=-1, every_n_steps=1000))
+
+
+class AsksToStop(Callback):
+    """SIGTERM in the step that a rollout follows."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_asked_to_stop_does_not_wait_for_a_rollout_and_makes_it_up(collected, tmp_path):
+    saved = RunCheckpoint(save_last=True, every_n_train_steps=100, save_on_exception=True)
+    callbacks = [AsksToStop(), rollout(every_n_steps=2), InterruptBetweenSteps(), saved]
+    with pytest.raises(Stopped):
+        train(collected, tmp_path, *callbacks)
+    assert not (tmp_path / "rollouts").exists()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    state = torch.load(last, weights_only=True)
+    assert state["global_step"] == 2
+    train(collected, tmp_path, rollout(every_n_steps=2), ckpt_path=last)
+    assert [film.name for film in sorted((tmp_path / "rollouts").glob("*.mp4"))] == [
+        f"step-{step:08d}.mp4" for step in (2, 4)
+    ]
 
 
 def test_resumed_run_has_no_film_of_steps_that_it_takes_anew(collected, tmp_path):

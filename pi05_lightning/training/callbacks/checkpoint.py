@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
@@ -29,6 +32,8 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedChe
 from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.readable import check_readable
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, is_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -78,6 +83,8 @@ class RunCheckpoint(ModelCheckpoint):
     _before_validation: frozenset[str] = frozenset()
     _validation_metrics: frozenset[str] = frozenset()
     """Names of what validation logs, as far as it did."""
+    _updated_from = -1
+    """The step before the one that the optimizer took last, or is about to take."""
     _goes_on = False
     """A run that was scored by this metric before."""
 
@@ -111,6 +118,9 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         on_first_rank(trainer, partial(check_readable, checkpoint))
+        if trainer.is_global_zero and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
+            assert self.dirpath is not None
+            warn_of_little_room(Path(self.dirpath), checkpoint, pl_module)
         self._check_files(trainer)
         self._check_logged(trainer, pl_module)
         if self._was_pending and not self._should_skip_saving_checkpoint(trainer):
@@ -126,6 +136,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._is_deferred = True
         else:
             self._save_newest(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
+        self._updated_from = trainer.global_step
 
     def _is_time(self, trainer: Trainer) -> bool:
         if self._train_time_interval is None:
@@ -169,8 +182,9 @@ class RunCheckpoint(ModelCheckpoint):
             is_whole = False
         elif isinstance(exception, NotFinite):
             is_whole = exception.intact
-        else:  # Ctrl-C may come while the optimizer updates the weights
-            is_whole = not (isinstance(exception, KeyboardInterrupt) and within_batch(trainer))
+        else:  # it may have come while the optimizer updates the weights, as where a loader's process is killed
+            is_updating = self._updated_from == trainer.global_step or isinstance(exception, KeyboardInterrupt)
+            is_whole = not (is_updating and within_batch(trainer))
         # a signal stops all ranks after the same step; of another error nobody knows whether all have it
         is_everywhere = trainer.world_size == 1 or isinstance(exception, Stopped | NotFinite)
         if is_whole and is_everywhere and self._should_save_on_exception(trainer):
@@ -355,6 +369,19 @@ def take_back_batches(trainer: Any) -> None:
     for count in (progress.current, progress.total):
         count.processed -= unused
         count.ready = count.started = count.completed = count.processed
+
+
+def warn_of_little_room(folder: Path, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
+    """Warn where there is no room for two checkpoints: one is written whole before the one before it goes."""
+    size = sum(value.nbytes for value in tree_leaves(dict(checkpoint)) if isinstance(value, Tensor))
+    if not any(state["state"] for state in checkpoint.get("optimizer_states", ())):  # AdamW's, before its first step
+        size += 2 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    if free < 2 * size:
+        log.warning(
+            "a checkpoint will take up to %.1f GB, there are two while one is written, and %.1f GB are free in %s",
+            *(size / 1e9, free / 1e9, folder),
+        )
 
 
 def check_logged(option: str, name: str, known: Collection[str]) -> None:

@@ -17,6 +17,8 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from pi05_lightning.module.trainer import callbacks_of
+
 log = logging.getLogger(__name__)
 
 
@@ -31,6 +33,8 @@ class Stopped(SystemExit):
 
 class InterruptBetweenSteps(Callback):
     """Holds Ctrl-C, SIGTERM and SLURM's signal back until the step under way has ended; a second Ctrl-C acts at once.
+
+    So it is in `fit`. The other commands have nothing to save, and end at once with the same status.
 
     Then the run is saved and ends with status 128 and the signal's number. Under SLURM its signal (SIGUSR1, as in
     `#SBATCH --signal=USR1@90`) also requeues the job, unless `auto_requeue` is off.
@@ -68,6 +72,16 @@ class InterruptBetweenSteps(Callback):
             self.requested = signal.SIGTERM
         self._stop_together(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" and is_main_thread():  # the trainer's handler would end a part of them, with 0
+            signal.signal(signal.SIGTERM, end)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = signum
         hint = ""
@@ -95,6 +109,18 @@ class InterruptBetweenSteps(Callback):
         if self.requested:
             signum, self.requested = self.requested, 0
             raise Stopped(signum, requeued=signum == self.requeue)
+
+
+def stop_if_asked(trainer: Trainer) -> None:
+    """Between two steps, for what takes long there: raises `Stopped` if a signal has come. Several ranks go on."""
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, InterruptBetweenSteps):
+            callback.on_validation_batch_end(trainer)
+
+
+def end(signum: int, frame: FrameType | None) -> None:
+    """Of a signal: the process ends with its status."""
+    raise SystemExit(128 + signum)
 
 
 def is_main_thread() -> bool:

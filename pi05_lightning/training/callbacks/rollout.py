@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -30,6 +30,7 @@ from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.interrupt import stop_if_asked
 from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.abilities import UNKNOWN
@@ -175,7 +176,7 @@ class PeriodicRollout(Callback):
     def _roll_out_on_one_rank(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> None:
         start = perf_counter()
         with isolate_rng(), self._policy(trainer, module, model) as policy:
-            by_task = self.run(policy)
+            by_task = self.run(policy, partial(stop_if_asked, trainer))
         trials = [trial for done in by_task.values() for trial in done]
         metrics = {f"{self.tag}/success/{task}": _success(done) for task, done in by_task.items()}
         metrics |= {f"{self.tag}/success": _success(trials), f"{self.tag}/seconds": perf_counter() - start}
@@ -183,14 +184,15 @@ class PeriodicRollout(Callback):
             logger.log_metrics(metrics, trainer.global_step)
         self._show(trainer, trials[0])
 
-    def run(self, policy: Inference) -> dict[str, list[Trial]]:
-        """Every task's episodes, over; the first one is filmed."""
+    def run(self, policy: Inference, between: Callable[[], None] = lambda: None) -> dict[str, list[Trial]]:
+        """Every task's episodes, over; the first one is filmed.  between: is called before each job, and may raise."""
         plan = self._plan(policy)
         jobs = list(plan.jobs())
         jobs[0].trials[0].record = True
         by_task: dict[str, list[Trial]] = {task: [] for task in plan.tasks}
         with closing(Lanes(self.env, view_of(policy))) as lanes:
             for job in jobs:
+                between()
                 run_policy_job(job, policy, lanes)
                 by_task[job.task] += job.trials
         return by_task
