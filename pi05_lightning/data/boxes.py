@@ -54,7 +54,7 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
 
     It writes {"detections": [{"label", "bbox_format", "bbox"}, …]} and {"label", "point_format", "point"} as JSON;
     any other answer is returned as it is.  height, width: the image's, in the units of these coordinates.
-    Raises ValueError for coordinates outside the image, or in another format.
+    Raises ValueError for coordinates outside the image, in another format, or of JSON that is neither.
     """
     if not answer.lstrip().startswith("{"):
         return answer
@@ -62,6 +62,14 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
         found: dict[str, Any] = json.loads(answer)
     except json.JSONDecodeError:
         return answer
+    try:
+        return _spelled(found, height, width) or answer
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"it is no detections and no point as LeRobot's annotator writes them: {answer}") from error
+
+
+def _spelled(found: dict[str, Any], height: float, width: float) -> str | None:
+    """`from_lerobot` of what is in the JSON; None for what is neither detections nor a point."""
     if isinstance(found.get("detections"), list):
         seen = found["detections"]
         boxes = [to_box(one.get("bbox") or (), one.get("bbox_format", "xyxy"), height, width) for one in seen]
@@ -74,4 +82,4 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
         top, left, *_ = to_box((x, y, x, y), "xyxy", height, width)
         spelled = edges_to_text((top, left))
         return f"{spelled} {found['label']}" if found.get("label") else spelled
-    return answer
+    return None

@@ -103,7 +103,7 @@ class VideoDecoder:
 
     def read(self, timestamp: float, tolerance: float) -> np.ndarray:
         """The frame shown at `timestamp`, u8[3 h w]; raises BadImage when none is within `tolerance` seconds."""
-        if not abs(timestamp - self._next) <= tolerance:
+        if not -min(tolerance, self._period / 2) <= timestamp - self._next <= tolerance:
             self._seek_decodable(timestamp, timestamp + tolerance)
         seen: list[float] = []
         for frame in self._frames:
@@ -111,12 +111,22 @@ class VideoDecoder:
             if seen[-1] >= timestamp - tolerance:
                 if seen[-1] > timestamp + tolerance:
                     break
-                self._next = seen[-1] + self._period
+                frame = self._nearest(frame, timestamp, tolerance)
+                self._next = self._seconds(frame) + self._period
                 return self._pixels(frame)
         self._next = math.nan
         at = min(seen, key=lambda seconds: abs(seconds - timestamp), default=None)
         nearest = "nothing after it" if at is None else f"the nearest frame is at {at:.4f} s; is fps right?"
-        raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g} ({nearest})")
+        raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g}, tolerance_s ({nearest})")
+
+    def _nearest(self, frame: av.VideoFrame, timestamp: float, tolerance: float) -> av.VideoFrame:
+        """Of a frame and those after it within the tolerance, the one that is nearest to `timestamp`."""
+        while 2 * tolerance >= self._period and (following := next(self._frames, None)) is not None:
+            if abs(self._seconds(following) - timestamp) >= abs(self._seconds(frame) - timestamp):
+                self._frames = chain([following], self._frames)
+                break
+            frame = following
+        return frame
 
     def _seek_decodable(self, timestamp: float, latest: float) -> None:
         """To a key frame from which the frame at `timestamp` decodes as it does in the order of the file.

@@ -53,6 +53,7 @@ def find_dataset(path: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
     from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
+    from lerobot.datasets.utils import CompatibilityError
     from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
     if (HF_LEROBOT_HOME / path / "meta" / "info.json").exists():
@@ -60,6 +61,11 @@ def find_dataset(path: str) -> Path:
     try:
         revision = LeRobotDatasetMetadata(path).revision
         return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
+    except (CompatibilityError, NotImplementedError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
+        raise ValueError(
+            f"{path} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
+            f" --repo-type dataset {path} --local-dir FOLDER`) and name the folder, of which its format is told"
+        ) from error
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
             f"{shown(path)} is no folder, and the Hub does not give it ({error}): correct the path, check the "
@@ -195,10 +201,13 @@ class LeRobotFiles:
         """Why no data file has the rows of an episode."""
         if self.data.damaged:
             return next(iter(self.data.damaged.values()))
+        nowhere = f"no file in {self.root}/data has its rows"
+        if "data_path" not in self.info or "data/file_index" not in self.episodes.column_names:
+            return nowhere
         row = int(np.searchsorted(self.column("episode_index"), episode))
         named = {f"{part}_index": int(self.column(f"data/{part}_index")[row]) for part in ("chunk", "file")}
         path = self.root / self.info["data_path"].format(**named)
-        return f"no file in {self.root}/data has its rows" if path.exists() else f"{path} is missing"
+        return nowhere if path.exists() else f"{path} is missing"
 
     def video_path(self, key: str, chunk: int, file: int) -> Path:
         return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
@@ -305,7 +314,10 @@ class LeRobotFiles:
             first, end = map(int, match.groups())
             found[name] = (episodes >= first) & (episodes < end)
             if not found[name].any():
-                raise ValueError(f"{where}: split {name} is {bounds}, and the dataset has {len(episodes)} episodes")
+                raise ValueError(
+                    f"{where}: split {name} is {bounds}, and the dataset has {len(episodes)} episodes, numbered"
+                    f" {episodes.min()} to {episodes.max()}: correct `splits`, or remove it to train on all of them"
+                )
         for one, other in combinations(found, 2):
             if (found[one] & found[other]).any():
                 raise ValueError(
@@ -318,8 +330,16 @@ class LeRobotFiles:
             raise ValueError(f"{where}: splits has {others}, and nothing that is called train: name it so")
         if others and split == "train":
             log.warning("%s: the episodes of the splits %s are not used: their names say no part", where, others)
+        declared_somewhere = np.any([*found.values(), np.zeros(len(episodes), bool)], axis=0)
+        if split == "train" and "train" in named and not declared_somewhere.all():
+            left = episodes[~declared_somewhere]
+            log.warning(
+                "%s: %d of %d episodes, as number %d, are in none of its splits (%s), and are not used: correct"
+                " `splits`, or remove it",
+                *(where, len(left), len(episodes), left[0], declared),
+            )
         parts = {part: found[name] for part, name in named.items()}
-        return parts, np.any([*found.values(), np.zeros(len(episodes), bool)], axis=0)
+        return parts, declared_somewhere
 
     def _matching(self, condition: str) -> np.ndarray:
         episodes = self.episodes

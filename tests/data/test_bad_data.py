@@ -49,6 +49,33 @@ def video_file(root: Path, key: str = TOP) -> Path:
     return next((root / "videos" / key).glob("*/*.mp4"))
 
 
+def short_video(root: Path, missing: int) -> None:
+    """As recorded with so many frames too few of episode 1: the others' begin earlier in the file."""
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    begins, ends = (f"videos/{TOP}/{part}_timestamp" for part in ("from", "to"))
+    table, later = pq.read_table(path).to_pydict(), missing / 10  # seconds, at 10 frames per second
+    began = [at - later * (episode > 1) for episode, at in enumerate(table[begins])]
+    ended = [at - later * (episode > 0) for episode, at in enumerate(table[ends])]
+    rewrite(path, **{begins: began, ends: ended})
+
+
+@pytest.mark.parametrize("missing", [1, 3])
+def test_an_episode_whose_video_is_shorter_than_its_rows_is_an_error(videos_copy: Path, missing: int) -> None:
+    short_video(videos_copy, missing)
+    first = LENGTHS[1] - missing
+    with pytest.raises(BadSample, match=rf"its video is shorter than its rows: frame {first} would be one of the next"):
+        open_source(videos_copy, cameras={TOP: "top"})
+    source = open_source(videos_copy, cameras={TOP: "top"}, on_bad_sample="skip")
+    assert sorted(set(source.episode.tolist())) == [0, 2, 3, 4]
+
+
+def test_a_video_whose_end_is_its_last_frames_own_time_is_whole(videos_copy: Path) -> None:
+    path = videos_copy / "meta/episodes/chunk-000/file-000.parquet"
+    ends = f"videos/{TOP}/to_timestamp"
+    rewrite(path, **{ends: [at - 0.1 for at in pq.read_table(path)[ends].to_pylist()]})
+    assert len(open_source(videos_copy, cameras={TOP: "top"})) == sum(LENGTHS)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_truncated_video_is_an_error_where_it_ends_also_from_a_worker(videos_copy: Path, workers: int) -> None:
     truncate(video_file(videos_copy))

@@ -61,6 +61,15 @@ def test_other_answers_stay_as_they_are(answer: str) -> None:
     assert from_lerobot(answer, 40, 80) == answer
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ['{"label": "x", "point": null}', '{"detections": ["cup"]}', '{"detections": [{"bbox": [[1, 2], [3, 4]]}]}'],
+)
+def test_json_that_is_neither_is_refused_with_the_answer(answer: str) -> None:
+    with pytest.raises(ValueError, match=r"no detections and no point|is not"):
+        from_lerobot(answer, 48, 64)
+
+
 def test_nothing_detected_is_said() -> None:
     assert from_lerobot('{"detections": []}', 40, 80) == "none"
 

@@ -52,6 +52,12 @@ def test_numbers_of_files_that_do_not_exist_do_not_matter(pictures_copy: Path) -
     assert len(open_source(pictures_copy)) == sum(LENGTHS)
 
 
+def test_a_file_without_rows_holds_nothing(pictures_copy: Path) -> None:
+    empty = data_file(pictures_copy).with_name("file-001.parquet")
+    pq.write_table(pq.read_table(data_file(pictures_copy)).slice(0, 0), empty)
+    assert len(open_source(pictures_copy)) == sum(LENGTHS)
+
+
 def test_an_episode_in_two_files_is_refused(pictures_copy: Path) -> None:
     path = data_file(pictures_copy)
     shutil.copy(path, path.with_name("file-000 (copy).parquet"))

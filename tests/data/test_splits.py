@@ -84,6 +84,12 @@ def test_splits_that_cannot_be_are_refused(videos_copy: Path, splits: dict | lis
         open_source(videos_copy)
 
 
+def test_episodes_of_no_split_are_told(videos_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_info(videos_copy, splits={"train": "0:3"})
+    open_source(videos_copy)
+    assert "2 of 5 episodes, as number 3, are in none of its splits" in caplog.text
+
+
 def test_a_split_of_an_unknown_name_is_told_once(videos_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_info(videos_copy, splits={"train": "0:3", "holdout": "3:5"})
     for split in ("train", "val"):

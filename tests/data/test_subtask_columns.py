@@ -93,6 +93,13 @@ def test_a_number_without_a_sentence_is_named(videos_copy: Path) -> None:
         open_source(videos_copy)
 
 
+def test_a_number_without_a_sentence_matters_in_chosen_episodes_alone(videos_copy: Path) -> None:
+    codes = [7] * LENGTHS[0] + [0] * sum(LENGTHS[1:])
+    annotate(videos_copy, without=(0, 1, 2, 3, 4), codes=codes)
+    source = open_source(videos_copy, episodes=[1, 2, 3, 4])
+    assert source[0].subtask == "wipe"
+
+
 def test_a_blank_subtask_is_none(videos_copy: Path) -> None:
     annotate(videos_copy, without=(0, 1, 2, 3, 4))
     table = pa.table({"subtask": ["wipe", "  "], "subtask_index": [0, 1]})

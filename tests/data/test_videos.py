@@ -81,3 +81,14 @@ def test_a_time_without_a_frame_is_refused_in_finite_time(tmp_path: Path, case: 
         decoder.read(time, 1e-4)
     in_order = list(VideoDecoder(tmp_path / name).scan())
     np.testing.assert_array_equal(decoder.read(in_order[40][0], 1e-4), in_order[40][1])
+
+
+def test_with_a_wide_tolerance_the_frame_is_the_nearest_and_the_next_one_is_still_read(tmp_path: Path) -> None:
+    name, codec, options = CASES["H.264, one key frame"]
+    encode(tmp_path / name, codec, options)
+    frames = [image for _, image in VideoDecoder(tmp_path / name).scan()]
+    decoder = VideoDecoder(tmp_path / name)
+    for index in (*range(1, 20), 70, 40):
+        for off in (-0.3, 0.3):
+            found = decoder.read((index + off) / RATE, 0.9 / RATE)
+            np.testing.assert_array_equal(found, frames[index])

@@ -210,7 +210,7 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
             whole_numbers(table.column(name), f"{path}, {name}") for name in ("episode_index", "frame_index")
         )
         timestamp = real_numbers(table.column("timestamp"), f"{path}, timestamp")
-        begins = np.flatnonzero(np.diff(episode, prepend=episode[0] - 1))
+        begins = np.flatnonzero(np.diff(episode, prepend=episode[:1] - 1))
         language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, *subtask_keys)]
         persistent, events = read_language(path, language, begins) if language else ({}, {})
     except (pa.ArrowException, OSError) as error:
@@ -316,7 +316,7 @@ def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> tuple[list[
                 here = active_subtasks(file.persistent.get(begin, []), file.timestamp[begin:end])
             else:
                 if key not in columns:
-                    columns[key] = _subtask_texts(files, file.table.column(key), key)
+                    columns[key] = _subtask_texts(files, file.table.column(key), key, keep)
                 here = columns[key][begin:end]
             if any(here):
                 found_in[key] += 1
@@ -325,8 +325,8 @@ def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> tuple[list[
     return texts, found_in
 
 
-def _subtask_texts(files: LeRobotFiles, column: pa.ChunkedArray, key: str) -> list[str | None]:
-    """A column of texts, or of numbers of sentences in meta/subtasks.parquet, as texts."""
+def _subtask_texts(files: LeRobotFiles, column: pa.ChunkedArray, key: str, keep: np.ndarray) -> list[str | None]:
+    """A column of texts, or of numbers of sentences in meta/subtasks.parquet, as texts. The kept rows are checked."""
     if is_text(column.type):
         return column.cast(pa.string()).to_pylist()
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
@@ -336,7 +336,8 @@ def _subtask_texts(files: LeRobotFiles, column: pa.ChunkedArray, key: str) -> li
     sentences = files.sentences("subtasks", "subtask")
     if not sentences and (numbers >= 0).any():
         raise ValueError(f"{key}: it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
-    unknown = [number for number in np.unique(numbers[numbers >= 0]).astype(int).tolist() if number not in sentences]
+    used = np.unique(numbers[keep & (numbers >= 0)]).astype(int).tolist()
+    unknown = [number for number in used if number not in sentences]
     if unknown:
         raise ValueError(f"{key}: meta/subtasks.parquet has no sentence for {unknown}")
     return [sentences.get(number) for number in numbers.tolist()]

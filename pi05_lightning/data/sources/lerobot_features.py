@@ -25,6 +25,9 @@ class Features:
         convert: grey and transparent images are taken too.
         """
         cameras = {key: key.rpartition(".")[2] for key in available} if chosen is None else chosen
+        for key in cameras:
+            if key not in available and self.declared.get(key, {}).get("dtype") in ("video", "image"):
+                raise ValueError(f"{self.where}: {key} is a depth map, which the model does not take: leave it out")
         self._check_known(cameras, available, "image feature", "`cameras`")
         for key in cameras:
             shape = self.declared[key]["shape"]

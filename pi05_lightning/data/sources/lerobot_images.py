@@ -35,7 +35,9 @@ class Images:
         tolerance_s: float,
         convert: bool,
     ) -> None:
-        self.files, self.kept, self.tolerance_s, self.convert = files, kept, tolerance_s, convert
+        self.files, self.kept, self.convert = files, kept, convert
+        longest = kept.columns.timestamp.max(initial=0.0)
+        self.tolerance_s = tolerance_s + float(np.spacing(np.float32(longest)))  # LeRobot keeps these in 32 bits
         self._stores = {camera: self._store(key, cache) for key, camera in cameras.items()}
 
     def _store(self, key: str, cache: tuple[Path, tuple[int, int]] | None) -> FrameStore | CachedFrames:
@@ -63,6 +65,14 @@ class Images:
         numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
         paths = [files.video_path(key, *number) for number in numbers]
         position = start + columns.timestamp
+        beyond = self._beyond(key, place, position) & ~np.isnan(start)
+        if (beyond & kept.mask).any():
+            first = int(np.argmax(beyond & kept.mask))
+            shown = (
+                f"its video is shorter than its rows: frame {columns.frame[first]} would be one of the next episode's,"
+                " and where frames are missing, none may be in its place"
+            )
+            kept.reject(np.isin(columns.episode, columns.episode[beyond]), key, shown, remedy)
         with ThreadPoolExecutor() as pool:
             headers = list(pool.map(VideoHeader.read, paths))
         for i, header in enumerate(headers):
@@ -73,6 +83,26 @@ class Images:
                 shown = f"{paths[i]} ends at {header.end:.4f} s, and this frame is at {position[late][0]:.4f} s of it"
                 kept.reject(late, key, shown, "Correct where the episode is in meta/episodes, or restore the video")
         return VideoFrames(paths, file.astype(np.int32), position, self.tolerance_s, self.convert)
+
+    def _beyond(self, key: str, place: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """bool[N]: rows at seconds of their video file at which another episode has begun, or theirs has ended.
+
+        place: i64[N], of each row's episode in the episode table.
+        """
+        chunk, number, start, end = (
+            self.files.video_column(key, name)
+            for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+        )
+        margin = 0.1 / self.files.fps  # these times may be rounded, and a video may have several frames for a row
+        until = np.where(end > start, end + self.tolerance_s, np.inf)  # some say nothing, or the last frame's own time
+        _, file = np.unique(np.stack([chunk, number], axis=1), axis=0, return_inverse=True)
+        file = file.reshape(-1)
+        for one in np.unique(file):
+            inside = np.flatnonzero(file == one)
+            begins = np.append(np.unique(start[inside][start[inside] >= 0]), np.inf)
+            following = begins[np.searchsorted(begins[:-1], start[inside] + margin, side="right")]
+            until[inside] = np.minimum(until[inside], following - margin)
+        return position > until[place]
 
     @property
     def caches(self) -> dict[str, CachedFrames]:
