@@ -175,10 +175,11 @@ class Pi05Policy(Inference):
             return publish_policy(Path(folder), repo, private)
 
     def to_device(self, device: str | torch.device) -> Pi05Policy:
-        """Move the model. Raises ValueError where it computes in 8 bits, which it does on a CPU alone."""
+        """Move the model, without its CUDA graphs. ValueError where it computes in 8 bits, which a CPU alone does."""
         if torch.device(device).type != "cpu":
             self._check_whole(f"moved to {device}")
         self.model.to(device)
+        self._chunk = self.model.chunk
         return self
 
     def _check_whole(self, what: str) -> None:

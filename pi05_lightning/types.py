@@ -269,7 +269,7 @@ class Batch:
     auxiliary    {head: {name: tensor}}  targets that a head's `TargetMaker` made
     fixed_image  bool[P]       images in which a target is a place: their geometry stays
     letterboxes  [P]           where in each image the picture is that the camera took; on the host, for who looks at it
-    augmentation f64[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
+    augmentation f32[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
                                brightness, contrast, saturation; stays on the host. None: images are left as they are
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
                                sample from `key`, see `losses.draw_noise`; None before that
@@ -295,7 +295,7 @@ class Batch:
     auxiliary: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     fixed_image: Tensor | None = None
     letterboxes: Sequence[Letterbox] | None = None
-    augmentation: np.ndarray | None = None
+    augmentation: Tensor | None = None
     noise: Tensor | None = None
     time: Tensor | None = None
     drawn: Drawn | None = None

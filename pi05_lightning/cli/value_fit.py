@@ -123,7 +123,11 @@ def configuration(
         "model": {
             "init_from": str(policy),
             "heads": {NAME: {"class_path": f"{ValueHead.__module__}.{ValueHead.__name__}"}},
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": lr, "weight_decay": 0.01}},
+            "optimizer": {
+                "class_path": "torch.optim.AdamW",
+                "init_args": {"lr": lr, "weight_decay": 0.01, "fused": True},
+            },
+            **{name: reading.model[name] for name in ("activation_checkpointing", "compile") if name in reading.model},
         },
         "data": {
             "sources": sources,

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Batch
@@ -42,7 +41,7 @@ class Augmentation:
             check_range(f"augmentation.{name}", getattr(self, name), 0, 1)
 
     def draw(self, batch: Batch, cameras: Sequence[str], loc_ids: range) -> Batch:
-        """The batch with `augmentation` drawn, on the host: f64[P 7], see `Batch`.
+        """The batch with `augmentation` drawn, on the host: f32[P 7], see `Batch`.
 
         cameras: names by the numbers in `batch.camera`.  Images with a box or a point among what the row says
         (loc_ids), or among its targets, keep their geometry, since that would no longer be where it says.
@@ -51,7 +50,7 @@ class Augmentation:
         told = ((batch.tokens >= loc_ids.start) & (batch.tokens < loc_ids.stop)).any(dim=1).tolist()
         fixed = [False] * len(row) if batch.fixed_image is None else batch.fixed_image.tolist()
         keys, names = batch.key.tolist(), [cameras[camera] for camera in batch.camera.tolist()]
-        drawn = np.empty((len(row), 7))
+        drawn = np.empty((len(row), 7), np.float32)
         for image, (r, name) in enumerate(zip(row, names, strict=True)):
             # one stream per sample and camera: an image's fate does not hang on what else is in the batch
             rng = np.random.Generator(np.random.Philox(key=[keys[r] % 2**63, 16 + list(cameras).index(name)]))
@@ -68,7 +67,7 @@ class Augmentation:
                 1 + contrast * self.contrast,
                 1 + saturation * self.saturation,
             )
-        return replace(batch, augmentation=drawn)
+        return replace(batch, augmentation=torch.from_numpy(drawn))
 
 
 def augment(batch: Batch) -> Batch:
@@ -78,16 +77,29 @@ def augment(batch: Batch) -> Batch:
     """
     if batch.augmentation is None or not len(batch.pixels):
         return batch
-    changed = [_changed(image, row) for image, row in zip(batch.pixels, batch.augmentation.tolist(), strict=True)]
-    return replace(batch, pixels=torch.stack(changed), augmentation=None)
+    return replace(batch, pixels=_changed(batch.pixels, batch.augmentation), augmentation=None)
 
 
-def _changed(image: Tensor, drawn: Sequence[float]) -> Tensor:
-    angle, scale, right, down, brightness, contrast, saturation = drawn
-    if angle or scale != 1 or right or down:
-        height, width = image.shape[-2:]
-        shift = [right * width, down * height]
-        image = F.affine(image, angle, shift, scale, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
-    image = F.adjust_brightness(image, brightness)
-    image = F.adjust_contrast(image, contrast)
-    return F.adjust_saturation(image, saturation)
+def _changed(images: Tensor, drawn: Tensor) -> Tensor:
+    """u8[P 3 H W] by f32[P 7], all at once, as torchvision's functions do one by one.
+
+    Nobody looks at what was drawn: the host would wait for the device.
+    """
+    angle, scale, right, down, brightness, contrast, saturation = drawn[..., None, None].unbind(1)
+    height, width = images.shape[-2:]
+    cos, sin = angle.deg2rad().cos() / scale, angle.deg2rad().sin() / scale
+    # where the pixels of the result come from, counted from the middle of the image
+    x = torch.arange(width, device=images.device) - (width - 1) / 2 - right * width
+    y = torch.arange(height, device=images.device)[:, None] - (height - 1) / 2 - down * height
+    grid = torch.stack([(cos * x + sin * y) / (width / 2), (cos * y - sin * x) / (height / 2)], dim=-1)
+    seen = F.grid_sample(images.float(), grid, align_corners=False)
+    seen = (seen * brightness[:, None]).clamp(0, 255)
+    seen = torch.lerp(_grey(seen).mean((-2, -1), keepdim=True), seen, contrast[:, None]).clamp(0, 255)
+    seen = torch.lerp(_grey(seen), seen, saturation[:, None]).clamp(0, 255)
+    return seen.round().byte()
+
+
+def _grey(images: Tensor) -> Tensor:
+    """The luma of f32[P 3 H W], f32[P 1 H W] (ITU-R BT.601)."""
+    red, green, blue = images.split(1, dim=1)
+    return 0.299 * red + 0.587 * green + 0.114 * blue

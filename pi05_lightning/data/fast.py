@@ -216,9 +216,16 @@ class FastTokenizer:
     def save(self, folder: Path | str) -> None:
         """Write the public processor's folder: `AutoProcessor` reads it (its code comes from the hub), and so do we."""
         folder = Path(folder)
+        (folder / "processor_config.json").unlink(missing_ok=True)  # it is written last: two halves are no tokenizer
         write_text(folder / "tokenizer.json", self.bpe.to_str(pretty=True))
         processor = "UniversalActionProcessor"
         files: dict[str, dict[str, Any]] = {
+            "tokenizer_config.json": {
+                "clean_up_tokenization_spaces": False,
+                "processor_class": processor,
+                "tokenizer_class": "PreTrainedTokenizerFast",
+            },
+            "special_tokens_map.json": {},
             "processor_config.json": {
                 "action_dim": self.dim,
                 "auto_map": {"AutoProcessor": f"physical-intelligence/fast--processing_action_tokenizer.{processor}"},
@@ -228,12 +235,6 @@ class FastTokenizer:
                 "time_horizon": self.horizon,
                 "vocab_size": self.vocab_size,
             },
-            "tokenizer_config.json": {
-                "clean_up_tokenization_spaces": False,
-                "processor_class": processor,
-                "tokenizer_class": "PreTrainedTokenizerFast",
-            },
-            "special_tokens_map.json": {},
         }
         for name, content in files.items():
             write_json(folder / name, content)

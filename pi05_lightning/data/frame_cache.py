@@ -128,6 +128,8 @@ class CachedFrames:
 
     def decode(self, file: int, bar: tqdm, stop: threading.Event) -> None:
         """Write one file's frames, advancing the bar; stops early, leaving nothing in the cache, when told to."""
+        if stop.is_set():
+            return
         self._place = None
         for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
             stale.unlink()

@@ -132,8 +132,9 @@ class ValueFunction:
                 " `pi05 value fit` again, which goes on with it, and give its directory"
             )
         self.processor = checkpoint.processor()
-        self.model = Pi05(checkpoint.config(), {NAME: ValueHead})
-        self.model.load_state_dict(tensors)
+        with torch.device("meta"):
+            self.model = Pi05(checkpoint.config(), {NAME: ValueHead})
+        self.model.load_state_dict(tensors, assign=True)
         self.model.to(device).eval()
         self.sha256 = hash_of(tensors)
         self.longest: dict[str, int] = about["longest"]

@@ -292,7 +292,9 @@ class Pi05Module(LightningModule):
         self, batch: Batch | Observed, device: torch.device, dataloader_idx: int
     ) -> Batch | Observed:
         """Lightning itself waits for the copy of anything that is no plain tensor."""
-        return batch if isinstance(batch, Observed) else batch.to(device, non_blocking=device.type == "cuda")
+        if isinstance(batch, Observed) or device.type != "cuda":
+            return batch if isinstance(batch, Observed) else batch.to(device)
+        return batch.pin_memory().to(device, non_blocking=True)  # noise, times and counts are not yet
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.blueprint.lora is not None and self.blueprint.lora.dropout:

@@ -13,7 +13,7 @@ class Accelerator:
 
     bf16: float
     fp32: float
-    """TF32 for NVIDIA's tensor cores."""
+    """Of plain fp32, as PyTorch computes by default: it leaves TF32 to those who ask for it."""
     bandwidth: float
     memory: float
     source: str
@@ -23,9 +23,9 @@ class Accelerator:
 
 
 ACCELERATORS = {
-    "rtx4090": Accelerator(165e12, 83e12, 1.008e12, 24e9, "NVIDIA Ada GPU Architecture whitepaper, appendix A"),
-    "l40s": Accelerator(362e12, 183e12, 0.864e12, 48e9, "NVIDIA L40S datasheet"),
-    "a100": Accelerator(312e12, 156e12, 2.039e12, 80e9, "NVIDIA A100 datasheet, 80 GB SXM"),
-    "h100": Accelerator(989e12, 494e12, 3.35e12, 80e9, "NVIDIA H100 datasheet, SXM"),
-    "h200": Accelerator(989e12, 494e12, 4.8e12, 141e9, "NVIDIA H200 datasheet, SXM"),
+    "rtx4090": Accelerator(165e12, 82.6e12, 1.008e12, 24e9, "NVIDIA Ada GPU Architecture whitepaper, appendix A"),
+    "l40s": Accelerator(362e12, 91.6e12, 0.864e12, 48e9, "NVIDIA L40S datasheet"),
+    "a100": Accelerator(312e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 datasheet, 80 GB SXM"),
+    "h100": Accelerator(989e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 datasheet, SXM"),
+    "h200": Accelerator(989e12, 67e12, 4.8e12, 141e9, "NVIDIA H200 datasheet, SXM"),
 }

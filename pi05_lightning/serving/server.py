@@ -78,7 +78,7 @@ class PolicyServer:
         }
 
     def warm_up(self) -> None:
-        """Answer once, so that the first client does not wait for what a first call sets up."""
+        """Answer as often as there are kinds of requests, so that no client waits for what a first call sets up."""
         size, robot = self.policy.processor.shapes.image_size, self.policy.processor.robots[self.policy.robot]
         policy = self.policy.session(self.seed)
         policy.acting = replace(policy.acting, max_action_distance=None)  # nobody executes them
@@ -89,6 +89,9 @@ class PolicyServer:
         }
         with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
             policy.predict_chunk(observation)
+            if policy.acting.given:
+                first = np.zeros((policy.acting.given, robot.action_dim), np.float32)
+                policy.predict_chunk(observation, prefix_actions=first)
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled. Raises OSError as `check_address`."""

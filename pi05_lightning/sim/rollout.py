@@ -253,9 +253,12 @@ class Worker:
 def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[Job]:
     """The jobs, over, in order. Close it to end the processes early.
 
+    processes: by default as many as cores; one where the policy is on another device, of whose memory each takes a
+    policy's.
     Raises ValueError for tasks and cameras that the simulator does not have.
     """
-    with simulator_processes(processes or os.cpu_count() or 1, worker.env.warm_up) as pool:
+    most = (os.cpu_count() or 1) if worker.device.startswith("cpu") else 1
+    with simulator_processes(processes or most, worker.env.warm_up) as pool:
         try:
             yield from pool.map(worker, jobs)
         except (

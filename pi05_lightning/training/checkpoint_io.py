@@ -13,7 +13,7 @@ from fsspec.utils import get_protocol
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import nn
 
-from pi05_lightning.files.local import replacing
+from pi05_lightning.files.local import first_line, replacing
 from pi05_lightning.weights.readable import unreadable, unwritten
 from pi05_lightning.weights.sharded_checkpoint import is_sharded, read, read_into, unpickle
 from pi05_lightning.weights.sharded_writer import BackgroundWriter, remove, remove_leftovers, write
@@ -26,7 +26,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     evaluated: nn.Module | None = None
-    """Where nothing is trained: the model into which a sharded run's checkpoint is read, so that it is there once."""
+    """Where nothing is trained: the model into which a checkpoint is read, so that it is there once."""
     averaged = False
     """What is read so are the averages."""
 
@@ -38,8 +38,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             try:
                 with part.open("wb") as file:
                     torch.save(checkpoint, file)
+            except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device's, though found out while writing
+                raise
             except (OSError, RuntimeError) as error:  # torch's writer hides the system's error
-                raise ValueError(unwritten(Path(path), str(error))) from error
+                raise ValueError(unwritten(Path(path), first_line(error))) from error
             try:
                 torch.load(part, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
@@ -47,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Of a sharded run too."""
-        if self.evaluated is not None and is_sharded(Path(path)):
+        if self.evaluated is not None and is_local(path):
             return read_into(self.evaluated, Path(path), averaged=self.averaged)
         if is_sharded(Path(path)):
             return read(Path(path))

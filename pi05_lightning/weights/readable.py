@@ -56,10 +56,10 @@ def readable(value: Any) -> bool:
 
 
 def unwritten(path: Path, error: str) -> str:
-    """Why a checkpoint could not be written, and how much room there is, in words."""
+    """Why a checkpoint could not be written, and how much room there is.  error: a line."""
     there = next(folder for folder in path.absolute().parents if folder.exists())
     free = shutil.disk_usage(there).free / 2**30
     return (
-        f"{path} could not be written ({error.splitlines()[0]}; {free:.1f} GiB are free): make room, or allow larger"
+        f"{path} could not be written ({error}; {free:.1f} GiB are free): make room, or allow larger"
         " files, and go on from the checkpoint before it"
     )

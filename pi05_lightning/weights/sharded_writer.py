@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
+from pi05_lightning.files.local import first_line
 from pi05_lightning.weights.readable import check_readable, unwritten
 from pi05_lightning.weights.sharded_checkpoint import (
     KINDS,
@@ -74,7 +75,7 @@ def _writing(path: Path) -> Iterator[None]:
     except dcp.CheckpointException as error:
         raise ValueError(unwritten(path, first_failure(error))) from error
     except (OSError, RuntimeError) as error:
-        raise ValueError(unwritten(path, str(error))) from error
+        raise ValueError(unwritten(path, first_line(error))) from error
 
 
 def _finish(part: Path, path: Path) -> None:

@@ -130,11 +130,12 @@ class TrainingCheckpoint(Weights):
     def content_hash(self) -> str:
         """Of what it holds itself, adapters apart from their base: what merging rounds to depends on the machine."""
         content = ContentHash()
-        for some in batched(self._keys, AT_A_TIME):
-            for name, tensor in self._own(None, some).items():
-                content.add(name, tensor)
-        if self.adapter_base is not None:
-            content.add(f"base {self.adapter_base.sha256}", torch.empty(0))
+        with torch.device("cpu"):  # the trainer may make tensors elsewhere
+            for some in batched(self._keys, AT_A_TIME):
+                for name, tensor in self._own(None, some).items():
+                    content.add(name, tensor)
+            if self.adapter_base is not None:
+                content.add(f"base {self.adapter_base.sha256}", torch.empty(0))
         return content.hexdigest()
 
     @property

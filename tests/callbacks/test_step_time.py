@@ -66,6 +66,14 @@ def test_time_is_told_before_and_after_with_what_would_help(
         assert advice in text
 
 
+def test_waiting_for_data_is_told_while_there_is_time_to_mend_it(
+    videos: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_time, "MUCH", 0.0)
+    monkeypatch.setattr(step_time, "EARLY", 3)
+    assert re.findall(r"waiting for data \((\d) batches\)", said(videos, caplog)) == ["3", "5"]
+
+
 def test_time_of_a_run_that_is_stopped_is_told_too(videos: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Stopped):
         said(videos, caplog, Interrupts())

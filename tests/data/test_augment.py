@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.processor import Processor
@@ -72,6 +74,19 @@ def test_pixels_stay_bytes_and_change() -> None:
     assert after.pixels.dtype == torch.uint8
     assert after.pixels.shape == before.pixels.shape
     assert not torch.equal(after.pixels, before.pixels)
+
+
+def test_an_image_becomes_what_torchvision_makes_of_it() -> None:
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=torch.manual_seed(0)) * 255, (48, 64))
+    before = replace(draw(batch("a", "b")), pixels=smooth.byte().expand(4, -1, -1, -1))
+    for found, image, drawn in zip(augment(before).pixels, before.pixels, before.augmentation.tolist(), strict=True):
+        angle, scale, right, down, brightness, contrast, saturation = drawn
+        shift = [right * 64, down * 48]
+        image = image.float() / 255  # with bytes it rounds down after every step
+        image = tv.affine(image, angle, shift, scale, shear=[0.0, 0.0], interpolation=InterpolationMode.BILINEAR)
+        image = tv.adjust_contrast(tv.adjust_brightness(image, brightness), contrast)
+        expected = 255 * tv.adjust_saturation(image, saturation)
+        assert (found - expected).abs().max() < 0.6
 
 
 def test_a_crop_without_colour_and_rotation_shows_a_part_of_the_image_larger() -> None:

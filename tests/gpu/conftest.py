@@ -48,9 +48,7 @@ def fit(videos: Path, tmp_path: Path) -> Callable[..., Trainer]:
             flow_draws=2,
             **(module_options or {}),
         )
-        data = Pi05DataModule(
-            {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0, augmentation=None
-        )
+        data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
         trainer = Trainer(
             accelerator=accelerator,
             devices=1,

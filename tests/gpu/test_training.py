@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.types import Batch
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
@@ -54,15 +55,21 @@ def test_bf16_over_fp32_weights_on_cuda_trains_as_fp32_does(fit: Fit) -> None:
 
 
 class NothingWaits(Callback):
-    """From the second batch on, whatever waits for the device raises, until another stage begins, which may."""
+    """Whatever waits for the device raises, also while a batch is moved there and changed.
+
+    But for the first batch, and that with which another stage begins.
+    """
 
     allowed = (0, PRETRAIN_STEPS)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         torch.cuda.set_sync_debug_mode("default" if batch_idx in self.allowed else "error")
 
-    def on_train_batch_end(self, *args: Any) -> None:
-        torch.cuda.set_sync_debug_mode("default")
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        allowed = batch_idx + 1 in (*self.allowed, TOTAL)
+        torch.cuda.set_sync_debug_mode("default" if allowed else "error")
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
@@ -74,6 +81,12 @@ def test_a_training_step_does_not_wait_for_the_device(fit: Fit, precision: str, 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.global_step == TOTAL
+
+
+def test_adapters_may_begin_with_a_run_of_adapters(fit: Fit, each_step: ModelCheckpoint, tmp_path: Path) -> None:
+    fit("cuda", each_step, module_options={"lora": Lora()})
+    first = str(tmp_path / f"step={TOTAL}.ckpt")
+    assert fit("cuda", module_options={"lora": Lora(), "init_from": first}).global_step == TOTAL
 
 
 @pytest.mark.parametrize("stopped_at", [PRETRAIN_STEPS - 1, PRETRAIN_STEPS + 1])

@@ -376,7 +376,7 @@ def warn_of_little_room(folder: Path, checkpoint: Mapping[str, Any], module: Lig
     size = sum(value.nbytes for value in tree_leaves(dict(checkpoint)) if isinstance(value, Tensor))
     if not any(state["state"] for state in checkpoint.get("optimizer_states", ())):  # AdamW's, before its first step
         size += 2 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    free = shutil.disk_usage(next(there for there in (folder, *folder.absolute().parents) if there.exists())).free
     if free < 2 * size:
         log.warning(
             "a checkpoint will take up to %.1f GB, there are two while one is written, and %.1f GB are free in %s",

@@ -1,4 +1,4 @@
-"""What the time of training steps was spent on, said at the end: waiting for data, computing, communicating."""
+"""What the time of training steps was spent on: waiting for data, computing, communicating."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from pi05_lightning.training.callbacks.interrupt import Stopped
 
 MUCH = 0.1
 """Share of a step from which on there is advice."""
+EARLY = 200
+"""Batches after which advice is given the first time, if there is any."""
 
 
 class StepTime(Callback):
     """Prints what shares of a batch's time were spent on, and advice where much was not computing.
 
-    It does so when `fit` ends or is stopped. The times are of the first rank, by the host's clock, without the first
+    It does so when `fit` ends or is stopped; and early on, where training waits for data. The times are of the first rank, by the host's clock, without the first
     batch, for which workers start and kernels are compiled. Communicating is what DDP does beside the backward pass;
     what is hidden behind it costs nothing, and what sharding gathers counts as computing. What callbacks after it do at
     a batch's end does not count; the command has rollouts there.
@@ -47,6 +49,8 @@ class StepTime(Callback):
             self.computing += perf_counter() - self._start
             self.waiting = waited(trainer) - self._waited
         self.batches += 1
+        if self.batches == EARLY and self.waiting > MUCH * (self.waiting + self.computing):
+            self._tell(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tell(trainer)
