@@ -24,10 +24,10 @@ EARLY = 200
 class StepTime(Callback):
     """Prints what shares of a batch's time were spent on, and advice where much was not computing.
 
-    It does so when `fit` ends or is stopped; and early on, where training waits for data. The times are of the first rank, by the host's clock, without the first
-    batch, for which workers start and kernels are compiled. Communicating is what DDP does beside the backward pass;
-    what is hidden behind it costs nothing, and what sharding gathers counts as computing. What callbacks after it do at
-    a batch's end does not count; the command has rollouts there.
+    It does so when `fit` ends or is stopped, and early on where training waits for data. The times are of the first
+    rank, by the host's clock, without the first batch, for which workers start and kernels are compiled. Communicating
+    is what DDP does beside the backward pass; what is hidden behind it costs nothing, and what sharding gathers counts
+    as computing. What callbacks after it do at a batch's end does not count; the command has rollouts there.
     """
 
     def __init__(self) -> None:
