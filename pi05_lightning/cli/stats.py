@@ -15,7 +15,7 @@ from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.ranges import check_range
 
-STATE, ACTION = "observation.state", "action"
+STATE, ACTION, NEXT = "observation.state", "action", "next."
 
 console = Console()
 
@@ -23,6 +23,8 @@ console = Console()
 def stats(
     dataset: str,
     keys: list[str] | None = None,
+    cameras: dict[str, str] | None = None,
+    convert_images: bool = False,
     val_fraction: float = 0.1,
     episodes: str | None = None,
     relative_dims: list[int] | None = None,
@@ -38,7 +40,9 @@ def stats(
 
     Args:
         dataset: folder or Hub id.
-        keys: features to look at; by default all vectors of floating-point numbers.
+        keys: features to look at; by default all vectors of floating-point numbers but `next.*`, as rewards.
+        cameras: image features, each with its camera name, as in training: frames without an image do not count.
+        convert_images: grey and transparent images are taken too, as in training.
         val_fraction: share of episodes held out, as in training.
         episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
         relative_dims: dims of the action to take relative to observation.state at the chunk's first step.
@@ -49,11 +53,13 @@ def stats(
     """
     check_range("horizon", horizon, 1)
     files = LeRobotFiles.open(find_dataset(dataset))
-    keys = keys or vector_keys(files)
+    keys = keys or [key for key in vector_keys(files) if not key.startswith(NEXT)]
     action_keys = [key for key in keys if key.startswith(ACTION)]
     state_keys = [key for key in keys if key not in action_keys]
     config = LeRobotConfig(
         path=dataset,
+        cameras=cameras,
+        convert_images=convert_images,
         # first those that relative_dims count
         state_keys=sorted(dict.fromkeys([*state_keys, *([STATE] if relative_dims else [])]), key=STATE.__ne__),
         action_keys=sorted(action_keys, key=ACTION.__ne__),

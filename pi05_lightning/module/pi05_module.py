@@ -67,7 +67,7 @@ class Pi05Module(LightningModule):
         lora: train adapters beside the linear layers instead of the layers.
         base: keep the layers beside adapters, which are frozen, in 4 bits (nf4) or 8 bits (int8) a value; needs `lora`.
         activation_checkpointing: keep only the input of every block and run it again in the backward pass.
-        compile: compile every block for training steps: on a GPU half as fast again, after a minute.
+        compile: compile every block for training steps: on a GPU 1.4 times as fast, after half a minute.
         optimizer: makes the optimizer from parameter groups; groups and their schedule come from the recipe.
         flow_draws: noise draws per observation and step; they share one backbone pass.
         rtc_max_delay: training-time real-time chunking: the first 0 to this many actions of a draw are given, not

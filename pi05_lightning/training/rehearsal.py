@@ -127,7 +127,10 @@ class Rehearsal:
         return found
 
     def _step(self, stage: Stage, drawn: list[Sample]) -> set[str]:
-        """Train on samples as the stage will, and forget it. The loss terms that reach something that learns."""
+        """Train on samples as the stage will, and forget it.
+
+        The loss terms that reach something that learns, and those that the samples have nothing of.
+        """
         try:
             terms = self._terms(stage, self._batch(drawn))
         except NeedsWeights:

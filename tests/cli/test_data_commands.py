@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -16,7 +17,7 @@ from pi05_lightning.cli.stats import feature_table
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.statistics import FeatureStats
-from tests.data.recorded import data_file, open_source, rewrite
+from tests.data.recorded import data_file, edit_info, open_source, rewrite
 
 # five episodes, so one is held out; their states move more like actions than their actions, which count frames
 SMALL = ("--horizon", "4", "--val_fraction", "0.2", "--action_keys", "[observation.state]")
@@ -251,6 +252,19 @@ def test_a_file_in_the_place_of_a_tokenizer_is_left_alone(pictures: Path, tmp_pa
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match=r"notes.txt is a file"):
         main(["tokenizer", str(pictures), "--out", str(tmp_path / "notes.txt")])
+
+
+def test_stats_are_of_no_rewards_which_no_policy_reads(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = LeRobotFiles.open(pictures_copy)
+    edit_info(
+        pictures_copy, features=files.features | {"next.reward": {"dtype": "float32", "shape": [1], "names": None}}
+    )
+    rows = pq.read_table(data_file(pictures_copy)).num_rows
+    rewrite(data_file(pictures_copy), **{"next.reward": pa.array([float("nan")] * rows, pa.float32())})
+    main(["stats", str(pictures_copy), "--cameras", "{}"])
+    shown = capsys.readouterr().out
+    assert "action" in shown
+    assert "next.reward" not in shown
 
 
 def test_stats_widens_small_ranges_as_training_does() -> None:
