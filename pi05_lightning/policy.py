@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -40,6 +41,10 @@ What the robot's data always had must be there, and nothing else may be. A polic
 of one camera not the camera's name."""
 CudaGraph = Literal["plain", "compiled"]
 Dtype = Literal["float32", "bfloat16", "int8"]
+MUCH = 10e9
+"""Bytes of weights beyond which those of the full size are fp32."""
+
+log = logging.getLogger(__name__)
 KEYS = ("image", "state", "task")
 
 
@@ -123,6 +128,8 @@ class Pi05Policy(Inference):
                 model = int8_weights(weights, how)
             else:
                 model = weights.model(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+                if torch.device(device).type == "cuda" and sum(p.nbytes for p in model.parameters()) > MUCH:
+                    log.warning("the weights are fp32: dtype bfloat16 halves their memory, and a GPU is faster in it")
         super().__init__(model.to(device), processor, how, seed, trained)
         if use_fast_tokens and processor.fast is None:
             raise ValueError(f"{model_path} has no FAST tokenizer: leave out use_fast_tokens, or train with data.fast")

@@ -270,7 +270,7 @@ class Batch:
     fixed_image  bool[P]       images in which a target is a place: their geometry stays
     letterboxes  [P]           where in each image the picture is that the camera took; on the host, for who looks at it
     augmentation f32[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
-                               brightness, contrast, saturation; stays on the host. None: images are left as they are
+                               brightness, contrast, saturation. None: images are left as they are
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
                                sample from `key`, see `losses.draw_noise`; None before that
     drawn                      of training batches: what they were made of

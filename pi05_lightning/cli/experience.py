@@ -109,7 +109,7 @@ def experience(
         attempt_seconds: simulated time after which an attempt has failed; by default max_seconds. A policy that has
             missed seldom recovers, so the double of what demonstrations take saves time.
         max_seconds: simulated time after which a tried policy has failed; by default what the simulator says.
-        num_workers: processes that simulate; by default one per core.
+        num_workers: processes that simulate; by default one per core, and with another `device` than the CPU one.
         robot: data source whose robot it acts as; needed where it was trained on several.
         device: where policies and values act; training takes what the policy's took.
         seed: of attempts and training; every seed is tried on the same initial states.

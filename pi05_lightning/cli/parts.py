@@ -113,8 +113,8 @@ def run_command(command: tuple[str, ...]) -> None:
     previous = {number: signal.signal(number, forward) for number in heard}
     try:
         process = subprocess.Popen([sys.executable, "-m", "pi05_lightning", *command], process_group=0)
-        for number in came.copy():
-            forward(number, None)
+        for number in came[:]:
+            os.killpg(process.pid, number)
         status = process.wait()
         if not status and came:
             status = -came[-1]

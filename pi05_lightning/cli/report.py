@@ -22,6 +22,8 @@ def report(run: Path, out: Path | None = None, summary: Path | None = None) -> P
     out = out or run / "report.html"
     if out.is_dir() or (out.exists() and out.suffix != ".html"):
         raise ValueError(f"out: {out} is there, and is no page: name a file that ends with .html")
+    if summary is not None and not summary.is_file():
+        raise ValueError(f"summary: there is no file {summary}")
     seconds = read_json(summary).get("seconds", {}) if summary else {}
     write_text(out, render(read_run(run), seconds))
     print(f"page: {out}")

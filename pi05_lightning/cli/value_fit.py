@@ -44,7 +44,7 @@ def value_fit(
     """Fit a value on attempts: from what a policy sees and is told, how far it is from success.
 
     It is a `pi05 fit` of a model of its own, which begins with the policy's weights; it is killed and resumed as that.
-    It takes the policy's accelerator and precision, and one device.
+    It takes the policy's accelerator, precision, activation checkpointing and compiler, and one device.
 
     Args:
         run: directory of the value: a run of `pi05 fit`, and value.json, calibration.json and value.html.
@@ -125,9 +125,9 @@ def configuration(
             "heads": {NAME: {"class_path": f"{ValueHead.__module__}.{ValueHead.__name__}"}},
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": lr, "weight_decay": 0.01, "fused": True},
+                "init_args": {"lr": lr, "weight_decay": 0.01, **reading.fused},
             },
-            **{name: reading.model[name] for name in ("activation_checkpointing", "compile") if name in reading.model},
+            **{name: True for name in ("activation_checkpointing", "compile") if reading.model.get(name)},
         },
         "data": {
             "sources": sources,

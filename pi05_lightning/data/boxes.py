@@ -54,7 +54,7 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
 
     It writes {"detections": [{"label", "bbox_format", "bbox"}, …]} and {"label", "point_format", "point"} as JSON;
     any other answer is returned as it is.  height, width: the image's, in the units of these coordinates.
-    Raises ValueError for coordinates outside the image, in another format, or of JSON that is neither.
+    Raises ValueError for coordinates outside the image, in another format, or malformed.
     """
     if not answer.lstrip().startswith("{"):
         return answer
@@ -65,7 +65,9 @@ def from_lerobot(answer: str, height: float, width: float) -> str:
     try:
         return _spelled(found, height, width) or answer
     except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"it is no detections and no point as LeRobot's annotator writes them: {answer}") from error
+        raise ValueError(
+            f"it is malformed: LeRobot's annotator writes no such detections or point: {answer}"
+        ) from error
 
 
 def _spelled(found: dict[str, Any], height: float, width: float) -> str | None:

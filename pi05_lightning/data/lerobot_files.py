@@ -59,13 +59,14 @@ def find_dataset(path: str) -> Path:
     if (HF_LEROBOT_HOME / path / "meta" / "info.json").exists():
         return HF_LEROBOT_HOME / path
     try:
-        revision = LeRobotDatasetMetadata(path).revision
+        try:
+            revision = LeRobotDatasetMetadata(path).revision
+        except (CompatibilityError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
+            raise ValueError(
+                f"{path} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
+                f" --repo-type dataset {path} --local-dir FOLDER`) and name the folder, of which its format is told"
+            ) from error
         return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
-    except (CompatibilityError, NotImplementedError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
-        raise ValueError(
-            f"{path} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
-            f" --repo-type dataset {path} --local-dir FOLDER`) and name the folder, of which its format is told"
-        ) from error
     except (httpx.HTTPError, OSError) as error:
         raise ValueError(
             f"{shown(path)} is no folder, and the Hub does not give it ({error}): correct the path, check the "

@@ -83,6 +83,12 @@ class Reading:
             last_stage(config["stages"], model.get("heads") or {}, run.get("samples", {})),
         )
 
+    @property
+    def fused(self) -> dict[str, bool]:
+        """For torch's optimizers: `fused` where trainings are on a GPU, but for 16-mixed, which cannot clip then."""
+        on_cpu, precision = self.trainer.get("accelerator") in (None, "cpu"), str(self.trainer.get("precision"))
+        return {} if on_cpu or precision == "16-mixed" else {"fused": True}
+
     def source(
         self, path: str, like: str, collected: bool = False, attempts: bool = False, **options: Any
     ) -> dict[str, Any]:

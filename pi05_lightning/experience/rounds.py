@@ -101,7 +101,7 @@ def configuration(
             "init_from": str(policy),
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": training.lr, "betas": [0.9, 0.95], "weight_decay": 0.01, "fused": True},
+                "init_args": {"lr": training.lr, "betas": [0.9, 0.95], "weight_decay": 0.01, **reading.fused},
             },
         },
         "data": {

@@ -26,7 +26,7 @@ from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.policy import check_device
 from pi05_lightning.weights.locate import locate_run, run_of
-from pi05_lightning.weights.safetensors import ContentHash
+from pi05_lightning.weights.safetensors import ContentHash, fill
 from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
@@ -134,7 +134,7 @@ class ValueFunction:
         self.processor = checkpoint.processor()
         with torch.device("meta"):
             self.model = Pi05(checkpoint.config(), {NAME: ValueHead})
-        self.model.load_state_dict(tensors, assign=True)
+        fill(self.model, {name: tensor.float() for name, tensor in tensors.items()}, where=run)
         self.model.to(device).eval()
         self.sha256 = hash_of(tensors)
         self.longest: dict[str, int] = about["longest"]

@@ -33,8 +33,7 @@ from pi05_lightning.types import Batch, TargetMaker
 # Below 1e-38 a CPU takes several times as long for a product, and a training on keypoints makes many such numbers: they
 # count as zero. At import, as a thread of PyTorch's takes it over when it is started. NumPy looks for the smallest such
 # number once, and would warn that there is none.
-for real in (np.float32, np.float64):
-    np.finfo(real)
+np.finfo(np.float32), np.finfo(np.float64)
 torch.set_flush_denormal(True)
 
 

@@ -292,9 +292,11 @@ class Pi05Module(LightningModule):
         self, batch: Batch | Observed, device: torch.device, dataloader_idx: int
     ) -> Batch | Observed:
         """Lightning itself waits for the copy of anything that is no plain tensor."""
-        if isinstance(batch, Observed) or device.type != "cuda":
-            return batch if isinstance(batch, Observed) else batch.to(device)
-        return batch.pin_memory().to(device, non_blocking=True)  # noise, times and counts are not yet
+        if isinstance(batch, Observed):
+            return batch
+        if device.type == "cuda":
+            batch = batch.pin_memory()  # of which noise, times and counts are not yet
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         if self.blueprint.lora is not None and self.blueprint.lora.dropout:

@@ -55,11 +55,15 @@ def readable(value: Any) -> bool:
     return True
 
 
+def free_bytes(path: Path) -> int:
+    """Of the disk that a path is, or will be, on."""
+    there = path.absolute()
+    return shutil.disk_usage(next(folder for folder in (there, *there.parents) if folder.is_dir())).free
+
+
 def unwritten(path: Path, error: str) -> str:
     """Why a checkpoint could not be written, and how much room there is.  error: a line."""
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free / 2**30
     return (
-        f"{path} could not be written ({error}; {free:.1f} GiB are free): make room, or allow larger"
-        " files, and go on from the checkpoint before it"
+        f"{path} could not be written ({error}; {free_bytes(path) / 2**30:.1f} GiB are free): make room, or allow"
+        " larger files, and go on from the checkpoint before it"
     )

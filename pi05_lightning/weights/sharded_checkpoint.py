@@ -27,6 +27,8 @@ STATE_DICT, STATES = "state_dict", "optimizer_states"
 """Where a checkpoint of Lightning's holds what is sharded."""
 AVERAGE = "ema"
 """Where one of ours holds the weights' average: {name of the parameter: f32 tensor}."""
+AVERAGED = "averaged"
+"""In what `read_into` gives: whether its weights are the averages."""
 KINDS = "kinds"
 """Where one of ours holds what tensors in torchao's 8 bits are, see `kind_of`: {key: one of each rank's shards}."""
 PREFIX = "model."
@@ -213,21 +215,26 @@ def read_into(model: nn.Module, path: Path, *, averaged: bool) -> dict[str, Any]
     averaged: they are the averages, where it has any. Those apart, and the optimizer's state, are left out.
     """
     with together():
-        rest, reader, layout = _open(path)
+        rest, reader, layout = _open(path, states=False)
         keys, tensors = keys_of(rest, averaged), dict(model.state_dict())
         for name, (shape, dtype) in ((name, layout[key]) for name, key in keys.items()):
             if name not in tensors or tensors[name].shape != shape:
                 tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
         fill_slices({key: tensors[name] for name, key in keys.items() if not tensors[name].is_meta}, reader)
         kept = {part: value for part, value in rest.items() if part not in (STATES, KINDS, AVERAGE)}
-        return kept | {STATE_DICT: {PREFIX + name: tensors[name] for name in keys}}
+        of_model = {PREFIX + name: tensors[name] for name in keys}
+        return kept | {STATE_DICT: of_model, AVERAGED: averaged and bool(rest.get(AVERAGE))}
 
 
-def _open(path: Path) -> tuple[dict[str, Any], ShardReader | MappedReader, Layout]:
-    """What a checkpoint, sharded or a single file's, holds beside its tensors; what reads them, and what they are."""
+def _open(path: Path, *, states: bool = True) -> tuple[dict[str, Any], ShardReader | MappedReader, Layout]:
+    """What a checkpoint, sharded or a single file's, holds beside its tensors; what reads them, and what they are.
+
+    states: the optimizer's too, which older files do not name the parameters of.
+    """
     if is_sharded(path):
         return read_rest(path), ShardReader(path), read_layout(path)
-    tensors, rest = split(load(path))
+    content = load(path)
+    tensors, rest = split(content if states else {part: value for part, value in content.items() if part != STATES})
     return rest, MappedReader(tensors), {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
 
 

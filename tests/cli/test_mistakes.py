@@ -331,7 +331,7 @@ def test_a_disk_with_too_little_room_for_two_checkpoints_is_told_before_the_firs
     full = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     main(["fit", "-c", str(config), "--run", str(tmp_path / "run")])
-    assert "there are two while one is written, and 0.0 GB are free" in caplog.text
+    assert "there are two while one is written, and 0.0 GiB are free" in caplog.text
 
 
 @pytest.mark.usefixtures("little_room")

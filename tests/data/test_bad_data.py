@@ -63,7 +63,7 @@ def short_video(root: Path, missing: int) -> None:
 def test_an_episode_whose_video_is_shorter_than_its_rows_is_an_error(videos_copy: Path, missing: int) -> None:
     short_video(videos_copy, missing)
     first = LENGTHS[1] - missing
-    with pytest.raises(BadSample, match=rf"its video is shorter than its rows: frame {first} would be one of the next"):
+    with pytest.raises(BadSample, match=rf"its video is shorter than its rows: frame {first} would be after its end"):
         open_source(videos_copy, cameras={TOP: "top"})
     source = open_source(videos_copy, cameras={TOP: "top"}, on_bad_sample="skip")
     assert sorted(set(source.episode.tolist())) == [0, 2, 3, 4]

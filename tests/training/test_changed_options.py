@@ -15,12 +15,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from pi05_lightning import Pi05DataModule
+from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, Stage, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.sharded_checkpoint import read_into
 
 from .conftest import STAGES
 from .test_own_head import GripperHead
@@ -264,6 +265,9 @@ def test_an_older_checkpoint_without_names_goes_on_with_the_same_groups_alone(tr
         del group["param_names"], group["made_with"]
     del content["pi05"]["callbacks"], content["pi05"]["init_from"]
     torch.save(content, tmp_path / "old.ckpt")
+    evaluated = Pi05Module(ModelConfig.preset("debug"))
+    evaluated.configure_model()
+    read_into(evaluated.model, tmp_path / "old.ckpt", averaged=True)  # as `pi05 validate` does
     seen = FirstStep()
     train(seen, ckpt_path=tmp_path / "old.ckpt", module_options={"optimizer": adamw(lr=5e-4)})
     assert {group["lr"] for group in seen.options.values()} == {5e-4 * HALF}

@@ -65,12 +65,12 @@ class Images:
         numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
         paths = [files.video_path(key, *number) for number in numbers]
         position = start + columns.timestamp
-        beyond = self._beyond(key, place, position) & ~np.isnan(start)
-        if (beyond & kept.mask).any():
-            first = int(np.argmax(beyond & kept.mask))
+        beyond = self._beyond(key, place, position) & ~np.isnan(start) & kept.mask
+        if beyond.any():
+            first = columns.frame[int(np.argmax(beyond))]
             shown = (
-                f"its video is shorter than its rows: frame {columns.frame[first]} would be one of the next episode's,"
-                " and where frames are missing, none may be in its place"
+                f"its video is shorter than its rows: frame {first} would be after its end, and where frames are"
+                " missing, none may be in its place"
             )
             kept.reject(np.isin(columns.episode, columns.episode[beyond]), key, shown, remedy)
         with ThreadPoolExecutor() as pool:

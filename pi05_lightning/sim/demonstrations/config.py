@@ -85,7 +85,8 @@ class CollectConfig:
     tail_frames: int = 2
     """Frames kept after success."""
     num_workers: int | None = None
-    """Processes; as many as processors when not given. Changes nothing but the time."""
+    """Processes; by default one per core, and where a policy is on another `device` one, as each has a policy there.
+    Changes nothing but the time."""
     overwrite: bool = False
     """Replace `out` when it exists."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
@@ -28,10 +27,10 @@ from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
-from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO
+from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
 from pi05_lightning.training.first_rank import on_first_rank
-from pi05_lightning.weights.readable import check_readable
-from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, is_checkpoint
+from pi05_lightning.weights.readable import check_readable, free_bytes
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, is_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +82,8 @@ class RunCheckpoint(ModelCheckpoint):
     _before_validation: frozenset[str] = frozenset()
     _validation_metrics: frozenset[str] = frozenset()
     """Names of what validation logs, as far as it did."""
-    _updated_from = -1
-    """The step before the one that the optimizer took last, or is about to take."""
+    _is_updating = False
+    """The optimizer is about to update the weights, or has, in this batch."""
     _goes_on = False
     """A run that was scored by this metric before."""
 
@@ -118,8 +117,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
         on_first_rank(trainer, partial(check_readable, checkpoint))
-        if trainer.is_global_zero and isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO):
-            assert self.dirpath is not None
+        if trainer.is_global_zero and self.dirpath is not None and is_local(self.dirpath):
             warn_of_little_room(Path(self.dirpath), checkpoint, pl_module)
         self._check_files(trainer)
         self._check_logged(trainer, pl_module)
@@ -129,7 +127,7 @@ class RunCheckpoint(ModelCheckpoint):
     # --- when it saves
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self._is_deferred = False
+        self._is_deferred = self._is_updating = False
         if within_step(trainer) or self._should_skip_saving_checkpoint(trainer) or not self._is_time(trainer):
             return
         if validation_is_due(trainer):
@@ -138,7 +136,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_newest(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, *args: Any) -> None:
-        self._updated_from = trainer.global_step
+        self._is_updating = True
 
     def _is_time(self, trainer: Trainer) -> bool:
         if self._train_time_interval is None:
@@ -183,7 +181,7 @@ class RunCheckpoint(ModelCheckpoint):
         elif isinstance(exception, NotFinite):
             is_whole = exception.intact
         else:  # it may have come while the optimizer updates the weights, as where a loader's process is killed
-            is_updating = self._updated_from == trainer.global_step or isinstance(exception, KeyboardInterrupt)
+            is_updating = self._is_updating or isinstance(exception, KeyboardInterrupt)
             is_whole = not (is_updating and within_batch(trainer))
         # a signal stops all ranks after the same step; of another error nobody knows whether all have it
         is_everywhere = trainer.world_size == 1 or isinstance(exception, Stopped | NotFinite)
@@ -374,13 +372,14 @@ def take_back_batches(trainer: Any) -> None:
 def warn_of_little_room(folder: Path, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
     """Warn where there is no room for two checkpoints: one is written whole before the one before it goes."""
     size = sum(value.nbytes for value in tree_leaves(dict(checkpoint)) if isinstance(value, Tensor))
-    if not any(state["state"] for state in checkpoint.get("optimizer_states", ())):  # AdamW's, before its first step
+    states = checkpoint.get("optimizer_states", ())
+    if states and not any(state["state"] for state in states):  # AdamW's, before its first step
         size += 2 * sum(p.nbytes for p in module.parameters() if p.requires_grad)
-    free = shutil.disk_usage(next(there for there in (folder, *folder.absolute().parents) if there.exists())).free
-    if free < 2 * size:
+    free, more = free_bytes(folder), 1 if checkpoints_in(folder) else 2
+    if free < more * size:
         log.warning(
-            "a checkpoint will take up to %.1f GB, there are two while one is written, and %.1f GB are free in %s",
-            *(size / 1e9, free / 1e9, folder),
+            "a checkpoint will take up to %.1f GiB, there are two while one is written, and %.1f GiB are free in %s",
+            *(size / 2**30, free / 2**30, folder),
         )
 
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.weights.sharded_checkpoint import AVERAGE
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE, AVERAGED
 
 
 class WeightAverage(Callback):
@@ -110,7 +110,8 @@ class WeightAverage(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.average = checkpoint.get(AVERAGE, {})
-        if self.average and self.decay is None and self.validate and trainer.state.fn != "fit":
+        is_used = bool(self.average) or checkpoint.get(AVERAGED, False)
+        if is_used and self.decay is None and self.validate and trainer.state.fn != "fit":
             rank_zero_info(
                 "ema.decay is null, and the checkpoint's average is used: ema.validate false uses its weights"
             )

@@ -34,15 +34,14 @@ class Stopped(SystemExit):
 class InterruptBetweenSteps(Callback):
     """Holds Ctrl-C, SIGTERM and SLURM's signal back until the step under way has ended; a second Ctrl-C acts at once.
 
-    So it is in `fit`. The other commands have nothing to save, and end at once with the same status.
-
     Then the run is saved and ends with status 128 and the signal's number. Under SLURM its signal (SIGUSR1, as in
     `#SBATCH --signal=USR1@90`) also requeues the job, unless `auto_requeue` is off.
     Inside an optimizer step an end would leave half of the parameters updated, and between accumulated batches it would
     lose gradients. A validation is broken off, and made up when the run goes on (`Restart`). Several ranks agree on the
     step, whichever of them the signal reached; there validation is not broken off, since they do not validate equally
     many batches. What comes while the run starts acts before its first step; Ctrl-C at once, and SIGTERM while nothing
-    but data and weights are read.
+    but data and weights are read. The commands other than `fit` have nothing to save, and end at once with the same
+    status.
     """
 
     def __init__(self) -> None:
