@@ -126,7 +126,7 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
 def test_policy_that_learned_to_follow_an_advantage_is_told_one(collected, tmp_path, monkeypatch):
     told, trial = [], Trial("policy", "reach-v3", 0)
     monkeypatch.setattr(
-        PeriodicRollout, "run", lambda self, policy: told.append(policy.advantage) or {"reach-v3": [trial]}
+        PeriodicRollout, "run", lambda self, policy, between: told.append(policy.advantage) or {"reach-v3": [trial]}
     )
     monkeypatch.setattr(PeriodicRollout, "_show", lambda *_: None)
     train(collected, tmp_path, rollout(every_n_steps=1), steps=(0, 1))
