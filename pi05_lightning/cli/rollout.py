@@ -82,7 +82,7 @@ def rollout(
             LeRobot's in others.
         videos: episodes per task and policy mode that are filmed, and beside them one that fails, if any does.
         lanes: episodes that a process steps together.
-        num_workers: processes; by default one per core, or one with a GPU.
+        num_workers: processes; one per core, or on a GPU one.
         seed: of the initial states and the noise.
         device: where the policy runs; the simulator is on the CPU, but for what it renders.
         dtype: what the weights are cast to; by default they stay as they are. With int8, layers compute in 8 bits on a
