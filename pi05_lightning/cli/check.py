@@ -71,11 +71,7 @@ def check(
     check_range("seed", seed, 0)
     check_device(device)
     of_data = {"cameras": cameras, "state_keys": state_keys, "action_keys": action_keys}
-    given = [name for name, value in of_data.items() if value is not None]
-    if given and env is not None and dataset is None:
-        raise ValueError(f"{given[0]} says how a dataset is read, and env is a simulator: give --dataset too")
-    if env is None and tasks is not None:
-        raise ValueError("tasks are a simulator's: give --env too, or leave them out")
+    check_effect(dataset, env, [name for name, value in of_data.items() if value is not None], tasks)
     weights = locate(checkpoint, tokenizer=tokenizer, base=base)
     processor = weights.processor()
     name = processor.acting_as(robot)
@@ -105,6 +101,16 @@ def check(
         found += said
     if differs(found):
         sys.exit(1)
+
+
+def check_effect(
+    dataset: str | None, env: EnvironmentConfig | None, of_data: Sequence[str], tasks: Sequence[str] | None
+) -> None:
+    """ValueError for options without effect: of a dataset where a simulator is looked at, and the other way round."""
+    if of_data and env is not None and dataset is None:
+        raise ValueError(f"{of_data[0]} says how a dataset is read, and env is a simulator: give --dataset too")
+    if env is None and tasks is not None:
+        raise ValueError("tasks are a simulator's: give --env too, or leave them out")
 
 
 REFUSED = {"cameras", "state", "action"}
