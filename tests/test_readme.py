@@ -155,6 +155,64 @@ def test_yaml_is_a_valid_configuration(page: Path, tmp_path: Path, monkeypatch: 
         assert ended.value.code == 0
 
 
+SHORT = [
+    f"--stages.{option}"
+    for option in ("pretrain_steps=2", "pretrain.warmup_steps=1", "posttrain_steps=2", "posttrain.warmup_steps=1")
+]
+
+
+@pytest.fixture(scope="module")
+def demos_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` has before it trains, of a few episodes."""
+    folder = tmp_path_factory.mktemp("demo")
+    few = ["--episodes", "3", "--val_episodes", "1", "--scenes", "4", "--num_workers", "1"]
+    cli.main(["collect", str(folder / "data"), *few])
+    cli.main(["tokenizer", str(folder / "data" / "robot"), "--out", str(folder / "fast"), "--horizon", "8"])
+    return folder
+
+
+def files_of(page: Path) -> dict[str, str]:
+    """The files that a page shows as a whole, which say their names."""
+    texts = [text for language in ("python", "yaml", "yml") for text in blocks(page, language)]
+    return {name[1]: text for text in texts if (name := re.match(r"# ([\w-]+\.(?:py|yaml))\n", text))}
+
+
+def trainings() -> list[Any]:
+    """Blocks of commands that train with a file of their page; experience needs attempts, of tests/experience."""
+    found = [(page, block) for page in PAGES for block in blocks(page, "sh") if "pi05 fit" in block]
+    return [
+        pytest.param(page, block, id=f"{page.stem}-{name}")
+        for page, block in found
+        for name in files_of(page)
+        if f"-c {name}" in block and name != "experience.yaml"
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("page", "block"), trainings())
+def test_documented_training_runs_through_its_stages(
+    page: Path, block: str, demos_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in files_of(page).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    places = {
+        "configs": ROOT / "configs",
+        "experiments": ROOT / "experiments",
+        "runs/demo": demos_data,
+        "path/to/dataset": demos_data / "data" / "robot",
+        "path/to/captions": demos_data / "data" / "web",
+    }
+    for name, place in places.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(place)
+    for line in block.replace("\\\n", " ").splitlines():
+        words = line.removeprefix("PYTHONPATH=. ").split()
+        cli.main([*words[1:], *(SHORT if words[1] == "fit" else ())])
+
+
 def test_recipe_in_the_readme_is_the_experiments() -> None:
     (excerpt,) = blocks(ROOT / "README.md", "yaml")
     whole = yaml.safe_load((ROOT / EXPERIMENT[1]).read_text(encoding="utf-8"))
