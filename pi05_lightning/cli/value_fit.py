@@ -17,7 +17,7 @@ from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.experience.value import Tried, ValueFunction, datasets, hash_of, longest_of, read_value
-from pi05_lightning.files.local import write_json, write_once
+from pi05_lightning.files.local import write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.policy import check_device
@@ -82,9 +82,11 @@ def value_fit(
         tries = not one.demonstrations
         sources[name] = reading.source(one.path, tried[0].path, one.collected, tries, **told)
     contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in tried)
-    config = yaml.safe_dump(configuration(policy, reading, sources, steps, batch_size, lr), sort_keys=False)
-    write = partial(write_once, run / "value.yaml", contents + config)
-    if (run / "value.yaml").exists():
+    config = {"seed_everything": seed, **configuration(policy, reading, sources, steps, batch_size, lr)}
+    begun = (run / "config.yaml").exists()
+    text = contents + yaml.safe_dump(config, sort_keys=False)
+    write = partial(write_once if begun else write_text, run / "value.yaml", text)
+    if begun:
         write()  # what the run has is not overwritten with other options' returns
     for name, one in zip(names, tried, strict=True):
         returns = {RETURN: one.returns(longest, c_fail).astype(np.float32)}
@@ -98,8 +100,7 @@ def value_fit(
             " it, or record more attempts"
         )
     write()
-    arguments = ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", "--seed_everything", str(seed)]
-    run_trainer("fit", [*arguments, *options])
+    run_trainer("fit", ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", *options])
     about = {"longest": longest, "fps": tried[0].files.fps, "c_fail": c_fail, "policy": str(policy)}
     about["datasets"] = [one.path for one in tried]
     write_json(run / VALUE_FILE, {"sha256": hash_of(read_value(run)[1])} | about)

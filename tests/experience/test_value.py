@@ -51,9 +51,14 @@ def value(attempts: Path, demonstrations: Path, tmp_path_factory: pytest.TempPat
     }
     (folder / "policy.yaml").write_text(yaml.safe_dump(content))
     main(["fit", "-c", str(folder / "policy.yaml"), "--run", str(folder / "policy")])
-    fitted = {"rollouts": (str(attempts),), "demonstrations": (str(demonstrations),), "val_fraction": 0.4}
-    value_fit(folder / "value", policy=folder / "policy", steps=2, batch_size=4, **fitted)
+    fit(folder / "value", attempts, demonstrations)
     return folder / "value"
+
+
+def fit(value: Path, *datasets: Path, **options: Any) -> None:
+    rollouts, *demonstrations = map(str, datasets)
+    tried = {"rollouts": (rollouts,), "demonstrations": tuple(demonstrations), "val_fraction": 0.4}
+    value_fit(value, policy=value.parent / "policy", **(tried | {"steps": 2, "batch_size": 4} | options))
 
 
 def test_value_says_what_its_numbers_mean_and_how_good_it_is(value: Path) -> None:
@@ -79,11 +84,22 @@ def test_value_is_found_by_its_checkpoint_too_and_one_that_was_not_fitted_to_its
         ValueFunction(begun)
 
 
-def test_a_refused_fit_leaves_what_the_run_has(value: Path, attempts: Path) -> None:
+def test_a_refused_fit_leaves_what_the_run_has(value: Path, attempts: Path, demonstrations: Path) -> None:
     before = {file: file.read_bytes() for file in (value / "returns").iterdir()}
     with pytest.raises(ValueError, match="written with other options"):
-        value_fit(value, policy=value.parent / "policy", rollouts=(str(attempts),), steps=2, batch_size=4)
+        fit(value, attempts)
+    with pytest.raises(ValueError, match="written with other options"):
+        fit(value, attempts, demonstrations, seed=1)
     assert {file: file.read_bytes() for file in (value / "returns").iterdir()} == before
+
+
+def test_options_that_no_step_was_made_with_may_be_mended(
+    value: Path, attempts: Path, demonstrations: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(value.parent / "policy", tmp_path / "policy")
+    with pytest.raises(ValueError, match="devices"):
+        fit(tmp_path / "value", attempts, demonstrations, options=("--trainer.devices", "none"))
+    fit(tmp_path / "value", attempts, demonstrations, steps=1)
 
 
 def test_value_of_a_frame_is_the_same_whatever_is_asked_beside_it(value: Path, attempts: Path) -> None:
