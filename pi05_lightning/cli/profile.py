@@ -69,12 +69,12 @@ def profile(
         prompt_tokens: of each sample.
         target_tokens: text and FAST tokens that each sample predicts; 0 for flow matching alone.
         draws: noise draws per sample.
-        num_steps: Euler steps of a chunk.
+        num_steps: Euler steps of a chunk, which is counted on one device.
         precision: fp32, or bf16 compute over fp32 weights; where no configuration says, bf16 on several devices.
         activation_checkpointing: keep only each block's input for the backward pass.
-        accelerator: whose published rates the estimate takes.
-        utilization: share of the peak matrix rate that the estimate assumes.
-        measure: whether to time it on this machine.
+        accelerator: whose published rates the estimate takes, and whose memory it has to fit into.
+        utilization: share of the peak matrix rate that the estimate assumes, on one device.
+        measure: whether to time it on this machine, on one device.
         devices: ranks that share a step, of `batch_size` samples each. More than one, or a strategy: what each of them
             holds and sends is counted instead, by strategy.
         strategy: the one that comes first in that table.
@@ -102,7 +102,7 @@ def profile(
     )
     if devices > 1 or strategy:
         pure = precision is None and trained_in == "bf16-true"
-        show_strategies(work, devices, strategy, torch.bfloat16 if pure else torch.float32)
+        show_strategies(work, devices, strategy, torch.bfloat16 if pure else torch.float32, accelerator)
         return
     show(work, accelerator, utilization, measure)
 
@@ -166,8 +166,8 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
         console.print(time_table(title, taken, counters[title], rate))
 
 
-def show_strategies(work: Workload, devices: int, chosen: str | None, weights: torch.dtype) -> None:
-    """Print what each rank holds and sends in a step."""
+def show_strategies(work: Workload, devices: int, chosen: str | None, weights: torch.dtype, accelerator: str) -> None:
+    """Print what each rank holds and sends in a step, and where that fits into an accelerator."""
     step = Step(work.config, work.shape, work.checkpointing, work.insulate, weights, work.dtype)
     ways = strategies(devices)
     if chosen is not None and not any(name.startswith(chosen) for name in ways):
@@ -177,14 +177,21 @@ def show_strategies(work: Workload, devices: int, chosen: str | None, weights: t
     types = names[work.dtype] if work.dtype == weights else f"{names[work.dtype]} over {names[weights]} weights"
     table = table_of(f"each of {devices} ranks, GiB, {types}", ["strategy"], headings)
     table.columns[0].no_wrap = True
+    capacity = ACCELERATORS[accelerator].memory
+    fitting: list[str] = []
     for name in sorted(ways, key=lambda name: not name.startswith(chosen or "")):
         rank = step.count(ways[name])
         held = [getattr(rank, part) for part in KEPT]
         table.add_row(name, *(number(size / GIB) for size in (*held, sum(held), rank.sent)))
+        fitting += [name] if sum(held) < capacity else []
     parameters = sum(parameter.numel() for parameter in work.model("meta").parameters())
     table.caption = f"sent in a step; three times the parameters in bf16 are {number(3 * 2 * parameters / GIB)}"
     table.caption_justify = "left"
     console.print(table)
+    console.print(
+        f"Into the {capacity / 1e9:.0f} GB of an {accelerator} fit: {', '.join(fitting) or 'none of them'}",
+        highlight=False,
+    )
 
 
 # --- tables
