@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from pi05_lightning.data.frames import FrameStore, OpenFiles
 from pi05_lightning.data.images import resize_with_pad
 
 _VERSION = 3  # part of every fingerprint: raise it when the same file would give other bytes
+TEMPORARY = f".{socket.gethostname()}.tmp"  # locks may be a machine's own where the folder is not
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
@@ -47,7 +49,7 @@ def fill(caches: Sequence[CachedFrames], label: str) -> None:
         for cache in caches:
             cache.folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(FileLock(cache.folder / ".lock"))
-            for leftover in cache.folder.glob("*.tmp"):
+            for leftover in cache.folder.glob(f"*{TEMPORARY}"):
                 leftover.unlink()
         missing = [(cache, file) for cache in caches for file in cache.missing()]
         if missing:
@@ -71,7 +73,15 @@ class CachedFrames:
 
     def missing(self) -> list[int]:
         """The files, by number, that exist and are not cached."""
-        return [i for i in self._present if not self._index_path(i).exists()]
+        return [i for i in self._present if not self._is_cached(i)]
+
+    def _is_cached(self, file: int) -> bool:
+        """Whether a file's index is there, and as many frames as it says."""
+        index, frames = self._index_path(file), self._frames_path(file)
+        if not (index.exists() and frames.exists()):
+            return False
+        with np.load(index) as known:
+            return frames.stat().st_size == len(known["position"]) * 3 * self.size[0] * self.size[1]
 
     def read(self, row: int) -> np.ndarray:
         """Image of frame `row`, u8[3 H W]; raises BadImage, or RuntimeError before `fill`."""
@@ -128,16 +138,17 @@ class CachedFrames:
 
     def decode(self, file: int, bar: tqdm, stop: threading.Event) -> None:
         """Write one file's frames, advancing the bar; stops early, leaving nothing in the cache, when told to."""
-        if stop.is_set():
+        if stop.is_set() or self._is_cached(file):  # by another machine, since it was looked for
             return
         self._place = None
         for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
-            stale.unlink()
+            if stale.suffix != ".tmp":
+                stale.unlink(missing_ok=True)
         positions: list[float] = []
         sizes: list[tuple[int, ...]] = []
         problem = ""
         batch: list[np.ndarray] = []
-        pixels = self._frames_path(file).with_suffix(".u8.tmp")
+        pixels = self._frames_path(file).with_suffix(f".u8{TEMPORARY}")
         with pixels.open("wb") as out:
             for position, image in self.origin.scan(file):
                 if stop.is_set():
@@ -154,7 +165,7 @@ class CachedFrames:
                 bar.update()
             if batch:
                 self._write(batch, out)
-        index = self._index_path(file).with_suffix(".npz.tmp")
+        index = self._index_path(file).with_suffix(f".npz{TEMPORARY}")
         with index.open("wb") as out:
             size = np.array(sizes, dtype=np.int32).reshape(-1, 2)
             np.savez(out, position=np.array(positions), size=size, problem=np.array(problem))

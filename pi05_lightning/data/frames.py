@@ -6,12 +6,14 @@ a video, the row number in a parquet file. Files are opened on first use and kep
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -29,10 +31,10 @@ from pi05_lightning.data.images import read_image
 
 
 class OpenFiles[K, T]:
-    """At most `capacity` opened things by key, the least recently used dropped first; a forked process starts anew."""
+    """At most `capacity` opened things by key, the least recently used closed first; a forked process starts anew."""
 
-    def __init__(self, opener: Callable[[K], T], capacity: int):
-        self._opener, self._capacity = opener, capacity
+    def __init__(self, opener: Callable[[K], T], capacity: int, close: Callable[[T], object] = lambda opened: None):
+        self._opener, self._capacity, self._close = opener, capacity, close
         self._open: OrderedDict[K, T] = OrderedDict()
         self._inherited: OrderedDict[K, T] = OrderedDict()
         self._pid = os.getpid()
@@ -45,7 +47,7 @@ class OpenFiles[K, T]:
         else:
             self._open[key] = self._opener(key)
             if len(self._open) > self._capacity:
-                self._open.popitem(last=False)
+                self._close(self._open.popitem(last=False)[1])
         return self._open[key]
 
 
@@ -63,6 +65,8 @@ class VideoDecoder:
         try:
             self._container = av.open(str(path))
         except (av.FFmpegError, OSError) as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the video is as good as any
+                raise OSError(f"{path}: too many files are open: raise `ulimit -n`, or use fewer workers") from error
             raise BadImage(f"{path} cannot be opened as a video ({error})") from error
         if not self._container.streams.video or self._container.streams.video[0].time_base is None:
             raise BadImage(f"{path} has no video stream")
@@ -74,6 +78,11 @@ class VideoDecoder:
         self._to_rgb = VideoReformatter()  # kept, since it holds the conversion's context
         self._frames: Iterator[av.VideoFrame] = iter(())
         self._next = math.nan  # seconds at which the decoder's next frame is due
+
+    def close(self) -> None:
+        """Close the file, which would stay open until the garbage collector finds that its parts name each other."""
+        self._frames = iter(())
+        self._container.close()
 
     @property
     def count(self) -> int:
@@ -200,8 +209,8 @@ class VideoHeader:
         if not path.exists():
             return cls(path, f"{path} is missing")
         try:
-            video = VideoDecoder(path)
-            return cls(path, rate=video.rate(), end=video.end)
+            with closing(VideoDecoder(path)) as video:
+                return cls(path, rate=video.rate(), end=video.end)
         except BadImage as error:
             return cls(path, str(error))
         except av.FFmpegError as error:
@@ -255,22 +264,26 @@ class VideoFrames(FrameStore):
         self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float, convert: bool = False
     ):
         super().__init__(files, file, position, tolerance, convert)
-        self._decoders: OpenFiles[int, VideoDecoder] = OpenFiles(lambda i: VideoDecoder(files[i], convert), capacity=32)
+        self._decoders: OpenFiles[int, VideoDecoder] = OpenFiles(
+            lambda i: VideoDecoder(files[i], convert), capacity=32, close=VideoDecoder.close
+        )
 
     def read(self, row: int) -> np.ndarray:
         return self._decoders[int(self.file[row])].read(float(self.position[row]), self.tolerance)
 
     def count(self, file: int) -> int:
         try:
-            return VideoDecoder(self.files[file]).count
+            with closing(VideoDecoder(self.files[file])) as video:
+                return video.count
         except BadImage:
             return 0  # scanning the file says what is wrong with it
 
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         position = 0.0
         try:
-            for position, image in VideoDecoder(self.files[file], self.convert).scan():
-                yield position, image
+            with closing(VideoDecoder(self.files[file], self.convert)) as video:
+                for position, image in video.scan():
+                    yield position, image
         except BadImage as error:
             yield position, error
 

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import gc
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.frames import VideoDecoder, VideoFrames
 from pi05_lightning.data.images import resize_image
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.types import Shapes
@@ -95,6 +100,27 @@ def test_a_changed_video_is_decoded_anew(videos_copy: Path) -> None:
     assert len(after) == 4
     assert len(after & before) == 2
     assert source[0].images["top"].shape == (3, SIZE, SIZE)
+
+
+def test_a_cache_with_fewer_frames_than_its_index_says_is_decoded_anew(videos_copy: Path) -> None:
+    open_source(videos_copy, image_cache=True).prepare()
+    pixels = next((videos_copy / ".cache").rglob("*.u8"))
+    os.truncate(pixels, pixels.stat().st_size // 2)
+    direct, cached = open_source(videos_copy), open_source(videos_copy, image_cache=True)
+    cached.prepare()
+    for camera, image in direct[len(direct) - 1].images.items():
+        np.testing.assert_array_equal(cached[len(direct) - 1].images[camera], resize_image(image, (SIZE, SIZE)))
+
+
+def test_what_another_machine_writes_to_a_shared_cache_stays(videos_copy: Path) -> None:
+    open_source(videos_copy, image_cache=True).prepare()
+    pixels = next((videos_copy / ".cache").rglob("*.u8"))
+    others = pixels.with_suffix(".u8.elsewhere.tmp")
+    others.write_bytes(b"half")
+    pixels.unlink()
+    open_source(videos_copy, image_cache=True).prepare()
+    assert pixels.exists()
+    assert others.read_bytes() == b"half"
 
 
 def test_sizes_are_cached_side_by_side(videos_copy: Path) -> None:
@@ -196,6 +222,41 @@ def test_skipping_keeps_the_frames_that_a_truncated_video_still_has(videos_copy:
     assert source.rejects.frames == len(whole) - len(source)
     for index in range(len(source)):
         np.testing.assert_array_equal(source[index].images["top"], expected[index])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted by Linux")
+def test_few_files_are_open_however_many_videos_are_read(videos_copy: Path) -> None:
+    original = video(videos_copy)
+    files = [original.with_name(f"{number}.mp4") for number in range(40)]
+    for file in files:
+        shutil.copy(original, file)
+    store = VideoFrames(files, np.arange(40, dtype=np.int32), np.zeros(40), tolerance=1e-3)
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            for row in range(40):
+                store.read(row)
+        assert [store.count(file) for file in range(40)] == [store.count(0)] * 40
+        assert len(os.listdir("/proc/self/fd")) <= before + 32
+    finally:
+        gc.enable()
+
+
+def test_too_many_open_files_are_no_bad_sample(videos_copy: Path) -> None:
+    path, (soft, hard) = video(videos_copy), resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = [os.open(os.devnull, os.O_RDONLY)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 1, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                opened.append(os.dup(opened[0]))
+        with pytest.raises(OSError, match="too many files are open: raise `ulimit -n`"):
+            VideoDecoder(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in opened:
+            os.close(descriptor)
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all"])
