@@ -16,7 +16,7 @@ PACKAGE = ROOT / "pi05_lightning"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A module may import from its own layer and from those before it.
 LAYERS = (
-    ("files",),
+    ("files", "ranks"),
     ("types",),
     ("recipe",),
     ("models.config",),
@@ -67,7 +67,7 @@ LAYERS = (
     ("__init__",),
     ("__main__",),
 )
-ROOT_MODULES = {"types", "recipe", "losses", "optim", "policy", "__init__", "__main__"}
+ROOT_MODULES = {"types", "recipe", "ranks", "losses", "optim", "policy", "__init__", "__main__"}
 
 
 def imports(file: Path) -> set[str]:

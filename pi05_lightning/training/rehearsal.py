@@ -27,8 +27,8 @@ from pi05_lightning.data.samples import Samples
 from pi05_lightning.models.heads.base import Head, Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Stage
-from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.types import Batch, Modality, Sample
 
 PATIENCE = 3.0  # seconds after which the user is told what takes so long
@@ -47,10 +47,10 @@ def rehearse(trainer: Trainer, module: Pi05Module) -> dict[str, set[str]]:
     rehearsal = Rehearsal(trainer, module)
     if module.sharding is None:
         rehearsal.model = module.model
-    on_first_rank(trainer, rehearsal.run)
+    by_first_rank(rehearsal.run)
     if trainer.strategy.broadcast(rehearsal.needs_weights):
         rehearsal.model = module.gathered(keep=trainer.is_global_zero)
-        on_first_rank(trainer, rehearsal.run)
+        by_first_rank(rehearsal.run)
     return trainer.strategy.broadcast(rehearsal.reached)
 
 

@@ -15,11 +15,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.weights.adapter_base import AdapterBase, place_of
 from pi05_lightning.weights.adapters import fill_base, fill_base_slices
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate, run_of
-from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT, by_first_rank
+from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
 from pi05_lightning.weights.training_checkpoint import ONLY_TRAINED
 
 

@@ -7,19 +7,18 @@ NAME.ckpt/meta.pt                everything else, and the names of the tensors: 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from pi05_lightning.files.local import first_line
 from pi05_lightning.models.shards import own_part, rows_of
+from pi05_lightning.ranks import of_all_ranks, together
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
 
 META = "meta.pt"
@@ -103,43 +102,6 @@ def names_of(groups: list[dict[str, Any]]) -> dict[int, str]:
 def parameter_of(key: str) -> str:
     """The parameter that a sharded tensor is, or belongs to."""
     return key.split("/")[1].removeprefix(PREFIX)
-
-
-# --- all ranks
-
-
-@contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """What a block raises on one rank ends all of them, where the others would wait for it forever; collective."""
-    failed: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failed = error
-    message = None if failed is None else str(failed)
-    messages = [message]
-    if dist.is_initialized():
-        messages *= dist.get_world_size(group)
-        dist.all_gather_object(messages, message, group)
-    if failed is not None:
-        raise failed
-    for other in filter(None, messages):
-        raise ValueError(other)
-
-
-def is_first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def by_first_rank(find: Callable[[], Any]) -> Any:
-    """What the first rank finds, on all of them, and what it raises, as a ValueError on the others; collective."""
-    found = [None]
-    with together():
-        if is_first_rank():
-            found = [find()]
-    if dist.is_initialized():
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
 
 
 # --- reading
@@ -250,11 +212,7 @@ def kinds_of(rest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def kinds_of_ranks(rest: Mapping[str, Any]) -> dict[str, list[dict[str, Any] | None]]:
     """`kinds_of` of every rank's shards, which differ where rows are divided unevenly; collective."""
-    own = kinds_of(rest)
-    found = [own]
-    if dist.is_initialized():
-        found *= dist.get_world_size()
-        dist.all_gather_object(found, own)
+    found = of_all_ranks(kinds_of(rest))
     return {key: [kinds.get(key) for kinds in found] for key in dict.fromkeys(key for kinds in found for key in kinds)}
 
 

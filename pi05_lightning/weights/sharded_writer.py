@@ -17,15 +17,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
 from pi05_lightning.files.local import first_line
+from pi05_lightning.ranks import is_first_rank, together
 from pi05_lightning.weights.readable import check_readable, unwritten
 from pi05_lightning.weights.sharded_checkpoint import (
     KINDS,
     META,
     check_whole,
-    is_first_rank,
     kinds_of_ranks,
     split,
-    together,
 )
 from pi05_lightning.weights.shards import first_failure
 

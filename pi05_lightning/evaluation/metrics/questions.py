@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pi05_lightning.evaluation.metrics.measure import Measured
+from pi05_lightning.ranks import of_all_ranks
 
 MOST = 40  # questions with a row of their own: those asked most, and more than once
 OTHERS = "other questions"
@@ -39,11 +39,8 @@ class Questions:
 
     def table(self) -> Table:
         """Samples, exact_match and box_iou by question, the most asked first; collective."""
-        everyone, sums = [self._sums], dict[str, np.ndarray]()
-        if dist.is_available() and dist.is_initialized():
-            everyone = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(everyone, self._sums)
-        for question, row in (item for found in everyone for item in found.items()):
+        sums = dict[str, np.ndarray]()
+        for question, row in (item for found in of_all_ranks(self._sums) for item in found.items()):
             sums[question] = sums.get(question, 0) + row
         asked = sorted(sums, key=lambda question: (-sums[question][0], question))
         rows = {question: _means(sums[question]) for question in asked[:MOST] if sums[question][0] > 1}

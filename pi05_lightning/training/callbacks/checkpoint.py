@@ -24,11 +24,11 @@ from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.finite import NotFinite
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
+from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
-from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.readable import check_readable, free_bytes
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, is_checkpoint
 
@@ -107,7 +107,7 @@ class RunCheckpoint(ModelCheckpoint):
             checkpoint_io.averaged = any(average.validate for average in averages)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        on_first_rank(trainer, partial(self._link_newest, trainer))
+        by_first_rank(partial(self._link_newest, trainer))
         self._was_pending = anything_is_pending(trainer)
         if self.monitor is not None:
             self._rank(trainer)
@@ -116,7 +116,7 @@ class RunCheckpoint(ModelCheckpoint):
         """Raises ValueError for what could not be read again, hours before the first checkpoint is due."""
         super().on_train_start(trainer, pl_module)
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-        on_first_rank(trainer, partial(check_readable, checkpoint))
+        by_first_rank(partial(check_readable, checkpoint))
         if trainer.is_global_zero and self.dirpath is not None and is_local(self.dirpath):
             warn_of_little_room(Path(self.dirpath), checkpoint, pl_module)
         self._check_files(trainer)

@@ -21,6 +21,7 @@ from pi05_lightning.evaluation.report.run import EXAMPLES, ExampleFile, Group
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.ranks import of_all_ranks
 
 DPI = 110
 
@@ -92,8 +93,7 @@ class ValidationExamples(Callback):
 
     def _gather(self) -> None:
         """The worst of all ranks, on every rank."""
-        everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, dict(self.worse))
+        everywhere = of_all_ranks(dict(self.worse))
         for name in {name for worse in everywhere for name in worse}:
             self.worse[name] = self._worst([example for worse in everywhere for example in worse.get(name, [])])
 

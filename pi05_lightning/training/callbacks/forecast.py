@@ -27,10 +27,10 @@ from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.profiling.forecast import MARGIN, Batches, Memory, at_most, forecast, gib, largest, table
 from pi05_lightning.profiling.forecast import Trainer as Deciding
 from pi05_lightning.profiling.free import free_memory
+from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.stages import StageSwitch
-from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.types import Batch, Modality, Sample
 
 SMALL = 0.1  # share of the free memory below which a line says enough
@@ -57,7 +57,7 @@ class MemoryForecast(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Pi05Module)
         if stage == "fit":
-            on_first_rank(trainer, Forecaster(trainer, pl_module, self.force).run)
+            by_first_rank(Forecaster(trainer, pl_module, self.force).run)
 
 
 class Forecaster:

@@ -23,6 +23,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of
+from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.sim import video
 from pi05_lightning.sim.environment import EnvironmentConfig, tasks_to_run
 from pi05_lightning.sim.modes import PolicyMode, acting_in
@@ -32,7 +33,6 @@ from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Trial
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import stop_if_asked
 from pi05_lightning.training.callbacks.throughput import Throughput
-from pi05_lightning.training.first_rank import on_first_rank
 from pi05_lightning.weights.abilities import UNKNOWN
 
 FOLDER = "rollouts"
@@ -116,7 +116,7 @@ class PeriodicRollout(Callback):
         check(self.acting, pl_module.processor, UNKNOWN)  # the weights are yet to be trained
         if any(self.acting.actions in stage.weights for stage in pl_module.recipe.reached):
             with self._weights(trainer, pl_module) as model:
-                on_first_rank(trainer, partial(self._try_out, trainer, pl_module, model))
+                by_first_rank(partial(self._try_out, trainer, pl_module, model))
         else:
             rank_zero_warn(
                 f"PeriodicRollout: no stage trains `actions: {self.acting.actions}`, so nothing is rolled out"
