@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pi05_lightning.acting.inference import Inference
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.types import Frame
 
@@ -20,21 +22,20 @@ RECORDED, MADE_UP = 3, 2
 
 
 def reading(
-    policy: Inference,
+    robot: Robot,
     path: str,
     cameras: dict[str, str] | None = None,
     state_keys: list[str] | None = None,
     action_keys: list[str] | None = None,
 ) -> LeRobotConfig:
-    """How a dataset is read to try a policy on it: by default the features that most robots have.
+    """How a dataset is read to try a policy, of a robot, on it: by default the features that most robots have.
 
     What cannot be trained on is left out, and images of every kind are taken: a policy may have been trained so.
     """
-    has_state = policy.processor.robots[policy.robot].state_dim > 0
     return LeRobotConfig(
         path,
         cameras=cameras,
-        state_keys=(["observation.state"] if has_state else []) if state_keys is None else state_keys,
+        state_keys=(["observation.state"] if robot.state_dim else []) if state_keys is None else state_keys,
         action_keys=["action"] if action_keys is None else action_keys,
         val_fraction=0,
         convert_images=True,
@@ -49,11 +50,12 @@ def recorded_frames(policy: Inference, data: LeRobotConfig | None, number: int =
     """
     if data is not None:
         return _frames_of(policy, data, number)
-    own = policy.processor.robots[policy.robot].dataset
+    robot = policy.processor.robots[policy.robot]
+    own = robot.dataset
     if not Path(own, "meta", "info.json").is_file():
         return []
     try:
-        return _frames_of(policy, reading(policy, own), number)
+        return _frames_of(policy, reading(robot, own), number)
     except ValueError as error:  # the run may have read it in another way, which no checkpoint tells
         log.warning("no frames of the policy's own data, %s: %s", own, error)
         return []
@@ -63,7 +65,7 @@ def _frames_of(policy: Inference, data: LeRobotConfig, number: int) -> list[Fram
     robot = policy.processor.robots[policy.robot]
     source = data.open("data", "train", policy.model.config.shapes)
     frames = list[Frame]()
-    for place in np.linspace(0, len(source) - 1, number):
+    for place in evenly_spaced(len(source), number):
         with suppress(BadSample):  # an image that does not decode shows only now
             frames.append(source[int(place)])
     if not frames:

@@ -12,7 +12,7 @@ from pi05_lightning.weights.lerobot_check import Answers
 
 def answers_of(policy: Inference, data: str | None) -> Answers:
     """What a policy answers to frames of a dataset and to made-up ones, from fixed noise."""
-    read = None if data is None else reading(policy, data)
+    read = None if data is None else reading(policy.processor.robots[policy.robot], data)
     frames = [*recorded_frames(policy, read), *made_up_frames(policy)]
     config, generator = policy.model.config, torch.Generator().manual_seed(0)
     noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)

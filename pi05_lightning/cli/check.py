@@ -12,7 +12,9 @@ from rich.console import Console
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.frames import reading
 from pi05_lightning.acting.inference import Inference
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
@@ -82,14 +84,7 @@ def check(
         dataset = policy.dataset
     found: list[Finding] = []
     if dataset is not None:
-        chosen = LeRobotConfig(
-            path=dataset,
-            cameras=cameras,
-            state_keys=["observation.state"] if state_keys is None else state_keys,
-            action_keys=["action"] if action_keys is None else action_keys,
-            val_fraction=0,
-            on_bad_sample="skip",
-        )
+        chosen = reading(policy, dataset, cameras, state_keys, action_keys)
         said = beside_dataset(weights, processor, name, policy, chosen, frames, seed, device)
         show(f"{checkpoint} beside {dataset}", said)
         found += said
@@ -169,8 +164,7 @@ def predictions(
     policy = Inference(weights.model().to(device), processor, acting, seed, weights.trained)
     wanted = policy.inputs.cameras
     predicted, recorded = [], []
-    indices = np.unique(np.linspace(0, len(source) - 1, frames).astype(int))
-    for index in tqdm(indices, unit="frame", desc="asking"):
+    for index in tqdm(evenly_spaced(len(source), frames), unit="frame", desc="asking"):
         frame = source[int(index)]
         assert frame.actions is not None
         assert frame.action_is_pad is not None

@@ -96,7 +96,8 @@ def export(
     check(how, processor, weights.trained)
     keep_robot(processor, processor.acting_as(how.robot))
     policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
-    read = None if data is None else reading(policy, data, cameras, state_keys, action_keys)
+    robot = processor.robots[policy.robot]
+    read = None if data is None else reading(robot, data, cameras, state_keys, action_keys)
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()

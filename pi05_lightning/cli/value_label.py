@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.experience.calibration import film, histograms
 from pi05_lightning.experience.labelling import Judged, check_shares, judge, labels_paths
@@ -121,7 +122,7 @@ def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) 
                 continue
             episode = attempts.episode[int(np.argmax(shown))]
             own, rows = attempts.episode == episode, np.flatnonzero(source.episode == episode)
-            frames = [source[int(row)] for row in rows[np.linspace(0, len(rows) - 1, STRIP).astype(int)]]
+            frames = [source[int(row)] for row in rows[evenly_spaced(len(rows), STRIP)]]
             images = [next(iter(frame.images.values())) for frame in frames]
             title = f"{frames[0].task}, episode {episode}"
             figure = film(one.value[own], one.positive[own], images, title)

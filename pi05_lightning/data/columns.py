@@ -1,4 +1,4 @@
-"""Columns of parquet files as numpy arrays, whichever of their types pandas, polars or pyarrow wrote them in."""
+"""Rows of tables, and columns of parquet files as arrays, whichever type pandas, polars or pyarrow wrote them in."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def real_numbers(column: pa.ChunkedArray, where: str) -> np.ndarray:
         return column.cast(pa.float64(), safe=False).to_numpy()
     except pa.ArrowException as error:
         raise ValueError(f"{where} holds {column.type} where numbers are expected ({error})") from error
+
+
+def evenly_spaced(size: int, number: int) -> np.ndarray:
+    """At most `number` of `size` rows, from the first to the last, i64[min(size, number)]; none twice."""
+    return np.linspace(0, size - 1, min(size, number)).astype(np.int64)
 
 
 def rows_at(episode: np.ndarray, frame: np.ndarray, wanted: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.clock import align, most_batches, start
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler, TrainedBy
 from pi05_lightning.data.processor import Language, Processor
@@ -153,7 +154,7 @@ class Pi05DataModule(LightningDataModule):
             # no checkpoint has the one, and the other's limits and shares are the run's
             processor.target_makers, processor.language = own.target_makers, ours
         self._given = processor
-        for samples in ("_validation", "_test"):
+        for samples in ("validation", "_test"):
             vars(self).pop(samples, None)
 
     @cached_property
@@ -366,6 +367,7 @@ class Pi05DataModule(LightningDataModule):
         return self._loaders(self._test)
 
     def _loaders(self, samples: Samples) -> list[DataLoader[Any]]:
+        self.check_ranks([entry.size for entry in samples.entries])
         loaders = []
         for number, entry in enumerate(samples.entries):
             draws = [(number, index, index) for index in self._chosen(entry.size)]
@@ -378,12 +380,23 @@ class Pi05DataModule(LightningDataModule):
     def _chosen(self, size: int) -> list[int]:
         """Which of so many samples are looked at, and of these the part of this rank."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return np.linspace(0, size - 1, min(size, self.val_samples)).astype(int)[rank::world].tolist()
+        return evenly_spaced(size, self.val_samples)[rank::world].tolist()
+
+    def check_ranks(self, sizes: Sequence[int]) -> None:
+        """ValueError where a rank has nothing to look at of parts of these sizes: the others would wait for it."""
+        world, most = self.trainer.world_size if self.trainer else 1, min(max(sizes, default=0), self.val_samples)
+        if most < world:
+            raise ValueError(
+                f"there are {world} ranks, and at most {most} samples of a validation part to look at: give"
+                f" data.val_samples of {world} or more (it is {self.val_samples}), hold out more, or use fewer devices"
+            )
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:
         """Per source with actions, the frames whose actions validation looks at, as they were recorded (`Observed`)."""
         loaders = []
-        for source in self.predicted_sources.values():
+        sources = self.predicted_sources.values()
+        self.check_ranks([len(source.indices(Modality.CONTINUOUS)) for source in sources])
+        for source in sources:
             data, indices = Observations(source), source.indices(Modality.CONTINUOUS)
             chosen = indices[self._chosen(len(indices))].tolist()
             options = self._loader_options | {"collate_fn": data.collate, "batch_size": self.batch_size}

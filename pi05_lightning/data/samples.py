@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pi05_lightning.data.augment import Augmentation
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadFrame, BadSample
 from pi05_lightning.data.mixture import Draw, Entry, MixtureSampler
 from pi05_lightning.data.processor import Processor
@@ -66,7 +67,7 @@ class Samples(Dataset[Sample]):
 
     def spread(self, entry: int) -> set[int]:
         """A few indices of an entry, from its first to its last."""
-        return set(np.linspace(0, len(self.indices[entry]) - 1, SPREAD).astype(int).tolist())
+        return set(evenly_spaced(len(self.indices[entry]), SPREAD).tolist())
 
     def longest(self, entry: int) -> set[int]:
         """Indices of an entry with the longest texts, by the sources' tables: characters are not quite tokens."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.split import Split
@@ -62,8 +63,7 @@ def read_chunks(
         raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
 
     def chunks(source: LeRobotSource) -> Chunks:
-        chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), max_chunks)).astype(int))
-        frames = [robot.to_model(source[int(i)]) for i in chosen]
+        frames = [robot.to_model(source[int(i)]) for i in evenly_spaced(len(source), max_chunks)]
         actions = [frame.actions for frame in frames if frame.actions is not None]
         is_pad = np.array([frame.action_is_pad for frame in frames])
         return Chunks(np.array(actions, dtype=np.float32), is_pad, robot.normalize.action.span)

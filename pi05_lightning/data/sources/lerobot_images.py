@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadImage, BadSample
 from pi05_lightning.data.frame_cache import CachedFrames, fill
 from pi05_lightning.data.frames import FrameStore, ParquetFrames, VideoFrames, VideoHeader
@@ -138,7 +139,7 @@ class Images:
 
     def looks(self, rows: np.ndarray) -> dict[str, Look]:
         """Of a few rows from all over these, as their images are before they are resized."""
-        rows = np.unique(rows[np.linspace(0, len(rows) - 1, LOOKED_AT).astype(int)]) if len(rows) else rows
+        rows = np.sort(rows[evenly_spaced(len(rows), LOOKED_AT)])
         found = {camera: Look.of(_readable(store, rows)) for camera, store in self._stores.items()}
         return {camera: look for camera, look in found.items() if look is not None}
 
