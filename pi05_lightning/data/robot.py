@@ -28,6 +28,10 @@ def outlier(frame: Frame) -> str | None:
     return None
 
 
+Range = tuple[tuple[float, ...], tuple[float, ...]]
+"""Least and greatest value of every dim."""
+
+
 @dataclass(frozen=True)
 class Robot:
     """What a policy must know of the robot that a source's data came from."""
@@ -50,7 +54,7 @@ class Robot:
     """Whether its data says what to do next."""
     cameras: tuple[str, ...] | None = None
     """The cameras of its data; None where an older checkpoint does not say."""
-    state_range: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    state_range: Range | None = None
     """Least and greatest value of every dim of the state in the training part; None where nothing tells."""
     horizon: int | None = None
     """Actions of a chunk that its data has, where they are less than the model's; the others are never trained."""
@@ -75,12 +79,13 @@ class Robot:
         return self.action_dim > 0
 
     def with_data_of(self, other: Robot) -> Robot:
-        """The same robot, which was trained on the data of another source too; its statistics stay these."""
+        """The same robot, which was trained on the data of another source too; its quantiles stay these."""
         return replace(
             self,
             tasks=tuple(sorted({*self.tasks, *other.tasks})),
             has_subtasks=self.has_subtasks or other.has_subtasks,
             horizon=max(self.horizon, other.horizon) if self.horizon and other.horizon else None,
+            state_range=_either(self.state_range, other.state_range),
         )
 
     def to_model(self, frame: Frame) -> Frame:
@@ -137,3 +142,10 @@ class Robot:
             "looks": {camera: Look.from_dict(look) for camera, look in values.get("looks", {}).items()},
         }
         return cls(Normalize(**quantiles), **plain)
+
+
+def _either(one: Range | None, other: Range | None) -> Range | None:
+    """What is in one range or in the other; None where nothing tells of either."""
+    if one is None or other is None:
+        return one or other
+    return tuple(map(min, one[0], other[0])), tuple(map(max, one[1], other[1]))

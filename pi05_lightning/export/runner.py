@@ -416,7 +416,8 @@ class Policy:
             task = self.robot["tasks"][0]
         most = self.acting["max_prompt_bytes"]
         if not task.replace("_", " ").strip() or (most is not None and len(task.encode()) > most):
-            raise ValueError(f"task is {task[:40]!r}: say what to do, in at most {most} bytes")
+            limit = "" if most is None else f", in at most {most} bytes"
+            raise ValueError(f"task is {task[:40]!r}: say what to do{limit}")
         pixels = {name: as_pixels(name, image) for name, image in images.items()}
         return Seen(pixels, task, self._checked_state(state), self.model["image_size"])
 
@@ -457,8 +458,8 @@ class Policy:
     def _check_actions(self, real: np.ndarray, seen: Seen) -> None:
         if not np.isfinite(real).all():
             raise ValueError("an action is not finite: the weights are broken, or the inputs")
-        most = self.acting["max_action_distance"]
-        if most is not None and distance(self._relative(real, seen, -1), self.robot["action"]).max() > most:
+        most, trained = self.acting["max_action_distance"], real[: self.robot["horizon"]]
+        if most is not None and distance(self._relative(trained, seen, -1), self.robot["action"]).max() > most:
             raise ValueError(f"an action is more than {most:g} quantile ranges outside the training data")
 
 

@@ -82,16 +82,18 @@ class PolicyServer:
         size, robot = self.policy.processor.shapes.image_size, self.policy.processor.robots[self.policy.robot]
         policy = self.policy.session(self.seed)
         policy.acting = replace(policy.acting, max_action_distance=None)  # nobody executes them
-        observation = {
-            "image": {camera: np.zeros((3, size, size), np.uint8) for camera in policy.inputs.cameras},
-            "state": np.asarray(robot.normalize.state.q01, np.float32) if robot.state_dim else None,
-            "task": robot.tasks[0] if robot.tasks else "warm up",
-        }
-        with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
-            policy.predict_chunk(observation)
-            if policy.acting.given:
-                first = np.zeros((policy.acting.given, robot.action_dim), np.float32)
-                policy.predict_chunk(observation, prefix_actions=first)
+        quantiles = robot.normalize.state
+        given = [np.zeros((policy.acting.given, robot.action_dim), np.float32)] if policy.acting.given else []
+        # prompts write a state's numbers with one to three digits: the shortest and the longest
+        for state in (quantiles.q01, quantiles.q99) if robot.state_dim else (None,):
+            observation = {
+                "image": {camera: np.zeros((3, size, size), np.uint8) for camera in policy.inputs.cameras},
+                "state": None if state is None else np.asarray(state, np.float32),
+                "task": max(robot.tasks, key=len, default="warm up"),
+            }
+            for first in (None, *given):
+                with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
+                    policy.predict_chunk(observation, prefix_actions=first)
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled. Raises OSError as `check_address`."""
@@ -198,6 +200,8 @@ class PolicyServer:
         reset = message.get(RESET_KEY, False)
         if not isinstance(reset, bool | np.bool_):
             raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
+        if reset:  # whatever is wrong with the rest: nothing of the last episode is for this one
+            policy.reset()
         tasks = policy.processor.robots[policy.robot].tasks
         if "task" not in observation and len(tasks) != 1:
             raise ValueError(f"no instruction: expected text under {' or '.join(TASK_KEYS)}")
@@ -205,8 +209,6 @@ class PolicyServer:
         given, most = 0 if request.given is None else len(request.given.actions), policy.acting.given
         if given > most:
             raise ValueError(f"{PREFIX_KEY} has {given} actions, and --inference_delay lets at most {most} be given")
-        if reset:
-            policy.reset()
         self.metrics.took("reading", perf_counter() - start)
         return request
 

@@ -17,7 +17,7 @@ ADVANTAGE = "advantage"
 
 @dataclass(frozen=True)
 class Trained:
-    """For how many optimizer steps each stage and each loss term was trained; by default nothing is known."""
+    """For how many optimizer steps each stage and each loss term was trained."""
 
     stages: dict[str, int] = field(default_factory=dict)
     """Stage's name: steps; only those that have some."""
@@ -26,12 +26,12 @@ class Trained:
     complete: bool = False
     """Whether that is all: false for weights that began with others of which nothing is known."""
     delays: dict[int, int] | None = field(default_factory=dict)
-    """`rtc_max_delay`, where it is not 0: steps of the flow loss with it. None where a record is older than this."""
+    """`rtc_max_delay`, where it is not 0: steps of the flow loss with it. None where that is not known."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trained:
         """The inverse of `asdict`, by way of JSON too, whose keys are text."""
-        delays = values.get("delays", None if values.get("complete") else {})
+        delays = values.get("delays")  # a record may be older than this
         known = {key: value for key, value in values.items() if key != "delays"}
         return cls(**known, delays=None if delays is None else {int(delay): n for delay, n in delays.items()})
 
@@ -42,9 +42,7 @@ class Trained:
     @property
     def max_delay(self) -> int | None:
         """Actions that the flow head was trained to go on from, at most; None where that is not known."""
-        if self.delays is None or not self.complete:
-            return None
-        return max(self.delays, default=0)
+        return None if self.delays is None else max(self.delays, default=0)
 
     def __add__(self, later: Trained) -> Trained:
         """What was trained before, and after it; actions that are then learned without an advantage follow none."""
@@ -60,7 +58,9 @@ class Trained:
         )
 
 
-UNKNOWN = Trained()
+UNKNOWN = Trained(delays=None)
+ELSEWHERE = Trained()
+"""By openpi or LeRobot: nothing is known, but that they train no flow head to go on from actions."""
 
 
 def trained(
@@ -138,5 +138,5 @@ class Abilities:
         if self.max_delay is not None and delay > self.max_delay:
             raise ValueError(
                 f"{name} of {delay} actions: the flow head was trained to go on from {self.max_delay} at most"
-                " (model.rtc_max_delay)"
+                " (model.rtc_max_delay); leave them out, or with inference_delay set rtc to false"
             )

@@ -17,7 +17,7 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.files.local import read_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.abilities import UNKNOWN
+from pi05_lightning.weights.abilities import ELSEWHERE
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.lerobot import (
     DROPPED,
@@ -81,7 +81,7 @@ class LeRobotFolder(Weights):
     horizon: actions of a chunk, where no file tells.
     """
 
-    trained = UNKNOWN
+    trained = ELSEWHERE
 
     def __init__(
         self, path: Path, tokenizer: str | None = None, vision_heads: int | None = None, horizon: int | None = None

@@ -137,11 +137,13 @@ def test_robot_has_the_tasks_and_subtasks_of_all_its_sources_and_its_own_statist
         robot=LeRobotConfig(str(videos), **opens),
         more=LeRobotConfig(str(videos), same_robot_as="robot", **closes),
     )
-    alone = robots(robot=LeRobotConfig(str(videos), **opens))
+    alone, other = (robots(robot=LeRobotConfig(str(videos), **episodes)) for episodes in (opens, closes))
     assert both["robot"].tasks == both["more"].tasks == ("close the drawer", "open the drawer")
     assert both["robot"].has_subtasks
     assert both["robot"].to_dict()["quantiles"] == alone["robot"].to_dict()["quantiles"]
-    assert both["robot"].state_range == alone["robot"].state_range
+    ranges = [np.array(robots["robot"].state_range) for robots in (alone, other)]
+    assert (ranges[0] != ranges[1]).any()
+    np.testing.assert_array_equal(both["robot"].state_range, [np.minimum(*ranges)[0], np.maximum(*ranges)[1]])
 
 
 def test_source_that_shares_with_none_is_refused(videos: Path) -> None:

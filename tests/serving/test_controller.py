@@ -133,6 +133,26 @@ def test_waiting_executes_a_chunk_and_then_waits():
     assert not any("prefix_actions" in message for message in server.asked)
 
 
+def test_waiting_waits_for_no_server_that_is_gone():
+    server = CountingServer(metadata=OURS)
+    server.say[1] = "drop"
+    with driven(server, mode="waiting") as robot:
+        robot.run_until(lambda: robot.controller.latencies.counts["fallback_steps"] >= 1)
+        robot.run_to(12)
+    assert robot.longest_step < 5  # seconds; a lost connection is made anew after 0.1
+
+
+def test_answer_to_an_old_observation_is_dropped_and_asked_anew():
+    server = CountingServer(seconds=0.4, metadata=OURS)
+    with driven(server, max_age=0.2) as robot:
+        robot.run_until(lambda: len(server.asked) >= 2)
+        assert not robot.chunks
+        server.seconds = 0.0
+        robot.run_to(10)
+    assert robot.controller.latencies.counts["late"] >= 1
+    assert server.asked[1]["reset"]  # the robot has done nothing of this episode yet
+
+
 def test_action_lasts_several_control_steps_where_the_loop_is_faster_than_the_policy():
     server, position = CountingServer(seconds=0.03, metadata=OURS | {"fps": 10.0}), [0]
     with server.running() as url, Controller(url, always(STILL), rate=50) as controller:

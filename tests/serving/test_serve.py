@@ -201,6 +201,19 @@ def test_reset_begins_a_new_episode(policy):
     assert first == again
 
 
+def test_reset_holds_though_its_observation_is_refused(served):
+    policy = Pi05Policy(served, replan_subtask_every=100, temperature=1.0)  # it hardly says the same twice
+
+    async def ask(client):
+        said = [(await client.infer(OBSERVATION))["subtask"] for _ in range(2)]
+        refused = await client.infer({**without("observation/state"), "reset": True})
+        return *said, refused, (await client.infer(OBSERVATION))["subtask"]
+
+    first, kept, refused, anew = talk(policy, ask)
+    assert isinstance(refused, str)
+    assert first == kept != anew
+
+
 def test_unknown_camera_is_named_at_the_start():
     with pytest.raises(ValueError, match="no elbow; it has top, wrist"):
         Reader(("top", "wrist"), {"elbow": "x"}, None)

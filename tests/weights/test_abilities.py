@@ -24,6 +24,7 @@ from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.weights.abilities import ADVANTAGE, Trained
 from pi05_lightning.weights.beginning import moved_cameras
+from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.locate import locate
 
 CONFIG = ModelConfig.preset("debug")
@@ -224,6 +225,13 @@ def test_more_given_actions_than_were_trained_are_refused(flow_with_delays: Path
     assert np.array_equal(policy.predict_chunk(observation(policy), None, given[:3])[:3], given[:3])
     with pytest.raises(ValueError, match=r"prefix_actions of 4 actions: .* 3 at most"):
         policy.predict_chunk(observation(policy), None, given[:4])
+
+
+def test_weights_from_elsewhere_go_on_from_no_actions_before_they_are_trained_to() -> None:
+    assert LeRobotFolder.trained.max_delay == 0
+    fine_tuned = LeRobotFolder.trained + Trained({"posttrain": 2}, {"flow": 2}, complete=True)
+    assert (fine_tuned.max_delay, fine_tuned.complete) == (0, False)
+    assert (fine_tuned + Trained(terms={"flow": 2}, complete=True, delays={3: 2})).max_delay == 3
 
 
 def test_delays_of_a_record_that_is_older_than_them_are_not_known(flow_with_delays: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pi05_lightning.data.frame_cache import cache_folder
 from pi05_lightning.data.labels import POSITIVE, RETURN, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
 from pi05_lightning.data.looks import Look
-from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.robot import Range, Robot
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
 from pi05_lightning.data.sources.lerobot_chunks import Chunks
@@ -315,7 +315,7 @@ class LeRobotSource(Source):
         """Of a few frames from all over the split, as they are before they are resized."""
         return self._images.looks(self._rows)
 
-    def _state_range(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def _state_range(self) -> Range | None:
         """Least and greatest state of the frames that are trained on; None without any."""
         if not len(self._rows):
             return None

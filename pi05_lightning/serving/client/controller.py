@@ -81,11 +81,13 @@ class Controller:
         blend: of `asynchronous`: actions over which the last chunk fades into the new one.
         token: what the server was started with, if it was; by default the environment variable PI05_TOKEN.
         max_wait: seconds that `step` may wait where no action is there; by default 0, and in the mode `waiting`
-            `answer_timeout`.
+            `answer_timeout`, while the server is there.
         on_error: gets the server's errors (`ServerError`, `Refused`) and a ValueError where it cannot do what is asked
             of it; `step` then goes on with the fallback. By default `step` raises them. A lost connection and a busy
             server are no errors: they are logged, and asked again.
         answer_timeout: seconds after which an answer counts as lost.
+        max_age: seconds after which an answer is too old to be executed: it is dropped, and asked anew. By default none
+            is, as a policy that computes for longer than that would never act.
         log_every: seconds between two lines of the log that say how long answers take; None: none.
 
     executed   the `Due` action of the last step; None if it was the fallback's
@@ -109,6 +111,7 @@ class Controller:
         max_wait: float | None = None,
         on_error: Callable[[Exception], object] | None = None,
         answer_timeout: float = 60.0,
+        max_age: float | None = None,
         log_every: float | None = 60.0,
     ) -> None:
         if mode not in (None, *get_args(Mode)):
@@ -125,7 +128,7 @@ class Controller:
         self.delay: int | None = None
         self.subtask: str | None = None
         self._mode, self._horizon = mode, execution_horizon
-        self._max_wait = (answer_timeout if mode == "waiting" else 0.0) if max_wait is None else max_wait
+        self._max_wait, self._answer_timeout, self._max_age = max_wait, answer_timeout, max_age
         self._metadata: dict[str, Any] | None = None
         self._served: Served | None = None
         self._queue = ActionQueue()
@@ -191,13 +194,14 @@ class Controller:
         Raises what `on_error` would get, if there is none; ValueError for an observation that cannot be sent.
         """
         self._check_open()
-        deadline = monotonic() + (self._max_wait if max_wait is None else max_wait)
+        begin, given = monotonic(), self._max_wait if max_wait is None else max_wait
         while True:
             self._connection.news.clear()
             self._take_in()
             if self._is_due():
                 self._ask(observation() if callable(observation) else observation)
-            if self._action_now() is not None or (left := deadline - monotonic()) <= 0:
+            wait = given if given is not None else self._answer_timeout if self._is_patient() else 0.0
+            if self._action_now() is not None or (left := begin + wait - monotonic()) <= 0:
                 break
             self._connection.news.wait(min(left, RETRY))
         self.latencies.counts["steps"] += 1
@@ -243,6 +247,10 @@ class Controller:
     def _expected(self) -> int:
         """Actions that will be executed until an answer comes, as far as the last ones tell."""
         return max(self._delays, default=0)
+
+    def _is_patient(self) -> bool:
+        """Whether an answer is worth waiting for: one that nothing is heard of may never come."""
+        return self.mode == "waiting" and self._metadata is not None
 
     # --- asking
 
@@ -337,6 +345,10 @@ class Controller:
         if error is not None:
             raise error
         answer = asked.future.result()
+        if self._max_age is not None and answer.seconds > self._max_age:
+            self.latencies.counts["late"] += 1
+            self._warn("an answer took %.2f s, and is dropped: max_age is %g s", answer.seconds, self._max_age)
+            return
         assert self._served is not None
         chunk = self._served.actions(answer.message)
         self._resets = self._resets and not asked.resets
