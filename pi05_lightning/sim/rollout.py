@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pi05_lightning.files.ranges import check_range, check_unique
+from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
@@ -305,6 +306,4 @@ def _policy(worker: Worker, acting: Acting) -> Pi05Policy:
 
 @cache
 def _mean_trajectory(dataset: str, task: str) -> np.ndarray:
-    from pi05_lightning.sim.baselines import mean_trajectory  # pandas takes a second, and other modes need none
-
     return mean_trajectory(Path(dataset), task)

@@ -22,7 +22,7 @@ from pi05_lightning.profiling.step import training_loss
 from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Batch
 
-GB = 2**30
+GB = 1e9
 USUAL_SHARES = 0.3, 0.9
 """Of the best rate, what the demo's run and the desk's logged as `throughput/hardware_share`, nine times of ten."""
 
