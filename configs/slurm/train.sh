@@ -11,8 +11,11 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# 180 s before the time is over every rank gets the signal: the step under way is saved, and the job is requeued
-#SBATCH --signal=SIGUSR1@180
+#SBATCH --mem=0
+# 15 minutes before the time is over every rank gets the signal: the step under way is saved, and the job is requeued.
+# A validation that has begun on several ranks is finished first: give more than the longest one takes
+#SBATCH --signal=SIGUSR1@900
 
-exec srun --kill-on-bad-exit=1 pi05 fit "$@" --run "${RUN:-runs/slurm-$SLURM_JOB_ID}" --resume auto \
+# as of SLURM 22.05 srun does not take --cpus-per-task from the job
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" pi05 fit "$@" --run "${RUN:-runs/slurm-$SLURM_JOB_ID}" --resume auto \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"

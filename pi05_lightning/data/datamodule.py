@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -12,12 +13,14 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from pi05_lightning.data.augment import Augmentation, augment
 from pi05_lightning.data.clock import align, most_batches, start
 from pi05_lightning.data.columns import evenly_spaced
+from pi05_lightning.data.differences import Seen
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.mixture import Mixture, MixtureSampler, TrainedBy
 from pi05_lightning.data.processor import Language, Processor
@@ -29,6 +32,7 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.data.workers import leave_signals_to_the_run
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.suggestion import suggestion
+from pi05_lightning.ranks import by_first_rank, together
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.types import Batch, Drawn, Modality, Shapes, Subset
 
@@ -100,11 +104,16 @@ class Pi05DataModule(LightningDataModule):
         self.opened: dict[Split, dict[str, Source]] = {}
         self._mixture: Mixture | None = None
         self._given: Processor | None = None
+        self._unprepared: Exception | None = None
 
     @property
     def _model(self) -> Any:
         """The model that is trained on it, None without a trainer."""
         return None if self.trainer is None else cast("Any", self.trainer.lightning_module).model
+
+    @property
+    def _ranks(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
 
     @property
     def shapes(self) -> Shapes:
@@ -227,10 +236,41 @@ class Pi05DataModule(LightningDataModule):
                     )
 
     def prepare_data(self) -> None:
-        _ = self._tokenizer, self._fast  # before the datasets, which take longer to open
-        for split in ("train", self.evaluated):
-            for source in self.sources(split).values():
-                source.prepare()
+        try:
+            _ = self._tokenizer, self._fast  # before the datasets, which take longer to open
+            for split in ("train", self.evaluated):
+                for source in self.sources(split).values():
+                    source.prepare()
+        except Exception as error:
+            if self._ranks == 1:
+                raise
+            self._unprepared = error  # the other ranks wait, and hear of it in `setup`
+
+    def setup(self, stage: str) -> None:
+        """Open the data on every rank of several. ValueError on all of them for what fails, or differs, on one."""
+        if self._ranks == 1:
+            return
+        with together():
+            if self._unprepared is not None:
+                raise self._unprepared
+            mine = self._seen()
+        first = by_first_rank(lambda: mine)
+        with together():
+            if differing := mine.differences(first):
+                raise ValueError(
+                    f"rank {dist.get_rank()} on {socket.gethostname()} sees other data than the first rank"
+                    f" ({'; '.join(differing)}): copy the dataset anew, or restore it"
+                )
+
+    def _seen(self) -> Seen:
+        robots = {name: robot.normalize for name, robot in self.own_processor.robots.items()}
+        values = {n: [r.state.q01, r.state.q99, r.action.q01, r.action.q99] for n, r in robots.items()}
+        sizes = {
+            str(Subset(name, modality)): len(source.indices(modality))
+            for name, source in self.sources("train").items()
+            for modality in Modality
+        }
+        return Seen(sizes, {name: np.concatenate(parts) for name, parts in values.items()})
 
     # --- training
 
@@ -379,16 +419,17 @@ class Pi05DataModule(LightningDataModule):
 
     def _chosen(self, size: int) -> list[int]:
         """Which of so many samples are looked at, and of these the part of this rank."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return evenly_spaced(size, self.val_samples)[rank::world].tolist()
+        rank = self.trainer.global_rank if self.trainer else 0
+        return evenly_spaced(size, self.val_samples)[rank :: self._ranks].tolist()
 
     def check_ranks(self, sizes: Sequence[int]) -> None:
         """ValueError where a rank has nothing to look at of parts of these sizes: the others would wait for it."""
-        world, most = self.trainer.world_size if self.trainer else 1, min(max(sizes, default=0), self.val_samples)
-        if most < world:
+        most = min(max(sizes, default=0), self.val_samples)
+        if most < self._ranks:
             raise ValueError(
-                f"there are {world} ranks, and at most {most} samples of a validation part to look at: give"
-                f" data.val_samples of {world} or more (it is {self.val_samples}), hold out more, or use fewer devices"
+                f"there are {self._ranks} ranks, and at most {most} samples of a validation part to look at: give"
+                f" data.val_samples of {self._ranks} or more (it is {self.val_samples}), hold out more, or use fewer"
+                " devices"
             )
 
     def predict_dataloader(self) -> list[DataLoader[Any]]:

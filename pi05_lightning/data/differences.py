@@ -1,4 +1,4 @@
-"""Where the data of today are not those that a checkpoint was trained on, without reading anything twice."""
+"""Where data are not those that a checkpoint was trained on, or that another rank sees; nothing is read twice."""
 
 from __future__ import annotations
 
@@ -76,6 +76,30 @@ def differences(saved: Mapping[str, Any], today: Processor) -> list[Difference]:
     elif cameras != known:
         found.append(Difference("data.sources: cameras", _values(cameras, known), harmless=True))
     return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank of a run sees of its data.
+
+    sizes: `source/modality`: samples.  quantiles: by robot, all of them, f64[N].
+    """
+
+    sizes: dict[str, int]
+    quantiles: dict[str, np.ndarray]
+
+    def differences(self, first: Seen) -> list[str]:
+        """From what the first rank sees, in words."""
+        found = [
+            f"data.sources: {name} has {self.sizes.get(name, 0)} samples, and there {first.sizes.get(name, 0)}"
+            for name in {**first.sizes, **self.sizes}
+            if self.sizes.get(name) != first.sizes.get(name)
+        ]
+        for name, values in self.quantiles.items():
+            other = first.quantiles.get(name, values[:0])
+            if values.shape != other.shape or not np.allclose(values, other, rtol=ROUNDING, atol=ROUNDING):
+                found.append(f"data.sources.{name}: its states and actions have other quantiles")
+        return found
 
 
 def _of_robot(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:

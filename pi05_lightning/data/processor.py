@@ -312,9 +312,11 @@ class Processor:
             kinds += [int(segment.loss)] * len(piece)
         if len(ids) > self.language.max_tokens:
             longest = max((segment.text or "" for segment in segments), key=len)
+            fast = sum(len(segment.tokens) for segment in segments if segment.tokens is not None)
+            of_actions = f", {fast} of them for its actions (FAST)" if fast else ""
             raise BadFrame(
-                f"its text is {len(ids)} tokens long, more than data.language.max_tokens, {self.language.max_tokens}"
-                f" (its longest part begins {longest[:40]!r}). Shorten or drop it, or raise max_tokens"
+                f"its text is {len(ids)} tokens long{of_actions}, more than data.language.max_tokens,"
+                f" {self.language.max_tokens} (its longest part begins {longest[:40]!r}). Shorten or drop it, or raise max_tokens"
             )
         return np.array(ids, dtype=np.int64), np.array(kinds, dtype=np.uint8)
 

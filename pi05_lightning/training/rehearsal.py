@@ -84,6 +84,7 @@ class Rehearsal:
                 return
             if self.trainer.enable_validation:
                 validation = self.data.validation
+                self.data.check_ranks([entry.size for entry in validation.entries])
                 for number in range(len(validation.subsets)):
                     found = self._read(validation, number, validation.spread(number), "validation")
                     validation.collate(found)

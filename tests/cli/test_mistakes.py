@@ -144,7 +144,7 @@ def test_two_callbacks_that_write_the_same_checkpoints_are_refused_however_their
     assert "two checkpoint callbacks would write the same files to run/checkpoints" in said
 
 
-@pytest.mark.parametrize("value", ["0", "-1", ".nan"])
+@pytest.mark.parametrize("value", ["0", "-1", ".nan", "00:01:00:00"])
 def test_an_interval_of_validation_that_is_none_is_refused(
     value: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import BadSampleCount, Samples
 from pi05_lightning.data.sources.base import SourceConfig
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
@@ -89,6 +90,17 @@ def test_batch_knows_what_it_was_drawn_from(tmp_path: Path) -> None:
     assert batch.drawn.names == {"web/web_caption": 3}
     assert batch.drawn.text_tokens == batch.token_mask.sum()
     assert len(batch.drawn.skipped) >= 1
+
+
+def test_validation_samples_are_made_as_those_of_the_weights_that_are_measured(pictures: Path) -> None:
+    data = Pi05DataModule(
+        {"robot": LeRobotConfig(str(pictures), val_fraction=0.2)}, shapes=ModelConfig.preset("debug").shapes
+    )
+    own = data.validation.processor
+    weights = Processor.from_dict(own.to_dict())
+    data.measure_with(weights)
+    assert data.validation.processor is data.processor is not own
+    assert data.processor.robots is weights.robots
 
 
 def test_training_stops_when_the_share_of_bad_samples_passes_its_bound() -> None:

@@ -30,7 +30,7 @@ def test_script_requeues_at_the_signal_and_goes_on_when_it_is_started_again(
 ) -> None:
     programs, run = tmp_path / "bin", tmp_path / "run"
     program(programs, "scontrol", f'echo "$@" >> {tmp_path}/requeued')
-    program(programs, "srun", 'shift; exec "$@"')
+    program(programs, "srun", f'echo "$1 $2" > {tmp_path}/options; shift 2; exec "$@"')
     program(programs, "pi05", f'exec {sys.executable} -m pi05_lightning "$@"')
     environment = os.environ | {
         "PATH": f"{programs}:{os.environ['PATH']}",
@@ -39,6 +39,7 @@ def test_script_requeues_at_the_signal_and_goes_on_when_it_is_started_again(
         "SLURM_JOB_ID": "77",
         "SLURM_JOB_NAME": "pi05",
         "SLURM_NNODES": "1",
+        "SLURM_CPUS_PER_TASK": "6",
         "SLURM_NTASKS": "1",
         "SLURM_NTASKS_PER_NODE": "1",
         "SLURM_PROCID": "0",
@@ -53,6 +54,7 @@ def test_script_requeues_at_the_signal_and_goes_on_when_it_is_started_again(
     stopped = start(**{SIGNAL_AT_BATCH: str(INSIDE), "SIGNAL": str(int(signal.SIGUSR1))})
     assert stopped.returncode == 128 + signal.SIGUSR1, stopped.stderr[-3000:]
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    assert (tmp_path / "options").read_text() == "--kill-on-bad-exit=1 --cpus-per-task=6\n"
     assert state(run)["global_step"] == 3
     done = start()
     assert done.returncode == 0, done.stderr[-3000:]

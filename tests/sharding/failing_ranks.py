@@ -6,14 +6,34 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from pi05_lightning.data.sources.base import Source
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.data.split import Split
+from pi05_lightning.types import Shapes
+
 STEP = 2
 PATIENCE = 300
 LOOSE = "the camera's cable is loose"
+
+
+@dataclass(frozen=True)
+class Apart(LeRobotConfig):
+    """A dataset that is another one to a rank, as on another machine.  path_there: to rank `rank`."""
+
+    rank: int = -1
+    path_there: str = ""
+
+    def open(self, name: str, split: Split, shapes: Shapes) -> Source:
+        here = {field.name: getattr(self, field.name) for field in fields(LeRobotConfig)}
+        own = LeRobotConfig(**here)
+        there = int(os.environ.get("LOCAL_RANK", "0")) == self.rank
+        return (replace(own, path=self.path_there) if there else own).open(name, split, shapes)
 
 
 class Failing(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -117,3 +118,44 @@ def test_torchrun_trains_and_names_the_rank_that_is_killed(two_stages: Path, tmp
     assert since_failure(run) < MINUTE
     assert code
     assert "Signal 9 (SIGKILL)" in log
+
+
+def apart_at(rank: int, path: Path) -> list[str]:
+    options = ["class_path=failing_ranks.Apart", f"init_args.rank={rank}", f"init_args.path_there={path}"]
+    return [f"--data.sources.robot.{option}" for option in options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_data_that_one_rank_cannot_open_end_all_of_them(two_stages: Path, tmp_path: Path, rank: int) -> None:
+    code, log = launched(LAUNCHER, two_stages, tmp_path / "run", "ddp", *apart_at(rank, tmp_path / "nowhere"))
+    assert code
+    assert log.count("nowhere") >= 2  # by both
+
+
+@pytest.mark.slow
+def test_data_that_are_others_to_a_rank_are_refused(two_stages: Path, videos_copy: Path, tmp_path: Path) -> None:
+    info = videos_copy / "meta" / "info.json"
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"splits": {"train": "0:3", "val": "3:5"}}))
+    code, log = launched(LAUNCHER, two_stages, tmp_path / "run", "ddp", *apart_at(1, videos_copy))
+    assert code
+    assert "sees other data than the first rank (data.sources: robot/" in log
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_fewer_validation_samples_than_ranks_are_refused_before_the_first_step(
+    two_stages: Path, tmp_path: Path
+) -> None:
+    validating = [
+        "--data.val_samples",
+        "1",
+        "--trainer.limit_val_batches",
+        "1.0",
+        "--trainer.num_sanity_val_steps",
+        "0",
+    ]
+    code, log = launched(LAUNCHER, two_stages, tmp_path / "run", "ddp", *validating)
+    assert code
+    assert "there are 2 ranks, and at most 1 samples of a validation part to look at" in log
+    assert not (tmp_path / "run" / "checkpoints").exists()
