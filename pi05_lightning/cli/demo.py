@@ -68,7 +68,8 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
         # a directory whose part is not marked as done may be whole all the same
         Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),
         Part("stats", ("stats", robot)),
-        Part("tokenizer", ("tokenizer", robot, "--out", str(fast), "--horizon", str(HORIZON))),
+        # a token per coefficient: so small a model does not learn how many a merged one stands for
+        Part("tokenizer", ("tokenizer", robot, "--out", str(fast), "--horizon", str(HORIZON), "--merge", "false")),
         Part(
             "fit",
             ("fit", *configs, "--run", str(run), "--seed_everything", str(seed), *elsewhere, *fit),

@@ -35,6 +35,7 @@ def tokenizer(
     vocab_size: int | None = None,
     scale: float = 10,
     coverage: float = 1.0,
+    merge: bool = True,
     action_keys: list[str] | None = None,
     state_keys: list[str] | None = None,
     relative_dims: list[int] | None = None,
@@ -55,6 +56,8 @@ def tokenizer(
         vocab_size: of the tokenizer; by default the `fast_vocab_size` of a YAML's model.config, else 1024.
         scale: steps per unit of a DCT coefficient; more is more exact and costs tokens.
         coverage: share of coefficients that must be spelled; below 1 rare large ones are clipped.
+        merge: spell frequent sequences of coefficients as one token, as FAST does. Without it every coefficient is a
+            token: a small model learns that from less data, and a large one writes several times as many tokens.
         action_keys: features concatenated into the action; by default [action].
         state_keys: features concatenated into the state, for relative dims; by default [observation.state].
         relative_dims: dims of the action to take relative to the state at the chunk's first step, as in training.
@@ -84,7 +87,12 @@ def tokenizer(
     horizon, vocab_size = chunk_and_vocabulary(paths, horizon, vocab_size)
     datasets = read_datasets(sources, horizon, max_chunks)
     fast = FastTokenizer.fit(
-        [chunks["train"].actions for chunks in datasets.values()], vocab_size, scale, coverage, console.is_terminal
+        [chunks["train"].actions for chunks in datasets.values()],
+        vocab_size,
+        scale,
+        coverage,
+        merge,
+        console.is_terminal,
     )
     held_out = {name: chunks["val" if len(chunks["val"].actions) else "train"] for name, chunks in datasets.items()}
     results = [measure(fast, name, chunks) for name, chunks in held_out.items()]

@@ -177,12 +177,14 @@ class FastTokenizer:
         vocab_size: int = 1024,
         scale: float = 10,
         coverage: float = 1.0,
+        merge: bool = True,
         show_progress: bool = False,
     ) -> FastTokenizer:
         """Learn a vocabulary from normalised chunks f32[N T A], or from several such arrays of different sizes.
 
         coverage: share of the coefficients that must have a character of their own, the rarest large ones are clipped.
         Where the vocabulary has room the range is widened, for actions that go a little further than these.
+        merge: frequent sequences of coefficients are tokens of their own; otherwise every coefficient is one token.
         Raises ValueError when coverage takes more characters than vocab_size.
         """
         parts = [chunks] if isinstance(chunks, np.ndarray) else list(chunks)
@@ -197,6 +199,9 @@ class FastTokenizer:
         wide = math.ceil(MARGIN * max(-low, high))
         if 2 * (2 * wide + 1) <= vocab_size:
             low, high = -wide, wide
+        alphabet = [chr(code) for code in range(high - low + 1)]
+        if not merge:
+            vocab_size = len(alphabet)
         bpe = Tokenizer(models.BPE())
         bpe.decoder = decoders.Fuse()
         rows = (row for part in coefficients for row in part.clip(low, high).reshape(len(part), -1))
@@ -206,7 +211,7 @@ class FastTokenizer:
                 vocab_size=vocab_size,
                 min_frequency=2,
                 show_progress=show_progress,
-                initial_alphabet=[chr(code) for code in range(high - low + 1)],
+                initial_alphabet=alphabet,
             ),
             length=sum(map(len, parts)),
         )

@@ -316,7 +316,8 @@ class Processor:
             of_actions = f", {fast} of them for its actions (FAST)" if fast else ""
             raise BadFrame(
                 f"its text is {len(ids)} tokens long{of_actions}, more than data.language.max_tokens,"
-                f" {self.language.max_tokens} (its longest part begins {longest[:40]!r}). Shorten or drop it, or raise max_tokens"
+                f" {self.language.max_tokens} (its longest part begins {longest[:40]!r}). Shorten or drop it, or raise"
+                " max_tokens"
             )
         return np.array(ids, dtype=np.int64), np.array(kinds, dtype=np.uint8)
 

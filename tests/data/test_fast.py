@@ -258,6 +258,16 @@ def test_a_fit_prepares_for_actions_that_go_a_little_further() -> None:
     assert fast.clipped == 0
 
 
+def test_without_merges_every_coefficient_is_a_token(tmp_path: Path) -> None:
+    chunks = make_chunks(100)
+    FastTokenizer.fit(chunks, vocab_size=512, merge=False).save(tmp_path)
+    fast = FastTokenizer.load(tmp_path)
+    tokens = fast.encode(chunks)
+    assert {len(row) for row in tokens} == {HORIZON * DIM}
+    assert fast.vocab_size == len(fast.lengths) < 512
+    np.testing.assert_array_equal(fast.decode(tokens[0]), fast.reconstruct(chunks)[0])
+
+
 def test_a_range_that_does_not_fit_the_vocabulary_is_an_error() -> None:
     chunks = make_chunks(50)
     chunks[7, 3, 1] = 1e4
