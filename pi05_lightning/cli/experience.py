@@ -57,7 +57,7 @@ def experience(
     attempts: tuple[str, ...] = (),
     steps: int = 800,
     batch_size: int = 32,
-    lr: float = 1e-3,
+    lr: float | None = None,
     demonstrations_share: float = 0.5,
     value_steps: int = 400,
     n_seconds: float = 1.0,
@@ -98,7 +98,7 @@ def experience(
             and makes none.
         steps: optimizer steps of a round's policy.
         batch_size: frames of a step.
-        lr: learning rate.
+        lr: learning rate; by default that which the policy was trained with, and at most 1e-3.
         demonstrations_share: of the draws; attempts share the rest.
         value_steps: optimizer steps of a round's value.
         n_seconds: from the second round on, time after which the value stands for the rest of an episode.

@@ -34,7 +34,7 @@ def value_fit(
     demonstrations: tuple[str, ...] = (),
     steps: int = 400,
     batch_size: int = 32,
-    lr: float = 1e-3,
+    lr: float | None = None,
     c_fail: float | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
@@ -53,7 +53,7 @@ def value_fit(
         demonstrations: LeRobot datasets whose episodes all succeeded, of the robot that made the attempts.
         steps: optimizer steps.
         batch_size: frames of a step.
-        lr: learning rate.
+        lr: learning rate; by default that which the policy was trained with, and at most 1e-3.
         c_fail: steps that a failure costs; by default as many as the longest episode of its task has.
         val_fraction: share of the episodes held out where a dataset declares none, for the calibration.
         seed: of the training.
@@ -67,7 +67,8 @@ def value_fit(
     check_device(device)
     check_range("steps", steps, 1)
     check_range("batch_size", batch_size, 1)
-    check_range("lr", lr, 0, above=True)
+    if lr is not None:
+        check_range("lr", lr, 0, above=True)
     check_range("seed", seed, 0)
     if c_fail is not None:
         check_range("c_fail", c_fail, 0, above=True)
@@ -108,7 +109,7 @@ def value_fit(
 
 
 def configuration(
-    policy: Path, reading: Reading, sources: dict[str, Any], steps: int, batch_size: int, lr: float
+    policy: Path, reading: Reading, sources: dict[str, Any], steps: int, batch_size: int, lr: float | None
 ) -> dict[str, Any]:
     """A run of `pi05 fit` that trains the value alone, on what the policy sees before it has said anything."""
     stage = {
@@ -126,7 +127,7 @@ def configuration(
             "heads": {NAME: {"class_path": f"{ValueHead.__module__}.{ValueHead.__name__}"}},
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": lr, "weight_decay": 0.01, **reading.fused},
+                "init_args": {"lr": reading.lr if lr is None else lr, "weight_decay": 0.01, **reading.fused},
             },
             **{name: True for name in ("activation_checkpointing", "compile") if reading.model.get(name)},
         },

@@ -22,6 +22,7 @@ from pi05_lightning.models.heads.fast import FastHead
 from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.location import LocationHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
+from pi05_lightning.module.pi05_module import DEFAULT_LR
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.types import Modality, Subset
 from pi05_lightning.weights.locate import locate
@@ -36,6 +37,7 @@ TRAINER: dict[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 """Of the trainings on experience: nothing is validated on the way."""
+MOST_LR = 1e-3
 _OF_THE_METHOD = {"path", "labels", "frames", "same_robot_as"}
 _OF_ITS_FILES = {"cameras", "state_keys", "action_keys", "subtask_key", "box_range", "task", "episodes"}
 """What says where a dataset has things, or which of it count: nothing of another dataset."""
@@ -51,6 +53,7 @@ class Reading:
 
     fast: FAST tokenizer.  sources: of the run, by name.  model, trainer: options that trainings from it go on with.
     stage: losses, mixture, flow_alpha and freezing of the last one that trained the flow.
+    lr: learning rate of trainings from it, if no other is given: its own, and at most 1e-3.
     """
 
     tokenizer: str = "tiny"
@@ -60,6 +63,7 @@ class Reading:
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
+    lr: float = MOST_LR
 
     @classmethod
     def of(cls, policy: Path) -> Reading:
@@ -72,6 +76,8 @@ class Reading:
             )
         config = yaml.safe_load(weights.run_config())
         data, model, trainer = config["data"], config["model"], config["trainer"]
+        optimizer = model.get("optimizer")  # a function's name, such as the default's, or a class with its options
+        options = optimizer.get("init_args", {}) if isinstance(optimizer, dict) else {}
         run = read_json(weights.path.parent.parent / PROVENANCE, default={})
         return cls(
             data["tokenizer"],
@@ -81,6 +87,7 @@ class Reading:
             {name: model[name] for name in _OF_THE_MODEL if name in model},
             {name: trainer[name] for name in _OF_THE_MACHINE if trainer.get(name) is not None},
             last_stage(config["stages"], model.get("heads") or {}, run.get("samples", {})),
+            min(MOST_LR, options.get("lr", DEFAULT_LR)),
         )
 
     @property

@@ -24,7 +24,7 @@ STAGE = "experience"
 
 @dataclass(frozen=True)
 class Training:
-    """How a round's policy is trained: optimizer steps, frames of a step, learning rate.
+    """How a round's policy is trained: optimizer steps, frames of a step, learning rate (None: see `Reading.lr`).
 
     demonstrations_share: of the draws; the attempts of all rounds share the rest.  omission: share of the samples that
     leave out the advantage.
@@ -32,7 +32,7 @@ class Training:
 
     steps: int
     batch_size: int
-    lr: float
+    lr: float | None
     demonstrations_share: float
     omission: float
 
@@ -101,7 +101,12 @@ def configuration(
             "init_from": str(policy),
             "optimizer": {
                 "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": training.lr, "betas": [0.9, 0.95], "weight_decay": 0.01, **reading.fused},
+                "init_args": {
+                    "lr": reading.lr if training.lr is None else training.lr,
+                    "betas": [0.9, 0.95],
+                    "weight_decay": 0.01,
+                    **reading.fused,
+                },
             },
         },
         "data": {

@@ -47,8 +47,12 @@ from pi05_lightning.weights.sharded_checkpoint import AVERAGE
 log = logging.getLogger(__name__)
 
 
+DEFAULT_LR = 2e-4
+
+
 def default_optimizer(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
+    """AdamW, where no optimizer is named."""
+    return torch.optim.AdamW(parameters, lr=DEFAULT_LR, weight_decay=0.01, fused=True)
 
 
 class Pi05Module(LightningModule):

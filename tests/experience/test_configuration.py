@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,13 @@ def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> Non
     found = value_fit.configuration(tmp_path, reading, {}, steps=1, batch_size=1, lr=1.0)["trainer"]
     assert (found["accelerator"], found["precision"], found["devices"]) == ("gpu", "bf16-mixed", 1)
     assert "strategy" not in found
+
+
+def test_learning_rate_is_the_policys_where_none_is_given(tmp_path: Path) -> None:
+    reading = Reading(lr=2.5e-5)
+    of_policy = configuration("demonstrations", tmp_path, reading, ["demos"], [], replace(TRAINING, lr=None))
+    of_value = value_fit.configuration(tmp_path, reading, {}, steps=1, batch_size=1, lr=None)
+    assert [found["model"]["optimizer"]["init_args"]["lr"] for found in (of_policy, of_value)] == [2.5e-5] * 2
 
 
 def test_a_stage_that_drew_all_there_was_is_spelled_out() -> None:

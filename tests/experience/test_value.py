@@ -19,6 +19,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
 from pi05_lightning.experience.value import Tried, ValueFunction
 from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.module.pi05_module import DEFAULT_LR
 from tests.experience.attempts import LENGTHS, recorded_attempts
 
 
@@ -73,6 +74,11 @@ def test_value_says_what_its_numbers_mean_and_how_good_it_is(value: Path) -> Non
 def test_value_reads_the_prompts_that_its_policy_reads(value: Path) -> None:
     language = ValueFunction(value).processor.language
     assert (language.prompts.clip_state, language.no_task_share, language.condition_on) == (False, 0.1, "task")
+
+
+def test_value_learns_at_the_rate_of_its_policy(value: Path) -> None:
+    written = yaml.safe_load((value / "value.yaml").read_text())
+    assert written["model"]["optimizer"]["init_args"]["lr"] == DEFAULT_LR
 
 
 def test_value_is_found_by_its_checkpoint_too_and_one_that_was_not_fitted_to_its_end_is_refused(
