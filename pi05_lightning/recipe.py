@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 
-from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.ranges import check_expressions, check_range
 from pi05_lightning.files.suggestion import suggestion
 
 FLOW_ALPHA = 10.0  # π0.5 §IV-D
@@ -21,7 +21,7 @@ FLOW_ALPHA = 10.0  # π0.5 §IV-D
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of every loss term; 0 leaves the term out of the computation altogether."""
+    """Weight of every loss term; with 0 it is not trained, and a head whose terms all have 0 does not run."""
 
     text: float = 0.0
     """Captions, answers, boxes."""
@@ -74,11 +74,7 @@ class StageOptions:
         check_range("final_lr_factor", self.final_lr_factor, 0, 1)
         for pattern, factor in self.lr_factors.items():
             check_range(f"lr_factors {pattern}", factor, 0)
-        for pattern in (*self.freeze, *self.lr_factors):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} in freeze or lr_factors is no regular expression: {error}") from error
+        check_expressions("freeze or lr_factors", (*self.freeze, *self.lr_factors))
 
     def freezes(self, name: str) -> bool:
         """Whether a parameter is frozen in this stage."""

@@ -337,9 +337,9 @@ class Prefix:
     flow_mask: Tensor
     vision: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, n: int) -> Prefix:
-        """The first n rows, which are those that carry actions, for the flow head (views)."""
-        return Prefix(None, [(k[:n], v[:n]) for k, v in self.kv], self.mask[:n], self.flow_mask[:n])
+    def rows(self, chosen: slice | Tensor) -> Prefix:
+        """Some rows, for the flow head; the first ones, which are those that carry actions, as views."""
+        return Prefix(None, [(k[chosen], v[chosen]) for k, v in self.kv], self.mask[chosen], self.flow_mask[chosen])
 
     def detach(self) -> Prefix:
         """The same prefix without gradient: knowledge insulation is this and nothing else."""

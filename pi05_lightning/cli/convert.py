@@ -16,6 +16,7 @@ from pi05_lightning.cli.answers import answers_of
 from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import read_json, replacing
+from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import PROCESSOR, save
@@ -58,6 +59,7 @@ def convert(
     tokenizer: str | None = None,
     vision_heads: int | None = None,
     horizon: int | None = None,
+    fps: float | None = None,
     averaged: bool = True,
     robot: str | None = None,
     data: str | None = None,
@@ -78,6 +80,8 @@ def convert(
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
         horizon: actions of a chunk, where no file tells, as of openpi's; by default 50. pi05_droid has 15, pi05_libero
             10.
+        fps: actions per second of LeRobot's and openpi's weights, which no file tells. Without it nothing that asks for
+            their rate is told one, and simulators take 50.
         averaged: of a training checkpoint, ours or openpi's, take the averaged weights if it has them.
         robot: keep this one of the policy's robots alone. LeRobot knows of one, so of several one must be named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
@@ -92,8 +96,18 @@ def convert(
         raise ValueError(f"{target} already exists: delete it or name another target")
     if format != "lerobot" and (given := [name for name, value in {"data": data, "force": force}.items() if value]):
         raise ValueError(f"{', '.join(given)}: of --format lerobot alone, which is compared with LeRobot: leave it out")
+    if fps is not None:
+        check_range("fps", fps, 0, above=True)
     text = None if format == "lerobot" else tokenizer  # there it is what LeRobot's answers are compared with
-    weights = locate(source, averaged=averaged, tokenizer=text, vision_heads=vision_heads, horizon=horizon, base=base)
+    weights = locate(
+        source,
+        averaged=averaged,
+        tokenizer=text,
+        vision_heads=vision_heads,
+        horizon=horizon,
+        fps=fps,
+        base=base,
+    )
     with replacing(target, one_writer=True) as folder:
         folder.mkdir()
         if format == "ours":
@@ -147,7 +161,7 @@ def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> lis
             f" tokenizer too; convert again with --tokenizer FOLDER ({error})"
         ]
     else:
-        processor, notes = read_processor(weights.path, foreign.config, text)
+        processor, notes = read_processor(weights.path, foreign.config, text, weights.fps)
         keep_robot(processor, robot)
     save(folder, build(foreign.config, weights.mapped_tensors()), processor)
     keep_origin(weights.path, foreign, folder / ORIGIN)
@@ -275,4 +289,5 @@ def is_lerobots(folder: Path) -> bool:
 
 def same_statistics(origin: Path, config: ModelConfig, processor: Processor) -> bool:
     """Whether LeRobot's files still say what the processor does; not after training on other data."""
-    return read_processor(origin, config, processor.tokenizer)[0].to_dict() == processor.to_dict()
+    rates = {robot.fps for robot in processor.robots.values() if robot.fps_is_known}  # which they have no place for
+    return read_processor(origin, config, processor.tokenizer, *rates)[0].to_dict() == processor.to_dict()

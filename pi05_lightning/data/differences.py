@@ -166,7 +166,7 @@ def check_measurable(saved: Processor, today: Processor, robots: list[str]) -> N
                 " name the source as it was in training"
             )
         for what, then, now in (
-            ("frames per second", known.fps, here.fps),
+            ("frames per second", known.fps if known.fps_is_known else here.fps, here.fps),
             ("action dims", known.action_dim, here.action_dim),
             ("state dims", known.state_dim, here.state_dim),
         ):

@@ -60,6 +60,8 @@ class Robot:
     """Actions of a chunk that its data has, where they are less than the model's; the others are never trained."""
     same_as: str = ""
     """The source of which this is the robot, whose statistics these are; its own where it is empty."""
+    fps_is_known: bool = True
+    """Whether anything says so: LeRobot's and openpi's weights do not, and it is π0.5's then."""
     looks: Mapping[str, Look] = field(default_factory=dict)
     """How the images of its cameras look; those of which nothing tells are left out."""
 

@@ -270,7 +270,9 @@ def _bounds(policy: Robot, bounds: Quantiles, where: str) -> Iterator[Finding]:
 
 def _rate(policy: Robot, given: Given) -> Iterator[Finding]:
     expected, rate = f"{policy.fps:g} Hz", f"{given.robot.fps:g} Hz"
-    if abs(policy.fps - given.robot.fps) <= 1e-6 * policy.fps:
+    if not policy.fps_is_known:
+        yield Finding("rate", "unknown", "not said: pi05 convert --fps", rate)
+    elif abs(policy.fps - given.robot.fps) <= 1e-6 * policy.fps:
         yield Finding("rate", "ok", expected, rate)
     else:
         times = given.robot.fps / policy.fps
@@ -279,6 +281,9 @@ def _rate(policy: Robot, given: Given) -> Iterator[Finding]:
 
 
 def _horizon(policy: Robot, horizon: int, given: Given) -> Iterator[Finding]:
+    if not policy.fps_is_known:
+        yield Finding("horizon", "unknown", f"chunks of {horizon} actions, of a rate that is not said")
+        return
     seconds = horizon / policy.fps
     expected = f"chunks of {horizon} actions, {seconds:.3g} s"
     if given.episode_seconds is None:

@@ -79,7 +79,7 @@ def described(policy: Inference) -> dict[str, Any]:
             "name": policy.robot,
             "cameras": processor.cameras_of(policy.robot),
             "tasks": robot.tasks,
-            "fps": robot.fps,
+            "fps": robot.fps if robot.fps_is_known else None,
             "horizon": robot.horizon,
             "embodiment": robot.embodiment,
             "control_mode": robot.control_mode,

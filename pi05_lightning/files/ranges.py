@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 
@@ -19,3 +20,12 @@ def check_unique(name: str, values: Iterable[str]) -> None:
     """ValueError, by name, for a value that is there twice."""
     if twice := [value for value, count in Counter(values).items() if count > 1]:
         raise ValueError(f"{name}: {', '.join(twice)} is named twice")
+
+
+def check_expressions(name: str, patterns: Iterable[str]) -> None:
+    """ValueError, by name, for a text that is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} in {name} is no regular expression: {error}") from error

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.ranges import check_expressions, check_range
 from pi05_lightning.models.gemma import AdaRMSNorm, Block, ExpertBlock
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
@@ -57,11 +57,7 @@ class Lora:
         check_range("lora.alpha", self.alpha, 0, above=True)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}: it must be in [0, 1)")
-        for pattern in (self.targets, *self.train):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} in lora is no regular expression: {error}") from error
+        check_expressions("lora", (self.targets, *self.train))
 
     def check_patterns(self, names: Collection[str]) -> None:
         """Raises ValueError for a pattern of `train`, other than those by default, that none of the names matches."""

@@ -290,7 +290,8 @@ class Pi05Module(LightningModule):
 
     def _of_terms(self, counts: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Of i64[terms], those of some terms, in the model's order."""
-        return {name: count for name, count in zip(self.model.terms, counts, strict=True) if name in set(names)}
+        wanted = set(names)
+        return {name: count for name, count in zip(self.model.terms, counts, strict=True) if name in wanted}
 
     def transfer_batch_to_device(
         self, batch: Batch | Observed, device: torch.device, dataloader_idx: int

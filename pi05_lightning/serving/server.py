@@ -73,7 +73,7 @@ class PolicyServer:
             "action_horizon": policy.execution_horizon,
             "acting": asdict(policy.resolved),
             "action_dim": robot.action_dim,
-            "fps": robot.fps,
+            "fps": robot.fps if robot.fps_is_known else None,
             "tasks": list(robot.tasks),
         }
 

@@ -78,16 +78,21 @@ class LeRobotFolder(Weights):
 
     tokenizer: where PaliGemma's text tokenizer is, if not where the folder says.
     vision_heads: attention heads of SigLIP, which no file tells; 72 dimensions each if the width divides, else 16.
-    horizon: actions of a chunk, where no file tells.
+    horizon: actions of a chunk, where no file tells.  fps: of them a second, which none does.
     """
 
     trained = ELSEWHERE
 
     def __init__(
-        self, path: Path, tokenizer: str | None = None, vision_heads: int | None = None, horizon: int | None = None
+        self,
+        path: Path,
+        tokenizer: str | None = None,
+        vision_heads: int | None = None,
+        horizon: int | None = None,
+        fps: float | None = None,
     ) -> None:
         super().__init__(path)
-        self.tokenizer, self.vision_heads, self.horizon = tokenizer, vision_heads, horizon
+        self.tokenizer, self.vision_heads, self.horizon, self.fps = tokenizer, vision_heads, horizon, fps
 
     @cached_property
     def mapped(self) -> Foreign:
@@ -150,7 +155,7 @@ class LeRobotFolder(Weights):
 
     def processor(self) -> Processor:
         text = self.text_tokenizer()  # first: it is what may be missing
-        processor, notes = read_processor(self.path, self.config(), text)
+        processor, notes = read_processor(self.path, self.config(), text, self.fps)
         for note in notes:
             logger.warning("%s: %s", self.path, note)
         return processor

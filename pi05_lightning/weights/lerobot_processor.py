@@ -55,8 +55,12 @@ CONVERTED_STEPS = {
 _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10": ("q10", "q90")}
 
 
-def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) -> tuple[Processor, list[str]]:
+def read_processor(
+    folder: Path, config: ModelConfig, tokenizer: TextTokenizer, fps: float | None = None
+) -> tuple[Processor, list[str]]:
     """The processor of a LeRobot or openpi checkpoint, and notes on what it does not say.
+
+    fps: observations per second, which no file tells.
 
     ValueError for what is not converted: further steps of its processors, statistics that are incomplete or there
     twice, relative actions that config.json and the processors do not agree on.
@@ -69,7 +73,8 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
     robots = {
         name: Robot(
             normalize,
-            FPS,
+            FPS if fps is None else fps,
+            fps_is_known=fps is not None,
             relative=read_relative(folder, values, steps, len(normalize.state), len(normalize.action)),
             cameras=cameras(values),
         )
@@ -95,7 +100,9 @@ def read_processor(folder: Path, config: ModelConfig, tokenizer: TextTokenizer) 
         )
     if (num_steps := values.get("num_inference_steps", EULER_STEPS)) != EULER_STEPS:
         notes.append(f"LeRobot samples actions in {num_steps} steps: give the policy num_steps {num_steps}")
-    return processor, [*notes, f"the control rate is in no file: taken as {FPS:g} per second"]
+    if fps is None:
+        notes.append(f"the control rate is in no file, and taken as {FPS:g} per second: `pi05 convert --fps` sets it")
+    return processor, notes
 
 
 @dataclass(frozen=True)

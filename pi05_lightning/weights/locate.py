@@ -30,6 +30,7 @@ def locate(
     tokenizer: str | None = None,
     vision_heads: int | None = None,
     horizon: int | None = None,
+    fps: float | None = None,
     base: str | Path | None = None,
 ) -> Weights:
     """The weights at a path: of a `.ckpt`, a run's directory (its newest checkpoint), a folder or a Hub id.
@@ -41,6 +42,7 @@ def locate(
     vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
         each if the width divides, else 16.
     horizon: of LeRobot's and openpi's: actions of a chunk, where no file tells; by default 50.
+    fps: of LeRobot's and openpi's: actions per second, which no file tells.
     base: of a checkpoint of adapters: where its base is now, if not where it was.
     ValueError when there are no weights, a folder has checkpoints beside them, or ours are given what they say
     themselves.
@@ -51,10 +53,10 @@ def locate(
             f"{folder} has weights of its own, and the checkpoints {', '.join(file.name for file in checkpoints)}: name"
             " a checkpoint, or move one of the two"
         )
-    foreign = {"tokenizer": tokenizer, "vision_heads": vision_heads, "horizon": horizon}
+    foreign = {"tokenizer": tokenizer, "vision_heads": vision_heads, "horizon": horizon, "fps": fps}
     if not weight_files(folder):
         if is_orbax(folder):
-            return OpenpiFolder(folder, tokenizer, vision_heads, horizon, averaged)
+            return OpenpiFolder(folder, tokenizer, vision_heads, horizon, fps, averaged)
         _check_ours(folder, foreign)
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
@@ -63,7 +65,7 @@ def locate(
         _check_averaged(folder, averaged)
         return ExportedFolder(folder)
     _check_averaged(folder, averaged)
-    return LeRobotFolder(folder, tokenizer, vision_heads, horizon)
+    return LeRobotFolder(folder, tokenizer, vision_heads, horizon, fps)
 
 
 def _check_ours(folder: Path, foreign: Mapping[str, object]) -> None:

@@ -30,9 +30,10 @@ class OpenpiFolder(LeRobotFolder):
         tokenizer: str | None = None,
         vision_heads: int | None = None,
         horizon: int | None = None,
+        fps: float | None = None,
         averaged: bool = True,
     ) -> None:
-        super().__init__(checkpoint_folder(path), tokenizer, vision_heads, horizon)
+        super().__init__(checkpoint_folder(path), tokenizer, vision_heads, horizon, fps)
         self.params = OrbaxParams(self.path, averaged)
 
     @cached_property

@@ -37,12 +37,6 @@ def test_nan_with_weight_is_not_left_out() -> None:
     assert math.isnan(mean.sums().mean())
 
 
-def test_a_horizon_of_one_step_keeps_its_axis() -> None:
-    mean = WeightedMean(1, 1)
-    mean.update(torch.full((3, 1, 1), 2.0), torch.ones(3, 1, 1))
-    assert mean.sums().mean(0).tolist() == [2.0]
-
-
 def test_million_small_values_lose_nothing() -> None:
     mean = WeightedMean()
     for _ in range(10):

@@ -187,10 +187,7 @@ class Evaluator:
 
         def examples(rows: Sequence[int]) -> list[Example]:
             chosen = torch.tensor(rows, device=noise.device)
-            seen = Prefix(
-                None, [(k[chosen], v[chosen]) for k, v in prefix.kv], prefix.mask[chosen], prefix.flow_mask[chosen]
-            )
-            draws = self.model.flow_head.sample(seen, noise[chosen, :SHOWN_DRAWS], self.num_steps)
+            draws = self.model.flow_head.sample(prefix.rows(chosen), noise[chosen, :SHOWN_DRAWS], self.num_steps)
             return [
                 self._chunk_example(batch, row, subset, error, batch.actions, mask, draws[i])
                 for i, row in enumerate(rows)

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 @dataclass(frozen=True)
 class Sums:
-    """Σ w·x and Σ w, f64 of one shape: what means over any of its axes, and over several datasets, follow from."""
+    """Σ w·x and Σ w, f64 of one shape: what means over it, and over several datasets, follow from."""
 
     total: Tensor
     weight: Tensor
@@ -19,10 +19,9 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(self.total + other.total, self.weight + other.weight)
 
-    def mean(self, *axes: int) -> Tensor:
-        """Mean over some axes, or over all of them; NaN where nothing was counted."""
-        where = axes or tuple(range(self.total.ndim))
-        return self.total.sum(where) / self.weight.sum(where) if where else self.total / self.weight
+    def mean(self) -> Tensor:
+        """Over all elements; NaN where nothing was counted."""
+        return self.total.sum() / self.weight.sum()
 
 
 class WeightedMean(Metric):

@@ -113,7 +113,9 @@ class FlowHead(Head):
         """The batch needs its noise and time."""
         assert batch.noise is not None
         assert batch.time is not None
-        return {"flow": self.squared_error(prefix.rows(len(batch.actions)), batch.actions, batch.noise, batch.time)}
+        return {
+            "flow": self.squared_error(prefix.rows(slice(len(batch.actions))), batch.actions, batch.noise, batch.time)
+        }
 
     def squared_error(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).

@@ -110,7 +110,7 @@ def generate(
     device = prefix.mask.device
     cache = Cache.extend(prefix, max_tokens)
     token_mask = prefix.mask[:, -prefix.hidden.shape[1] :]
-    last = (torch.where(token_mask, 1, 0) * torch.arange(token_mask.shape[1], device=device)).argmax(1)
+    last = (token_mask * torch.arange(token_mask.shape[1], device=device)).argmax(1)
     hidden = prefix.hidden[torch.arange(rows, device=device), last]
     alive = torch.ones(rows, dtype=torch.bool, device=device)
     tokens: list[Tensor] = []

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.serving.reader import Reader
+from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.weights.lerobot import (
     EXPERT_LM_HEAD,
     LM_HEAD,
@@ -55,6 +58,21 @@ def test_report_counts_every_key(source: Path) -> None:
 
 def test_dimensions_are_read_from_the_tensors(source: Path) -> None:
     assert locate(source).config() == CONFIG
+
+
+def test_rate_is_told_where_it_is_said_and_goes_on_with_the_policy(
+    source: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    def served(path: Path) -> Any:
+        policy = Pi05Policy(path, tokenizer=str(tokenizer) if path == source else None)
+        return PolicyServer(policy, Reader(policy.inputs.cameras, {}, None)).metadata["fps"]
+
+    convert(source=source, target=tmp_path / "at_30", tokenizer=str(tokenizer), fps=30)
+    assert (served(source), served(tmp_path / "at_30")) == (None, 30)
+    export(tmp_path / "at_30", tmp_path / "back")
+    assert (tmp_path / "back" / "config.json").read_text() == (source / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"fps: .* says that itself"):
+        convert(source=tmp_path / "at_30", target=tmp_path / "again", fps=15)
 
 
 # --- round trip
