@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.files.local import held
+from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.episodes import record_episode
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
@@ -170,10 +171,37 @@ def test_single_frames_have_captions_and_as_many_answers_as_questions(collected)
     assert {split: len(rows) for split, rows in web.items()} == {"train": 2 * 2 * 4, "val": 2 * 1 * 4}
     for row in web["train"]:
         assert row["image"].size == (64, 64)
-        assert row["caption"].startswith("a robot arm over a table")
+        assert row["caption"] is None or row["caption"].startswith("a robot arm over a table")
         assert len(row["question"]) == len(row["answer"]) > 0
         for question, answer in zip(row["question"], row["answer"], strict=True):
             assert bool(BOX.fullmatch(answer)) == question.startswith("detect")
+
+
+@pytest.mark.parametrize(
+    ("offset", "said"),
+    [
+        ((0.2, 0.005, -0.04), "right, below"),
+        ((0.0, -0.009, 0.0), "at the gripper"),
+        ((0.2, 0.02, 0.0), None),  # neither at the same place nor ahead
+    ],
+)
+def test_a_place_is_told_where_a_centimetre_does_not_change_it(offset, said):
+    assert questions.direction(np.array(offset)) == said
+
+
+def test_a_caption_tells_places_that_are_clear():
+    clear, border = (0.1, 0.4, 0.2, 0.5), (0.1, 0.3, 0.2, 0.38)  # (ymin, xmin, ymax, xmax)
+    told = questions.caption({"gripper": border, "drawer": clear})
+    assert told == "a robot arm over a table, a drawer at the top centre"
+    assert questions.caption({"drawer": clear, "window": border}) is None
+
+
+def test_nothing_is_asked_about_what_is_not_seen(collected):
+    web = datasets.load_from_disk(collected / "web")["train"]
+    for row in web:
+        asked = [*zip(row["question"], row["answer"], strict=True)]
+        seen = {question.removeprefix("detect the ") for question, _ in asked if question.startswith("detect")}
+        assert {q.removeprefix("where is the ").rstrip("?") for q, _ in asked if q.startswith("where is")} <= seen
 
 
 def test_existing_directory_is_left_alone(collected):

@@ -1,4 +1,7 @@
-"""Questions, answers and captions from the simulator's truth."""
+"""Questions, answers and captions from the simulator's truth, where an image determines them.
+
+Where a centimetre or a few pixels would change an answer, or what it is about is not seen, nothing is asked.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import numpy as np
 from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.types import Answer, Box, box_to_text
 
-_CLOSED = 0.7  # of the gripper's opening in [0, 1]; closed on nothing it is 0.5, open 1.0
-_BESIDE = 0.02  # metres within which two things are at the same place along an axis
+_CLOSED, _OPEN = 0.65, 0.75  # of the gripper's opening in [0, 1]; closed on nothing it is 0.5, open 1.0
+_BESIDE, _APART = 0.01, 0.03  # metres along an axis: two things are at the same place, or one is beyond the other
+_BORDER = 0.03  # of the image, beside the border of a ninth
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
 
 
@@ -36,27 +40,44 @@ def answers(
     ]
     camera, places = next(iter(boxes)), env.positions()
     for name in env.objects:
-        asked.append(Answer(f"where is the {name}?", direction(places[name] - places["gripper"]), camera))
+        where = direction(places[name] - places["gripper"])
+        if name in boxes[camera] and where is not None:
+            asked.append(Answer(f"where is the {name}?", where, camera))
     asked += [Answer(question, answer, camera) for question, answer in env.facts()]
-    asked.append(Answer("is the gripper closed?", "yes" if env.state[3] < _CLOSED else "no", camera))
+    opening = env.state[3]
+    if "gripper" in boxes[camera] and not _CLOSED <= opening <= _OPEN:
+        asked.append(Answer("is the gripper closed?", "yes" if opening < _CLOSED else "no", camera))
     return tuple(asked)
 
 
-def direction(offset: np.ndarray) -> str:
-    """An offset from the gripper in metres (x right, y away from the robot, z up) in words: `left, ahead, below`."""
+def direction(offset: np.ndarray) -> str | None:
+    """An offset from the gripper in metres (x right, y away from the robot, z up) in words: `left, ahead, below`.
+
+    None where an axis is between the two: neither at the same place nor apart.
+    """
+    if any(_BESIDE < abs(value) < _APART for value in offset):
+        return None
     words = (("right", "left"), ("ahead", "behind"), ("above", "below"))
-    parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=True) if abs(value) > _BESIDE]
+    parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=True) if abs(value) >= _APART]
     return ", ".join(parts) or "at the gripper"
 
 
-def caption(boxes: Mapping[str, Box]) -> str:
-    """What an image shows and where: `a robot arm, a drawer at the top left, a drawer handle in the middle`."""
-    seen = [f"a {name} {image_place(box)}" for name, box in boxes.items() if name != "gripper"]
-    return ", ".join(["a robot arm over a table", *seen])
+def caption(boxes: Mapping[str, Box]) -> str | None:
+    """What an image shows and where: `a robot arm, a drawer at the top left, a drawer handle in the middle`.
+
+    None where the place of one of them is not clear.
+    """
+    places = {name: image_place(box) for name, box in boxes.items() if name != "gripper"}
+    if None in places.values():
+        return None
+    return ", ".join(["a robot arm over a table", *(f"a {name} {place}" for name, place in places.items())])
 
 
-def image_place(box: Box) -> str:
-    """The ninth of the image in which the centre of a box lies."""
-    row = ("top", "middle", "bottom")[int((box[0] + box[2]) * 1.5)]
-    column = ("left", "centre", "right")[int((box[1] + box[3]) * 1.5)]
+def image_place(box: Box) -> str | None:
+    """The ninth of the image in which the centre of a box lies; None beside its border."""
+    centre = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    if any(abs(value - border / 3) < _BORDER for value in centre for border in (1, 2)):
+        return None
+    row = ("top", "middle", "bottom")[int(centre[0] * 3)]
+    column = ("left", "centre", "right")[int(centre[1] * 3)]
     return "in the middle" if (row, column) == ("middle", "centre") else f"at the {row} {column}"
