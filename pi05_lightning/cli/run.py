@@ -381,17 +381,16 @@ def run(command: str, args: list[str]) -> None:
     args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
-    for callback in callbacks_of(cli.trainer):
-        if isinstance(callback, MemoryForecast):
-            callback.force = cli.config.force
-        if isinstance(callback, StageSwitch):  # here, as preparing the data may take long
-            callback.apply(cli.trainer, cli.model, command)
-            if command == "fit":
-                cli.datamodule.check_mixtures(callback.recipe)
-                if cli.config.ckpt_path is None:
-                    cli.model.check_new()
-                    if cli.model.init_from is not None:
-                        locate(cli.model.init_from)
+    for forecast in callbacks_of(cli.trainer, MemoryForecast):
+        forecast.force = cli.config.force
+    for switch in callbacks_of(cli.trainer, StageSwitch):  # here, as preparing the data may take long
+        switch.apply(cli.trainer, cli.model, command)
+        if command == "fit":
+            cli.datamodule.check_mixtures(switch.recipe)
+            if cli.config.ckpt_path is None:
+                cli.model.check_new()
+                if cli.model.init_from is not None:
+                    locate(cli.model.init_from)
     if command == "predict":
         cli.model.acting = cli.config_init.acting
     cli.model.will_be_restored = cli.config.ckpt_path is not None

@@ -126,5 +126,5 @@ class Checkpoints:
         if not (self._left_out and self._left_out.is_at(self.init_from)):
             said.append(check_origin(self.init_from, saved))
         self._saved_arguments = saved.get("callbacks", {})
-        checkpoint["callbacks"] = find_states(callbacks_of(trainer), checkpoint["callbacks"])
+        checkpoint["callbacks"] = find_states(callbacks_of(trainer, Callback), checkpoint["callbacks"])
         return [message for message in said if message]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -157,7 +157,7 @@ class Pi05Module(LightningModule):
         data = datamodule_of(self.trainer)
         data.measure_with(None if stage == "fit" else self._history.processor)
         self.processor = data.processor
-        self._checkpoints.note_arguments(callbacks_of(self.trainer))
+        self._checkpoints.note_arguments(callbacks_of(self.trainer, Callback))
 
     def follow(self, recipe: Recipe) -> None:
         """Train by a recipe; what LoRA leaves alone is frozen in all of its stages.
@@ -409,7 +409,7 @@ class Pi05Module(LightningModule):
     # --- checkpoints
 
     def on_fit_start(self) -> None:
-        self._checkpoints.reapply_arguments(callbacks_of(self.trainer))
+        self._checkpoints.reapply_arguments(callbacks_of(self.trainer, Callback))
 
     def on_train_start(self) -> None:
         self._check_weights()

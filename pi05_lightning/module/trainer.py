@@ -7,8 +7,9 @@ from typing import Any, cast
 from lightning.pytorch import Callback, Trainer
 
 
-def callbacks_of(trainer: Trainer) -> list[Callback]:
-    return list(cast("Any", trainer).callbacks)
+def callbacks_of[T: Callback](trainer: Trainer, kind: type[T]) -> list[T]:
+    """Its callbacks of a kind, in their order."""
+    return [callback for callback in cast("Any", trainer).callbacks if isinstance(callback, kind)]
 
 
 def logs_every(trainer: Trainer) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -103,8 +103,7 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint_io = trainer.strategy.checkpoint_io
         if isinstance(checkpoint_io, AtomicCheckpointIO) and isinstance(pl_module, Pi05Module):
             checkpoint_io.evaluated = None if stage == "fit" else pl_module.model
-            averages = [c for c in callbacks_of(trainer) if isinstance(c, WeightAverage)]
-            checkpoint_io.averaged = any(average.validate for average in averages)
+            checkpoint_io.averaged = any(average.validate for average in callbacks_of(trainer, WeightAverage))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         by_first_rank(partial(self._link_newest, trainer))
@@ -309,7 +308,7 @@ class RunCheckpoint(ModelCheckpoint):
         if not logs_of_others(trainer, pl_module):
             for name in re.findall(r"\{([^:}]+)", self.filename or ""):
                 check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
-            for callback in callbacks_of(trainer):
+            for callback in callbacks_of(trainer, Callback):
                 if isinstance(callback, EarlyStopping) and callback.strict:
                     check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
                 elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
@@ -398,7 +397,7 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
 
 def logs_of_others(trainer: Trainer, pl_module: LightningModule) -> bool:
     """Whether a module or callback that is not of these packages may log what nobody knows of before it does."""
-    callbacks = callbacks_of(trainer)
+    callbacks = callbacks_of(trainer, Callback)
     classes = [type(pl_module), *(type(callback) for callback in callbacks)]
     own = any(kind.__module__.partition(".")[0] not in ("lightning", "pi05_lightning") for kind in classes)
     # rates are logged by names of the optimizer's

@@ -66,8 +66,7 @@ class Forecaster:
     def __init__(self, trainer: Trainer, module: Pi05Module, force: bool) -> None:
         self.trainer, self.module, self.force = trainer, module, force
         self.data = datamodule_of(trainer)
-        switches = [c for c in callbacks_of(trainer) if isinstance(c, StageSwitch)]
-        averages = [c for c in callbacks_of(trainer) if isinstance(c, WeightAverage)]
+        switches, averages = callbacks_of(trainer, StageSwitch), callbacks_of(trainer, WeightAverage)
         self.recipe = switches[0].recipe if switches else module.recipe
         self.batches = LargestBatches(self.data, module, trainer, self.recipe)
         self.device = trainer.strategy.root_device

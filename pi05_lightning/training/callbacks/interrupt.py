@@ -112,9 +112,8 @@ class InterruptBetweenSteps(Callback):
 
 def stop_if_asked(trainer: Trainer) -> None:
     """Between two steps, for what takes long there: raises `Stopped` if a signal has come. Several ranks go on."""
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, InterruptBetweenSteps):
-            callback.on_validation_batch_end(trainer)
+    for callback in callbacks_of(trainer, InterruptBetweenSteps):
+        callback.on_validation_batch_end(trainer)
 
 
 def end(signum: int, frame: FrameType | None) -> None:

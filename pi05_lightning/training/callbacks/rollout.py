@@ -108,7 +108,7 @@ class PeriodicRollout(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
         assert pl_module.processor is not None
-        of_this_name = [c for c in callbacks_of(trainer) if isinstance(c, PeriodicRollout) and c.name == self.name]
+        of_this_name = [c for c in callbacks_of(trainer, PeriodicRollout) if c.name == self.name]
         if len(of_this_name) > 1:
             raise ValueError(
                 f"{len(of_this_name)} PeriodicRollout log as `{self.tag}`: give all but one a `name` of their own"
@@ -168,9 +168,8 @@ class PeriodicRollout(Callback):
         if module.sharding is not None:
             module.sharding.wait()  # what comes next has less patience
         self.is_pending = False
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, Throughput):
-                callback.pause()
+        for throughput in callbacks_of(trainer, Throughput):
+            throughput.pause()
 
     @rank_zero_only
     def _roll_out_on_one_rank(self, trainer: Trainer, module: Pi05Module, model: Pi05) -> None:
@@ -212,7 +211,7 @@ class PeriodicRollout(Callback):
     @contextmanager
     def _weights(self, trainer: Trainer, module: Pi05Module) -> Iterator[Pi05]:
         """The model that a checkpoint of this moment would hold, on the first rank; every rank must enter it."""
-        average = next((c for c in callbacks_of(trainer) if isinstance(c, WeightAverage)), WeightAverage())
+        average = next(iter(callbacks_of(trainer, WeightAverage)), WeightAverage())
         with average.applied(module):
             yield module.gathered(keep=trainer.is_global_zero)
 
