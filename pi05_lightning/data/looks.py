@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 SIDE = 8
 LEAST_CONTRAST = 2.0  # grey levels; a flatter mean tells nothing
-ALIKE = 0.4
+SAME_SCENE = 0.4
 """Likeness from which on two means show the same scene."""
-AS_LIKE, LIKER = 0.1, 0.25
-"""By how much more a mean may be like the changed one before that says anything, and from where on it was changed."""
-THE_SAME, CLEARLY = 0.02, 0.25
-"""Of what lacks to a likeness of 1: up to the first nothing was changed; where a change leaves less than the second
-part of it, it was changed, however small the gain."""
+MOST_CHANCE_GAIN, CLEAR_GAIN = 0.1, 0.25
+"""Likeness that a change of the image adds: up to the first by chance; from the second on the image was so changed."""
+MOST_LACK, MOST_LEFT = 0.02, 0.25
+"""Of what lacks to a likeness of 1: up to the first nothing was changed. Where a change leaves less than the second
+share of it, the image was so changed, however small the gain."""
 
 _TURNS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "": lambda mean: mean,
@@ -51,7 +51,7 @@ class Look:
         if not means:
             return None
         look = cls(torch.stack(means).mean(0).round().byte().numpy(), size)
-        liker = {best for one in means for best, gain, _ in [look._compared(one.numpy())] if gain > AS_LIKE}
+        liker = {best for one in means for best, gain, _ in [look._compared(one.numpy())] if gain > MOST_CHANCE_GAIN}
         return replace(look, varied=tuple(sorted(liker)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,9 +77,9 @@ class Look:
             return None
         best, gain, straight = self._compared(other.mean)
         lacked = 1 - straight
-        if gain >= LIKER or (lacked > THE_SAME and lacked - gain < CLEARLY * lacked):
-            return best if straight + gain >= ALIKE and best not in self.varied else None
-        return "" if straight >= ALIKE and gain <= AS_LIKE else None
+        if gain >= CLEAR_GAIN or (lacked > MOST_LACK and lacked - gain < MOST_LEFT * lacked):
+            return best if straight + gain >= SAME_SCENE and best not in self.varied else None
+        return "" if straight >= SAME_SCENE and gain <= MOST_CHANCE_GAIN else None
 
     def _compared(self, mean: np.ndarray) -> tuple[str, float, float]:
         """The change that makes this look likest to a mean, by how much more than none, and how like it is without."""

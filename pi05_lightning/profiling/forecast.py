@@ -64,7 +64,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Setting:
     """What a trainer decides of the memory.
 
     precision: 32-true, bf16-mixed, bf16-true.  accumulates: several batches to a step.  averages: weights are averaged.
@@ -97,7 +97,7 @@ def forecast(
     recipe: Recipe,
     make: MakeOptimizer,
     batches: Batches,
-    trainer: Trainer,
+    setting: Setting,
     insulate: bool = False,
 ) -> dict[str, Memory]:
     """What each stage of a recipe needs, by its name.
@@ -111,20 +111,20 @@ def forecast(
     steps = {}
     for stage in recipe.reached:
         model = blank(stage)
-        make_fake(model, fake, trainer.weights, trainer.device)
+        make_fake(model, fake, setting.weights, setting.device)
         batch = batches(stage)
 
         def forward(model: Pi05 = model, batch: Batch = batch, stage: Stage = stage) -> Tensor:
-            with trainer.autocast():
+            with setting.autocast():
                 without_numbers = replace(batch, **tree_map_only(Tensor, fake.from_tensor, vars(batch)))
-                terms = model(without_numbers.to(trainer.device), stage.weights, insulate=insulate)
+                terms = model(without_numbers.to(setting.device), stage.weights, insulate=insulate)
                 return torch.stack([stage.weights[n] * (t.values * t.mask).sum() for n, t in terms.items()]).sum()
 
-        steps[stage.name] = step_memory(model, forward, fake, accumulates=trainer.accumulates)
+        steps[stage.name] = step_memory(model, forward, fake, accumulates=setting.accumulates)
         trained |= {name: value for name, value in model.named_parameters() if name in steps[stage.name].gradients}
         weights = bytes_of([*model.parameters(), *model.buffers()])
     optimizer = optimizer_memory(trained, _of_groups(make, recipe), fake)
-    of_average = [p for name, p in model.named_parameters() if recipe.trains(name)] if trainer.averages else []
+    of_average = [p for name, p in model.named_parameters() if recipe.trains(name)] if setting.averages else []
     validating = sum(p.nbytes for p in of_average if p.dtype != torch.float32)
     state = 0
     begun: set[str] = set()
@@ -133,13 +133,13 @@ def forecast(
         begun |= set(step.gradients)
         memory = Memory(
             weights=weights,
-            gradients=sum(step.gradients.values()) * (2 if trainer.buckets else 1),
+            gradients=sum(step.gradients.values()) * (2 if setting.buckets else 1),
             optimizer=state,
             average=4 * sum(p.numel() for p in of_average),
             activations=max(step.activations, optimizer.temporary, validating),
         )
-        memory = memory.divided(trainer.shards)
-        if trainer.device == "cpu":
+        memory = memory.divided(setting.shards)
+        if setting.device == "cpu":
             heap = min(HEAP, memory.gradients + memory.activations) + HEAP_SHARE * memory.total
             memory = replace(memory, heap=int(heap))
         found[name] = memory

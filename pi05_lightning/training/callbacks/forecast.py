@@ -24,8 +24,7 @@ from pi05_lightning.data.mixture import Draw, Mixture
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of
-from pi05_lightning.profiling.forecast import MARGIN, Batches, Memory, at_most, forecast, gib, largest, table
-from pi05_lightning.profiling.forecast import Trainer as Deciding
+from pi05_lightning.profiling.forecast import MARGIN, Batches, Memory, Setting, at_most, forecast, gib, largest, table
 from pi05_lightning.profiling.free import free_memory
 from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.recipe import Recipe, Stage
@@ -70,7 +69,7 @@ class Forecaster:
         self.recipe = switches[0].recipe if switches else module.recipe
         self.batches = LargestBatches(self.data, module, trainer, self.recipe)
         self.device = trainer.strategy.root_device
-        self.deciding = Deciding(
+        self.setting = Setting(
             precision=str(trainer.precision_plugin.precision),
             accumulates=trainer.accumulate_grad_batches > 1,
             averages=any(average.decay is not None for average in averages),
@@ -131,7 +130,7 @@ class Forecaster:
     def stages(self, changes: Mapping[str, Any], size: int | None = None) -> dict[str, Memory]:
         """What each stage needs, with other arguments of the module, and batches of another size."""
         module = variant(self.module, self.recipe, changes)
-        deciding = replace(self.deciding, accumulates=self.deciding.accumulates or size is not None)
+        deciding = replace(self.setting, accumulates=self.setting.accumulates or size is not None)
         batches: Batches = partial(self.batches, size=size)
         insulate = module.knowledge_insulation
         with isolate_rng():
@@ -161,7 +160,7 @@ class Forecaster:
 
     def ranks(self, memory: Memory, free: int) -> Iterator[str]:
         """How many devices would do, each with as much memory, in words; for a GPU's, as ranks share a machine's."""
-        if self.device.type != "cpu" and self.deciding.shards == 1 and self.module.blueprint.base is None:
+        if self.device.type != "cpu" and self.setting.shards == 1 and self.module.blueprint.base is None:
             for devices in (2, 4, 8, 16, 32, 64):
                 if memory.divided(devices).total <= free:
                     yield f"--trainer.devices {devices} --trainer.strategy fsdp2"
