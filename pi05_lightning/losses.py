@@ -51,9 +51,10 @@ def mean_terms(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The mean of each term over all its elements in an optimizer step, and how many those are, on all ranks together.
 
-    A mean of the batches' own means would weigh an element by how few others its batch has. What this gives for one
-    batch of a step is such that the mean over the step's batches and over ranks is the step's, and so for gradients:
-    the first is what Lightning takes, the second what data-parallel strategies do. Values are the same on every rank.
+    The mean of the batches' own means would weigh elements unequally, where batches have different numbers of them.
+    What this gives for a batch is scaled: its mean over the step's batches, which Lightning takes, and over ranks, which
+    data-parallel strategies take, is the mean over all elements of the step. Gradients follow it. Values are the same
+    on every rank.
 
     terms: of this batch.  counts: elements of each term in the step's batches on this rank, of all terms that a batch
     or rank may have.  batches: how many the step accumulates.

@@ -143,7 +143,7 @@ class Recipe:
         posttrain: StageOptions = POSTTRAIN,
         then: Sequence[Stage] = (),
     ) -> Recipe:
-        """π0.5's two stages, and what comes after them. In the first, a flow loss would count as it is weighed.
+        """π0.5's two stages, and what comes after them. In the first, a flow loss counts with its weight alone.
 
         Args:
             pretrain_steps: optimizer steps of stage 1, CE(text) + CE(subtask) + CE(FAST).

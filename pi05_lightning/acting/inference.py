@@ -208,7 +208,7 @@ class Inference:
         given: Sequence[Given | None],
         generator: Generators,
     ) -> list[Computed]:
-        """For each frame what `finish` makes a chunk of."""
+        """For each frame what the model computes, of which `finish` makes a chunk."""
         fast = start is None
         guided = {} if fast or self.acting.guidance == 1 else {"guidance": self.acting.guidance}
         prompts = [

@@ -1,1 +1,1 @@
-"""What a user types: one file per command."""
+"""What a user types: one file per command, and what several of them share."""

@@ -136,6 +136,7 @@ class Backbone(nn.Module):
         )
 
     def embed_text(self, tokens: Tensor) -> Tensor:
+        """Tokens i64[B L] as [B L W], scaled by √W as Gemma does."""
         return self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -221,6 +222,7 @@ def _initialize_layer(layer: nn.Module) -> None:
 
 @torch.no_grad()
 def place_on_curve(embedding: Tensor, ids: list[int]) -> None:
+    """Give the rows `ids` of an embedding [V W] random values in which neighbours are alike, as numbers are."""
     width = embedding.shape[1]
     octaves = 6
     features = fourier_features(torch.linspace(0, 1, len(ids), device=embedding.device), octaves)

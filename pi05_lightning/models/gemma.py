@@ -47,6 +47,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x [... W] over the root mean square of its last axis, in fp32."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
@@ -114,11 +115,13 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
     def keys_values(self, x: Tensor, rope: Rope) -> KV:
+        """Of normed tokens x [B S W]: K (rotated) and V, [B H_kv S head_dim] each."""
         k = rearrange(self.k_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
         v = rearrange(self.v_proj(x), "b s (h d) -> b h s d", h=self.num_kv_heads)
         return rotate(k, rope), v
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
+        """What tokens x [B Q W] get from keys and values of S tokens, [B Q W]; mask bool[B 1 Q S] or one row for all."""
         q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))

@@ -222,8 +222,8 @@ class Pi05Module(LightningModule):
     def gathered(self, keep: bool = True) -> Pi05:
         """The model with whole weights, as they are now: itself, or where ranks divide them a copy for evaluation.
 
-        Of that, which every rank must ask for, the tensors are in the type that training computes in.  keep: False on
-        ranks that need none; theirs has no memory.
+        Collective where ranks divide them: every rank must call it. The copy's tensors are in the type that training
+        computes in.  keep: False on ranks that need none; theirs has no memory.
         """
         if self.sharding is None:
             return self.model

@@ -33,7 +33,7 @@ class AdapterBase:
         return list(dict.fromkeys(found))
 
     def find(self, places: Iterable[str], locate: Callable[[str], Weights]) -> tuple[AdapterBase, Weights]:
-        """The weights at the first of some places that has this content, and itself as of there.
+        """The weights at the first of some places that has this content, and this base with that place's name.
 
         ValueError that says what is at each.
         """

@@ -33,7 +33,7 @@ class Weights(ABC):
 
         With a dtype, each is cast to it on the way, into memory of its own. Without one they are as they are, and may
         be mapped from the file.  `build` and `fill` check that they are a model's, all of them and no others.
-        keep: what is kept of each, so that the whole of them is never in memory where that is less.
+        keep: which part of each is returned, such as a rank's slice, so that all of them need not fit into memory.
         """
 
     def mapped_tensors(self) -> dict[str, Tensor]:

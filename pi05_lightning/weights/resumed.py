@@ -20,7 +20,7 @@ from pi05_lightning.models.quantized import Kind
 REMEDY = "Leave it as it was, or begin a new run from these weights: model.init_from instead of ckpt_path"
 SHOWN = 8  # differences that are listed
 _APPLIED = {"dropout", "train"}
-"""Options of LoRA that change no tensor and nothing that one stands for."""
+"""Options of LoRA that change neither a tensor nor its meaning, and so may be others when a run is resumed."""
 
 
 def check_model(
