@@ -52,9 +52,9 @@ def mean_terms(
     """The mean of each term over all its elements in an optimizer step, and how many those are, on all ranks together.
 
     The mean of the batches' own means would weigh elements unequally, where batches have different numbers of them.
-    What this gives for a batch is scaled: its mean over the step's batches, which Lightning takes, and over ranks, which
-    data-parallel strategies take, is the mean over all elements of the step. Gradients follow it. Values are the same
-    on every rank.
+    What this gives for a batch is scaled so that its mean over the step's batches, which Lightning takes, and over
+    ranks, which data-parallel strategies take, is the mean over all elements of the step, and so for gradients. Values
+    are the same on every rank.
 
     terms: of this batch.  counts: elements of each term in the step's batches on this rank, of all terms that a batch
     or rank may have.  batches: how many the step accumulates.

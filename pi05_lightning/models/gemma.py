@@ -121,7 +121,7 @@ class Attention(nn.Module):
         return rotate(k, rope), v
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor, kv: KV) -> Tensor:
-        """What tokens x [B Q W] get from keys and values of S tokens, [B Q W]; mask bool[B 1 Q S] or one row for all."""
+        """What normed tokens x [B Q W] take from keys and values of S tokens, [B Q W]; mask: see `attend`."""
         q = rotate(rearrange(self.q_proj(x), "b s (h d) -> b h s d", h=self.num_heads), rope)
         out = attend(q, kv[0].to(q.dtype), kv[1].to(q.dtype), mask)
         return self.o_proj(rearrange(out, "b h s d -> b s (h d)"))
