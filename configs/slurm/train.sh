@@ -17,5 +17,6 @@
 #SBATCH --signal=SIGUSR1@900
 
 # as of SLURM 22.05 srun does not take --cpus-per-task from the job
-exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" pi05 fit "$@" --run "${RUN:-runs/slurm-$SLURM_JOB_ID}" --resume auto \
+exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+    pi05 fit "$@" --run "${RUN:-runs/slurm-$SLURM_JOB_ID}" --resume auto \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE"

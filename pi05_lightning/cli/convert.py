@@ -163,7 +163,7 @@ def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> lis
     else:
         processor, notes = read_processor(weights.path, foreign.config, text, weights.fps)
         keep_robot(processor, robot)
-    save(folder, build(foreign.config, weights.mapped_tensors()), processor)
+    save(folder, build(foreign.config, weights.mapped_tensors()), processor, weights.trained)
     keep_origin(weights.path, foreign, folder / ORIGIN)
     return [foreign.report(), *notes]
 

@@ -295,8 +295,8 @@ def check_trainer(trainer: Namespace, command: str) -> None:
         check_range("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
     elif trainer.val_check_interval is not None:
         raise ValueError(
-            f"trainer.val_check_interval is a time, {trainer.val_check_interval}, by which ranks would not validate"
-            " together: give it in batches"
+            f"trainer.val_check_interval is a time, {trainer.val_check_interval}: give it in batches, as several ranks"
+            " would not validate together by their clocks"
         )
     if trainer.default_root_dir is not None:
         raise ValueError("trainer.default_root_dir is not where a run lies: give its directory as --run")

@@ -236,6 +236,7 @@ class Pi05DataModule(LightningDataModule):
                     )
 
     def prepare_data(self) -> None:
+        self._unprepared = None
         try:
             _ = self._tokenizer, self._fast  # before the datasets, which take longer to open
             for split in ("train", self.evaluated):
@@ -266,8 +267,9 @@ class Pi05DataModule(LightningDataModule):
         robots = {name: robot.normalize for name, robot in self.own_processor.robots.items()}
         values = {n: [r.state.q01, r.state.q99, r.action.q01, r.action.q99] for n, r in robots.items()}
         sizes = {
-            str(Subset(name, modality)): len(source.indices(modality))
-            for name, source in self.sources("train").items()
+            f"{Subset(name, modality)} ({split})": len(source.indices(modality))
+            for split in ("train", self.evaluated)
+            for name, source in self.sources(split).items()
             for modality in Modality
         }
         return Seen(sizes, {name: np.concatenate(parts) for name, parts in values.items()})
@@ -425,7 +427,7 @@ class Pi05DataModule(LightningDataModule):
     def check_ranks(self, sizes: Sequence[int]) -> None:
         """ValueError where a rank has nothing to look at of parts of these sizes: the others would wait for it."""
         most = min(max(sizes, default=0), self.val_samples)
-        if most < self._ranks:
+        if 0 < most < self._ranks:  # of nothing at all, every rank does as much
             raise ValueError(
                 f"there are {self._ranks} ranks, and at most {most} samples of a validation part to look at: give"
                 f" data.val_samples of {self._ranks} or more (it is {self.val_samples}), hold out more, or use fewer"

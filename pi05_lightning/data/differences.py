@@ -14,7 +14,7 @@ from pi05_lightning.data.processor import Processor
 ROUNDING = 1e-6  # of a value and its dim's range: statistics are deterministic, but for a machine's last bit
 SHOWN = 3  # dims of which the values are told
 ANOTHER_LOOK = 8.0  # grey levels between the means of two cameras' images
-_TOLD_OTHERWISE = {"quantiles", "state_range", "tasks", "dataset", "looks", "horizon"}
+_TOLD_OTHERWISE = {"fps_is_known", "quantiles", "state_range", "tasks", "dataset", "looks", "horizon"}
 _UNKNOWN = ("cameras", None)  # to an older checkpoint
 
 
@@ -82,7 +82,7 @@ def differences(saved: Mapping[str, Any], today: Processor) -> list[Difference]:
 class Seen:
     """What a rank of a run sees of its data.
 
-    sizes: `source/modality`: samples.  quantiles: by robot, all of them, f64[N].
+    sizes: samples by `source/modality` and part.  quantiles: by robot, all of them, f64[N].
     """
 
     sizes: dict[str, int]
@@ -103,10 +103,11 @@ class Seen:
 
 
 def _of_robot(place: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    told_otherwise = _TOLD_OTHERWISE | (set() if then.get("fps_is_known", True) else {"fps"})
     found = [
         Difference(place, f"{key} {_values(now[key], value)}", harmless=(key, value) == ("has_subtasks", False))
         for key, value in then.items()
-        if key in now and key not in _TOLD_OTHERWISE and (key, value) != _UNKNOWN and _plain(value) != _plain(now[key])
+        if key in now and key not in told_otherwise and (key, value) != _UNKNOWN and _plain(value) != _plain(now[key])
     ]
     for part in ("state", "action"):
         old, new = (np.array([q[part]["q01"], q[part]["q99"]]) for q in (then["quantiles"], now["quantiles"]))

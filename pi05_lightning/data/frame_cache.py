@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,6 +26,7 @@ from pi05_lightning.data.images import resize_with_pad
 
 _VERSION = 3  # part of every fingerprint: raise it when the same file would give other bytes
 TEMPORARY = f".{socket.gethostname()}.tmp"  # locks may be a machine's own where the folder is not
+DAY = 86_400  # seconds after which another machine's is left over too
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
@@ -49,8 +51,9 @@ def fill(caches: Sequence[CachedFrames], label: str) -> None:
         for cache in caches:
             cache.folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(FileLock(cache.folder / ".lock"))
-            for leftover in cache.folder.glob(f"*{TEMPORARY}"):
-                leftover.unlink()
+            for leftover in cache.folder.glob("*.tmp"):
+                if leftover.name.endswith(TEMPORARY) or time.time() - leftover.stat().st_mtime > DAY:
+                    leftover.unlink(missing_ok=True)
         missing = [(cache, file) for cache in caches for file in cache.missing()]
         if missing:
             _decode_all(missing, label)

@@ -35,7 +35,7 @@ class Slow(Callback):
     before: ClassVar[list[str]] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        names = [type(callback).__name__ for callback in callbacks_of(trainer)]
+        names = [type(callback).__name__ for callback in callbacks_of(trainer, Callback)]
         Slow.before = names[: names.index("Slow")]
 
 

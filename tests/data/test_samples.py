@@ -103,6 +103,11 @@ def test_validation_samples_are_made_as_those_of_the_weights_that_are_measured(p
     assert data.processor.robots is weights.robots
 
 
+def test_data_without_a_validation_part_have_nothing_to_validate(pictures: Path) -> None:
+    robot = LeRobotConfig(str(pictures), val_fraction=0)
+    assert Pi05DataModule({"robot": robot}, shapes=ModelConfig.preset("debug").shapes).val_dataloader() == []
+
+
 def test_training_stops_when_the_share_of_bad_samples_passes_its_bound() -> None:
     count = BadSampleCount(max_share=0.01)
     good, bad = Drawn({"web/qa": 100}, 0), Drawn({"web/qa": 9}, 0, ("dataset 'web', row 3: broken",))

@@ -178,6 +178,7 @@ def test_loop_that_is_slower_than_the_policy_is_an_error():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_age": 0}, "max_age is 0: give seconds above 0"),
         ({"mode": "async"}, "mode is 'async': expected waiting, asynchronous, rtc"),
         ({"mode": "rtc", "blend": 2}, "blend"),
         ({"execution_horizon": 0}, "execution_horizon 0"),

@@ -120,6 +120,8 @@ class Controller:
             raise ValueError(f"blend: in the mode {mode} no two chunks have to be joined; leave it out")
         if blend < 0 or (execution_horizon is not None and execution_horizon < 1):
             raise ValueError(f"blend is {blend} and execution_horizon {execution_horizon}: at least 0 and 1")
+        if max_age is not None and not max_age > 0:
+            raise ValueError(f"max_age is {max_age!r}: give seconds above 0, or leave it out")
         if rate is not None and not 0 < rate < math.inf:
             raise ValueError(f"rate is {rate!r}: give control steps per second")
         self.fallback, self.rate, self.blend, self.on_error = fallback, rate, blend, on_error

@@ -1,6 +1,6 @@
-"""Questions, answers and captions from the simulator's truth, where an image determines them.
+"""Questions, answers and captions from the simulator's truth, of places where an image determines them.
 
-Where a centimetre or a few pixels would change an answer, or what it is about is not seen, nothing is asked.
+Where a centimetre or a few pixels would change a place, or one of what it is about is not seen, nothing is asked.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def answers(
     camera, places = next(iter(boxes)), env.positions()
     for name in env.objects:
         where = direction(places[name] - places["gripper"])
-        if name in boxes[camera] and where is not None:
+        if {name, "gripper"} <= boxes[camera].keys() and where is not None:
             asked.append(Answer(f"where is the {name}?", where, camera))
     asked += [Answer(question, answer, camera) for question, answer in env.facts()]
     opening = env.state[3]

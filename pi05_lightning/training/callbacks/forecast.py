@@ -130,11 +130,11 @@ class Forecaster:
     def stages(self, changes: Mapping[str, Any], size: int | None = None) -> dict[str, Memory]:
         """What each stage needs, with other arguments of the module, and batches of another size."""
         module = variant(self.module, self.recipe, changes)
-        deciding = replace(self.setting, accumulates=self.setting.accumulates or size is not None)
+        setting = replace(self.setting, accumulates=self.setting.accumulates or size is not None)
         batches: Batches = partial(self.batches, size=size)
         insulate = module.knowledge_insulation
         with isolate_rng():
-            return forecast(module.blank, module.recipe, module.make_optimizer, batches, deciding, insulate)
+            return forecast(module.blank, module.recipe, module.make_optimizer, batches, setting, insulate)
 
     def of(self, changes: Mapping[str, Any], size: int | None = None) -> Memory:
         """Of the stage that needs most."""

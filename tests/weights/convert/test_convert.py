@@ -69,6 +69,7 @@ def test_rate_is_told_where_it_is_said_and_goes_on_with_the_policy(
 
     convert(source=source, target=tmp_path / "at_30", tokenizer=str(tokenizer), fps=30)
     assert (served(source), served(tmp_path / "at_30")) == (None, 30)
+    assert locate(tmp_path / "at_30").trained == LeRobotFolder.trained
     export(tmp_path / "at_30", tmp_path / "back")
     assert (tmp_path / "back" / "config.json").read_text() == (source / "config.json").read_text()
     with pytest.raises(ValueError, match=r"fps: .* says that itself"):
