@@ -4,7 +4,8 @@ What differs from the paper (arXiv 2504.16054):
 - The backbone never attends to the action expert, so the joint transformer is two calls, which is exact: the backbone,
   whose keys and values are kept, and the flow head, which attends to them. Training and inference run the same two.
 - Several noise draws of an observation share one prefix; absent cameras and padding are not computed.
-- The flow loss leaves out steps past the episode's end, which openpi and LeRobot train on.
+- The flow loss leaves out steps past the episode's end, which openpi and LeRobot train on. As openpi's it is of dims
+  beyond the robot's too, which LeRobot leaves out.
 - FAST tokens have ids below `<loc>`, where openpi puts them among the `<loc>` tokens (`fast_skip_tokens`).
 - Laptop-size models see keypoints instead of SigLIP's patches (models/keypoints.py), and learn to point
   (models/heads/location.py).

@@ -13,11 +13,12 @@ def test_mean_of_two_updates_is_weighted_by_what_each_counted() -> None:
     assert float(mean.sums().mean()) == (1 + 2 + 6 * 2) / 4
 
 
-def test_means_are_kept_per_element_and_over_axes() -> None:
+def test_sums_are_kept_per_element_and_have_one_mean() -> None:
     mean = WeightedMean(2, 2)
     mean.update(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1, 1], [1, 0]]]))
     sums = mean.sums()
-    assert sums.mean(0).tolist() == [2.0, 2.0]  # (1 + 3) / 2 and 2 / 1
+    assert sums.total.tolist() == [[1.0, 2.0], [3.0, 0.0]]
+    assert sums.weight.tolist() == [[1.0, 1.0], [1.0, 0.0]]
     assert float(sums.mean()) == 2.0  # (1 + 2 + 3) / 3
 
 

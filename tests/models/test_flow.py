@@ -41,6 +41,18 @@ def test_time_features_resolve_the_shortest_period() -> None:
     torch.testing.assert_close(time_features(t, 16)[:, 0].double(), exact, atol=1e-6, rtol=0)
 
 
+def test_dims_beyond_the_robots_are_trained_and_steps_past_the_end_are_not(model: Pi05) -> None:
+    batch = make_batch(model.config, ["iipps", "ip"], acting=2)
+    mask = torch.ones_like(batch.action_mask)
+    mask[..., 1:] = False
+    mask[0, 2:] = False
+    counted = model(replace(batch, action_mask=mask), ["flow"])["flow"].mask
+    assert counted.all(-1).equal(counted.any(-1))
+    assert counted[0, :, :2].all()
+    assert not counted[0, :, 2:].any()
+    assert counted[1].all()
+
+
 def test_k_draws_are_the_mean_of_k_passes(model: Pi05) -> None:
     batch = make_batch(model.config, ["iipps", "ip", "pptt"], acting=2, draws=3)
     assert batch.noise is not None

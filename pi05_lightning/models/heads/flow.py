@@ -101,10 +101,14 @@ class FlowHead(Head):
         return self.action_out_proj(x.to(self.action_out_proj.weight.dtype)).float().view_as(x_t)
 
     def masks(self, batch: Batch) -> dict[str, Tensor]:
-        """The batch needs its noise and time."""
+        """Steps of the data, in all dims; the batch needs its noise and time.
+
+        Dims beyond the robot's are 0 there, and trained to be so, as openpi does: a chunk is integrated in all of them,
+        and what was not trained would lead the others astray.
+        """
         assert batch.noise is not None
         assert batch.time is not None
-        mask = batch.action_mask[:, None]
+        mask = batch.action_mask.any(-1, keepdim=True)[:, None]
         if batch.time.ndim == 3:
             mask = mask & (batch.time > 0)[..., None]
         return {"flow": mask.expand(batch.noise.shape)}
