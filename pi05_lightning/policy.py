@@ -416,10 +416,10 @@ def _finished(request: Request, computed: Computed) -> np.ndarray | Exception:
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raises ValueError for a device that this machine does not have."""
+    """Raises ValueError for a device that this machine does not have, or that lacks float64, as Apple's does."""
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device, dtype=torch.float64)  # what flow time is computed in
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 

@@ -62,7 +62,7 @@ class StageOptions:
     """Regular expression -> factor on the learning rate; the first that matches a parameter's name counts."""
     warmup_steps: int = 0
     final_lr_factor: float = 0.1
-    """Cosine decay ends at this share of the learning rate at the stage's last step."""
+    """Cosine decay comes to this share of the learning rate where the stage ends, after its last step."""
 
     def __post_init__(self) -> None:
         for name, share in self.mixture.items():

@@ -21,6 +21,8 @@ from pi05_lightning.files.local import read_json, write_json
 from tools.experiment_recipes import EXPERIMENTS, recipe_of
 from tools.experiment_results import gather
 
+BY_HAND = ("007_quantised_base", "008_mt50", "013_fast_vocabulary")
+
 
 def experiment(
     name: str, seeds: tuple[int, ...] = (0, 1, 2), demo: Path | None = None, out: Path = Path("runs/experiments")
@@ -38,6 +40,8 @@ def experiment(
     names = sorted(folder.name for folder in EXPERIMENTS.iterdir() if folder.is_dir())
     if name not in names:
         raise SystemExit(f"there is no experiment {name!r}: it is one of {', '.join(names)}")
+    if name in BY_HAND:
+        raise SystemExit(f"{name} asks another question than success: run the commands in experiments/{name}/README.md")
     demo = demo or recipe_of(name).demo
     for seed in seeds:
         for part, command in commands(name, seed, demo, out / name / f"seed{seed}").items():

@@ -11,6 +11,7 @@ import numpy as np
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.types import Frame
@@ -30,10 +31,13 @@ def reading(
 ) -> LeRobotConfig:
     """How a dataset is read to try a policy, of a robot, on it: by default the features that most robots have.
 
-    What cannot be trained on is left out, and images of every kind are taken: a policy may have been trained so.
+    What cannot be trained on is left out. Images of every kind, frames without an instruction and timestamps that are
+    off by up to half a frame are taken: a policy may have been trained so.
     """
     return LeRobotConfig(
         path,
+        task=next(iter(robot.tasks), None),
+        tolerance_s=0.49 / LeRobotFiles.open(find_dataset(path)).fps,
         cameras=cameras,
         state_keys=(["observation.state"] if robot.state_dim else []) if state_keys is None else state_keys,
         action_keys=["action"] if action_keys is None else action_keys,

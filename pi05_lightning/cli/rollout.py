@@ -19,7 +19,7 @@ from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.hub import is_on_hub, local_folder
 from pi05_lightning.files.local import shown, write_json
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import Dtype, Pi05Policy
+from pi05_lightning.policy import Dtype, Pi05Policy, check_device, check_dtype
 from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import check_rate
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
@@ -105,6 +105,8 @@ def rollout(
         check_range("num_workers", num_workers, 1)
     check_told("swaps", swaps, "swapped", instructions)
     check_told("paraphrases", paraphrases, "paraphrased", instructions)
+    check_device(device)
+    check_dtype(dtype, device)
     env.warm_up()  # what is missing shows before the weights are read
     if is_on_hub(checkpoint):
         out = out or RUNS / checkpoint.name / ROLLOUT.parent

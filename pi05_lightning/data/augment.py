@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.types import Batch
+from pi05_lightning.types import Batch, Target
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How far images are changed at random; the defaults are openpi's."""
+    """How far images are changed at random; the defaults are openpi's, which does not crop wrist cameras either."""
 
     crop: float = 0.95
     """Share of height and width that is kept and scaled up again; 1 for no crop."""
@@ -47,7 +47,8 @@ class Augmentation:
         (loc_ids), or among its targets, keep their geometry, since that would no longer be where it says.
         """
         row = (batch.image_index // max(batch.image_mask.shape[1], 1)).tolist()
-        told = ((batch.tokens >= loc_ids.start) & (batch.tokens < loc_ids.stop)).any(dim=1).tolist()
+        places = (batch.tokens >= loc_ids.start) & (batch.tokens < loc_ids.stop)
+        told = (places & (batch.target_kind != Target.FAST)).any(dim=1).tolist()  # FAST tokens may have the same ids
         fixed = [False] * len(row) if batch.fixed_image is None else batch.fixed_image.tolist()
         keys, names = batch.key.tolist(), [cameras[camera] for camera in batch.camera.tolist()]
         drawn = np.empty((len(row), 7), np.float32)

@@ -26,6 +26,8 @@ def check_rate(dataset: Path, fps: float) -> None:
 def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
     """Mean action at each time step over the training episodes of a task that last that long: f32[N A].
 
+    Time counts from the task's first frame in an episode. A step that no episode has holds the action before it.
+
     dataset: a LeRobot v3 folder;  task: the instruction, as the dataset has it.
     Raises NoDemonstrations when no training episode has this task.
     """
@@ -35,13 +37,16 @@ def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
         raise NoDemonstrations(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks))}")
     episodes = files.choose("train", 0.0, None)
     rows = ds.dataset(files.root / "data").to_table(
-        columns=["frame_index", "action"],
+        columns=["episode_index", "frame_index", "action"],
         filter=(ds.field("task_index") == tasks[task]) & ds.field("episode_index").isin(episodes),
     )
     if not rows.num_rows:
         raise NoDemonstrations(f"{dataset} has no training episode of {task!r}")
-    step = rows["frame_index"].to_numpy()
-    actions = np.stack(rows["action"].to_numpy())
-    total = np.zeros((step.max() + 1, actions.shape[1]))
+    episode, frame = rows["episode_index"].to_numpy(), rows["frame_index"].to_numpy()
+    begin = np.full(episode.max() + 1, frame.max())
+    np.minimum.at(begin, episode, frame)
+    step, actions = frame - begin[episode], np.stack(rows["action"].to_numpy())
+    total, count = np.zeros((step.max() + 1, actions.shape[1])), np.bincount(step)
     np.add.at(total, step, actions)
-    return (total / np.bincount(step)[:, None]).astype(np.float32)
+    known = np.maximum.accumulate(np.where(count, np.arange(len(count)), 0))
+    return (total / np.maximum(count, 1)[:, None])[known].astype(np.float32)

@@ -82,7 +82,7 @@ class LeRobotEnv(EnvironmentConfig):
         choose_rendering()
         from lerobot.envs.factory import make_env
 
-        name, _, number = task.rpartition("/") if task.rpartition("/")[2].isdigit() else (task, "", "0")
+        name, _, number = task.rpartition("/") if task.rpartition("/")[2].isdigit() else (task, "", "")
         config = self._config(task=name)
         try:
             with quiet():
@@ -101,8 +101,10 @@ class LeRobotEnv(EnvironmentConfig):
         if "mujoco" in sys.modules:
             check_rendering()
         by_number = {key: vector for suite in suites.values() for key, vector in suite.items()}
-        if int(number) not in by_number:
-            known = f"{name} has the numbers {sorted(by_number)}"
+        if not number and len(by_number) == 1:
+            number = str(next(iter(by_number)))
+        if not number or int(number) not in by_number:
+            known = f"{name} is a suite: name its tasks as {name}/0, with the numbers {sorted(by_number)}"
             raise NoSuchEnvironment(f"LeRobot's {self.type} has no task {task!r}: {known}")
         chosen = by_number.pop(int(number))
         for vector in by_number.values():
@@ -161,6 +163,9 @@ class LeRobotEnvironment:
         self._env, self._config = env, config
         self._cameras = {name: cameras.get(name, name) for name in view.cameras}
         described = sentence or getattr(env.unwrapped, "task_description", None)
+        if described == "":  # some say what is to be done once they have begun
+            env.reset(seed=0)
+            described = env.unwrapped.task_description
         if not described:
             raise NoSuchEnvironment(
                 f"LeRobot's {config.type} has no instruction of its own: give one with --env.sentence"
@@ -176,6 +181,8 @@ class LeRobotEnvironment:
         self._seen: dict[str, Any] = {}
 
     def reset(self, seed: int) -> None:
+        if hasattr(self._env.unwrapped, "init_state_id"):  # LIBERO's: it goes on to the next one, whatever the seed
+            self._env.unwrapped.init_state_id = seed
         self._seen, _ = self._env.reset(seed=seed)
         self.ended = False
 

@@ -105,7 +105,6 @@ class LiberoEnvironment(LeRobotEnvironment):
 
     def reset(self, seed: int) -> None:
         """Begin from initial state `seed`."""
-        self._env.unwrapped.init_state_id = seed
         super().reset(seed)
         self._other, self.solved_other = None, False
 

@@ -189,7 +189,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint itself, or the one with most steps in a run's directory.
+    """The checkpoint itself, or the one that was saved last in a run's directory.
 
     ValueError where there is none, and for a damaged one.
     """
@@ -207,4 +207,4 @@ def find_checkpoint(path: Path) -> Path:
             f" with checkpoints/, or an exported folder with {WEIGHTS}"
         )
     checkpoints = map(TrainingCheckpoint, found)
-    return max(checkpoints, key=lambda checkpoint: (checkpoint.steps, checkpoint.saved_at)).path
+    return max(checkpoints, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.steps)).path

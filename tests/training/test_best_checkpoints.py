@@ -142,6 +142,14 @@ def test_monitor_in_a_run_without_validation_is_refused(train: Callable[..., Tra
         train(run_checkpoint(tmp_path / "best", monitor="val/robot/continuous_robot_actions/flow_loss"))
 
 
+def test_monitor_in_a_run_that_ends_before_its_first_validation_is_refused(
+    train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    late = VALIDATE | {"check_val_every_n_epoch": None, "val_check_interval": 10_000}
+    with pytest.raises(ValueError, match=r"a trainer.val_check_interval beyond its \d+ batches"):
+        train(run_checkpoint(tmp_path / "best", monitor="val/robot/continuous_robot_actions/flow_loss"), **late)
+
+
 def test_every_metric_that_validation_logs_is_known_before(train: Callable[..., Trainer], tmp_path: Path) -> None:
     trainer = train(**VALIDATE)
     logged = {name for name in trainer.callback_metrics if name.startswith("val")}

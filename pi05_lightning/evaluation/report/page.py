@@ -94,8 +94,8 @@ def render(run: Run, seconds: dict[str, float]) -> str:
 def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
     """What was trained, in a few words each."""
     source = run.provenance
-    # of training, which counts its steps from 0: validation's say how many there were
-    trained = (curve for tag, curve in run.curves.items() if not tag.startswith(("val", "test")))
+    # of training, which counts its steps from 0: validation's and rollouts' say how many there were
+    trained = (curve for tag, curve in run.curves.items() if not tag.startswith(("val", "test", "rollout")))
     last = max((curve.steps[-1] for curve in trained if curve.steps), default=None)
     parameters = source.get("parameters")
     commit = source.get("commit")

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from pi05_lightning.acting import Acting
 from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.files.local import write_json
-from pi05_lightning.policy import Pi05Policy
+from pi05_lightning.policy import Pi05Policy, check_device
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
 from pi05_lightning.sim.demonstrations.lerobot_writer import (
@@ -46,6 +46,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     not act at all.
     """
     assert config.policy is not None
+    check_device(config.device)
     config.env.warm_up()  # what is missing shows before the weights are read
     policy = Pi05Policy.from_pretrained(config.policy, **asdict(Acting.of(config.acting)))
     view, robot, acting = view_of(policy), policy.processor.robots[policy.robot], policy.resolved

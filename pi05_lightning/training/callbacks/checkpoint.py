@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pi05_lightning.data.clock import most_batches
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.finite import NotFinite
@@ -295,14 +296,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _check_logged(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError for a metric that is asked for and that nothing will log, hours before it is missed."""
-        if self.monitor is not None and not trainer.enable_validation:
+        validates = is_validated(trainer)
+        if self.monitor is not None and not validates:
             raise ValueError(
                 f"checkpoint.monitor is {self.monitor}, and nothing is validated in this run"
-                " (trainer.limit_val_batches, data.sources with no validation part): leave it out, or validate"
+                " (trainer.limit_val_batches, data.sources with no validation part, or a trainer.val_check_interval"
+                f" beyond its {most_batches(trainer)} batches): leave it out, or validate"
             )
         known = set(self._validation_metrics)  # of the sanity check
         if isinstance(pl_module, Pi05Module):
-            known |= set(pl_module.validation_metrics()) if trainer.enable_validation else set()
+            known |= set(pl_module.validation_metrics()) if validates else set()
         if self.monitor is not None and not self._goes_on:
             check_logged("checkpoint.monitor", self.monitor, known)
         if not logs_of_others(trainer, pl_module):
@@ -393,6 +396,14 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
         f" {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a callback of yours logs"
         " is only known with trainer.num_sanity_val_steps of 1 or more"
     )
+
+
+def is_validated(trainer: Trainer) -> bool:
+    """Whether a run comes to a validation, by its options."""
+    options = cast("Any", trainer)
+    counted = options.check_val_every_n_epoch is None and isinstance(options.val_check_interval, int)
+    ends_before = counted and 0 < most_batches(trainer) < options.val_check_interval
+    return trainer.enable_validation and not ends_before
 
 
 def logs_of_others(trainer: Trainer, pl_module: LightningModule) -> bool:
