@@ -262,8 +262,8 @@ class Pi05CLI(LightningCLI):
             made = super().instantiate_trainer(**kwargs)
         if made.strategy.root_device.type == "mps":
             raise ValueError(
-                "trainer.accelerator is mps, or auto, which takes it. It has no float64, and flow time needs that: set it"
-                " to cpu"
+                "trainer.accelerator is mps, or auto, which takes it. It has no float64, and flow time needs that:"
+                " set it to cpu"
             )
         replaced(made.precision_plugin)  # refuses what is not trained in
         # what a user adds, as rollouts, comes after what takes a batch's time, and before what stops or saves the run

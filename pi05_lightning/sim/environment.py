@@ -302,9 +302,15 @@ class DemonstratorConfig(EnvironmentConfig, ABC):
     control_hz    control steps per second
     cameras       that are filmed where the user names none
     demonstrated  tasks that are recorded where the user names none
+    robot         what it is called in a dataset; by default MetaWorld's arm, as are the next two
+    state_names   of the dims of the state
+    action_names  of the dims of an action, of which the first three move the hand, and the fourth closes its fingers
     """
 
     has_expert = True
+    robot: ClassVar[str] = "sawyer"
+    state_names: ClassVar[tuple[str, ...]] = ("x", "y", "z", "gripper_opening")
+    action_names: ClassVar[tuple[str, ...]] = ("dx", "dy", "dz", "gripper_effort")
     control_hz: ClassVar[int]
     cameras: ClassVar[tuple[str, ...]]
     demonstrated: ClassVar[tuple[str, ...]]

@@ -22,8 +22,6 @@ from pi05_lightning.policy import Pi05Policy, check_device
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
 from pi05_lightning.sim.demonstrations.lerobot_writer import (
-    ACTION_NAMES,
-    STATE_NAMES,
     Recording,
     video_path,
     write_dataset,
@@ -56,15 +54,17 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     check_tasks(config.env, tasks)
     jobs = list(_jobs(config, tasks))
     worker = Worker(config.env, view, str(config.policy), {"policy": acting}, config.device)
-    known = isinstance(config.env, DemonstratorConfig) and robot.state_dim == len(STATE_NAMES)
+    arm = config.env if isinstance(config.env, DemonstratorConfig) else None
+    if arm is not None and robot.state_dim != len(arm.state_names):
+        arm = None  # the policy sees another state
     what = Recording(
         config.out.name,
         view.cameras,
         view.image_size,
         round(view.fps),
-        STATE_NAMES if known else [f"state_{dim}" for dim in range(robot.state_dim)],
-        ACTION_NAMES if known else [f"action_{dim}" for dim in range(robot.action_dim)],
-        "sawyer" if known else type(config.env).__name__.lower(),
+        arm.state_names if arm else [f"state_{dim}" for dim in range(robot.state_dim)],
+        arm.action_names if arm else [f"action_{dim}" for dim in range(robot.action_dim)],
+        arm.robot if arm else type(config.env).__name__.lower(),
         of_a_policy=True,
     )
     del policy  # maybe gigabytes: every process loads its own

@@ -98,7 +98,9 @@ def _make(root: Path, config: CollectConfig) -> None:
         pictures = [Piece(config, task, split, *rest) for split, task, *rest in _pieces(config.recorded, scenes)]
         total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
         with tqdm(total=total, unit=" initial states") as bar:
-            what = Recording(config.out.name, config.view.cameras, config.image_size, config.fps)
+            arm = config.expert_env
+            names = arm.state_names, arm.action_names, arm.robot
+            what = Recording(config.out.name, config.view.cameras, config.image_size, config.fps, *names)
             failed = Counter[str]()
 
             def recorded() -> Iterator[tuple[str, list[Episode]]]:

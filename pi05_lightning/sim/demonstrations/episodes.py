@@ -109,6 +109,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     slip_chance = SLIP_CHANCE if slips.random() < config.slip_share else 0.0
     begin(env, seed, config.continued_share)
     said = _said(env, config.rephrased_share, seed)
+    _check_names(env, "state_names", config.expert_env.state_names, len(env.state))
     frames: list[Frame] = []
     actions, subtasks, answers = [], [], []
     solved, end = False, config.most_frames
@@ -120,13 +121,14 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
         taken = list[np.ndarray]()
         succeeded = act_as_expert(env, taken)
         actions.append(np.mean(taken, 0, dtype=np.float32))
+        _check_names(env, "action_names", config.expert_env.action_names, len(taken[0]))
         if succeeded and not solved:
             solved, end = True, len(frames) + config.tail_frames
         if not solved and rng.random() < push_chance:
-            push = np.append(rng.uniform(-1.0, 1.0, 3), taken[-1][3])
+            push = np.append(rng.uniform(-1.0, 1.0, 3), taken[-1][3:])
             for _ in range(rng.integers(1, PUSH_STEPS + 1)):
                 env.control_step(push)
-        if not solved and taken[-1][3] > 0 and slips.random() < slip_chance:
+        if not solved and slip_chance and taken[-1][3] > 0 and slips.random() < slip_chance:
             for _ in range(slips.integers(*SLIP_STEPS, endpoint=True)):
                 env.control_step(np.append(env.expert_action()[:3], -1.0))
     if not solved:
@@ -139,6 +141,14 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
         subtasks=subtasks,
         answers=answers,
     )
+
+
+def _check_names(env: Demonstrator, what: str, names: Sequence[str], dims: int) -> None:
+    if len(names) != dims:
+        raise ValueError(
+            f"{type(env).__name__}: {what} names {len(names)} dims ({', '.join(names)}), and there are {dims}: set it in"
+            " the simulator's configuration"
+        )
 
 
 def _said(env: Demonstrator, rephrased_share: float, seed: int) -> str:

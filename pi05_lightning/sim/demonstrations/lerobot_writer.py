@@ -27,8 +27,6 @@ from pi05_lightning.sim.demonstrations.episodes import Episode
 from pi05_lightning.types import Answer
 
 INTERVENTION = "intervention"  # LeRobot's own column (rollout/context.py): whether somebody else than the policy acted
-STATE_NAMES = ("x", "y", "z", "gripper_opening")  # of MetaWorld's arm
-ACTION_NAMES = ("dx", "dy", "dz", "gripper_effort")
 _TOOL_CALLS = ("tool_calls", pa.list_(pa.string()))
 _EVENT = [("role", pa.string()), ("content", pa.string()), ("style", pa.string()), ("camera", pa.string()), _TOOL_CALLS]
 _EVENTS = pa.list_(pa.struct(_EVENT))
@@ -43,9 +41,9 @@ class Recording:
     cameras: Sequence[str]
     image_size: int
     fps: int
-    state_names: Sequence[str] = STATE_NAMES
-    action_names: Sequence[str] = ACTION_NAMES
-    robot_type: str = "sawyer"
+    state_names: Sequence[str]
+    action_names: Sequence[str]
+    robot_type: str
     of_a_policy: bool = False
     """Whether the frames say who acted."""
 

@@ -44,8 +44,7 @@ def answers(
         if {name, "gripper"} <= boxes[camera].keys() and where is not None:
             asked.append(Answer(f"where is the {name}?", where, camera))
     asked += [Answer(question, answer, camera) for question, answer in env.facts()]
-    opening = env.state[3]
-    if "gripper" in boxes[camera] and not _CLOSED <= opening <= _OPEN:
+    if "gripper" in boxes[camera] and len(env.state) == 4 and not _CLOSED <= (opening := env.state[3]) <= _OPEN:
         asked.append(Answer("is the gripper closed?", "yes" if opening < _CLOSED else "no", camera))
     return tuple(asked)
 
