@@ -24,7 +24,6 @@ from pi05_lightning.sim.baselines import mean_trajectory
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
-    NoDemonstrations,
     NoSuchEnvironment,
     View,
     same_rate,
@@ -214,7 +213,9 @@ def run_baseline_job(job: Job, lanes: Lanes, dataset: str | None) -> None:
     for trial in job.trials:
         try:
             run_baseline(env, trial, job.clock, replay)
-        except NoDemonstrations as error:  # the other tasks and modes go on
+        except (NoSuchEnvironment, NoSuchInstruction):
+            raise
+        except ValueError as error:  # as without demonstrations or bounds: the other tasks and modes go on
             trial.reason = str(error)
     job.clock.seconds += perf_counter() - start
 
@@ -262,10 +263,7 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
     with simulator_processes(processes or most, worker.env.warm_up) as pool:
         try:
             yield from pool.map(worker, jobs)
-        except (
-            NoSuchEnvironment,
-            NoSuchInstruction,
-        ) as error:  # its traceback is of another process
+        except ValueError as error:  # its traceback is of another process
             raise ValueError(str(error)) from error
 
 

@@ -146,8 +146,8 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
 def _check_names(env: Demonstrator, what: str, names: Sequence[str], dims: int) -> None:
     if len(names) != dims:
         raise ValueError(
-            f"{type(env).__name__}: {what} names {len(names)} dims ({', '.join(names)}), and there are {dims}: set it in"
-            " the simulator's configuration"
+            f"{type(env).__name__}: {what} names {len(names)} dims ({', '.join(names)}), and there are {dims}: set it"
+            " in the simulator's configuration"
         )
 
 
