@@ -129,8 +129,11 @@ def quantize_base(model: Pi05, kind: Kind, lora: Lora) -> None:
     """
     adapted = set(adapted_layers(model, lora))
     for name, layer in list(model.named_modules()):
-        parameter = f"{name}.base_layer.weight" if name in adapted else f"{name}.weight"
-        if isinstance(layer, Linear) and re.search(lora.frozen, parameter) and CLASSES[kind].takes(layer.weight):
+        if not isinstance(layer, Linear):
+            continue
+        place = f"{name}.base_layer" if name in adapted else name
+        own = ["weight"] if layer.bias is None else ["weight", "bias"]  # no gradient reaches either
+        if all(re.search(lora.frozen, f"{place}.{part}") for part in own) and CLASSES[kind].takes(layer.weight):
             model.set_submodule(name, CLASSES[kind](layer))
 
 
