@@ -175,8 +175,8 @@ def _robot_of(name: str, sources: Mapping[str, LeRobotConfig]) -> LeRobotConfig 
 
 
 def _of_actions(config: LeRobotConfig) -> LeRobotConfig:
-    """The same without what chunks do not need: images, and a state that nothing is relative to."""
-    return replace(config, cameras={}, state_keys=config.state_keys if config.relative_dims else [])
+    """The same without what chunks do not need: images, instructions, and a state that nothing is relative to."""
+    return replace(config, cameras={}, task="any", state_keys=config.state_keys if config.relative_dims else [])
 
 
 def check_error(results: Sequence[Quality], max_rmse: float, scale: float, out: Path) -> None:

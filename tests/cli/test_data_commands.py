@@ -160,6 +160,16 @@ def test_tokenizer_refuses_a_source_that_shares_no_robot(pictures: Path, tmp_pat
         main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path)])
 
 
+def test_tokenizer_needs_no_instructions(pictures_copy: Path, tmp_path: Path) -> None:
+    path = pictures_copy / "meta" / "tasks.parquet"
+    tasks = pq.read_table(path)
+    (name,) = tasks.schema.pandas_metadata["index_columns"]
+    blank = tasks.set_column(tasks.column_names.index(name), name, [[""] * len(tasks)])
+    pq.write_table(blank.replace_schema_metadata(tasks.schema.metadata), path)
+    main(["tokenizer", str(pictures_copy), "--out", str(tmp_path), "--horizon", "4"])
+    assert FastTokenizer.load(tmp_path).horizon == 4
+
+
 def test_too_large_an_error_fails_and_writes_no_tokenizer(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
