@@ -35,7 +35,7 @@ def test_own_data_that_cannot_be_read_gives_no_frames_and_says_why(
         assert recorded_frames(policy, None) == []
     assert f"no frames of the policy's own data, {pictures_copy}: " in caplog.text
     with pytest.raises(ValueError, match="no usable frame is left"):
-        recorded_frames(policy, reading(policy, str(pictures_copy)))
+        recorded_frames(policy, reading(policy.processor.robots["robot"], str(pictures_copy)))
 
 
 def test_frames_that_training_leaves_out_or_converts_are_no_error(pictures_copy: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,10 @@ def test_csv_has_the_losses(logged: Path) -> None:
 
 def test_weights_and_biases_has_the_losses_offline(logged: Path) -> None:
     (run,) = (logged / "runs/wandb").glob("offline-run-*/*.wandb")
-    assert run.read_bytes().count(LOSS.encode()) >= STEPS
+    deadline = time.monotonic() + 60  # a process of its own writes it
+    while run.read_bytes().count(LOSS.encode()) < STEPS:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_mlflow_has_the_losses(logged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
