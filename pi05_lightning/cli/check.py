@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -21,6 +22,7 @@ from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.evaluation.agreement import Finding, Given, agreement, compare_predictions, differs
 from pi05_lightning.evaluation.report.tables import table_of
+from pi05_lightning.experience.reading import Reading
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import check_device
 from pi05_lightning.sim.environment import EnvironmentConfig, View, tasks_to_run
@@ -85,6 +87,8 @@ def check(
     found: list[Finding] = []
     if dataset is not None:
         chosen = reading(policy, dataset, cameras, state_keys, action_keys)
+        if all(value is None for value in of_data.values()):
+            chosen = replace(chosen, **as_trained(checkpoint, dataset))
         said = beside_dataset(weights, processor, name, policy, chosen, frames, seed, device)
         show(f"{checkpoint} beside {dataset}", said)
         found += said
@@ -96,6 +100,20 @@ def check(
         found += said
     if differs(found):
         sys.exit(1)
+
+
+READ = ("cameras", "state_keys", "action_keys", "task")
+
+
+def as_trained(checkpoint: Path, dataset: str) -> dict[str, Any]:
+    """How the run of a checkpoint read a dataset, as far as it was one of its own and that is known."""
+    try:
+        run = Reading.of(checkpoint)
+    except ValueError:  # a folder carries no run's configuration
+        return {}
+    if run.name_of(dataset) is None:
+        return {}
+    return {key: value for key, value in run.options(dataset, dataset).items() if key in READ and value is not None}
 
 
 def check_effect(

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,10 +20,13 @@ from tests.data.recorded import data_file, edit_info, rewrite
 
 @pytest.fixture(scope="module")
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checked")
+    return trained(tmp_path_factory.mktemp("checked"), pictures)
+
+
+def trained(folder: Path, data: Path, **options: Any) -> Path:
     source = {
         "class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig",
-        "init_args": {"path": str(pictures), "val_fraction": 0},
+        "init_args": {"path": str(data), "val_fraction": 0, **options},
     }
     content = {
         "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
@@ -51,6 +55,15 @@ def test_its_own_demonstrations_agree(run: Path, capsys: pytest.CaptureFixture[s
     assert status == 0, said
     for row in ("heads ok", "cameras ok", "image top ok 64 × 48", "state ok", "action ok", "rate ok", "predictions"):
         assert row in said
+
+
+def test_its_own_demonstrations_are_read_as_in_training(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed = trained(tmp_path, pictures, cameras={"observation.images.top": "front"})
+    status, said = check(capsys, renamed, "--frames", "2")
+    assert status == 0, said
+    assert "image front ok" in said
 
 
 def turned(root: Path) -> None:
