@@ -254,7 +254,8 @@ class Pi05DataModule(LightningDataModule):
         with together():
             if self._unprepared is not None:
                 raise self._unprepared
-            mine = self._seen()
+            read: tuple[Split, ...] = "train", self.evaluated
+            mine = Seen.of(self.own_processor.robots, {split: self.sources(split) for split in read})
         first = by_first_rank(lambda: mine)
         with together():
             if differing := mine.differences(first):
@@ -262,17 +263,6 @@ class Pi05DataModule(LightningDataModule):
                     f"rank {dist.get_rank()} on {socket.gethostname()} sees other data than the first rank"
                     f" ({'; '.join(differing)}): copy the dataset anew, or restore it"
                 )
-
-    def _seen(self) -> Seen:
-        robots = {name: robot.normalize for name, robot in self.own_processor.robots.items()}
-        values = {n: [r.state.q01, r.state.q99, r.action.q01, r.action.q99] for n, r in robots.items()}
-        sizes = {
-            f"{Subset(name, modality)} ({split})": len(source.indices(modality))
-            for split in ("train", self.evaluated)
-            for name, source in self.sources(split).items()
-            for modality in Modality
-        }
-        return Seen(sizes, {name: np.concatenate(parts) for name, parts in values.items()})
 
     # --- training
 

@@ -10,6 +10,10 @@ import numpy as np
 
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.robot import Robot
+from pi05_lightning.data.sources.base import Source
+from pi05_lightning.data.split import Split
+from pi05_lightning.types import Modality, Subset
 
 ROUNDING = 1e-6  # of a value and its dim's range: statistics are deterministic, but for a machine's last bit
 SHOWN = 3  # dims of which the values are told
@@ -87,6 +91,18 @@ class Seen:
 
     sizes: dict[str, int]
     quantiles: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, robots: Mapping[str, Robot], parts: Mapping[Split, Mapping[str, Source]]) -> Seen:
+        """parts: the sources of each part that the run reads, by name."""
+        sizes = {
+            f"{Subset(name, modality)} ({split})": len(source.indices(modality))
+            for split, sources in parts.items()
+            for name, source in sources.items()
+            for modality in Modality
+        }
+        known = {name: (robot.normalize.state, robot.normalize.action) for name, robot in robots.items()}
+        return cls(sizes, {name: np.concatenate([v for q in of for v in (q.q01, q.q99)]) for name, of in known.items()})
 
     def differences(self, first: Seen) -> list[str]:
         """From what the first rank sees, in words."""
