@@ -42,7 +42,7 @@ from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
-from pi05_lightning.files.local import first_line, write_json
+from pi05_lightning.files.local import write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
@@ -85,6 +85,7 @@ NOISE = (
     "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
+KILLED_LOADER = re.compile(r"DataLoader worker \(pid[^.;]*")
 # defaults of Lightning's callbacks, such as Timer's, which a saved configuration holds too
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, choice: dumper.represent_data(choice.value))
 
@@ -414,12 +415,12 @@ def run(command: str, args: list[str]) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):  # for which the trainer says 1
             raise SystemExit(128 + signal.SIGINT) from None
         raise
-    except RuntimeError as error:  # PyTorch says it wherever the run is at the moment
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, ValueError) as error:  # PyTorch raises it wherever the run is, in what tells its own errors too
+        if not (killed := KILLED_LOADER.search(str(error))):
             raise
         raise ChildProcessError(
-            f"a process that loads data was killed ({first_line(error)}), most likely for want of memory: use fewer"
-            " with --data.num_workers, or give a container more of /dev/shm"
+            f"a process that loads data was killed ({killed[0]}), most likely for want of memory: use fewer with"
+            " --data.num_workers, or give a container more of /dev/shm"
         ) from error
     except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
         raise ValueError(str(error)) from error

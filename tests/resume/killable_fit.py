@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,7 +27,7 @@ from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO
 from pi05_lightning.types import Batch
 
 KILL_AT_BATCH, KILL_AT_FILE_EVENT, SIGNAL_AT_BATCH = "KILL_AT_BATCH", "KILL_AT_FILE_EVENT", "SIGNAL_AT_BATCH"
-KILL_LOADER_AT_BATCH = "KILL_LOADER_AT_BATCH"
+KILL_LOADER_AT_BATCH, KILL_LOADER_AT_FILE_EVENT = "KILL_LOADER_AT_BATCH", "KILL_LOADER_AT_FILE_EVENT"
 SIGNAL_IN_VALIDATION, SIGNAL_AT_START = "SIGNAL_IN_VALIDATION", "SIGNAL_AT_START"
 """After so many optimizer steps; the signal is SIGNAL, as for SIGNAL_AT_BATCH."""
 TO_ALL = "TO_ALL"
@@ -91,7 +92,7 @@ class Record(Callback):
         if str(batch_idx) == os.environ.get(KILL_AT_BATCH):
             os.kill(os.getpid(), signal.SIGKILL)
         if str(batch_idx) == os.environ.get(KILL_LOADER_AT_BATCH):
-            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            _kill_loader()
         if str(batch_idx) == os.environ.get(SIGNAL_AT_BATCH) and trainer.global_rank == trainer.world_size - 1:
             loaders = multiprocessing.active_children() if TO_ALL in os.environ else []
             assert loaders or TO_ALL not in os.environ
@@ -103,7 +104,14 @@ class Record(Callback):
             os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
 
-def _kill_at_file_event(number: int) -> None:
+def _kill_loader() -> None:
+    """One of the loader's processes; this process hears of it before anything else is done."""
+    pid = multiprocessing.active_children()[0].pid or 0
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def _at_file_event(number: int, do: Callable[[], None]) -> None:
     """Before the n-th time that a file under checkpoints/ is opened for writing, renamed, removed or linked."""
     seen = 0
 
@@ -112,7 +120,7 @@ def _kill_at_file_event(number: int) -> None:
         if event in FILE_EVENTS and "/checkpoints/" in str(args[:2]) and not (event == "open" and args[1] == "rb"):
             seen += 1
             if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
+                do()
 
     sys.addaudithook(count)
 
@@ -124,7 +132,9 @@ def _fit(args: list[str], environment: dict[str, str], log: Path) -> None:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if KILL_AT_FILE_EVENT in environment:
-        _kill_at_file_event(int(environment[KILL_AT_FILE_EVENT]))
+        _at_file_event(int(environment[KILL_AT_FILE_EVENT]), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if KILL_LOADER_AT_FILE_EVENT in environment:
+        _at_file_event(int(environment[KILL_LOADER_AT_FILE_EVENT]), _kill_loader)
     main(args)
 
 

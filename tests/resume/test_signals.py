@@ -12,6 +12,7 @@ import pytest
 import torch
 from killable_fit import (
     KILL_LOADER_AT_BATCH,
+    KILL_LOADER_AT_FILE_EVENT,
     SIGNAL_AT_BATCH,
     SIGNAL_AT_START,
     SIGNAL_IN_VALIDATION,
@@ -22,6 +23,7 @@ from killable_fit import (
 
 from .conftest import ACCUMULATE
 
+OPENING = 2  # the file event that is the first checkpoint's
 INSIDE = 2 * ACCUMULATE  # the first batch of step 2: its gradients wait for the second
 
 
@@ -70,13 +72,15 @@ def test_sigterm_ends_a_measurement_with_its_status_and_without_a_result(
     assert not list(tmp_path.rglob("metrics.json"))
 
 
+@pytest.mark.parametrize("when", [{KILL_LOADER_AT_BATCH: INSIDE}, {KILL_LOADER_AT_FILE_EVENT: OPENING}])
 def test_a_loader_that_is_killed_is_told_in_words_and_the_run_goes_on_from_the_last_whole_step(
-    config: Path, whole: Any, tmp_path: Path
+    config: Path, whole: Any, tmp_path: Path, when: dict[str, int]
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     start = ["-c", str(config), "--run", str(run), "--data.num_workers", "2"]
-    assert fit(start, log, **{KILL_LOADER_AT_BATCH: INSIDE}) == [1]
+    assert fit(start, log, **when) == [1]
     assert "a process that loads data was killed" in log.read_text()
+    assert "could not be written" not in log.read_text()
     assert "Traceback" not in log.read_text()
     assert fit(["--ckpt_path", str(run)], log) == [0], log.read_text()
     assert digest(state(run)["state_dict"]) == digest(state(whole(1))["state_dict"])
