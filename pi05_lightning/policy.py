@@ -293,7 +293,9 @@ class Pi05Policy(Inference):
         """Exactly the tensors that the model gets, of one observation or of a list of them, conditioned on the task."""
         several = [observation] if isinstance(observation, Mapping) else observation
         frames = [self.frame(one) for one in several]
-        return self.processor.collate([self.processor.prompt(frame, self.robot) for frame in frames])
+        fast = self.acting.actions == "fast"
+        prompts = [self.processor.prompt(frame, self.robot, fast=fast, advantage=self.advantage) for frame in frames]
+        return self.processor.collate(prompts)
 
     def frame(self, observation: Observation | Frame) -> Frame:
         """An observation as a Frame. Raises ValueError for what does not fit this policy, with key, index and value."""

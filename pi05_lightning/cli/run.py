@@ -415,7 +415,10 @@ def run(command: str, args: list[str]) -> None:
         if isinstance(error.__context__, KeyboardInterrupt):  # for which the trainer says 1
             raise SystemExit(128 + signal.SIGINT) from None
         raise
-    except (RuntimeError, ValueError) as error:  # PyTorch raises it wherever the run is, in what tells its own errors too
+    except (
+        RuntimeError,
+        ValueError,
+    ) as error:  # PyTorch raises it wherever the run is, in what tells its own errors too
         if not (killed := KILLED_LOADER.search(str(error))):
             raise
         raise ChildProcessError(

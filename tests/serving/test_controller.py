@@ -97,6 +97,26 @@ def test_next_chunk_is_asked_for_in_time_where_a_whole_chunk_is_to_be_executed()
     assert summary["answers"] < 14  # yet not at every step
 
 
+def test_next_chunk_is_asked_for_earlier_once_answers_take_longer():
+    server = CountingServer(seconds=0.0, length=24)
+    with driven(server, execution_horizon=24, rate=100) as robot:
+        robot.run_to(50)
+        server.seconds = 0.06  # the queue holds no more than the answers of before took
+        robot.run_to(200)
+    last = [from_policy for _, from_policy in robot.got][-100:]
+    assert last.count(False) <= 8  # of six after every chunk
+
+
+def test_a_chunk_that_did_not_come_is_asked_for_again_while_the_last_one_is_executed():
+    server = CountingServer(length=100)
+    server.say = {1: "Busy: 64 requests wait"}
+    with driven(server) as robot:
+        robot.run_to(95)
+    asked_at = [int(message["observation/state"][0]) for message in server.asked]
+    assert asked_at[:2] == [0, 50]
+    assert asked_at[2] < 90
+
+
 @pytest.mark.parametrize("length", [1, 2, 8])
 def test_answers_that_take_longer_than_their_actions_last_still_move_the_robot(length, caplog):
     server = CountingServer(seconds=0.1, length=length)
@@ -153,9 +173,28 @@ def test_answer_to_an_old_observation_is_dropped_and_asked_anew():
     assert server.asked[1]["reset"]  # the robot has done nothing of this episode yet
 
 
-def test_action_lasts_several_control_steps_where_the_loop_is_faster_than_the_policy():
-    server, position = CountingServer(seconds=0.03, metadata=OURS | {"fps": 10.0}), [0]
-    with server.running() as url, Controller(url, always(STILL), rate=50) as controller:
+def test_age_is_that_of_the_observation_however_soon_it_was_answered():
+    server = CountingServer(metadata=OURS)
+    with driven(server, max_age=0.3) as robot:
+        robot.step()
+        sleep(0.6)  # a robot that was stopped meanwhile
+        robot.step()
+        assert not robot.chunks
+        assert robot.controller.latencies.counts["late"] == 1
+        robot.run_to(10)
+        # one that waits has only this observation, and does not ask with it again
+        server.seconds = 0.5
+        robot.controller.reset()
+        controller, start = robot.controller, monotonic()
+        controller.step({"observation/state": np.array([0])}, max_wait=10)
+        assert controller.executed is None
+        assert monotonic() - start < 5
+
+
+@pytest.mark.parametrize(("said", "option"), [({"fps": 10.0}, {}), ({"fps": None}, {"fps": 10.0})])
+def test_action_lasts_several_control_steps_where_the_loop_is_faster_than_the_policy(said, option):
+    server, position = CountingServer(seconds=0.03, metadata=OURS | said), [0]
+    with server.running() as url, Controller(url, always(STILL), rate=50, **option) as controller:
         controller.connect(10)
         steps, deadline = [], monotonic() + 20
         while len(steps) < 100:
@@ -168,6 +207,11 @@ def test_action_lasts_several_control_steps_where_the_loop_is_faster_than_the_po
     assert steps == [number // 5 for number in range(100)]
     begins = [int(message["observation/state"][0]) for message in server.asked]
     assert begins == sorted(set(begins))
+
+
+def test_rate_that_nobody_knows_is_told(caplog):
+    with driven(CountingServer(), rate=50.0):
+        assert "Give fps if it is not 50" in caplog.text
 
 
 def test_loop_that_is_slower_than_the_policy_is_an_error():

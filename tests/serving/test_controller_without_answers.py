@@ -11,7 +11,7 @@ import pytest
 
 from pi05_lightning.serving.client import Controller, Refused, ServerError, always, hold_last
 from tests.serving import counting
-from tests.serving.counting import CountingServer
+from tests.serving.counting import OURS, CountingServer
 from tests.serving.driven import STILL, Robot, driven
 
 
@@ -66,6 +66,18 @@ def test_error_of_the_server_is_raised_or_handed_over(said, message):
         assert controller.latencies.summary()["errors"] == 2
     assert len(errors) == 1
     assert message in str(errors[0]) or isinstance(errors[0], ServerError)
+
+
+def test_waiting_is_over_once_the_server_has_refused_and_the_fallback_acts():
+    server, errors = CountingServer(metadata=OURS), []
+    server.say = dict.fromkeys(range(1, 100), "ValueError: state[0] is outside")
+    with driven(server, mode="waiting", on_error=errors.append) as robot:
+        robot.run(40)
+        assert robot.longest_step < 1  # seconds; an answer is waited for 60
+        assert robot.controller.latencies.counts["fallback_steps"] > 10
+        assert 1 <= len(errors) <= 5
+        server.say.clear()
+        robot.run_to(12)
 
 
 def test_server_of_openpi_that_fails_says_why_and_is_connected_to_anew():

@@ -151,7 +151,7 @@ class Connection:
             proxy=None,
             open_timeout=OPEN_TIMEOUT,
             ping_interval=PING_INTERVAL,
-            ping_timeout=PING_TIMEOUT,
+            ping_timeout=max(PING_TIMEOUT, self.answer_timeout),  # openpi's server answers none while it computes
             close_timeout=1.0,
         ) as socket:
             metadata = _unpacked(await asyncio.wait_for(socket.recv(), OPEN_TIMEOUT))

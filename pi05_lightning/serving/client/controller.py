@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any, Literal, get_args
 
@@ -49,6 +49,8 @@ class _Asked:
     """A question that is on its way: from which step its observation is, and what it was told."""
 
     future: Future[Answer]
+    seen: float
+    """When the observation was taken, by `monotonic`."""
     step: int
     given: int
     moving: bool
@@ -56,6 +58,8 @@ class _Asked:
     resets: bool
     dropped: bool = False
     """Whether its episode is over."""
+    stood: int = 0
+    """Control steps without an action of the policy meanwhile."""
 
 
 class Controller:
@@ -71,7 +75,9 @@ class Controller:
         fallback: (observation as given to `step`, last action f32[A] or None) -> the action f32[A] to take when there
             is none. That is so until the first chunk of an episode has come, and when the queue has run dry. See
             `hold_last` and `always`; it may raise to end the loop.
-        rate: control steps per second; by default one per action of the policy. Each action lasts `rate / fps` steps.
+        rate: control steps per second; by default one per action of the policy. Each action lasts `rate / fps` steps,
+            and one step where `fps` is not known.
+        fps: actions per second that the policy was trained at; by default what the server says, if it does.
         mode: `waiting` executes a chunk, then asks for the next one and waits for it. `asynchronous` asks earlier,
             goes on meanwhile, and joins the new chunk at the step that is due. `rtc` does so too and tells the server
             which actions are executed meanwhile, so that the new chunk goes on from them. By default `rtc` where the
@@ -86,7 +92,7 @@ class Controller:
             of it; `step` then goes on with the fallback. By default `step` raises them. A lost connection and a busy
             server are no errors: they are logged, and asked again.
         answer_timeout: seconds after which an answer counts as lost.
-        max_age: seconds after which an answer is too old to be executed: it is dropped, and asked anew. By default none
+        max_age: seconds after which an observation is too old: its answer is dropped, and asked anew. By default none
             is, as a policy that computes for longer than that would never act.
         log_every: seconds between two lines of the log that say how long answers take; None: none.
 
@@ -104,6 +110,7 @@ class Controller:
         fallback: Fallback,
         *,
         rate: float | None = None,
+        fps: float | None = None,
         mode: Mode | None = None,
         execution_horizon: int | None = None,
         blend: int = 0,
@@ -122,9 +129,10 @@ class Controller:
             raise ValueError(f"blend is {blend} and execution_horizon {execution_horizon}: at least 0 and 1")
         if max_age is not None and not max_age > 0:
             raise ValueError(f"max_age is {max_age!r}: give seconds above 0, or leave it out")
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"rate is {rate!r}: give control steps per second")
-        self.fallback, self.rate, self.blend, self.on_error = fallback, rate, blend, on_error
+        for name, value, what in (("rate", rate, "control steps"), ("fps", fps, "actions")):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}: give {what} per second")
+        self.fallback, self.rate, self.fps, self.blend, self.on_error = fallback, rate, fps, blend, on_error
         self.latencies = Latencies(log_every)
         self.executed: Due | None = None
         self.delay: int | None = None
@@ -137,6 +145,7 @@ class Controller:
         self._delays: deque[int] = deque(maxlen=REMEMBERED)
         self._asked: _Asked | None = None
         self._not_before = self._seconds = 0.0
+        self._has_failed = False  # `on_error` was told, and the server has not been asked since
         self._chunks = self._length = self._origin = 0
         self._warned: set[str] = set()
         self._closed = False
@@ -200,9 +209,13 @@ class Controller:
         while True:
             self._connection.news.clear()
             self._take_in()
-            if self._is_due():
-                self._ask(observation() if callable(observation) else observation)
+            seen = monotonic() if callable(observation) else begin
+            can_ask = not self._is_too_old(seen)
+            if can_ask and self._is_due():
+                self._ask(observation() if callable(observation) else observation, seen)
             wait = given if given is not None else self._answer_timeout if self._is_patient() else 0.0
+            if self._has_failed or not (can_ask or self._asked):
+                wait = 0.0
             if self._action_now() is not None or (left := begin + wait - monotonic()) <= 0:
                 break
             self._connection.news.wait(min(left, RETRY))
@@ -210,6 +223,8 @@ class Controller:
         self.latencies.log_when_due()
         self.executed = self._action_now()
         if self.executed is None:
+            if self._asked is not None:
+                self._asked.stood += 1
             return self._fall_back(observation)
         self._current = self.executed
         self._queue.forget(self.executed.step)
@@ -236,8 +251,11 @@ class Controller:
     @property
     def _step(self) -> int:
         """The action that is due at this control step, counted from the begin of the episode."""
+        return math.floor(self._ticks * self._actions_per_step() + 1e-6)
+
+    def _actions_per_step(self) -> float:
         fps = None if self._served is None else self._served.fps
-        return self._ticks if self.rate is None or fps is None else math.floor(self._ticks * fps / self.rate + 1e-6)
+        return 1.0 if self.rate is None or fps is None else fps / self.rate
 
     def _has_begun(self) -> bool:
         return self._current is not None and self._current.step == self._step
@@ -253,6 +271,9 @@ class Controller:
     def _is_patient(self) -> bool:
         """Whether an answer is worth waiting for: one that nothing is heard of may never come."""
         return self.mode == "waiting" and self._metadata is not None
+
+    def _is_too_old(self, seen: float) -> bool:
+        return self._max_age is not None and monotonic() - seen > self._max_age
 
     # --- asking
 
@@ -270,7 +291,7 @@ class Controller:
         served = None if self._served is None else self._served.execution_horizon
         return self._horizon or served or math.ceil(self._length / 2)
 
-    def _ask(self, observation: Observation) -> None:
+    def _ask(self, observation: Observation, seen: float) -> None:
         assert self._served is not None
         prefix: list[np.ndarray] = []
         if self.mode == "rtc":
@@ -283,9 +304,9 @@ class Controller:
         if resets:
             message[RESET_KEY] = True
         packed = pack(message)
-        self._origin = self._step
+        self._has_failed = False
         self._asked = _Asked(
-            self._connection.ask(packed), self._step, len(prefix), bool(self._queue.left(self._step)), resets
+            self._connection.ask(packed), seen, self._step, len(prefix), bool(self._queue.left(self._step)), resets
         )
 
     # --- what has come
@@ -302,6 +323,7 @@ class Controller:
             self._not_before = monotonic() + RETRY
             if self.on_error is None:
                 raise
+            self._has_failed = True
             self.on_error(error)
 
     def _meet(self) -> None:
@@ -316,6 +338,8 @@ class Controller:
         if metadata is None:
             return
         served = Served.of(metadata)
+        if self.fps is not None:
+            served = replace(served, fps=self.fps)
         if self._mode == "rtc" and not served.given:
             raise ValueError(
                 f"mode rtc: {self._connection.url} does not go on from actions; start it with --inference_delay, where"
@@ -323,6 +347,10 @@ class Controller:
             )
         if self.rate is not None and served.fps is not None and self.rate < served.fps:
             raise ValueError(f"rate is {self.rate:g}, and the policy gives {served.fps:g} actions per second: raise it")
+        if self.rate is not None and served.fps is None:
+            self._warn(
+                "the server does not say its rate: an action lasts one step. Give fps if it is not %g", self.rate
+            )
         if self._served not in (None, served):
             self._begin()
         self._metadata, self._served = metadata, served
@@ -347,9 +375,13 @@ class Controller:
         if error is not None:
             raise error
         answer = asked.future.result()
-        if self._max_age is not None and answer.seconds > self._max_age:
+        if self._is_too_old(asked.seen):
             self.latencies.counts["late"] += 1
-            self._warn("an answer took %.2f s, and is dropped: max_age is %g s", answer.seconds, self._max_age)
+            self._warn(
+                "an answer is of an observation %.2f s old, and is dropped: max_age is %g s",
+                monotonic() - asked.seen,
+                self._max_age,
+            )
             return
         assert self._served is not None
         chunk = self._served.actions(answer.message)
@@ -361,6 +393,7 @@ class Controller:
         now = self._step + self._has_begun()
         blend = self.blend if self.mode == "asynchronous" else 0
         self._queue.merge(chunk, asked.step, now, self._chunks, asked.given, blend)
+        self._origin = asked.step
         self._chunks += 1
         self._note(answer, asked, now - asked.step)
 
@@ -371,7 +404,7 @@ class Controller:
         self.latencies.add(answer.seconds, timing.get("infer_ms"), delay)
         fps = self._served.fps or self.rate
         if asked.moving:
-            self._delays.append(delay)
+            self._delays.append(delay + math.ceil(asked.stood * self._actions_per_step()))
         elif fps is not None:
             self._delays.append(math.ceil(answer.seconds * fps))
         self.delay, self._seconds = delay, answer.seconds

@@ -32,6 +32,7 @@ function connect() {
 function send(what, details = {}) {
   notice("");  // of an earlier command
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ do: what, ...details }));
+  else notice("not connected: that was not sent");
 }
 
 function link(text) {
@@ -223,6 +224,7 @@ function showAnswers(place, answers) {
 one("#tell").onsubmit = event => { event.preventDefault(); tell(one("#instruction").value); };
 one("#ask").onsubmit = event => { event.preventDefault(); send("ask", { text: one("#question").value }); };
 one("#pause").onclick = () => {
+  if (!state) return;
   if (!over) send("pause", { on: !state.paused });
   else if (reset()) send("pause", { on: false });
 };
