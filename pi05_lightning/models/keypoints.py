@@ -23,14 +23,26 @@ def fourier_features(x: Tensor, num_octaves: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+def places(heat: Tensor) -> Tensor:
+    """Where maps are hot, by a softmax over all places: f32[... h w] -> f32[... 2], (y, x) in [0, 1]."""
+    height, width = heat.shape[-2:]
+    y = torch.linspace(0, 1, height, device=heat.device)
+    x = torch.linspace(0, 1, width, device=heat.device)
+    grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
+    return heat.flatten(-2).softmax(-1) @ grid
+
+
 class KeypointStem(nn.Module):
     """Convolutions to a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints.
 
     Every camera has its own maps, and every token its own projection: a head that looks at all tokens alike still
-    reads each keypoint by itself, as a linear regression would.
+    reads each keypoint by itself, as a linear regression would. Words make further maps, for what they name: each is
+    their product with the features at every place.
     """
 
     octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
+    num_named = 4  # maps that words make
+    named_width = 64
     offset_scale = 0.1  # a keypoint is on the object or near it
     sharpness = 4.0  # of the softmax at the start: flat maps all point to the middle
 
@@ -47,60 +59,72 @@ class KeypointStem(nn.Module):
             nn.Conv2d(config.width, config.width, 3, padding=1),
             nn.ReLU(),
         )
+        self.surroundings = nn.Sequential(  # a place is known by 73 pixels around it instead of 25
+            nn.Conv2d(config.width, config.width, 3, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.Conv2d(config.width, config.width, 3, padding=4, dilation=4),
+            nn.ReLU(),
+        )
+        self.searched = nn.Conv2d(config.width, self.named_width, 3, padding=1)
         self.maps = nn.Conv2d(config.width, config.max_cameras * config.num_keypoints, 3, padding=1)
         features = 4 * self.octaves * config.keypoints_per_token
         self.projection = nn.Parameter(torch.empty(config.max_cameras, self.num_groups, features, out_width))
         self.pointed = None
         if config.points_at_prompt:
-            self.pointed = nn.Parameter(torch.empty(config.max_cameras, 4 * self.octaves, out_width))
-        self.pointer = nn.Linear(out_width, config.max_cameras * (config.num_keypoints + 2))
+            coordinates = 4 * self.octaves * (1 + self.num_named)
+            self.pointed = nn.Parameter(torch.empty(config.max_cameras, coordinates, out_width))
+        self.pointer = nn.Linear(out_width, config.max_cameras * (self.num_named * (self.named_width + 1) + 2))
         self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
 
-    def keypoints(self, images: Tensor, camera: Tensor) -> Tensor:
-        """images f32[P 3 H W], camera i64[P] -> f32[P num_keypoints 2], (y, x) in [0, 1]."""
+    def look(self, images: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
+        """images f32[P 3 H W], camera i64[P] -> keypoints f32[P num_keypoints 2], (y, x) in [0, 1], and what `point`
+        searches [P C h w]."""
         images = images.contiguous(memory_format=torch.channels_last)  # what convolutions on a CPU are fastest with
-        heat = rearrange(self.maps(self.convs(images)), "p (c n) h w -> p c n h w", c=self.num_cameras)
-        heat = heat[torch.arange(camera.shape[0], device=camera.device), camera].float() * self.sharpness
-        height, width = heat.shape[-2:]
-        heat = rearrange(heat, "p n h w -> p n (h w)").softmax(-1)
-        y = torch.linspace(0, 1, height, device=heat.device)
-        x = torch.linspace(0, 1, width, device=heat.device)
-        grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
-        return heat @ grid
+        features = self.convs(images)
+        features = features + self.surroundings(features)
+        heat = rearrange(self.maps(features), "p (c n) h w -> p c n h w", c=self.num_cameras)
+        heat = heat[torch.arange(camera.shape[0], device=camera.device), camera]
+        return places(heat.float() * self.sharpness), self.searched(features)
 
     def forward(self, images: Tensor, camera: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and for heads `keypoints` f32[P K 2] and,
-        where it points at the prompt, `pointed` f32[P 2].
+        """images f32[P 3 H W] in [-1, 1], camera i64[P] -> tokens [P N W], and for heads `keypoints` f32[P K 2],
+        `searched` [P C h w] and, where it points at the prompt, `pointed` f32[P 2].
 
         prompt: [P W], the mean of the embeddings of each image's prompt; zeros where there is none.
         """
-        keypoints = self.keypoints(images, camera)
+        keypoints, searched = self.look(images, camera)
         features = fourier_features(keypoints, self.octaves).to(self.projection.dtype)
         features = rearrange(features, "p (n g) c f -> p n (g c f)", n=self.num_groups)
         # a one-hot camera axis instead of gathered weights: few cameras, and no copy of the projection per image
         own = F.one_hot(camera, self.num_cameras).to(features.dtype)
         tokens = torch.einsum("pc,pnf,cnfw->pnw", own, features, self.projection)
-        seen = {"keypoints": keypoints}
+        seen = {"keypoints": keypoints, "searched": searched}
         if self.pointed is not None:
             if prompt is None:
                 prompt = tokens.new_zeros(len(tokens), tokens.shape[-1])
-            seen["pointed"] = self.point(prompt, keypoints, camera)
-            where = fourier_features(seen["pointed"], self.octaves).flatten(1).to(features.dtype)
+            seen["pointed"], named = self.point(prompt, searched, camera)
+            where = torch.cat([seen["pointed"][:, None], named], dim=1)
+            where = fourier_features(where, self.octaves).flatten(1).to(features.dtype)
             tokens = torch.cat([tokens, torch.einsum("pc,pf,cfw->pw", own, where, self.pointed)[:, None]], dim=1)
         return tokens + self.identity[camera], seen
 
-    def point(self, query: Tensor, keypoints: Tensor, camera: Tensor) -> Tensor:
-        """Where what a query names is: it selects among the image's keypoints, and an offset from them.
+    def point(self, query: Tensor, searched: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
+        """Where what a query names is: a mean of the places that it makes maps of, and an offset from it.
 
-        query [Q W], keypoints f32[Q K 2] and camera i64[Q] of the image asked about -> f32[Q 2], (y, x) in [0, 1].
+        query [Q W], searched [Q C h w] and camera i64[Q] of the image asked about -> f32[Q 2], (y, x) in [0, 1], and
+        the places f32[Q num_named 2].
         """
-        scores = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
-        scores = scores[torch.arange(camera.shape[0], device=camera.device), camera].float()
-        weights, offset = scores[:, :-2].softmax(-1), scores[:, -2:]
-        return torch.einsum("qk,qkc->qc", weights, keypoints) + self.offset_scale * offset
+        said = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
+        said = said[torch.arange(camera.shape[0], device=camera.device), camera]
+        kernels, weights, offset = said.split([self.num_named * self.named_width, self.num_named, 2], dim=-1)
+        kernels = rearrange(kernels, "q (n c) -> q n c", n=self.num_named)
+        heat = torch.einsum("qnc,qchw->qnhw", kernels, searched)
+        named = places(heat.float() * (self.sharpness / self.named_width**0.5))
+        mean = torch.einsum("qn,qnc->qc", weights.float().softmax(-1), named)
+        return mean + self.offset_scale * offset.float(), named
 
     def reset_parameters(self) -> None:
-        for conv in (*self.convs, self.maps):
+        for conv in (*self.convs, *self.surroundings, self.searched, self.maps):
             if isinstance(conv, nn.Conv2d):
                 nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
                 assert conv.bias is not None

@@ -1,9 +1,9 @@
 """The location head: points at what a box names, with the keypoint stem. Not in π0.5; for laptop-size models.
 
-Where a question asks for a box, its words select among the image's keypoints, and the loss is the L1 distance to the
-box's centre. A question that is the frame's instruction has the box of the thing that this is about: where the sample
-tells the instruction, the prompt itself shall point there. The head has no parameters of its own: the pointer is part
-of the stem.
+Where a question asks for a box, its words point into the image, and the loss is the L1 distance to the box's centre. A
+question that is the frame's instruction has the box of the thing that this is about: where the sample tells the
+instruction, the prompt itself shall point there. The head has no parameters of its own: the pointer is part of the
+stem.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LocationHead(Head):
         words = backbone.embed_text(asked["tokens"]) * asked["token_mask"][..., None]
         query = words.sum(1) / asked["token_mask"].sum(1, keepdim=True)
         image = asked["image"]
-        pointed = backbone.vision.point(query, prefix.vision["keypoints"][image], batch.camera[image])
+        pointed, _ = backbone.vision.point(query, prefix.vision["searched"][image], batch.camera[image])
         if "pointed" in prefix.vision:
             pointed = torch.where(asked["told"][:, None], prefix.vision["pointed"][image], pointed)
         return {NAME: (pointed - asked["centre"]).abs().mean(-1)}
