@@ -73,12 +73,15 @@ def command(session: Session, text: str) -> tuple[str, Callable[[], None]]:
 class PlayServer:
     """The page, and the websocket behind it, of one session.
 
-    open_session: makes it, given what it tells of every new state.  access: who may ask.  limits: of clients and what
+    open_session: makes it, given what it tells every new state, or why there is none to show.  access: who may ask.  limits: of clients and what
     they say.
     """
 
     def __init__(
-        self, open_session: Callable[[Callable[[State], None]], Session], access: Access, limits: Limits = LIMITS
+        self,
+        open_session: Callable[[Callable[[State | Exception], None]], Session],
+        access: Access,
+        limits: Limits = LIMITS,
     ) -> None:
         self.access, self.limits = access, limits
         self.session = open_session(self._changed)
@@ -87,9 +90,12 @@ class PlayServer:
         self._news: set[asyncio.Event] = set()  # of every client
         self._clients: set[web.WebSocketResponse] = set()
 
-    def _changed(self, state: State) -> None:
+    def _changed(self, state: State | Exception) -> None:
         """In the session's thread."""
-        self._state = json.dumps({"state": state})
+        if isinstance(state, Exception):
+            self._state = json.dumps({"error": f"what happens cannot be shown: {type(state).__name__}: {state}"})
+        else:
+            self._state = json.dumps({"state": state})
         if self._loop is not None and not self._loop.is_closed():
             with suppress(RuntimeError):  # it was closed meanwhile
                 self._loop.call_soon_threadsafe(self._wake)

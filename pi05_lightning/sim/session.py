@@ -35,8 +35,9 @@ class Session:
     that thread.
     """
 
-    def __init__(self, open_players: Callable[[], Sequence[Player]], changed: Callable[[State], None]) -> None:
+    def __init__(self, open_players: Callable[[], Sequence[Player]], changed: Callable[[State | Exception], None]) -> None:
         self._open, self._changed = open_players, changed
+        self._unshown = ""  # why the last state was not shown
         self.paused, self.speed = True, 1.0
         self.players: Sequence[Player] = ()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Future[None]] | None] = queue.SimpleQueue()
@@ -157,8 +158,12 @@ class Session:
         self._shown_at = monotonic()
         try:
             self._changed(self.state())
-        except Exception:  # a renderer's: the next state may be drawn again, and who asks is to be answered
-            logger.exception("the state cannot be shown")
+            self._unshown = ""
+        except Exception as error:  # a renderer's: the next state may be drawn again, and who asks is to be answered
+            if (unshown := f"{type(error).__name__}: {error}") != self._unshown:
+                logger.exception("the state cannot be shown")
+            self._unshown = unshown
+            self._changed(error)
 
     def _is_still(self) -> bool:
         return self.paused or not self._running()

@@ -86,6 +86,24 @@ def test_two_pages_see_the_same_robot_and_a_closed_one_holds_up_nobody(policy: P
     asyncio.run(look())
 
 
+def test_a_page_is_told_why_nothing_is_shown_and_what_is_told_is_done(
+    policy: Pi05Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look() -> None:
+        async with played(policy) as (address, session):
+            client = await session.ws_connect(f"ws://{address}/play")
+            assert await hear(client, "error") == "what happens cannot be shown: RuntimeError: no renderer is left"
+            monkeypatch.undo()
+            await say(client, do="step")
+            assert (await hear(client, "state"))["players"][0]["seconds"] > 0
+
+    def fail(*_: object) -> str:
+        raise RuntimeError("no renderer is left")
+
+    monkeypatch.setattr("pi05_lightning.sim.session.data_uri", fail)
+    asyncio.run(look())
+
+
 BAD = {
     "no json": "that is no JSON",
     "[" * 5000: "that is no JSON",
