@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -29,14 +30,13 @@ from pi05_lightning.experience.value import datasets
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
-from pi05_lightning.sim.simulators import Libero
-from pi05_lightning.sim.splits import LIBERO_STATES
 from pi05_lightning.weights.locate import locate
 
 CONFIG = "experience.yaml"  # of a round: what its policy was trained on
 HASH = "policy.sha256"  # of the weights that every round begins with
 PLAN = "plan.yaml"  # of all rounds: the options that methods which are compared have in common
 _OF_ADVANTAGES = {"advantage", "guidance"}  # options of acting
+logger = logging.getLogger(__name__)
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
 
@@ -211,7 +211,8 @@ class Rounds:
 
     def test(self, name: str, acting: Path, to: Path, knows_advantage: bool) -> Part:
         """Success of a policy."""
-        options = flags({**self.tests, **self.acting_of(knows_advantage), **self.simulator})
+        how = {name: "null" if value is None else value for name, value in self.acting_of(knows_advantage).items()}
+        options = flags({**self.tests, **how, **self.simulator})
         return Part(name, ("rollout", str(acting), *options, "--out", str(to)))
 
     def judge(
@@ -257,10 +258,10 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
                 f"env: {type(simulated).__name__} has no scripted expert for `corrections`, and for dagger"
             )
         states = plan.attempts["episodes"], plan.tests["episodes"]
-        if isinstance(simulated, Libero) and sum(states) > LIBERO_STATES:
+        if simulated.num_states is not None and sum(states) > simulated.num_states:
             raise ValueError(
-                f"LIBERO has {LIBERO_STATES} initial states of a task: {states[0]} episodes and {states[1]}"
-                " test_episodes would meet, so give fewer"
+                f"{type(simulated).__name__} has {simulated.num_states} initial states of a task: {states[0]} episodes"
+                f" and {states[1]} test_episodes would meet, so give fewer"
             )
     check_range("n_seconds", plan.n_seconds, 0, above=True)
     frames_ahead(None, plan.n_seconds, LeRobotFiles.open(find_dataset(plan.demonstrations[0])).fps)
@@ -370,7 +371,11 @@ def write_results(out: Path) -> None:
     for method in METHODS:
         rounds = sorted((out / method).glob("round_*"), key=lambda folder: int(folder.name.removeprefix("round_")))
         files = [folder / "rollout" / "rollout.json" for folder in rounds]
-        rollouts = [base, *(rollout for file in files if (rollout := read_json(file, default={})))]
+        tests = {file: rollout for file in files if (rollout := read_json(file, default={}))}
+        for file, tested in tests.items():
+            if crashed := tested.get("crashed"):
+                logger.warning("%s: %d episodes were ended by the policy's fault: %s", file, len(crashed), crashed[0])
+        rollouts = [base, *tests.values()]
         if rounds:
             found[method] = [rates(rollout["success"])["policy"][ALL] for rollout in rollouts]
             speeds = [rollout.get("per_minute", {}).get("policy") for rollout in rollouts]  # since 0.2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -12,16 +13,19 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
+from pi05_lightning import __version__
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
+from pi05_lightning.data.labels import fingerprint
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.hub import is_on_hub, local_folder
-from pi05_lightning.files.local import shown, write_json
+from pi05_lightning.files.local import sha256, shown, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy, check_device, check_dtype
 from pi05_lightning.sim import video
-from pi05_lightning.sim.baselines import check_rate
+from pi05_lightning.sim.baselines import Demonstrations, check_replay
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, check_unheard, read_paraphrases, swapped_tasks
@@ -111,42 +115,50 @@ def rollout(
     if is_on_hub(checkpoint):
         out = out or RUNS / checkpoint.name / ROLLOUT.parent
         checkpoint = local_folder(checkpoint)
+    out = out or run_of(checkpoint) / ROLLOUT.parent
+    given, checkpoint = checkpoint, locate(checkpoint).path.resolve()  # a run that trains has another one in an hour
     how = Acting(**acting)
     policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(how))
     robot = policy.processor.robots[policy.robot]
-    demonstrations = demonstrations_of(robot, dataset)
-    found = None if demonstrations is None else str(demonstrations)
+    tasks = tasks_to_run(env, tasks, robot)
+    demonstrations, no_replay = demonstrations_of(robot, dataset), None
+    if demonstrations is None:
+        no_replay = "the demonstrations are not here: say where with --dataset"
+    else:
+        try:
+            check_replay(demonstrations, robot, {task: env.sentences(task) for task in tasks})
+        except ValueError as error:
+            no_replay = str(error)
+            logger.warning("there is no mode mean_replay: %s", error)
     fast = policy.abilities.fast and policy.acting.actions == "flow"
-    modes = available_modes(env, found, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
+    modes = available_modes(env, no_replay, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     elif delays:
         raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    tasks = tasks_to_run(env, tasks, robot)
     check_tasks(env, (task for task in tasks if not env.is_chain(task)))
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
     heard = [task for known in policy.processor.robots.values() for task in known.tasks]
     check_unheard(words, heard, paraphrases or PARAPHRASES)
-    if demonstrations is not None and "mean_replay" in modes:
-        check_rate(demonstrations, robot.fps)
     actings: dict[Mode, Acting] = {
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
     for finding in differences(policy, env, tasks):
         logger.warning("%s (`pi05 check` tells more)", finding)
-    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, found, base, words, tokenizer, dtype)
+    replayed = demonstrations if "mean_replay" in modes else None
+    worker = Worker(env, view_of(policy), str(checkpoint), actings, device, replayed, base, words, tokenizer, dtype)
     del policy  # maybe gigabytes: every process loads its own
     if dtype == "int8":
         for way in {(way.actions, way.hierarchical): way for way in actings.values()}.values():
             # which layers compute in 8 bits is measured once for each way of acting, not in every process
             Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(way))
-    out = out or run_of(checkpoint) / ROLLOUT.parent
     policy_hash = locate(checkpoint).content_hash()
-    with Unfinished.within(out, {"plan": str(plan), "worker": str(worker), "sha256": policy_hash}) as unfinished:
+    what = {"plan": str(plan), "worker": str(worker), "sha256": policy_hash, **versions(env, replayed)}
+    with Unfinished.within(out, what) as unfinished:
         jobs, filmed = run_all(plan, worker, num_workers, unfinished)
-        result = summary_of(jobs, plan, worker) | {"sha256": policy_hash, "films": filmed}
+        result = summary_of(jobs, plan, worker) | {"checkpoint": str(given), "sha256": policy_hash, "films": filmed}
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
@@ -158,11 +170,19 @@ def check_told(name: str, given: object, kind: Instruction, instructions: Sequen
         raise ValueError(f"{name}: of the instruction {kind} alone: add it to --instructions, or leave {name} out")
 
 
-def demonstrations_of(robot: Robot, dataset: Path | None) -> Path | None:
-    """The LeRobot dataset that a robot was trained on, if it is here. ValueError for a `dataset` that is none."""
+def versions(env: EnvironmentConfig, replayed: Demonstrations | None) -> dict[str, str]:
+    """What else decides how episodes go, and may change between two starts: code, and what is replayed."""
+    files = {"simulator": sha256(Path(inspect.getfile(type(env))))}
+    if replayed is not None:
+        files["demonstrations"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
+    return {"version": __version__, **files}
+
+
+def demonstrations_of(robot: Robot, dataset: Path | None) -> Demonstrations | None:
+    """What a robot was trained on, if it is here. ValueError for a `dataset` that is no LeRobot v3 dataset."""
     path = dataset or Path(robot.dataset)
     if (path / "meta" / "tasks.parquet").is_file():
-        return path
+        return Demonstrations(str(path), robot.action_keys)
     if dataset is not None:
         raise ValueError(f"dataset: {shown(dataset)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
     return None
@@ -193,13 +213,16 @@ def run_all(plan: Plan, worker: Worker, num_workers: int | None, unfinished: Unf
     """Every job of the plan, over, and the films. What was run before it was interrupted is not run again."""
     jobs = list(plan.jobs())
     filmed = unfinished.complete(jobs)
-    todo = {number: job for number, job in enumerate(jobs) if number not in filmed}
+    if filmed:
+        logger.warning("%d of %d parts were over when it was interrupted, and are kept", len(filmed), len(jobs))
+    todo = [number for number in range(len(jobs)) if number not in filmed]
     episodes, before = (sum(len(job.trials) for job in some) for some in (jobs, (jobs[n] for n in filmed)))
     with (
-        closing(run_in_processes(worker, list(todo.values()), num_workers)) as results,
+        closing(run_in_processes(worker, [jobs[number] for number in todo], num_workers)) as results,
         tqdm(total=episodes, initial=before, unit="episode", desc="rollout") as bar,
     ):
-        for number, job in zip(todo, results, strict=True):
+        for place, job in results:
+            number = todo[place]
             filmed[number] = write_films(unfinished.folder, job.trials, filmed.values())
             unfinished.keep(number, job, filmed[number])
             jobs[number] = job
@@ -223,7 +246,6 @@ def summary_of(jobs: Sequence[Job], plan: Plan, worker: Worker) -> dict[str, Any
             "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
             "env": str(plan.env),
             "seed": plan.seed,
-            "checkpoint": worker.checkpoint,
             "weights": weights_of(Path(worker.checkpoint)),
         }
     )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.frames import FrameStore, OpenFiles
 from pi05_lightning.data.images import resize_with_pad
+from pi05_lightning.files.cores import available_cores
 
 _VERSION = 3  # part of every fingerprint: raise it when the same file would give other bytes
 TEMPORARY = f".{socket.gethostname()}.tmp"  # locks may be a machine's own where the folder is not
@@ -194,7 +195,7 @@ def _decode_all(missing: list[tuple[CachedFrames, int]], label: str) -> None:
     # threads, since decoding, colour conversion, resizing and writing release the interpreter's lock
     with (
         tqdm(total=sum(count for _, count in counts), desc=f"decoding {label}", unit=" frames") as bar,
-        ThreadPoolExecutor(min(len(missing), _cores())) as pool,
+        ThreadPoolExecutor(min(len(missing), available_cores())) as pool,
     ):
         try:
             for future in [pool.submit(cache.decode, file, bar, stop) for cache, file in missing]:
@@ -211,7 +212,3 @@ def _nearest(cached: np.ndarray, wanted: np.ndarray, tolerance: float) -> np.nda
     left = (right - 1).clip(min=0)
     place = np.where(wanted - cached[left] < cached[right] - wanted, left, right)
     return np.where(np.abs(cached[place] - wanted) <= tolerance, place, -1)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

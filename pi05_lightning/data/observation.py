@@ -202,10 +202,10 @@ class Inputs:
 
     def _state(self, state: np.ndarray | None) -> np.ndarray | None:
         dims = self.robot.state_dim
-        if state is None:
-            if dims:
-                raise ValueError(f"state is missing: the policy was trained with one of {dims} dimensions")
+        if not dims:  # a simulator has one all the same
             return None
+        if state is None:
+            raise ValueError(f"state is missing: the policy was trained with one of {dims} dimensions")
         state = as_vector("state", state)
         if len(state) != dims:
             raise ValueError(f"state has {len(state)} dimensions, and the policy was trained with {dims}")

@@ -44,6 +44,8 @@ class Robot:
     """The instructions that it was trained on."""
     dataset: str = ""
     """Where the demonstrations were."""
+    action_keys: tuple[str, ...] = ("action",)
+    """Their features that make up the action."""
     relative: RelativeActions | None = None
     """Dims of the action that are trained on, and predicted, relative to the state."""
     embodiment: str = ""
@@ -124,6 +126,7 @@ class Robot:
         plain = {name: value for name, value in vars(self).items() if name != "normalize"}
         return plain | {
             "tasks": list(self.tasks),
+            "action_keys": list(self.action_keys),
             "cameras": None if self.cameras is None else list(self.cameras),
             "state_range": None if self.state_range is None else [list(values) for values in self.state_range],
             "looks": {camera: look.to_dict() for camera, look in self.looks.items()},
@@ -138,6 +141,7 @@ class Robot:
         relative, cameras, state_range = (values.get(name) for name in ("relative", "cameras", "state_range"))
         plain = {name: value for name, value in values.items() if name != "quantiles"} | {
             "tasks": tuple(values["tasks"]),
+            "action_keys": tuple(values.get("action_keys", cls.action_keys)),
             "relative": RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
             "cameras": None if cameras is None else tuple(cameras),
             "state_range": None if state_range is None else tuple(map(tuple, state_range)),

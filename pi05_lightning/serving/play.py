@@ -73,8 +73,8 @@ def command(session: Session, text: str) -> tuple[str, Callable[[], None]]:
 class PlayServer:
     """The page, and the websocket behind it, of one session.
 
-    open_session: makes it, given what it tells every new state, or why there is none to show.  access: who may ask.  limits: of clients and what
-    they say.
+    open_session: makes it, given what it tells every new state, or why there is none to show.  access: who may ask.
+    limits: of clients and what they say.
     """
 
     def __init__(

@@ -5,48 +5,76 @@ The other two baselines need no data: uniformly random actions, and the scripted
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow.dataset as ds
 
+from pi05_lightning.data.columns import vectors
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.prompt import clean_task
+from pi05_lightning.data.robot import Robot
 from pi05_lightning.sim.environment import NoDemonstrations, same_rate
 
 
-def check_rate(dataset: Path, fps: float) -> None:
-    """Raises ValueError, with both rates, for demonstrations at another rate than the policy acts at."""
-    if not same_rate(recorded := LeRobotFiles.open(dataset).fps, fps):
+@dataclass(frozen=True)
+class Demonstrations:
+    """What is replayed.  path: a LeRobot v3 folder.  action_keys: its features that make up the action."""
+
+    path: str
+    action_keys: tuple[str, ...]
+
+
+def check_replay(shown: Demonstrations, robot: Robot, sentences: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError for demonstrations that a robot cannot replay, or not at all tasks.
+
+    sentences: by task its instruction, and the same in other words; nothing of tasks that only a simulator can tell.
+    """
+    files, remedy = LeRobotFiles.open(Path(shown.path)), "give its own demonstrations with --dataset"
+    if not same_rate(files.fps, robot.fps):
         raise ValueError(
-            f"mode mean_replay: {dataset} was recorded at {recorded:g} frames per second, and the policy was trained at"
-            f" {fps:g}: give its own demonstrations with --dataset, or leave the mode out"
+            f"{shown.path} was recorded at {files.fps:g} frames per second, and the policy was trained at"
+            f" {robot.fps:g}: {remedy}"
         )
+    if missing := [key for key in shown.action_keys if key not in files.features]:
+        raise ValueError(f"{shown.path} has no {', '.join(missing)}, of which the policy's action is made: {remedy}")
+    found = {clean_task(sentence) for sentence in files.sentences("tasks", "task").values()}
+    if never := [task for task, said in sentences.items() if said and clean_task(said[0]) not in found]:
+        raise ValueError(f"{shown.path} has no demonstration of {', '.join(never)}: {remedy}, or other --tasks")
 
 
-def mean_trajectory(dataset: Path, task: str) -> np.ndarray:
+def mean_trajectory(shown: Demonstrations, task: str) -> np.ndarray:
     """Mean action at each time step over the training episodes of a task that last that long: f32[N A].
 
     Time counts from the task's first frame in an episode. A step that no episode has holds the action before it.
 
-    dataset: a LeRobot v3 folder;  task: the instruction, as the dataset has it.
+    task: the instruction, underscores and spaces around it as a prompt has them.
     Raises NoDemonstrations when no training episode has this task.
     """
-    files = LeRobotFiles.open(dataset)
-    tasks = {sentence: number for number, sentence in files.sentences("tasks", "task").items()}
-    if task not in tasks:
-        raise NoDemonstrations(f"{dataset} has no task {task!r}: it has {', '.join(map(repr, tasks))}")
+    files = LeRobotFiles.open(Path(shown.path))
+    tasks = files.sentences("tasks", "task")
+    numbers = [number for number, sentence in tasks.items() if clean_task(sentence) == clean_task(task)]
+    if not numbers:
+        known = ", ".join(map(repr, tasks.values()))
+        raise NoDemonstrations(f"{shown.path} has no task {task!r}: it has {known}")
     episodes = files.choose("train", 0.0, None)
     rows = ds.dataset(files.root / "data").to_table(
-        columns=["episode_index", "frame_index", "action"],
-        filter=(ds.field("task_index") == tasks[task]) & ds.field("episode_index").isin(episodes),
+        columns=["episode_index", "frame_index", *shown.action_keys],
+        filter=ds.field("task_index").isin(numbers) & ds.field("episode_index").isin(episodes),
     )
     if not rows.num_rows:
-        raise NoDemonstrations(f"{dataset} has no training episode of {task!r}")
+        raise NoDemonstrations(f"{shown.path} has no training episode of {task!r}")
     episode, frame = rows["episode_index"].to_numpy(), rows["frame_index"].to_numpy()
     begin = np.full(episode.max() + 1, frame.max())
     np.minimum.at(begin, episode, frame)
-    step, actions = frame - begin[episode], np.stack(rows["action"].to_numpy())
+    step = frame - begin[episode]
+    widths = {key: math.prod(files.features[key]["shape"]) for key in shown.action_keys}
+    parts = [vectors(rows[key], width, f"{shown.path}, {key}")[0] for key, width in widths.items()]
+    actions = np.concatenate(parts, axis=1)
     total, count = np.zeros((step.max() + 1, actions.shape[1])), np.bincount(step)
     np.add.at(total, step, actions)
-    known = np.maximum.accumulate(np.where(count, np.arange(len(count)), 0))
-    return (total / np.maximum(count, 1)[:, None])[known].astype(np.float32)
+    last = np.maximum.accumulate(np.where(count, np.arange(len(count)), 0))
+    return (total / np.maximum(count, 1)[:, None])[last].astype(np.float32)

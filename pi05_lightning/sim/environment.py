@@ -256,6 +256,11 @@ class EnvironmentConfig(ABC):
     has_expert: ClassVar[bool] = False
     """Whether `open` gives an `ExpertEnvironment`."""
 
+    @property
+    def num_states(self) -> int | None:
+        """Initial states of a task, which rollouts and attempts then share; None where there is no end of them."""
+        return None
+
     @abstractmethod
     def tasks(self, robot: Robot) -> list[str]:
         """The tasks to run where the user names none, for a policy of this robot."""

@@ -21,6 +21,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.mt50 import MT50, SENTENCES
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
+from pi05_lightning.sim.splits import LIBERO_STATES, libero_states
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
@@ -64,6 +65,15 @@ class LeRobotEnv(EnvironmentConfig):
 
     def groups(self) -> Mapping[str, Sequence[str]]:
         return MT50().groups() if self._is_mt50 else {}
+
+    @property
+    def num_states(self) -> int | None:
+        return LIBERO_STATES if self.type == "libero" else None
+
+    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+        if self.type == "libero":
+            return libero_states(split, episodes, seed)
+        return super().seeds(number, episodes, seed, split)
 
     @property
     def _is_mt50(self) -> bool:

@@ -18,7 +18,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View
 from pi05_lightning.sim.lerobot_env import LeRobotEnv, LeRobotEnvironment, quiet
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
-from pi05_lightning.sim.splits import EXPERIENCE, LIBERO_STATES
+from pi05_lightning.sim.splits import LIBERO_STATES, libero_states
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
@@ -67,21 +67,12 @@ class Libero(EnvironmentConfig):
                 found[task] = other
         return found
 
-    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
-        """The first initial states of every task for seed 0, as LIBERO is evaluated; the next ones for seed 1.
+    @property
+    def num_states(self) -> int:
+        return LIBERO_STATES
 
-        A policy's attempts to learn from begin with the last one. Raises ValueError for more than there are: the same
-        episodes would be counted again.
-        """
-        check_range("seed", seed, 0)
-        if (1 if split == EXPERIENCE else seed + 1) * episodes > LIBERO_STATES:
-            raise ValueError(
-                f"LIBERO has {LIBERO_STATES} initial states of a task, and {episodes} episodes with seed {seed} would"
-                " begin in some of them again: give fewer, or a lower seed"
-            )
-        if split == EXPERIENCE:
-            return [LIBERO_STATES - 1 - number for number in range(episodes)]
-        return list(range(seed * episodes, (seed + 1) * episodes))
+    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+        return libero_states(split, episodes, seed)
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:
         suite, number = _place(task)

@@ -5,30 +5,31 @@ A job is a policy or a baseline at one task. What runs it keeps policy and envir
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from itertools import batched, product
 from multiprocessing.util import Finalize
-from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pi05_lightning.files.cores import available_cores
 from pi05_lightning.files.ranges import check_range, check_unique
-from pi05_lightning.sim.baselines import mean_trajectory
+from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
+    NoDemonstrations,
     NoSuchEnvironment,
     View,
     same_rate,
 )
-from pi05_lightning.sim.instructions import Instruction, NoSuchInstruction, paraphrase
+from pi05_lightning.sim.instructions import Instruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
@@ -163,7 +164,7 @@ def view_of(policy: Inference) -> View:
 
 def available_modes(
     env: EnvironmentConfig,
-    dataset: str | None,
+    no_replay: str | None,
     wanted: Sequence[Mode] | None,
     subtasks: bool = True,
     fast: bool = True,
@@ -171,6 +172,7 @@ def available_modes(
 ) -> tuple[Mode, ...]:
     """The wanted modes; by default all but those whose expert or demonstrations are not there.
 
+    no_replay: why the mode mean_replay cannot be, if it cannot.
     By default `flat` is left out too where the policy predicts no subtasks, as it acts on the task anyhow; `fast` where
     it says no FAST tokens, or says them anyhow; and of the modes with a delay all that are not in `delayed`.
 
@@ -179,8 +181,8 @@ def available_modes(
     missing = {}
     if not env.has_expert:
         missing["expert"] = f"{type(env).__name__} has no scripted expert"
-    if dataset is None:
-        missing["mean_replay"] = "the demonstrations are not here: say where with --dataset"
+    if no_replay is not None:
+        missing["mean_replay"] = no_replay
     for mode in wanted or ():
         if mode in missing:
             raise ValueError(f"mode {mode}: {missing[mode]}, or leave the mode out")
@@ -205,17 +207,15 @@ def run_policy_job(
     job.clock.seconds += perf_counter() - start
 
 
-def run_baseline_job(job: Job, lanes: Lanes, dataset: str | None) -> None:
-    """Run the trials one after another. dataset: the demonstrations, for mean_replay."""
+def run_baseline_job(job: Job, lanes: Lanes, demonstrations: Demonstrations | None) -> None:
+    """Run the trials one after another. demonstrations: for mean_replay."""
     start = perf_counter()
     (env,) = lanes.of(job.task, 1)
-    replay = partial(_mean_trajectory, str(dataset)) if job.mode == "mean_replay" else None
+    replay = partial(_mean_trajectory, demonstrations) if job.mode == "mean_replay" else None
     for trial in job.trials:
         try:
             run_baseline(env, trial, job.clock, replay)
-        except (NoSuchEnvironment, NoSuchInstruction):
-            raise
-        except ValueError as error:  # as without demonstrations or bounds: the other tasks and modes go on
+        except NoDemonstrations as error:  # of one of a chain's instructions, which then is not done
             trial.reason = str(error)
     job.clock.seconds += perf_counter() - start
 
@@ -233,7 +233,7 @@ class Worker:
     actings: Mapping[Mode, Acting]
     """How the policy acts, by mode."""
     device: str = "cpu"
-    dataset: str | None = None
+    demonstrations: Demonstrations | None = None
     base: str | None = None
     paraphrases: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """instruction -> the same in other words."""
@@ -248,21 +248,23 @@ class Worker:
             run_policy_job(job, _policy(self, acting), lanes, self.paraphrases)
             _keep_one_failure(job.trials)
         else:
-            run_baseline_job(job, lanes, self.dataset)
+            run_baseline_job(job, lanes, self.demonstrations)
         return job
 
 
-def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[Job]:
-    """The jobs, over, in order. Close it to end the processes early.
+def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[tuple[int, Job]]:
+    """The jobs as they are over, each with its number in `jobs`. Close it to end the processes early.
 
     processes: by default as many as cores; one where the policy is on another device, of whose memory each takes a
     policy's.
     Raises ValueError for tasks and cameras that the simulator does not have.
     """
-    most = (os.cpu_count() or 1) if worker.device.startswith("cpu") else 1
-    with simulator_processes(processes or most, worker.env.warm_up) as pool:
+    most = available_cores() if worker.device.startswith("cpu") else 1
+    with simulator_processes(min(processes or most, len(jobs)), worker.env.warm_up) as pool:
+        numbers = {pool.submit(worker, job): number for number, job in enumerate(jobs)}
         try:
-            yield from pool.map(worker, jobs)
+            for future in as_completed(numbers):
+                yield numbers.pop(future), future.result()
         except ValueError as error:  # its traceback is of another process
             raise ValueError(str(error)) from error
 
@@ -303,5 +305,5 @@ def _policy(worker: Worker, acting: Acting) -> Pi05Policy:
 
 
 @cache
-def _mean_trajectory(dataset: str, task: str) -> np.ndarray:
-    return mean_trajectory(Path(dataset), task)
+def _mean_trajectory(demonstrations: Demonstrations, task: str) -> np.ndarray:
+    return mean_trajectory(demonstrations, task)

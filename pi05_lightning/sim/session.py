@@ -31,11 +31,13 @@ State = dict[str, Any]
 class Session:
     """One scene for one policy or several, which everybody who looks shares.
 
-    open_players: makes the players, in the thread that they are then played in.  changed: told of every new state, in
-    that thread.
+    open_players: makes the players, in the thread that they are then played in.  changed: told of every new state, or
+    why it cannot be shown, in that thread.
     """
 
-    def __init__(self, open_players: Callable[[], Sequence[Player]], changed: Callable[[State | Exception], None]) -> None:
+    def __init__(
+        self, open_players: Callable[[], Sequence[Player]], changed: Callable[[State | Exception], None]
+    ) -> None:
         self._open, self._changed = open_players, changed
         self._unshown = ""  # why the last state was not shown
         self.paused, self.speed = True, 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pi05_lightning.files.ranges import check_range
+
 CHAINS = WORDS = 1  # a chain has no other words
 BEGINNING, OTHERS, SLIPS = 2, 3, 4
 """Streams of random numbers of one initial state, by what is drawn from them; things and pushes are drawn from the
@@ -13,6 +15,23 @@ EXPERIENCE = "experience"
 """What a policy tries itself at: the second half of the training's, of which demonstrations take the first."""
 LIBERO_STATES = 50
 """Initial states of each of LIBERO's tasks, of which rollouts take the first and attempts the last."""
+
+
+def libero_states(split: str, count: int, seed: int) -> list[int]:
+    """The first initial states of a task for seed 0, as LIBERO is evaluated; the next ones for seed 1.
+
+    A policy's attempts to learn from begin with the last one. Raises ValueError for more than there are: the same
+    episodes would be counted again.
+    """
+    check_range("seed", seed, 0)
+    if (1 if split == EXPERIENCE else seed + 1) * count > LIBERO_STATES:
+        raise ValueError(
+            f"LIBERO has {LIBERO_STATES} initial states of a task, and {count} episodes with seed {seed} would begin in"
+            " some of them again: give fewer, or a lower seed"
+        )
+    if split == EXPERIENCE:
+        return [LIBERO_STATES - 1 - number for number in range(count)]
+    return list(range(seed * count, (seed + 1) * count))
 
 
 def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[int]:

@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from pi05_lightning.acting import Acting
 from pi05_lightning.evaluation.report.tables import shown_option, table_of
 from pi05_lightning.evaluation.statistics import ALL, Success, rates
-from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, SOLVED_OTHER, Clock, Trial
+from pi05_lightning.sim.trials import Clock, Trial
 
 
 def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str, Any]:
@@ -56,11 +56,7 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
         "seconds": {mode: seconds(of_mode) for mode, of_mode in columns.items()},
         "per_minute": {mode: per_minute(of_mode) for mode, of_mode in columns.items()},
         "failures": {mode: {task: dict(r) for task, r in by_task.items() if r} for mode, by_task in failures.items()},
-        "crashed": [
-            f"{t.column} {t.task} seed {t.seed}: {t.reason}"
-            for t in trials
-            if t.reason not in ("", OUT_OF_TIME, ENDED, SOLVED_OTHER)
-        ],
+        "crashed": [f"{t.column} {t.task} seed {t.seed}: {t.reason}" for t in trials if t.crashed],
         "jumps": {mode: found for mode, of_mode in columns.items() if (found := jumps(of_mode))},
         "swapped": swapped(trials),
         "chains": chains(trials),

@@ -124,6 +124,11 @@ class Trial:
     phase: tuple[str, int] | None = None
     """What the expert would be doing, and since which action; of a trial with patience."""
 
+    @property
+    def crashed(self) -> bool:
+        """Whether it ended by the policy's fault, of which `reason` tells."""
+        return self.reason not in ("", OUT_OF_TIME, ENDED, SOLVED_OTHER)
+
     def __post_init__(self) -> None:
         if self.max_seconds is not None:
             check_range("max_seconds", self.max_seconds, 0, above=True)
@@ -411,6 +416,8 @@ def decide(
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
             return [decide(policy, [lane], [frame], number)[0] for lane, frame in zip(lanes, frames, strict=True)]
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+            raise  # the machine's fault, which ends the rollout: it goes on from what is over
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]

@@ -142,7 +142,7 @@ def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
         ({"acting": {"guidance": 1.5}, "advantage_omission": 0}, "guidance needs samples without an advantage"),
         ({"acting": {"advantage": "postive"}}, "advantage is 'postive'"),
         ({"env": "Libero", "methods": ("recap", "dagger"), "episodes": 5, "test_episodes": 5}, "no scripted expert"),
-        ({"env": "{class_path: Libero, init_args: {suites: [libero_goal]}}"}, "LIBERO has 50 initial states"),
+        ({"env": "{class_path: Libero, init_args: {suites: [libero_goal]}}"}, "Libero has 50 initial states"),
         ({"env": "Nowhere"}, "env: (?s:.*)Nowhere"),
         ({"n_seconds": 0.01}, "0 frames are no time"),
         ({"n_seconds": float("inf")}, "n_seconds"),

@@ -124,12 +124,12 @@ def test_what_is_kept_changes_nothing_of_an_episode(untrained: Path) -> None:
 def test_attempt_in_which_nothing_was_done_costs_no_other(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(*arguments: Any) -> Iterator[Job]:
-        for job in run_in_processes(*arguments):
+    def refused(*arguments: Any) -> Iterator[tuple[int, Job]]:
+        for number, job in run_in_processes(*arguments):
             for trial in job.trials:
                 if trial.task == TASKS[0]:
                     trial.steps, trial.reason = [], "its state is far from the data"
-            yield job
+            yield number, job
 
     monkeypatch.setattr(autonomous, "run_in_processes", refused)
     small = {"policy": untrained, "episodes": 1, "val_episodes": 1, "max_seconds": 0.3}

@@ -133,7 +133,7 @@ def test_mode_with_a_delay_needs_one():
 
 
 def test_modes_with_a_delay_run_where_there_is_one():
-    assert available_modes(MetaWorld(), None, None, fast=False, delayed=["rtc", "async"]) == (
+    assert available_modes(MetaWorld(), "it is not here", None, fast=False, delayed=["rtc", "async"]) == (
         *("policy", "flat", "rtc", "async"),
         *("random", "expert"),
     )

@@ -17,8 +17,8 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim import libero
-from pi05_lightning.sim.environment import NoSuchEnvironment, SharedScene, View
-from pi05_lightning.sim.simulators import Libero
+from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, SharedScene, View
+from pi05_lightning.sim.simulators import LeRobotEnv, Libero
 from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.weights.folder import save
 
@@ -28,10 +28,12 @@ needs_libero = pytest.mark.skipif(
 )
 
 
-def test_liberos_first_initial_states_are_run_as_it_is_evaluated():
-    assert Libero().seeds(3, 50, seed=0) == list(range(50))
-    assert Libero().seeds(0, 10, seed=1) == list(range(10, 20))
-    assert Libero().seeds(0, 3, 7, EXPERIENCE) == [49, 48, 47]
+@pytest.mark.parametrize("env", [Libero(), LeRobotEnv("libero")])
+def test_liberos_first_initial_states_are_run_as_it_is_evaluated(env: EnvironmentConfig) -> None:
+    assert env.num_states == 50
+    assert env.seeds(3, 50, seed=0) == list(range(50))
+    assert env.seeds(0, 10, seed=1) == list(range(10, 20))
+    assert env.seeds(0, 3, 7, EXPERIENCE) == [49, 48, 47]
 
 
 @pytest.mark.parametrize(("episodes", "seed", "split"), [(51, 0, "rollout"), (25, 2, "rollout"), (51, 0, EXPERIENCE)])

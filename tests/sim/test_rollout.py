@@ -165,8 +165,8 @@ def test_a_policy_that_names_no_task_needs_some(untrained, tmp_path):
 
 def test_modes_that_cannot_be_are_left_out():
     env = LeRobotEnv("metaworld")
-    assert available_modes(env, None, None) == ("policy", "flat", "fast", "random")
-    assert available_modes(env, None, None, subtasks=False, fast=False) == ("policy", "random")
+    assert available_modes(env, "it is not here", None) == ("policy", "flat", "fast", "random")
+    assert available_modes(env, "it is not here", None, subtasks=False, fast=False) == ("policy", "random")
     assert available_modes(env, None, ("flat",), subtasks=False) == ("flat",)
 
 

@@ -78,6 +78,15 @@ def test_interrupt_is_no_failure_of_the_policy():
         run(interrupted)
 
 
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_the_machine_lacks_is_no_failure_of_the_policy(kind):
+    def fails(seed):
+        raise kind("no memory is left")
+
+    with pytest.raises(kind):
+        run(fails)
+
+
 def test_too_few_chunks_are_a_failure():
     policy, clock = Stub(chunk), Clock()
     policy.predict_chunks = lambda *_: []

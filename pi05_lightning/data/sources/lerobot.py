@@ -302,6 +302,7 @@ class LeRobotSource(Source):
             fps=self.files.fps,
             tasks=tuple(tasks),
             dataset=self.config.path,
+            action_keys=tuple(self.config.action_keys),
             relative=self._chunks.relative,
             embodiment=self.config.embodiment,
             control_mode=self.config.control_mode,

@@ -6,7 +6,7 @@ The policy acts as in a rollout (`sim.rollout`). Every action is a frame: what w
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from itertools import batched
@@ -46,14 +46,20 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     assert config.policy is not None
     check_device(config.device)
     config.env.warm_up()  # what is missing shows before the weights are read
-    policy = Pi05Policy.from_pretrained(config.policy, **asdict(Acting.of(config.acting)))
+    weights = locate(config.policy)
+    checkpoint = weights.path.resolve()  # a run that trains has another one in an hour
+    policy_hash = weights.content_hash()
+    policy = Pi05Policy.from_pretrained(checkpoint, **asdict(Acting.of(config.acting)))
     view, robot, acting = view_of(policy), policy.processor.robots[policy.robot], policy.resolved
     if view.fps != round(view.fps):
         raise NoSuchEnvironment(f"policy: it acts {view.fps:g} times a second, and a dataset needs a whole number")
     tasks = tasks_to_run(config.env, config.tasks, robot)
     check_tasks(config.env, tasks)
     jobs = list(_jobs(config, tasks))
-    worker = Worker(config.env, view, str(config.policy), {"policy": acting}, config.device)
+    if (states := config.env.num_states) is not None:
+        left = states - config.episodes - config.val_episodes
+        logger.warning("a task has %d initial states: a rollout of at most %d episodes begins in others", states, left)
+    worker = Worker(config.env, view, str(checkpoint), {"policy": acting}, config.device)
     arm = config.env if isinstance(config.env, DemonstratorConfig) else None
     if arm is not None and robot.state_dim != len(arm.state_names):
         arm = None  # the policy sees another state
@@ -71,7 +77,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     write_dataset(root, what, _blocks(root, what, worker, jobs, config))
     provenance = {
         "policy": str(config.policy),
-        "sha256": locate(config.policy).content_hash(),
+        "sha256": policy_hash,
         "acting": asdict(acting),
         "env": str(config.env),
         "corrections": config.corrections,
@@ -106,7 +112,7 @@ def _blocks(
         closing(run_in_processes(worker, jobs, config.num_workers)) as results,
         tqdm(total=sum(len(job.trials) for job in jobs), unit="episode") as bar,
     ):
-        for job in results:
+        for job in _in_order(results):
             refused += [trial for trial in job.trials if not trial.steps]
             episodes = [episode_of(trial, what.cameras) for trial in job.trials if trial.steps]
             if episodes:
@@ -120,6 +126,16 @@ def _blocks(
         if len(refused) == total:
             raise ValueError(said)
         logger.warning("%d of %d attempts are left out: %s", len(refused), total, said)
+
+
+def _in_order(results: Iterable[tuple[int, Job]]) -> Iterator[Job]:
+    """The jobs by their numbers, as a dataset has its episodes."""
+    early, due = dict[int, Job](), 0
+    for number, job in results:
+        early[number] = job
+        while due in early:
+            yield early.pop(due)
+            due += 1
 
 
 def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pi05_lightning.files.cores import available_cores
 from pi05_lightning.files.local import held
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.demonstrations.episodes import Block, Episode, record_block
@@ -84,7 +84,7 @@ def _beside(out: Path, purpose: str) -> Path:
 def _make(root: Path, config: CollectConfig) -> None:
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
-    with simulator_processes(config.num_workers or os.cpu_count() or 1, config.env.warm_up) as pool:
+    with simulator_processes(config.num_workers or available_cores(), config.env.warm_up) as pool:
         from pi05_lightning.sim.demonstrations.lerobot_writer import (  # slow: while the workers import theirs
             Recording,
             video_path,

@@ -120,7 +120,7 @@ def _write_block(meta: LeRobotDatasetMetadata, number: int, block: Sequence[Epis
 def _columns(meta: LeRobotDatasetMetadata, episode: Episode) -> dict[str, np.ndarray]:
     frames = np.arange(len(episode.action))
     own = {"observation.state": episode.state, INTERVENTION: episode.intervention}
-    return {key: column for key, column in own.items() if column is not None} | {
+    return {key: column for key, column in own.items() if key in meta.features and column is not None} | {
         "action": episode.action,
         "timestamp": (frames / meta.fps).astype(np.float32),
         "frame_index": frames,

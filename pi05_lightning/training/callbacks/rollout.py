@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -34,6 +35,8 @@ from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import stop_if_asked
 from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.weights.abilities import UNKNOWN
+
+log = logging.getLogger(__name__)
 
 FOLDER = "rollouts"
 
@@ -177,6 +180,8 @@ class PeriodicRollout(Callback):
         with isolate_rng(), self._policy(trainer, module, model) as policy:
             by_task = self.run(policy, partial(stop_if_asked, trainer))
         trials = [trial for done in by_task.values() for trial in done]
+        if crashed := [trial for trial in trials if trial.crashed]:
+            log.warning("%d of %d episodes were ended by: %s", len(crashed), len(trials), crashed[0].reason)
         metrics = {f"{self.tag}/success/{task}": _success(done) for task, done in by_task.items()}
         metrics |= {f"{self.tag}/success": _success(trials), f"{self.tag}/seconds": perf_counter() - start}
         for logger in trainer.loggers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.data.samples import TrainLoader
+from pi05_lightning.files.cores import available_cores
 from pi05_lightning.training.callbacks.interrupt import Stopped
 
 MUCH = 0.1
@@ -98,7 +98,7 @@ def communicated(model: DistributedDataParallel) -> float:
 
 def advice(data: Pi05DataModule) -> Iterator[str]:
     """What makes batches come faster, of what is not done yet."""
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     if data.num_workers < cores:
         yield f"more workers (--data.num_workers {min(cores, 2 * data.num_workers or 2)}; there are {cores} cores)"
     uncached = [name for name, config in data.configs.items() if getattr(config, "image_cache", True) is False]
