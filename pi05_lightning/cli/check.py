@@ -16,6 +16,7 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import reading
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.columns import evenly_spaced
+from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
@@ -102,7 +103,7 @@ def check(
         sys.exit(1)
 
 
-READ = ("cameras", "state_keys", "action_keys", "task")
+READ = ("cameras", "state_keys", "action_keys", "task", "episodes", "subtask_key", "box_range")
 
 
 def as_trained(checkpoint: Path, dataset: str) -> dict[str, Any]:
@@ -183,14 +184,17 @@ def predictions(
     wanted = policy.inputs.cameras
     predicted, recorded = [], []
     for index in tqdm(evenly_spaced(len(source), frames), unit="frame", desc="asking"):
-        frame = source[int(index)]
+        try:
+            frame = source[int(index)]
+        except BadSample:  # as training leaves it out
+            continue
         assert frame.actions is not None
         assert frame.action_is_pad is not None
         shown = replace(frame, images={camera: frame.images[camera] for camera in wanted}, actions=None)
         chunk = policy.predict_chunks([shown], [frame.subtask])[0]
         predicted.append(chunk[~frame.action_is_pad])
         recorded.append(frame.actions[~frame.action_is_pad])
-    return compare_predictions(predicted, recorded, processor.robots[robot])
+    return compare_predictions(predicted, recorded, processor.robots[robot]) if predicted else []
 
 
 def show(title: str, findings: Sequence[Finding]) -> None:

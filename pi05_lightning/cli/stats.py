@@ -26,8 +26,10 @@ def stats(
     cameras: dict[str, str] | None = None,
     convert_images: bool = False,
     val_fraction: float = 0.1,
-    episodes: str | None = None,
+    episodes: list[int] | str | None = None,
+    subtask_key: str | None = None,
     relative_dims: list[int] | None = None,
+    relative_state_dims: list[int] | None = None,
     horizon: int = 50,
     min_range: float | None = None,
     task: str | None = None,
@@ -40,20 +42,24 @@ def stats(
 
     Args:
         dataset: folder or Hub id.
-        keys: features to look at; by default all vectors of floating-point numbers but `next.*`, as rewards.
+        keys: features to look at, as the source's state_keys and action_keys; by default observation.state and action,
+            and all vectors of floating-point numbers but `next.*`, as rewards, where one of the two is not there.
         cameras: image features, each with its camera name, as in training: frames without an image do not count.
         convert_images: grey and transparent images are taken too, as in training.
         val_fraction: share of episodes held out, as in training.
-        episodes: only episodes that meet an SQL condition on their metadata, as "length >= 50".
+        episodes: only these, as [0,3], or those that meet an SQL condition on their metadata, as "length >= 50".
+        subtask_key: column of subtasks, as in training, which decides too which episodes are held out.
         relative_dims: dims of the action to take relative to observation.state at the chunk's first step.
-        horizon: steps of a chunk.
+        relative_state_dims: dims of the state that these are relative to, where they are other numbers.
+        horizon: steps of a chunk: the source's horizon_steps, or else the model's horizon.
         min_range: range that dims of less are widened to, as in training, for the notes and what is too far out.
         task: sentence for frames that have none, as in training.
         on_bad_sample: whether bad frames are an error or left out, as in training.
     """
     check_range("horizon", horizon, 1)
     files = LeRobotFiles.open(find_dataset(dataset))
-    keys = keys or [key for key in vector_keys(files) if not key.startswith(NEXT)]
+    known = vector_keys(files)
+    keys = keys or ([STATE, ACTION] if {STATE, ACTION} <= {*known} else [k for k in known if not k.startswith(NEXT)])
     action_keys = [key for key in keys if key.startswith(ACTION)]
     state_keys = [key for key in keys if key not in action_keys]
     config = LeRobotConfig(
@@ -64,6 +70,8 @@ def stats(
         state_keys=sorted(dict.fromkeys([*state_keys, *([STATE] if relative_dims else [])]), key=STATE.__ne__),
         action_keys=sorted(action_keys, key=ACTION.__ne__),
         relative_dims=relative_dims or [],
+        relative_state_dims=relative_state_dims,
+        subtask_key=subtask_key,
         val_fraction=val_fraction,
         episodes=episodes,
         min_range=min_range,

@@ -185,19 +185,20 @@ class FastTokenizer:
         coverage: share of the coefficients that must have a character of their own, the rarest large ones are clipped.
         Where the vocabulary has room the range is widened, for actions that go a little further than these.
         merge: frequent sequences of coefficients are tokens of their own; otherwise every coefficient is one token.
-        Raises ValueError when coverage takes more characters than vocab_size.
+        Raises ValueError when coverage takes more characters than vocab_size, or than `CHARACTERS`.
         """
         parts = [chunks] if isinstance(chunks, np.ndarray) else list(chunks)
         coefficients = [quantized_dct(part, scale).astype(np.int64) for part in parts]
         low, high = _covering_range(np.concatenate([part.ravel() for part in coefficients]), coverage)
-        if high - low + 1 > vocab_size:
+        most = min(vocab_size, CHARACTERS)
+        if high - low + 1 > most:
             raise ValueError(
                 f"the DCT coefficients run from {low} to {high}, {high - low + 1} values, more than vocab_size"
-                f" {vocab_size}. Some dimension has rare values far outside its quantiles (`pi05 stats` shows which):"
-                " mend the data, ask for less coverage (say 0.9999), a smaller scale or a larger vocabulary"
+                f" {vocab_size}, or the {CHARACTERS} that any has characters for. Some dimension has rare values far"
+                " outside its quantiles (`pi05 stats` shows which): mend the data, ask for less coverage (say 0.9999), a smaller scale or a larger vocabulary"
             )
         wide = math.ceil(MARGIN * max(-low, high))
-        if 2 * (2 * wide + 1) <= vocab_size:
+        if 2 * (2 * wide + 1) <= vocab_size and 2 * wide + 1 <= CHARACTERS:
             low, high = -wide, wide
         alphabet = [chr(code) for code in range(high - low + 1)]
         if not merge:

@@ -14,8 +14,9 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 def find_dataset(path: str) -> Path:
     """The folder of a dataset: `path` itself, LeRobot's copy of that Hub id, or a download of it.
 
-    Raises ValueError when there is neither a folder nor such a dataset on the Hub.
+    What was downloaded is found again where the Hub cannot be reached, as from a cluster's nodes.  Raises ValueError
+    when there is neither a folder nor such a dataset on the Hub.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -50,26 +52,36 @@ def find_dataset(path: str) -> Path:
         raise ValueError(
             f"{shown(path)}: no such folder. Name a LeRobot dataset's folder, or its Hub id as owner/name."
         )
+    return _of_hub(path)
+
+
+@cache  # the Hub is asked once, not for every part and its workers
+def _of_hub(name: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
-    from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
-    from lerobot.datasets.utils import CompatibilityError
+    from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
+    from lerobot.datasets.utils import CompatibilityError, get_safe_version, has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
-    if (HF_LEROBOT_HOME / path / "meta" / "info.json").exists():
-        return HF_LEROBOT_HOME / path
+    own = HF_LEROBOT_HOME / name
+    is_here = (own / "meta" / "info.json").exists()
+    if is_here and not has_legacy_hub_download_metadata(own):  # of an older LeRobot, which may be of an older version
+        return own
+    download = partial(snapshot_download, name, repo_type="dataset", cache_dir=HF_LEROBOT_HUB_CACHE)
     try:
-        try:
-            revision = LeRobotDatasetMetadata(path).revision
-        except (CompatibilityError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
-            raise ValueError(
-                f"{path} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
-                f" --repo-type dataset {path} --local-dir FOLDER`) and name the folder, of which its format is told"
-            ) from error
-        return Path(snapshot_download(path, repo_type="dataset", revision=revision, cache_dir=HF_LEROBOT_HUB_CACHE))
-    except (httpx.HTTPError, OSError) as error:
+        return Path(download(revision=get_safe_version(name, CODEBASE_VERSION)))
+    except (CompatibilityError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
         raise ValueError(
-            f"{shown(path)} is no folder, and the Hub does not give it ({error}): correct the path, check the "
+            f"{name} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
+            f" --repo-type dataset {name} --local-dir FOLDER`) and name the folder, of which its format is told"
+        ) from error
+    except (httpx.HTTPError, OSError) as error:
+        with suppress(OSError):
+            return Path(download(revision=CODEBASE_VERSION, local_files_only=True))
+        if is_here:
+            return own
+        raise ValueError(
+            f"{shown(name)} is no folder, and the Hub does not give it ({error}): correct the path, check the "
             "connection, or log in if it is private"
         ) from error
 

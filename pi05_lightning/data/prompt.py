@@ -29,6 +29,11 @@ def clean_task(task: str) -> str:
     return task.strip().replace("_", " ").replace("\n", " ")
 
 
+def fields_of(template: str) -> set[str]:
+    """What a template asks for. Raises ValueError for a brace that is not closed."""
+    return {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Templates. What is filled in: `{task}`, `{state}`, `{subtask}`, `{question}`, `{embodiment}`, `{control_mode}`,
@@ -70,8 +75,7 @@ class Prompts:
             template = getattr(self, name)
             if not template.strip():
                 raise ValueError(f"prompts.{name} is {template!r}: write a template, of {sorted(names)}")
-            unknown = {part for _, part, _, _ in Formatter().parse(template) if part is not None} - names
-            if unknown:
+            if unknown := fields_of(template) - names:
                 raise ValueError(f"prompts.{name} is {template!r}, and {sorted(unknown)} is none of {sorted(names)}")
 
     def said(self, text: str) -> str:

@@ -48,7 +48,11 @@ class FeatureStats:
     @classmethod
     def of(cls, dims: Iterable[np.ndarray]) -> FeatureStats:
         """From the values of each dimension, [N] of its own N, of which one at a time need be in memory."""
-        columns = np.array([_summary(values.astype(np.float64)) for values in dims]).reshape(-1, len(fields(cls))).T
+        columns = (
+            np.array([_summary(values.astype(np.float64, copy=False)) for values in dims])
+            .reshape(-1, len(fields(cls)))
+            .T
+        )
         return cls(*columns[:-2], *columns[-2:].astype(np.int64))
 
     def part(self, dims: slice) -> FeatureStats:

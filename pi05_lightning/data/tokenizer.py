@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from pi05_lightning.files.hub import local_folder
+from pi05_lightning.files.hub import TOKENIZER, local_folder
 from pi05_lightning.files.local import shown
 from pi05_lightning.types import NUM_LOC, NUM_SEG
 
@@ -59,7 +59,7 @@ class TextTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            folder = local_folder(name)
+            folder = local_folder(name, files=TOKENIZER)
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
         except (OSError, ValueError) as error:
             raise ValueError(

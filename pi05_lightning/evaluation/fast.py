@@ -63,7 +63,7 @@ def read_chunks(
         raise ValueError(f"{config.path}: a FAST tokenizer is fitted on actions, and action_keys is empty")
 
     def chunks(source: LeRobotSource) -> Chunks:
-        frames = [robot.to_model(source[int(i)]) for i in evenly_spaced(len(source), max_chunks)]
+        frames = [robot.to_model(source.motion(int(i))) for i in evenly_spaced(len(source), max_chunks)]
         actions = [frame.actions for frame in frames if frame.actions is not None]
         is_pad = np.array([frame.action_is_pad for frame in frames])
         return Chunks(np.array(actions, dtype=np.float32), is_pad, robot.normalize.action.span)

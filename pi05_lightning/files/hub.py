@@ -16,6 +16,8 @@ _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FAILURES = (OSError, ValueError, RuntimeError, httpx.HTTPError)
 FILES = ("*.json", "*.safetensors", "*.model")
 """All that is downloaded: nothing of it can execute code."""
+TOKENIZER = ("*.json", "*.model")
+"""What of it a tokenizer is in: PaliGemma's stands beside weights of many gigabytes."""
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -34,10 +36,10 @@ def is_dataset_on_hub(name: str) -> bool:
     return is_hub_id(name) and not Path(name).is_dir()
 
 
-def local_folder(name: str | Path, revision: str | None = None) -> Path:
+def local_folder(name: str | Path, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
     """The path itself; for `organisation/name`, unless there is such a folder here, where the Hub's files were put.
 
-    revision: of the Hub's: a branch, a tag or a commit.
+    revision: of the Hub's: a branch, a tag or a commit.  files: patterns of those that are needed.
     The Hub's own cache is used, so that a second call, or one without a network, downloads nothing.
     ValueError when the Hub cannot be reached, has no such repository or does not give it to this account.
     """
@@ -46,7 +48,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(FILES)))
+        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(files)))
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = first_line(error)
         raise ValueError(

@@ -36,8 +36,8 @@ class KeypointStem(nn.Module):
     """Convolutions to a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints.
 
     Every camera has its own maps, and every token its own projection: a head that looks at all tokens alike still
-    reads each keypoint by itself, as a linear regression would. Words make further maps, for what they name: each is
-    their product with the features at every place.
+    reads each keypoint by itself, as a linear regression would. What words name is among the keypoints or where a map
+    of the words' own is hot, which is their product with the features at every place.
     """
 
     octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
@@ -73,7 +73,8 @@ class KeypointStem(nn.Module):
         if config.points_at_prompt:
             coordinates = 4 * self.octaves * (1 + self.num_named)
             self.pointed = nn.Parameter(torch.empty(config.max_cameras, coordinates, out_width))
-        self.pointer = nn.Linear(out_width, config.max_cameras * (self.num_named * (self.named_width + 1) + 2))
+        self.said = (self.num_named * self.named_width, config.num_keypoints + self.num_named, 2)
+        self.pointer = nn.Linear(out_width, config.max_cameras * sum(self.said))
         self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
 
     def look(self, images: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,25 +103,25 @@ class KeypointStem(nn.Module):
         if self.pointed is not None:
             if prompt is None:
                 prompt = tokens.new_zeros(len(tokens), tokens.shape[-1])
-            seen["pointed"], named = self.point(prompt, searched, camera)
+            seen["pointed"], named = self.point(prompt, keypoints, searched, camera)
             where = torch.cat([seen["pointed"][:, None], named], dim=1)
             where = fourier_features(where, self.octaves).flatten(1).to(features.dtype)
             tokens = torch.cat([tokens, torch.einsum("pc,pf,cfw->pw", own, where, self.pointed)[:, None]], dim=1)
         return tokens + self.identity[camera], seen
 
-    def point(self, query: Tensor, searched: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
-        """Where what a query names is: a mean of the places that it makes maps of, and an offset from it.
+    def point(self, query: Tensor, keypoints: Tensor, searched: Tensor, camera: Tensor) -> tuple[Tensor, Tensor]:
+        """Where what a query names is: it selects among keypoints and the places of its own maps, and an offset.
 
-        query [Q W], searched [Q C h w] and camera i64[Q] of the image asked about -> f32[Q 2], (y, x) in [0, 1], and
-        the places f32[Q num_named 2].
+        query [Q W], and of the image asked about keypoints f32[Q K 2], searched [Q C h w] and camera i64[Q] ->
+        f32[Q 2], (y, x) in [0, 1], and the places f32[Q num_named 2].
         """
         said = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
         said = said[torch.arange(camera.shape[0], device=camera.device), camera]
-        kernels, weights, offset = said.split([self.num_named * self.named_width, self.num_named, 2], dim=-1)
+        kernels, scores, offset = said.split(self.said, dim=-1)
         kernels = rearrange(kernels, "q (n c) -> q n c", n=self.num_named)
         heat = torch.einsum("qnc,qchw->qnhw", kernels, searched)
         named = places(heat.float() * (self.sharpness / self.named_width**0.5))
-        mean = torch.einsum("qn,qnc->qc", weights.float().softmax(-1), named)
+        mean = torch.einsum("qk,qkc->qc", scores.float().softmax(-1), torch.cat([keypoints, named], dim=1))
         return mean + self.offset_scale * offset.float(), named
 
     def reset_parameters(self) -> None:

@@ -66,6 +66,17 @@ def test_its_own_demonstrations_are_read_as_in_training(
     assert "image front ok" in said
 
 
+def test_its_own_demonstrations_are_of_the_episodes_that_it_was_trained_on(
+    pictures_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = trained(tmp_path, pictures_copy, episodes=[0, 1])
+    values = pq.read_table(data_file(pictures_copy))["action"].to_pylist()
+    values[-1] = [float("nan"), 0.0]  # of an episode that was left out for it
+    rewrite(data_file(pictures_copy), action=values)
+    status, said = check(capsys, chosen, "--frames", "2")
+    assert status == 0, said
+
+
 def turned(root: Path) -> None:
     """Images upside down, as LIBERO's demonstrations are."""
     column = "observation.images.top"

@@ -31,9 +31,15 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stats_shows_every_dim_by_name(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["stats", str(pictures_copy)])
-    printed = capsys.readouterr().out
-    for dim in ("0 x", "1 y", "2 z", "0 width", "0 dx", "1 dy"):
-        assert dim in printed
+    trained_on = ["0 x", "1 y", "2 z", "0 dx", "1 dy"]
+    assert list(shown(capsys)) == trained_on
+    main(["stats", str(pictures_copy), "--keys", "[observation.state,observation.gripper,action]"])
+    assert set(shown(capsys)) == {*trained_on, "0 width"}
+
+
+def test_stats_are_of_the_episodes_that_a_source_names(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["stats", str(pictures), "--episodes", "[0,1]", "--val_fraction", "0"])
+    assert f"{len(open_source(pictures, episodes=[0, 1], val_fraction=0))} frames of 2" in capsys.readouterr().out
 
 
 def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
@@ -158,6 +164,17 @@ def test_tokenizer_refuses_a_source_that_shares_no_robot(pictures: Path, tmp_pat
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
     with pytest.raises(SystemExit, match=r"data\.sources\.more: same_robot_as 'arm' names no source"):
         main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path)])
+
+
+def test_tokenizer_reads_no_image(pictures_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("an image is read")
+
+    source = {"class_path": "LeRobotConfig", "init_args": {"path": str(pictures_copy)}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": {"robot": source}}}))
+    monkeypatch.setattr("pi05_lightning.data.frames.ParquetFrames.read", read)
+    main(["tokenizer", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "fast"), "--horizon", "4"])
+    assert (tmp_path / "fast" / "report.json").exists()
 
 
 def test_tokenizer_needs_no_instructions(pictures_copy: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +167,16 @@ def test_source_that_cannot_be_of_the_robot_is_refused(videos: Path, other: dict
     }
     with pytest.raises(ValueError, match=rf"dataset 'other': same_robot_as 'robot' has \d+ {said}"):
         _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
+
+
+@pytest.mark.parametrize("name", ["relative_dims", "embodiment"])
+def test_source_that_says_otherwise_what_the_robot_is_is_refused(videos: Path, name: str) -> None:
+    mine, others = {"relative_dims": ([0], [1]), "embodiment": ("SO-101", "SO-100")}[name]
+    sources = {"robot": LeRobotConfig(str(videos), **{name: others})}
+    for own, is_refused in ((mine, True), (others, False)):
+        sources["more"] = LeRobotConfig(str(videos), same_robot_as="robot", **{name: own})
+        with pytest.raises(ValueError, match=f"its {name} are not those") if is_refused else nullcontext():
+            _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
 
 
 def test_source_of_another_rate_is_not_of_the_robot(pictures: Path, tmp_path: Path) -> None:

@@ -249,6 +249,13 @@ def test_fitting_is_deterministic() -> None:
     assert first == second
 
 
+def test_more_values_than_there_are_characters_for_are_refused() -> None:
+    chunks = make_chunks(100)
+    assert FastTokenizer.fit(chunks, vocab_size=8192, scale=100).encode(chunks)
+    with pytest.raises(ValueError, match="or the 2048 that any has characters for"):
+        FastTokenizer.fit(40 * chunks, vocab_size=8192, scale=100)
+
+
 def test_a_fit_prepares_for_actions_that_go_a_little_further() -> None:
     fast = FastTokenizer.fit(make_chunks(100), vocab_size=512)
     largest = np.abs(dct(make_chunks(100), axis=1, norm="ortho")).max()

@@ -80,6 +80,13 @@ def test_frames_of_chosen_episodes_are_the_same_from_the_cache(videos_copy: Path
         np.testing.assert_array_equal(cached[index].images["top"], image)
 
 
+def test_images_that_are_converted_have_a_cache_of_their_own(pictures_copy: Path) -> None:
+    plain, converted = (open_source(pictures_copy, image_cache=True, convert_images=c) for c in (False, True))
+    plain.prepare()
+    converted.prepare()
+    np.testing.assert_array_equal(plain[0].images["top"], converted[0].images["top"])
+
+
 def test_a_cache_is_written_once(videos_copy: Path) -> None:
     open_source(videos_copy, image_cache=True).prepare()
     before = cached_files(videos_copy)

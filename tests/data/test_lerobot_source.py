@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,26 @@ def test_a_path_that_is_no_folder_is_named(tmp_path: Path) -> None:
 def test_a_hub_id_finds_lerobots_own_copy(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", videos.parent.parent)
     assert find_dataset(f"{videos.parent.name}/{videos.name}") == videos
+
+
+def test_what_was_downloaded_is_found_without_the_hub(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, commit = tmp_path / "home", "0" * 40
+    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", home)
+    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HUB_CACHE", home / "hub")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="the Hub does not give it"):
+        find_dataset("someone/drawers")
+    old = home / "someone" / "drawers"  # as an older LeRobot downloaded it
+    shutil.copytree(videos, old)
+    (old / ".cache" / "huggingface" / "download").mkdir(parents=True)
+    assert find_dataset("someone/drawers") == old
+    kept = home / "hub" / "datasets--someone--cups"
+    (kept / "refs").mkdir(parents=True)
+    (kept / "refs" / "v3.0").write_text(commit)
+    shutil.copytree(videos, kept / "snapshots" / commit)
+    assert find_dataset("someone/cups") == kept / "snapshots" / commit
 
 
 # --- workers

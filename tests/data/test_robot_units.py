@@ -163,8 +163,14 @@ def test_the_frame_at_which_a_dimension_without_range_does_change_is_named(tmp_p
         dataset.add_frame({"observation.state": numbers, "action": numbers[::-1].copy(), "task": "wait"})
     dataset.save_episode()
     dataset.finalize()
-    with pytest.raises(BadSample, match=r"episode 0, frame 40, observation.state: dimensions \[1\] have no range"):
+    with pytest.raises(
+        BadSample,
+        match=r"(?s)episode 0, frame 40, observation.state: dimensions \[1\] have no range.*"
+        r"\[0.0\] to \[1.0\], which is rare: set `min_range: 1`",
+    ):
         open_source(tmp_path / "rare").robot()
+    normal = open_source(tmp_path / "rare", min_range=1).robot().normalize.state
+    assert abs(normal.normalize(np.array([0, 1.0]))[1]) <= 2
 
 
 def test_min_range_gives_it_one(videos_copy: Path) -> None:

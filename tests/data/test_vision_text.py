@@ -313,6 +313,11 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 # --- boxes, parts, streams
 
 
+def test_a_question_of_boxes_that_asks_for_what_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"box_prompt asks for label: only \{labels\} is filled in"):
+        VisionTextConfig(path="web", box_prompt="detect {label}")
+
+
 def test_boxes_become_a_question_and_coordinate_tokens(tmp_path: Path) -> None:
     boxes, labels = [[[0, 0, 4, 3], [4, 3, 8, 6]]] * ROWS, [["cup", "cup"]] * ROWS
     source = open_source(saved(tmp_path, boxes=boxes, labels=labels), question_column="absent")

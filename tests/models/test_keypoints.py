@@ -40,11 +40,11 @@ def test_last_token_of_an_image_says_where_the_prompt_points(model: Pi05) -> Non
     assert stem.num_tokens == 2
     found = tokens(model, batch)
     with torch.no_grad():
-        _, searched = stem.look(batch.pixels / 127.5 - 1, batch.camera)
+        keypoints, searched = stem.look(batch.pixels / 127.5 - 1, batch.camera)
         for image, (row, prompt) in enumerate([(0, 3), (0, 3), (2, 3)]):
             camera = batch.camera[image]
             words = model.backbone.embed_text(batch.tokens[row, :prompt]).mean(0)
-            mean, named = stem.point(words[None], searched[[image]], camera[None])
+            mean, named = stem.point(words[None], keypoints[[image]], searched[[image]], camera[None])
             angles = torch.pi * 2.0 ** torch.arange(stem.octaves) * torch.cat([mean[:, None], named], 1)[0, ..., None]
             expected = torch.cat([angles.sin(), angles.cos()], -1).flatten() @ stem.pointed[camera]
             torch.testing.assert_close(found[row, camera, 1], expected + stem.identity[camera, 1], rtol=1e-4, atol=1e-5)
@@ -85,8 +85,8 @@ def test_what_the_prompt_tells_is_where_the_prompt_points_and_the_rest_where_its
             backbone.embed_text(batch.tokens[2, :3]).mean(0),
             backbone.embed_text(torch.tensor([5, 6])).mean(0),
         )
-        searched, camera = prefix.vision["searched"][2], batch.camera[2]
-        pointed = [stem.point(query[None], searched[None], camera[None])[0][0] for query in (prompt, words)]
+        seen = [prefix.vision[name][[2]] for name in ("keypoints", "searched")]
+        pointed = [stem.point(query[None], *seen, batch.camera[[2]])[0][0] for query in (prompt, words)]
     torch.testing.assert_close(found, (torch.stack(pointed) - centre).abs().mean(-1))
     assert found[0] != found[1]
 

@@ -204,8 +204,7 @@ class LeRobotSource(Source):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Frame:
-        row = int(self._rows[index])
-        actions, is_pad = self._chunks.at(row) if self.config.action_keys else (None, None)
+        row, motion = int(self._rows[index]), self.motion(index)
         answers = self.columns.answers[row]
         images, sizes = self._images.read(row)
         self._check_sizes(row, answers, sizes)
@@ -216,12 +215,19 @@ class LeRobotSource(Source):
             subtask=self.columns.subtask[row],
             subtask_is_target=bool(self._taught[row]),
             answers=answers,
-            state=self.columns.state[row] if self.config.state_keys else None,
-            actions=actions,
-            action_is_pad=is_pad,
+            state=motion.state,
+            actions=motion.actions,
+            action_is_pad=motion.action_is_pad,
             advantage=None if self._advantage is None else ("positive" if self._advantage[row] else "negative"),
             returns=None if self._returns is None else float(self._returns[row]),
         )
+
+    def motion(self, index: int) -> Frame:
+        """A sample's state and actions alone, for which no image is read."""
+        row = int(self._rows[index])
+        actions, is_pad = self._chunks.at(row) if self.config.action_keys else (None, None)
+        state = self.columns.state[row] if self.config.state_keys else None
+        return Frame(state=state, actions=actions, action_is_pad=is_pad)
 
     def indices(self, modality: Modality) -> np.ndarray:
         """i64: frames with a question (qa), with a subtask (hl_subtask), with actions (the two of robot actions)."""
@@ -285,6 +291,14 @@ class LeRobotSource(Source):
                 raise ValueError(
                     f"dataset {self.name!r}: same_robot_as {self.same_robot_as!r} has {theirs[what]:g} {what}, and"
                     f" {self.config.path} {number:g}: leave same_robot_as out, or name a dataset like it"
+                )
+        told = {"relative_dims": (self._chunks.relative, robot.relative)}
+        told |= {name: (getattr(self.config, name), getattr(robot, name)) for name in ("embodiment", "control_mode")}
+        for name, (mine, theirs_is) in told.items():
+            if mine and mine != theirs_is:
+                raise ValueError(
+                    f"dataset {self.name!r}: its {name} are not those of same_robot_as {self.same_robot_as!r}, which"
+                    " would be taken: leave one of the two out"
                 )
 
     def robot(self) -> Robot | None:

@@ -80,11 +80,19 @@ def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.
     """Dims of f32[N D] that do not vary over some rows; no row is left out for it."""
     dims = np.flatnonzero(quantiles.q01 == quantiles.q99)
     if len(dims):
-        odd = rows[(values[rows][:, dims] != quantiles.q01[dims]).any(axis=1)]
+        some = values[rows][:, dims]
+        odd = rows[(some != quantiles.q01[dims]).any(axis=1)]
         row = int(odd[0]) if len(odd) else int(rows[0])
+        remedy = "Set `min_range`, 0.01 say, to give them one, or take other features"
+        if len(odd):  # rare values, which a small range would put far from -1..1
+            low, high = some.min(axis=0), some.max(axis=0)
+            remedy = (
+                f"They reach {low.tolist()} to {high.tolist()}, which is rare: set `min_range: {(high - low).max():g}`"
+                " to take that for their range, or take other features"
+            )
         kept.rejects.add(
             f"{kept.columns.address(row)}, {' + '.join(keys)}",
             f"dimensions {dims.tolist()} have no range: both quantiles are {quantiles.q01[dims].tolist()}",
-            "Set `min_range`, 0.01 say, to give them one, or take other features",
+            remedy,
             0,
         )

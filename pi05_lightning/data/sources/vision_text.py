@@ -20,6 +20,7 @@ from pi05_lightning.data.boxes import BoxOrder, detections, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
 from pi05_lightning.data.images import read_image
 from pi05_lightning.data.places import misplaced
+from pi05_lightning.data.prompt import fields_of
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id
@@ -86,6 +87,8 @@ class VisionTextConfig(SourceConfig):
         for key in ("caption_prompt", "box_prompt", "camera"):
             if not getattr(self, key).strip():
                 raise ValueError(f"{key} is {getattr(self, key)!r}: write what is meant, or leave it out")
+        if unknown := fields_of(self.box_prompt) - {"labels"}:
+            raise ValueError(f"box_prompt asks for {', '.join(sorted(unknown))}: only {{labels}} is filled in")
         check_fraction(self.val_fraction)
         if self.stream_rows is not None:
             check_range("stream_rows", self.stream_rows, 1)
