@@ -21,9 +21,9 @@ VISION = VisionConfig(16, width=8, num_heads=1, num_keypoints=4, keypoints_per_t
 ROWS = ["iippp", "ppp", "ipppss"]
 
 
-@pytest.fixture(scope="module")
-def model() -> Pi05:
-    return small_model(small_config(backbone_type="keypoint_gemma", vision=VISION))
+@pytest.fixture(scope="module", params=[0, 2])
+def model(request: pytest.FixtureRequest) -> Pi05:
+    return small_model(small_config(backbone_type="keypoint_gemma", vision=replace(VISION, named_maps=request.param)))
 
 
 def tokens(model: Pi05, batch: Batch) -> Tensor:
@@ -40,11 +40,12 @@ def test_last_token_of_an_image_says_where_the_prompt_points(model: Pi05) -> Non
     assert stem.num_tokens == 2
     found = tokens(model, batch)
     with torch.no_grad():
-        keypoints, searched = stem.look(batch.pixels / 127.5 - 1, batch.camera)
+        seen = stem.look(batch.pixels / 127.5 - 1, batch.camera)
         for image, (row, prompt) in enumerate([(0, 3), (0, 3), (2, 3)]):
             camera = batch.camera[image]
             words = model.backbone.embed_text(batch.tokens[row, :prompt]).mean(0)
-            mean, named = stem.point(words[None], keypoints[[image]], searched[[image]], camera[None])
+            of_image = {name: found[[image]] for name, found in seen.items()}
+            mean, named = stem.point(words[None], of_image, camera[None])
             angles = torch.pi * 2.0 ** torch.arange(stem.octaves) * torch.cat([mean[:, None], named], 1)[0, ..., None]
             expected = torch.cat([angles.sin(), angles.cos()], -1).flatten() @ stem.pointed[camera]
             torch.testing.assert_close(found[row, camera, 1], expected + stem.identity[camera, 1], rtol=1e-4, atol=1e-5)
@@ -85,8 +86,8 @@ def test_what_the_prompt_tells_is_where_the_prompt_points_and_the_rest_where_its
             backbone.embed_text(batch.tokens[2, :3]).mean(0),
             backbone.embed_text(torch.tensor([5, 6])).mean(0),
         )
-        seen = [prefix.vision[name][[2]] for name in ("keypoints", "searched")]
-        pointed = [stem.point(query[None], *seen, batch.camera[[2]])[0][0] for query in (prompt, words)]
+        seen = {name: found[[2]] for name, found in prefix.vision.items()}
+        pointed = [stem.point(query[None], seen, batch.camera[[2]])[0][0] for query in (prompt, words)]
     torch.testing.assert_close(found, (torch.stack(pointed) - centre).abs().mean(-1))
     assert found[0] != found[1]
 

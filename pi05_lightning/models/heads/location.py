@@ -106,8 +106,8 @@ class LocationHead(Head):
         words = backbone.embed_text(asked["tokens"]) * asked["token_mask"][..., None]
         query = words.sum(1) / asked["token_mask"].sum(1, keepdim=True)
         image = asked["image"]
-        keypoints, searched = (prefix.vision[name][image] for name in ("keypoints", "searched"))
-        pointed, _ = backbone.vision.point(query, keypoints, searched, batch.camera[image])
+        seen = {name: found[image] for name, found in prefix.vision.items()}
+        pointed, _ = backbone.vision.point(query, seen, batch.camera[image])
         if "pointed" in prefix.vision:
             pointed = torch.where(asked["told"][:, None], prefix.vision["pointed"][image], pointed)
         return {NAME: (pointed - asked["centre"]).abs().mean(-1)}
