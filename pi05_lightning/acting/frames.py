@@ -29,7 +29,7 @@ def reading(
     state_keys: list[str] | None = None,
     action_keys: list[str] | None = None,
 ) -> LeRobotConfig:
-    """How a dataset is read to try a policy, of a robot, on it: by default the features that most robots have.
+    """How a dataset is read to try a policy, of a robot, on it: by default its own features.
 
     What cannot be trained on is left out. Images of every kind, frames without an instruction and timestamps that are
     off by up to half a frame are taken: a policy may have been trained so.
@@ -39,8 +39,8 @@ def reading(
         task=next(iter(robot.tasks), None),
         tolerance_s=0.49 / LeRobotFiles.open(find_dataset(path)).fps,
         cameras=cameras,
-        state_keys=(["observation.state"] if robot.state_dim else []) if state_keys is None else state_keys,
-        action_keys=["action"] if action_keys is None else action_keys,
+        state_keys=(list(robot.state_keys) if robot.state_dim else []) if state_keys is None else state_keys,
+        action_keys=list(robot.action_keys) if action_keys is None else action_keys,
         val_fraction=0,
         convert_images=True,
         on_bad_sample="skip",

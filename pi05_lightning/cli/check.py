@@ -63,8 +63,8 @@ def check(
             import path.
         robot: the data source whose robot it acts as, where the policy was trained on several.
         cameras: image features of the dataset, each with its camera name, as in training.
-        state_keys: features that make the state, as in training; by default observation.state.
-        action_keys: features that make the action, as in training; by default action.
+        state_keys: features that make the state; by default those that it was trained on.
+        action_keys: features that make the action; by default those that it was trained on.
         frames: frames of the dataset at which the policy is asked, to compare its actions with what was done; 0: none.
         tasks: the simulator's tasks; by default the first few that a rollout would run.
         seed: of the noise.

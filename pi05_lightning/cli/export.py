@@ -59,9 +59,8 @@ def export(
         dtype: what weights are stored in; int8 and int4 are for openvino, and take a quarter and less of the space.
         data: LeRobot dataset on whose frames they are compared; by default the policy's demonstrations.
         cameras: image features of the dataset, each with its camera name, as in training.
-        state_keys: features that make the state, as in training; by default observation.state, or none for a policy
-            without a state.
-        action_keys: features that make the action, as in training; by default action.
+        state_keys: features that make the state; by default those that it was trained on.
+        action_keys: features that make the action; by default those that it was trained on.
         frames: how many frames are compared, evenly spaced over the dataset.
         max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs. By
             default 0.001, with int8 0.05, with int4 0.3.

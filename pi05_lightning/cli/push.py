@@ -20,7 +20,7 @@ from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_r
 from pi05_lightning.evaluation.report.page import film_caption, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
-from pi05_lightning.files.hub import check_repo, is_dataset_on_hub, publish
+from pi05_lightning.files.hub import check_repo, is_on_hub, publish
 from pi05_lightning.files.local import read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
@@ -190,7 +190,7 @@ def sections_of(run: Run, repo: str) -> dict[str, str]:
 def data(run: Run) -> str:
     samples, sources = run.provenance.get("samples", {}), run.config.get("data", {}).get("sources", {})
     paths = {name: str(source.get("init_args", {}).get("path", "")) for name, source in sources.items()}
-    known = {name: path if is_dataset_on_hub(path) else Path(path).name for name, path in paths.items()}
+    known = {name: path if is_on_hub(path) else Path(path).name for name, path in paths.items()}
     rows = [
         (name, known.get(name.partition("/")[0], ""), of.get("train", ""), of.get("val", ""))
         for name, of in samples.items()

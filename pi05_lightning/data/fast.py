@@ -195,7 +195,8 @@ class FastTokenizer:
             raise ValueError(
                 f"the DCT coefficients run from {low} to {high}, {high - low + 1} values, more than vocab_size"
                 f" {vocab_size}, or the {CHARACTERS} that any has characters for. Some dimension has rare values far"
-                " outside its quantiles (`pi05 stats` shows which): mend the data, ask for less coverage (say 0.9999), a smaller scale or a larger vocabulary"
+                " outside its quantiles (`pi05 stats` shows which): mend the data, ask for less coverage (say 0.9999),"
+                " a smaller scale or a larger vocabulary"
             )
         wide = math.ceil(MARGIN * max(-low, high))
         if 2 * (2 * wide + 1) <= vocab_size and 2 * wide + 1 <= CHARACTERS:

@@ -44,8 +44,10 @@ class Robot:
     """The instructions that it was trained on."""
     dataset: str = ""
     """Where the demonstrations were."""
+    state_keys: tuple[str, ...] = ("observation.state",)
+    """Their features that make up the state."""
     action_keys: tuple[str, ...] = ("action",)
-    """Their features that make up the action."""
+    """Those that make up the action."""
     relative: RelativeActions | None = None
     """Dims of the action that are trained on, and predicted, relative to the state."""
     embodiment: str = ""
@@ -126,6 +128,7 @@ class Robot:
         plain = {name: value for name, value in vars(self).items() if name != "normalize"}
         return plain | {
             "tasks": list(self.tasks),
+            "state_keys": list(self.state_keys),
             "action_keys": list(self.action_keys),
             "cameras": None if self.cameras is None else list(self.cameras),
             "state_range": None if self.state_range is None else [list(values) for values in self.state_range],
@@ -141,6 +144,7 @@ class Robot:
         relative, cameras, state_range = (values.get(name) for name in ("relative", "cameras", "state_range"))
         plain = {name: value for name, value in values.items() if name != "quantiles"} | {
             "tasks": tuple(values["tasks"]),
+            "state_keys": tuple(values.get("state_keys", cls.state_keys)),
             "action_keys": tuple(values.get("action_keys", cls.action_keys)),
             "relative": RelativeActions(**{k: tuple(v) for k, v in relative.items()}) if relative else None,
             "cameras": None if cameras is None else tuple(cameras),

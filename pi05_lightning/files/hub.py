@@ -26,14 +26,9 @@ def is_hub_id(name: str | Path) -> bool:
 
 
 def is_on_hub(name: str | Path) -> bool:
-    """Whether a name stands for weights of the Hub's: it has the form of one, and no folder here is meant."""
+    """Whether a name stands for a repository of the Hub's: it has the form of one, and no folder here is meant."""
     path = Path(name)
     return is_hub_id(name) and not path.exists() and not path.parent.exists()
-
-
-def is_dataset_on_hub(name: str) -> bool:
-    """Whether a name stands for a dataset of the Hub's: it has the form of one, and there is no such folder here."""
-    return is_hub_id(name) and not Path(name).is_dir()
 
 
 def local_folder(name: str | Path, revision: str | None = None, files: Sequence[str] = FILES) -> Path:

@@ -16,7 +16,18 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import UNKNOWN, Trained
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import CONFIG, WEIGHTS, Keep, map_weights, read_weights, save_tensors, whole
+from pi05_lightning.weights.safetensors import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    Keep,
+    check_keys,
+    map_weights,
+    read_weights,
+    save_tensors,
+    shapes_of,
+    whole,
+)
 
 PROCESSOR, TRAINED = "processor.json", "trained.json"
 PLUGIN, MODEL = "pi05_lightning", "model"
@@ -67,11 +78,20 @@ def save(
     """Export a folder: model.safetensors, config.json (dimensions), processor.json (tokenizers, statistics, prompts).
 
     trained.json says what the weights were trained on.  Without a processor they are no policy, but weights to begin a
-    training with.  tensors: the model's, where they are not in itself, as while ranks divide them.
+    training with.  tensors: the model's, where they are not in itself, as while ranks divide them.  Heads of one's own
+    are left out.  Raises ValueError for a folder of other weights, and for a model with adapters or a quantised base.
     """
     folder = Path(folder)
-    write_json(folder / CONFIG, model.config.to_dict())
+    before = read_json(folder / CONFIG, default={})
+    if (folder / INDEX).exists() or (before and not is_exported(before)):
+        raise ValueError(f"{folder} holds weights that were not exported here: name another folder")
+    own = {name: x for name, x in (tensors or model.state_dict()).items() if not name.startswith("auxiliary.")}
+    with torch.device("meta"):
+        plain = Pi05(model.config)
+    check_keys(shapes_of(own), shapes_of(plain.state_dict()), where="a model that is exported")
+    (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it half of a folder is no policy
     if processor is not None:
         write_json(folder / PROCESSOR, processor.to_dict(), indent=None)
     write_json(folder / TRAINED, asdict(trained))
-    save_tensors(model.state_dict() if tensors is None else tensors, folder / WEIGHTS)
+    save_tensors(own, folder / WEIGHTS)
+    write_json(folder / CONFIG, model.config.to_dict())

@@ -52,6 +52,7 @@ CONVERTED_STEPS = {
 }
 """LeRobot's names of the steps of its processors that the `Processor` does too."""
 
+LEAST_STD = 1e-6  # as a share of the mean, or of 1
 _RANGES = {"QUANTILES": ("q01", "q99"), "MIN_MAX": ("min", "max"), "QUANTILE10": ("q10", "q90")}
 
 
@@ -211,9 +212,21 @@ def read_stats(folder: Path, values: Mapping[str, Any], config: ModelConfig) -> 
             f"{folder}: its two processors differ in the statistics {', '.join(different)}: correct the wrong one"
         )
     configured = {"STATE": "QUANTILES", "ACTION": "QUANTILES"} | (values.get("normalization_mapping") or {})
-    normalizers = [s.config["norm_map"] for s in steps_of(folder, PREPROCESSOR) if "norm_map" in s.config]
-    # the processor's own count for LeRobot, which leaves alone what they do not name
-    modes = {"STATE": "IDENTITY", "ACTION": "IDENTITY"} | normalizers[0] if normalizers else configured
+    # the processors' own count for LeRobot, which leaves alone what they do not name
+    before, later = (
+        [{"STATE": "IDENTITY", "ACTION": "IDENTITY"} | s.config["norm_map"] for s in steps if "norm_map" in s.config]
+        for steps in (steps_of(folder, PREPROCESSOR), steps_of(folder, POSTPROCESSOR))
+    )
+    modes = before[0] if before else configured
+    if later and later[0]["ACTION"] != modes["ACTION"]:
+        raise ValueError(
+            f"{folder}: ACTION is normalised by {modes['ACTION']} and made real units by {later[0]['ACTION']}: correct"
+            f" one of {PREPROCESSOR} and {POSTPROCESSOR}"
+        )
+    if modes.get("VISUAL", "IDENTITY") != "IDENTITY" and (shown := [name for name in tensors if IMAGE in name]):
+        raise ValueError(f"{folder}: images are normalised by {modes['VISUAL']} ({shown[0]}), which is not converted")
+    if only := sorted(after.keys() - tensors.keys()):
+        raise ValueError(f"{folder}: {', '.join(only)} are in its {POSTPROCESSOR} alone: restore its {PREPROCESSOR}")
     features = {**(values.get("input_features") or {}), **(values.get("output_features") or {})}
 
     def quantiles(key: str, kind: str) -> Quantiles:
@@ -261,7 +274,10 @@ def _lerobot_quantiles(stats: Mapping[str, np.ndarray], mode: str, key: str, dim
     if missing := [name for name in needed if name not in stats]:
         raise ValueError(f"{key} is normalised by {mode}, but its statistics lack {' and '.join(missing)}")
     first, second = (stats[name] for name in needed)
-    return Quantiles(first - second, first + second) if mode == "MEAN_STD" else Quantiles(first, second)
+    if mode != "MEAN_STD":
+        return Quantiles(first, second)
+    std = np.maximum(second, LEAST_STD * np.maximum(np.abs(first), 1))  # else a constant is -1, and to LeRobot 0
+    return Quantiles(first - std, first + std)
 
 
 def _openpi_quantiles(stats: Mapping[str, Any], key: str, path: Path) -> Quantiles:

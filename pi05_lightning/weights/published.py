@@ -13,15 +13,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.hub import is_dataset_on_hub, is_on_hub, publish
+from pi05_lightning.files.hub import is_on_hub, publish
 from pi05_lightning.files.local import write_text
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot_plugin import save_for_plugin
+from pi05_lightning.weights.safetensors import INDEX
 
 CARD = "README.md"
-WRITTEN = ("films/*", "run.yaml", "policy_preprocessor*", "policy_postprocessor*")
+WRITTEN = ("films/*", "run.yaml", "policy_preprocessor*", "policy_postprocessor*", INDEX, "model-*-of-*.safetensors")
 """What a push may write and a later one not: it leaves the repository with that one."""
 TAGS = ["robotics", "vision-language-action", "pi0.5", "pi05_lightning"]
 
@@ -83,7 +84,7 @@ def save_published(
         library_name="pi05_lightning",
         pipeline_tag="robotics",
         tags=[*TAGS, *(["LeRobot"] if for_lerobot else [])],
-        datasets=[robot.dataset for robot in robots.values() if is_dataset_on_hub(robot.dataset)] or None,
+        datasets=[robot.dataset for robot in robots.values() if is_on_hub(robot.dataset)] or None,
         model_name=repo.partition("/")[2],
         base_model=begun_with if begun_with is not None and is_on_hub(begun_with) else None,
         eval_results=list(results) or None,
@@ -117,7 +118,7 @@ def without_places(processor: Processor) -> Processor:
     """A processor whose robots' data have their Hub ids, or the names of their folders alone."""
     kept = copy.copy(processor)
     kept.robots = {
-        name: robot if is_dataset_on_hub(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
+        name: robot if is_on_hub(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
         for name, robot in processor.robots.items()
     }
     return kept

@@ -134,12 +134,15 @@ def read_metadata(path: Path) -> dict[str, str] | None:
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file; a model may be using the one that is replaced, and keeps it.
 
-    An interruption leaves the old file or none, never half of one.
+    An interruption leaves the old file or none, never half of one. ValueError where there is no room for it.
     """
     with replacing(path, one_writer=True) as part:
         part.touch()
         mode = part.stat().st_mode  # what the umask says: safetensors makes a file for its owner alone
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
+        try:
+            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, part, metadata)
+        except SafetensorError as error:  # the system's, as where a disk is full
+            raise ValueError(f"{path} cannot be written ({error}): make room, or allow larger files") from error
         part.chmod(mode)
 
 

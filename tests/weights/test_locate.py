@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -111,6 +112,34 @@ def test_exported_folder_is_able_of_what_its_checkpoint_was(both_stages: Path, t
     assert isinstance(weights, ExportedFolder)
     answers(weights, locate(both_stages).tensors())
     assert weights.abilities == locate(both_stages).abilities
+
+
+def test_what_no_policy_could_be_read_from_is_not_exported(both_stages: Path, tmp_path: Path) -> None:
+    policy = Pi05Policy(both_stages)
+    (tmp_path / "config.json").write_text('{"type": "pi05"}')
+    with pytest.raises(ValueError, match="holds weights that were not exported here: name another folder"):
+        policy.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"type": "pi05"}'
+    policy.model.auxiliary["mine"] = torch.nn.Linear(2, 2)  # a head of one's own
+    policy.save_pretrained(tmp_path / "out")
+    answers(locate(tmp_path / "out"), locate(both_stages).tensors())
+    policy.model.flow_head.mine = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"unexpected: flow_head\.mine\.weight"):
+        policy.save_pretrained(tmp_path / "adapted")
+    assert not (tmp_path / "adapted").exists()
+
+
+def test_an_export_without_room_leaves_no_policy_with_other_statistics(both_stages: Path, tmp_path: Path) -> None:
+    policy = Pi05Policy(both_stages)
+    policy.save_pretrained(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "model.safetensors").stat().st_size - 1, hard))
+    try:
+        with pytest.raises(ValueError, match=r"model.safetensors cannot be written .*: make room"):
+            policy.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_converted_checkpoint_is_able_of_what_it_was(stage_1: Path, tmp_path: Path) -> None:

@@ -316,6 +316,7 @@ class LeRobotSource(Source):
             fps=self.files.fps,
             tasks=tuple(tasks),
             dataset=self.config.path,
+            state_keys=tuple(self.config.state_keys),
             action_keys=tuple(self.config.action_keys),
             relative=self._chunks.relative,
             embodiment=self.config.embodiment,

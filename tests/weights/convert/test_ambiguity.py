@@ -18,6 +18,7 @@ from pi05_lightning.cli.convert import convert
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.sim.simulators import LeRobotEnv
 from pi05_lightning.weights.folder import save
+from pi05_lightning.weights.lerobot_processor import ACTION, STATE
 from pi05_lightning.weights.locate import locate
 
 from .conftest import ACTION_DIM, CONFIG, STATE_DIM, Copy, between_processors
@@ -118,7 +119,7 @@ def test_processors_that_differ_in_the_actions_range_are_refused(folder: Path) -
         locate(folder).processor()
 
 
-@pytest.mark.parametrize("mode", ["MIN_MAX", "IDENTITY"])
+@pytest.mark.parametrize("mode", ["MIN_MAX", "IDENTITY", "MEAN_STD"])
 def test_way_to_normalise_is_the_processors_as_it_is_for_lerobot(folder: Path, mode: str) -> None:
     """Of which config.json says otherwise."""
     for name, step in (("policy_preprocessor", "normalizer"), ("policy_postprocessor", "unnormalizer")):
@@ -129,6 +130,11 @@ def test_way_to_normalise_is_the_processors_as_it_is_for_lerobot(folder: Path, m
         (weights,) = folder.glob(f"{name}*.safetensors")
         tensors = load_file(weights)
         ranges = {key.replace("q01", "min").replace("q99", "max"): 2 * x for key, x in tensors.items()}
+        for part in (STATE, ACTION):
+            mean, std = (x.clone() for x in (tensors[f"{part}.q01"], tensors[f"{part}.q99"].abs()))
+            if part == STATE:
+                mean[1], std[1] = -0.2, 0.0  # a joint that is locked
+            ranges |= {f"{part}.mean": mean, f"{part}.std": std}
         save_file(tensors | ranges, weights)
     observation = {
         "image": {camera: torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8) for camera in ("top", "wrist")},
@@ -139,6 +145,23 @@ def test_way_to_normalise_is_the_processors_as_it_is_for_lerobot(folder: Path, m
     _, expected = between_processors(folder)(observation, noise)
     found = torch.from_numpy(Pi05Policy(folder).predict_chunk(observation, noise))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_processors_that_differ_in_the_actions_mode_are_refused(folder: Path) -> None:
+    file = folder / "policy_postprocessor.json"
+    values = json.loads(file.read_text())
+    of(values["steps"], "unnormalizer_processor")["config"]["norm_map"] |= {"ACTION": "MIN_MAX"}
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="ACTION is normalised by QUANTILES and made real units by MIN_MAX"):
+        locate(folder).processor()
+
+
+def test_statistics_of_the_second_processor_alone_are_refused(folder: Path) -> None:
+    (file,) = folder.glob("policy_preprocessor*.safetensors")
+    file.unlink()
+    (folder / "policy_preprocessor.json").unlink()
+    with pytest.raises(ValueError, match=r"action\.q.* are in its policy_postprocessor.json alone"):
+        locate(folder, tokenizer="tiny").processor()
 
 
 # --- processors
