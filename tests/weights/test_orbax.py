@@ -241,7 +241,7 @@ def test_policy_training_and_conversion_begin_with_it(write: Write, tmp_path: Pa
     convert(source=folder, target=tmp_path / "ours", tokenizer="tiny")
     convert(source=folder, target=tmp_path / "short", tokenizer="tiny", horizon=15)
     assert locate(tmp_path / "short").config().horizon == 15
-    policies = [Pi05Policy.from_pretrained(path, tokenizer="tiny") for path in (folder, tmp_path / "ours")]
+    policies = [Pi05Policy.from_pretrained(folder, tokenizer="tiny"), Pi05Policy.from_pretrained(tmp_path / "ours")]
     images = {camera: torch.zeros(3, 9, 9) for camera in policies[0].inputs.cameras}
     observation = {"image": images, "state": torch.zeros(4), "task": "open"}
     noise = torch.zeros(policies[0].model.config.horizon, ACTIONS)
