@@ -28,7 +28,7 @@ from rich.console import Console
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.sim.baselines import mean_trajectory
+from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory
 from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.metaworld.environment import MetaWorld
 from pi05_lightning.sim.metaworld.tasks import task_of_sentence
@@ -126,7 +126,7 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
     """
     policy, env, view = Act(run), MetaWorld(), view_of(source)
     trials, clocks = [], {"flat": Clock(), "mean_replay": Clock()}
-    replay = cache(partial(mean_trajectory, source))
+    replay = cache(partial(mean_trajectory, Demonstrations(str(source), ("action",))))
     for number, sentence in enumerate(sorted(pd.read_parquet(source / "meta" / "tasks.parquet").index)):
         task, states = task_of_sentence(sentence), env.seeds(number, episodes, seed)
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""How far off a keypoint stem points, trained to do nothing else: with maps that words make, and without.
+"""How far off a keypoint stem points, trained to do nothing else: with `named_maps`, which also let it see further.
 
 It learns places of things alone, from the frames of `pi05 collect --env MT50 --image_size 120 --answers_every 1`, and
 is measured on the validation episodes.
@@ -56,12 +56,13 @@ class Pointer(nn.Module):
 
 
 def frames(path: str, split: Split, number: int) -> list[Frame]:
-    """Evenly spaced ones with places in them."""
+    """Evenly spaced ones that show what their instruction is about."""
     config, model = LeRobotConfig(path, image_cache=True), replace(ModelConfig.preset("tiny"), vision=vision(0))
     source = config.open("robot", split, model.shapes)
     source.prepare()
     places = source.indices(Modality.QA)
-    return [source[int(places[i])] for i in evenly_spaced(len(places), number)]
+    found = (source[int(places[i])] for i in evenly_spaced(len(places), number))
+    return [frame for frame in found if any(point.told for point in Points().make(frame))]
 
 
 def batches(some: Sequence[Frame], tokenizer: TextTokenizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
@@ -88,8 +89,9 @@ def main() -> None:
         pointer = Pointer(named_maps, tokenizer.tokenizer.get_vocab_size())
         optimizer = torch.optim.AdamW(pointer.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-        drawn = [[shown[i] for i in torch.randperm(len(shown))[:BATCH]] for _ in range(args.steps)]
-        for batch in tqdm(drawn, desc=f"{named_maps} maps of words"):
+        dice = torch.Generator().manual_seed(0)
+        drawn = [[shown[i] for i in torch.randperm(len(shown), generator=dice)[:BATCH]] for _ in range(args.steps)]
+        for batch in tqdm(drawn, desc=f"named_maps {named_maps}"):
             ((pixels, asked),) = batches(batch, tokenizer)
             loss = pointer(pixels, asked).mean()
             optimizer.zero_grad()
@@ -99,7 +101,7 @@ def main() -> None:
             schedule.step()
         with torch.no_grad():
             off = torch.cat([pointer(pixels, asked) for pixels, asked in batches(held_out, tokenizer)])
-        print(f"{named_maps} maps of words: {off.mean():.2f} px, median {off.median():.2f}")
+        print(f"named_maps {named_maps}: {off.mean():.2f} px, median {off.median():.2f}")
 
 
 if __name__ == "__main__":

@@ -194,7 +194,9 @@ def predictions(
         chunk = policy.predict_chunks([shown], [frame.subtask])[0]
         predicted.append(chunk[~frame.action_is_pad])
         recorded.append(frame.actions[~frame.action_is_pad])
-    return compare_predictions(predicted, recorded, processor.robots[robot]) if predicted else []
+    if not predicted:
+        raise ValueError(f"{source.config.path}: none of {frames} frames can be read: restore its images")
+    return compare_predictions(predicted, recorded, processor.robots[robot])
 
 
 def show(title: str, findings: Sequence[Finding]) -> None:

@@ -36,7 +36,7 @@ from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.sim.unfinished import Films, Unfinished
 from pi05_lightning.training.run_directory import RUNS
-from pi05_lightning.weights.locate import locate, run_of
+from pi05_lightning.weights.locate import locate, pinned, run_of
 
 logger = logging.getLogger(__name__)
 
@@ -116,27 +116,28 @@ def rollout(
         out = out or RUNS / checkpoint.name / ROLLOUT.parent
         checkpoint = local_folder(checkpoint)
     out = out or run_of(checkpoint) / ROLLOUT.parent
-    given, checkpoint = checkpoint, locate(checkpoint).path.resolve()  # a run that trains has another one in an hour
+    given, checkpoint = checkpoint, pinned(checkpoint)
     how = Acting(**acting)
     policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(how))
     robot = policy.processor.robots[policy.robot]
     tasks = tasks_to_run(env, tasks, robot)
+    check_tasks(env, (task for task in tasks if not env.is_chain(task)))
     demonstrations, no_replay = demonstrations_of(robot, dataset), None
     if demonstrations is None:
         no_replay = "the demonstrations are not here: say where with --dataset"
-    else:
+    elif modes is None or "mean_replay" in modes:
         try:
             check_replay(demonstrations, robot, {task: env.sentences(task) for task in tasks})
         except ValueError as error:
             no_replay = str(error)
-            logger.warning("there is no mode mean_replay: %s", error)
+            if modes is None:
+                logger.warning("the mode mean_replay is left out: %s", error)
     fast = policy.abilities.fast and policy.acting.actions == "flow"
     modes = available_modes(env, no_replay, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     elif delays:
         raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    check_tasks(env, (task for task in tasks if not env.is_chain(task)))
     others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}

@@ -18,7 +18,17 @@ from pi05_lightning.types import Modality, Subset
 ROUNDING = 1e-6  # of a value and its dim's range: statistics are deterministic, but for a machine's last bit
 SHOWN = 3  # dims of which the values are told
 ANOTHER_LOOK = 8.0  # grey levels between the means of two cameras' images
-_TOLD_OTHERWISE = {"fps_is_known", "quantiles", "state_range", "tasks", "dataset", "looks", "horizon"}
+_TOLD_OTHERWISE = {
+    "fps_is_known",
+    "quantiles",
+    "state_range",
+    "tasks",
+    "dataset",
+    "looks",
+    "horizon",
+    "state_keys",
+    "action_keys",
+}
 _UNKNOWN = ("cameras", None)  # to an older checkpoint
 
 

@@ -136,7 +136,7 @@ class CachedFrames:
         return self._index_path(file).with_suffix(".u8")
 
     def _index_path(self, file: int) -> Path:
-        key = f"{_VERSION} {self.origin.files[file].name} {self.origin.version(file)}"
+        key = f"{_VERSION} {self.origin.convert} {self.origin.files[file].name} {self.origin.version(file)}"
         fingerprint = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         return self.folder / f"{self._stem(file)}.{fingerprint}.npz"
 

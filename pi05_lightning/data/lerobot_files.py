@@ -71,6 +71,8 @@ def _of_hub(name: str) -> Path:
     try:
         return Path(download(revision=get_safe_version(name, CODEBASE_VERSION)))
     except (CompatibilityError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
+        if is_here:
+            return own
         raise ValueError(
             f"{name} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
             f" --repo-type dataset {name} --local-dir FOLDER`) and name the folder, of which its format is told"

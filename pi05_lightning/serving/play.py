@@ -1,8 +1,8 @@
 """A page on which a policy is played with: static files, and a websocket with what happens and what is to be done.
 
 Everybody who looks sees the same robot. The server says {"scene": …} first, then {"state": …} whenever something
-changed; a client that is too slow misses states, and waits for none. A client says {"do": …, …}, see `COMMANDS`, and is
-answered {"done": …} or {"error": …}.
+changed, or {"unshown": why}; a client that is too slow misses states, and waits for none. A client says {"do": …, …},
+see `COMMANDS`, and is answered {"done": …} or {"error": …}.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class PlayServer:
     def _changed(self, state: State | Exception) -> None:
         """In the session's thread."""
         if isinstance(state, Exception):
-            self._state = json.dumps({"error": f"what happens cannot be shown: {type(state).__name__}: {state}"})
+            self._state = json.dumps({"unshown": f"what happens cannot be shown: {type(state).__name__}: {state}"})
         else:
             self._state = json.dumps({"state": state})
         if self._loop is not None and not self._loop.is_closed():

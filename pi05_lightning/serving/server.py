@@ -196,10 +196,11 @@ class PolicyServer:
         start = perf_counter()
         self.limits.check(data)
         message = unpack(data)
-        if isinstance(message, dict) and (reset := message.get(RESET_KEY, False)):
-            if not isinstance(reset, bool | np.bool_):
-                raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
-            policy.reset()  # whatever is wrong with the rest: nothing of the last episode is for this one
+        reset = message.get(RESET_KEY, False) if isinstance(message, dict) else False
+        if not isinstance(reset, bool | np.bool_):
+            raise ValueError(f"{RESET_KEY} is {reset!r}: give true or false")
+        if reset:  # whatever is wrong with the rest: nothing of the last episode is for this one
+            policy.reset()
         observation = self.read(message)
         tasks = policy.processor.robots[policy.robot].tasks
         if "task" not in observation and len(tasks) != 1:

@@ -41,9 +41,16 @@ def check_replay(shown: Demonstrations, robot: Robot, sentences: Mapping[str, Se
         )
     if missing := [key for key in shown.action_keys if key not in files.features]:
         raise ValueError(f"{shown.path} has no {', '.join(missing)}, of which the policy's action is made: {remedy}")
+    if (width := sum(widths_of(files, shown).values())) != robot.action_dim:
+        raise ValueError(f"{shown.path} has actions of {width} dims, and the policy {robot.action_dim}: {remedy}")
     found = {clean_task(sentence) for sentence in files.sentences("tasks", "task").values()}
     if never := [task for task, said in sentences.items() if said and clean_task(said[0]) not in found]:
         raise ValueError(f"{shown.path} has no demonstration of {', '.join(never)}: {remedy}, or other --tasks")
+
+
+def widths_of(files: LeRobotFiles, shown: Demonstrations) -> dict[str, int]:
+    """Dims of each feature that makes up the action."""
+    return {key: math.prod(files.features[key]["shape"]) for key in shown.action_keys}
 
 
 def mean_trajectory(shown: Demonstrations, task: str) -> np.ndarray:
@@ -71,8 +78,8 @@ def mean_trajectory(shown: Demonstrations, task: str) -> np.ndarray:
     begin = np.full(episode.max() + 1, frame.max())
     np.minimum.at(begin, episode, frame)
     step = frame - begin[episode]
-    widths = {key: math.prod(files.features[key]["shape"]) for key in shown.action_keys}
-    parts = [vectors(rows[key], width, f"{shown.path}, {key}")[0] for key, width in widths.items()]
+    widths = widths_of(files, shown).items()
+    parts = [vectors(rows[key], width, f"{shown.path}, {key}")[0] for key, width in widths]
     actions = np.concatenate(parts, axis=1)
     total, count = np.zeros((step.max() + 1, actions.shape[1])), np.bincount(step)
     np.add.at(total, step, actions)

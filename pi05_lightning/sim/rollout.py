@@ -24,12 +24,11 @@ from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
-    NoDemonstrations,
     NoSuchEnvironment,
     View,
     same_rate,
 )
-from pi05_lightning.sim.instructions import Instruction, paraphrase
+from pi05_lightning.sim.instructions import Instruction, NoSuchInstruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
@@ -215,7 +214,9 @@ def run_baseline_job(job: Job, lanes: Lanes, demonstrations: Demonstrations | No
     for trial in job.trials:
         try:
             run_baseline(env, trial, job.clock, replay)
-        except NoDemonstrations as error:  # of one of a chain's instructions, which then is not done
+        except (NoSuchEnvironment, NoSuchInstruction):
+            raise
+        except ValueError as error:  # as without demonstrations of what a scene alone says, or bounds: others go on
             trial.reason = str(error)
     job.clock.seconds += perf_counter() - start
 
@@ -246,6 +247,7 @@ class Worker:
         if job.mode in POLICY_MODES:
             acting = self.actings[job.mode]
             run_policy_job(job, _policy(self, acting), lanes, self.paraphrases)
+            check_memory(job.trials)
             _keep_one_failure(job.trials)
         else:
             run_baseline_job(job, lanes, self.demonstrations)
@@ -259,14 +261,28 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
     policy's.
     Raises ValueError for tasks and cameras that the simulator does not have.
     """
+    if not jobs:
+        return
     most = available_cores() if worker.device.startswith("cpu") else 1
     with simulator_processes(min(processes or most, len(jobs)), worker.env.warm_up) as pool:
         numbers = {pool.submit(worker, job): number for number, job in enumerate(jobs)}
         try:
             for future in as_completed(numbers):
                 yield numbers.pop(future), future.result()
-        except ValueError as error:  # its traceback is of another process
-            raise ValueError(str(error)) from error
+        except (ValueError, ChildProcessError) as error:  # its traceback is of another process
+            raise type(error)(str(error)) from error
+
+
+def check_memory(trials: Sequence[Trial]) -> None:
+    """ChildProcessError where memory ran out: that tells nothing of a policy, and what is over is kept.
+
+    An attempt that is recorded is left out instead.
+    """
+    for trial in trials:
+        if trial.lacked_memory and trial.keeps:
+            trial.steps = []
+        elif trial.lacked_memory:
+            raise ChildProcessError(f"{trial.reason}: use fewer with --lanes or --num_workers, and start it again")
 
 
 def _keep_one_failure(trials: Sequence[Trial]) -> None:

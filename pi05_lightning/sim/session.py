@@ -163,9 +163,9 @@ class Session:
             self._unshown = ""
         except Exception as error:  # a renderer's: the next state may be drawn again, and who asks is to be answered
             if (unshown := f"{type(error).__name__}: {error}") != self._unshown:
+                self._unshown = unshown
                 logger.exception("the state cannot be shown")
-            self._unshown = unshown
-            self._changed(error)
+                self._changed(error)
 
     def _is_still(self) -> bool:
         return self.paused or not self._running()

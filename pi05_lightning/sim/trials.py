@@ -85,6 +85,8 @@ class Trial:
     success: bool = False
     reason: str = ""
     """Why it ended without success; empty while it runs, and after success."""
+    lacked_memory: bool = False
+    """Whether it ended as the machine, or its accelerator, has no memory left or failed."""
     decisions: int = 0
     """Actions taken."""
     subtask: str | None = None
@@ -416,8 +418,7 @@ def decide(
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(lanes) > 1:
             return [decide(policy, [lane], [frame], number)[0] for lane, frame in zip(lanes, frames, strict=True)]
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
-            raise  # the machine's fault, which ends the rollout: it goes on from what is over
+        trials[0].lacked_memory = isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError)
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
         return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]

@@ -79,11 +79,12 @@ def save(
 
     trained.json says what the weights were trained on.  Without a processor they are no policy, but weights to begin a
     training with.  tensors: the model's, where they are not in itself, as while ranks divide them.  Heads of one's own
-    are left out.  Raises ValueError for a folder of other weights, and for a model with adapters or a quantised base.
+    are left out.  What fails on the way leaves no policy, as config.json is gone until all is written.  Raises
+    ValueError for a folder of other weights, and for a model with adapters or a quantised base.
     """
     folder = Path(folder)
-    before = read_json(folder / CONFIG, default={})
-    if (folder / INDEX).exists() or (before and not is_exported(before)):
+    before, ours = read_json(folder / CONFIG, default={}), (folder / TRAINED).exists()
+    if (folder / INDEX).exists() or ((before or (folder / WEIGHTS).exists()) and not (ours or is_exported(before))):
         raise ValueError(f"{folder} holds weights that were not exported here: name another folder")
     own = {name: x for name, x in (tensors or model.state_dict()).items() if not name.startswith("auxiliary.")}
     with torch.device("meta"):

@@ -90,6 +90,12 @@ def locate_run(path: Path) -> TrainingCheckpoint:
     return TrainingCheckpoint(find_checkpoint(path))
 
 
+def pinned(path: str | Path) -> Path:
+    """Where the weights at a path are by now: a run that trains has others in an hour, under the same name."""
+    found = locate(path).path
+    return found.parent / found.readlink() if found.is_symlink() and len(found.readlink().parts) == 1 else found
+
+
 def run_of(checkpoint: Path) -> Path:
     """The directory of the run that a checkpoint or a folder belongs to: the run's own, or its checkpoints/."""
     folder = checkpoint if checkpoint.is_dir() and not is_checkpoint(checkpoint) else checkpoint.parent

@@ -166,7 +166,7 @@ def test_the_frame_at_which_a_dimension_without_range_does_change_is_named(tmp_p
     with pytest.raises(
         BadSample,
         match=r"(?s)episode 0, frame 40, observation.state: dimensions \[1\] have no range.*"
-        r"\[0.0\] to \[1.0\], which is rare: set `min_range: 1`",
+        r"\[0.0\] to \[1.0\], which is rare: a `min_range` of 1 takes",
     ):
         open_source(tmp_path / "rare").robot()
     normal = open_source(tmp_path / "rare", min_range=1).robot().normalize.state

@@ -92,7 +92,7 @@ def test_a_page_is_told_why_nothing_is_shown_and_what_is_told_is_done(
     async def look() -> None:
         async with played(policy) as (address, session):
             client = await session.ws_connect(f"ws://{address}/play")
-            assert await hear(client, "error") == "what happens cannot be shown: RuntimeError: no renderer is left"
+            assert await hear(client, "unshown") == "what happens cannot be shown: RuntimeError: no renderer is left"
             monkeypatch.undo()
             await say(client, do="step")
             assert (await hear(client, "state"))["players"][0]["seconds"] > 0

@@ -53,10 +53,15 @@ def test_what_is_replayed_is_what_the_policy_calls_its_action(collected):
         ((), 5.0, ["open the drawer"], "recorded at 10 frames per second, and the policy was trained at 5"),
         (("action.delta",), 10.0, ["open the drawer"], "has no action.delta, of which the policy's action is made"),
         ((), 10.0, ["open the drawer", "juggle"], "has no demonstration of juggle-v3"),
+        (("observation.state", "action"), 10.0, ["open the drawer"], "has actions of 8 dims, and the policy 4"),
     ],
 )
 def test_what_cannot_be_replayed_is_said_before_anything_is(collected, keys, fps, tasks, said):
     sentences = {f"{task.split()[0]}-v3": (task,) for task in tasks}
     with pytest.raises(ValueError, match=said):
-        check_replay(of(collected / "robot", *keys), SimpleNamespace(fps=fps), sentences)
-    check_replay(of(collected / "robot"), SimpleNamespace(fps=10.0), {"open": ("open the drawer",), "told by it": ()})
+        check_replay(of(collected / "robot", *keys), SimpleNamespace(fps=fps, action_dim=4), sentences)
+    check_replay(
+        of(collected / "robot"),
+        SimpleNamespace(fps=10.0, action_dim=4),
+        {"open": ("open the drawer",), "told by it": ()},
+    )

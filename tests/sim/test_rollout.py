@@ -18,7 +18,7 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.run import read_run
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
-from pi05_lightning.sim.rollout import Lanes, Plan, available_modes
+from pi05_lightning.sim.rollout import Lanes, Plan, Worker, available_modes, run_in_processes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_policy
 from pi05_lightning.weights.locate import locate
@@ -161,6 +161,10 @@ def test_a_policy_that_names_no_task_needs_some(untrained, tmp_path):
     (nameless / "processor.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="tasks: the policy does not say what it was trained on: name some"):
         rollout(nameless, episodes=1, num_workers=1)
+
+
+def test_where_all_is_over_already_no_process_is_started():
+    assert list(run_in_processes(Worker(MetaWorld(), VIEW, "none", {}), [])) == []
 
 
 def test_modes_that_cannot_be_are_left_out():

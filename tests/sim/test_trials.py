@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pi05_lightning.sim.rollout import check_memory
 from pi05_lightning.sim.summary import milliseconds, summarise
 from pi05_lightning.sim.trials import (
     ENDED,
@@ -83,8 +84,15 @@ def test_what_the_machine_lacks_is_no_failure_of_the_policy(kind):
     def fails(seed):
         raise kind("no memory is left")
 
-    with pytest.raises(kind):
-        run(fails)
+    trials, _, _ = run(fails)
+    assert all(trial.lacked_memory for trial in trials)
+    with pytest.raises(ChildProcessError, match="no memory is left: use fewer"):
+        check_memory(trials)
+    trials[0].steps = [None]
+    for trial in trials:  # as attempts are recorded
+        trial.keeps = True
+    check_memory(trials)
+    assert trials[0].steps == []
 
 
 def test_too_few_chunks_are_a_failure():

@@ -84,11 +84,11 @@ def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.
         odd = rows[(some != quantiles.q01[dims]).any(axis=1)]
         row = int(odd[0]) if len(odd) else int(rows[0])
         remedy = "Set `min_range`, 0.01 say, to give them one, or take other features"
-        if len(odd):  # rare values, which a small range would put far from -1..1
-            low, high = some.min(axis=0), some.max(axis=0)
+        low, high = some.min(axis=0), some.max(axis=0)
+        if (high > low).any() and ((low <= quantiles.q01[dims]) & (quantiles.q01[dims] <= high)).all():
             remedy = (
-                f"They reach {low.tolist()} to {high.tolist()}, which is rare: set `min_range: {(high - low).max():g}`"
-                " to take that for their range, or take other features"
+                f"They reach {low.tolist()} to {high.tolist()}, which is rare: a `min_range` of"
+                f" {(high - low).max():g} takes that for the range of all dims that have less. Or take other features"
             )
         kept.rejects.add(
             f"{kept.columns.address(row)}, {' + '.join(keys)}",

@@ -9,6 +9,7 @@ const one = (selector, within = document) => within.querySelector(selector);
 let socket = null;
 let scene = null;
 let state = null;
+let unshown = false;  // whether the page says why there is no newer state
 let over = false;  // whether no robot has a next action
 let held = false;  // whether the number is being chosen, and not to be overwritten
 
@@ -20,8 +21,14 @@ function connect() {
   socket.onmessage = event => {
     const said = JSON.parse(event.data);
     if (said.scene) begin(said.scene);
-    else if (said.state) show(said.state);
-    else if (said.error) notice(said.error);
+    else if (said.state) {
+      if (unshown) notice("");
+      unshown = false;
+      show(said.state);
+    } else if (said.unshown) {
+      unshown = true;
+      notice(said.unshown);
+    } else if (said.error) notice(said.error);
   };
   socket.onclose = event => {
     link(event.reason || "not connected: is pi05 play running?");

@@ -30,7 +30,7 @@ from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment
 from pi05_lightning.sim.rollout import Job, Plan, Worker, run_in_processes, view_of
 from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.sim.trials import Trial
-from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.locate import locate, pinned
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +46,8 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     assert config.policy is not None
     check_device(config.device)
     config.env.warm_up()  # what is missing shows before the weights are read
-    weights = locate(config.policy)
-    checkpoint = weights.path.resolve()  # a run that trains has another one in an hour
-    policy_hash = weights.content_hash()
+    checkpoint = pinned(config.policy)
+    policy_hash = locate(checkpoint).content_hash()
     policy = Pi05Policy.from_pretrained(checkpoint, **asdict(Acting.of(config.acting)))
     view, robot, acting = view_of(policy), policy.processor.robots[policy.robot], policy.resolved
     if view.fps != round(view.fps):
