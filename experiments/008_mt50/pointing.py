@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--named_maps", type=int, nargs="+", default=[0, 4])
     args = parser.parse_args()
+    torch.set_flush_denormal(True)  # as in training: without it each step takes longer than the one before
     tokenizer = TextTokenizer.load(SHIPPED)
     shown, held_out = frames(args.dataset, "train", TRAINED_ON), frames(args.dataset, "val", MEASURED_ON)
     for named_maps in args.named_maps:

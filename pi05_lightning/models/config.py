@@ -53,8 +53,8 @@ class VisionConfig:
     points_at_prompt: bool = False
     """Keypoints: one more token per image says where the prompt's words point, as the location loss teaches them."""
     named_maps: int = 0
-    """Keypoints: heat maps that words make of what they name, beside those that all images have; 0 for none. With them
-    a place is known by 73 pixels around it, without by 25."""
+    """Keypoints: heat maps that words make of what they name, to point with instead of those that all images have; 0
+    for none. With them a place is known by 73 pixels around it, without by 25."""
 
     def __post_init__(self) -> None:
         check_range("vision.named_maps", self.named_maps, 0)

@@ -37,8 +37,8 @@ class KeypointStem(nn.Module):
     """Convolutions to a quarter of the resolution, a spatial softmax per map; a token holds a few keypoints.
 
     Every camera has its own maps, and every token its own projection: a head that looks at all tokens alike still
-    reads each keypoint by itself, as a linear regression would. What words name is among the keypoints, or where a map
-    of the words' own (`named_maps`) is hot: their product with the features at every place.
+    reads each keypoint by itself, as a linear regression would. What words name is among the keypoints or, with
+    `named_maps`, where maps of the words' own are hot: their products with the features at every place.
     """
 
     octaves = 6  # finest period 1/16 of the image: interpolates to well under a pixel at 64 px
@@ -76,7 +76,7 @@ class KeypointStem(nn.Module):
         if config.points_at_prompt:
             coordinates = 4 * self.octaves * (1 + self.num_named)
             self.pointed = nn.Parameter(torch.empty(config.max_cameras, coordinates, out_width))
-        self.said = (self.num_named * self.named_width, config.num_keypoints + self.num_named, 2)
+        self.said = (self.num_named * self.named_width, self.num_named or config.num_keypoints, 2)
         self.pointer = nn.Linear(out_width, config.max_cameras * sum(self.said))
         self.identity = nn.Parameter(torch.empty(config.max_cameras, self.num_tokens, out_width))
 
@@ -115,7 +115,7 @@ class KeypointStem(nn.Module):
         return tokens + self.identity[camera], seen
 
     def point(self, query: Tensor, seen: Mapping[str, Tensor], camera: Tensor) -> tuple[Tensor, Tensor]:
-        """Where what a query names is: it selects among keypoints and the places of its own maps, and an offset.
+        """Where what a query names is: it selects among keypoints, or the places of its own maps, and an offset.
 
         query [Q W], and of the image asked about what `look` found and camera i64[Q] -> f32[Q 2], (y, x) in [0, 1], and
         the places f32[Q named_maps 2].
@@ -123,12 +123,11 @@ class KeypointStem(nn.Module):
         said = rearrange(self.pointer(query), "q (c n) -> q c n", c=self.num_cameras)
         said = said[torch.arange(camera.shape[0], device=camera.device), camera]
         kernels, scores, offset = said.split(self.said, dim=-1)
-        found = seen["keypoints"][:, :0]
+        among, found = seen["keypoints"], seen["keypoints"][:, :0]
         if self.num_named:
             kernels = rearrange(kernels, "q (n c) -> q n c", n=self.num_named)
             heat = torch.einsum("qnc,qchw->qnhw", kernels, seen["named"])
-            found = places(heat.float() * (self.sharpness / self.named_width**0.5))
-        among = torch.cat([seen["keypoints"], found], dim=1)
+            among = found = places(heat.float() * (self.sharpness / self.named_width**0.5))
         mean = torch.einsum("qk,qkc->qc", scores.float().softmax(-1), among)
         return mean + self.offset_scale * offset.float(), found
 
