@@ -16,8 +16,6 @@ from time import perf_counter
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from pi05_lightning.files.cores import available_cores
 from pi05_lightning.files.ranges import check_range, check_unique
 from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory
@@ -269,8 +267,10 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
         try:
             for future in as_completed(numbers):
                 yield numbers.pop(future), future.result()
-        except (ValueError, ChildProcessError) as error:  # its traceback is of another process
-            raise type(error)(str(error)) from error
+        except ValueError as error:  # its traceback is of another process
+            raise ValueError(str(error)) from error
+        except ChildProcessError as error:
+            raise ChildProcessError(str(error)) from error
 
 
 def check_memory(trials: Sequence[Trial]) -> None:
@@ -320,6 +320,4 @@ def _policy(worker: Worker, acting: Acting) -> Pi05Policy:
     return _POLICIES[key].acting_as(acting)
 
 
-@cache
-def _mean_trajectory(demonstrations: Demonstrations, task: str) -> np.ndarray:
-    return mean_trajectory(demonstrations, task)
+_mean_trajectory = cache(mean_trajectory)
