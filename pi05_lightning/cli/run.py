@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from contextlib import ExitStack
 from enum import Enum
 from functools import cached_property
 from itertools import count
@@ -42,7 +43,7 @@ from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.local import held, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
@@ -405,12 +406,16 @@ def run(command: str, args: list[str]) -> None:
         cli.model.restored_hash = locate(cli.config.ckpt_path).content_hash()
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
+    target, stack = Path(cli.config.run), ExitStack()
+    if command == "fit" and cli.trainer.is_global_zero and not leaves_nothing(cli.trainer):
+        stack.enter_context(held(target, f"pi05 fit writes to {target}", instead="another --run"))
     try:
-        getattr(cli.trainer, command)(
-            cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
-        )
+        with stack:
+            getattr(cli.trainer, command)(
+                cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
+            )
         if command in ("validate", "test") and cli.trainer.is_global_zero:
-            show_results(cli.trainer, cli.model, Path(cli.config.run), command)
+            show_results(cli.trainer, cli.model, target, command)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # for which the trainer says 1
             raise SystemExit(128 + signal.SIGINT) from None
@@ -429,5 +434,5 @@ def run(command: str, args: list[str]) -> None:
         raise ValueError(str(error)) from error
     finally:
         begun = command == "fit" and cli.trainer.train_dataloader is not None
-        if begun and cli.trainer.interrupted and has_checkpoints(Path(cli.config.run)):
-            print(f"Go on with: pi05 fit --ckpt_path {cli.config.run}", file=sys.stderr)
+        if begun and cli.trainer.interrupted and has_checkpoints(target):
+            print(f"Go on with: pi05 fit --ckpt_path {target}", file=sys.stderr)

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
 from pi05_lightning.data.outcomes import SUCCESS, with_known_outcomes, with_outcomes
 from pi05_lightning.data.split import Split, held_out, named_parts
-from pi05_lightning.files.hub import is_hub_id
+from pi05_lightning.files.hub import is_hub_id, split_revision
 from pi05_lightning.files.local import first_line, read_json, shown
 
 MISSING_SHOWN = 5  # tasks and subtasks that a warning names
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 def find_dataset(path: str) -> Path:
     """The folder of a dataset: `path` itself, LeRobot's copy of that Hub id, or a download of it.
 
+    A Hub id may name a branch, a tag or a commit, as `owner/name@revision`; else it is what LeRobot would take.
     What was downloaded is found again where the Hub cannot be reached, as from a cluster's nodes.  Raises ValueError
     when there is neither a folder nor such a dataset on the Hub.
     """
@@ -63,23 +64,24 @@ def _of_hub(name: str) -> Path:
     from lerobot.datasets.utils import CompatibilityError, get_safe_version, has_legacy_hub_download_metadata
     from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
 
-    own = HF_LEROBOT_HOME / name
-    is_here = (own / "meta" / "info.json").exists()
+    repo, revision = split_revision(name)
+    own = HF_LEROBOT_HOME / repo
+    is_here = revision is None and (own / "meta" / "info.json").exists()
     if is_here and not has_legacy_hub_download_metadata(own):  # of an older LeRobot, which may be of an older version
         return own
-    download = partial(snapshot_download, name, repo_type="dataset", cache_dir=HF_LEROBOT_HUB_CACHE)
+    download = partial(snapshot_download, repo, repo_type="dataset", cache_dir=HF_LEROBOT_HUB_CACHE)
     try:
-        return Path(download(revision=get_safe_version(name, CODEBASE_VERSION)))
+        return Path(download(revision=revision or get_safe_version(repo, CODEBASE_VERSION)))
     except (CompatibilityError, RuntimeError) as error:  # LeRobot's, of its versions on the Hub
         if is_here:
             return own
         raise ValueError(
-            f"{name} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
-            f" --repo-type dataset {name} --local-dir FOLDER`) and name the folder, of which its format is told"
+            f"{repo} on the Hub has no version that LeRobot opens ({first_line(error)}): download it (`hf download"
+            f" --repo-type dataset {repo} --local-dir FOLDER`) and name the folder, of which its format is told"
         ) from error
     except (httpx.HTTPError, OSError) as error:
         with suppress(OSError):
-            return Path(download(revision=CODEBASE_VERSION, local_files_only=True))
+            return Path(download(revision=revision or CODEBASE_VERSION, local_files_only=True))
         if is_here:
             return own
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,15 @@ TOKENIZER = ("*.json", "*.model")
 
 
 def is_hub_id(name: str | Path) -> bool:
-    """Whether a name has the form `organisation/name`."""
-    return _ID.fullmatch(str(name)) is not None
+    """Whether a name has the form `organisation/name`, or `organisation/name@revision`."""
+    repo, revision = split_revision(name)
+    return _ID.fullmatch(repo) is not None and revision != ""
+
+
+def split_revision(name: str | Path) -> tuple[str, str | None]:
+    """The repository, and the branch, tag or commit, of `organisation/name@revision`; None without one."""
+    repo, at, revision = str(name).partition("@")
+    return repo, revision if at else None
 
 
 def is_on_hub(name: str | Path) -> bool:
@@ -31,10 +39,10 @@ def is_on_hub(name: str | Path) -> bool:
     return is_hub_id(name) and not path.exists() and not path.parent.exists()
 
 
-def local_folder(name: str | Path, revision: str | None = None, files: Sequence[str] = FILES) -> Path:
-    """The path itself; for `organisation/name`, unless there is such a folder here, where the Hub's files were put.
+def local_folder(name: str | Path, files: Sequence[str] = FILES) -> Path:
+    """The path itself; for a Hub id (see `is_hub_id`), unless there is such a folder here, where its files were put.
 
-    revision: of the Hub's: a branch, a tag or a commit.  files: patterns of those that are needed.
+    files: patterns of those that are needed.
     The Hub's own cache is used, so that a second call, or one without a network, downloads nothing.
     ValueError when the Hub cannot be reached, has no such repository or does not give it to this account.
     """
@@ -42,9 +50,13 @@ def local_folder(name: str | Path, revision: str | None = None, files: Sequence[
         return Path(name)
     from huggingface_hub import snapshot_download
 
+    repo, revision = split_revision(name)
+    download = partial(snapshot_download, repo, revision=revision, allow_patterns=list(files))
     try:
-        return Path(snapshot_download(str(name), revision=revision, allow_patterns=list(files)))
+        return Path(download())
     except (OSError, ValueError, httpx.HTTPError) as error:
+        with suppress(OSError, ValueError):  # a commit is asked for its files, though an older library has them here
+            return Path(download(local_files_only=True))
         reason = first_line(error)
         raise ValueError(
             f"there is no folder {shown(name)}, and the Hugging Face Hub does not give one of that name ({reason}):"
@@ -54,7 +66,7 @@ def local_folder(name: str | Path, revision: str | None = None, files: Sequence[
 
 def check_repo(name: str) -> None:
     """ValueError for what is no name of a repository."""
-    if not is_hub_id(name):
+    if _ID.fullmatch(name) is None:
         raise ValueError(f"{name} is no name of a repository on the Hugging Face Hub: give it as user/name")
 
 

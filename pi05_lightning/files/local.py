@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,23 +37,44 @@ def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path, by: str) -> Iterator[None]:
+def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[None]:
     """A folder that no other process holds meanwhile; it is made if there is none.
 
-    Raises ValueError while another one does, which is said to be held `by` it.
+    Raises ValueError while another one does, which is said to be held `by` it, with what to give `instead`. A killed
+    process holds nothing, even while processes that it forked live on. A file system without locks keeps nobody out.
     """
     import fcntl  # Windows has none
 
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
+    _LOCKS.add(lock)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another {by}: wait for it, or give another --out") from None
+            raise ValueError(f"another {by}: wait for it, or give {instead}") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
         yield
     finally:
-        os.close(lock)
+        if lock in _LOCKS:  # not in a process that was forked meanwhile
+            _LOCKS.remove(lock)
+            os.close(lock)
+
+
+_LOCKS: set[int] = set()
+"""Descriptors of the folders that this process holds."""
+
+
+def _let_go() -> None:
+    """Close a forked process's copies of the descriptors, each of which would keep a folder held."""
+    while _LOCKS:
+        os.close(_LOCKS.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def shown(path: Path | str) -> str:

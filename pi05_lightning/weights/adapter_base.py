@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pi05_lightning.files.hub import split_revision
 from pi05_lightning.files.local import first_line
 from pi05_lightning.weights.base import Weights
 
@@ -15,8 +16,9 @@ from pi05_lightning.weights.base import Weights
 class AdapterBase:
     """What a checkpoint says of its base.
 
-    sha256: its `Weights.content_hash`.  place: where it was, an absolute path or a Hub id.  run: the directory of the
-    run that it was used in, absolute.  dtype: what its tensors were cast to as they were read, such as `bfloat16`.
+    sha256: its `Weights.content_hash`.  place: where it was, an absolute path or a Hub id with its commit.  run: the
+    directory of the run that it was used in, absolute.  dtype: what its tensors were cast to as they were read, such as
+    `bfloat16`.
     """
 
     sha256: str
@@ -57,10 +59,15 @@ class AdapterBase:
     def is_at(self, name: str | None) -> bool:
         """Whether it was found where a name says."""
         if name is None or not Path(name).exists():
-            return name == self.place
+            return name is not None and split_revision(name)[0] == split_revision(self.place)[0]
         return Path(self.place).is_relative_to(Path(name).absolute())
 
 
 def place_of(name: str, weights: Weights) -> str:
-    """What a checkpoint remembers of where weights were found by a name: their absolute path, or the Hub id."""
-    return str(weights.path.absolute()) if Path(name).exists() else name
+    """What a checkpoint remembers of where weights were found by a name: their absolute path, or the commit on the Hub.
+
+    The Hub's cache names a snapshot's folder by its commit.
+    """
+    if Path(name).exists():
+        return str(weights.path.absolute())
+    return f"{split_revision(name)[0]}@{weights.path.name}"

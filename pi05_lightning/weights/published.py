@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.hub import is_on_hub, publish
+from pi05_lightning.files.hub import is_on_hub, publish, split_revision
 from pi05_lightning.files.local import write_text
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
@@ -84,9 +84,9 @@ def save_published(
         library_name="pi05_lightning",
         pipeline_tag="robotics",
         tags=[*TAGS, *(["LeRobot"] if for_lerobot else [])],
-        datasets=[robot.dataset for robot in robots.values() if is_on_hub(robot.dataset)] or None,
+        datasets=[split_revision(robot.dataset)[0] for robot in robots.values() if is_on_hub(robot.dataset)] or None,
         model_name=repo.partition("/")[2],
-        base_model=begun_with if begun_with is not None and is_on_hub(begun_with) else None,
+        base_model=split_revision(begun_with)[0] if begun_with is not None and is_on_hub(begun_with) else None,
         eval_results=list(results) or None,
     )
     tasks = list(dict.fromkeys(task for robot in robots.values() for task in robot.tasks))

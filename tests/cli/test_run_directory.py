@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +88,26 @@ def test_a_lone_checkpoint_is_measured_without_writing_beside_it(finished_run: P
     main(["validate", "downloads/a.ckpt"])
     assert [path.name for path in (here / "downloads").iterdir()] == ["a.ckpt"]
     assert len(list((here / "runs").glob("*/metrics.json"))) == 1
+
+
+def test_a_run_that_trains_is_not_trained_by_another_process(config: Path, here: Path) -> None:
+    command = ["fit", "-c", str(config), "--run", "run"]
+    holds = "import os, pathlib, time\nfrom pi05_lightning.files.local import held\nwith held(pathlib.Path('run'), ''):"
+    program = f"{holds}\n os.fork() or time.sleep(99)\n print(flush=True)\n time.sleep(99)"
+    other = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
+    assert other.stdout is not None
+    try:
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match="another pi05 fit writes to run: wait for it, or give another --run"):
+            main(command)
+        assert not any((here / "run").iterdir())
+        other.kill()  # what it forked, as a run does its loaders, lives on
+        other.wait()
+        main(command)
+        assert steps(here / "run") == STEPS
+    finally:
+        os.killpg(other.pid, signal.SIGKILL)
+        other.communicate()
 
 
 def test_runs_started_in_one_second_have_directories_of_their_own(here: Path) -> None:

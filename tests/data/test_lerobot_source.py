@@ -207,7 +207,10 @@ def test_what_was_downloaded_is_found_without_the_hub(
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "v3.0").write_text(commit)
     shutil.copytree(videos, kept / "snapshots" / commit)
-    assert find_dataset("someone/cups") == kept / "snapshots" / commit
+    for name in ("someone/cups", f"someone/cups@{commit}"):
+        assert find_dataset(name) == kept / "snapshots" / commit
+    with pytest.raises(ValueError, match="someone/drawers@main"):  # what is beside the cache is of no revision
+        find_dataset("someone/drawers@main")
 
 
 # --- workers

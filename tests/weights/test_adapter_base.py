@@ -28,6 +28,7 @@ from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from tests.weights.hub_cache import COMMIT, hold_in_cache
 
 LORA = Lora(rank=2)
 STEPS = 4
@@ -135,6 +136,19 @@ def test_a_base_that_was_moved_with_the_run_is_found_and_another_place_can_be_sa
     assert_equal(locate(tmp_path / "whole").tensors(), expected)
 
 
+def test_a_base_of_the_hub_is_found_again_though_its_repository_has_other_weights_by_then(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub = hold_in_cache(save_start(tmp_path / "base"), tmp_path / "hub", monkeypatch)
+    expected = merged(fit(init_from="lab/arm"))
+    saved = torch.load(checkpoint(tmp_path), weights_only=True)["pi05"]["adapter_base"]
+    assert saved["place"] == f"lab/arm@{COMMIT}"
+    save_start(hub / COMMIT[::-1], seed=1)
+    (hub.parent / "refs" / "main").write_text(COMMIT[::-1])
+    assert_equal(locate(checkpoint(tmp_path), averaged=False).tensors(), expected)
+
+
 @pytest.mark.slow
 def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path) -> None:
     fit()
@@ -180,4 +194,5 @@ def test_a_base_is_not_at_a_name_that_its_own_only_begins_with(tmp_path: Path) -
     assert not base.is_at(str(tmp_path / "base"))
     assert replace(base, place=str(tmp_path / "base" / "last.ckpt")).is_at(str(tmp_path / "base"))
     assert not replace(base, place="lab/arm2").is_at("lab/arm")
-    assert replace(base, place="lab/arm").is_at("lab/arm")
+    for name in ("lab/arm", "lab/arm@main"):
+        assert replace(base, place="lab/arm@0123").is_at(name)

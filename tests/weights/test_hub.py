@@ -16,7 +16,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
-from tests.weights.hub_cache import hold_in_cache
+from tests.weights.hub_cache import COMMIT, hold_in_cache
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,13 @@ def test_what_the_hub_does_not_give_is_refused_by_name(open) -> None:
     with pytest.raises(ValueError, match="lab/leg") as error:
         open("lab/leg")
     assert "log in" in str(error.value)
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_a_revision_is_a_branch_a_tag_or_a_commit(lerobot: Path, revision: str) -> None:
+    assert locate(f"lab/arm@{revision}").config() == locate(lerobot).config()
+    with pytest.raises(ValueError, match="lab/arm@v7"):
+        locate("lab/arm@v7")
 
 
 @pytest.mark.parametrize("name", ["lab/arm", "lab/leg"])

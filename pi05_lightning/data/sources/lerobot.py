@@ -54,7 +54,7 @@ class LeRobotConfig(SourceConfig):
     splits: ClassVar[tuple[Split, ...]] = ("train", "val", "test")
 
     path: str
-    """Folder of the dataset, or its Hub id."""
+    """Folder of the dataset, or its Hub id: `owner/name`, or `owner/name@revision` for a branch, a tag or a commit."""
     cameras: dict[str, str] | None = None
     """Image features to read, each with its camera name; all of them by default, named by the key's last part."""
     state_keys: list[str] = field(default_factory=lambda: ["observation.state"])

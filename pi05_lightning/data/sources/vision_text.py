@@ -23,7 +23,7 @@ from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.prompt import fields_of
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
 from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
-from pi05_lightning.files.hub import is_hub_id
+from pi05_lightning.files.hub import is_hub_id, split_revision
 from pi05_lightning.files.local import shown
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
@@ -43,7 +43,8 @@ class VisionTextConfig(SourceConfig):
     splits: ClassVar[tuple[Split, ...]] = ("train", "val", "test")
 
     path: str
-    """A folder written by `save_to_disk`, a parquet, Arrow or JSON-lines file or a folder of them, or a Hub id."""
+    """A folder written by `save_to_disk`, a parquet, Arrow or JSON-lines file or a folder of them, or a Hub id, which
+    may end with @ and a branch, a tag or a commit."""
     subset: str | None = None
     """Which of a Hub dataset's configurations."""
     stream_rows: int | None = None
@@ -348,7 +349,8 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
             names = {part: [escape(str(_plain(file))) for file in group] for part, group in files.items()}
             found = datasets.load_dataset(builder, data_files=names, streaming=streaming)
         else:
-            found = datasets.load_dataset(config.path, config.subset, streaming=streaming)
+            repo, revision = split_revision(config.path)
+            found = datasets.load_dataset(repo, config.subset, revision=revision, streaming=streaming)
         parts = dict(found) if isinstance(found, dict) else {"train": found}
         if config.stream_rows is not None:
             version = [(str(file), file.stat().st_mtime_ns) for group in files.values() for file in group]

@@ -24,7 +24,7 @@ from pi05_lightning.data.augment import augment
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
-from pi05_lightning.files.hub import local_folder
+from pi05_lightning.files.hub import is_on_hub, local_folder
 from pi05_lightning.losses import draw_noise, mean_terms, total_loss
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
@@ -200,7 +200,8 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         **options: Any,
     ) -> Self:
         """A policy at a folder or Hub id, as LeRobot's commands and `pi05 convert --format plugin` write them."""
-        folder = local_folder(pretrained_name_or_path, revision)
+        pinned = revision is not None and is_on_hub(pretrained_name_or_path)
+        folder = local_folder(f"{pretrained_name_or_path}@{revision}" if pinned else pretrained_name_or_path)
         if config is None:
             config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, Pi05LightningConfig):
