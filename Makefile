@@ -38,7 +38,7 @@ test-slow: $(RENDERING) ## the slow tests
 	@$(BIN)/pytest -m slow $(ARGS)
 
 .PHONY: bench
-bench: $(SETUP) ## compare speed and memory with LeRobot on this machine, half an hour (ARGS="--quick" to see that it runs)
+bench: $(SETUP) ## compare speed and memory with LeRobot here, half an hour, over the figures in docs (ARGS="--quick" only tries it)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: lint

@@ -260,7 +260,7 @@ class Pi05Policy(Inference):
         noise: Tensor | np.ndarray | None = None,
         prefix_actions: Tensor | np.ndarray | None = None,
     ) -> np.ndarray:
-        """An action chunk f32[T A] in the robot's units; noise f32[T D] makes it reproducible.
+        """An action chunk f32[T A] in the robot's units; noise f32[horizon D], of the model's, makes it reproducible.
 
         prefix_actions f32[d A], in the robot's units: what it will do in the chunk's first d steps whatever comes out,
         because it executes them meanwhile. The chunk begins with them and goes on from them.
@@ -327,7 +327,7 @@ class Pi05Policy(Inference):
 
 @dataclass(frozen=True)
 class Request:
-    """A chunk that a policy is asked for: read and checked.  start: f32[1 T D], what its flow starts from, if given."""
+    """A chunk that a policy is asked for: read and checked.  start: f32[1 horizon D] of the flow, if given."""
 
     policy: Pi05Policy
     frame: Frame

@@ -86,6 +86,18 @@ def test_only_actions_of_a_chunk_that_the_data_has_are_executed(videos: Path) ->
         Pi05Policy((model, processor), execution_horizon=5)
 
 
+def test_a_chunk_is_as_long_as_those_of_the_data(policy: Pi05Policy, data: Pi05DataModule) -> None:
+    frame = data.sources("val")["robot"][0]
+    frame = replace(frame, actions=None, action_is_pad=None)
+    noise = torch.randn(1, *policy.start(None, 1).shape[1:], generator=torch.Generator().manual_seed(0))
+    whole = policy.predict_chunks([frame], [None], noise)[0]
+    policy.processor.robots["robot"] = replace(policy.processor.robots["robot"], horizon=4)
+    short = policy.acting_as(policy.acting)
+    np.testing.assert_array_equal(short.predict_chunks([frame], [None], noise)[0], whole[:4])
+    with pytest.raises(ValueError, match=r"below the chunk's 4 steps"):
+        short.given(short.inputs(frame), whole[:4])
+
+
 def test_actions_of_the_delay_are_given_unless_rtc_is_off() -> None:
     assert (Acting(inference_delay=2).given, Acting(inference_delay=2, rtc=False).given) == (2, 0)
     assert Acting(actions="fast", inference_delay=2, rtc=False).executed(8) == 2

@@ -432,17 +432,6 @@ def test_actions_may_be_bounded(model, data, seen) -> None:
         beyond.predict_chunk(seen, noise)
 
 
-def test_actions_beyond_the_datas_chunks_are_not_bounded(model, data, seen) -> None:
-    noise = np.zeros((8, 6))
-    noise[4:] = 9.0
-    short = {"horizon": 4}
-    chunk = acting(model, data, short).predict_chunk(seen, noise)
-    quantiles = data.processor.robots["robot"].normalize.action
-    near, far = (quantiles.distance(part).max() for part in (chunk[:4], chunk[4:]))
-    assert near < far
-    acting(model, data, short, max_action_distance=(near + far) / 2).predict_chunk(seen, noise)
-
-
 def test_bound_of_relative_actions_is_that_of_their_offsets(videos: Path, model, seen) -> None:
     config = LeRobotConfig(str(videos), relative_dims=[0, 1], val_fraction=0.2)
     data = Pi05DataModule({"robot": config}, shapes=CONFIG.shapes)

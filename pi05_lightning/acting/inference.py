@@ -69,7 +69,7 @@ class Inference:
             acting.max_prompt_bytes,
         )
         self.horizon = min(self.model.config.horizon, robot.horizon or self.model.config.horizon)
-        """Actions of a chunk that its training had; those beyond are noise."""
+        """Actions of a chunk, T: as many as its training had, which may be fewer than the model's horizon."""
         self.execution_horizon = acting.executed(self.horizon)
         self.hierarchical = says_subtasks(acting, processor, self.trained)
         able = self.abilities.advantage and acting.advantage != "none"
@@ -141,9 +141,10 @@ class Inference:
     ) -> np.ndarray:
         """One chunk per frame, f32[B T A] in the robot's units, each conditioned on its subtask (None: on the task).
 
-        noise f32[B T D] makes it reproducible.  prefix_actions: per frame f32[d A] in the robot's units, what it will
-        do in the chunk's first d steps whatever comes out; d may differ. The chunk begins with them and goes on from
-        them.  generator: what tokens are drawn with instead of its own: one for all, or one for each frame.
+        noise f32[B horizon D], of the model's, makes it reproducible.  prefix_actions: per frame f32[d A] in the
+        robot's units, what it will do in the chunk's first d steps whatever comes out; d may differ. The chunk begins
+        with them and goes on from them.  generator: what tokens are drawn with instead of its own: one for all, or one
+        for each frame.
 
         Raises ValueError for a frame that `Inputs` refuses, for noise and prefix_actions that are not finite or of
         another shape, for more prefix_actions than it was trained to go on from, and for a chunk that is not finite or
@@ -173,11 +174,11 @@ class Inference:
         if self.acting.actions == "fast":
             raise ValueError("prefix_actions need the flow head: leave them out, or set `actions: flow`")
         actions = as_numbers("prefix_actions", prefix_actions)
-        dims, horizon = self.action_dim, self.model.config.horizon
-        if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= horizon:
+        dims = self.action_dim
+        if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= self.horizon:
             raise ValueError(
                 f"prefix_actions has shape {list(actions.shape)}: expected [d {dims}] with d below the chunk's"
-                f" {horizon} steps"
+                f" {self.horizon} steps"
             )
         self.abilities.check_delay(len(actions), "prefix_actions")
         normalized = self.processor.normalize(replace(frame, actions=actions), self.robot).actions
@@ -185,7 +186,7 @@ class Inference:
         return Given(actions, normalized)
 
     def start(self, noise: Tensor | np.ndarray | None, rows: int) -> Tensor | None:
-        """What the flow starts from, f32[B T D]: the noise, or else a draw of it; None where no flow is sampled.
+        """What the flow starts from, f32[B horizon D]: the noise, or else a draw; None where no flow is sampled.
 
         Raises ValueError for noise that is not finite or of another shape.
         """
@@ -196,7 +197,7 @@ class Inference:
             return self.acting.noise_scale * torch.randn(shape, generator=self.generator)
         start = torch.from_numpy(np.ascontiguousarray(as_numbers("noise", noise)))
         if start.shape != shape:
-            raise ValueError(f"noise has shape {list(start.shape[1:])}: expected [T D] = {list(shape[1:])}")
+            raise ValueError(f"noise has shape {list(start.shape[1:])}: expected [horizon D] = {list(shape[1:])}")
         return start
 
     @torch.no_grad()
@@ -233,7 +234,7 @@ class Inference:
         return list(chunk(batch, start.to(device), self.acting.num_steps, actions, count, **guided).cpu().numpy())
 
     def _stacked(self, given: Sequence[Given | None]) -> tuple[Tensor, Tensor]:
-        """Given actions as `FlowHead.sample` takes them: f32[B T D], and how many of each row are given, i64[B]."""
+        """Given actions as `FlowHead.sample` takes them: f32[B horizon D], and how many of each row, i64[B]."""
         actions = torch.zeros(len(given), self.model.config.horizon, self.model.config.action_dim)
         rows = [np.zeros((0, self.action_dim), np.float32) if row is None else row.normalized for row in given]
         for place, row in zip(actions, rows, strict=True):
@@ -249,15 +250,14 @@ class Inference:
         robot = self.processor.robots[self.robot]
         if isinstance(computed, list):
             assert self.processor.fast is not None
-            sizes = self.model.config.horizon, self.action_dim
             try:
-                computed = self.processor.fast.decode(computed, *sizes)
+                computed = self.processor.fast.decode(computed, self.model.config.horizon, self.action_dim)
             except FastDecodeError:
                 if self.acting.on_failed_decode == "raise":
                     raise
                 self.failed_decodes += 1
-                return np.full(sizes, np.nan, np.float32)
-        real = self.processor.real_actions(computed, frame, self.robot)
+                return np.full((self.horizon, self.action_dim), np.nan, np.float32)
+        real = self.processor.real_actions(computed[: self.horizon], frame, self.robot)
         if given is not None:
             real[: len(given.actions)] = given.actions  # as they are, not normalised and back
         check_actions(real, frame, robot, self.acting.max_action_distance)
@@ -266,8 +266,13 @@ class Inference:
 
 @torch.no_grad()
 def generate_texts(model: Pi05, processor: Processor, batch: Batch, **options: Any) -> list[str]:
-    """What the model says after each row of a batch on its device; options as `SubtaskHead.generate`."""
+    """What the model says after each row of a batch on its device; options as `SubtaskHead.generate`.
+
+    Where it would say more than it may, the text ends there, with a warning unless `max_tokens` says how much that is.
+    """
     tokens, valid, _ = model.subtask_head.generate(model.backbone, model.backbone(batch), **options)
+    if "max_tokens" not in options and (valid[:, -1] & (tokens[:, -1] != model.subtask_head.eos_id)).any():
+        warnings.warn(f"what the policy says was cut off after {tokens.shape[1]} tokens", stacklevel=2)
     return [processor.tokenizer.decode(row[mask].tolist()) for row, mask in zip(tokens, valid, strict=True)]
 
 

@@ -181,8 +181,8 @@ def predictions(
         robot=robot, actions="flow" if abilities.flow else "fast", max_state_distance=None, hierarchical=False
     )
     policy = Inference(weights.model().to(device), processor, acting, seed, weights.trained)
-    wanted = policy.inputs.cameras
-    predicted, recorded = [], []
+    wanted, relative = policy.inputs.cameras, processor.robots[robot].relative
+    predicted, recorded = list[np.ndarray](), list[np.ndarray]()
     for index in tqdm(evenly_spaced(len(source), frames), unit="frame", desc="asking"):
         try:
             frame = source[int(index)]
@@ -192,8 +192,9 @@ def predictions(
         assert frame.action_is_pad is not None
         shown = replace(frame, images={camera: frame.images[camera] for camera in wanted}, actions=None)
         chunk = policy.predict_chunks([shown], [frame.subtask])[0]
-        predicted.append(chunk[~frame.action_is_pad])
-        recorded.append(frame.actions[~frame.action_is_pad])
+        real = ~frame.action_is_pad[: len(chunk)]
+        for actions, those in ((chunk, predicted), (frame.actions[: len(chunk)], recorded)):
+            those.append(actions[real] if relative is None else relative.offsets(actions[real], shown))
     if not predicted:
         raise ValueError(f"{source.config.path}: none of {frames} frames can be read: restore its images")
     return compare_predictions(predicted, recorded, processor.robots[robot])

@@ -240,14 +240,23 @@ class Rounds:
 
 def check(plan: Rounds, methods: Sequence[Method]) -> None:
     """ValueError for options that would show as wrong when hours have been spent."""
-    check_range("rounds", plan.rounds, 1)
+    counts = {"rounds": plan.rounds, "steps": plan.training.steps, "batch_size": plan.training.batch_size}
+    counts |= {"value_steps": plan.value_steps, "episodes": plan.attempts["episodes"]}
+    for name, number in (counts | {"test_episodes": plan.tests["episodes"]}).items():
+        check_range(name, number, 1)
+    if plan.training.lr is not None:
+        check_range("lr", plan.training.lr, 0, above=True)
     if not methods:
         raise ValueError("methods: name at least one")
     check_range("demonstrations_share", plan.training.demonstrations_share, 0, 1)
     if plan.training.demonstrations_share == 1:
         raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")
     check_range("advantage_omission", plan.training.omission, 0, 1)
-    if Acting.of(plan.acting).guidance != 1 and "recap" in methods and not plan.training.omission:
+    if (
+        Acting.of(plan.attempts["acting"] | plan.acting).guidance != 1
+        and "recap" in methods
+        and not plan.training.omission
+    ):
         raise ValueError("acting: guidance needs samples without an advantage: give an advantage_omission above 0")
     for share in plan.shares:
         check_shares(share, plan.shares_of_tasks)

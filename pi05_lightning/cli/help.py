@@ -14,15 +14,17 @@ from pi05_lightning.cli.signatures import Found, Option, find, options_of, sente
 from pi05_lightning.files.suggestion import suggestion
 
 RUN_OPTIONS: dict[str, tuple[Any, str]] = {
-    "run": (str | None, "The run's directory (default: runs/ and the time)."),
+    "run": (str | None, "The run's directory; by default that of the checkpoint, else runs/ and the time."),
     "ckpt_path": (str | None, "A checkpoint, a run's directory, or `last`."),
     "resume": (
         Literal["auto"] | None,
         "auto: go on with the newest checkpoint of --run if it has one, else start it.",
     ),
-    "force": (bool, "fit: go on though the memory that is free is forecast not to be enough."),
+    "force": (bool, "Go on though the memory that is free is forecast not to be enough."),
 }
 """Options of fit, validate, test and predict that are in no group: their type and what they mean."""
+OF_FIT = "resume", "force"
+"""Those that say something to fit alone; a run's configuration holds them for all."""
 OF_THE_PARSER = {
     "-c, --config FILE": "a configuration, or a shipped one's name; several are merged in order, flags win",
     "--print_config": "print the resolved configuration and stop",
@@ -122,7 +124,8 @@ def overview(command: str, about: str, groups: Mapping[str, str]) -> str:
     lines += [f"  {example}" for example in EXAMPLES[command]]
     lines += ["", "Every option may stand in a file or be a flag; paths are relative to the working directory.", ""]
     lines += ["Run", *(row(name, text) for name, text in OF_THE_PARSER.items())]
-    lines += [row(f"--{name}", text) for name, (_, text) in RUN_OPTIONS.items()]
+    shown_here = (name for name in RUN_OPTIONS if command == "fit" or name not in OF_FIT)
+    lines += [row(f"--{name}", RUN_OPTIONS[name][1]) for name in shown_here]
     for group in groups:
         options = {option.name: option for option in group_options(group)}
         shown = MOST_USED.get(group, options)

@@ -19,6 +19,8 @@ from pi05_lightning.files.local import read_json, write_json
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM asks a job by one of the last two to save before its time is over."""
+PLACES = "--device", "--num_workers"
+"""Options that say where a command is done, and not what."""
 
 console = Console()
 
@@ -72,7 +74,7 @@ class Progress:
         self.command = list(part.command)
         marker = read_json(file, default={})
         goes_on = marker.get("done") or part.next_command == part.resume
-        if goes_on and marker and marker["command"] != self.command:
+        if goes_on and marker and _what(marker["command"]) != _what(self.command):
             raise ValueError(
                 f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
                 " give another --out, or delete the directory of the earlier one"
@@ -91,6 +93,12 @@ class Progress:
             self.seconds += monotonic() - start
             marker = {"command": self.command, "seconds": round(self.seconds, 1), "done": self.finished}
             write_json(self.file, marker)
+
+
+def _what(command: Sequence[str]) -> list[str]:
+    """A command without the options that say where it is done."""
+    left_out = {place + step for place, word in enumerate(command) if word in PLACES for step in (0, 1)}
+    return [word for place, word in enumerate(command) if place not in left_out]
 
 
 def run_command(command: tuple[str, ...]) -> None:

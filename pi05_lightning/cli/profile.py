@@ -98,11 +98,11 @@ def profile(
         num_steps=num_steps,
         insulate=first(settings["model.knowledge_insulation"], False),
         checkpointing=first(activation_checkpointing, settings["model.activation_checkpointing"], False),
-        dtype=DTYPES[precision or ("bf16" if "bf16" in trained_in else "fp32")],
+        dtype=DTYPES[precision or ("bf16" if "16" in trained_in else "fp32")],
+        weights=torch.bfloat16 if precision is None and trained_in == "bf16-true" else torch.float32,
     )
     if devices > 1 or strategy:
-        pure = precision is None and trained_in == "bf16-true"
-        show_strategies(work, devices, strategy, torch.bfloat16 if pure else torch.float32, accelerator)
+        show_strategies(work, devices, strategy, accelerator)
         return
     show(work, accelerator, utilization, measure)
 
@@ -166,15 +166,17 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
         console.print(time_table(title, taken, counters[title], rate))
 
 
-def show_strategies(work: Workload, devices: int, chosen: str | None, weights: torch.dtype, accelerator: str) -> None:
+def show_strategies(work: Workload, devices: int, chosen: str | None, accelerator: str) -> None:
     """Print what each rank holds and sends in a step, and where that fits into an accelerator."""
-    step = Step(work.config, work.shape, work.checkpointing, work.insulate, weights, work.dtype)
+    step = Step(work.config, work.shape, work.checkpointing, work.insulate, work.weights, work.dtype)
     ways = strategies(devices)
     if chosen is not None and not any(name.startswith(chosen) for name in ways):
         raise ValueError(f"strategy {chosen} does not divide {devices} devices: known for these are {', '.join(ways)}")
     headings = ["weights", "grads", "AdamW", "EMA", "acts", "all", "sent"]
     names = {dtype: name for name, dtype in DTYPES.items()}
-    types = names[work.dtype] if work.dtype == weights else f"{names[work.dtype]} over {names[weights]} weights"
+    types = (
+        names[work.dtype] if work.dtype == work.weights else f"{names[work.dtype]} over {names[work.weights]} weights"
+    )
     table = table_of(f"each of {devices} ranks, GiB, {types}", ["strategy"], headings)
     table.columns[0].no_wrap = True
     capacity = ACCELERATORS[accelerator].memory

@@ -151,6 +151,8 @@ class RunConfig(SaveConfigCallback):
     Where the run lies and what it resumed from are left out: the text can start another run as it is.
     """
 
+    _is_due = False
+
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **kwargs: Any) -> None:
         what = config.clone()
         what.run = what.ckpt_path = what.resume = None
@@ -164,8 +166,17 @@ class RunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         cast("Pi05Module", pl_module).run_config = self.text
         # upstream writes to where the logger writes, over whatever is there
-        if stage == "fit" and trainer.is_global_zero and not leaves_nothing(trainer):
+        self._is_due = stage == "fit" and trainer.is_global_zero and not leaves_nothing(trainer)
+        if not is_run(Path(trainer.default_root_dir)):
+            self._write(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        self._write(trainer)  # over that of an earlier start, which holds where this one is refused
+
+    def _write(self, trainer: Trainer) -> None:
+        if self._is_due:
             write_config(Path(trainer.default_root_dir), self.text)
+            self._is_due = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what is not as in the configuration that the checkpoint was written with."""
@@ -251,7 +262,7 @@ class Pi05CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
         trainer = self.config_init.trainer
         check_trainer(trainer, self.command)
-        check_saved(self.config.checkpoint)
+        check_saved(self.config.checkpoint, trainer)
         check_loggers(self.config.trainer.logger)
         if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
             kwargs["precision"] = "bf16-mixed"
@@ -317,20 +328,22 @@ def check_trainer(trainer: Namespace, command: str) -> None:
                 raise ValueError(f"trainer.{key} is 0, so nothing would be trained: leave it out, or give a number")
 
 
-def check_saved(checkpoint: Namespace) -> None:
+def check_saved(checkpoint: Namespace, trainer: Namespace) -> None:
     """ValueError where nothing would be saved before the end of the run."""
-    others = checkpoint.train_time_interval, checkpoint.every_n_epochs
-    if checkpoint.every_n_train_steps == 0 and not any(others):
+    # the whole run is one epoch where nothing limits it, and with a monitor the end of an epoch saves nothing
+    by_epoch = checkpoint.every_n_epochs and isinstance(trainer.limit_train_batches, int) and not checkpoint.monitor
+    if not (checkpoint.every_n_train_steps or checkpoint.train_time_interval or by_epoch):
         raise ValueError(
-            "checkpoint.every_n_train_steps is 0, so a run that is killed would be lost: give a number, or"
-            " checkpoint.train_time_interval beside it"
+            f"checkpoint.every_n_train_steps is {checkpoint.every_n_train_steps or 0}, so a run that is killed would be"
+            " lost: give a number, or checkpoint.train_time_interval beside 0"
         )
 
 
 def check_loggers(loggers: Any) -> None:
     """ValueError for a number by which a logger divides."""
     for logger in as_list(loggers):
-        every = logger.init_args.get("flush_logs_every_n_steps") if isinstance(logger, Namespace) else None
+        given = logger.get("init_args") if isinstance(logger, Namespace) else None  # some classes have none
+        every = given.get("flush_logs_every_n_steps") if given else None
         if every is not None:
             check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
 
@@ -373,8 +386,17 @@ def silence_noise() -> None:
 
 
 def show_results(trainer: Trainer, module: Pi05Module, run: Path, command: str) -> None:
-    """Write what `validate` or `test` measured into a run, and of which weights, and print it."""
+    """Write what `validate` or `test` measured into a run, and of which weights, and print it.
+
+    ValueError where nothing was measured: what is there stays.
+    """
     part, name = {"validate": ("validation", ""), "test": ("test", "test_")}[command]
+    if not module.results:
+        limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}[command]
+        raise ValueError(
+            f"there is nothing to measure: set --trainer.{limit} 1.0 if it is 0, or give a source {part} samples (its"
+            " val_fraction, or the dataset's splits)"
+        )
     tables = [metrics_table(write_metrics(module.results, run, f"{name}metrics"), part)]
     write_json(run / f"{name}questions.json", module.questions)
     write_json(run / f"{name}measured.json", measured_weights(trainer, module))

@@ -81,7 +81,7 @@ def serve(
         client_timeout: seconds until a client that is too slow is ended.
         max_message_bytes: of one observation.
         max_image_bytes: of one image, or of any other array.
-        max_values: keys, numbers, texts and arrays in one.
+        max_values: keys, numbers, texts and arrays in one message.
         drain_timeout: seconds to answer what waits, after SIGTERM.
         as_measured: act as in the run's rollout, in its first mode or the one that is named; options of `acting` that
             say otherwise are refused.

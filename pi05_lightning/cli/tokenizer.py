@@ -160,7 +160,9 @@ def sources_of(paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Le
         for name, config in sources.items():
             if isinstance(config, LeRobotConfig) and config.action_keys:
                 # with its cameras and states, as frames that lack one are not trained on
-                found[name] = replace(config, image_cache=False)
+                config = replace(config, image_cache=False)
+                if found.setdefault(name, config) != config:
+                    raise ValueError(f"{path}: data.sources.{name} is another dataset in another file: rename one")
     if not found:
         raise ValueError(f"{', '.join(paths)}: no LeRobotConfig with actions under data.sources")
     return found

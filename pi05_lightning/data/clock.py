@@ -54,6 +54,13 @@ def check_clock(trainer: Trainer) -> None:
             f"trainer.val_check_interval is {interval}, and the run has {length} batches, so it would never validate:"
             " give fewer, or set trainer.limit_val_batches to 0 for no validation and val_check_interval to null"
         )
+    every, epochs = options.check_val_every_n_epoch, -(-most_batches(trainer) // max(length, 1))
+    if every is not None and every > epochs and options.limit_val_batches:
+        raise ValueError(
+            f"trainer.check_val_every_n_epoch is {every}, and the run has {epochs} epochs, so it would never validate:"
+            " set it to null and trainer.val_check_interval to batches, or trainer.limit_val_batches to 0 for no"
+            " validation"
+        )
     for batches in _possible(trainer):
         if length % batches:
             key = "fast_dev_run" if options.fast_dev_run else "limit_train_batches"

@@ -243,13 +243,13 @@ def _size(text: str) -> int:
 def check_actions(actions: np.ndarray, frame: Frame, robot: Robot, max_distance: float | None) -> None:
     """Raises NotFinite, or ValueError for actions f32[T A] in the robot's units that are too far from training's.
 
-    max_distance: in quantile ranges, of the actions that the robot's chunks have; None bounds nothing.
+    max_distance: in quantile ranges; None bounds nothing.
     frame: what they answer.
     """
     _reject(~np.isfinite(actions), "action", actions, "the model's weights are broken, or its inputs", NotFinite)
     if max_distance is None:
         return
-    distance = robot.action_distance(actions[: robot.horizon], frame)
+    distance = robot.action_distance(actions, frame)
     if distance.max(initial=0) > max_distance:
         place = np.unravel_index(distance.argmax(), distance.shape)
         raise ValueError(

@@ -46,7 +46,8 @@ class Language:
     task_only_share: float = 0.0
     """Share of the action samples that hide the subtask, so that the policy also acts on the task alone."""
     no_task_share: float = 0.0
-    """Share of the training samples whose task is left empty: language dropout. With 1, validation has none either."""
+    """Share of the training samples whose task is left empty: language dropout. With 1, validation and policies have
+    none either."""
     fast_share: float = 0.0
     """Share of the flow samples with a subtask that go on with the same actions as FAST tokens: both heads learn in one
     pass, and flow does not see the tokens (arXiv 2505.23705). Needs condition_on: both."""
@@ -193,6 +194,8 @@ class Processor:
         """
         letterboxes = self._letterboxes(frame)
         frame = frame_to_model(self.normalize(frame, source), letterboxes)
+        if self.language.no_task_share == 1:
+            frame = replace(frame, task="")
         subtask = None if subtask is None else said_to_model(subtask, letterboxes.values())
         prompts = self.language.prompts
         segments = (
@@ -242,7 +245,9 @@ class Processor:
 
     def predicts_subtasks(self, source: str) -> bool:
         """Whether a policy says what to do next before it acts; if nobody taught it, the task alone conditions it."""
-        return self.language.condition_on != "task" and self.robots[source].has_subtasks
+        language = self.language
+        taught = language.condition_on != "task" and language.task_only_share < 1
+        return taught and self.robots[source].has_subtasks
 
     def normalize(self, frame: Frame, source: str) -> Frame:
         """The frame in the model's units, with what its robot is called; a source without a robot changes nothing."""

@@ -21,7 +21,11 @@ class RelativeActions:
     """Of the state, in the order of `dims`."""
 
     def __call__(self, frame: Frame) -> Frame:
-        return frame if frame.actions is None else replace(frame, actions=self._shifted(frame.actions, frame, -1))
+        return frame if frame.actions is None else replace(frame, actions=self.offsets(frame.actions, frame))
+
+    def offsets(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
+        """Actions f32[... T A] that answer a frame, as they are trained on."""
+        return self._shifted(actions, frame, -1)
 
     def undo(self, actions: np.ndarray, frame: Frame) -> np.ndarray:
         """Actions f32[... T A] that answer a frame, absolute again."""

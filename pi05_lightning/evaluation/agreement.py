@@ -143,13 +143,13 @@ def compare_looks(policy: Robot, looks: Mapping[str, Look]) -> Iterator[Finding]
 
 def _vector(what: str, ours: Quantiles, theirs: Quantiles, given: Given) -> Iterator[Finding]:
     """Dims, units, signs and ranges of a state or an action, by both quantiles."""
+    if what == "state" and not len(ours):
+        yield Finding(what, "ok", "none", f"{len(theirs)} dims, which it does not read" if len(theirs) else "none")
+        return
     if len(ours) != len(theirs):
         then = "every observation is refused" if what == "state" else "its actions cannot be executed"
         mend = f"choose the features that it was trained on, with {what}_keys"
         yield Finding(what, "differs", f"{len(ours)} dims", f"{len(theirs)} dims", then, mend)
-        return
-    if not len(ours):
-        yield Finding(what, "ok", "none", "none")
         return
     problems = _problems(ours, theirs, given.resting)
     if not problems:
@@ -330,7 +330,8 @@ def _statistics(policy: Robot, given: Given) -> Finding:
 def compare_predictions(predicted: Sequence[np.ndarray], recorded: Sequence[np.ndarray], robot: Robot) -> list[Finding]:
     """What the policy does at frames of a dataset, beside what was done there.
 
-    predicted, recorded: f32[T A] each, in the robot's units; T may differ from frame to frame.
+    predicted, recorded: f32[T A] each, in the robot's units, and relative dims as they are trained on, as what they are
+    relative to would hide what the policy adds. T may differ from frame to frame.
     """
     ours, theirs = np.concatenate(list(predicted)), np.concatenate(list(recorded))
     span = np.maximum(robot.normalize.action.q99 - robot.normalize.action.q01, 1e-6)

@@ -13,6 +13,7 @@ import yaml
 
 from pi05_lightning.data.labels import Sign
 from pi05_lightning.data.mixture import Entry, Mixture
+from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.run import PROVENANCE
 from pi05_lightning.files.hub import is_hub_id
@@ -44,7 +45,7 @@ _OF_ITS_FILES = {"cameras", "state_keys", "action_keys", "subtask_key", "box_ran
 _KNOWN = {option.name for option in fields(LeRobotConfig)}
 _OF_THE_MODEL = ("heads", "flow_draws", "rtc_max_delay", "knowledge_insulation", "activation_checkpointing", "compile")
 _OF_THE_MACHINE = ("accelerator", "devices", "strategy", "precision")
-_OF_THE_STAGE = ("losses", "mixture", "flow_alpha", "freeze", "lr_factors")
+_OF_THE_STAGE = ("losses", "mixture", "flow_alpha")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Reading:
             data["sources"],
             {name: model[name] for name in _OF_THE_MODEL if name in model},
             {name: trainer[name] for name in _OF_THE_MACHINE if trainer.get(name) is not None},
-            last_stage(config["stages"], model.get("heads") or {}, run.get("samples", {})),
+            last_stage(
+                config["stages"], model.get("heads") or {}, run.get("samples", {}), weights.processor().language
+            ),
             min(MOST_LR, options.get("lr", DEFAULT_LR)),
         )
 
@@ -156,7 +159,7 @@ class Reading:
     def others(self) -> dict[str, dict[str, Any]]:
         """The run's sources that are no robot's, as far as their data is there."""
         found = {name: source for name, source in self.sources.items() if source["class_path"] != CLASS_PATH}
-        paths = {name: str(source["init_args"].get("path", ".")) for name, source in found.items()}
+        paths = {name: str(source.get("init_args", {}).get("path", ".")) for name, source in found.items()}
         return {name: found[name] for name, path in paths.items() if Path(path).exists() or is_hub_id(path)}
 
     @property
@@ -165,10 +168,13 @@ class Reading:
         return {name: s["init_args"] for name, s in self.sources.items() if s["class_path"] == CLASS_PATH}
 
 
-def last_stage(stages: dict[str, Any], heads: dict[str, Any], samples: dict[str, dict[str, int]]) -> dict[str, Any]:
+def last_stage(
+    stages: dict[str, Any], heads: dict[str, Any], samples: dict[str, dict[str, int]], language: Language
+) -> dict[str, Any]:
     """How the last stage trained that trained the flow; what it drew is spelled out.
 
-    heads: the model's own.  samples: `source/modality` -> how many of them to train on.
+    heads: the model's own.  samples: `source/modality` -> how many of them to train on.  language: how they were told.
+    What was frozen or slower of adapters is left out: they are part of the weights by now.
     ValueError where it drew all that there was and nothing says what that was.
     """
     own = [(stages["pretrain_steps"], {**stages["pretrain"], "flow_alpha": 1.0})]
@@ -176,6 +182,8 @@ def last_stage(stages: dict[str, Any], heads: dict[str, Any], samples: dict[str,
     own += [(stage["steps"], stage) for stage in stages["then"]]
     last: dict[str, Any] = next((stage for steps, stage in reversed(own) if steps and stage["losses"]["flow"]), {})
     found = {key: last[key] for key in _OF_THE_STAGE if key in last}
+    found["freeze"] = [pattern for pattern in last.get("freeze", ()) if "lora" not in pattern]
+    found["lr_factors"] = {p: factor for p, factor in last.get("lr_factors", {}).items() if "lora" not in p}
     exponent = last.get("mixture_temperature", 0.0)
     if last and (exponent or not last["mixture"]):
         if not samples:
@@ -184,7 +192,8 @@ def last_stage(stages: dict[str, Any], heads: dict[str, Any], samples: dict[str,
                 " which says what that was: give the run of `pi05 fit` as it left it"
             )
         sizes = {Subset.parse(name): number["train"] for name, number in samples.items() if number["train"]}
-        mixture = Mixture(list(starmap(Entry, sizes.items())), _trained_by(heads), batch_size=1)
+        trained_by = _trained_by(heads) | {"subtask": language.saying_subtasks, "fast": language.saying_fast}
+        mixture = Mixture(list(starmap(Entry, sizes.items())), trained_by, batch_size=1)
         shares = mixture.weights(StageOptions(LossWeights(**last["losses"]), last["mixture"], exponent))
         found["mixture"] = {str(subset): float(share) for subset, share in zip(sizes, shares, strict=True) if share}
     return found

@@ -87,7 +87,7 @@ def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: st
             for given in (subtask, None) if policy.hierarchical else (None,):
                 exported.reset()
                 found = exported.act(*seen, subtask=given, noise=start, actions=name)
-                errors[name].append(float((np.abs(found - expected[: len(found)]) / half_range).max()))
+                errors[name].append(float((np.abs(found - expected) / half_range).max()))
         if policy.hierarchical:
             same.append(exported.subtask == subtask)
         exported.reset()

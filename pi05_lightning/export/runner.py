@@ -36,7 +36,7 @@ ABILITIES = {
 }
 """What a policy may have been trained to do, by the name that the manifest has for it."""
 STATE_BINS = np.linspace(-1, 1, 257)[:-1]
-MAX_WORDS = 32
+MAX_WORDS = 128
 """Tokens of what it says at most."""
 
 
@@ -132,7 +132,7 @@ class Policy:
         """A chunk f32[T A] in the robot's units, of as many actions as its data's chunks had.
 
         images: {camera: u8, or floats of 0..1, [3 h w] or [h w 3]}.  state: f32[S] in the robot's units.
-        subtask: what to act on instead of what it says itself.  noise: f32[T D] that the flow starts from.
+        subtask: what to act on instead of what it says itself.  noise: f32[horizon D] that the flow starts from.
         prefix_actions: f32[d A] that the robot executes meanwhile; the chunk begins with them and goes on from them.
         actions: `flow` or `fast`, by default as it was exported.
 
@@ -158,11 +158,11 @@ class Policy:
             chunk = self._fast_chunk(seen, said)
         else:
             chunk = self._flow_chunk(seen, noise, prefix_actions, said)
-        real = self._real(chunk[:, : len(self.robot["action"]["q01"])], seen)
+        real = self._real(chunk[: self.robot["horizon"], : len(self.robot["action"]["q01"])], seen)
         if prefix_actions is not None:
             real[: len(prefix_actions)] = prefix_actions
         self._check_actions(real, seen)
-        return real[: self.robot["horizon"]]
+        return real
 
     def say(self, images: Mapping[str, np.ndarray], state: np.ndarray | None = None, task: str = "") -> str:
         """What to do next, in words. Raises ValueError as `act`, and where it was not trained to say that."""
@@ -236,7 +236,7 @@ class Policy:
             noise = scale * self.random.standard_normal(shape) if scale else np.zeros(shape)
         x = np.array(noise, np.float32)
         if x.shape != shape:
-            raise ValueError(f"noise has shape {x.shape}: expected [T D] = {shape}")
+            raise ValueError(f"noise has shape {x.shape}: expected [horizon D] = {shape}")
         given = np.zeros((0, shape[1]), np.float32) if prefix_actions is None else self._given(prefix_actions, seen)
         x[: len(given)] = given
         steps = len(self.modulations) - 1
@@ -253,7 +253,8 @@ class Policy:
     def _given(self, prefix_actions: np.ndarray, seen: Seen) -> np.ndarray:
         actions = np.array(prefix_actions, np.float32)
         dims, most = len(self.robot["action"]["q01"]), self.model["max_delay"]
-        if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= self.model["horizon"]:
+        horizon = self.robot["horizon"] or self.model["horizon"]
+        if actions.ndim != 2 or actions.shape[1] != dims or len(actions) >= horizon:
             raise ValueError(f"prefix_actions has shape {actions.shape}: expected [d {dims}], less than a chunk")
         if most is not None and len(actions) > most:
             raise ValueError(f"prefix_actions of {len(actions)} actions: the policy was trained to go on from {most}")
@@ -419,7 +420,8 @@ class Policy:
             limit = "" if most is None else f", in at most {most} bytes"
             raise ValueError(f"task is {task[:40]!r}: say what to do{limit}")
         pixels = {name: as_pixels(name, image) for name, image in images.items()}
-        return Seen(pixels, task, self._checked_state(state), self.model["image_size"])
+        told = "" if self.manifest.get("untold") else task
+        return Seen(pixels, told, self._checked_state(state), self.model["image_size"])
 
     def _checked_state(self, state: np.ndarray | None) -> np.ndarray | None:
         quantiles = self.robot["state"]
@@ -458,8 +460,8 @@ class Policy:
     def _check_actions(self, real: np.ndarray, seen: Seen) -> None:
         if not np.isfinite(real).all():
             raise ValueError("an action is not finite: the weights are broken, or the inputs")
-        most, trained = self.acting["max_action_distance"], real[: self.robot["horizon"]]
-        if most is not None and distance(self._relative(trained, seen, -1), self.robot["action"]).max() > most:
+        most = self.acting["max_action_distance"]
+        if most is not None and distance(self._relative(real, seen, -1), self.robot["action"]).max() > most:
             raise ValueError(f"an action is more than {most:g} quantile ranges outside the training data")
 
 

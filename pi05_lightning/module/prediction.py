@@ -52,7 +52,7 @@ class Predictor:
         config = policy.model.config
         subtasks: list[str | None] = [None] * len(batch.frames)
         if not batch.frames:
-            return Predicted(np.zeros((0, config.horizon, policy.action_dim), np.float32), subtasks)
+            return Predicted(np.zeros((0, policy.horizon, policy.action_dim), np.float32), subtasks)
         noise, _ = draw_noise(torch.tensor(batch.keys), self.seed, 1, config.horizon, config.action_dim)
         try:
             if policy.hierarchical:

@@ -53,10 +53,15 @@ class Memory:
         parts = [f"{name} {gib(size)}" for name, size in asdict(self).items() if size]
         return f"{gib(self.total)} GiB ({', '.join(parts)})"
 
-    def divided(self, shards: int) -> Memory:
-        """On each of so many ranks that a sharded model is divided between; gathered groups hold a sixth of it."""
+    def divided(self, shards: int, copy: int) -> Memory:
+        """On each of so many ranks that a sharded model is divided between.
+
+        Gathered groups hold a sixth of it, and validation a whole copy, of so many bytes.
+        """
+        if shards == 1:
+            return self
         parts = {name: getattr(self, name) // shards for name in ("weights", "gradients", "optimizer", "average")}
-        return replace(self, **parts, activations=self.activations + (0 if shards == 1 else self.weights // 6))
+        return replace(self, **parts, activations=max(self.activations + self.weights // 6, copy))
 
     def fits(self, free: float) -> bool:
         """Whether it may fit, as far as a forecast can tell."""
@@ -69,7 +74,7 @@ class Setting:
 
     precision: 32-true, bf16-mixed, bf16-true.  accumulates: several batches to a step.  averages: weights are averaged.
     buckets: gradients are copied to be sent, as DDP does.  device: what the step would run on, cpu or cuda.
-    shards: ranks that the model is divided between.
+    shards: ranks that the model is divided between.  validates: it is measured on the way.
     """
 
     precision: str = "32-true"
@@ -78,10 +83,15 @@ class Setting:
     buckets: bool = False
     device: str = "cpu"
     shards: int = 1
+    validates: bool = True
 
     @property
     def weights(self) -> torch.dtype:
         return {"bf16-true": torch.bfloat16}.get(self.precision, torch.float32)
+
+    def copied(self, weights: int) -> int:
+        """Bytes of a copy of weights in the type that is computed in, which sharded runs validate with."""
+        return weights // 2 if "mixed" in self.precision else weights
 
     def autocast(self) -> Any:
         kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -138,7 +148,7 @@ def forecast(
             average=4 * sum(p.numel() for p in of_average),
             activations=max(step.activations, optimizer.temporary, validating),
         )
-        memory = memory.divided(setting.shards)
+        memory = memory.divided(setting.shards, setting.copied(weights) if setting.validates else 0)
         if setting.device == "cpu":
             heap = min(HEAP, memory.gradients + memory.activations) + HEAP_SHARE * memory.total
             memory = replace(memory, heap=int(heap))

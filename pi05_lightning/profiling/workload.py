@@ -38,7 +38,9 @@ class Workload:
     checkpointing: bool = False
     """Keep only each block's input for the backward pass."""
     dtype: torch.dtype = torch.float32
-    """What matrix products are computed in, over fp32 weights."""
+    """What matrix products are computed in."""
+    weights: torch.dtype = torch.float32
+    """What a training step keeps weights, gradients and the optimizer's state in."""
 
     def __post_init__(self) -> None:
         check_range("num_steps", self.num_steps, 1)
@@ -84,7 +86,7 @@ class Workload:
 
     def memory(self) -> dict[str, float]:
         """Bytes of a training step by category, with AdamW."""
-        model = self.model("meta")
+        model = self.model("meta").to(self.weights)
         weights = sum(p.nbytes for p in model.parameters())
 
         def step() -> None:

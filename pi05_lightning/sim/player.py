@@ -241,7 +241,9 @@ class Player:
 
     @property
     def picture(self) -> np.ndarray:
-        """What the first camera sees, u8[3 h w], sharper than for the policy where the simulator can."""
+        """What the first camera sees, u8[3 h w], sharper than for the policy where the simulator can; or black."""
+        if not self.frame.images:
+            return np.zeros((3, PICTURE, PICTURE), np.uint8)
         first = next(iter(self.frame.images.values()))
         return self.env.picture(PICTURE) if isinstance(self.env, Pictured) else first
 

@@ -371,8 +371,9 @@ def take(
 
 
 def _side_by_side(frame: Frame) -> np.ndarray:
-    """The cameras' images, as high as the highest: u8[H W 3]."""
+    """The cameras' images, as high as the highest, u8[H W 3]; black where a policy sees none."""
     images = [Image.fromarray(image.transpose(1, 2, 0)) for image in frame.images.values()]
+    images = images or [Image.new("RGB", (64, 64))]
     height = max(image.height for image in images)
     same = [image.resize((round(image.width * height / image.height), height)) for image in images]
     return np.concatenate([np.asarray(image) for image in same], axis=1)

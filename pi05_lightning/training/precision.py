@@ -6,6 +6,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
@@ -26,6 +27,16 @@ def replaced(plugin: Precision) -> Precision:
     if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
         return Unscaled("bf16-mixed", plugin.device)
     return plugin
+
+
+def check_scaled(trainer: Trainer) -> None:
+    """ValueError for a fused optimizer in fp16: it scales gradients back itself, after they are clipped and logged."""
+    groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    if trainer.precision_plugin.precision == "16-mixed" and any(group.get("fused") for group in groups):
+        raise ValueError(
+            "trainer.precision 16-mixed scales the gradients, which a fused optimizer gives no one to clip: set `fused:"
+            " false` among the optimizer's init_args, or use bf16-mixed"
+        )
 
 
 class PureHalf(HalfPrecision):

@@ -95,6 +95,14 @@ def test_validate_writes_the_metrics_of_every_modality(run: Path) -> None:
     assert "cross_entropy" in metrics["web/web_caption"]
 
 
+def test_measuring_nothing_is_an_error_and_leaves_what_was_measured(run: Path) -> None:
+    main(["validate", str(run)])
+    before = {name: (run / name).read_bytes() for name in ("metrics.json", "measured.json", "questions.json")}
+    with pytest.raises(SystemExit, match=r"there is nothing to measure: set --trainer.limit_val_batches"):
+        main(["validate", str(run), "--trainer.limit_val_batches", "0"])
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
 @pytest.mark.slow
 def test_a_checkpoints_metrics_are_logged_at_its_step(config: Path, tmp_path: Path) -> None:
     folder, known = tmp_path / "run", set[int]()

@@ -158,3 +158,14 @@ def test_share_of_the_samples_is_told_no_task(videos: Path) -> None:
     assert 15 <= sum(prompt != always for prompt in sometimes) <= 45
     assert set(prompts(training=False, no_task_share=0.3)) == {always}  # what is validated says what it asks for
     assert always not in prompts(training=False, no_task_share=1.0)
+    data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, shapes=SHAPES, language=Language(no_task_share=1.0))
+    frame = data.sources("train")["robot"][0]
+    asked = [data.processor.prompt(replace(frame, task=task), "robot").tokens.tolist() for task in ("open", "close")]
+    assert asked[0] == asked[1]
+
+
+def test_a_policy_says_no_subtask_that_no_action_was_taught_with(parsed: tuple[Samples, Recipe]) -> None:
+    processor = copy(parsed[0].processor)
+    for share, says in ((0.5, True), (1.0, False)):
+        processor.language = replace(processor.language, condition_on="both", task_only_share=share)
+        assert processor.predicts_subtasks("robot") is says

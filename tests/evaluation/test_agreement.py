@@ -103,6 +103,10 @@ def test_a_policy_without_a_trained_head_for_actions_is_found() -> None:
     assert head.verdict == "differs"
 
 
+def test_a_state_that_a_policy_does_not_read_is_no_difference() -> None:
+    assert different(robot(), robot(state=(np.zeros(0), np.zeros(0)))) == {}
+
+
 def test_a_grippers_sign_is_told_by_what_the_policy_predicts() -> None:
     rng = np.random.default_rng(0)
     done = [rng.uniform(LOW, HIGH, (HORIZON, 4)).astype(np.float32) for _ in range(10)]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pi05_lightning.cli import value_fit
+from pi05_lightning.data.processor import Language
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, Method, Tries, configuration
 from pi05_lightning.models.config import ModelConfig
@@ -199,16 +200,24 @@ def test_a_stage_that_drew_all_there_was_is_spelled_out() -> None:
         "pretrain_steps": 1,
         "pretrain": {"losses": {**losses, "flow": 0.0}},
         "posttrain_steps": 1,
-        "posttrain": {"losses": losses, "mixture": {}, "mixture_temperature": 0.5},
+        "posttrain": {
+            "losses": losses,
+            "mixture": {},
+            "mixture_temperature": 0.5,
+            "lr_factors": {"lora_B": 2.0, "flow_head": 0.5},
+        },
         "flow_alpha": 10.0,
         "then": [],
     }
     names = ("arm/continuous_robot_actions", "arm/hl_subtask", "arm/fast_robot_actions", "web/web_caption")
     samples = {name: {"train": n, "val": 1} for name, n in zip(names, (100, 25, 100, 9), strict=True)}
-    found = last_stage(stages, {}, samples)
+    found = last_stage(stages, {}, samples, Language())
+    assert found["mixture"] == pytest.approx({names[0]: 2 / 3, names[1]: 1 / 3})
+    found = last_stage(stages, {}, samples, Language(condition_on="both"))
     assert found["mixture"] == pytest.approx({names[0]: 0.4, names[1]: 0.2, names[2]: 0.4})
+    assert found["lr_factors"] == {"flow_head": 0.5}
     with pytest.raises(ValueError, match="drew from all its data"):
-        last_stage(stages, {}, {})
+        last_stage(stages, {}, {}, Language())
 
 
 def test_weights_without_a_configuration_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
-from pi05_lightning.cli.parts import Part
+from pi05_lightning.cli.parts import Part, Progress
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
@@ -146,6 +146,10 @@ def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
         ({"env": "Nowhere"}, "env: (?s:.*)Nowhere"),
         ({"n_seconds": 0.01}, "0 frames are no time"),
         ({"n_seconds": float("inf")}, "n_seconds"),
+        ({"steps": 0}, "steps is 0"),
+        ({"value_steps": 0}, "value_steps is 0"),
+        ({"lr": -1.0}, "lr is -1"),
+        ({"noise_scale": -1.0}, "noise_scale is -1"),
     ],
 )
 def test_wrong_option_shows_before_anything_runs(
@@ -289,6 +293,17 @@ def test_methods_of_one_page_have_the_same_options_and_begin_with_the_same_weigh
     written(replace(plan, rounds=3, device="cuda"), ["successes"])
     with pytest.raises(ValueError, match=said):
         parts(replace(plan, **other), Reading(), ["successes"])
+
+
+def test_a_part_that_is_done_is_the_same_on_another_device(tmp_path: Path) -> None:
+    def part(*flags: str) -> Part:
+        return Part("base-rollout", ("rollout", "policy", "--episodes", "5", *flags, "--out", "base"))
+
+    with Progress(tmp_path / "part.json", part("--num_workers", "2", "--device", "cpu")).timed():
+        pass
+    assert Progress(tmp_path / "part.json", part("--device", "cuda")).finished
+    with pytest.raises(ValueError, match="give another --out"):
+        Progress(tmp_path / "part.json", part("--videos", "0"))
 
 
 def test_what_failed_may_be_tried_with_other_options(plan: Rounds) -> None:

@@ -230,6 +230,7 @@ def test_example_of_a_chunk_has_draws_in_real_units_without_padded_steps(
     assert example.draws is not None
     assert example.actions.shape == (steps, 2)
     assert example.draws.shape == (8, steps, 2)
+    assert still.measure(batch, Subset.parse(CONTINUOUS)).examples([]) == []
     assert example.draws == pytest.approx(quantiles.unnormalize(noise_of(batch)[-1, :, :steps, :2].numpy()), abs=1e-4)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pi05_lightning.cli.report import report
 from pi05_lightning.evaluation.report.page import poster
-from pi05_lightning.evaluation.report.plots import by_stage, readable, smoothed, switch_steps
+from pi05_lightning.evaluation.report.plots import by_panel, by_stage, readable, smoothed, switch_steps
 from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 
@@ -104,6 +104,8 @@ def test_page_says_of_which_weights_the_metrics_are_and_whether_others_were_roll
         assert "at step 123" in page.partition('id="metrics"')[2]
         assert "123 steps" in page.partition('id="glance"')[0]
         assert ("These are of other weights" in page) is others
+    (run / "rollout" / "rollout.json").unlink()
+    assert "These are of other weights" not in report(run).read_text(encoding="utf-8")
 
 
 def test_page_says_how_long_it_took_and_why_episodes_failed(page: str) -> None:
@@ -129,6 +131,16 @@ def test_caption_of_a_film_says_how_it_ended(page: str, run: Path) -> None:
     del older["groups"], older["macro"], older["per_minute"]
     (run / "rollout" / "rollout.json").write_text(json.dumps(older))
     assert "<figcaption>policy-reach-v3-0</figcaption>" in report(run).read_text(encoding="utf-8")
+
+
+def test_success_over_all_tasks_stays_beside_that_of_each() -> None:
+    success, seconds = Curve([0, 10], [0.4, 0.8]), Curve([0, 10], [120.0, 130.0])
+    of_tasks = {f"rollout/success/{task}": success for task in ("reach-v3", "push-v3")}
+    panels = by_panel({"rollout/success": success, "rollout/seconds": seconds} | of_tasks)
+    assert {title: set(lines) for title, lines in panels.items()} == {
+        "rollout/success": {"success", "reach-v3", "push-v3"},
+        "rollout/seconds": {"seconds"},
+    }
 
 
 def test_nothing_is_smoothed_over_the_beginning_of_a_stage() -> None:

@@ -240,3 +240,15 @@ def test_cameras_of_other_heights_stand_side_by_side_in_a_film():
     run_policy(Stub(lambda seed: chunk(0.25)), [(TwoCameras(), trial)], Clock())
     assert {frame.image.shape for frame in trial.film} == {(8, 8 + 12, 3)}
     assert (trial.film[0].image[:, :8] == 1).all()
+
+
+class NoCamera(Walk):
+    def observation(self) -> Frame:
+        return replace(super().observation(), images={})
+
+
+def test_an_episode_of_a_policy_that_sees_nothing_is_filmed():
+    trial = Trial("policy", "walk", 1, record=True)
+    run_policy(Stub(lambda seed: chunk(0.25)), [(NoCamera(), trial)], Clock())
+    assert trial.outcome == "success"
+    assert not trial.film[0].image.any()

@@ -143,8 +143,9 @@ def test_run_resumed_as_it_was_ends_with_the_same_weights_whatever_its_epochs(
         ({"limit_train_batches": 5, "accumulate_grad_batches": 2}, "limit_train_batches: an epoch of 5 .* such as 6"),
         ({"fast_dev_run": 1, "accumulate_grad_batches": 4}, "fast_dev_run: an epoch of 1 .* such as 4"),
         ({"callbacks": [GradientAccumulationScheduler({2: 4})]}, "without trainer.limit_train_batches the run is one"),
+        ({"check_val_every_n_epoch": 2, "limit_val_batches": 1}, "the run has 1 epochs, so it would never validate"),
     ],
-    ids=["share", "overfit", "limit", "fast_dev_run", "scheduler"],
+    ids=["share", "overfit", "limit", "fast_dev_run", "scheduler", "epochs"],
 )
 def test_options_that_end_an_epoch_within_a_step_or_draw_other_batches_are_refused(
     train: Train, options: dict[str, Any], named: str

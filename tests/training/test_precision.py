@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pi05_lightning.module import default_optimizer
+from pi05_lightning.training.precision import check_scaled
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -81,3 +84,11 @@ def test_gradients_are_clipped_for_the_default_optimizer_which_is_fused(train: T
     assert steps.norms
     assert max(steps.norms) < 1.01e-3
     assert max(steps.norms) > 0.9e-3
+
+
+def test_fused_optimizers_are_refused_where_gradients_are_scaled() -> None:
+    trainer = Trainer(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu")], logger=False)
+    for fused in (False, True):
+        trainer.optimizers = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=fused)]
+        with pytest.raises(ValueError, match="fused: false") if fused else nullcontext():
+            check_scaled(trainer)

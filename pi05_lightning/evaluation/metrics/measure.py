@@ -186,7 +186,7 @@ class Evaluator:
         error = row_mean((chunk - batch.actions).abs(), mask)
 
         def examples(rows: Sequence[int]) -> list[Example]:
-            chosen = torch.tensor(rows, device=noise.device)
+            chosen = torch.tensor(rows, dtype=torch.long, device=noise.device)
             draws = self.model.flow_head.sample(prefix.rows(chosen), noise[chosen, :SHOWN_DRAWS], self.num_steps)
             return [
                 self._chunk_example(batch, row, subset, error, batch.actions, mask, draws[i])

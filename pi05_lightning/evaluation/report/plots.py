@@ -125,7 +125,7 @@ def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
 
     Scalars that differ by more than a hundredfold have panels of their own.
     """
-    panels_of = _panels(curves)
+    panels_of = by_panel(curves)
     columns = min(3, len(panels_of))
     rows = -(-len(panels_of) // columns)
     figure = Figure(figsize=(max(4.2 * columns, 6.0), 2.4 * rows), layout="constrained")
@@ -183,7 +183,7 @@ def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
     return out
 
 
-def _panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+def by_panel(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
     """Panel title -> label -> curve."""
     groups: dict[str, dict[str, Curve]] = defaultdict(dict)
     for tag, curve in curves.items():
@@ -193,10 +193,9 @@ def _panels(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
     for group, lines in sorted(groups.items(), key=lambda item: (min(c.steps[0] for c in item[1].values()), item[0])):
         heights = [max(map(abs, curve.values)) for curve in lines.values()]
         alike = len(lines) <= len(COLORS) and max(heights) <= 100 * max(min(heights), 1e-12)
-        if alike and len(lines) > 1:
-            panels[group] = lines
-        else:
-            panels |= {name if name == group else f"{group}/{name}": {name: curve} for name, curve in lines.items()}
+        for name, curve in lines.items():
+            title = group if (alike and len(lines) > 1) or name == group else f"{group}/{name}"
+            panels.setdefault(title, {})[name] = curve
     return panels
 
 

@@ -12,6 +12,9 @@ from pi05_lightning.models.heads.base import PREDICTS_TOKENS, ROBOT_ACTIONS
 from pi05_lightning.models.heads.token import TOKEN_METRICS, Generators, TokenHead, generate
 from pi05_lightning.types import Modality, Prefix, Target
 
+MAX_WORDS = 128
+"""Tokens of what is said at most, unless more are asked for: a long sentence, or two dozen boxes."""
+
 
 class SubtaskHead(TokenHead):
     """Reads the backbone's tied embedding; its tokens are all of the vocabulary except FAST's."""
@@ -38,7 +41,7 @@ class SubtaskHead(TokenHead):
         backbone: Backbone,
         prefix: Prefix,
         *,
-        max_tokens: int = 32,
+        max_tokens: int = MAX_WORDS,
         temperature: float = 0.0,
         generator: Generators | None = None,
         is_subtask: bool = True,

@@ -85,6 +85,8 @@ class RunCheckpoint(ModelCheckpoint):
     """Names of what validation logs, as far as it did."""
     _is_updating = False
     """The optimizer is about to update the weights, or has, in this batch."""
+    _loaded_step = -1
+    """What this run goes on from."""
     _goes_on = False
     """A run that was scored by this metric before."""
 
@@ -105,6 +107,9 @@ class RunCheckpoint(ModelCheckpoint):
         if isinstance(checkpoint_io, AtomicCheckpointIO) and isinstance(pl_module, Pi05Module):
             checkpoint_io.evaluated = None if stage == "fit" else pl_module.model
             checkpoint_io.averaged = any(average.validate for average in callbacks_of(trainer, WeightAverage))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         by_first_rank(partial(self._link_newest, trainer))
@@ -176,7 +181,8 @@ class RunCheckpoint(ModelCheckpoint):
         wait(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.train_dataloader is None:  # a resumed run's state may be restored in part
+        is_resumed = trainer.global_step == self._loaded_step and not isinstance(exception, Stopped)
+        if trainer.train_dataloader is None or is_resumed:  # its state may be restored in part, or refused
             is_whole = False
         elif isinstance(exception, NotFinite):
             is_whole = exception.intact

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe
+from pi05_lightning.training.callbacks.interrupt import within_step
 from pi05_lightning.types import Modality
 
 Layout = dict[str, dict[str, list[Any]]]
@@ -28,7 +29,7 @@ METRICS = {
 
 
 class Dashboard(Callback):
-    """Lays out the CUSTOM SCALARS page of TensorBoard and writes the run's config.yaml under TEXT.
+    """Lays out the CUSTOM SCALARS page of TensorBoard and writes the run's configuration under TEXT.
 
     `stage` (0 pretrain, 1 posttrain, and so on) is logged at every logging interval and is the first chart of every
     category, so that the boundaries are where they are in the curves below it.
@@ -37,19 +38,17 @@ class Dashboard(Callback):
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
-        config = Path(trainer.default_root_dir, "config.yaml")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(layout(pl_module.recipe))
-                if config.is_file():
-                    lines = config.read_text(encoding="utf-8").splitlines()
+                if pl_module.run_config is not None:
                     # four spaces make it code in Markdown
-                    logger.experiment.add_text("config", "\n".join(f"    {line}" for line in lines), 0)
+                    logger.experiment.add_text("config", indent(pl_module.run_config, "    "), 0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         assert isinstance(pl_module, Pi05Module)
         done = trainer.global_step
-        if pl_module.logs_after(done):
+        if pl_module.logs_after(done) and not within_step(trainer):
             step = done - 1  # the one that was trained
             stage = float(pl_module.recipe.number(step))
             for logger in trainer.loggers:

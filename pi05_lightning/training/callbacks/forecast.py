@@ -76,6 +76,7 @@ class Forecaster:
             buckets=isinstance(trainer.strategy, DDPStrategy),
             device="cuda" if self.device.type == "cuda" else "cpu",
             shards=module.sharding.mesh.size(-1) if module.sharding else 1,
+            validates=trainer.enable_validation,
         )
 
     def run(self) -> None:
@@ -162,7 +163,8 @@ class Forecaster:
         """How many devices would do, each with as much memory, in words; for a GPU's, as ranks share a machine's."""
         if self.device.type != "cpu" and self.setting.shards == 1 and self.module.blueprint.base is None:
             for devices in (2, 4, 8, 16, 32, 64):
-                if memory.divided(devices).total <= free:
+                copy = self.setting.copied(memory.weights) if self.setting.validates else 0
+                if memory.divided(devices, copy).total <= free:
                     yield f"--trainer.devices {devices} --trainer.strategy fsdp2"
                     return
 

@@ -85,8 +85,12 @@ def _part(trainer: Trainer) -> Path:
 
 
 def table(observed: Observed, predicted: Predicted) -> pa.Table:
-    """A row per frame: where it is, what it says, and both chunks as lists of steps, each a list of all dims."""
+    """A row per frame: where it is, what it says, and both chunks as lists of steps, each a list of all dims.
+
+    Steps of the model's horizon that the robot's chunks do not have are left out.
+    """
     frames, chunk, texts = observed.frames, pa.list_(pa.list_(pa.float32())), pa.string()
+    steps = slice(predicted.actions.shape[1])
     columns = {
         "source": pa.array([observed.source] * len(frames), texts),
         **{name: pa.array([place[name] for place in observed.places]) for name in observed.places[0]},
@@ -95,14 +99,14 @@ def table(observed: Observed, predicted: Predicted) -> pa.Table:
         "predicted_subtask": pa.array(predicted.subtasks, texts),
         "state": pa.array([_plain(frame.state) for frame in frames], pa.list_(pa.float32())),
         "predicted_action": pa.array(predicted.actions.tolist(), chunk),
-        "action": pa.array([_plain(frame.actions) for frame in frames], chunk),
-        "action_is_pad": pa.array([_plain(frame.action_is_pad) for frame in frames], pa.list_(pa.bool_())),
+        "action": pa.array([_plain(frame.actions, steps) for frame in frames], chunk),
+        "action_is_pad": pa.array([_plain(frame.action_is_pad, steps) for frame in frames], pa.list_(pa.bool_())),
     }
     return pa.table(columns)
 
 
-def _plain(values: np.ndarray | None) -> Any:
-    return None if values is None else values.tolist()
+def _plain(values: np.ndarray | None, rows: slice = slice(None)) -> Any:
+    return None if values is None else values[rows].tolist()
 
 
 def describe(trainer: Trainer, module: Pi05Module, folder: Path) -> dict[str, Any]:

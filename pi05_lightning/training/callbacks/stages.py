@@ -19,7 +19,7 @@ from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe, Stage
-from pi05_lightning.training.precision import replaced
+from pi05_lightning.training.precision import check_scaled, replaced
 from pi05_lightning.training.rehearsal import rehearse
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class StageSwitch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
+        check_scaled(trainer)
         self._reached = rehearse(trainer, pl_module)
         self._entered = None
         self._enter(trainer, pl_module)

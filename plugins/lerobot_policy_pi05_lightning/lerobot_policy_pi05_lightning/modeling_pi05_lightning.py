@@ -341,7 +341,7 @@ class Pi05LightningPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **_: Any) -> Tensor:
-        """Chunks f32[B T A] in real units; noise f32[B T D], of the model's action dims, makes them reproducible."""
+        """Chunks f32[B T A] in real units; noise f32[B horizon D], of the model's, makes them reproducible."""
         return torch.from_numpy(self._chunk(self._seen(batch), noise)).to(self.model.device)
 
     @torch.no_grad()
