@@ -86,9 +86,10 @@ class CommandParser(Parser):
     layers = ("acting",)
 
 
-def overview() -> str:
-    """What `pi05 --help` prints."""
-    lines = [f"  {name:<12} {text}" for name, text in (TRAINER_COMMANDS | COMMANDS).items()]
+def overview(first: str = "") -> str:
+    """What `pi05 --help` prints; first: the first word of those commands that it is about."""
+    told = {name: text for name, text in (TRAINER_COMMANDS | COMMANDS).items() if name.startswith(first)}
+    lines = [f"  {name:<12} {text}" for name, text in told.items()]
     return "\n".join(["usage: pi05 COMMAND [options]", "", *lines, "", "Options of one: pi05 COMMAND --help"])
 
 
@@ -191,6 +192,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         if command in ("-h", "--help"):
             print(overview())
+        elif any(name.startswith(f"{command} ") for name in COMMANDS):  # the first of two words, alone
+            print(overview(f"{command} "), file=sys.stdout if asked(rest) is not None else sys.stderr)
+            sys.exit(0 if asked(rest) is not None else 2)
         elif command in TRAINER_COMMANDS and not rest:
             refuse(command, NEEDED[command])
         elif command in {**TRAINER_COMMANDS, **COMMANDS} and (topic := asked(rest)) is not None:

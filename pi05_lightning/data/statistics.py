@@ -47,7 +47,10 @@ class FeatureStats:
 
     @classmethod
     def of(cls, dims: Iterable[np.ndarray]) -> FeatureStats:
-        """From the values of each dimension, [N] of its own N, of which one at a time need be in memory."""
+        """From the values of each dimension, [N] of its own N, of which one at a time need be in memory.
+
+        Values in float64 are reordered where they are.
+        """
         columns = (
             np.array([_summary(values.astype(np.float64, copy=False)) for values in dims])
             .reshape(-1, len(fields(cls)))
@@ -84,15 +87,16 @@ def offsets(action: np.ndarray, state: np.ndarray, frames: np.ndarray, stop: np.
     action, state f32[rows].  frames, stop: as in `steps_trained_on`.
     """
     action, state = action.astype(np.float64), state.astype(np.float64)
-    parts = [np.empty(0)]
+    found, begin = np.empty(int((stop - frames).sum())), 0
     for step in range(int((stop - frames).max(initial=0))):
         now = frames[frames + step < stop]
-        parts.append(action[now + step] - state[now])
-    return np.concatenate(parts)
+        found[begin : begin + len(now)] = action[now + step] - state[now]
+        begin += len(now)
+    return found
 
 
 def _summary(values: np.ndarray) -> tuple[float, ...]:
     """In the order of FeatureStats' fields."""
-    low, high = np.quantile(values, QUANTILES)
+    low, high = np.quantile(values, QUANTILES, overwrite_input=True)  # relative actions are as many as chunks hold
     outside = np.count_nonzero((values < low) | (values > high))
     return values.mean(), values.std(), values.min(), values.max(), low, high, outside, len(values)

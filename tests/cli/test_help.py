@@ -139,3 +139,8 @@ def test_no_arguments_are_answered_with_what_to_type(command: str, capsys: pytes
     message = refused([command], capsys)
     assert f"Every option: pi05 {command} --help" in message
     assert len(message.splitlines()) == 2
+
+
+def test_the_first_of_two_words_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert re.findall(r"^  (value \w+)", printed(["value", "--help"], capsys), re.MULTILINE) == ["value fit", "value label"]
+    assert "value label" in refused(["value"], capsys)
