@@ -209,7 +209,7 @@ def test_checkpoint_of_captions_alone_is_no_policy(trained) -> None:
 
 def test_noise_of_another_shape_is_refused(trained) -> None:
     _, data, path = trained
-    with pytest.raises(ValueError, match=r"noise has shape .* expected \[T D\] = \[8, 6\]"):
+    with pytest.raises(ValueError, match=r"noise has shape .* expected \[horizon D\] = \[8, 6\]"):
         Pi05Policy.from_pretrained(path).predict_chunk(observation(data), torch.zeros(3, 6))
 
 

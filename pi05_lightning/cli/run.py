@@ -262,7 +262,8 @@ class Pi05CLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(self.config.run, name="", version="", default_hp_metric=False)
         trainer = self.config_init.trainer
         check_trainer(trainer, self.command)
-        check_saved(self.config.checkpoint, trainer)
+        if self.command == "fit":
+            check_saved(self.config.checkpoint, trainer)
         check_loggers(self.config.trainer.logger)
         if trainer.precision is None and trainer.accelerator != "cpu" and torch.accelerator.is_available():
             kwargs["precision"] = "bf16-mixed"
@@ -284,9 +285,6 @@ class Pi05CLI(LightningCLI):
         cast("Any", made).callbacks.sort(
             key=lambda c: next((n for n, kind in enumerate(last, 2) if isinstance(c, kind)), int(c in added))
         )
-        for logger in made.loggers:
-            if isinstance(logger, CSVLogger) and made.is_global_zero:
-                keep_written(Path(logger.log_dir), Path(self.config.run))
         return made
 
     def instantiate_classes(self) -> None:
@@ -330,11 +328,14 @@ def check_trainer(trainer: Namespace, command: str) -> None:
 
 def check_saved(checkpoint: Namespace, trainer: Namespace) -> None:
     """ValueError where nothing would be saved before the end of the run."""
-    # the whole run is one epoch where nothing limits it, and with a monitor the end of an epoch saves nothing
-    by_epoch = checkpoint.every_n_epochs and isinstance(trainer.limit_train_batches, int) and not checkpoint.monitor
-    if not (checkpoint.every_n_train_steps or checkpoint.train_time_interval or by_epoch):
+    steps, epochs = checkpoint.every_n_train_steps, checkpoint.every_n_epochs
+    if steps or checkpoint.train_time_interval:
+        return
+    # upstream saves each epoch where nothing is given. The whole run is one, whose validations save too
+    several = isinstance(trainer.limit_train_batches, int) or trainer.val_check_interval not in (None, 1.0)
+    if not several or not (epochs or (steps is None and epochs is None)):
         raise ValueError(
-            f"checkpoint.every_n_train_steps is {checkpoint.every_n_train_steps or 0}, so a run that is killed would be"
+            f"checkpoint.every_n_train_steps is {'null' if steps is None else steps}, so a run that is killed would be"
             " lost: give a number, or checkpoint.train_time_interval beside 0"
         )
 
@@ -393,9 +394,10 @@ def show_results(trainer: Trainer, module: Pi05Module, run: Path, command: str) 
     part, name = {"validate": ("validation", ""), "test": ("test", "test_")}[command]
     if not module.results:
         limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}[command]
+        mend = {"validate": "its val_fraction, or the dataset's splits", "test": "the dataset's splits"}[command]
         raise ValueError(
-            f"there is nothing to measure: set --trainer.{limit} 1.0 if it is 0, or give a source {part} samples (its"
-            " val_fraction, or the dataset's splits)"
+            f"there is nothing to measure: set --trainer.{limit} 1.0 if it is 0, or give a source {part} samples"
+            f" ({mend})"
         )
     tables = [metrics_table(write_metrics(module.results, run, f"{name}metrics"), part)]
     write_json(run / f"{name}questions.json", module.questions)
@@ -433,6 +435,9 @@ def run(command: str, args: list[str]) -> None:
         stack.enter_context(held(target, f"pi05 fit writes to {target}", instead="another --run"))
     try:
         with stack:
+            for logger in cli.trainer.loggers if cli.trainer.is_global_zero else ():
+                if isinstance(logger, CSVLogger):
+                    keep_written(Path(logger.log_dir), target)
             getattr(cli.trainer, command)(
                 cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
             )

@@ -162,7 +162,7 @@ def sources_of(paths: Sequence[str], options: Mapping[str, Any]) -> dict[str, Le
                 # with its cameras and states, as frames that lack one are not trained on
                 config = replace(config, image_cache=False)
                 if found.setdefault(name, config) != config:
-                    raise ValueError(f"{path}: data.sources.{name} is another dataset in another file: rename one")
+                    raise ValueError(f"{path}: data.sources.{name} is read otherwise in another file: rename one")
     if not found:
         raise ValueError(f"{', '.join(paths)}: no LeRobotConfig with actions under data.sources")
     return found

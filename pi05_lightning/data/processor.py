@@ -67,6 +67,11 @@ class Language:
         check_range("data.language.max_tokens", self.max_tokens, 1)
 
     @property
+    def untold(self) -> bool:
+        """Whether nothing is ever said of the task."""
+        return self.no_task_share == 1
+
+    @property
     def saying_subtasks(self) -> frozenset[Modality]:
         """The modalities whose samples may have a subtask to be said, and not only one to act on."""
         if self.condition_on == "both" and self.task_only_share < 1:
@@ -134,8 +139,8 @@ class Processor:
         if problem := outlier(frame):
             raise BadFrame(f"{problem}. {OUTLIER_REMEDY}")
         prompts, language = self.language.prompts, self.language
-        untold = language.no_task_share
-        if untold == 1 or (training and untold and rng.random() < untold):
+        share = language.no_task_share
+        if language.untold or (training and share and rng.random() < share):
             frame = replace(frame, task="")
         actions = mask = None
         told = frame.task
@@ -194,7 +199,7 @@ class Processor:
         """
         letterboxes = self._letterboxes(frame)
         frame = frame_to_model(self.normalize(frame, source), letterboxes)
-        if self.language.no_task_share == 1:
+        if self.language.untold:
             frame = replace(frame, task="")
         subtask = None if subtask is None else said_to_model(subtask, letterboxes.values())
         prompts = self.language.prompts

@@ -90,7 +90,7 @@ def described(policy: Inference) -> dict[str, Any]:
         },
         "prompts": asdict(language.prompts),
         "condition_on": language.condition_on,
-        "untold": language.no_task_share == 1,
+        "untold": language.untold,
         "max_tokens": language.max_tokens,
         "tokens": {
             **{name: getattr(tokenizer, f"{name}_id") for name in ("pad", "bos", "eos")},

@@ -304,6 +304,7 @@ class Policy:
 
     def _fill(self, template: str, seen: Seen, subtask: str | None = None) -> str:
         task = seen.to_model(seen.task).strip().replace("_", " ").replace("\n", " ")
+        task = "" if self.manifest.get("untold") else task
         state = " ".join(map(str, self._bins(seen.state)))
         names = {name: self.robot[name] for name in ("embodiment", "control_mode")}
         return self.prompts[template].format(task=task, state=state, subtask=subtask, **names)
@@ -420,8 +421,7 @@ class Policy:
             limit = "" if most is None else f", in at most {most} bytes"
             raise ValueError(f"task is {task[:40]!r}: say what to do{limit}")
         pixels = {name: as_pixels(name, image) for name, image in images.items()}
-        told = "" if self.manifest.get("untold") else task
-        return Seen(pixels, told, self._checked_state(state), self.model["image_size"])
+        return Seen(pixels, task, self._checked_state(state), self.model["image_size"])
 
     def _checked_state(self, state: np.ndarray | None) -> np.ndarray | None:
         quantiles = self.robot["state"]

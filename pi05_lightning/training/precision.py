@@ -30,12 +30,13 @@ def replaced(plugin: Precision) -> Precision:
 
 
 def check_scaled(trainer: Trainer) -> None:
-    """ValueError for a fused optimizer in fp16: it scales gradients back itself, after they are clipped and logged."""
+    """ValueError where gradients of fp16 are to be clipped before a fused optimizer, which scales them back itself."""
     groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-    if trainer.precision_plugin.precision == "16-mixed" and any(group.get("fused") for group in groups):
+    is_clipped = trainer.gradient_clip_val and trainer.precision_plugin.precision == "16-mixed"
+    if is_clipped and any(group.get("fused") for group in groups):
         raise ValueError(
-            "trainer.precision 16-mixed scales the gradients, which a fused optimizer gives no one to clip: set `fused:"
-            " false` among the optimizer's init_args, or use bf16-mixed"
+            "trainer.precision 16-mixed scales the gradients, and a fused optimizer, as the default one, gives no one"
+            " the true ones to clip: name one with `fused: false`, such as torch.optim.AdamW, or use bf16-mixed"
         )
 
 

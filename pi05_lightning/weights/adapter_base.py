@@ -27,9 +27,12 @@ class AdapterBase:
     dtype: str
 
     def places(self, run: Path, given: str | Path | None = None) -> list[str]:
-        """Where it may be: where a user says; where it was; beside the run's directory of today, if both were moved."""
-        found = [] if given is None else [str(given)]
-        found.append(self.place)
+        """Where it may be: where a user says; where it was; beside the run's directory of today, if both were moved.
+
+        A repository of the Hub's without a revision says no more than where it was, which is a commit.
+        """
+        is_vague = given is None or str(given) == split_revision(self.place)[0]
+        found = [self.place] if is_vague else [str(given), self.place]
         if Path(self.place).is_absolute():
             found.append(os.path.normpath(run.absolute() / os.path.relpath(self.place, self.run)))
         return list(dict.fromkeys(found))
@@ -52,14 +55,14 @@ class AdapterBase:
             seen.append(f"{place} has other weights: {sha256}")
         raise ValueError(
             "\n  ".join([f"the adapters' base is not found, weights with the SHA-256 {self.sha256}:", *seen])
-            + "\n  Say where it is now: --model.init_from (fit, validate, test, predict), --base (convert, rollout,"
-            " serve), base= (Pi05Policy)"
+            + "\n  Say where it is now: --model.init_from (fit, validate, test, predict), --base (check, convert,"
+            " export, play, push, rollout, serve), base= (Pi05Policy)"
         )
 
     def is_at(self, name: str | None) -> bool:
         """Whether it was found where a name says."""
         if name is None or not Path(name).exists():
-            return name is not None and split_revision(name)[0] == split_revision(self.place)[0]
+            return name in (self.place, split_revision(self.place)[0])
         return Path(self.place).is_relative_to(Path(name).absolute())
 
 

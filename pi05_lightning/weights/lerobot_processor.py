@@ -404,6 +404,8 @@ def inexpressible(processor: Processor, robot: str, trained: Trained) -> list[st
             "the policy acts on subtasks that it says itself, and LeRobot's on the task alone: train with"
             " data.language.condition_on: task"
         )
+    if processor.language.untold:
+        problems.append("the policy is told no task (data.language.no_task_share: 1), and LeRobot's always is")
     if prompts.action != Prompts.action:
         problems.append(f"LeRobot's prompt is {Prompts.action!r}, and the policy's is {prompts.action!r}")
     if prompts.clip_state:

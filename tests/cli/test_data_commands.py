@@ -128,7 +128,7 @@ def test_tokenizer_takes_the_robots_of_a_runs_yaml(pictures: Path, tmp_path: Pat
     assert (report["dataset"], report["naive_tokens"]) == ("arm", 12)
     robot["val_fraction"] = 0.3
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"data": {"sources": sources}}))
-    with pytest.raises(SystemExit, match=r"data.sources.arm is another dataset in another file"):
+    with pytest.raises(SystemExit, match=r"data.sources.arm is read otherwise in another file"):
         main(["tokenizer", f"[{tmp_path}/run.yaml, {tmp_path}/other.yaml]", "--out", str(tmp_path / "both")])
 
 

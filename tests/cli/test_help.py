@@ -142,5 +142,8 @@ def test_no_arguments_are_answered_with_what_to_type(command: str, capsys: pytes
 
 
 def test_the_first_of_two_words_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
-    assert re.findall(r"^  (value \w+)", printed(["value", "--help"], capsys), re.MULTILINE) == ["value fit", "value label"]
+    assert re.findall(r"^  (value \w+)", printed(["value", "--help"], capsys), re.MULTILINE) == [
+        "value fit",
+        "value label",
+    ]
     assert "value label" in refused(["value"], capsys)

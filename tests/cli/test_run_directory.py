@@ -182,7 +182,8 @@ def test_a_run_resumed_with_the_options_it_has_goes_on_though_a_new_one_is_refus
 @pytest.mark.slow
 def test_a_refused_resume_leaves_the_runs_checkpoint_as_it_was(config: Path, here: Path) -> None:
     main(["fit", "-c", str(config), "--run", "run", "--trainer.max_steps", "1"])
-    before, text = find_checkpoint(here / "run").read_bytes(), (here / "run" / "config.yaml").read_text()
+    names = "config.yaml", "provenance.json"
+    before, texts = find_checkpoint(here / "run").read_bytes(), [(here / "run" / name).read_text() for name in names]
     for flags, named in (
         (["--model.optimizer", "torch.optim.SGD"], r"model.optimizer is torch.optim.sgd.SGD"),
         (["--stages.pretrain.freeze", "[.]"], "nothing"),
@@ -191,9 +192,9 @@ def test_a_refused_resume_leaves_the_runs_checkpoint_as_it_was(config: Path, her
         with pytest.raises(SystemExit, match=named):
             main(["fit", "--ckpt_path", "run", "--trainer.max_steps", "2", *flags])
         assert find_checkpoint(here / "run").read_bytes() == before
-        assert (here / "run" / "config.yaml").read_text() == text
+        assert [(here / "run" / name).read_text() for name in names] == texts
     main(["fit", "--ckpt_path", "run", "--trainer.max_steps", "2"])
-    assert (here / "run" / "config.yaml").read_text() != text
+    assert all((here / "run" / name).read_text() != text for name, text in zip(names, texts, strict=True))
 
 
 def test_resume_auto_needs_the_runs_name(config: Path, here: Path) -> None:

@@ -26,6 +26,7 @@ from pi05_lightning.export import runner
 from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import described, write
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.subtask import MAX_WORDS
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
 
@@ -77,6 +78,10 @@ def exported(loaded: runner.Policy) -> runner.Policy:
 def seen() -> dict[str, Any]:
     image = np.zeros((48, 64, 3), np.uint8)
     return {"images": {"top": image, "wrist": image}, "state": np.zeros(4, np.float32), "task": TASK}
+
+
+def test_as_much_is_said_at_most() -> None:
+    assert runner.MAX_WORDS == MAX_WORDS
 
 
 def test_nothing_is_drawn_and_no_chunk_is_refused_where_both_are_compared(policy: Inference, folder: Path) -> None:

@@ -87,7 +87,8 @@ def test_gradients_are_clipped_for_the_default_optimizer_which_is_fused(train: T
 
 
 def test_fused_optimizers_are_refused_where_gradients_are_scaled() -> None:
-    trainer = Trainer(accelerator="cpu", plugins=[MixedPrecision("16-mixed", "cpu")], logger=False)
+    scaled = MixedPrecision("16-mixed", "cpu")
+    trainer = Trainer(accelerator="cpu", plugins=[scaled], logger=False, gradient_clip_val=1.0)
     for fused in (False, True):
         trainer.optimizers = [torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=fused)]
         with pytest.raises(ValueError, match="fused: false") if fused else nullcontext():

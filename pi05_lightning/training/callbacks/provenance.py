@@ -25,12 +25,18 @@ from pi05_lightning.module.trainer import leaves_nothing
 
 
 class Provenance(Callback):
-    """Writes provenance.json into the run when training starts; a resumed run's is that of its last start."""
+    """Writes provenance.json into the run with its first batch; a resumed run's is that of its last start."""
+
+    _is_due = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_due = not leaves_nothing(trainer)
 
     @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if leaves_nothing(trainer):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if not self._is_due:
             return
+        self._is_due = False
         content = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "from step": trainer.global_step,
