@@ -59,9 +59,9 @@ monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
 	$(BIN)/tensorboard --logdir "$$(dirname "$$newest")" $(ARGS)
 
 .PHONY: play
-play: $(RENDERING) ## open a page on which you tell the demo's policy what to do (RUN=runs/mine, ARGS="--env Desk" for others)
+play: $(RENDERING) ## serve a page on which you tell the demo's policy what to do (RUN=runs/mine, ARGS="--env Desk" for others)
 	@if [ ! -e "$(RUN)" ]; then echo "There is no $(RUN) yet: train it with make demo, or name another with RUN=." >&2; exit 1; fi
-	@$(BIN)/pi05 play $(RUN) $(ARGS)
+	@$(BIN)/pi05 play "$(RUN)" $(ARGS)
 
 .PHONY: experiment
 experiment: $(RENDERING) ## run an experiment with three seeds on the demo's data and gather it (NAME=002_without_stage_1)
@@ -77,9 +77,9 @@ libero: $(SETUP) ## add LIBERO's simulator to .venv (1.2 GB)
 	@VIRTUAL_ENV=.venv $(BIN)/uv pip install -r requirements-libero.lock
 
 .PHONY: lock
-lock: $(SETUP) ## resolve the locks anew for all platforms
-	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --extra docs --extra export --extra loggers --no-header --no-annotate setup.cfg -o requirements.lock
-	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra libero -c requirements.lock --no-header --no-annotate setup.cfg -o requirements-libero.lock
+lock: $(SETUP) ## resolve the locks for all platforms, of what they hold as little as needed anew (ARGS=--upgrade for all)
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra dev --extra docs --extra export --extra loggers --no-header --no-annotate setup.cfg -o requirements.lock $(ARGS)
+	@$(BIN)/uv pip compile -q --universal --python-version 3.12 --extra sim --extra libero -c requirements.lock --no-header --no-annotate setup.cfg -o requirements-libero.lock $(ARGS)
 
 .PHONY: clean
 clean: ## remove .venv, caches and build output; runs/ and data/ stay

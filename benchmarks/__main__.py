@@ -6,6 +6,7 @@ It writes results/, and the table into README.md and docs/profile-and-benchmark.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,20 +38,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="debug sizes and one pair; results/ is left alone")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run; others keep their rows")
     args = parser.parse_args()
-    header, start = environment(), time.time()
-    failed = []
+    header, start, failed = environment(), time.time(), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) if args.quick else RESULTS
         for part in args.only:
             print(f"--- {part}", flush=True)
-            output = results / f"{part}.json"
-            output.unlink(missing_ok=True)
-            command = [sys.executable, "-m", f"benchmarks.{part}", "--json", str(output)]
+            found = Path(folder) / f"{part}.new.json"
+            command = [sys.executable, "-m", f"benchmarks.{part}", "--json", str(found)]
             if subprocess.run([*command, "--quick"] if args.quick else command).returncode:
                 failed.append(part)
+            else:
+                shutil.move(found, results / f"{part}.json")
         files = {part: results / f"{part}.json" for part in PARTS}
         measured = {part: read_json(file) for part, file in files.items() if file.is_file()}
-    kept = {part: part_rows[0].day for part, part_rows in measured.items() if part not in args.only}
+    new = {*args.only} - {*failed}
+    kept = {part: part_rows[0].day for part, part_rows in measured.items() if part not in new}
     for day in sorted(set(kept.values())):
         header += f"\nkept from {day}: {', '.join(part for part in kept if kept[part] == day)}"
     rows = [row for part_rows in measured.values() for row in part_rows]
@@ -61,7 +63,7 @@ def main() -> None:
         publish([row for row in rows if row.goal], ROOT / "README.md")
         publish(rows, ROOT / "docs" / "profile-and-benchmark.md", f"```\n{header}\n```")
     if failed:
-        sys.exit(f"these parts failed: {', '.join(failed)}")
+        sys.exit(f"these parts failed, and keep the rows that they had: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

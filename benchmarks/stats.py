@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from lerobot.datasets.dataset_tools import recompute_stats
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.scripts.augment_dataset_quantile_stats import compute_quantile_stats_for_dataset
 
 from benchmarks.harness import Options, Row, alternate, run_part, speed_up
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
@@ -32,7 +32,7 @@ def stats(options: Options) -> list[Row]:
 
         def peer() -> dict[str, dict]:
             with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-                return compute_quantile_stats_for_dataset(LeRobotDataset("bench/stats", root=root))
+                return recompute_stats(LeRobotDataset("bench/stats", root=root)).meta.stats
 
         theirs = peer()
         for key, found in compute(root).items():

@@ -153,7 +153,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     simulator, view = MetaWorld(), View(processor.cameras, processor.shapes.image_size, CONTROL_HZ)
     tasks = arguments.tasks or simulator.tasks(trained_on)
     delay = arguments.inference_delay
-    options = ["--inference_delay", str(delay), "--execution_horizon", str(arguments.execution_horizon or delay)]
+    options = [
+        "--inference_delay",
+        str(delay),
+        "--execution_horizon",
+        str(arguments.execution_horizon or max(1, delay)),
+    ]
     if "rtc" not in arguments.modes:
         options += ["--rtc", "false"]
     found: dict[str, Any] = {}

@@ -8,7 +8,7 @@ is_312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev
 
 find_python() {
     local candidate
-    for candidate in ${PYTHON:-} python3.12 python3 python; do
+    for candidate in "${PYTHON:-}" python3.12 python3 python; do
         if is_312 "$candidate"; then
             command -v "$candidate"
             return

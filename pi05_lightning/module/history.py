@@ -8,6 +8,7 @@ from typing import Any
 
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.models.heads.base import Head
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.weights.abilities import ADVANTAGE, Trained, trained
@@ -36,14 +37,19 @@ class History:
         return self.before + trained(recipe, self.step, step, max_delay, learned)
 
 
+def trained_heads(stage: Stage, model: Pi05) -> list[Head]:
+    """Those heads that a stage's freezing leaves something to learn."""
+    backbone = list(model.backbone.parameters())
+    trained = {parameter for name, parameter in model.named_parameters() if stage.lr_factor(name)}
+    # what predicts tokens has no weights of its own
+    return [head for head in model.heads.values() if not trained.isdisjoint(list(head.parameters()) or backbone)]
+
+
 def learned(stage: Stage, model: Pi05, data: Pi05DataModule) -> list[str]:
     """A stage's loss terms that its data has samples of, and that its freezing leaves something to learn."""
-    backbone = list(model.backbone.parameters())
     drawn, modalities = data.drawn(stage), data.trained_by
     found = []
-    for head in model.heads.values():
-        own = set(list(head.parameters()) or backbone)  # what predicts tokens has no weights of its own
-        if any(stage.lr_factor(name) for name, parameter in model.named_parameters() if parameter in own):
-            found += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(modalities[t])]
+    for head in trained_heads(stage, model):
+        found += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(modalities[t])]
     acts = not {"flow", "fast"}.isdisjoint(found)
     return [*found, ADVANTAGE] if acts and data.tells_advantage(stage) else found

@@ -169,8 +169,8 @@ class LeRobotSource(Source):
         self.tells_advantage, self.tells_return = self._advantage is not None, self._returns is not None
         self.same_robot_as = self.config.same_robot_as
         self._kept.mask &= self._chosen()  # what is wrong with other frames is nobody's concern
-        self._taught = self._taught_subtasks()
-        reject_texts(self._kept, self._task, self._taught)
+        self.teaches_subtask = self._taught_subtasks()
+        reject_texts(self._kept, self._task, self.teaches_subtask)
         reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
         self._images = self._open_images()
         self._say_how_it_is_read()
@@ -213,7 +213,7 @@ class LeRobotSource(Source):
             picture_sizes=sizes,
             task=self._task[row] or "",
             subtask=self.columns.subtask[row],
-            subtask_is_target=bool(self._taught[row]),
+            subtask_is_target=bool(self.teaches_subtask[row]),
             answers=answers,
             state=motion.state,
             actions=motion.actions,
@@ -235,7 +235,7 @@ class LeRobotSource(Source):
             case Modality.QA:
                 useful = np.isin(self._rows, self.columns.answers.rows)
             case Modality.HL_SUBTASK:
-                useful = (self.columns.subtask.codes[self._rows] >= 0) & self._taught[self._rows]
+                useful = (self.columns.subtask.codes[self._rows] >= 0) & self.teaches_subtask[self._rows]
             case Modality.FAST | Modality.CONTINUOUS:
                 useful = np.full(len(self), bool(self.config.action_keys))
             case _:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.robot import Robot
-from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.sources.lerobot_columns import Columns
-from pi05_lightning.types import Answer, Frame, Modality, Shapes
+from pi05_lightning.types import Frame, Modality, Shapes
 from pi05_lightning.weights.lerobot_plugin import camera_of
 from pi05_lightning.weights.lerobot_processor import ACTION, STATE
 
@@ -96,7 +96,7 @@ class Taught:
         self.robot: Robot = replace(robot, looks=source.looks())
         self.share = {modality: len(source.indices(modality)) / len(source) for modality in Modality}
         """Of the frames, those that can serve as each modality."""
-        self._parts: list[tuple[Columns, dict[int, slice]]] = [(source.columns, _episodes(source.columns))]
+        self._parts = [_part(source)]
         others = len(source.files.column("episode_index")) - len(self._parts[0][1])
         if others:
             log.warning(
@@ -106,8 +106,7 @@ class Taught:
                 others,
             )
             for split in ("val", "test"):
-                columns = config.open("robot", split, shapes).columns
-                self._parts.append((columns, _episodes(columns)))
+                self._parts.append(_part(config.open("robot", split, shapes)))
 
     def frames(self, frames: list[Frame], batch: Mapping[str, Any]) -> list[Frame]:
         """The frames of a batch with their subtasks, questions and answers."""
@@ -115,22 +114,27 @@ class Taught:
             raise ValueError(f"the batch does not say where its frames are: it lacks {', '.join(missing)}")
         episodes, times = batch["episode_index"].reshape(-1).tolist(), batch["timestamp"].reshape(-1).tolist()
         said = [self._said(int(episode), time) for episode, time in zip(episodes, times, strict=True)]
-        return [replace(frame, subtask=s, answers=a) for frame, (s, a) in zip(frames, said, strict=True)]
+        return [replace(frame, **words) for frame, words in zip(frames, said, strict=True)]
 
-    def _said(self, episode: int, time: float) -> tuple[str | None, tuple[Answer, ...]]:
-        """Subtask and answers of the frame at a time of an episode."""
-        for columns, episodes in self._parts:
+    def _said(self, episode: int, time: float) -> dict[str, Any]:
+        """Subtask, whether it can be learned, and answers of the frame at a time of an episode."""
+        for columns, teaches, episodes in self._parts:
             if episode in episodes:
                 rows = episodes[episode]
                 row = rows.start + int(np.abs(columns.timestamp[rows] - time).argmin())
-                return columns.subtask[row], columns.answers[row]
+                return {
+                    "subtask": columns.subtask[row],
+                    "subtask_is_target": bool(teaches[row]),
+                    "answers": columns.answers[row],
+                }
         raise ValueError(
             f"episode {episode} is in none of the parts that meta/info.json declares: leave it out with"
             " --dataset.episodes"
         )
 
 
-def _episodes(columns: Columns) -> dict[int, slice]:
-    """The rows of each episode."""
-    numbers, first, count = np.unique(columns.episode, return_index=True, return_counts=True)
-    return {int(n): slice(int(f), int(f + c)) for n, f, c in zip(numbers, first, count, strict=True)}
+def _part(source: LeRobotSource) -> tuple[Columns, np.ndarray, dict[int, slice]]:
+    """What a part of a dataset says of its rows, whose subtasks can be learned, and the rows of each episode."""
+    numbers, first, count = np.unique(source.columns.episode, return_index=True, return_counts=True)
+    episodes = {int(n): slice(int(f), int(f + c)) for n, f, c in zip(numbers, first, count, strict=True)}
+    return source.columns, source.teaches_subtask, episodes

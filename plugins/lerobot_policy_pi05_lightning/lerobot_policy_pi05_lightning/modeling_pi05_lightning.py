@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from pi05_lightning.files.hub import is_on_hub, local_folder
 from pi05_lightning.losses import draw_noise, mean_terms, total_loss
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module.history import trained_heads
 from pi05_lightning.optim import param_groups
 from pi05_lightning.types import Batch, Frame, Modality, Sample, Subset
 from pi05_lightning.weights.abilities import Trained
@@ -66,7 +67,8 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         config.validate_features()
         self.config: Pi05LightningConfig = config
         if weights is None and config.init_from is not None:
-            weights = locate(config.init_from, tokenizer=config.tokenizer)
+            # with a dataset the tokenizer is a part of the processor that is made of it
+            weights = locate(config.init_from, tokenizer=config.tokenizer if dataset_meta is None else None)
         self.cameras, self.has_state = camera_names(list(config.image_features)), STATE in config.input_features
         with torch.device("meta"):
             self.model = Pi05(config.sizes)
@@ -144,7 +146,8 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         recipe.check_followed([name for name, _ in model.named_parameters()])
         (stage,) = recipe.stages
         if self.taught is not None:
-            lacking = {term: why for term in stage.weights if (why := self._lacks(term))}
+            learned = {term for head in trained_heads(stage, model) for term in head.terms}
+            lacking = {term: why for term in stage.weights if (why := self._lacks(term, learned))}
             for term, why in lacking.items():
                 if config.losses is not None:
                     raise ValueError(f"losses: {term} cannot be trained, as {why}; give it, or leave the term out")
@@ -164,9 +167,14 @@ class Pi05LightningPolicy(PreTrainedPolicy):
     def _trained_by(self) -> Mapping[str, Any]:
         return {**self.model.terms, "subtask": self.processor.language.saying_subtasks}
 
-    def _lacks(self, term: str) -> str:
-        """Why a loss term cannot be learned from the dataset; nothing where it can."""
+    def _lacks(self, term: str, learned: Collection[str]) -> str:
+        """Why a loss term cannot be learned from the dataset; nothing where it can.
+
+        learned: the terms of those heads that are trained.
+        """
         assert self.taught is not None
+        if term not in learned:
+            return "all that it would train is frozen, or has a learning rate of 0"
         if term == "fast" and self.processor.fast is None:
             return "there is no FAST tokenizer (make one with `pi05 tokenizer`, and name it as --policy.fast)"
         if term == "subtask" and not self.taught.share[Modality.HL_SUBTASK]:
@@ -220,6 +228,13 @@ class Pi05LightningPolicy(PreTrainedPolicy):
 
     # --- training
 
+    def wrap_with_peft(self, *_: Any, **__: Any) -> NoReturn:
+        """Raises ValueError: LeRobot would save adapters without the dataset's statistics."""
+        raise ValueError(
+            "peft: LeRobot saves nothing but adapters then, and not this policy's statistics: train them"
+            " with `pi05 fit --model.lora.rank 16` instead"
+        )
+
     def get_optim_params(self) -> list[dict[str, Any]]:
         """Groups of the parameters that are trained, each with its decay and its rate."""
         trained = [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
@@ -255,7 +270,10 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         able = [
             modality
             for modality in self._shares
-            if {Modality.QA: bool(frame.answers), Modality.HL_SUBTASK: frame.subtask is not None}.get(modality, True)
+            if {
+                Modality.QA: bool(frame.answers),
+                Modality.HL_SUBTASK: frame.subtask is not None and frame.subtask_is_target,
+            }.get(modality, True)
         ]
         weights = np.array([self._shares[modality] for modality in able])
         if not weights.sum():
