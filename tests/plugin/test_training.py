@@ -16,6 +16,7 @@ from lerobot_policy_pi05_lightning.frames import camera_names
 from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
+from pi05_lightning.files.local import write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Drawn, Modality
 
@@ -116,6 +117,31 @@ def test_frozen_parameters_are_given_to_no_optimizer(make: Make) -> None:
     assert {round(group["lr"], 6) for group in groups} == {1e-3, 1e-4}
     with pytest.raises(ValueError, match="freeze 'vison' matches no parameter"):
         make(freeze=["vison"])
+
+
+def test_a_term_that_would_train_nothing_is_left_out_or_refused(
+    make: Make, batch_of: Callable[..., Batch], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        policy = make(freeze=["^backbone"])
+    assert "subtask is not trained, as all that it would train is frozen" in caplog.text
+    loss, parts = policy.forward(batch_of(policy, FRAMES))
+    loss.backward()
+    assert set(parts) == {"loss_flow"}
+    with pytest.raises(ValueError, match="losses: subtask cannot be trained, as all that it would train is frozen"):
+        make(freeze=["^backbone"], losses={"subtask": 1.0, "flow": 1.0})
+    with pytest.raises(ValueError, match="peft: LeRobot saves nothing but adapters"):
+        policy.wrap_with_peft(peft_cli_overrides={})
+
+
+def test_the_words_of_a_policy_are_not_learned(make: Make, batch_of: Callable[..., Batch], videos_copy: Path) -> None:
+    write_json(videos_copy / "meta" / "pi05_collect.json", {"policy": "runs/mine"})
+    policy = make(videos_copy)
+    policy.train()
+    served = {
+        sample.subset.modality for _ in range(5) for sample in policy.samples(batch_of(policy, FRAMES, videos_copy))
+    }
+    assert served == {Modality.CONTINUOUS}
 
 
 def test_task_is_left_out_in_training_alone(make: Make, batch_of: Callable[..., Batch]) -> None:
