@@ -41,11 +41,15 @@ def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[N
     """A folder that no other process holds meanwhile; it is made if there is none.
 
     Raises ValueError while another one does, which is said to be held `by` it, with what to give `instead`. A killed
-    process holds nothing, even while processes that it forked live on. A file system without locks keeps nobody out.
+    process holds nothing, even while processes that it forked live on. A file system without locks, as Windows', keeps
+    nobody out.
     """
-    import fcntl  # Windows has none
-
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     lock = os.open(folder, os.O_RDONLY)
     _LOCKS.add(lock)
     try:
