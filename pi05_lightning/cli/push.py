@@ -232,7 +232,7 @@ def films(run: Run, repo: str) -> str:
     """Each with what it shows and how its episode ended."""
     return "\n\n".join(
         f'<video controls width="320" src="{hf_hub_url(repo, film.name, subfolder=FILMS)}"></video>\n\n'
-        f"{film_caption(film, run.films)}"
+        f"{film_caption(film, run)}"
         for film in run.videos
     )
 

@@ -143,6 +143,16 @@ def test_success_over_all_tasks_stays_beside_that_of_each() -> None:
     }
 
 
+def test_a_policy_that_says_no_subtask_is_not_said_to(run: Path) -> None:
+    file = run / "rollout" / "rollout.json"
+    result = json.loads(file.read_text())
+    result["acting"]["policy"]["hierarchical"] = False
+    file.write_text(json.dumps(result))
+    page = report(run).read_text(encoding="utf-8")
+    assert "<th>policy</th>" in page
+    assert "subtask first" not in page
+
+
 def test_nothing_is_smoothed_over_the_beginning_of_a_stage() -> None:
     curve = Curve(list(range(0, 20, 2)), [1.0] * 5 + [0.0] * 5)
     first, second = by_stage(curve, [10])

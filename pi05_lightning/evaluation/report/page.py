@@ -8,6 +8,7 @@ import mimetypes
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         svg_uri=svg_uri,
         number=number,
         film_caption=film_caption,
-        mode_label=plots.mode_label,
+        mode_label=partial(plots.mode_label, acting=run.acting),
         poster=poster,
         percent=percent,
     )
@@ -66,8 +67,8 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         brief=brief(run, switches),
         glance=glance(run),
         overall={mode: by_task[ALL] for mode, by_task in rates(run.success).items()},
-        bars=plots.success_bars(run.success) if run.success else None,
-        jumps=plots.jump_bars(run.jumps) if run.jumps else None,
+        bars=plots.success_bars(run.success, run.acting) if run.success else None,
+        jumps=plots.jump_bars(run.jumps, run.acting) if run.jumps else None,
         acting=acting_rows(run.acting),
         protocol=protocol(run),
         latency=run.rollout.get("milliseconds", {}),
@@ -180,7 +181,7 @@ def glance(run: Run) -> list[Glance]:
     """One number in [0, 1] per task and per row of the metric table: what is learned, and what is not."""
     rows = []
     for mode, by_task in list(rates(run.success).items())[:1]:  # the policy's
-        label = f"success, {plots.mode_label(mode)}"
+        label = f"success, {plots.mode_label(mode, run.acting)}"
         rows = [Glance(task, label, r.value, (r.low, r.high)) for task, r in by_task.items() if task != ALL]
     for name in ordered(run.metrics):
         for metric, label in HEADLINES:
@@ -217,10 +218,10 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def film_caption(file: Path, films: Mapping[str, Mapping[str, Any]]) -> str:
+def film_caption(file: Path, run: Run) -> str:
     """What a film shows and how its episode ended; of older rollouts, which do not say, its name."""
-    if file.name not in films:
+    if file.name not in run.films:
         return file.stem.replace("_", " ")
-    film = films[file.name]
-    parts = (plots.mode_label(film["mode"]), film["task"], f"initial state {film['seed']}")
+    film = run.films[file.name]
+    parts = (plots.mode_label(film["mode"], run.acting), film["task"], f"initial state {film['seed']}")
     return f"{' · '.join(parts)}: {film['outcome']}"

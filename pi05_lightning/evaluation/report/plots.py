@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -19,6 +20,8 @@ from pi05_lightning.evaluation.statistics import Success, rates
 
 # Okabe and Ito's palette, told apart with any colour vision
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+Acting = Mapping[str, Mapping[str, Any]]
+"""How a rollout's policy acted, by mode."""
 MODE_LABELS = {
     "policy": "policy, subtask first",
     "flat": "policy, task only",
@@ -31,13 +34,14 @@ MODE_LABELS = {
 }
 
 
-def mode_label(mode: str) -> str:
+def mode_label(mode: str, acting: Acting) -> str:
     """A mode of a rollout in words, with the kind of instruction that it was given: `flat, swapped`."""
     acted, comma, instruction = mode.partition(",")
-    return MODE_LABELS.get(acted, acted) + comma + instruction
+    says_nothing = acted == "policy" and acting.get(acted, {}).get("hierarchical") is False
+    return (acted if says_nothing else MODE_LABELS.get(acted, acted)) + comma + instruction
 
 
-def success_bars(success: Success) -> str:
+def success_bars(success: Success, acting: Acting) -> str:
     """Success rate per task and mode with its 95 % Wilson interval, and over all tasks."""
     found = rates(success)
     groups = list(next(iter(found.values())))
@@ -50,7 +54,7 @@ def success_bars(success: Success) -> str:
         error = np.abs(bounds.T - heights)
         place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
         color = COLORS[number % len(COLORS)]
-        axes.bar(place, heights, 0.9 * width, yerr=error, color=color, label=mode_label(mode), ecolor="#444444")
+        axes.bar(place, heights, 0.9 * width, yerr=error, color=color, label=mode_label(mode, acting), ecolor="#444444")
     axes.axvline(len(groups) - 1.5, color="#cccccc", linewidth=1)
     axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
     axes.set_ylim(0, 1.05)
@@ -59,7 +63,7 @@ def success_bars(success: Success) -> str:
     return as_svg(figure)
 
 
-def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]], acting: Acting) -> str:
     """Mean jump of the actions where chunks meet and inside them, per mode; a line up to the 95th percentile."""
     figure = Figure(figsize=(max(7.0, 1.4 * len(jumps)), 2.8), layout="constrained")
     axes = figure.subplots()
@@ -69,7 +73,7 @@ def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
         error = np.stack([np.zeros_like(means), np.maximum(above, 0)])
         place = np.arange(len(jumps)) + (number - 0.5) * 0.4
         axes.bar(place, means, 0.36, yerr=error, color=COLORS[number], label=label, ecolor="#444444")
-    axes.set_xticks(range(len(jumps)), [mode_label(mode) for mode in jumps])
+    axes.set_xticks(range(len(jumps)), [mode_label(mode, acting) for mode in jumps])
     axes.set_ylabel("share of the range")
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return as_svg(figure)
