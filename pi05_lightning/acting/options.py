@@ -33,8 +33,7 @@ class Acting:
     inference_delay: int = 0
     """Actions of the last chunk that are still executed while the next one is computed in the background."""
     rtc: bool = True
-    """The flow head is given the actions of `inference_delay`, at most `rtc_max_delay`, and goes on from them (real-time
-    chunking); else the next chunk is joined with a jump."""
+    """Real-time chunking: chunks go on from the actions of `inference_delay`, which are given, without a jump."""
     hierarchical: bool | None = None
     """Whether a predicted subtask conditions the actions, or the task alone; by default wherever it was trained to."""
     replan_subtask_every: int = 1
@@ -44,7 +43,7 @@ class Acting:
     advantage: Advantage | None = None
     """What the prompt says of the actions (π*0.6); by default `positive` where it was trained to be told."""
     guidance: float = 1.0
-    """β: how far the advantage leads the flow; 1 takes one pass."""
+    """β: how far the flow follows the advantage; 1 needs one pass."""
     noise_scale: float = 0.0
     """Of the noise that a chunk's flow starts from: 0 starts from its mean, which draws nothing, 1 is as trained."""
     temperature: float = 0.0
