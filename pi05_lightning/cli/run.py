@@ -19,7 +19,6 @@ import warnings
 from contextlib import ExitStack
 from enum import Enum
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -28,10 +27,9 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVWriter
 from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 
@@ -40,6 +38,7 @@ from pi05_lightning.cli.arguments import RESUME_NEEDS, complete_arguments, find_
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
+from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer, keep_written
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
@@ -300,81 +299,10 @@ def saved_in(config: Namespace) -> str | None:
     return folder if folder and any(Path(folder).glob("*.ckpt")) else None
 
 
-def check_trainer(trainer: Namespace, command: str) -> None:
-    """ValueError for numbers that Lightning takes without a word, and for which it does nothing, or something else."""
-    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
-    least |= {"num_sanity_val_steps": -1, "min_steps": 0, "min_epochs": 0}
-    for key, bound in least.items():
-        if trainer[key] is not None:
-            check_range(f"trainer.{key}", trainer[key], bound)
-    if isinstance(trainer.val_check_interval, int | float):
-        check_range("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
-    elif trainer.val_check_interval is not None:
-        raise ValueError(
-            f"trainer.val_check_interval is a time, {trainer.val_check_interval}: give it in batches, as several ranks"
-            " would not validate together by their clocks"
-        )
-    if trainer.default_root_dir is not None:
-        raise ValueError("trainer.default_root_dir is not where a run lies: give its directory as --run")
-    if trainer.barebones:
-        raise ValueError("trainer.barebones leaves out the logs and checkpoints that make a run: leave it out")
-    if command == "fit":
-        if trainer.max_time is not None and Timer(trainer.max_time).time_remaining() == 0:
-            raise ValueError("trainer.max_time is no time, so nothing would be trained: leave it out, or give more")
-        for key in ("max_steps", "max_epochs", "limit_train_batches"):
-            if trainer[key] == 0:
-                raise ValueError(f"trainer.{key} is 0, so nothing would be trained: leave it out, or give a number")
-
-
-def check_saved(checkpoint: Namespace, trainer: Namespace) -> None:
-    """ValueError where nothing would be saved before the end of the run."""
-    steps, epochs = checkpoint.every_n_train_steps, checkpoint.every_n_epochs
-    if steps or checkpoint.train_time_interval:
-        return
-    # upstream saves each epoch where nothing is given. The whole run is one, whose validations save too
-    several = isinstance(trainer.limit_train_batches, int) or trainer.val_check_interval not in (None, 1.0)
-    if not several or not (epochs or (steps is None and epochs is None)):
-        raise ValueError(
-            f"checkpoint.every_n_train_steps is {'null' if steps is None else steps}, so a run that is killed would be"
-            " lost: give a number, or checkpoint.train_time_interval beside 0"
-        )
-
-
-def check_loggers(loggers: Any) -> None:
-    """ValueError for a number by which a logger divides."""
-    for logger in as_list(loggers):
-        given = logger.get("init_args") if isinstance(logger, Namespace) else None  # some classes have none
-        every = given.get("flush_logs_every_n_steps") if given else None
-        if every is not None:
-            check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
-
-
-def keep_written(folder: Path, run: Path) -> None:
-    """Rename the metrics.csv that a CSVLogger left in its folder before: another one would begin with deleting it.
-
-    ValueError for the run's own directory, in which `pi05 validate` writes a metrics.csv.
-    """
-    if folder.resolve() == run.resolve():
-        raise ValueError(
-            f"trainer.logger: a CSVLogger would write its metrics.csv into {run}, where that of pi05 validate is: give"
-            " it a name (trainer.logger.init_args.name csv)"
-        )
-    file = folder / CSVWriter.NAME_METRICS_FILE
-    if file.exists():
-        free = next(n for n in count(1) if not file.with_suffix(f".{n}.csv").exists())
-        file.rename(file.with_suffix(f".{free}.csv"))
-        rank_zero_info(f"{file} of an earlier start is {file.with_suffix(f'.{free}.csv')} now")
-
-
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
     """ValueError where a checkpoint's model has other dimensions than the configuration says."""
     if found := differing("model.config", locate_run(checkpoint).config().to_dict(), here):
         raise ValueError(f"{checkpoint} is of another model: {'; '.join(found)}. {REMEDY}")
-
-
-def as_list(value: Any) -> list[Any]:
-    """What Lightning takes as one, as several or as None."""
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def silence_noise() -> None:
