@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -13,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from tqdm import tqdm
 
-from pi05_lightning import __version__
 from pi05_lightning.acting import ROLLOUT, Acting, weights_of
 from pi05_lightning.data.labels import fingerprint
 from pi05_lightning.data.lerobot_files import LeRobotFiles
@@ -21,7 +19,7 @@ from pi05_lightning.data.robot import Robot
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.hub import is_on_hub, local_folder
-from pi05_lightning.files.local import sha256, shown, write_json
+from pi05_lightning.files.local import shown, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy, check_device, check_dtype
 from pi05_lightning.sim import video
@@ -34,7 +32,7 @@ from pi05_lightning.sim.rollout import Job, Plan, Worker, available_modes, run_i
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
-from pi05_lightning.sim.unfinished import Films, Unfinished
+from pi05_lightning.sim.unfinished import Films, Unfinished, versions
 from pi05_lightning.training.run_directory import RUNS
 from pi05_lightning.weights.locate import locate, pinned, run_of
 
@@ -156,7 +154,9 @@ def rollout(
             # which layers compute in 8 bits is measured once for each way of acting, not in every process
             Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(way))
     policy_hash = locate(checkpoint).content_hash()
-    what = {"plan": str(plan), "worker": str(worker), "sha256": policy_hash, **versions(env, replayed)}
+    what = {"plan": str(plan), "worker": str(worker), "sha256": policy_hash, **versions(env)}
+    if replayed is not None:
+        what["demonstrations"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
     with Unfinished.within(out, what) as unfinished:
         jobs, filmed = run_all(plan, worker, num_workers, unfinished)
         result = summary_of(jobs, plan, worker) | {"checkpoint": str(given), "sha256": policy_hash, "films": filmed}
@@ -169,14 +169,6 @@ def check_told(name: str, given: object, kind: Instruction, instructions: Sequen
     """ValueError for an option that is given, and is for a kind of instruction that is not."""
     if given is not None and kind not in instructions:
         raise ValueError(f"{name}: of the instruction {kind} alone: add it to --instructions, or leave {name} out")
-
-
-def versions(env: EnvironmentConfig, replayed: Demonstrations | None) -> dict[str, str]:
-    """What else decides how episodes go, and may change between two starts: code, and what is replayed."""
-    files = {"simulator": sha256(Path(inspect.getfile(type(env))))}
-    if replayed is not None:
-        files["demonstrations"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
-    return {"version": __version__, **files}
 
 
 def demonstrations_of(robot: Robot, dataset: Path | None) -> Demonstrations | None:

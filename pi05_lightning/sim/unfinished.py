@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,12 +11,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pi05_lightning.files.local import held, read_json, write_json
+from pi05_lightning import __version__
+from pi05_lightning.files.local import held, read_json, sha256, write_json
+from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.rollout import Job
 from pi05_lightning.sim.trials import Clock
 
-WHAT = "rollout.json"
+WHAT = "what.json"
 _NOT_KEPT = {"film", "steps", "delays"}  # a film is a file by then, a rollout keeps no steps, the plan has the delays
+
+logger = logging.getLogger(__name__)
 
 Films = dict[str, dict[str, Any]]
 """A film's name: mode, task, seed, and how the episode ended."""
@@ -25,10 +31,7 @@ class Unfinished:
 
     def __init__(self, folder: Path, what: dict[str, Any]) -> None:
         self.folder = folder
-        if read_json(folder / WHAT, default={}) != what:  # of another rollout, or of none
-            for entry in folder.iterdir():
-                entry.unlink()
-            write_json(folder / WHAT, what)
+        claim(folder, what)
 
     @classmethod
     @contextmanager
@@ -62,3 +65,22 @@ class Unfinished:
 
     def _file(self, number: int) -> Path:
         return self.folder / f"job-{number}.json"
+
+
+def claim(folder: Path, what: dict[str, Any]) -> bool:
+    """Whether a folder that is there keeps something of `what`; if not, it is emptied, and keeps that from now on."""
+    before = read_json(folder / WHAT, default={})
+    if before == what:
+        return True
+    if before:
+        changed = ", ".join(sorted(name for name in what if what[name] != before.get(name)))
+        logger.warning("%s: beginning anew, as another one was interrupted (other %s)", folder, changed)
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    write_json(folder / WHAT, what)
+    return False
+
+
+def versions(env: EnvironmentConfig) -> dict[str, str]:
+    """The code that decides how episodes go, which may change between two starts."""
+    return {"version": __version__, "simulator": sha256(Path(inspect.getfile(type(env))))}

@@ -17,6 +17,7 @@ import pytest
 from pi05_lightning.files.local import held
 from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import record_episode
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
@@ -232,12 +233,19 @@ def test_numbers_that_cannot_be_are_rejected(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
+def content(out: Path) -> dict[str, bytes]:
+    files = (file for file in out.rglob("*") if file.is_file() and file.name != "state.json")  # a random fingerprint
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
 PROGRAM = """
 from pathlib import Path
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.config import CollectConfig
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 if __name__ == "__main__":
-    collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=100, num_workers=1, overwrite=True))
+    collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=30, val_episodes=2, scenes=30, num_workers=1,
+                          overwrite=True))
 """
 
 
@@ -258,8 +266,11 @@ def test_what_would_be_made_twice_or_by_nobody_is_refused(options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_interrupted_collect_leaves_the_old_dataset_whole(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "pattern"),
+    [(signal.SIGINT, "episodes-1.pickle"), (signal.SIGKILL, "episodes-0.pickle"), (signal.SIGKILL, "scenes-0.pickle")],
+)
+def test_interrupted_collect_leaves_the_old_dataset_whole_and_goes_on(tmp_path, how, pattern):
     out = tmp_path / "data"
     old = out / "robot" / "meta" / "info.json"
     old.parent.mkdir(parents=True)
@@ -267,15 +278,20 @@ def test_interrupted_collect_leaves_the_old_dataset_whole(tmp_path, how):
     script = tmp_path / "script.py"
     script.write_text(PROGRAM.format(out=str(out)))
     process = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
-    while not (tmp_path / ".data.partial" / "robot" / "meta").exists():
+    kept = tmp_path / ".data.partial" / ".kept"
+    while not list(kept.glob(pattern)):
         assert process.poll() is None, process.stderr.read().decode()
         time.sleep(0.1)
     process.send_signal(how)
     process.communicate(timeout=60)  # returns when the workers, who share its stderr, have ended too
     assert old.exists()
-    if how == signal.SIGINT:
-        assert not (tmp_path / ".data.partial").exists()
-    else:
-        collect(config(out, tasks=("reach-v3",), episodes=1, val_episodes=0, scenes=0, overwrite=True))
-        assert (out / "robot" / "data").exists()
-        assert not (tmp_path / ".data.partial").exists()
+    kept_films = len(list(kept.glob("episodes-*.pickle")))
+    assert kept_films
+    films = sorted(kept.parent.rglob("*.mp4"))[:kept_films]  # of one camera
+    made = [film.stat().st_mtime_ns for film in films]
+    options = {"tasks": ("reach-v3",), "episodes": 30, "val_episodes": 2, "scenes": 30}
+    collect(CollectConfig(out, **options, overwrite=True))
+    collect(CollectConfig(tmp_path / "whole" / "data", **options))
+    assert not kept.parent.exists()
+    assert [film.stat().st_mtime_ns for film in sorted(out.rglob("*.mp4"))[:kept_films]] == made
+    assert content(out) == content(tmp_path / "whole" / "data")

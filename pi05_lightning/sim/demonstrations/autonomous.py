@@ -6,6 +6,7 @@ The policy acts as in a rollout (`sim.rollout`). Every action is a frame: what w
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Pi05Policy, check_device
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
+from pi05_lightning.sim.demonstrations.kept import Kept
 from pi05_lightning.sim.demonstrations.lerobot_writer import (
     Recording,
     video_path,
@@ -73,7 +75,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         of_a_policy=True,
     )
     del policy  # maybe gigabytes: every process loads its own
-    write_dataset(root, what, _blocks(root, what, worker, jobs, config))
+    write_dataset(root, what, _blocks(Kept(root, config, policy_hash), what, worker, jobs, config))
     provenance = {
         "policy": str(config.policy),
         "sha256": policy_hash,
@@ -102,27 +104,34 @@ def _jobs(config: CollectConfig, tasks: Sequence[str]) -> Iterator[Job]:
 
 
 def _blocks(
-    root: Path, what: Recording, worker: Worker, jobs: Sequence[Job], config: CollectConfig
+    kept: Kept, what: Recording, worker: Worker, jobs: Sequence[Job], config: CollectConfig
 ) -> Iterator[tuple[str, list[Episode]]]:
-    """The episodes of every job, with their films beside the dataset; an attempt in which nothing was done is none."""
-    refused: list[Trial] = []
-    number = 0
-    with (
-        closing(run_in_processes(worker, jobs, config.num_workers)) as results,
-        tqdm(total=sum(len(job.trials) for job in jobs), unit="episode") as bar,
-    ):
-        for job in _in_order(results):
-            refused += [trial for trial in job.trials if not trial.steps]
-            episodes = [episode_of(trial, what.cameras) for trial in job.trials if trial.steps]
+    """The episodes of every job, with their films; an attempt in which nothing was done is none."""
+    refused: list[str] = []
+    number = 0  # of the films
+
+    def recorded(done: int) -> Iterator[tuple[list[Episode], list[str]]]:
+        """Of the jobs from number `done` on: thin episodes, and why the policy did nothing in the others."""
+        with closing(run_in_processes(worker, jobs[done:], config.num_workers)) as results:
+            for job in _in_order(results):
+                episodes = [episode_of(trial, what.cameras) for trial in job.trials if trial.steps]
+                if episodes:
+                    videos = {camera: video_path(kept.folder, camera, number) for camera in what.cameras}
+                    episodes = filmed(episodes, videos, what.fps)
+                yield episodes, [f"{t.task} (seed {t.seed}): {t.reason}" for t in job.trials if not t.steps]
+
+    total = sum(len(job.trials) for job in jobs)
+    with tqdm(total=total, unit="episode") as bar:
+        for job, (episodes, reasons) in zip(jobs, kept.continued("attempts", recorded), strict=True):
+            refused += reasons
             if episodes:
-                videos = {camera: video_path(root, camera, number) for camera in what.cameras}
-                yield "val" if job.trials[0].number >= config.episodes else "train", filmed(episodes, videos, what.fps)
+                yield "val" if job.trials[0].number >= config.episodes else "train", episodes
                 number += 1
             bar.update(len(job.trials))
     if refused:
-        first, total = refused[0], sum(len(job.trials) for job in jobs)
-        said = f"the policy did nothing at {first.task} (seed {first.seed}): {first.reason}"
+        said = f"the policy did nothing at {refused[0]}"
         if len(refused) == total:
+            shutil.rmtree(kept.folder)  # once the cause is mended, all is to be tried again
             raise ValueError(said)
         logger.warning("%d of %d attempts are left out: %s", len(refused), total, said)
 

@@ -16,6 +16,7 @@ from pi05_lightning.files.cores import available_cores
 from pi05_lightning.files.local import held
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.demonstrations.episodes import Block, Episode, record_block
+from pi05_lightning.sim.demonstrations.kept import KEPT, Kept
 from pi05_lightning.sim.demonstrations.scenes import record_scenes, write_scenes
 from pi05_lightning.sim.environment import check_tasks
 from pi05_lightning.sim.processes import simulator_processes
@@ -32,7 +33,8 @@ def collect(config: CollectConfig) -> Path:
     `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
     `meta/info.json`). `out/web` holds single frames with captions and questions, for `datasets.load_from_disk`.
 
-    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there.
+    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there. Interrupted
+    or failed, it stays there, and the same collection goes on from it.
     Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
     tasks or cameras, when an expert fails too often, and while another process makes the same `out`.
     """
@@ -43,23 +45,26 @@ def collect(config: CollectConfig) -> Path:
         try:
             _restore(out, replaced)
             _check_free(out, config.overwrite)
-            for left in (*partial.iterdir(), replaced):
-                if left.exists():
-                    logger.warning("removing %s, left by an interrupted collect", left)
-                    shutil.rmtree(left)
             if config.policy is None:
                 _make(partial, config)
             else:  # slow to import, and experts need no model
                 from pi05_lightning.sim.demonstrations.autonomous import record_policy
 
                 record_policy(partial / ROBOT, config)
+            shutil.rmtree(partial / KEPT)
+            shutil.rmtree(replaced, ignore_errors=True)  # of a collect that was killed at its very end
             if out.exists():
                 out.rename(replaced)
             partial.rename(out)
+        except BaseException:
+            if any((partial / KEPT).glob("*.pickle")):
+                logger.warning("what was recorded is kept in %s: the same command goes on from there", partial)
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         finally:
             _restore(out, replaced)
-            for left in (partial, replaced):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
     return out
 
 
@@ -84,6 +89,7 @@ def _beside(out: Path, purpose: str) -> Path:
 def _make(root: Path, config: CollectConfig) -> None:
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
+    kept = Kept(root / ROBOT, config)
     with simulator_processes(config.num_workers or available_cores(), config.env.warm_up) as pool:
         from pi05_lightning.sim.demonstrations.lerobot_writer import (  # slow: while the workers import theirs
             Recording,
@@ -93,7 +99,7 @@ def _make(root: Path, config: CollectConfig) -> None:
 
         blocks: list[Block] = []
         for split, task, first, count in _pieces(config.recorded, episodes):
-            videos = {camera: video_path(root / ROBOT, camera, len(blocks)) for camera in config.view.cameras}
+            videos = {camera: video_path(kept.folder, camera, len(blocks)) for camera in config.view.cameras}
             blocks.append(Block(config, task, split, first, count, videos))
         pictures = [Piece(config, task, split, *rest) for split, task, *rest in _pieces(config.recorded, scenes)]
         total = sum(spec.count for spec in blocks) + sum(spec.count for spec in pictures)
@@ -104,13 +110,17 @@ def _make(root: Path, config: CollectConfig) -> None:
             failed = Counter[str]()
 
             def recorded() -> Iterator[tuple[str, list[Episode]]]:
-                for spec, (episodes, failures) in zip(blocks, _run(pool, record_block, blocks, bar), strict=True):
+                results = kept.continued("episodes", lambda done: _run(pool, record_block, blocks[done:]))
+                for spec, (episodes, failures) in zip(blocks, results, strict=True):
+                    bar.update(spec.count)
                     failed[spec.task] += failures
                     yield spec.split, episodes
 
             write_dataset(root / ROBOT, what, recorded())
             rows: dict[str, list[dict[str, Any]]] = {split: [] for split in scenes}
-            for spec, made in zip(pictures, _run(pool, record_scenes, pictures, bar), strict=True):
+            results = kept.continued("scenes", lambda done: _run(pool, record_scenes, pictures[done:]))
+            for spec, made in zip(pictures, results, strict=True):
+                bar.update(spec.count)
                 rows[spec.split] += made
             if pictures:
                 write_scenes(root / WEB, rows)
@@ -129,22 +139,19 @@ def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str,
 
 
 def _run[Spec: Piece, Result](
-    pool: ProcessPoolExecutor, function: Callable[[Spec], Result], specs: Iterable[Spec], bar: tqdm, ahead: int = 64
+    pool: ProcessPoolExecutor, function: Callable[[Spec], Result], specs: Iterable[Spec], ahead: int = 64
 ) -> Iterator[Result]:
     """Results in order; a few pieces ahead of what is taken, so that memory does not grow with the dataset."""
-    pending: deque[tuple[Spec, Future[Result]]] = deque()
+    pending: deque[Future[Result]] = deque()
 
     def finish() -> Result:
-        spec, future = pending.popleft()
         try:
-            result = future.result()
+            return pending.popleft().result()
         except ValueError as error:  # its traceback is of another process
             raise ValueError(str(error)) from error
-        bar.update(spec.count)
-        return result
 
     for spec in specs:
-        pending.append((spec, pool.submit(function, spec)))
+        pending.append(pool.submit(function, spec))
         if len(pending) > ahead:
             yield finish()
     while pending:
