@@ -177,7 +177,8 @@ class Motion:
     """The actions of an episode, from chunk to chunk: the next one is due every `execution_horizon` actions.
 
     A chunk is computed from the observation at its first step. Meanwhile the last one goes on, for as many actions as
-    the delay says; then the new one is joined at the step that is due. The first chunk is waited for.
+    the delay says; then the new one is joined at the step that is due. The first chunk is waited for. At another
+    instruction, as in a chain, all begins anew, as with `Pi05Policy.predict`.
     """
 
     def __init__(self, policy: Inference, trial: Trial) -> None:
@@ -185,6 +186,8 @@ class Motion:
         self.delays = trial.delays or (policy.acting.inference_delay,)
         self.trial = trial
         self.chunk: np.ndarray | None = None
+        self.told, self.begun = "", 0
+        """The instruction, and the number of its first chunk."""
         self._last: np.ndarray | None = None  # action
         self._origin = 0  # of the last action: the chunk that was computed for it
 
@@ -193,8 +196,13 @@ class Motion:
         """What the next chunk is given, f32[d A]; None of the first."""
         return None if self.chunk is None else self.chunk[self.executed : self.executed + self.given]
 
+    def hear(self, instruction: str, number: int) -> None:
+        """What the policy is told before chunk `number`."""
+        if instruction != self.told:
+            self.told, self.begun, self.chunk = instruction, number, None
+
     def follow(self, env: Environment, frame: Frame, chunk: np.ndarray, number: int, clock: Clock) -> None:
-        """Execute what is `due` until the episode is over, or the expert takes over.
+        """Execute what is `due` until the episode is over, the instruction another one, or the expert takes over.
 
         frame: what the chunk was computed from.
         """
@@ -203,7 +211,7 @@ class Motion:
                 now = seen(env, self.trial) if executed else frame
                 self.trial.steps.append(Step(now, np.array(source[at], np.float32), self.trial.subtask))
             take(env, self.trial, partial(env.step, source[at]), clock, source, at)
-            if self.trial.over or _is_stuck(env, self.trial):
+            if self.trial.over or _is_stuck(env, self.trial) or told(env, self.trial) != self.told:
                 break
 
     def due(self, env: Environment, chunk: np.ndarray, number: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -216,7 +224,7 @@ class Motion:
             seed = [self.trial.noise_seed, self.trial.seed, number]
             delay = int(np.random.default_rng(seed).choice(self.delays))
             begin = max(delay, self.given)
-        self.trial.inside += jumps(chunk[self.given if number else 0 :], env)
+        self.trial.inside += jumps(chunk[0 if before is None else self.given :], env)
         for place in range(min(self.executed, len(chunk))):
             source, at = (before, self.executed + place) if before is not None and place < delay else (chunk, place)
             action = source[at]
@@ -244,6 +252,8 @@ def run_policy(policy: Inference, lanes: Sequence[Lane], clock: Clock) -> None:
     running, number = [(env, trial, Motion(policy, trial)) for env, trial in lanes], 0
     while running:
         frames = [seen(env, trial) for env, trial, _ in running]
+        for env, trial, motion in running:
+            motion.hear(told(env, trial), number)
         start = perf_counter()
         chunks = decide(policy, running, frames, number)
         clock.decisions.append(perf_counter() - start)
@@ -409,9 +419,10 @@ def decide(
     """
     trials = [trial for _, trial, _ in lanes]
     try:
-        if policy.replans(number):
-            for trial, subtask in zip(trials, policy.predict_subtasks(frames, _drawn(trials, number)), strict=True):
-                trial.subtask = subtask
+        if due := [place for place, (*_, motion) in enumerate(lanes) if policy.replans(number - motion.begun)]:
+            said = policy.predict_subtasks([frames[n] for n in due], _drawn([trials[n] for n in due], number))
+            for place, subtask in zip(due, said, strict=True):
+                trials[place].subtask = subtask
         noise, subtasks = _noise(trials, number, policy), [trial.subtask for trial in trials]
         chunks = policy.predict_chunks(frames, subtasks, noise, _given(policy, lanes), _drawn(trials, number))
         if len(chunks) != len(lanes):

@@ -242,3 +242,38 @@ def test_instruction_without_other_words_is_named_by_the_rollout(untrained, tmp_
     told = {"instructions": ("paraphrased",), "paraphrases": tmp_path / "words.yaml"}
     with pytest.raises(ValueError, match="'reach the red ball' in no other words"):
         rollout(untrained, ["reach-v3"], episodes=1, modes=("policy",), num_workers=1, out=tmp_path, **told)
+
+
+class Chain(Walk):
+    """Another instruction from 0.4 on."""
+
+    @property
+    def sentence(self) -> str:
+        return "go to 0.4" if self.at < 0.4 else "reach one"
+
+
+class Sayer(Stub):
+    """Says the instruction as its subtask, and goes on by 0.1; `heard` are the two before each chunk."""
+
+    def __init__(self, **acting) -> None:
+        super().__init__(None, **acting)
+        self.heard: list[tuple[str, str]] = []
+        self.prefixes: list[int] = []
+
+    def predict_subtasks(self, frames, generator=None):
+        return [f"do: {frame.task}" for frame in frames]
+
+    def predict_chunks(self, frames, subtasks, noise, prefix_actions=None, generator=None):
+        self.heard += [(frame.task, subtask) for frame, subtask in zip(frames, subtasks, strict=True)]
+        self.prefixes += [len(prefix_actions[0]) if prefix_actions else 0]
+        return [chunk(0.1) for _ in frames]
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_policy_begins_anew_at_the_next_instruction_of_a_chain(delay):
+    policy, trial = Sayer(execution_horizon=3, replan_subtask_every=3, inference_delay=delay), Trial("policy", "x", 0)
+    run_policy(policy, [(Chain(), trial)], Clock())
+    assert trial.success
+    first, second = ("go to 0.4", "do: go to 0.4"), ("reach one", "do: reach one")
+    assert policy.heard == [first, first, second, second]  # 3 + 1 actions, of which the last ends it; then 3 + 3
+    assert policy.prefixes == [0, delay, 0, delay]

@@ -24,7 +24,7 @@ class Walk:
 
     def observation(self) -> Frame:
         image = np.full((3, 8, 8), self.seed, np.uint8)
-        return Frame({"top": image}, self.sentence, state=np.array([self.at, self.seed], np.float32))
+        return Frame({"top": image}, task=self.sentence, state=np.array([self.at, self.seed], np.float32))
 
     def step(self, action: np.ndarray) -> bool:
         self.at += float(action[0])
