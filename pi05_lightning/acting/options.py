@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, get_args
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import read_json
 from pi05_lightning.weights.abilities import Abilities, Actions, Trained
+from pi05_lightning.weights.int8 import Choice
 from pi05_lightning.weights.locate import locate, run_of
 
 Advantage = Literal["positive", "negative", "none"]
@@ -187,6 +188,11 @@ def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str, st
         )
     if result.get("sha256") not in (None, locate(checkpoint).content_hash()):
         raise ValueError(f"as_measured: {file} measured other weights than {checkpoint} has now: {anew}")
+    if result.get("dtype") == "int8" and not (choice := Choice.file(locate(checkpoint))).is_file():
+        raise ValueError(
+            f"as_measured: {file} measured those layers in 8 bits that {choice.name} says, which is not in"
+            f" {choice.parent}: copy it from where it was measured, or {anew}"
+        )
     if unknown := actings[mode].keys() - {field.name for field in fields(Acting)}:
         raise ValueError(f"as_measured: {file} has the option {min(unknown)}, which this version does not know: {anew}")
     return Acting(**actings[mode]), mode, result.get("dtype")

@@ -68,6 +68,7 @@ def experience(
     attempt_seconds: float | None = None,
     max_seconds: float | None = None,
     num_workers: int | None = None,
+    lanes: int = 8,
     robot: str | None = None,
     device: str = "cpu",
     seed: int = 0,
@@ -110,6 +111,7 @@ def experience(
             missed seldom recovers, so the double of what demonstrations take saves time.
         max_seconds: simulated time after which a tried policy has failed; by default what the simulator says.
         num_workers: processes that simulate; by default one per core, and with another `device` than the CPU one.
+        lanes: episodes that a process steps together; fewer need less memory.
         robot: data source whose robot it acts as; needed where it was trained on several.
         device: where policies and values act; training takes what the policy's took.
         seed: of attempts and training; every seed is tried on the same initial states.
@@ -118,12 +120,13 @@ def experience(
     Raises ValueError when `out` holds rounds with other arguments, where attempts and tests would begin in the same
     states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
-    simulator = {"env": env, "num_workers": num_workers, "tasks": listed(tasks) if tasks else None, "device": device}
+    simulator = {"env": env, "tasks": listed(tasks) if tasks else None}
+    simulator |= {"num_workers": num_workers, "lanes": lanes, "device": device}
     collecting = {
         "episodes": episodes,
         "val_episodes": 0,
         "acting": {"noise_scale": noise_scale},
-        "max_seconds": attempt_seconds or max_seconds,
+        "max_seconds": max_seconds if attempt_seconds is None else attempt_seconds,
     }
     plan = Rounds(
         out,
@@ -188,7 +191,7 @@ class Rounds:
             del options[name]
         options["policy"] = str(self.policy)
         for name in ("attempts", "simulator"):
-            options[name] = {k: v for k, v in options[name].items() if k not in ("num_workers", "device")}
+            options[name] = {k: v for k, v in options[name].items() if k not in ("num_workers", "lanes", "device")}
         return yaml.safe_dump(json.loads(json.dumps(options)))
 
     @property
@@ -205,7 +208,7 @@ class Rounds:
     ) -> Part:
         """Attempts of a round's policy."""
         how = json.dumps(self.attempts["acting"] | self.acting_of(knows_advantage))
-        corrected = ("--corrections", str(patience)) if patience else ()
+        corrected = () if patience is None else ("--corrections", str(patience))
         own = ("--seed", str(1000 * self.seed + number), *corrected, "--overwrite", "true")
         return Part(name, ("collect", str(to), "--policy", str(acting), *flags({**self.attempts, "acting": how}), *own))
 
@@ -244,8 +247,12 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     counts |= {"value_steps": plan.value_steps, "episodes": plan.attempts["episodes"]}
     for name, number in (counts | {"test_episodes": plan.tests["episodes"]}).items():
         check_range(name, number, 1)
-    if plan.training.lr is not None:
-        check_range("lr", plan.training.lr, 0, above=True)
+    check_range("seed", plan.seed, 0)
+    counts = {"corrections": plan.corrections} | {name: plan.simulator[name] for name in ("num_workers", "lanes")}
+    above_0 = {"lr": plan.training.lr, "attempt_seconds": plan.attempts["max_seconds"]}
+    for name, number in (counts | above_0 | {"max_seconds": plan.tests["max_seconds"]}).items():
+        if number is not None:
+            check_range(name, number, 1 if name in counts else 0, above=name not in counts)
     if not methods:
         raise ValueError("methods: name at least one")
     check_range("demonstrations_share", plan.training.demonstrations_share, 0, 1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,20 @@ from pi05_lightning.sim import video
 from pi05_lightning.sim.baselines import Demonstrations, check_replay
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
 from pi05_lightning.sim.glimpse import beside_simulator
-from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, check_unheard, read_paraphrases, swapped_tasks
+from pi05_lightning.sim.instructions import (
+    PARAPHRASES,
+    Instruction,
+    check_unheard,
+    paraphrase,
+    read_paraphrases,
+    swapped_tasks,
+)
 from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
-from pi05_lightning.sim.rollout import Job, Plan, Worker, available_modes, run_in_processes, view_of
+from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Trial
-from pi05_lightning.sim.unfinished import Films, Unfinished, versions
+from pi05_lightning.sim.unfinished import Films, Unfinished, key_of, versions
 from pi05_lightning.training.run_directory import RUNS
 from pi05_lightning.weights.locate import locate, pinned, run_of
 
@@ -136,9 +144,15 @@ def rollout(
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     elif delays:
         raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    others = swapped_tasks(tasks, swaps or {}, env.partners(tasks)) if "swapped" in instructions else {}
+    others = dict[str, str]()
+    if "swapped" in instructions:
+        check_tasks(env, (swaps or {}).values())
+        others = swapped_tasks(tasks, swaps or {}, env.partners(tasks), partial(sentence_of, env))
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
+    if words:  # else episodes would show it
+        for sentence in filter(None, map(partial(sentence_of, env), tasks)):
+            paraphrase(words, sentence, 0)
     heard = [task for known in policy.processor.robots.values() for task in known.tasks]
     check_unheard(words, heard, paraphrases or PARAPHRASES)
     actings: dict[Mode, Acting] = {
@@ -154,15 +168,21 @@ def rollout(
             # which layers compute in 8 bits is measured once for each way of acting, not in every process
             Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(way))
     policy_hash = locate(checkpoint).content_hash()
-    what = {"plan": str(plan), "worker": str(worker), "sha256": policy_hash, **versions(env)}
+    what = {"worker": str(worker), "sha256": policy_hash, **versions(env)}
     if replayed is not None:
         what["demonstrations"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
     with Unfinished.within(out, what) as unfinished:
-        jobs, filmed = run_all(plan, worker, num_workers, unfinished)
-        result = summary_of(jobs, plan, worker) | {"checkpoint": str(given), "sha256": policy_hash, "films": filmed}
+        trials, clocks, filmed = run_all(plan, worker, num_workers, unfinished)
+        result = summary_of(trials, clocks, plan, worker)
+        result |= {"checkpoint": str(given), "sha256": policy_hash, "films": filmed}
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
+
+
+def sentence_of(env: EnvironmentConfig, task: str) -> str | None:
+    """A task's instruction; None where only its environment can tell."""
+    return next(iter(env.sentences(task)), None)
 
 
 def check_told(name: str, given: object, kind: Instruction, instructions: Sequence[Instruction]) -> None:
@@ -202,33 +222,43 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     return ["async"]
 
 
-def run_all(plan: Plan, worker: Worker, num_workers: int | None, unfinished: Unfinished) -> tuple[list[Job], Films]:
-    """Every job of the plan, over, and the films. What was run before it was interrupted is not run again."""
-    jobs = list(plan.jobs())
-    filmed = unfinished.complete(jobs)
-    if filmed:
-        logger.warning("%d of %d parts were over when it was interrupted, and are kept", len(filmed), len(jobs))
-    todo = [number for number in range(len(jobs)) if number not in filmed]
-    episodes, before = (sum(len(job.trials) for job in some) for some in (jobs, (jobs[n] for n in filmed)))
+def run_all(
+    plan: Plan, worker: Worker, num_workers: int | None, unfinished: Unfinished
+) -> tuple[list[Trial], dict[str, Clock], Films]:
+    """Every trial of the plan, over, what those of each column took, and the films.
+
+    What was over before an interruption is not run again.
+    """
+    trials = {key_of(trial): trial for job in plan.jobs() for trial in job.trials}
+    clocks, filmed, over = {trial.column: Clock() for trial in trials.values()}, Films(), set[str]()
+    for results, clock, films in unfinished.jobs():
+        if results.keys() <= trials.keys():  # else it is of another plan: fewer episodes, or no films
+            for key, values in results.items():
+                vars(trials[key]).update(values)
+            clocks[trials[next(iter(results))].column].add(clock)
+            filmed |= films
+            over |= results.keys()
+    if over:
+        logger.warning("%d of %d episodes were over when it was interrupted, and are kept", len(over), len(trials))
+    todo = list(plan.jobs(without=lambda trial: key_of(trial) in over))
     with (
-        closing(run_in_processes(worker, [jobs[number] for number in todo], num_workers)) as results,
-        tqdm(total=episodes, initial=before, unit="episode", desc="rollout") as bar,
+        closing(run_in_processes(worker, todo, num_workers)) as jobs,
+        tqdm(total=len(trials), initial=len(over), unit="episode", desc="rollout") as bar,
     ):
-        for place, job in results:
-            number = todo[place]
-            filmed[number] = write_films(unfinished.folder, job.trials, filmed.values())
-            unfinished.keep(number, job, filmed[number])
-            jobs[number] = job
-            bar.update(len(job.trials))
-    return jobs, dict(sorted(film for films in filmed.values() for film in films.items()))
+        for number, job in jobs:
+            keys = [key_of(trial) for trial in todo[number].trials]
+            films = write_films(unfinished.folder, job.trials, filmed)
+            unfinished.keep(keys, job, films)
+            trials.update(zip(keys, job.trials, strict=True))
+            clocks[job.column].add(job.clock)
+            filmed |= films
+            bar.update(len(keys))
+    return list(trials.values()), clocks, dict(sorted(filmed.items()))
 
 
-def summary_of(jobs: Sequence[Job], plan: Plan, worker: Worker) -> dict[str, Any]:
-    """What the jobs came to, and all that is needed to run them again."""
-    clocks = {job.column: Clock() for job in jobs}
-    for job in jobs:
-        clocks[job.column].add(job.clock)
-    result = summarise([trial for job in jobs for trial in job.trials], clocks)
+def summary_of(trials: Sequence[Trial], clocks: Mapping[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
+    """What the trials came to, and all that is needed to run them again."""
+    result = summarise(trials, clocks)
     return (
         result
         | by_group(result["success"], plan.env.groups())
@@ -257,14 +287,14 @@ def replace_result(out: Path, before: Iterable[Path], unfinished: Path, result: 
     write_json(out / ROLLOUT.name, result)
 
 
-def write_films(folder: Path, trials: Iterable[Trial], before: Iterable[Films]) -> Films:
+def write_films(folder: Path, trials: Iterable[Trial], before: Films) -> Films:
     """An mp4 and a PNG of each trial that was filmed; the trial then forgets its film.
 
     Of a mode and task, a failure that is filmed for that alone is written where there is none in `before`.
     """
-    written, earlier = Films(), list(before)
+    written = Films()
     for trial in trials:
-        known = [film for films in (*earlier, written) for film in films.values()]
+        known = (before | written).values()
         failed = {(film["mode"], film["task"]) for film in known if film["outcome"] != "success"}
         if trial.film and (trial.record or (trial.column, trial.task) not in failed):
             column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")

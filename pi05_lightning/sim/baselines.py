@@ -17,7 +17,7 @@ from pi05_lightning.data.columns import vectors
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
-from pi05_lightning.sim.environment import NoDemonstrations, same_rate
+from pi05_lightning.sim.environment import same_rate
 
 
 @dataclass(frozen=True)
@@ -59,21 +59,21 @@ def mean_trajectory(shown: Demonstrations, task: str) -> np.ndarray:
     Time counts from the task's first frame in an episode. A step that no episode has holds the action before it.
 
     task: the instruction, underscores and spaces around it as a prompt has them.
-    Raises NoDemonstrations when no training episode has this task.
+    Raises ValueError when no training episode has this task.
     """
     files = LeRobotFiles.open(Path(shown.path))
     tasks = files.sentences("tasks", "task")
     numbers = [number for number, sentence in tasks.items() if clean_task(sentence) == clean_task(task)]
     if not numbers:
         known = ", ".join(map(repr, tasks.values()))
-        raise NoDemonstrations(f"{shown.path} has no task {task!r}: it has {known}")
+        raise ValueError(f"{shown.path} has no task {task!r}: it has {known}")
     episodes = files.choose("train", 0.0, None)
     rows = ds.dataset(files.root / "data").to_table(
         columns=["episode_index", "frame_index", *shown.action_keys],
         filter=ds.field("task_index").isin(numbers) & ds.field("episode_index").isin(episodes),
     )
     if not rows.num_rows:
-        raise NoDemonstrations(f"{shown.path} has no training episode of {task!r}")
+        raise ValueError(f"{shown.path} has no training episode of {task!r}")
     episode, frame = rows["episode_index"].to_numpy(), rows["frame_index"].to_numpy()
     begin = np.full(episode.max() + 1, frame.max())
     np.minimum.at(begin, episode, frame)

@@ -24,10 +24,6 @@ class NoSuchEnvironment(ValueError):
     """What was asked of a simulator does not exist there: a task, a camera, an option, the simulator itself."""
 
 
-class NoDemonstrations(ValueError):
-    """There is no demonstration of what is to be replayed."""
-
-
 class Environment(Protocol):
     """One robot at one task. Close it before the interpreter exits: renderers complain otherwise.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,14 +14,16 @@ INSTRUCTIONS: tuple[Instruction, ...] = get_args(Instruction)
 PARAPHRASES = Path(__file__).with_name("paraphrases.yaml")
 
 
-class NoSuchInstruction(ValueError):
-    """A task for which there is no instruction of the kind that was asked for."""
-
-
-def swapped_tasks(tasks: Sequence[str], swaps: Mapping[str, str], partners: Mapping[str, str]) -> dict[str, str]:
+def swapped_tasks(
+    tasks: Sequence[str],
+    swaps: Mapping[str, str],
+    partners: Mapping[str, str],
+    sentence_of: Callable[[str], str | None] = lambda task: None,
+) -> dict[str, str]:
     """task -> the other one whose instruction is given in its scene.
 
-    swaps: as the user says.  partners: tasks of one scene. Where neither says, it is the next one of `tasks`.
+    swaps: as the user says.  partners: tasks of one scene. Where neither says, it is the next one of `tasks`, whose
+    instruction is another one.  sentence_of: a task's instruction, None where only its environment can tell.
     Raises ValueError where there is no other one, and for swaps of tasks that are not run.
     """
     for task in swaps:
@@ -29,11 +31,14 @@ def swapped_tasks(tasks: Sequence[str], swaps: Mapping[str, str], partners: Mapp
             raise ValueError(f"swaps: {task} is not run, only {', '.join(tasks)}")
     found = {}
     for place, task in enumerate(tasks):
-        other = swaps.get(task) or partners.get(task) or tasks[(place + 1) % len(tasks)]
-        if other == task:
+        others, said = [partners.get(task, task), *tasks[place + 1 :], *tasks[:place]], sentence_of(task)
+        if task in swaps:
+            others = [swaps[task]]
+        other = next((o for o in others if o != task and (said is None or sentence_of(o) != said)), None)
+        if other is None:
             raise ValueError(
-                f"instructions swapped: {task} is the only task, and no other shares its scene: name one, as --swaps"
-                f" '{{{task}: another task}}'"
+                f"instructions swapped: there is no other instruction than that of {task}: name a task that has one, as"
+                f" --swaps '{{{task}: another task}}'"
             )
         found[task] = other
     return found
@@ -67,10 +72,10 @@ def check_unheard(paraphrases: Mapping[str, Sequence[str]], heard: Sequence[str]
 def paraphrase(paraphrases: Mapping[str, Sequence[str]], sentence: str, number: int) -> str:
     """The instruction in other words, which take turns with the number of the episode.
 
-    Raises NoSuchInstruction, which says what to add, for a sentence without any.
+    Raises ValueError, which says what to add, for a sentence without any.
     """
     if sentence not in paraphrases:
-        raise NoSuchInstruction(
+        raise ValueError(
             f"instructions paraphrased: there is {sentence!r} in no other words: give a YAML file with a list of them,"
             f" as `{sentence}: [...]`, with --paraphrases"
         )

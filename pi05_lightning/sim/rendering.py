@@ -74,8 +74,8 @@ def bodies(*names: str) -> ModelPart:
     return ModelPart(bodies=names)
 
 
-GRIPPER = bodies("right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad")
-"""Of MetaWorld's arm."""
+GRIPPER = bodies("right_l6", "right_hand", "hand", "rightclaw", "leftclaw", "rightpad", "leftpad")
+"""Of MetaWorld's arm, with the flange that it is at: from above little else of it is seen."""
 
 
 class Cameras:

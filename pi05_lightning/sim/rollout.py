@@ -5,7 +5,7 @@ A job is a policy or a baseline at one task. What runs it keeps policy and envir
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -26,7 +26,7 @@ from pi05_lightning.sim.environment import (
     View,
     same_rate,
 )
-from pi05_lightning.sim.instructions import Instruction, NoSuchInstruction, paraphrase
+from pi05_lightning.sim.instructions import Instruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
@@ -94,15 +94,15 @@ class Plan:
         check_range("seed", self.seed, 0)
         check_range("lanes", self.lanes, 1)
 
-    def jobs(self) -> Iterator[Job]:
-        """Grouped by task so that environments are reused."""
+    def jobs(self, without: Callable[[Trial], bool] = lambda trial: False) -> Iterator[Job]:
+        """Grouped by task so that environments are reused.  without: trials that are left out."""
         for number, task in enumerate(self.tasks):
             seeds = self.env.seeds(number, self.episodes, self.seed, self.split)
             for mode, instruction in product(self.modes, self.instructions):
                 if mode not in POLICY_MODES and instruction != self.instructions[0]:
                     continue  # baselines hear nothing
-                trials = [self._trial(mode, instruction, task, seed, i) for i, seed in enumerate(seeds)]
-                yield from map(Job, batched(trials, self.lanes))
+                trials = (self._trial(mode, instruction, task, seed, i) for i, seed in enumerate(seeds))
+                yield from map(Job, batched((trial for trial in trials if not without(trial)), self.lanes))
 
     def _trial(self, mode: Mode, instruction: Instruction, task: str, seed: int, number: int) -> Trial:
         acts = mode in POLICY_MODES
@@ -212,7 +212,7 @@ def run_baseline_job(job: Job, lanes: Lanes, demonstrations: Demonstrations | No
     for trial in job.trials:
         try:
             run_baseline(env, trial, job.clock, replay)
-        except (NoSuchEnvironment, NoSuchInstruction):
+        except NoSuchEnvironment:
             raise
         except ValueError as error:  # as without demonstrations of what a scene alone says, or bounds: others go on
             trial.reason = str(error)
@@ -274,14 +274,9 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
 
 
 def check_memory(trials: Sequence[Trial]) -> None:
-    """ChildProcessError where memory ran out: that tells nothing of a policy, and what is over is kept.
-
-    An attempt that is recorded is left out instead.
-    """
+    """ChildProcessError where memory ran out: that tells nothing of a policy, and what is over is kept."""
     for trial in trials:
-        if trial.lacked_memory and trial.keeps:
-            trial.steps = []
-        elif trial.lacked_memory:
+        if trial.lacked_memory:
             raise ChildProcessError(f"{trial.reason}: use fewer with --lanes or --num_workers, and start it again")
 
 

@@ -1,11 +1,13 @@
-"""A rollout on its way: the jobs that are over are kept in a folder, so that an interrupted one goes on."""
+"""A rollout on its way: the episodes that are over are kept in a folder, so that an interrupted one goes on."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +17,7 @@ from pi05_lightning import __version__
 from pi05_lightning.files.local import held, read_json, sha256, write_json
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.rollout import Job
-from pi05_lightning.sim.trials import Clock
+from pi05_lightning.sim.trials import Clock, Trial
 
 WHAT = "what.json"
 _NOT_KEPT = {"film", "steps", "delays"}  # a film is a file by then, a rollout keeps no steps, the plan has the delays
@@ -25,9 +27,16 @@ logger = logging.getLogger(__name__)
 Films = dict[str, dict[str, Any]]
 """A film's name: mode, task, seed, and how the episode ended."""
 
+Results = dict[str, dict[str, Any]]
+"""`key_of` a planned trial: its fields once it was over."""
+
 
 class Unfinished:
-    """The folder of a rollout's jobs that are over, and of their films.  what: all that decides how episodes go."""
+    """The folder of a rollout's jobs that are over, and of their films.
+
+    what: all that decides how episodes go, but for what their trials say themselves. Another plan takes from it the
+    episodes that it has too.
+    """
 
     def __init__(self, folder: Path, what: dict[str, Any]) -> None:
         self.folder = folder
@@ -45,26 +54,25 @@ class Unfinished:
             yield cls(folder, what)
             shutil.rmtree(folder)
 
-    def keep(self, number: int, job: Job, films: Films) -> None:
-        """Keep a job that is over, by its number in the plan, and which films of it there are."""
-        trials = [{key: value for key, value in vars(trial).items() if key not in _NOT_KEPT} for trial in job.trials]
-        write_json(self._file(number), {"trials": trials, "clock": asdict(job.clock), "films": films}, indent=None)
+    def keep(self, keys: Sequence[str], job: Job, films: Films) -> None:
+        """Keep a job that is over, and which films of it there are.  keys: `key_of` its trials before."""
+        over = [{name: value for name, value in vars(trial).items() if name not in _NOT_KEPT} for trial in job.trials]
+        kept = {"trials": dict(zip(keys, over, strict=True)), "clock": asdict(job.clock), "films": films}
+        write_json(self.folder / f"job-{len(self._files())}.json", kept, indent=None)
 
-    def complete(self, jobs: Iterable[Job]) -> dict[int, Films]:
-        """Fill in the jobs of a plan that were kept: their numbers, and the films of each."""
-        found = dict[int, Films]()
-        for number, job in enumerate(jobs):
-            kept = read_json(self._file(number), default={})
-            if not kept:
-                continue
-            for trial, values in zip(job.trials, kept["trials"], strict=True):
-                vars(trial).update(values)
-            job.clock.add(Clock(**kept["clock"]))
-            found[number] = kept["films"]
-        return found
+    def jobs(self) -> Iterator[tuple[Results, Clock, Films]]:
+        """What is kept of each job: its trials, what they took, and their films."""
+        for file in self._files():
+            kept = read_json(file)
+            yield kept["trials"], Clock(**kept["clock"]), kept["films"]
 
-    def _file(self, number: int) -> Path:
-        return self.folder / f"job-{number}.json"
+    def _files(self) -> list[Path]:
+        return list(self.folder.glob("job-*.json"))
+
+
+def key_of(trial: Trial) -> str:
+    """What decides how a trial goes that has not begun."""
+    return json.dumps(vars(trial), sort_keys=True)
 
 
 def claim(folder: Path, what: dict[str, Any]) -> bool:
@@ -74,7 +82,7 @@ def claim(folder: Path, what: dict[str, Any]) -> bool:
         return True
     if before:
         changed = ", ".join(sorted(name for name in what if what[name] != before.get(name)))
-        logger.warning("%s: beginning anew, as another one was interrupted (other %s)", folder, changed)
+        logger.warning("%s: beginning anew, as what was interrupted had other %s", folder, changed)
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     write_json(folder / WHAT, what)
@@ -83,4 +91,7 @@ def claim(folder: Path, what: dict[str, Any]) -> bool:
 
 def versions(env: EnvironmentConfig) -> dict[str, str]:
     """The code that decides how episodes go, which may change between two starts."""
-    return {"version": __version__, "simulator": sha256(Path(inspect.getfile(type(env))))}
+    package, decides = Path(__file__).parents[1], ("acting", "data", "models", "sim")
+    files = [file for part in decides for file in sorted((package / part).rglob("*.py"))]
+    hashes = [sha256(file) for file in (*files, Path(inspect.getfile(type(env))))]
+    return {"version": __version__, "code": hashlib.sha256("".join(hashes).encode()).hexdigest()}

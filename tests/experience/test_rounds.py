@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pi05_lightning.cli.experience import Rounds, experience, parts, rounds_of, write_results
+from pi05_lightning.cli.experience import Rounds, check, experience, parts, rounds_of, write_results
 from pi05_lightning.cli.parts import Part, Progress
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
@@ -37,9 +37,9 @@ def plan(tmp_path: Path) -> Rounds:
         ["demos"],
         rounds=2,
         acting={"execution_horizon": 4, "guidance": 1.5},
-        attempts={"episodes": 3, "acting": {"noise_scale": 0.5}},
-        tests={"episodes": 9},
-        simulator={"env": "MetaWorld"},
+        attempts={"episodes": 3, "acting": {"noise_scale": 0.5}, "max_seconds": None},
+        tests={"episodes": 9, "max_seconds": None},
+        simulator={"env": "MetaWorld", "num_workers": None, "lanes": 8},
         training=TRAINING,
         value_steps=11,
         n_seconds=0.5,
@@ -67,6 +67,23 @@ def written(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
 def named(todo: list[Part], name: str) -> tuple[str, ...]:
     (part,) = [part for part in todo if part.name == name]
     return part.command
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"corrections": 0}, "corrections is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"tests": {"episodes": 9, "max_seconds": 0.0}}, "max_seconds is 0"),
+        ({"attempts": {"episodes": 3, "acting": {}, "max_seconds": -1.0}}, "attempt_seconds is -1"),
+        ({"simulator": {"env": "MetaWorld", "num_workers": None, "lanes": 0}}, "lanes is 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_the_first_part(
+    plan: Rounds, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        check(replace(plan, **wrong), ["recap"])
 
 
 def option(command: tuple[str, ...], name: str) -> str | None:

@@ -87,9 +87,10 @@ def test_half_a_chunk_is_executed_where_the_server_does_not_say_how_much():
     assert set(np.diff(asked_at)[:4]) == {5}
 
 
-def test_next_chunk_is_asked_for_in_time_where_a_whole_chunk_is_to_be_executed():
+@pytest.mark.parametrize("rate", [100, None])
+def test_next_chunk_is_asked_for_in_time_where_a_whole_chunk_is_to_be_executed(rate):
     server = CountingServer(seconds=0.025, length=16)
-    with driven(server, execution_horizon=16, rate=100) as robot:
+    with driven(server, execution_horizon=16, rate=rate) as robot:
         robot.run_to(120)
         summary = robot.controller.latencies.summary()
     dry = [not from_policy for _, from_policy in robot.got]

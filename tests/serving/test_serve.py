@@ -191,16 +191,6 @@ def test_client_gets_the_same_whoever_else_asks(policy):
         np.testing.assert_allclose(answer["actions"], alone["actions"], rtol=1e-4, atol=1e-5)
 
 
-def test_reset_begins_a_new_episode(policy):
-    async def ask(client):
-        first = await client.infer(OBSERVATION)
-        again = await client.infer({**OBSERVATION, "reset": True})
-        return first["subtask"], again["subtask"]
-
-    first, again = talk(policy, ask)
-    assert first == again
-
-
 def test_reset_holds_though_its_observation_is_refused(served):
     policy = Pi05Policy(served, replan_subtask_every=100, temperature=1.0)  # it hardly says the same twice
 

@@ -81,6 +81,9 @@ def test_dtype_of_the_rollout_is_that_of_the_server(run, tmp_path):
     moved = Path(shutil.copytree(run, tmp_path / "moved"))
     file = moved / "rollout" / "rollout.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "int8"}))
+    with pytest.raises(ValueError, match=r"in 8 bits that moved.int8.json says, which is not in .*copy it"):
+        acting_as_measured(moved, None, Acting(), None)
+    (tmp_path / "moved.int8.json").touch()
     assert acting_as_measured(moved, None, Acting(), None) == (
         Acting(robot="robot", hierarchical=True, **GIVEN),
         "int8",

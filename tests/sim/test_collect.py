@@ -184,6 +184,7 @@ def test_single_frames_have_captions_and_as_many_answers_as_questions(collected)
         ((0.2, 0.005, -0.04), "right, below"),
         ((0.0, -0.009, 0.0), "at the gripper"),
         ((0.2, 0.02, 0.0), None),  # neither at the same place nor ahead
+        ((0.2, 0.005), "right"),  # as seen from above
     ],
 )
 def test_a_place_is_told_where_a_centimetre_does_not_change_it(offset, said):
@@ -195,6 +196,22 @@ def test_a_caption_tells_places_that_are_clear():
     told = questions.caption({"gripper": border, "drawer": clear})
     assert told == "a robot arm over a table, a drawer at the top centre"
     assert questions.caption({"drawer": clear, "window": border}) is None
+    assert questions.caption({"drawer": (0.0, *clear[1:])}) is None
+    assert questions.caption({"gripper": clear}) is None
+
+
+def test_from_above_neither_heights_nor_fingers_are_asked_about(collected):
+    web = datasets.load_from_disk(collected / "web")
+    asked = [
+        (row["camera"], *pair)
+        for rows in web.values()
+        for row in rows
+        for pair in zip(row["question"], row["answer"], strict=True)
+    ]
+    assert {camera for camera, question, _ in asked if question == "is the gripper closed?"} == {"gripperPOV"}
+    places = [answer for camera, question, answer in asked if camera == "topview" and question.startswith("where is")]
+    assert places
+    assert not any("above" in answer or "below" in answer for answer in places)
 
 
 def test_nothing_is_asked_about_what_is_not_seen(collected):

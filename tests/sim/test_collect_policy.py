@@ -88,7 +88,9 @@ def test_recorded_actions_bring_the_states_that_are_recorded(attempts: Path, epi
     acted = frames(attempts)["intervention"][: first["length"]]
     with MetaWorldEnvironment(TASKS[0]) as env:
         env.reset(first["seed"])
-        for number, action in enumerate(frames(attempts)["action"][: int(np.argmax(acted))]):
+        until = int(np.argmax(acted)) if acted.any() else len(acted)
+        assert until
+        for number, action in enumerate(frames(attempts)["action"][:until]):
             np.testing.assert_allclose(env.state, state[number], atol=1e-6)
             env.step(action)
 

@@ -6,6 +6,9 @@ import json
 import multiprocessing
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +18,7 @@ import pytest
 from pi05_lightning.cli.rollout import replace_result, rollout
 from pi05_lightning.sim.rollout import Job
 from pi05_lightning.sim.trials import Clock, Trial, run_policy
-from pi05_lightning.sim.unfinished import Films, Unfinished
+from pi05_lightning.sim.unfinished import Results, Unfinished, key_of
 from tests.sim.walk import Stub, Walk, chunk
 
 OPTIONS = {"episodes": 3, "modes": ("flat",), "lanes": 1, "videos": 3, "max_seconds": 2.0, "num_workers": 1}
@@ -40,38 +43,37 @@ def test_killed_rollout_goes_on_with_the_episodes_that_were_not_over(untrained: 
         rollout(untrained, ["reach-v3"], out=tmp_path, **OPTIONS)
     killer.join()
     kept = json.loads((tmp_path / FIRST).read_text())
-    assert not kept["trials"][0]["success"]
-    kept["trials"][0]["success"] = True  # to see that it is read, and not run again
+    (trial,) = kept["trials"].values()
+    assert not trial["success"]
+    trial["success"] = True  # to see that it is read, and not run again
     (tmp_path / FIRST).write_text(json.dumps(kept))
-    found = rollout(untrained, ["reach-v3"], out=tmp_path, **OPTIONS)
+    found = rollout(untrained, ["reach-v3"], out=tmp_path, **OPTIONS | {"lanes": 2})  # as is advised for want of memory
     assert found["success"]["flat"] == {"reach-v3": [1, 3]}
     films = {f"flat-reach-v3-{2000000 + episode}" for episode in range(3)}
     names = {f"{film}.{ending}" for film in films for ending in ("mp4", "png")}
     assert {file.name for file in tmp_path.iterdir()} == {"rollout.json", *names}
 
 
-def interrupted(out: Path, seed: int, jobs: list[Job], *, keep: bool) -> dict[int, Films]:
-    """What had been kept of a rollout that keeps its first job, or none, and is interrupted."""
-    with Unfinished.within(out, {"seed": seed}) as unfinished:
-        found = unfinished.complete(jobs)
-        if keep:
-            unfinished.keep(0, jobs[0], {})
-        raise Interrupted(found)
+def what_is_kept(out: Path, what: dict[str, int], jobs: Sequence[Job] = ()) -> Results:
+    """Of a rollout that was interrupted before, and is now once more after these jobs."""
+    found = Results()
+    with suppress(KeyboardInterrupt), Unfinished.within(out, what) as unfinished:
+        for results, _, _ in unfinished.jobs():
+            found |= results
+        for job in jobs:
+            unfinished.keep([key_of(replace(trial, success=False)) for trial in job.trials], job, {})
+        raise KeyboardInterrupt
+    return found
 
 
-class Interrupted(KeyboardInterrupt):
-    """Says what had been kept."""
-
-
-@pytest.mark.parametrize(("seed", "kept"), [(0, {0: {}}), (1, {})])
-def test_only_what_was_kept_of_the_same_rollout_is_taken(seed: int, kept: dict[int, Films], tmp_path: Path) -> None:
-    with pytest.raises(Interrupted):
-        interrupted(tmp_path, 0, [Job((Trial("policy", "reach-v3", 1, success=True),))], keep=True)
-    job = Job((Trial("policy", "reach-v3", 1),))
-    with pytest.raises(Interrupted) as ended:
-        interrupted(tmp_path, seed, [job], keep=False)
-    assert ended.value.args == (kept,)
-    assert job.trials[0].success == bool(kept)
+@pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
+def test_only_what_was_kept_of_the_same_rollout_is_taken(seed: int, kept: bool, tmp_path: Path) -> None:
+    over = Job((Trial("policy", "reach-v3", 1, success=True),))
+    assert not what_is_kept(tmp_path, {"seed": 0}, [over])
+    found = what_is_kept(tmp_path, {"seed": seed})
+    assert [values["success"] for values in found.values()] == [True] * kept
+    assert (key_of(Trial("policy", "reach-v3", 1)) in found) == kept
+    assert key_of(Trial("policy", "reach-v3", 1, max_seconds=3.0)) not in found
 
 
 class SaysItAsNumPy(Walk):
@@ -85,11 +87,12 @@ def test_success_as_numpy_says_it_is_kept(tmp_path: Path) -> None:
     trial = Trial("policy", "walk", 0)
     run_policy(Stub(lambda seed: chunk(0.5)), [(SaysItAsNumPy(), trial)], Clock())
     assert trial.success
+    again = Trial("policy", "walk", 0)
     with Unfinished.within(tmp_path, {}) as unfinished:
-        unfinished.keep(0, Job((trial,)), {})
-        again = Job((Trial("policy", "walk", 0),))
-        assert unfinished.complete([again]) == {0: {}}
-    assert again.trials[0] == trial
+        unfinished.keep([key_of(again)], Job((trial,)), {})
+        ((kept, _, _),) = unfinished.jobs()
+    vars(again).update(kept[key_of(again)])
+    assert again == trial
 
 
 def test_films_that_were_moved_before_an_interruption_are_not_missed(tmp_path: Path) -> None:

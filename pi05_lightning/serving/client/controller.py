@@ -398,15 +398,15 @@ class Controller:
         self._note(answer, asked, now - asked.step)
 
     def _note(self, answer: Answer, asked: _Asked, delay: int) -> None:
-        """Remember how long an answer took: by the actions executed, or by the clock where there were none."""
+        """Remember how long an answer took: by the actions executed, or else by the clock, or the steps."""
         assert self._served is not None
         timing = answer.message.get("server_timing") or {}
         self.latencies.add(answer.seconds, timing.get("infer_ms"), delay)
         fps = self._served.fps or self.rate
         if asked.moving:
             self._delays.append(delay + math.ceil(asked.stood * self._actions_per_step()))
-        elif fps is not None:
-            self._delays.append(math.ceil(answer.seconds * fps))
+        else:  # where nobody knows the rate, an action lasts a step
+            self._delays.append(max(1, asked.stood) if fps is None else math.ceil(answer.seconds * fps))
         self.delay, self._seconds = delay, answer.seconds
         if asked.given and delay > asked.given:
             self.latencies.counts["late"] += 1

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from itertools import batched
+from itertools import batched, groupby
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         raise NoSuchEnvironment(f"policy: it acts {view.fps:g} times a second, and a dataset needs a whole number")
     tasks = tasks_to_run(config.env, config.tasks, robot)
     check_tasks(config.env, tasks)
-    jobs = list(_jobs(config, tasks))
+    trials = _trials(config, tasks)
     if (states := config.env.num_states) is not None:
         left = states - config.episodes - config.val_episodes
         logger.warning("a task has %d initial states: a rollout of at most %d episodes begins in others", states, left)
@@ -75,7 +75,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         of_a_policy=True,
     )
     del policy  # maybe gigabytes: every process loads its own
-    write_dataset(root, what, _blocks(Kept(root, config, policy_hash), what, worker, jobs, config))
+    write_dataset(root, what, _blocks(Kept(root, config, policy_hash), what, worker, trials, config))
     provenance = {
         "policy": str(config.policy),
         "sha256": policy_hash,
@@ -87,53 +87,52 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     write_json(root / PROVENANCE, provenance)
 
 
-def _jobs(config: CollectConfig, tasks: Sequence[str]) -> Iterator[Job]:
+def _trials(config: CollectConfig, tasks: Sequence[str]) -> list[Trial]:
     """The training episodes of every task, then the validation episodes."""
     episodes = config.episodes + config.val_episodes
-    split, lanes = EXPERIENCE, config.lanes
-    plan = Plan(
-        config.env, tasks, ("policy",), episodes, split, lanes=lanes, max_seconds=config.max_seconds, seed=config.seed
-    )
+    plan = Plan(config.env, tasks, ("policy",), episodes, EXPERIENCE, max_seconds=config.max_seconds, seed=config.seed)
     trials = [trial for job in plan.jobs() for trial in job.trials]
     for trial in trials:
         trial.keeps, trial.patience = True, config.corrections
-    for held_out in (False, True):
-        for task in tasks:
-            own = [t for t in trials if t.task == task and (t.number >= config.episodes) == held_out]
-            yield from map(Job, batched(own, lanes))
+    return sorted(trials, key=lambda trial: trial.number >= config.episodes)
 
 
 def _blocks(
-    kept: Kept, what: Recording, worker: Worker, jobs: Sequence[Job], config: CollectConfig
+    kept: Kept, what: Recording, worker: Worker, trials: Sequence[Trial], config: CollectConfig
 ) -> Iterator[tuple[str, list[Episode]]]:
-    """The episodes of every job, with their films; an attempt in which nothing was done is none."""
+    """The episodes, with their films, in blocks of a task; an attempt in which nothing was done is none."""
     refused: list[str] = []
-    number = 0  # of the films
+    begun, films = 0, 0  # of the trials
 
-    def recorded(done: int) -> Iterator[tuple[list[Episode], list[str]]]:
-        """Of the jobs from number `done` on: thin episodes, and why the policy did nothing in the others."""
-        with closing(run_in_processes(worker, jobs[done:], config.num_workers)) as results:
+    def part(trial: Trial) -> tuple[str, bool]:
+        return trial.task, trial.number >= config.episodes
+
+    def recorded(_: int) -> Iterator[tuple[list[Episode], list[str]]]:
+        """Of the trials from number `begun` on: thin episodes, and why the policy did nothing in the others."""
+        jobs = [Job(some) for _, own in groupby(trials[begun:], part) for some in batched(own, config.lanes)]
+        with closing(run_in_processes(worker, jobs, config.num_workers)) as results:
             for job in _in_order(results):
                 episodes = [episode_of(trial, what.cameras) for trial in job.trials if trial.steps]
                 if episodes:
-                    videos = {camera: video_path(kept.folder, camera, number) for camera in what.cameras}
+                    videos = {camera: video_path(kept.folder, camera, films) for camera in what.cameras}
                     episodes = filmed(episodes, videos, what.fps)
                 yield episodes, [f"{t.task} (seed {t.seed}): {t.reason}" for t in job.trials if not t.steps]
 
-    total = sum(len(job.trials) for job in jobs)
-    with tqdm(total=total, unit="episode") as bar:
-        for job, (episodes, reasons) in zip(jobs, kept.continued("attempts", recorded), strict=True):
+    with tqdm(total=len(trials), unit="episode") as bar:
+        for episodes, reasons in kept.continued("attempts", recorded):
+            split = "val" if part(trials[begun])[1] else "train"
+            begun += len(episodes) + len(reasons)
             refused += reasons
             if episodes:
-                yield "val" if job.trials[0].number >= config.episodes else "train", episodes
-                number += 1
-            bar.update(len(job.trials))
+                yield split, episodes
+                films += 1
+            bar.update(len(episodes) + len(reasons))
     if refused:
         said = f"the policy did nothing at {refused[0]}"
-        if len(refused) == total:
+        if len(refused) == len(trials):
             shutil.rmtree(kept.folder)  # once the cause is mended, all is to be tried again
             raise ValueError(said)
-        logger.warning("%d of %d attempts are left out: %s", len(refused), total, said)
+        logger.warning("%d of %d attempts are left out: %s", len(refused), len(trials), said)
 
 
 def _in_order(results: Iterable[tuple[int, Job]]) -> Iterator[Job]:

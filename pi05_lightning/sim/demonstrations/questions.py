@@ -1,6 +1,7 @@
 """Questions, answers and captions from the simulator's truth, of places where an image determines them.
 
-Where a centimetre or a few pixels would change a place, or one of what it is about is not seen, nothing is asked.
+Where a centimetre or a few pixels would change a place, or one of what it is about is not seen or cut off, nothing is
+asked.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ _CLOSED, _OPEN = 0.65, 0.75  # of the gripper's opening in [0, 1]; closed on not
 _BESIDE, _APART = 0.01, 0.03  # metres along an axis: two things are at the same place, or one is beyond the other
 _BORDER = 0.03  # of the image, beside the border of a ninth
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
+_FROM_ABOVE = "topview"  # sees no height, and no fingers, as the hand is above them
 
 
 def answers(
@@ -23,7 +25,7 @@ def answers(
 ) -> tuple[Answer, ...]:
     """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper.
 
-    boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them.
+    boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them that can tell.
     instruction: as it is told; its answer is the box of the thing that it is about.
     """
     target = env.target
@@ -40,36 +42,44 @@ def answers(
     ]
     camera, places = next(iter(boxes)), env.positions()
     for name in env.objects:
-        where = direction(places[name] - places["gripper"])
-        if {name, "gripper"} <= boxes[camera].keys() and where is not None:
+        where = direction((places[name] - places["gripper"])[: 2 if camera == _FROM_ABOVE else 3])
+        if {name, "gripper"} <= boxes[camera].keys() and where is not None and not is_cut_off(boxes[camera][name]):
             asked.append(Answer(f"where is the {name}?", where, camera))
     asked += [Answer(question, answer, camera) for question, answer in env.facts()]
-    if "gripper" in boxes[camera] and len(env.state) == 4 and not _CLOSED <= (opening := env.state[3]) <= _OPEN:
-        asked.append(Answer("is the gripper closed?", "yes" if opening < _CLOSED else "no", camera))
+    looking = next((name for name, seen in boxes.items() if name != _FROM_ABOVE and "gripper" in seen), None)
+    if looking and len(env.state) == 4 and not _CLOSED <= (opening := env.state[3]) <= _OPEN:
+        asked.append(Answer("is the gripper closed?", "yes" if opening < _CLOSED else "no", looking))
     return tuple(asked)
 
 
 def direction(offset: np.ndarray) -> str | None:
     """An offset from the gripper in metres (x right, y away from the robot, z up) in words: `left, ahead, below`.
 
+    offset: f64[3], or f64[2] where the height is not seen.
     None where an axis is between the two: neither at the same place nor apart.
     """
     if any(_BESIDE < abs(value) < _APART for value in offset):
         return None
     words = (("right", "left"), ("ahead", "behind"), ("above", "below"))
-    parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=True) if abs(value) >= _APART]
+    parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=False) if abs(value) >= _APART]
     return ", ".join(parts) or "at the gripper"
 
 
 def caption(boxes: Mapping[str, Box]) -> str | None:
     """What an image shows and where: `a robot arm, a drawer at the top left, a drawer handle in the middle`.
 
-    None where the place of one of them is not clear.
+    None where it shows none of them, the place of one is not clear, or one is cut off: what it is does not show then.
     """
-    places = {name: image_place(box) for name, box in boxes.items() if name != "gripper"}
-    if None in places.values():
+    things = {name: box for name, box in boxes.items() if name != "gripper"}
+    places = {name: image_place(box) for name, box in things.items()}
+    if not things or None in places.values() or any(map(is_cut_off, things.values())):
         return None
     return ", ".join(["a robot arm over a table", *(f"a {name} {place}" for name, place in places.items())])
+
+
+def is_cut_off(box: Box) -> bool:
+    """Whether a box reaches the border of the image."""
+    return min(box[:2]) <= 0 or max(box[2:]) >= 1
 
 
 def image_place(box: Box) -> str | None:
