@@ -26,7 +26,10 @@ _FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
 
 
 def record_scenes(piece: Piece) -> list[dict[str, Any]]:
-    """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns."""
+    """Rows of image (PNG bytes), camera, task, caption, question and answer (lists); the cameras take turns.
+
+    Images of which there is nothing to say are left out.
+    """
     config, rows = piece.config, []
     with closing(config.expert_env.open(piece.task, config.view)) as env:
         for seed in split_seeds(piece.split, piece.count, config.seed, start=_FIRST_SCENE + piece.first):
@@ -34,7 +37,8 @@ def record_scenes(piece: Piece) -> list[dict[str, Any]]:
             begin(env, seed, config.continued_share)
             for number in range(FRAMES_PER_SCENE):
                 env.place_hand(rng.uniform(*env.workspace), effort=rng.choice([-1.0, 1.0]))
-                rows.append(_row(env, env.cameras[number % len(env.cameras)]))
+                row = _row(env, env.cameras[number % len(env.cameras)])
+                rows += [row] if row["caption"] or row["question"] else []
     return rows
 
 
