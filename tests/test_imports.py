@@ -42,7 +42,7 @@ LAYERS = (
         "data.outcomes",
         "data.workers",
     ),
-    ("data.looks", "data.places", "data.robot", "data.frames", "data.lerobot_files"),
+    ("data.looks", "data.places", "data.robot", "data.units", "data.frames", "data.lerobot_files"),
     ("data.boxes", "data.labels", "data.attempts"),
     ("data.observation",),
     ("data.frame_cache",),

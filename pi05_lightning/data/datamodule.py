@@ -27,6 +27,7 @@ from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.samples import BadSampleCount, Observations, Observed, Samples, TrainLoader
 from pi05_lightning.data.sources.base import Source, SourceConfig
+from pi05_lightning.data.sources.same_robot import check_same_robot
 from pi05_lightning.data.split import Split
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.data.workers import leave_signals_to_the_run
@@ -185,6 +186,7 @@ class Pi05DataModule(LightningDataModule):
                     f"data.sources.{name}: same_robot_as {other!r} names no source with a robot of its own; there are"
                     f" {', '.join(robots) or 'none'}"
                 )
+            check_same_robot(source, self.sources("train")[other], robots[other])
             source.check(robots[other])
             if (own := source.robot()) is not None:
                 robots[other] = robots[other].with_data_of(own)

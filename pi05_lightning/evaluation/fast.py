@@ -11,6 +11,7 @@ import numpy as np
 from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.sources.same_robot import check_same_robot
 from pi05_lightning.data.split import Split
 
 
@@ -56,7 +57,10 @@ def read_chunks(
     if of_robot is None:
         robot = train.checked_robot()
     else:
-        robot = of_name(of_robot, Path(of_robot.path).name, split="train").checked_robot()
+        other = of_name(of_robot, Path(of_robot.path).name, split="train")
+        robot = other.checked_robot()
+        if robot is not None:
+            check_same_robot(train, other, robot)
         train.check(robot)
     val.check(robot)
     if robot is None or not robot.acts:

@@ -26,6 +26,7 @@ from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Stage
 from pi05_lightning.types import Frame, Modality, Subset, Target
+from tests.data.recorded import data_file, edit_info, rewrite
 
 CONFIG = ModelConfig.preset("debug")
 FRAME = Frame(task="open the drawer", state=np.zeros(2, np.float32))
@@ -190,6 +191,36 @@ def test_source_of_another_rate_is_not_of_the_robot(pictures: Path, tmp_path: Pa
     sources = {"robot": LeRobotConfig(str(pictures)), "slow": LeRobotConfig(str(slow), same_robot_as="robot")}
     with pytest.raises(ValueError, match=r"same_robot_as 'robot' has \d+ frames per second"):
         _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [(["x", "z", "y"], True), ({"arm": ["x", "y", "z"]}, False), (["state_0", "state_1", "state_2"], False)],
+)
+def test_source_whose_dims_have_other_names_is_not_of_the_robot(
+    pictures: Path, pictures_copy: Path, names: list | dict, is_refused: bool
+) -> None:
+    features = read_json(pictures_copy / "meta" / "info.json")["features"]
+    features["observation.state"]["names"] = names
+    edit_info(pictures_copy, features=features)
+    sources = {"robot": LeRobotConfig(str(pictures)), "more": LeRobotConfig(str(pictures_copy), same_robot_as="robot")}
+    said = "dataset 'more': dim 1 of its state is 'z', and 'y' in same_robot_as 'robot': name the state_keys"
+    with pytest.raises(ValueError, match=said) if is_refused else nullcontext():
+        _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
+
+
+def test_source_in_other_units_than_the_robot_is_warned_of_once(
+    pictures: Path, pictures_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = np.array(pq.read_table(data_file(pictures_copy))["observation.state"].to_pylist(), np.float32)
+    rewrite(data_file(pictures_copy), **{"observation.state": (states * [1, 1, 57.3]).astype(np.float32).tolist()})
+    sources = {"robot": LeRobotConfig(str(pictures)), "more": LeRobotConfig(str(pictures_copy), same_robot_as="robot")}
+    data = Pi05DataModule(sources, shapes=CONFIG.shapes)
+    _ = data.processor, data.sources("val")
+    told = [record.getMessage() for record in caplog.records if "same_robot_as 'robot'" in record.getMessage()]
+    assert len(told) == 1
+    assert "dataset 'more'" in told[0]
+    assert "statistics they are normalised: state[2] like degrees where radians are expected. Convert" in told[0]
 
 
 def test_stage_with_and_without_labels_is_refused(data: Pi05DataModule) -> None:

@@ -153,7 +153,7 @@ class LeRobotSource(Source):
             raise ValueError(f"tolerance_s must be between 0 and half a frame, {most:.4f} s at {self.files.fps:g} fps")
         state, action = features.widths(config.state_keys), features.widths(config.action_keys)
         relative = config.relative_dims, config.relative_state_dims
-        relative_dims = relative_actions(*relative, sum(state.values()), sum(action.values()), features.where)
+        self.relative = relative_actions(*relative, sum(state.values()), sum(action.values()), features.where)
         wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range)
         taught = sentences_of_episodes(self.files, config.subtask_key)
         if of_a_policy(self.files):  # its own words: an episode with new ones may be held out all the same
@@ -162,7 +162,7 @@ class LeRobotSource(Source):
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = Kept(self.columns, self.rejects)
-        self._chunks = Chunks(self.columns, self._chunk_ends(), horizon, steps, relative_dims)
+        self._chunks = Chunks(self.columns, self._chunk_ends(), horizon, steps, self.relative)
         self._horizon = steps if steps < horizon else None
         self._robot: Robot | None = None
         self._advantage, self._returns = self._read_labels()
@@ -274,32 +274,9 @@ class LeRobotSource(Source):
         self._robot, before = robot, len(self._rows)
         if robot is None:
             return False
-        self._check_same(robot)
         reject_outliers(self._kept, self._chunks, robot, self.config.state_keys, self.config.action_keys)
         self._rows = self._kept.rows
         return len(self._rows) < before
-
-    def _check_same(self, robot: Robot) -> None:
-        """ValueError where this is said to be of a robot of which it cannot be."""
-        if self.same_robot_as is None:
-            return
-        dims = self.columns.state.shape[1], self.columns.action.shape[1]
-        own = {"state dims": dims[0], "action dims": dims[1], "frames per second": self.files.fps}
-        theirs = {"state dims": robot.state_dim, "action dims": robot.action_dim, "frames per second": robot.fps}
-        for what, number in own.items():
-            if number != theirs[what]:
-                raise ValueError(
-                    f"dataset {self.name!r}: same_robot_as {self.same_robot_as!r} has {theirs[what]:g} {what}, and"
-                    f" {self.config.path} {number:g}: leave same_robot_as out, or name a dataset like it"
-                )
-        told = {"relative_dims": (self._chunks.relative, robot.relative)}
-        told |= {name: (getattr(self.config, name), getattr(robot, name)) for name in ("embodiment", "control_mode")}
-        for name, (mine, theirs_is) in told.items():
-            if mine and mine != theirs_is:
-                raise ValueError(
-                    f"dataset {self.name!r}: its {name} are not those of same_robot_as {self.same_robot_as!r}, which"
-                    " would be taken: leave one of the two out"
-                )
 
     def robot(self) -> Robot | None:
         """Statistics of what is trained on, rate, tasks and names; None without state and actions.
@@ -318,7 +295,7 @@ class LeRobotSource(Source):
             dataset=self.config.path,
             state_keys=tuple(self.config.state_keys),
             action_keys=tuple(self.config.action_keys),
-            relative=self._chunks.relative,
+            relative=self.relative,
             embodiment=self.config.embodiment,
             control_mode=self.config.control_mode,
             has_subtasks=len(self.indices(Modality.HL_SUBTASK)) > 0,
