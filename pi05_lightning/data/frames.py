@@ -112,7 +112,9 @@ class VideoDecoder:
 
     def read(self, timestamp: float, tolerance: float) -> np.ndarray:
         """The frame shown at `timestamp`, u8[3 h w]; raises BadImage when none is within `tolerance` seconds."""
-        if not -min(tolerance, self._period / 2) <= timestamp - self._next <= tolerance:
+        is_next = -min(tolerance, self._period / 2) <= timestamp - self._next <= tolerance
+        self._next = math.nan  # until one is found
+        if not is_next:
             self._seek_decodable(timestamp, timestamp + tolerance)
         seen: list[float] = []
         for frame in self._frames:
@@ -123,7 +125,6 @@ class VideoDecoder:
                 frame = self._nearest(frame, timestamp, tolerance)
                 self._next = self._seconds(frame) + self._period
                 return self._pixels(frame)
-        self._next = math.nan
         at = min(seen, key=lambda seconds: abs(seconds - timestamp), default=None)
         nearest = "nothing after it" if at is None else f"the nearest frame is at {at:.4f} s; is fps right?"
         raise BadImage(f"{self.path} has no frame at {timestamp:.4f} s ± {tolerance:g}, tolerance_s ({nearest})")
