@@ -49,7 +49,7 @@ def fill(caches: Sequence[CachedFrames], label: str) -> None:
     Raises OSError when the disk has no room for it.
     """
     with ExitStack() as locks:
-        for cache in caches:
+        for cache in sorted(caches, key=lambda cache: cache.folder):  # whoever locks several does so in one order
             cache.folder.mkdir(parents=True, exist_ok=True)
             locks.enter_context(FileLock(cache.folder / ".lock"))
             for leftover in cache.folder.glob("*.tmp"):
@@ -145,8 +145,9 @@ class CachedFrames:
         if stop.is_set() or self._is_cached(file):  # by another machine, since it was looked for
             return
         self._place = None
+        current = self._frames_path(file), self._index_path(file)  # another machine may just have written them
         for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
-            if stale.suffix != ".tmp":
+            if stale.suffix != ".tmp" and stale not in current:
                 stale.unlink(missing_ok=True)
         positions: list[float] = []
         sizes: list[tuple[int, ...]] = []
