@@ -32,6 +32,7 @@ LAYERS = (
         "data.clock",
         "data.columns",
         "data.errors",
+        "data.open_files",
         "data.images",
         "data.tokenizer",
         "data.fast",

@@ -21,8 +21,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pi05_lightning.data.errors import BadImage
-from pi05_lightning.data.frames import FrameStore, OpenFiles
+from pi05_lightning.data.frames import FrameStore
 from pi05_lightning.data.images import resize_with_pad
+from pi05_lightning.data.open_files import OpenFiles, check_open_files
 from pi05_lightning.files.cores import available_cores
 
 _VERSION = 3  # part of every fingerprint: raise it when the same file would give other bytes
@@ -127,7 +128,12 @@ class CachedFrames:
         return [i for i, path in enumerate(self.origin.files) if path.exists()]
 
     def _map(self, file: int) -> np.ndarray:
-        return np.memmap(self._frames_path(file), dtype=np.uint8, mode="r").reshape(-1, 3, *self.size)
+        path = self._frames_path(file)
+        try:
+            return np.memmap(path, dtype=np.uint8, mode="r").reshape(-1, 3, *self.size)
+        except OSError as error:
+            check_open_files(error, path)
+            raise
 
     def _stem(self, file: int) -> str:
         return "-".join(self.origin.files[file].with_suffix("").parts[-2:])

@@ -6,13 +6,10 @@ a video, the row number in a parquet file. Files are opened on first use and kep
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import math
-import os
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -28,27 +25,7 @@ from av.video.reformatter import VideoReformatter
 from pi05_lightning.data.columns import is_text
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.images import read_image
-
-
-class OpenFiles[K, T]:
-    """At most `capacity` opened things by key, the least recently used closed first; a forked process starts anew."""
-
-    def __init__(self, opener: Callable[[K], T], capacity: int, close: Callable[[T], object] = lambda opened: None):
-        self._opener, self._capacity, self._close = opener, capacity, close
-        self._open: OrderedDict[K, T] = OrderedDict()
-        self._inherited: OrderedDict[K, T] = OrderedDict()
-        self._pid = os.getpid()
-
-    def __getitem__(self, key: K) -> T:
-        if self._pid != os.getpid():  # file positions are shared across a fork; what was inherited is kept, not freed
-            self._inherited, self._open, self._pid = self._open, OrderedDict(), os.getpid()
-        if key in self._open:
-            self._open.move_to_end(key)
-        else:
-            self._open[key] = self._opener(key)
-            if len(self._open) > self._capacity:
-                self._close(self._open.popitem(last=False)[1])
-        return self._open[key]
+from pi05_lightning.data.open_files import OpenFiles, allow_open_files, check_open_files
 
 
 class VideoDecoder:
@@ -65,8 +42,7 @@ class VideoDecoder:
         try:
             self._container = av.open(str(path))
         except (av.FFmpegError, OSError) as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # the video is as good as any
-                raise OSError(f"{path}: too many files are open: raise `ulimit -n`, or use fewer workers") from error
+            check_open_files(error, path)
             raise BadImage(f"{path} cannot be opened as a video ({error})") from error
         if not self._container.streams.video or self._container.streams.video[0].time_base is None:
             raise BadImage(f"{path} has no video stream")
@@ -235,6 +211,7 @@ class FrameStore(ABC):
     def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float, convert: bool):
         self.files, self.file, self.position = files, file, position
         self.tolerance, self.convert = tolerance, convert
+        allow_open_files()
 
     @abstractmethod
     def read(self, row: int) -> np.ndarray:
@@ -331,6 +308,7 @@ class ParquetFrames(FrameStore):
             start = int(ends[group - 1]) if group else 0
             value = self._groups[file, group][position - start]
         except (pa.ArrowException, OSError) as error:
+            check_open_files(error, self.files[file])
             raise BadImage(f"{self.files[file]} is damaged ({error})") from error
         return self._image(value, file)
 
@@ -348,6 +326,7 @@ class ParquetFrames(FrameStore):
                         yield position, error
                     position += 1
         except (pa.ArrowException, OSError) as error:
+            check_open_files(error, self.files[file])
             yield position, BadImage(f"{self.files[file]} is damaged ({error})")
 
     def version(self, file: int) -> str:

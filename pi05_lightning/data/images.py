@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from pi05_lightning.data.errors import BadImage
+from pi05_lightning.data.open_files import check_open_files
 from pi05_lightning.types import Letterbox
 
 # What Pillow's decoders raise on damaged files, besides OSError.
@@ -80,6 +81,7 @@ def read_image(source: Path | bytes, convert: bool = False) -> np.ndarray:
     except BadImage:
         raise
     except _DECODE_ERRORS as error:
+        check_open_files(error, "an image" if isinstance(source, bytes) else source)
         what = f"an image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise BadImage(f"{what} cannot be read ({reason})") from error

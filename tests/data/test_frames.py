@@ -7,17 +7,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from tqdm import tqdm
 
-from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data import frame_cache
+from pi05_lightning.data.errors import BadImage, BadSample
 from pi05_lightning.data.frames import VideoDecoder, VideoFrames
-from pi05_lightning.data.images import resize_image
+from pi05_lightning.data.images import read_image, resize_image
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.types import Shapes
+
+from .test_bad_data import replace_image
 
 NATIVE = 64  # of frames of 48 × 64: cached at this size they are only padded
 SIZE = 32
@@ -81,10 +88,13 @@ def test_frames_of_chosen_episodes_are_the_same_from_the_cache(videos_copy: Path
 
 
 def test_images_that_are_converted_have_a_cache_of_their_own(pictures_copy: Path) -> None:
-    plain, converted = (open_source(pictures_copy, image_cache=True, convert_images=c) for c in (False, True))
-    plain.prepare()
+    replace_image(pictures_copy, 5, Image.new("L", (64, 48), 100))
+    options = {"image_cache": True, "on_bad_sample": "skip"}
+    converted, plain = (open_source(pictures_copy, convert_images=convert, **options) for convert in (True, False))
     converted.prepare()
-    np.testing.assert_array_equal(plain[0].images["top"], converted[0].images["top"])
+    plain.prepare()
+    assert (len(converted), len(plain)) == (54, 53)
+    assert converted[5].images["top"].max() == 100
 
 
 def test_a_cache_is_written_once(videos_copy: Path) -> None:
@@ -128,6 +138,34 @@ def test_what_another_machine_writes_to_a_shared_cache_stays(videos_copy: Path) 
     open_source(videos_copy, image_cache=True).prepare()
     assert pixels.exists()
     assert others.read_bytes() == b"half"
+
+
+def test_what_another_machine_has_just_cached_is_not_removed(
+    videos_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_source(videos_copy, image_cache=True).prepare()
+    before = cached_files(videos_copy)
+    cache = open_source(videos_copy, image_cache=True)._images.caches["top"]
+    monkeypatch.setattr(cache, "_is_cached", lambda file: False)  # as it was a moment before
+    stop = threading.Event()
+
+    def scan(file: int) -> Iterator[tuple[float, np.ndarray]]:
+        stop.set()
+        yield from VideoFrames.scan(cache.origin, file)
+
+    monkeypatch.setattr(cache.origin, "scan", scan)
+    cache.decode(0, tqdm(disable=True), stop)
+    assert before.items() <= cached_files(videos_copy).items()
+
+
+def test_caches_are_locked_in_one_order(videos_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[str] = []
+    monkeypatch.setattr(frame_cache, "FileLock", lambda path: locked.append(str(path)) or nullcontext())
+    caches = list(open_source(videos_copy, image_cache=True)._images.caches.values())
+    for order in (caches, caches[::-1]):
+        frame_cache.fill(order, "robot")
+    assert len(caches) == 2
+    assert locked == sorted(locked[:2]) * 2
 
 
 def test_sizes_are_cached_side_by_side(videos_copy: Path) -> None:
@@ -219,6 +257,15 @@ def test_caching_a_truncated_video_is_an_error_with_the_address(videos_copy: Pat
         open_source(videos_copy, image_cache=True).prepare()
 
 
+def test_a_good_frame_is_read_after_one_that_does_not_decode(videos_copy: Path) -> None:
+    cut(video(videos_copy), 0.7)
+    decoder = VideoDecoder(video(videos_copy))
+    decoder.read(0.0, 1e-3)
+    with pytest.raises(BadImage):
+        decoder.read(5.2, 1e-3)
+    assert decoder.read(0.1, 1e-3).shape == (3, 48, 64)
+
+
 def test_skipping_keeps_the_frames_that_a_truncated_video_still_has(videos_copy: Path) -> None:
     whole = open_source(videos_copy, NATIVE)
     expected = [resize_image(whole[index].images["top"], (NATIVE, NATIVE)) for index in range(len(whole))]
@@ -250,20 +297,62 @@ def test_few_files_are_open_however_many_videos_are_read(videos_copy: Path) -> N
         gc.enable()
 
 
-def test_too_many_open_files_are_no_bad_sample(videos_copy: Path) -> None:
-    path, (soft, hard) = video(videos_copy), resource.getrlimit(resource.RLIMIT_NOFILE)
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """No file can be opened any more, as where too many are open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = [os.open(os.devnull, os.O_RDONLY)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 1, hard))
     try:
         with suppress(OSError):
             while True:
                 opened.append(os.dup(opened[0]))
-        with pytest.raises(OSError, match="too many files are open: raise `ulimit -n`"):
-            VideoDecoder(path)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in opened:
             os.close(descriptor)
+
+
+TOO_MANY = "too many files are open: raise `ulimit -n`"
+
+
+def test_too_many_open_files_are_no_bad_sample(videos_copy: Path) -> None:
+    path = video(videos_copy)
+    with no_more_files(), pytest.raises(OSError, match=TOO_MANY):
+        VideoDecoder(path)
+
+
+def test_too_many_open_files_are_no_damaged_image(pictures_copy: Path) -> None:
+    Image.new("RGB", (4, 4)).save(pictures_copy / "image.png")
+    read_image(pictures_copy / "image.png")
+    source = open_source(pictures_copy, on_bad_sample="skip")
+    with no_more_files():
+        for read in (lambda: read_image(pictures_copy / "image.png"), lambda: source[0]):
+            with pytest.raises(OSError, match=TOO_MANY):
+                read()
+    assert source[0].images["top"].shape == (3, 48, 64)
+
+
+def test_too_many_open_files_are_no_damaged_file_to_the_cache(pictures_copy: Path) -> None:
+    source = open_source(pictures_copy, on_bad_sample="skip", image_cache=True)
+    store = source._images.caches["top"].origin
+    with no_more_files(), pytest.raises(OSError, match=TOO_MANY):
+        next(store.scan(0))
+    source.prepare()
+    with no_more_files(), pytest.raises(OSError, match=TOO_MANY):
+        source._images.caches["top"]._map(0)
+    assert len(source) == 54
+
+
+def test_as_many_files_may_be_open_as_the_system_allows(pictures: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        open_source(pictures)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("content", [b"", b"no video at all"])

@@ -16,6 +16,7 @@ from pi05_lightning.data.columns import is_text, real_numbers, vectors, whole_nu
 from pi05_lightning.data.errors import BadFrame, Rejects
 from pi05_lightning.data.frames import holds_images
 from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence
+from pi05_lightning.data.open_files import check_open_files
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
@@ -214,6 +215,7 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
         language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, *subtask_keys)]
         persistent, events = read_language(path, language, begins) if language else ({}, {})
     except (pa.ArrowException, OSError) as error:
+        check_open_files(error, path)
         raise BadFrame(f"{path} is damaged ({error})") from error
     return _File(path, table, episode, frame, timestamp, begins, subtask_keys, persistent, events)
 

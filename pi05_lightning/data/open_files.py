@@ -1,0 +1,46 @@
+"""Files that are kept open, and what becomes of those of which there are too many."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+
+def allow_open_files() -> None:
+    """Let this process, and those that it starts, have as many files open as the system lets it."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS takes no infinity
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def check_open_files(error: Exception, path: Path | str) -> None:
+    """OSError where a file could not be read since too many are open: it is as good as any."""
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        told = "too many files are open: raise `ulimit -n`, or use fewer workers"
+        raise OSError(errno.EMFILE, told, str(path)) from error
+
+
+class OpenFiles[K, T]:
+    """At most `capacity` opened things by key, the least recently used closed first; a forked process starts anew."""
+
+    def __init__(self, opener: Callable[[K], T], capacity: int, close: Callable[[T], object] = lambda opened: None):
+        self._opener, self._capacity, self._close = opener, capacity, close
+        self._open: OrderedDict[K, T] = OrderedDict()
+        self._inherited: OrderedDict[K, T] = OrderedDict()
+        self._pid = os.getpid()
+
+    def __getitem__(self, key: K) -> T:
+        if self._pid != os.getpid():  # file positions are shared across a fork; what was inherited is kept, not freed
+            self._inherited, self._open, self._pid = self._open, OrderedDict(), os.getpid()
+        if key in self._open:
+            self._open.move_to_end(key)
+        else:
+            self._open[key] = self._opener(key)
+            if len(self._open) > self._capacity:
+                self._close(self._open.popitem(last=False)[1])
+        return self._open[key]
