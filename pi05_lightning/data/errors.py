@@ -29,9 +29,14 @@ class Rejects:
         self.dataset, self.policy = dataset, policy
         self.frames = 0
 
-    def add(self, where: str, problem: str, remedy: str, frames: int) -> None:
-        """Record that `frames` frames are bad, the first at `where`; raises BadSample unless they are skipped."""
+    def add(self, where: str, problem: str, remedy: str, frames: int, can_skip: bool = True) -> None:
+        """Record that `frames` frames are bad, the first at `where`; raises BadSample unless they are skipped.
+
+        can_skip: whether leaving them out mends it.
+        """
         message = f"dataset {self.dataset!r}, {where}: {problem}"
+        if not can_skip:
+            raise BadSample(f"{message}. {remedy}; on_bad_sample: skip does not mend it")
         if self.policy == "error":
             raise BadSample(f"{message}. {remedy}, or leave such data out with on_bad_sample: skip")
         self.frames += frames

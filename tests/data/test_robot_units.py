@@ -15,7 +15,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotSource
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.types import Modality, Shapes, Subset
 
-from .test_lerobot_source import HORIZON, data_file, open_source, rewrite
+from .test_lerobot_source import HORIZON, LENGTHS, data_file, open_source, rewrite
 
 TOKENIZER = TextTokenizer.load("tiny")
 SHAPES = Shapes(32, HORIZON, 4, TOKENIZER.vocab_size, 32, 0)
@@ -171,6 +171,35 @@ def test_the_frame_at_which_a_dimension_without_range_does_change_is_named(tmp_p
         open_source(tmp_path / "rare").robot()
     normal = open_source(tmp_path / "rare", min_range=1).robot().normalize.state
     assert abs(normal.normalize(np.array([0, 1.0]))[1]) <= 2
+
+
+def test_a_dimension_that_rarely_changes_is_an_error_also_where_bad_samples_are_skipped(tmp_path: Path) -> None:
+    """Else all chunks in which the gripper closes were left out."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    features = {key: {"dtype": "float32", "shape": (2,), "names": None} for key in ("observation.state", "action")}
+    dataset = LeRobotDataset.create("pi05/rare", 10, features, root=tmp_path / "rare", use_videos=False)
+    for frame in range(150):
+        state, action = np.array([frame, frame], np.float32), np.array([frame, float(frame == 40)], np.float32)
+        dataset.add_frame({"observation.state": state, "action": action, "task": "wait"})
+    dataset.save_episode()
+    dataset.finalize()
+    rare = r"episode 0, frame 40, action: dimensions \[1\] have no range.*a `min_range` of 1 .*skip does not mend it"
+    with pytest.raises(BadSample, match=rare):
+        open_source(tmp_path / "rare", on_bad_sample="skip").checked_robot()
+    source = open_source(tmp_path / "rare", on_bad_sample="skip", min_range=1)
+    source.checked_robot()
+    assert len(source) == 150
+
+
+def test_a_dimension_that_never_changes_is_said_where_bad_samples_are_skipped(
+    videos_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    constant_gripper(videos_copy)
+    source = open_source(videos_copy, **GRIPPER, on_bad_sample="skip")
+    assert source.checked_robot() is not None
+    assert len(source) == sum(LENGTHS)
+    assert "dimensions [3] have no range" in caplog.text
 
 
 def test_min_range_gives_it_one(videos_copy: Path) -> None:

@@ -336,12 +336,12 @@ class LeRobotSource(Source):
     def _normalize(self) -> Normalize:
         """Quantiles of state and action as trained."""
         config = self.config
-        state, action = (found.quantiles for found in self.statistics())
+        state, action = self.statistics()
         if config.min_range is not None:
-            return Normalize(state.widened(config.min_range), action.widened(config.min_range))
+            return Normalize(*(found.quantiles.widened(config.min_range) for found in (state, action)))
         reject_zero_range(self._kept, self._rows, config.state_keys, self.columns.state, state)
         reject_zero_range(self._kept, self._rows, config.action_keys, self.columns.action, action)
-        return Normalize(state, action)
+        return Normalize(state.quantiles, action.quantiles)
 
     def _read_labels(self) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Whether each row's advantage is positive, bool[N], and its return, f32[N], as far as there are labels."""

@@ -10,7 +10,7 @@ from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
 from pi05_lightning.data.sources.language import TextColumn
 from pi05_lightning.data.sources.lerobot_chunks import Chunks, beyond
 from pi05_lightning.data.sources.lerobot_columns import Columns
-from pi05_lightning.data.transforms import Quantiles
+from pi05_lightning.data.statistics import FeatureStats
 from pi05_lightning.types import Frame
 
 
@@ -76,23 +76,31 @@ def reject_outliers(kept: Kept, chunks: Chunks, robot: Robot, state_keys: list[s
             kept.reject(bad, " + ".join(keys), outlier(frame) or "", OUTLIER_REMEDY, row)
 
 
-def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.ndarray, quantiles: Quantiles) -> None:
-    """Dims of f32[N D] that do not vary over some rows; no row is left out for it."""
+def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.ndarray, found: FeatureStats) -> None:
+    """Dims of f32[N D] that do not vary over some rows; no row is left out for it.
+
+    Raises BadSample, whatever is to be skipped, where one does vary but rarely: all chunks with its rare values would
+    be left out, and what they do would never be learned.
+    """
+    quantiles = found.quantiles
     dims = np.flatnonzero(quantiles.q01 == quantiles.q99)
     if len(dims):
         some = values[rows][:, dims]
         odd = rows[(some != quantiles.q01[dims]).any(axis=1)]
         row = int(odd[0]) if len(odd) else int(rows[0])
         remedy = "Set `min_range`, 0.01 say, to give them one, or take other features"
-        low, high = some.min(axis=0), some.max(axis=0)
-        if (high > low).any() and ((low <= quantiles.q01[dims]) & (quantiles.q01[dims] <= high)).all():
+        low, high = found.min[dims].astype(np.float32), found.max[dims].astype(np.float32)
+        rare = bool((high > low).any())
+        if rare:
             remedy = (
                 f"They reach {low.tolist()} to {high.tolist()}, which is rare: a `min_range` of"
-                f" {(high - low).max():g} takes that for the range of all dims that have less. Or take other features"
+                f" {(high - low).max():g} takes that for the range of all dims that have less. Or correct the"
+                " data, or take other features"
             )
         kept.rejects.add(
             f"{kept.columns.address(row)}, {' + '.join(keys)}",
             f"dimensions {dims.tolist()} have no range: both quantiles are {quantiles.q01[dims].tolist()}",
             remedy,
             0,
+            can_skip=not rare,
         )
