@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Samples
 from pi05_lightning.data.sources.base import Source
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
+from pi05_lightning.data.transforms import Quantiles
 from pi05_lightning.types import Modality, Shapes, Subset
 
 from .recorded import edit_info
@@ -125,6 +129,28 @@ def replace_image(root: Path, row: int, image: Image.Image | bytes | None, suffi
     values[row] = {"bytes": image, "path": None}
     at = table.column_names.index(TOP)
     pq.write_table(table.set_column(at, TOP, pa.array(values, table.schema.field(TOP).type)), data_file(root))
+
+
+@pytest.mark.parametrize("val_fraction", [0, 0.4])
+def test_a_cache_of_which_no_image_decodes_leaves_no_frame_of_the_training_split(
+    pictures_copy: Path, val_fraction: float
+) -> None:
+    table = pq.read_table(data_file(pictures_copy))
+    damaged = pa.array([{"bytes": b"no image", "path": None}] * len(table), table.schema.field(TOP).type)
+    pq.write_table(table.set_column(table.column_names.index(TOP), TOP, damaged), data_file(pictures_copy))
+    options = {"val_fraction": val_fraction, "image_cache": True, "on_bad_sample": "skip"}
+    data = Pi05DataModule({"robot": LeRobotConfig(str(pictures_copy), **options)}, shapes=SHAPES)
+    with pytest.raises(ValueError, match="dataset 'robot': no usable frame is left in the train split"):
+        data.prepare_data()
+
+
+def test_statistics_that_explain_no_frame_leave_none(pictures: Path) -> None:
+    source = open_source(pictures, on_bad_sample="skip")
+    robot = source.robot()
+    assert robot is not None
+    narrow = Quantiles(np.full(3, -1e-9), np.full(3, 1e-9))
+    with pytest.raises(ValueError, match="no usable frame is left in the train split"):
+        source.check(replace(robot, normalize=replace(robot.normalize, state=narrow)))
 
 
 GREY16 = Image.fromarray(np.full((48, 64), 50_000, np.uint16))

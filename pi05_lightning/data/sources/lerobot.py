@@ -178,9 +178,9 @@ class LeRobotSource(Source):
             self._images.reject_undecoded()
         self._rows = self._kept.rows
         if len(episodes) and not len(self._rows):
-            where = f"the {split} split of {config.path}"
             if config.frames == "all":
-                raise ValueError(f"dataset {name!r}: no usable frame is left in {where}")
+                raise self._nothing_left()
+            where = f"the {split} split of {config.path}"
             said = f"dataset {name!r}: {where} has no frame of `frames: {config.frames}`"
             if split == "train":
                 raise ValueError(
@@ -267,7 +267,7 @@ class LeRobotSource(Source):
     def prepare(self) -> None:
         """Decode all frames into the cache, if one is wanted; raises BadSample for frames that do not decode."""
         self._images.fill(f"{self.name} ({self.split})")
-        self._rows = self._kept.rows
+        self._leave_out()
 
     def check(self, robot: Robot | None) -> bool:
         """Leave out the frames that this robot's statistics do not explain; BadSample unless they are to be skipped."""
@@ -275,8 +275,18 @@ class LeRobotSource(Source):
         if robot is None:
             return False
         reject_outliers(self._kept, self._chunks, robot, self.config.state_keys, self.config.action_keys)
-        self._rows = self._kept.rows
+        self._leave_out()
         return len(self._rows) < before
+
+    def _leave_out(self) -> None:
+        """The rows that were found bad. ValueError where there were others and none is left."""
+        before, self._rows = len(self._rows), self._kept.rows
+        if before and not len(self._rows):
+            raise self._nothing_left()
+
+    def _nothing_left(self) -> ValueError:
+        where = f"the {self.split} split of {self.config.path}"
+        return ValueError(f"dataset {self.name!r}: no usable frame is left in {where}")
 
     def robot(self) -> Robot | None:
         """Statistics of what is trained on, rate, tasks and names; None without state and actions.
