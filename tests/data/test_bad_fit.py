@@ -13,8 +13,8 @@ import yaml
 
 from pi05_lightning.types import Modality
 
-from .test_bad_data import TOP, replace_image, video_file
-from .test_lerobot_source import truncate
+from .test_bad_data import TOP, replace_image, short_video, video_file
+from .test_lerobot_source import LENGTHS, truncate
 
 PATIENCE = 300  # seconds, on a busy machine; none of these hangs
 STEPS = 10
@@ -99,6 +99,15 @@ def test_training_ends_when_too_many_samples_are_bad(pictures_copy: Path, fit: F
 
 @pytest.mark.slow
 def test_training_does_not_start_when_too_many_frames_are_bad(videos_copy: Path, fit: Fit) -> None:
+    short_video(videos_copy, 1)
+    code, printed, _ = fit(videos_copy, "skip", max_bad_share=0.1)
+    assert code == 1
+    told = f"data.sources.robot: {LENGTHS[1]} of {sum(LENGTHS)} frames are bad (warned of above), more than"
+    assert f"{told} data.max_bad_share 0.1 allows" in complaint(printed)
+
+
+@pytest.mark.slow
+def test_training_does_not_start_when_no_frame_is_usable(videos_copy: Path, fit: Fit) -> None:
     video_file(videos_copy).rename(videos_copy / "elsewhere.mp4")
     code, printed, _ = fit(videos_copy, "skip")
     assert code == 1

@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from tests.data.recorded import SHAPES
 
 LENGTHS = (12, 9, 15, 7, 11)  # of the recorded episodes
 
@@ -211,6 +213,18 @@ def test_what_is_wrong_with_frames_that_are_not_chosen_is_not_counted(pictures_c
     config = LeRobotConfig(str(pictures_copy), val_fraction=0, on_bad_sample="skip")
     assert LeRobotSource(config, "robot", "train", 3, (14, 14)).rejects.frames == 1
     assert LeRobotSource(replace(config, frames="corrections"), "robot", "train", 3, (14, 14)).rejects.frames == 0
+
+
+def test_an_incomplete_episode_counts_by_the_part_that_is_chosen(pictures_copy: Path) -> None:
+    corrected = [episode == 1 and frame > 4 for episode, length in enumerate(LENGTHS) for frame in range(length)]
+    column(corrected, "intervention", pa.bool_(), pictures_copy)
+    (path,) = (pictures_copy / "data").glob("*/*.parquet")
+    rewrite(path, lambda table: pa.concat_tables([table.slice(0, 30), table.slice(31)]))  # of episode 2's 15 frames
+    config = LeRobotConfig(str(pictures_copy), val_fraction=0, frames="corrections", on_bad_sample="skip")
+    data = Pi05DataModule({"robot": config}, max_bad_share=0.4, shapes=SHAPES)
+    (source,) = data.sources("train").values()
+    assert source.rejects.frames == round(15 * 4 / 39)
+    data._check_rejects()
 
 
 def with_nan_state_at(row: int) -> Callable[[pa.Table], pa.Table]:

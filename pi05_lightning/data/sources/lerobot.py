@@ -169,6 +169,8 @@ class LeRobotSource(Source):
         self.tells_advantage, self.tells_return = self._advantage is not None, self._returns is not None
         self.same_robot_as = self.config.same_robot_as
         self._kept.mask &= self._chosen()  # what is wrong with other frames is nobody's concern
+        if self._kept.mask.any():  # of the episodes that could not be read as large a part is meant as of the others
+            self.rejects.frames = round(self.rejects.frames * self._kept.mask.mean())
         self.teaches_subtask = self._taught_subtasks()
         reject_texts(self._kept, self._task, self.teaches_subtask)
         reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
