@@ -251,8 +251,13 @@ class Pi05DataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the data on every rank of several. ValueError on all of them for what fails, or differs, on one."""
-        if self._ranks == 1:
+        if self.trainer is None or self._ranks == 1:
             return
+        if self.trainer._accelerator_connector.use_distributed_sampler:
+            raise ValueError(
+                "the loaders give each rank its part of the samples, and Lightning would divide that once more: pass"
+                " Trainer(use_distributed_sampler=False)"
+            )
         with together():
             if self._unprepared is not None:
                 raise self._unprepared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -164,3 +165,12 @@ def test_padding_is_below_five_percent_on_a_mixture_of_cameras_and_text(
         positions += batch.image_mask.numel() * image_tokens + batch.tokens.numel()
     assert {name.partition("/")[0] for name in drawn} == set(sources)
     assert 1 - valid / positions < 0.05
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_samples_that_lightning_would_divide_among_ranks_again_are_refused(tmp_path: Path, stage: str) -> None:
+    data = Pi05DataModule({"web": VisionTextConfig(captions(tmp_path, 4), val_fraction=0)}, num_workers=0)
+    for ranks in (1, 2):
+        data.trainer = Trainer(accelerator="cpu", devices=ranks, logger=False, enable_checkpointing=False)
+        with pytest.raises(ValueError, match="use_distributed_sampler=False") if ranks > 1 else nullcontext():
+            data.setup(stage)
