@@ -42,8 +42,9 @@ def stats(
 
     Args:
         dataset: folder or Hub id.
-        keys: features to look at, as the source's state_keys and action_keys; by default observation.state and action,
-            and all vectors of floating-point numbers but `next.*`, as rewards, where one of the two is not there.
+        keys: features to look at, in the order of the source's state_keys and action_keys; by default observation.state
+            and action, and all vectors of floating-point numbers but `next.*`, as rewards, where one of the two is not
+            there.
         cameras: image features, each with its camera name, as in training: frames without an image do not count.
         convert_images: grey and transparent images are taken too, as in training.
         val_fraction: share of episodes held out, as in training.
@@ -59,16 +60,19 @@ def stats(
     check_range("horizon", horizon, 1)
     files = LeRobotFiles.open(find_dataset(dataset))
     known = vector_keys(files)
-    keys = keys or ([STATE, ACTION] if {STATE, ACTION} <= {*known} else [k for k in known if not k.startswith(NEXT)])
-    action_keys = [key for key in keys if key.startswith(ACTION)]
-    state_keys = [key for key in keys if key not in action_keys]
+    if not keys:
+        keys = [STATE, ACTION] if {STATE, ACTION} <= {*known} else [k for k in known if not k.startswith(NEXT)]
+        keys.sort(key=lambda key: key not in (STATE, ACTION))  # first those that relative_dims count
+    action_keys = [key for key in dict.fromkeys(keys) if key.startswith(ACTION)]
+    state_keys = [key for key in dict.fromkeys(keys) if key not in action_keys]
+    if relative_dims and STATE not in state_keys:
+        state_keys = [STATE, *state_keys]
     config = LeRobotConfig(
         path=dataset,
         cameras=cameras,
         convert_images=convert_images,
-        # first those that relative_dims count
-        state_keys=sorted(dict.fromkeys([*state_keys, *([STATE] if relative_dims else [])]), key=STATE.__ne__),
-        action_keys=sorted(action_keys, key=ACTION.__ne__),
+        state_keys=state_keys,
+        action_keys=action_keys,
         relative_dims=relative_dims or [],
         relative_state_dims=relative_state_dims,
         subtask_key=subtask_key,

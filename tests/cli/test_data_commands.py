@@ -82,6 +82,23 @@ def test_stats_takes_actions_relative_to_the_state(pictures: Path, capsys: pytes
     assert found["0 dx"][3:5] == pytest.approx([action.q01[0], action.q99[0]], rel=1e-3)
 
 
+def test_stats_takes_keys_in_the_order_of_training(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of two actions dim 0 is the first one's, whatever it is called."""
+    files = LeRobotFiles.open(pictures_copy)
+    feature = {"dtype": "float32", "shape": [1], "names": ["open"]}
+    edit_info(pictures_copy, features=files.features | {"action.gripper": feature})
+    gripper = pq.read_table(data_file(pictures_copy))["observation.gripper"]
+    rewrite(data_file(pictures_copy), **{"action.gripper": gripper})
+    states, actions = ["observation.gripper", "observation.state"], ["action.gripper", "action"]
+    keys = f"[{','.join([*states, *actions])}]"
+    main(["stats", str(pictures_copy), "--keys", keys, "--relative_dims", "[0,1]", "--horizon", "3"])
+    chosen = {"state_keys": states, "action_keys": actions, "relative_dims": [0, 1], "horizon_steps": 3}
+    _, action = open_source(pictures_copy, val_fraction=0.1, **chosen).statistics()
+    found = shown(capsys)
+    for place, dim in enumerate(["0 open", "0 dx", "1 dy"]):
+        assert found[dim][3:5] == pytest.approx([action.q01[place], action.q99[place]], rel=1e-3)
+
+
 def test_tokenizer_is_one_that_the_public_format_describes(pictures: Path, tmp_path: Path) -> None:
     main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), *SMALL, "--vocab_size", "300"])
     config = json.loads((tmp_path / "fast" / "processor_config.json").read_text())
