@@ -82,7 +82,7 @@ def stats(
         task=task,
         on_bad_sample=on_bad_sample,
     )
-    source = LeRobotSource(config, dataset, "train", horizon, image_size=(0, 0))
+    source = LeRobotSource(config, dataset, "train", horizon, image_size=(0, 0), answers=False)
     if on_bad_sample == "skip":
         source.checked_robot()  # training leaves out what its statistics do not explain
     for names, found in zip((config.state_keys, config.action_keys), source.statistics(), strict=True):

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from pi05_lightning.cli.configuration import read_configuration
+from pi05_lightning.data.errors import OnBadSample
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.base import SourceConfig
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
@@ -41,6 +42,7 @@ def tokenizer(
     relative_dims: list[int] | None = None,
     min_range: float | None = None,
     val_fraction: float | None = None,
+    on_bad_sample: OnBadSample | None = None,
     max_chunks: int = 20_000,
     max_rmse: float | None = None,
 ) -> None:
@@ -63,6 +65,7 @@ def tokenizer(
         relative_dims: dims of the action to take relative to the state at the chunk's first step, as in training.
         min_range: widen dims of less range to this, as in training.
         val_fraction: share of episodes held out, as in training; by default 0.1.
+        on_bad_sample: whether bad frames are an error, the default, or left out, as in training.
         max_chunks: of each dataset, evenly spaced.
         max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
 
@@ -74,6 +77,7 @@ def tokenizer(
         "relative_dims": relative_dims,
         "min_range": min_range,
         "val_fraction": val_fraction,
+        "on_bad_sample": on_bad_sample,
     }
     check_range("max_chunks", max_chunks, 1)
     check_range("scale", scale, 0, above=True)

@@ -99,6 +99,32 @@ def test_stats_takes_keys_in_the_order_of_training(pictures_copy: Path, capsys: 
         assert found[dim][3:5] == pytest.approx([action.q01[place], action.q99[place]], rel=1e-3)
 
 
+def test_stats_need_no_boxes_that_fit_the_image(videos_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training takes them with `box_range: 1000`."""
+    path = data_file(videos_copy)
+    table = pq.read_table(path)
+    events = table["language_events"].to_pylist()
+    for event in (event for row in events for event in row if event["content"].startswith("<loc")):
+        event["content"] = json.dumps({"detections": [{"label": "handle", "bbox": [10, 20, 900, 980]}]})
+    at, column = table.column_names.index("language_events"), pa.array(events, table["language_events"].type)
+    pq.write_table(table.set_column(at, "language_events", column), path)
+    with pytest.raises(ValueError, match="900"):
+        open_source(videos_copy, cameras=None)
+    main(["stats", str(videos_copy)])
+    assert "2 z" in shown(capsys)
+
+
+def test_tokenizer_leaves_out_what_its_message_says_that_it_can(pictures_copy: Path, tmp_path: Path) -> None:
+    values = pq.read_table(data_file(pictures_copy))["observation.state"].to_pylist()
+    values[2] = [float("nan"), 0.0, 0.0]
+    rewrite(data_file(pictures_copy), **{"observation.state": values})
+    command = ["tokenizer", str(pictures_copy), "--out", str(tmp_path), *SMALL]
+    with pytest.raises(SystemExit, match="leave such data out with on_bad_sample: skip"):
+        main(command)
+    main([*command, "--on_bad_sample", "skip"])
+    assert FastTokenizer.load(tmp_path).horizon == 4
+
+
 def test_tokenizer_is_one_that_the_public_format_describes(pictures: Path, tmp_path: Path) -> None:
     main(["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), *SMALL, "--vocab_size", "300"])
     config = json.loads((tmp_path / "fast" / "processor_config.json").read_text())
@@ -261,6 +287,7 @@ def test_tokenizer_says_which_horizon_it_takes_where_nobody_does(
         ("relative_dims", "[0]"),
         ("min_range", "0.1"),
         ("val_fraction", "0.4"),
+        ("on_bad_sample", "skip"),
     ],
 )
 def test_options_that_a_runs_yaml_decides_are_refused_beside_it(

@@ -135,10 +135,20 @@ class LeRobotSource(Source):
     """Frames of a dataset's chosen episodes, in its order, each with the action chunk that starts there.
 
     horizon: steps of a chunk.  image_size: (H, W) of cached frames; without a cache frames keep their own size.
+    answers: whether questions and answers are read, which numbers alone need not.
     """
 
-    def __init__(self, config: LeRobotConfig, name: str, split: Split, horizon: int, image_size: tuple[int, int]):
-        self.config, self.name, self.split, self.horizon, self.image_size = config, name, split, horizon, image_size
+    def __init__(
+        self,
+        config: LeRobotConfig,
+        name: str,
+        split: Split,
+        horizon: int,
+        image_size: tuple[int, int],
+        answers: bool = True,
+    ):
+        self.config, self.name, self.split, self.horizon = config, name, split, horizon
+        self.image_size, self.answers = image_size, answers
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
         self.files = LeRobotFiles.open(find_dataset(config.path))
@@ -154,7 +164,7 @@ class LeRobotSource(Source):
         state, action = features.widths(config.state_keys), features.widths(config.action_keys)
         relative = config.relative_dims, config.relative_state_dims
         self.relative = relative_actions(*relative, sum(state.values()), sum(action.values()), features.where)
-        wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range)
+        wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range, answers)
         taught = sentences_of_episodes(self.files, config.subtask_key)
         if of_a_policy(self.files):  # its own words: an episode with new ones may be held out all the same
             taught = {n: {said for said in sentences if said[0] == "task"} for n, sentences in taught.items()}
@@ -193,7 +203,8 @@ class LeRobotSource(Source):
 
     def __reduce__(self) -> tuple:
         # a spawned worker reads the columns anew: quicker than pickling them
-        return LeRobotSource, (self.config, self.name, self.split, self.horizon, self.image_size), self._robot
+        arguments = self.config, self.name, self.split, self.horizon, self.image_size, self.answers
+        return LeRobotSource, arguments, self._robot
 
     def __setstate__(self, robot: Robot | None) -> None:
         self.check(robot)

@@ -35,6 +35,7 @@ class Wanted:
     """What to read: vector features with their widths, the subtask's column (None: find it), cameras by feature key.
 
     box_range: (height, width) of each camera's image, by feature key, in the units of the boxes about it.
+    answers: whether questions and answers are read.
     """
 
     state: dict[str, int]
@@ -42,6 +43,7 @@ class Wanted:
     subtask_key: str | None
     cameras: dict[str, str]
     box_range: dict[str, tuple[float, float]]
+    answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
         )
         timestamp = real_numbers(table.column("timestamp"), f"{path}, timestamp")
         begins = np.flatnonzero(np.diff(episode, prepend=episode[:1] - 1))
-        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in (EVENTS, *subtask_keys)]
+        asked = {*subtask_keys} | ({EVENTS} if wanted.answers else set())
+        language = [name for name in (PERSISTENT, EVENTS) if name in present and name in asked]
         persistent, events = read_language(path, language, begins) if language else ({}, {})
     except (pa.ArrowException, OSError) as error:
         check_open_files(error, path)
