@@ -187,6 +187,7 @@ def test_a_dimension_that_rarely_changes_is_an_error_also_where_bad_samples_are_
     rare = r"episode 0, frame 40, action: dimensions \[1\] have no range.*a `min_range` of 1 .*skip does not mend it"
     with pytest.raises(BadSample, match=rare):
         open_source(tmp_path / "rare", on_bad_sample="skip").checked_robot()
+    assert open_source(tmp_path / "rare", on_bad_sample="skip").robot() is not None  # as `pi05 check` looks at it
     source = open_source(tmp_path / "rare", on_bad_sample="skip", min_range=1)
     source.checked_robot()
     assert len(source) == 150

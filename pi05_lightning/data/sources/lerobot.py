@@ -24,7 +24,6 @@ from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_data
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Range, Robot
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
-from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX
 from pi05_lightning.data.sources.lerobot_chunks import Chunks
 from pi05_lightning.data.sources.lerobot_columns import Wanted, read_columns, sentences_of_episodes
 from pi05_lightning.data.sources.lerobot_features import Features, chunk_steps, relative_actions
@@ -35,6 +34,7 @@ from pi05_lightning.data.sources.lerobot_rejects import (
     reject_outliers,
     reject_texts,
     reject_zero_range,
+    say_how_it_is_read,
 )
 from pi05_lightning.data.split import Split, check_fraction
 from pi05_lightning.data.statistics import FeatureStats
@@ -175,6 +175,7 @@ class LeRobotSource(Source):
         self._chunks = Chunks(self.columns, self._chunk_ends(), horizon, steps, self.relative)
         self._horizon = steps if steps < horizon else None
         self._robot: Robot | None = None
+        self._is_trained_on = False
         self._advantage, self._returns = self._read_labels()
         self.tells_advantage, self.tells_return = self._advantage is not None, self._returns is not None
         self.same_robot_as = self.config.same_robot_as
@@ -185,7 +186,7 @@ class LeRobotSource(Source):
         reject_texts(self._kept, self._task, self.teaches_subtask)
         reject_not_finite(self._kept, self._chunks, config.state_keys, config.action_keys)
         self._images = self._open_images()
-        self._say_how_it_is_read()
+        say_how_it_is_read(self.columns, self.files, config.subtask_key, f"dataset {name!r}, {split} split")
         if not any(cache.missing() for cache in self._images.caches.values()):
             self._images.reject_undecoded()
         self._rows = self._kept.rows
@@ -327,6 +328,11 @@ class LeRobotSource(Source):
             horizon=self._horizon,
         )
 
+    def checked_robot(self) -> Robot | None:
+        """As of every source. BadSample also for a dimension that varies too rarely, whatever is to be skipped."""
+        self._is_trained_on = True
+        return super().checked_robot()
+
     def looks(self) -> dict[str, Look]:
         """Of a few frames from all over the split, as they are before they are resized."""
         return self._images.looks(self._rows)
@@ -362,8 +368,11 @@ class LeRobotSource(Source):
         state, action = self.statistics()
         if config.min_range is not None:
             return Normalize(*(found.quantiles.widened(config.min_range) for found in (state, action)))
-        reject_zero_range(self._kept, self._rows, config.state_keys, self.columns.state, state)
-        reject_zero_range(self._kept, self._rows, config.action_keys, self.columns.action, action)
+        for keys, values, found in (
+            (config.state_keys, self.columns.state, state),
+            (config.action_keys, self.columns.action, action),
+        ):
+            reject_zero_range(self._kept, self._rows, keys, values, found, rare_can_skip=not self._is_trained_on)
         return Normalize(state.quantiles, action.quantiles)
 
     def _read_labels(self) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -416,30 +425,6 @@ class LeRobotSource(Source):
         attempts = Attempts.read(self.files, demonstrations=True)
         own = self.columns.episode, self.columns.frame
         return attempts.intervention[rows_at(attempts.episode, attempts.frame, own)]
-
-    def _say_how_it_is_read(self) -> None:
-        """Warn of what the data leaves open, once."""
-        columns, where = self.columns, f"dataset {self.name!r}, {self.split} split"
-        gaps = (np.diff(columns.timestamp) > 1.5 / self.files.fps) & (np.diff(columns.episode) == 0)
-        if gaps.any():
-            log.warning(
-                "%s: between %d of its frames and the next, the first in %s, some were left out. As in LeRobot, an"
-                " action chunk goes on with the frames that there are, and there takes less time than it had",
-                where,
-                gaps.sum(),
-                columns.address(int(np.argmax(gaps))),
-            )
-        indexed, timed = columns.subtasks_from[SUBTASK_INDEX], columns.subtasks_from[PERSISTENT]
-        if indexed and PERSISTENT in self.files.features and self.config.subtask_key is None:
-            log.warning(
-                "%s: %s has subtasks of %d episodes; those of %d others are taken from %s. Name the one that counts as"
-                " `subtask_key` to read no other",
-                where,
-                PERSISTENT,
-                timed,
-                indexed,
-                SUBTASK_INDEX,
-            )
 
     def _open_images(self) -> Images:
         config, cache = self.config, None

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
 from pi05_lightning.data.errors import Rejects
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.robot import OUTLIER, OUTLIER_REMEDY, Robot, outlier
-from pi05_lightning.data.sources.language import TextColumn
+from pi05_lightning.data.sources.language import PERSISTENT, SUBTASK_INDEX, TextColumn
 from pi05_lightning.data.sources.lerobot_chunks import Chunks, beyond
 from pi05_lightning.data.sources.lerobot_columns import Columns
 from pi05_lightning.data.statistics import FeatureStats
 from pi05_lightning.types import Frame
+
+log = logging.getLogger(__name__)
 
 
 class Kept:
@@ -76,11 +81,13 @@ def reject_outliers(kept: Kept, chunks: Chunks, robot: Robot, state_keys: list[s
             kept.reject(bad, " + ".join(keys), outlier(frame) or "", OUTLIER_REMEDY, row)
 
 
-def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.ndarray, found: FeatureStats) -> None:
+def reject_zero_range(
+    kept: Kept, rows: np.ndarray, keys: list[str], values: np.ndarray, found: FeatureStats, rare_can_skip: bool
+) -> None:
     """Dims of f32[N D] that do not vary over some rows; no row is left out for it.
 
-    Raises BadSample, whatever is to be skipped, where one does vary but rarely: all chunks with its rare values would
-    be left out, and what they do would never be learned.
+    rare_can_skip: whether one that does vary, but rarely, may be skipped. Where they are trained on it is an error: all
+    chunks with its rare values would be left out, and what they do would never be learned.
     """
     quantiles = found.quantiles
     dims = np.flatnonzero(quantiles.q01 == quantiles.q99)
@@ -102,5 +109,29 @@ def reject_zero_range(kept: Kept, rows: np.ndarray, keys: list[str], values: np.
             f"dimensions {dims.tolist()} have no range: both quantiles are {quantiles.q01[dims].tolist()}",
             remedy,
             0,
-            can_skip=not rare,
+            can_skip=not rare or rare_can_skip,
+        )
+
+
+def say_how_it_is_read(columns: Columns, files: LeRobotFiles, subtask_key: str | None, where: str) -> None:
+    """Warn of what the data leaves open, once."""
+    gaps = (np.diff(columns.timestamp) > 1.5 / files.fps) & (np.diff(columns.episode) == 0)
+    if gaps.any():
+        log.warning(
+            "%s: between %d of its frames and the next, the first in %s, some were left out. As in LeRobot, an"
+            " action chunk goes on with the frames that there are, and there takes less time than it had",
+            where,
+            gaps.sum(),
+            columns.address(int(np.argmax(gaps))),
+        )
+    indexed, timed = columns.subtasks_from[SUBTASK_INDEX], columns.subtasks_from[PERSISTENT]
+    if indexed and PERSISTENT in files.features and subtask_key is None:
+        log.warning(
+            "%s: %s has subtasks of %d episodes; those of %d others are taken from %s. Name the one that counts as"
+            " `subtask_key` to read no other",
+            where,
+            PERSISTENT,
+            timed,
+            indexed,
+            SUBTASK_INDEX,
         )
