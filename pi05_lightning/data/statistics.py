@@ -49,13 +49,10 @@ class FeatureStats:
     def of(cls, dims: Iterable[np.ndarray]) -> FeatureStats:
         """From the values of each dimension, [N] of its own N, of which one at a time need be in memory.
 
-        Values in float64 are reordered where they are.
+        Values in float64 are overwritten where they are.
         """
-        columns = (
-            np.array([_summary(values.astype(np.float64, copy=False)) for values in dims])
-            .reshape(-1, len(fields(cls)))
-            .T
-        )
+        # by map, which lets go of a dim's values before the next one's are made
+        columns = np.array([*map(_summary, dims)]).reshape(-1, len(fields(cls))).T
         return cls(*columns[:-2], *columns[-2:].astype(np.int64))
 
     def part(self, dims: slice) -> FeatureStats:
@@ -97,6 +94,10 @@ def offsets(action: np.ndarray, state: np.ndarray, frames: np.ndarray, stop: np.
 
 def _summary(values: np.ndarray) -> tuple[float, ...]:
     """In the order of FeatureStats' fields."""
+    values = values.astype(np.float64, copy=False)
     low, high = np.quantile(values, QUANTILES, overwrite_input=True)  # relative actions are as many as chunks hold
     outside = np.count_nonzero((values < low) | (values > high))
-    return values.mean(), values.std(), values.min(), values.max(), low, high, outside, len(values)
+    mean, least, most = values.mean(), values.min(), values.max()
+    values -= mean  # in place, as `values.std()` would not
+    std = np.sqrt(np.square(values, out=values).mean())
+    return mean, std, least, most, low, high, outside, len(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,17 @@ def test_dims_that_rarely_move_are_told() -> None:
     found = FeatureStats.of([moves, (moves == 20).astype(np.float64)])
     assert found.zero_range.tolist() == [False, True]
     assert found.outside[1] == 1
+
+
+def test_one_dims_values_are_in_memory_at_a_time() -> None:
+    count, rng = 100_000, np.random.default_rng(0)
+    tracemalloc.start()
+    try:
+        FeatureStats.of(rng.random(count) for _ in range(3))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.5 * 8 * count
 
 
 def test_vector_keys_are_states_and_actions(videos: Path) -> None:
