@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -192,7 +192,8 @@ class Pi05DataModule(LightningDataModule):
                 robots[other] = robots[other].with_data_of(own)
         robots |= {name: replace(robots[other], same_as=other) for name, (other, _) in shared.items()}
         if self._fast is not None:
-            self._check_fast(self._fast, robots)
+            dims = {name: robot.action_dim for name, robot in robots.items() if robot.acts}
+            self._fast.check(f"data.fast {self.fast_path}", self.shapes.horizon, dims)
         return Processor(
             shapes=self.shapes,
             tokenizer=self._tokenizer,
@@ -210,21 +211,6 @@ class Pi05DataModule(LightningDataModule):
     @cached_property
     def _fast(self) -> FastTokenizer | None:
         return FastTokenizer.load(self.fast_path) if self.fast_path else None
-
-    def _check_fast(self, fast: FastTokenizer, robots: Mapping[str, Robot]) -> None:
-        """ValueError for a tokenizer that was fitted on chunks of another size."""
-        remedy = "fit one with `pi05 tokenizer` on this run's YAML"
-        if fast.horizon not in (None, self.shapes.horizon):
-            raise ValueError(
-                f"data.fast {self.fast_path} was fitted on chunks of {fast.horizon} steps, and the model's horizon is"
-                f" {self.shapes.horizon}: {remedy}, or set model.config.horizon"
-            )
-        for name, robot in robots.items():
-            if robot.acts and fast.dim not in (None, robot.action_dim):
-                raise ValueError(
-                    f"data.fast {self.fast_path} was fitted on actions of {fast.dim} dims, and data.sources.{name} has"
-                    f" {robot.action_dim}: {remedy}"
-                )
 
     def check_mixtures(self, recipe: Recipe) -> None:
         """ValueError for a name in a stage's mixture that no data can have; nothing is opened."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,23 @@ class FastTokenizer:
         self._nearest = spelled[distance.argmin(1)].astype("<u4")
 
     # --- actions to tokens
+
+    def check(self, where: str, horizon: int, dims: Mapping[str, int]) -> None:
+        """ValueError where it was fitted on chunks of another size than data have.
+
+        where: the key and folder, in words.  dims: of the actions of each source that has some.
+        """
+        remedy = "fit one with `pi05 tokenizer` on this run's YAML"
+        if self.horizon not in (None, horizon):
+            raise ValueError(
+                f"{where} was fitted on chunks of {self.horizon} steps, and the model's horizon is {horizon}: {remedy},"
+                " or set model.config.horizon"
+            )
+        for name, dim in dims.items():
+            if self.dim not in (None, dim):
+                raise ValueError(
+                    f"{where} was fitted on actions of {self.dim} dims, and data.sources.{name} has {dim}: {remedy}"
+                )
 
     def encode(self, chunks: np.ndarray) -> list[list[int]]:
         """Quantile-normalised chunks f32[N T A] to token ids, one list per chunk.
