@@ -92,6 +92,28 @@ def differences(saved: Mapping[str, Any], today: Processor) -> list[Difference]:
     return found
 
 
+def sizes_of(sources: Mapping[str, Source]) -> dict[str, int]:
+    """Samples by `source/modality`."""
+    return {
+        str(Subset(name, modality)): len(source.indices(modality))
+        for name, source in sources.items()
+        for modality in Modality
+    }
+
+
+def size_differences(saved: Mapping[str, int], today: Mapping[str, int]) -> list[Difference]:
+    """Of `sizes_of` of a checkpoint's training data and of today's."""
+    return [
+        Difference(
+            f"data.sources: {name}",
+            f"has {today.get(name, 0)} samples, and {saved.get(name, 0)} in the checkpoint: others are drawn now",
+            harmless=True,
+        )
+        for name in {**saved, **today}
+        if saved.get(name, 0) != today.get(name, 0)
+    ]
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a rank of a run sees of its data.
@@ -105,12 +127,7 @@ class Seen:
     @classmethod
     def of(cls, robots: Mapping[str, Robot], parts: Mapping[Split, Mapping[str, Source]]) -> Seen:
         """parts: the sources of each part that the run reads, by name."""
-        sizes = {
-            f"{Subset(name, modality)} ({split})": len(source.indices(modality))
-            for split, sources in parts.items()
-            for name, source in sources.items()
-            for modality in Modality
-        }
+        sizes = {f"{name} ({split})": n for split, part in parts.items() for name, n in sizes_of(part).items()}
         known = {name: (robot.normalize.state, robot.normalize.action) for name, robot in robots.items()}
         return cls(sizes, {name: np.concatenate([v for q in of for v in (q.q01, q.q99)]) for name, of in known.items()})
 

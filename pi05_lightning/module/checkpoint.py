@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from pi05_lightning.data.datamodule import datamodule_of
+from pi05_lightning.data.differences import size_differences, sizes_of
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.sources.base import Source
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
 from pi05_lightning.module.trainer import callbacks_of
@@ -67,15 +69,18 @@ class Checkpoints:
         if self._left_out is not None:
             checkpoint[STATE_DICT] = self._left_out.strip(checkpoint[STATE_DICT])
 
-    def entry(self, processor: Processor, trained: Trained, skipped: int) -> dict[str, Any]:
+    def entry(
+        self, processor: Processor, trained: Trained, skipped: int, sources: Mapping[str, Source]
+    ) -> dict[str, Any]:
         """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities.
 
-        skipped: steps that were left out, as they were not finite.
+        skipped: steps that were left out, as they were not finite.  sources: the training data.
         """
         lora = self.blueprint.lora
         return {
             "model": self.blueprint.config.to_dict(),
             "processor": processor.to_dict(),
+            "sizes": sizes_of(sources),
             "lora": None if lora is None else asdict(lora),
             "base": self.blueprint.base,
             "adapter_base": self._left_out and self._left_out.to_dict(),
@@ -116,7 +121,10 @@ class Checkpoints:
         saved = checkpoint["pi05"]
         check_whole(checkpoint)
         said = [check_steps(checkpoint["global_step"], trainer.max_steps, recipe.total_steps)]
-        said += check_data(saved["processor"], datamodule_of(trainer).own_processor)
+        data = datamodule_of(trainer)
+        said += check_data(saved["processor"], data.own_processor)
+        sizes = sizes_of(data.sources("train"))  # an older checkpoint does not say how many there were
+        said += [f"{difference}" for difference in size_differences(saved.get("sizes", sizes), sizes)]
         try:
             check_new()
         except ValueError as error:

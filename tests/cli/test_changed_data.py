@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -143,6 +144,24 @@ def test_resuming_with_other_text_or_data_is_refused(place: Path, flags: list[st
     with pytest.raises(SystemExit) as refused:
         main([*more(place / "run"), *flags])
     assert named in str(refused.value)
+
+
+def test_annotations_that_are_added_go_on_and_are_said(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rewrite(data_file(place / "data"), subtask=["reach"] * len(frame_numbers(place / "data")))
+    told = [*at(place / "data"), "--data.sources.robot.init_args.subtask_key", "subtask"]
+    main([*more(place / "run"), *told])
+    assert re.search(r"data\.sources: robot/hl_subtask: has \d+ samples, and 0 in the checkpoint", caplog.text)
+    assert "continuous_robot_actions: has" not in caplog.text
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_say_how_many_samples_there_were_goes_on(place: Path) -> None:
+    path = find_checkpoint(place / "run")
+    content = torch.load(path, weights_only=True)
+    del content["pi05"]["sizes"]
+    torch.save(content, path)
+    main([*more(place / "run"), *at(place / "data")])
+    assert torch.load(find_checkpoint(place / "run"), weights_only=True)["global_step"] == STEPS + 1
 
 
 @pytest.mark.slow
