@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
-from pi05_lightning.data.open_files import check_open_files
 from pi05_lightning.data.outcomes import SUCCESS, with_known_outcomes, with_outcomes
 from pi05_lightning.data.split import Split, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id, split_revision
@@ -212,7 +211,6 @@ class LeRobotFiles:
                 column = pq.read_table(path, columns=["episode_index"]).column("episode_index")
                 found[path] = np.unique(whole_numbers(column, f"{path}, episode_index"))
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-                check_open_files(error, path)
                 damaged[path] = f"{path} is damaged ({error})"
         return DataFiles(found, damaged)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.differences import size_differences, sizes_of
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.sources.base import Source
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
 from pi05_lightning.module.trainer import callbacks_of
@@ -69,18 +68,16 @@ class Checkpoints:
         if self._left_out is not None:
             checkpoint[STATE_DICT] = self._left_out.strip(checkpoint[STATE_DICT])
 
-    def entry(
-        self, processor: Processor, trained: Trained, skipped: int, sources: Mapping[str, Source]
-    ) -> dict[str, Any]:
+    def entry(self, trainer: Trainer, processor: Processor, trained: Trained, skipped: int) -> dict[str, Any]:
         """Everything that a policy needs beside the weights: dimensions, tokenizers, statistics, prompts, abilities.
 
-        skipped: steps that were left out, as they were not finite.  sources: the training data.
+        skipped: steps that were left out, as they were not finite.
         """
         lora = self.blueprint.lora
         return {
             "model": self.blueprint.config.to_dict(),
             "processor": processor.to_dict(),
-            "sizes": sizes_of(sources),
+            "sizes": sizes_of(datamodule_of(trainer).sources("train")),
             "lora": None if lora is None else asdict(lora),
             "base": self.blueprint.base,
             "adapter_base": self._left_out and self._left_out.to_dict(),

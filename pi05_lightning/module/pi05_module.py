@@ -444,8 +444,7 @@ class Pi05Module(LightningModule):
         self.finite.look(self.model)
         self._checkpoints.strip(checkpoint)
         check_savable([*checkpoint["state_dict"].items(), *self.average.items()], self.global_step)
-        sources = datamodule_of(self.trainer).sources("train")
-        checkpoint["pi05"] = self._checkpoints.entry(self.processor, self.trained, self.finite.skipped, sources)
+        checkpoint["pi05"] = self._checkpoints.entry(self.trainer, self.processor, self.trained, self.finite.skipped)
         if self.average:
             checkpoint[AVERAGE] = self.average
         if self.run_config is not None:
