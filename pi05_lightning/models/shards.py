@@ -15,22 +15,25 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def slice_of(whole: Tensor, like: DTensor) -> Tensor:
+def slice_of(whole: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this rank holds of one divided `like` it: a view, of which nothing is read."""
+    if not isinstance(like, DTensor):
+        return whole
     place = like.device_mesh.get_coordinate()
     assert place is not None
     for axis, placement in enumerate(like.placements):
         if isinstance(placement, Shard):
-            # as `torch.chunk` divides: the last ranks may have less, or nothing
-            parts = whole.chunk(like.device_mesh.size(axis), placement.dim)
-            whole = parts[place[axis]] if place[axis] < len(parts) else whole.narrow(placement.dim, 0, 0)
+            # as `torch.chunk` divides, which torchao's tensors lack: the last ranks may have less, or nothing
+            size = whole.shape[placement.dim]
+            most = -(-size // like.device_mesh.size(axis))
+            start = min(place[axis] * most, size)
+            whole = whole.narrow(placement.dim, start, min(most, size - start))
     return whole
 
 
 def rows_of(tensor: Tensor) -> range:
     """Which rows of a tensor this rank holds."""
-    rows = torch.arange(tensor.shape[0])
-    own = slice_of(rows, tensor) if isinstance(tensor, DTensor) else rows
+    own = slice_of(torch.arange(tensor.shape[0]), tensor)
     return range(int(own[0]), int(own[-1]) + 1) if len(own) else range(0)
 
 

@@ -14,7 +14,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Abilities, Trained
 from pi05_lightning.weights.safetensors import ContentHash, Keep, build, check_keys, shapes_of, whole
-from pi05_lightning.weights.shards import MappedReader, fill_slices
+from pi05_lightning.weights.shards import MappedReader
 
 
 class Weights(ABC):
@@ -56,7 +56,7 @@ class Weights(ABC):
         """
         tensors = self.mapped_tensors()
         check_keys(shapes_of(tensors), shapes_of(targets), where=self.path)
-        fill_slices(targets, MappedReader(tensors))
+        MappedReader(tensors).fill(targets)
 
     @abstractmethod
     def processor(self) -> Processor:

@@ -19,7 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from pi05_lightning.files.local import first_line
 from pi05_lightning.models.shards import own_part, rows_of
 from pi05_lightning.ranks import of_all_ranks, together
-from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, fill_slices, read_layout
+from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, read_layout
 
 META = "meta.pt"
 STATE_DICT, STATES = "state_dict", "optimizer_states"
@@ -167,7 +167,7 @@ def read(path: Path, model: nn.Module | None = None) -> dict[str, Any]:
         targets = {key: _room(key, shape, dtype, placed) for key, (shape, dtype) in layout.items()}
         kinds = {key: [kind] for key, kind in kinds_of(rest).items()} | rest.pop(KINDS, {})
         targets |= {key: in_8_bits(key, targets[key], reader, found) for key, found in kinds.items() if key in targets}
-        fill_slices({key: target for key, target in targets.items() if not target.is_meta}, reader)
+        reader.fill({key: target for key, target in targets.items() if not target.is_meta})
         return join(targets, rest)
 
 
@@ -182,7 +182,7 @@ def read_into(model: nn.Module, path: Path, *, averaged: bool) -> dict[str, Any]
         for name, (shape, dtype) in ((name, layout[key]) for name, key in keys.items()):
             if name not in tensors or tensors[name].shape != shape:
                 tensors[name] = torch.empty(shape, dtype=dtype, device="meta")
-        fill_slices({key: tensors[name] for name, key in keys.items() if not tensors[name].is_meta}, reader)
+        reader.fill({key: tensors[name] for name, key in keys.items() if not tensors[name].is_meta})
         kept = {part: value for part, value in rest.items() if part not in (STATES, KINDS, AVERAGE)}
         of_model = {PREFIX + name: tensors[name] for name in keys}
         return kept | {STATE_DICT: of_model, AVERAGED: averaged and bool(rest.get(AVERAGE))}

@@ -1,4 +1,4 @@
-"""Slices of tensors on disk, by torch.distributed.checkpoint: read without executing what a file may contain."""
+"""Slices of tensors on disk, mapped or by torch.distributed.checkpoint: nothing that a file contains is executed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, Metadata, StorageReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
-from torch.futures import Future
+from torch.distributed.checkpoint import FileSystemReader, Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pi05_lightning.files.local import first_line
+from pi05_lightning.models.shards import own_part, slice_of
 
 METADATA = ".metadata"
 """The file with names, shapes and places of a directory's tensors."""
@@ -91,8 +91,20 @@ class ShardReader(FileSystemReader):
         shards = sorted((chunk.offsets[0], chunk.sizes[0]) for chunk in described.chunks)
         return [range(first, first + number) for first, number in shards]
 
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """Read tensors into those of the same names, which may have another dtype; of a DTensor this rank's slice.
 
-class MappedReader(StorageReader):
+        Each rank reads by itself.  ValueError for one that is damaged.
+        """
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
+                dcp.load(dict(targets), storage_reader=self, no_dist=True)
+        except dcp.CheckpointException as error:
+            raise ValueError(first_failure(error)) from error
+
+
+class MappedReader:
     """Of tensors that are mapped from files: of each, the slices that are wanted are read, and no more."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -102,58 +114,12 @@ class MappedReader(StorageReader):
         """As `ShardReader.rows`."""
         return [range(self.tensors[key].shape[0])]
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return Metadata(
-            {
-                name: TensorStorageMetadata(
-                    TensorProperties(tensor.dtype),
-                    tensor.shape,
-                    [ChunkStorageMetadata(torch.Size([0] * tensor.ndim), tensor.shape)],
-                )
-                for name, tensor in self.tensors.items()
-            }
-        )
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            found = self.tensors[item.storage_index.fqn]
-            for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                found = found.narrow(dim, offset, length)
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(found)
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
-
-
-def fill_slices(targets: Mapping[str, Tensor], reader: StorageReader) -> None:
-    """Read tensors into those of the same names, which may have another dtype; of a DTensor, this rank's slice alone.
-
-    Each rank reads by itself.  ValueError for one that is damaged.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
-            dcp.load(dict(targets), storage_reader=reader, no_dist=True)
-    except dcp.CheckpointException as error:
-        raise ValueError(first_failure(error)) from error
+    def fill(self, targets: Mapping[str, Tensor]) -> None:
+        """As `ShardReader.fill`, of tensors that have the targets' shapes."""
+        for key, target in targets.items():
+            own = own_part(target.detach())
+            if own.numel():  # torchao's tensors cannot be empty
+                own.copy_(slice_of(self.tensors[key], target))
 
 
 def first_failure(error: dcp.CheckpointException) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import shown
@@ -28,7 +27,7 @@ from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import WEIGHTS, ContentHash, Keep, check_keys, shapes_of, whole
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT, is_sharded, keys_of, load, read_rest
-from pi05_lightning.weights.shards import ShardReader, fill_slices, read_layout
+from pi05_lightning.weights.shards import ShardReader, read_layout
 
 ONLY_TRAINED = "auxiliary."
 """What the names of heads that only training has begin with."""
@@ -87,7 +86,7 @@ class TrainingCheckpoint(Weights):
             layout = read_layout(self.path)
             like = {name: layout[f"{STATE_DICT}/{PREFIX}{name}"] for name in names}
             tensors = {name: torch.empty(shape, dtype=dtype or saved) for name, (shape, saved) in like.items()}
-            fill_slices({self._keys[name]: tensor for name, tensor in tensors.items()}, ShardReader(self.path))
+            ShardReader(self.path).fill({self._keys[name]: tensor for name, tensor in tensors.items()})
             return tensors
         average = self.content.get(AVERAGE, {}) if self.averaged else {}
         own = {name: self.content[STATE_DICT][PREFIX + name] for name in names}
@@ -106,7 +105,7 @@ class TrainingCheckpoint(Weights):
             return super().fill(targets)
         layout, keys = read_layout(self.path), self._keys
         check_keys({name: tuple(layout[key][0]) for name, key in keys.items()}, shapes_of(targets), where=self.path)
-        fill_slices({keys[name]: target for name, target in targets.items()}, ShardReader(self.path))
+        ShardReader(self.path).fill({keys[name]: target for name, target in targets.items()})
 
     def _fill_merged(self, targets: Mapping[str, Tensor]) -> None:
         """Layers are merged as a whole, one after another, for the same bits whatever a rank keeps of them."""
@@ -115,7 +114,7 @@ class TrainingCheckpoint(Weights):
         def keep(name: str, tensor: Tensor) -> dict[str, Tensor]:
             found[name], target = tuple(tensor.shape), targets.get(name)
             if target is not None and target.shape == tensor.shape:
-                own_part(target.detach()).copy_(slice_of(tensor, target) if isinstance(target, DTensor) else tensor)
+                own_part(target.detach()).copy_(slice_of(tensor, target))
             return {}
 
         self.tensors(keep=keep)

@@ -89,9 +89,12 @@ class Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
-    def write(self, path: Path) -> None:
+    def checkpoint(self) -> dict[str, Any]:
         weights = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        write({"state_dict": weights, "optimizer_states": [self.optimizer.state_dict()], "pi05": {}}, path)
+        return {"state_dict": weights, "optimizer_states": [self.optimizer.state_dict()], "pi05": {}}
+
+    def write(self, path: Path) -> None:
+        write(self.checkpoint(), path)
 
     def restore(self, path: Path) -> None:
         found = read(path, self.model)

@@ -92,6 +92,22 @@ def test_state_in_eight_bits_goes_on_and_keeps_its_values_from_four_ranks_to_two
                 assert torch.equal(values(other[number][key]), values(state[key])), (number, key)
 
 
+def test_state_in_eight_bits_of_one_file_is_read_as_a_whole_and_by_two_ranks(tmp_path: Path) -> None:
+    from eight_bits import Layers, Run, parts, pass_on
+
+    log, file, folder = tmp_path / "log", tmp_path / "one.ckpt", tmp_path / "two.ckpt"
+    run = Run(Layers)
+    run.train(1)
+    torch.save(run.checkpoint(), file)
+    assert end(start(2, log, pass_on, file, folder), log) == [0, 0], log.read_text()
+    for path in (file, folder):
+        found = read(path)["optimizer_states"][0]["state"]
+        for number, state in run.optimizer.state_dict()["state"].items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                pairs = zip(parts(found[number][key]), parts(state[key]), strict=True)
+                assert all(torch.equal(*pair) for pair in pairs), (path, number, key)
+
+
 @pytest.mark.slow
 def test_state_in_eight_bits_of_which_ranks_would_divide_blocks_is_refused(tmp_path: Path) -> None:
     from eight_bits import write_and_refuse
