@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -94,7 +93,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("page", ["", "docs/tutorial/", "reference/commands/fit/", "reference/python/policy/"])
 def test_pages_open_without_errors_and_fit_the_screen(site: str, page: str, width: int) -> None:
-    visited = asyncio.run(browser.visit(site + page, width=width, seconds=1))
+    visited = browser.visit(site + page, width=width, seconds=1)
     assert visited.errors == []
     assert all(there for _, there in visited.images)
     assert [address for address in visited.requests if not address.startswith(site)] == []

@@ -1,19 +1,14 @@
-"""Opens pages in headless Chromium over its DevTools protocol: what loads, what fails, and what it looks like."""
+"""Opens pages in headless Chromium: what loads, what fails, and what it looks like."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import base64
-import json
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import aiohttp
+from playwright.sync_api import ConsoleMessage, Request, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # What every image, video and poster of a page came to. A video counts when it is decoded: its size is known then.
@@ -45,13 +40,13 @@ MEDIA = """
     ...[...root.children].map(e => e.innerText || ""),
     ...[...root.querySelectorAll("*")].filter(e => e.shadowRoot).map(e => text(e.shadowRoot)),
   ].join("\\n");
-  return JSON.stringify({
+  return {
     images: [...document.images].map(i => [i.alt, i.naturalWidth > 0]),
     videos: [...document.querySelectorAll("video")].map(v => v.videoWidth > 0),
     played: await Promise.all(play),
     width: document.documentElement.scrollWidth,
     text: text(document.body),
-  });
+  };
 })()
 """
 
@@ -78,7 +73,7 @@ def find_browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
-async def visit(
+def visit(
     address: str,
     screenshot: Path | None = None,
     pdf: Path | None = None,
@@ -90,130 +85,36 @@ async def visit(
     """Open an address and look at it, `seconds` after it has loaded.
 
     screenshot, pdf: where to save what it looks like, on a screen and printed.  full: down to the page's end.
-    Raises RuntimeError where there is no Chromium, or where it does not start.
+    Raises RuntimeError where there is no Chromium, playwright's Error where it does not start.
     """
     browser = find_browser()
     if browser is None:
         raise RuntimeError("there is no Chromium or Chrome on this machine: on Debian and Ubuntu, apt install chromium")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-        process = await asyncio.create_subprocess_exec(
-            browser,
-            *options,
-            "--autoplay-policy=no-user-gesture-required",
-            "--remote-debugging-port=0",
-            f"--user-data-dir={profile}",
-            "about:blank",
-            stderr=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.DEVNULL,
-        )
-        try:
-            socket = await asyncio.wait_for(_devtools_address(process), timeout=60)
-            async with aiohttp.ClientSession() as session:
-                return await _look(session, socket, address, screenshot, pdf, width, height, full, seconds)
-        finally:
-            process.terminate()
-            await process.wait()
-
-
-async def _devtools_address(process: asyncio.subprocess.Process) -> str:
-    assert process.stderr is not None
-    said = []
-    async for line in process.stderr:
-        said.append(line.decode(errors="replace"))
-        if "DevTools listening on " in said[-1]:
-            return said[-1].split("DevTools listening on ")[1].strip()
-    raise RuntimeError("Chromium did not start:\n" + "".join(said))
-
-
-class Tab:
-    """One page of a running Chromium: commands with their results, and events as they come."""
-
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse, visited: Visit, address: str) -> None:
-        self.socket, self.visited, self.address = socket, visited, address
-        self.waiting: dict[int, asyncio.Future[Any]] = {}
-        self.loaded = asyncio.Event()
-        self.reader = asyncio.ensure_future(self._read())
-        self.number = 0
-
-    async def send(self, method: str, **params: Any) -> Any:
-        self.number += 1
-        self.waiting[self.number] = asyncio.get_running_loop().create_future()
-        await self.socket.send_json({"id": self.number, "method": method, "params": params})
-        answer = await asyncio.wait_for(self.waiting[self.number], timeout=120)
-        if "error" in answer:
-            raise RuntimeError(f"{method}: {answer['error']['message']}")
-        return answer["result"]
-
-    async def _read(self) -> None:
-        async for message in self.socket:
-            content = json.loads(message.data)
-            if "id" in content:
-                self.waiting.pop(content["id"]).set_result(content)
-            else:
-                self._on_event(content["method"], content["params"])
-
-    def _on_event(self, name: str, params: dict[str, Any]) -> None:
-        if name == "Page.loadEventFired":
-            self.loaded.set()
-        elif name == "Runtime.exceptionThrown":
-            details = params["exceptionDetails"]
-            self.visited.errors.append(details.get("exception", {}).get("description") or details["text"])
-        elif name == "Runtime.consoleAPICalled" and params["type"] in ("error", "assert"):
-            self.visited.errors.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
-        elif name == "Log.entryAdded" and params["entry"]["level"] == "error":
-            self.visited.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
-        elif name == "Network.requestWillBeSent":
-            address = params["request"]["url"]
-            if not address.startswith("data:") and address != self.address:
-                self.visited.requests.append(address)
-
-
-async def _look(
-    session: aiohttp.ClientSession,
-    address_of_browser: str,
-    address: str,
-    screenshot: Path | None,
-    pdf: Path | None,
-    width: int,
-    height: int,
-    full: bool,
-    seconds: float,
-) -> Visit:
-    http = address_of_browser.replace("ws://", "http://").split("/devtools")[0]
-    async with session.get(f"{http}/json/list") as answer:
-        pages = [target for target in await answer.json() if target["type"] == "page"]
+    options = ["--disable-gpu", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]
     visited = Visit()
-    async with session.ws_connect(pages[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-        tab = Tab(socket, visited, address)
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            await tab.send(f"{domain}.enable")
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
-        await tab.send("Emulation.setDeviceMetricsOverride", **size)
-        await tab.send("Page.navigate", url=address)
-        await asyncio.wait_for(tab.loaded.wait(), timeout=120)
-        await asyncio.sleep(seconds)
-        result = await tab.send("Runtime.evaluate", expression=MEDIA, awaitPromise=True, returnByValue=True)
-        for key, value in json.loads(result["result"]["value"]).items():
+
+    def on_console(message: ConsoleMessage) -> None:
+        if message.type in ("error", "assert"):
+            visited.errors.append(f"{message.text} {message.location['url']}")
+
+    def on_request(request: Request) -> None:
+        if not request.url.startswith("data:") and request.url != address:
+            visited.requests.append(request.url)
+
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=browser, args=options) as chromium:
+        page = chromium.new_page(viewport={"width": width, "height": height})
+        page.on("pageerror", lambda error: visited.errors.append(str(error)))
+        page.on("console", on_console)
+        page.on("request", on_request)
+        page.goto(address, timeout=120_000)
+        page.wait_for_timeout(1000 * seconds)
+        for key, value in page.evaluate(MEDIA).items():
             setattr(visited, key, value)
         if screenshot is not None:
-            picture = await tab.send(
-                "Page.captureScreenshot",
-                format="png",
-                captureBeyondViewport=full,
-                **_clip(await tab.send("Page.getLayoutMetrics")) if full else {},
-            )
-            screenshot.write_bytes(base64.b64decode(picture["data"]))
+            page.screenshot(path=screenshot, full_page=full)
         if pdf is not None:
-            printed = await tab.send("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
-            pdf.write_bytes(base64.b64decode(printed["data"]))
-        tab.reader.cancel()
+            page.pdf(path=pdf, print_background=True, prefer_css_page_size=True)
     return visited
-
-
-def _clip(layout: dict[str, Any]) -> dict[str, Any]:
-    size = layout["cssContentSize"]
-    return {"clip": {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}}
 
 
 def main() -> int:
@@ -229,9 +130,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0, help="to wait after loading")
     given = parser.parse_args()
     address = given.page if "://" in given.page else Path(given.page).resolve().as_uri()
-    found = asyncio.run(
-        visit(address, given.screenshot, given.pdf, given.width, given.height, not given.top, given.seconds)
-    )
+    found = visit(address, given.screenshot, given.pdf, given.width, given.height, not given.top, given.seconds)
     broken = [alt for alt, there in found.images if not there]
     print(
         f"{len(found.images)} images, {len(broken)} broken {broken}; {len(found.videos)} videos,"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import re
 import subprocess
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def visited(run: Path) -> Any:
-    return asyncio.run(browser.visit(report(run).as_uri()))
+    return browser.visit(report(run).as_uri())
 
 
 def test_page_opens_without_errors_images_load_and_videos_play(visited: Any) -> None:
@@ -49,7 +48,7 @@ def test_page_opens_without_errors_images_load_and_videos_play(visited: Any) -> 
 def test_missing_image_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text('<img alt="gone" src="gone.png"><video src="gone.mp4"></video><script>throw Error("no")</script>')
-    visited = asyncio.run(browser.visit(page.as_uri()))
+    visited = browser.visit(page.as_uri())
     assert visited.images == [["gone", False]]
     assert visited.videos == [False]
     assert any("no" in error for error in visited.errors)
@@ -79,7 +78,7 @@ def tensorboard(run: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_tensorboard_shows_the_topics_of_our_layout(tensorboard: str) -> None:
-    visited = asyncio.run(browser.visit(f"{tensorboard}#custom_scalars", seconds=15))
+    visited = browser.visit(f"{tensorboard}#custom_scalars", seconds=15)
     assert [error for error in visited.errors if "favicon" not in error] == []
     for topic in layout(Recipe.of()):
         assert topic in visited.text
