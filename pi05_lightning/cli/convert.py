@@ -96,8 +96,7 @@ def convert(
         raise ValueError(f"{target} already exists: delete it or name another target")
     if format != "lerobot" and (given := [name for name, value in {"data": data, "force": force}.items() if value]):
         raise ValueError(f"{', '.join(given)}: of --format lerobot alone, which is compared with LeRobot: leave it out")
-    if fps is not None:
-        check_range("fps", fps, 0, above=True)
+    check_range("fps", fps, 0, above=True)
     text = None if format == "lerobot" else tokenizer  # there it is what LeRobot's answers are compared with
     weights = locate(
         source,

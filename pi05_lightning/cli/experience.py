@@ -245,14 +245,14 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     """ValueError for options that would show as wrong when hours have been spent."""
     counts = {"rounds": plan.rounds, "steps": plan.training.steps, "batch_size": plan.training.batch_size}
     counts |= {"value_steps": plan.value_steps, "episodes": plan.attempts["episodes"]}
-    for name, number in (counts | {"test_episodes": plan.tests["episodes"]}).items():
+    counts |= {"test_episodes": plan.tests["episodes"], "corrections": plan.corrections}
+    counts |= {name: plan.simulator[name] for name in ("num_workers", "lanes")}
+    for name, number in counts.items():
         check_range(name, number, 1)
+    times = {"attempt_seconds": plan.attempts["max_seconds"], "max_seconds": plan.tests["max_seconds"]}
+    for name, value in ({"lr": plan.training.lr} | times).items():
+        check_range(name, value, 0, above=True)
     check_range("seed", plan.seed, 0)
-    counts = {"corrections": plan.corrections} | {name: plan.simulator[name] for name in ("num_workers", "lanes")}
-    above_0 = {"lr": plan.training.lr, "attempt_seconds": plan.attempts["max_seconds"]}
-    for name, number in (counts | above_0 | {"max_seconds": plan.tests["max_seconds"]}).items():
-        if number is not None:
-            check_range(name, number, 1 if name in counts else 0, above=name not in counts)
     if not methods:
         raise ValueError("methods: name at least one")
     check_range("demonstrations_share", plan.training.demonstrations_share, 0, 1)

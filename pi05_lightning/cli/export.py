@@ -86,8 +86,7 @@ def export(
     if data is None and (given := [name for name, value in of_data.items() if value is not None]):
         raise ValueError(f"{given[0]} says how --data is read: give that too, or leave it out")
     check_range("--frames", frames, 1)
-    if max_error is not None:
-        check_range("--max_error", max_error, 0)
+    check_range("--max_error", max_error, 0)
     if missing := [name for name in needed(format, dtype) if find_spec(name) is None]:
         raise ValueError(f"this export needs {' and '.join(missing)}: pip install 'pi05-lightning[export]'")
     weights = locate(checkpoint, averaged=averaged, base=base, tokenizer=tokenizer)

@@ -69,8 +69,7 @@ def play(
     asyncio.run(check_address(HOST, port))  # what is wrong shows before the weights are read
     check_range("episodes", episodes, 1)
     check_range("seed", seed, 0)
-    if max_seconds is not None:
-        check_range("max_seconds", max_seconds, 0, above=True)
+    check_range("max_seconds", max_seconds, 0, above=True)
     env.warm_up()
     how = Acting(**acting)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}

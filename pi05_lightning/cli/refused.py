@@ -19,8 +19,7 @@ def check_trainer(trainer: Namespace, command: str) -> None:
     least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0}
     least |= {"num_sanity_val_steps": -1, "min_steps": 0, "min_epochs": 0}
     for key, bound in least.items():
-        if trainer[key] is not None:
-            check_range(f"trainer.{key}", trainer[key], bound)
+        check_range(f"trainer.{key}", trainer[key], bound)
     if isinstance(trainer.val_check_interval, int | float):
         check_range("trainer.val_check_interval", trainer.val_check_interval, 0, above=True)
     elif trainer.val_check_interval is not None:
@@ -59,8 +58,7 @@ def check_loggers(loggers: Any) -> None:
     for logger in as_list(loggers):
         given = logger.get("init_args") if isinstance(logger, Namespace) else None  # some classes have none
         every = given.get("flush_logs_every_n_steps") if given else None
-        if every is not None:
-            check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
+        check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
 
 
 def keep_written(folder: Path, run: Path) -> None:

@@ -111,8 +111,7 @@ def rollout(
     Returns and writes {"success": {mode: {task: [successes, trials]}}, …}, see `sim.summary.summarise`.
     Raises ValueError for tasks, cameras and modes that the simulator does not have.
     """
-    if num_workers is not None:
-        check_range("num_workers", num_workers, 1)
+    check_range("num_workers", num_workers, 1)
     check_told("swaps", swaps, "swapped", instructions)
     check_told("paraphrases", paraphrases, "paraphrased", instructions)
     check_device(device)

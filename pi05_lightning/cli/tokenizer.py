@@ -82,8 +82,7 @@ def tokenizer(
     check_range("max_chunks", max_chunks, 1)
     check_range("scale", scale, 0, above=True)
     check_range("coverage", coverage, 0, 1, above=True)
-    if max_rmse is not None:
-        check_range("max_rmse", max_rmse, 0)
+    check_range("max_rmse", max_rmse, 0)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, and the tokenizer needs a folder")
     paths = [dataset] if isinstance(dataset, str) else dataset

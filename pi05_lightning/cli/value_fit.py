@@ -67,11 +67,9 @@ def value_fit(
     check_device(device)
     check_range("steps", steps, 1)
     check_range("batch_size", batch_size, 1)
-    if lr is not None:
-        check_range("lr", lr, 0, above=True)
+    check_range("lr", lr, 0, above=True)
     check_range("seed", seed, 0)
-    if c_fail is not None:
-        check_range("c_fail", c_fail, 0, above=True)
+    check_range("c_fail", c_fail, 0, above=True)
     tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(tried)
     names = [f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(tried)]

@@ -8,9 +8,12 @@ from collections import Counter
 from collections.abc import Iterable
 
 
-def check_range(name: str, value: float, least: float, most: float = math.inf, *, above: bool = False) -> None:
-    """ValueError, by name, unless a number is finite and within `least` (or above it) and `most`; NaN never is."""
-    if (value > least if above else value >= least) and value <= most and value < math.inf:
+def check_range(name: str, value: float | None, least: float, most: float = math.inf, *, above: bool = False) -> None:
+    """ValueError, by name, unless a number is finite and within `least` (or above it) and `most`, or is None.
+
+    NaN never is.
+    """
+    if value is None or ((value > least if above else value >= least) and value <= most and value < math.inf):
         return
     lower = f"above {least:g}" if above else f"at least {least:g}"
     raise ValueError(f"{name} is {value}: it must be {lower}{'' if most == math.inf else f' and at most {most:g}'}")

@@ -48,8 +48,7 @@ class LeRobotEnv(EnvironmentConfig):
     policy's, which must be a whole number."""
 
     def __post_init__(self) -> None:
-        if self.action_repeat is not None:
-            check_range("action_repeat", self.action_repeat, 1)
+        check_range("action_repeat", self.action_repeat, 1)
 
     def warm_up(self) -> None:
         self._config()

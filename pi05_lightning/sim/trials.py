@@ -132,8 +132,7 @@ class Trial:
         return self.reason not in ("", OUT_OF_TIME, ENDED, SOLVED_OTHER)
 
     def __post_init__(self) -> None:
-        if self.max_seconds is not None:
-            check_range("max_seconds", self.max_seconds, 0, above=True)
+        check_range("max_seconds", self.max_seconds, 0, above=True)
 
     @property
     def over(self) -> bool:

@@ -109,8 +109,7 @@ class LeRobotConfig(SourceConfig):
     def __post_init__(self) -> None:
         check_fraction(self.val_fraction)
         for key in ("horizon_seconds", "min_range", "box_range", "tolerance_s"):
-            if getattr(self, key) is not None:
-                check_range(key, getattr(self, key), 0, above=True)
+            check_range(key, getattr(self, key), 0, above=True)
         if self.horizon_steps is not None:
             check_range("horizon_steps", self.horizon_steps, 1)
             if self.horizon_seconds is not None:

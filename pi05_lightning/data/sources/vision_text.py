@@ -91,10 +91,8 @@ class VisionTextConfig(SourceConfig):
         if unknown := fields_of(self.box_prompt) - {"labels"}:
             raise ValueError(f"box_prompt asks for {', '.join(sorted(unknown))}: only {{labels}} is filled in")
         check_fraction(self.val_fraction)
-        if self.stream_rows is not None:
-            check_range("stream_rows", self.stream_rows, 1)
-        if self.box_range is not None:
-            check_range("box_range", self.box_range, 0, above=True)
+        check_range("stream_rows", self.stream_rows, 1)
+        check_range("box_range", self.box_range, 0, above=True)
 
     def open(self, name: str, split: Split, shapes: Shapes) -> VisionTextSource:
         """Raises ValueError for a wrong configuration and BadSample for bad data, unless that is to be skipped."""

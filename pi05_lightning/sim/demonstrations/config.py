@@ -103,8 +103,7 @@ class CollectConfig:
                     " what it was trained on"
                 )
             check_range("lanes", self.lanes, 1)
-            if self.max_seconds is not None:
-                check_range("max_seconds", self.max_seconds, 0, above=True)
+            check_range("max_seconds", self.max_seconds, 0, above=True)
         if self.corrections is not None:
             check_range("corrections", self.corrections, 1)
             if not self.env.has_expert:
@@ -114,8 +113,7 @@ class CollectConfig:
         check_range("scenes", self.scenes, 0)
         check_range("seed", self.seed, 0)
         check_unique("tasks", self.tasks or ())
-        if self.num_workers is not None:
-            check_range("num_workers", self.num_workers, 1)
+        check_range("num_workers", self.num_workers, 1)
 
     def _check_demonstrations(self) -> None:
         rate = self.expert_env.control_hz
