@@ -7,7 +7,6 @@ PyTorch's FSDP2: each rank keeps a slice of every parameter, and has a group of 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,9 +83,7 @@ def add_adapters(model: Pi05, lora: Lora) -> None:
         lora_dropout=lora.dropout,
         target_modules=adapted_layers(model, lora),
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated without")  # it merges nothing here
-        inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
+    inject_adapter_in_model(config, model, low_cpu_mem_usage=model.device.type == "meta")
 
 
 def adapted_layers(model: Pi05, lora: Lora) -> list[str]:

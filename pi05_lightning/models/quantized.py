@@ -31,6 +31,7 @@ class QuantizedLinear(nn.Linear, ABC):
     """
 
     parts: ClassVar[tuple[str, ...]]
+    """The last has the type of the weight."""
     error: nn.Parameter
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -63,9 +64,9 @@ class QuantizedLinear(nn.Linear, ABC):
         """The weight that parts stand for, in the type of the one that they were made of, in memory of its own."""
 
     @property
-    @abstractmethod
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weight as torchao's tensor, over the same memory."""
+        """Of the weight's shape, type and device, and without its values: what PEFT and others ask of a layer."""
+        return getattr(self, self.parts[-1]).new_empty(()).expand(self.out_features, self.in_features)
 
     def hold(self, parts: Mapping[str, Tensor]) -> None:
         """Take over what `quantize` made."""
@@ -125,17 +126,6 @@ class NF4Linear(QuantizedLinear):
         values = F.embedding(data.int(), table).view(len(scales), -1)
         return values.mul_(scales[:, None]).view(shape)
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs
-
-        blocks = len(self.quantized_scalers)
-        shape, stride = torch.Size((self.out_features, self.in_features)), (self.in_features, 1)
-        meta = SubclassTensorArgs(shape, stride, 0, self.nf4.dtype, self.nf4.device, False)
-        sizes = NF4_BLOCK, blocks, blocks // len(self.quantization_factor)
-        scales = self.quantized_scalers, self.quantization_factor, self.scaler_mean
-        return NF4Tensor(meta, *sizes, *scales, self.quantized_data, self.nf4)
-
 
 class Int8Linear(QuantizedLinear):
     """8 bits a value and a scale for each output."""
@@ -154,12 +144,6 @@ class Int8Linear(QuantizedLinear):
     @staticmethod
     def dequantize(parts: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
         return parts["qdata"] * parts["scale"]
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        from torchao.quantization import Int8Tensor
-
-        return Int8Tensor(self.qdata, self.scale, [1, self.in_features], self.scale.dtype)
 
 
 CLASSES: dict[Kind, type[QuantizedLinear]] = {"nf4": NF4Linear, "int8": Int8Linear}

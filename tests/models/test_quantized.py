@@ -7,12 +7,21 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
-from torchao.dtypes.nf4tensor import to_nf4
+from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, to_nf4
+from torchao.quantization import Int8Tensor
 
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.parallelize import Lora, add_adapters, checkpoint_blocks, compile_blocks, quantize_base
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.models.quantized import CLASSES, Kind, NF4Linear, QuantizedLinear, quantizing
+from pi05_lightning.models.quantized import (
+    CLASSES,
+    NF4_BLOCK,
+    Int8Linear,
+    Kind,
+    NF4Linear,
+    QuantizedLinear,
+    quantizing,
+)
 from pi05_lightning.types import Batch
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.safetensors import build, fill
@@ -61,6 +70,19 @@ def gradients(model: Pi05, batch: Batch) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def torchaos(layer: QuantizedLinear) -> Tensor:
+    """The weight that torchao makes of a layer's parts."""
+    if isinstance(layer, Int8Linear):
+        return Int8Tensor(layer.qdata, layer.scale, [1, layer.in_features], layer.scale.dtype).dequantize()
+    assert isinstance(layer, NF4Linear)
+    blocks = len(layer.quantized_scalers)
+    shape = torch.Size((layer.out_features, layer.in_features))
+    meta = SubclassTensorArgs(shape, (layer.in_features, 1), 0, layer.nf4.dtype, layer.nf4.device, False)
+    sizes = NF4_BLOCK, blocks, blocks // len(layer.quantization_factor)
+    scales = layer.quantized_scalers, layer.quantization_factor, layer.scaler_mean
+    return NF4Tensor(meta, *sizes, *scales, layer.quantized_data, layer.nf4).get_original_weight()
+
+
 @KINDS
 @DTYPES
 @pytest.mark.parametrize("shape", [(48, 32), (40, 24), (4304, 1152), (256, 512)])
@@ -68,8 +90,7 @@ def test_what_a_layer_computes_with_is_torchaos(kind: Kind, dtype: torch.dtype, 
     torch.manual_seed(0)
     plain = Linear(shape[1], shape[0], dtype=dtype)
     layer = CLASSES[kind](plain)
-    theirs = layer.weight
-    whole = theirs.get_original_weight() if kind == "nf4" else theirs.dequantize()  # type: ignore[attr-defined]
+    whole = torchaos(layer)
     assert torch.equal(layer.dequantized(dtype), whole)
     x = torch.randn(7, shape[1], dtype=dtype)
     torch.testing.assert_close(layer(x), nn.functional.linear(x, whole, plain.bias))
