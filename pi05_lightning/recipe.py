@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from pi05_lightning.files.ranges import check_expressions, check_range
@@ -178,6 +178,14 @@ class Recipe:
                 return stage
             left -= stage.steps
         return self.reached[-1]
+
+    def between(self, first: int, end: int) -> Iterator[tuple[Stage, int]]:
+        """The stages of the steps first .. end - 1, and how many of these are in each, as `at` has it."""
+        for stage in self.reached:
+            begin = self.first_step(stage)
+            stop = end if stage is self.reached[-1] else min(end, begin + stage.steps)
+            if (steps := stop - max(first, begin)) > 0:
+                yield stage, steps
 
     def number(self, step: int) -> int:
         """The place of a step's stage in the list, from 0."""

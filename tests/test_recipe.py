@@ -1,13 +1,23 @@
+from collections import Counter
+
 import pytest
 import torch
 
 from pi05_lightning.optim import StageSchedule, param_groups
-from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
+from pi05_lightning.recipe import LossWeights, Recipe, Stage, StageOptions
 
 
 def test_stage_changes_at_exactly_the_threshold() -> None:
     recipe = Recipe.of(pretrain_steps=3, posttrain_steps=2)
     assert [recipe.at(step).name for step in range(5)] == ["pretrain"] * 3 + ["posttrain"] * 2
+
+
+def test_steps_are_counted_by_stage_and_those_past_the_end_with_the_last() -> None:
+    recipe = Recipe.of(3, 2, then=[Stage(name="third", steps=0)])
+    for first in range(7):
+        for end in range(8):
+            each = Counter(recipe.at(step).name for step in range(first, end))
+            assert {stage.name: steps for stage, steps in recipe.between(first, end)} == each
 
 
 def test_flow_alpha_scales_the_flow_term_of_the_posttrain_stage_only() -> None:

@@ -224,9 +224,8 @@ def step(model: Pi05 | Callable[..., Terms], batch: Batch, stage: Stage, insulat
 
 def remaining(trainer: Trainer, module: Pi05Module) -> Iterable[Stage]:
     """The stages of the steps from the trainer's own on, up to its last."""
-    recipe = module.recipe
-    first, last = recipe.number(trainer.global_step), recipe.number(max(trainer.max_steps - 1, trainer.global_step))
-    return [stage for stage in recipe.stages[first : last + 1] if stage.steps]
+    first = trainer.global_step
+    return [stage for stage, _ in module.recipe.between(first, max(trainer.max_steps, first + 1))]
 
 
 def check_fed(stage: Stage, module: Pi05Module, data: Pi05DataModule, drawn: Collection[Modality]) -> None:

@@ -75,15 +75,10 @@ def trained(
     max_delay: `rtc_max_delay` of these steps.  learned: of a stage's loss terms those that change a weight of theirs.
     """
     found = Trained(complete=True)
-    for stage in recipe.reached:
-        begin = recipe.first_step(stage)
-        # steps beyond the recipe's last are the last stage's
-        stop = end if stage is recipe.reached[-1] else begin + stage.steps
-        steps = min(end, stop) - max(first, begin)
-        if steps > 0:
-            terms = dict.fromkeys(learned(stage), steps)
-            delays = {max_delay: steps} if max_delay and "flow" in terms else {}
-            found += Trained({stage.name: steps}, terms, complete=True, delays=delays)
+    for stage, steps in recipe.between(first, end):
+        terms = dict.fromkeys(learned(stage), steps)
+        delays = {max_delay: steps} if max_delay and "flow" in terms else {}
+        found += Trained({stage.name: steps}, terms, complete=True, delays=delays)
     return found
 
 

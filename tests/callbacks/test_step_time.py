@@ -14,7 +14,7 @@ from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
-from pi05_lightning.training.callbacks import step_time
+from pi05_lightning.training.callbacks import step_time, throughput
 from pi05_lightning.training.callbacks.interrupt import Stopped
 from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput, duration
@@ -30,7 +30,9 @@ class Interrupts(Callback):
             raise Stopped(2, requeued=False)
 
 
-def said(videos: Path, caplog: pytest.LogCaptureFixture, *callbacks: Callback, **source: Any) -> str:
+def said(
+    videos: Path, caplog: pytest.LogCaptureFixture, *callbacks: Callback, max_steps: int = -1, **source: Any
+) -> str:
     """What a run of six steps says; its data are decoded while it waits."""
     seed_everything(0)
     stages = StageSwitch(0, 6, posttrain=StageOptions(LossWeights(subtask=1, flow=1), MIXTURE))
@@ -38,6 +40,7 @@ def said(videos: Path, caplog: pytest.LogCaptureFixture, *callbacks: Callback, *
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
+        max_steps=max_steps,
         use_distributed_sampler=False,
         logger=False,
         limit_val_batches=0,
@@ -64,6 +67,17 @@ def test_time_is_told_before_and_after_with_what_would_help(
     assert text.index("Time: ") < text.index("Time of a batch: ")
     for advice in ("--data.num_workers 2", "--data.sources.robot.image_cache true", "fewer than 2 cameras"):
         assert advice in text
+
+
+def test_steps_beyond_the_stages_are_forecast_as_those_of_the_last_stage(
+    videos: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "peak_rate", lambda *_: 1e12)
+    for steps in (6, 12):
+        with pytest.raises(Stopped):
+            said(videos, caplog, Interrupts(), max_steps=steps)
+    six, twelve = map(float, re.findall(r"Time: ([\d.e-]+) s at", caplog.text))
+    assert twelve == pytest.approx(2 * six, rel=0.01)
 
 
 def test_waiting_for_data_is_told_while_there_is_time_to_mend_it(

@@ -138,12 +138,8 @@ class Throughput(Callback):
         """Say before the first step how long the run will take: by what its first batch costs in every stage."""
         if not self.flops_per_cost or not self.peak_rate:
             return
-        recipe, cost, first = module.recipe, 0.0, trainer.global_step
-        for stage in recipe.reached:
-            begin = max(first, recipe.first_step(stage))
-            steps = min(trainer.max_steps, recipe.first_step(stage) + stage.steps) - begin
-            if steps > 0:
-                cost += steps * Work.of(module.blank(stage)).cost(batch, module)
+        stages = module.recipe.between(trainer.global_step, trainer.max_steps)
+        cost = sum(steps * Work.of(module.blank(stage)).cost(batch, module) for stage, steps in stages)
         seconds = self.flops_per_cost * cost * trainer.accumulate_grad_batches / self.peak_rate
         rank_zero_info(
             f"Time: {duration(seconds)} at the best rate of this device ({self.peak_rate / 1e12:.2g} TFLOP/s); as a"
