@@ -129,7 +129,7 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
             run = replace(run, metrics={}, questions={})
         if run.success and run.rollout.get("sha256") != published:
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
-            run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
+            run = replace(run, videos=[], rollout={})
         if robot is not None:
             run = of_the_robot(run, robot, {name for name, of in robots.items() if (of.same_as or name) != robot})
         films = {film.name: film for film in run.videos}
@@ -150,7 +150,7 @@ def of_the_robot(run: Run, robot: str, others: set[str]) -> Run:
     acted = {acting.get("robot") for acting in run.acting.values()}
     if run.success and not acted <= {robot, None}:
         print(f"{ROLLOUT} is of the robot {', '.join(map(str, acted))}, so success and films are left out")
-        run = replace(run, success={}, acting={}, videos=[], films={}, rollout={})
+        run = replace(run, videos=[], rollout={})
     of_sources = {name: of for name, of in run.metrics.items() if "/" in name}
     return replace(run, metrics={name: of for name, of in of_sources.items() if name.partition("/")[0] not in others})
 

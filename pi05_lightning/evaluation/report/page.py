@@ -68,7 +68,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         glance=glance(run),
         overall={mode: by_task[ALL] for mode, by_task in rates(run.success).items()},
         bars=plots.success_bars(run.success, run.acting) if run.success else None,
-        jumps=plots.jump_bars(run.jumps, run.acting) if run.jumps else None,
+        jumps=plots.jump_bars(run.rollout["jumps"], run.acting) if run.rollout.get("jumps") else None,
         acting=acting_rows(run.acting),
         protocol=protocol(run),
         latency=run.rollout.get("milliseconds", {}),

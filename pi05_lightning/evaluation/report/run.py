@@ -54,23 +54,27 @@ class Run:
     """Of answers, by `source/qa`: metrics by question."""
     measured: dict[str, Any] = field(default_factory=dict)
     """The weights that these metrics are of: checkpoint, sha256 and step."""
-    success: Success = field(default_factory=dict)
-    acting: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """How the policy acted in the rollout, by mode."""
-    swapped: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Success at the task whose instruction was given in another one's scene, see `sim.summary.summarise`."""
-    chains: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """How many instructions were done in a row, by mode and task, see `sim.summary.summarise`."""
-    jumps: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """How far the policy's actions jump where chunks meet and inside them, by mode, see `sim.summary.jumps`."""
     curves: dict[str, Curve] = field(default_factory=dict)
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     videos: list[Path] = field(default_factory=list)
-    films: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of videos by their names: mode, task, seed and how the episode ended, as far as the rollout says."""
     rollout: dict[str, Any] = field(default_factory=dict)
     """The rollout's result as it is, see `sim.summary.summarise`."""
+
+    @property
+    def success(self) -> Success:
+        return self.rollout.get("success", {})
+
+    @property
+    def acting(self) -> dict[str, dict[str, Any]]:
+        """How the policy acted in the rollout, by mode."""
+        return self.rollout.get("acting", {})
+
+    @property
+    def films(self) -> dict[str, dict[str, Any]]:
+        """Of videos by their names: mode, task, seed and how the episode ended, as far as the rollout says."""
+        films = self.rollout.get("films")
+        return films if isinstance(films, dict) else {}  # once a list of names
 
 
 def read_run(folder: Path) -> Run:
@@ -82,8 +86,6 @@ def read_run(folder: Path) -> Run:
     if not config.is_file():
         raise ValueError(f"{folder} is not a run's directory: it has no config.yaml (`pi05 fit` writes it)")
     config_yaml = config.read_text(encoding="utf-8")
-    rollout = folder / ROLLOUT.parent
-    result = read_json(folder / ROLLOUT, default={})
     return Run(
         folder=folder,
         config_yaml=config_yaml,
@@ -91,20 +93,14 @@ def read_run(folder: Path) -> Run:
         metrics=read_json(folder / METRICS, default={}),
         questions=read_json(folder / "questions.json", default={}),
         measured=read_json(folder / "measured.json", default={}),
-        success=result.get("success", {}),
-        acting=result.get("acting", {}),
-        swapped=result.get("swapped", {}),
-        chains=result.get("chains", {}),
-        jumps=result.get("jumps", {}),
         curves=read_curves(folder),
         examples={
             name: [ExampleFile(**shown) for shown in files]
             for name, files in read_json(folder / EXAMPLES, default={}).items()
         },
         provenance=read_json(folder / PROVENANCE, default={}),
-        videos=films_of(rollout),
-        films=result["films"] if isinstance(result.get("films"), dict) else {},  # once a list of names
-        rollout=result,
+        videos=films_of(folder / ROLLOUT.parent),
+        rollout=read_json(folder / ROLLOUT, default={}),
     )
 
 
