@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.acting.frames import MADE_UP
+from pi05_lightning.acting.frames import MADE_UP, made_up_frames, reading, recorded_frames
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.cli.answers import answers_of
 from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import read_json, replacing
@@ -109,12 +109,12 @@ def convert(
     )
     with replacing(target, one_writer=True) as folder:
         folder.mkdir()
-        if format == "ours":
-            report = to_ours(weights, folder, robot)
-        elif format == "plugin":
-            report = to_plugin(weights, folder, robot)
-        else:
+        if format == "lerobot":
             report = to_lerobot(weights, folder, Export(robot, tokenizer, data, force))
+        elif format == "ours" and isinstance(weights, LeRobotFolder):
+            report = from_lerobot(weights, folder, robot)
+        else:
+            report = to_ours(weights, folder, robot, plugin=format == "plugin")
     print("\n".join([*report, f"written to {target}"]))
 
 
@@ -125,24 +125,18 @@ def keep_robot(processor: Processor, robot: str | None) -> None:
         processor.robots = {name: processor.robots[name]}
 
 
-def to_ours(weights: Weights, folder: Path, robot: str | None) -> list[str]:
-    """Write a folder of ours, of all robots or of one; returns the report."""
-    if isinstance(weights, LeRobotFolder):
-        return from_lerobot(weights, folder, robot)
-    processor = weights.processor()
-    keep_robot(processor, robot)
-    model = weights.model()
-    save(folder, model, processor, weights.trained)
-    return [*summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items()), *weights.notes]
+def to_ours(weights: Weights, folder: Path, robot: str | None, *, plugin: bool) -> list[str]:
+    """Write a folder of ours, of all robots or of one; returns the report.
 
-
-def to_plugin(weights: Weights, folder: Path, robot: str | None) -> list[str]:
-    """Write a folder that LeRobot opens with the plugin, as one of the policy's robots; returns the report."""
+    plugin: LeRobot opens it with the plugin, as one of the policy's robots.
+    """
     processor = weights.processor()
-    name = processor.acting_as(robot)
-    keep_robot(processor, name)
+    keep_robot(processor, processor.acting_as(robot) if plugin else robot)
     model = weights.model()
-    save_for_plugin(folder, model, processor, name, weights.trained)
+    if plugin:
+        save_for_plugin(folder, model, processor, next(iter(processor.robots)), weights.trained)
+    else:
+        save(folder, model, processor, weights.trained)
     return [*summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items()), *weights.notes]
 
 
@@ -257,6 +251,19 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     expected = answers_of(Inference(model.to(dtype), processor, acting), export.data)
     del model
     return [*report, *compare(folder, processor, expected, TOLERANCE[dtype], export)]
+
+
+def answers_of(policy: Inference, data: str | None) -> Answers:
+    """What a policy answers to frames of a dataset and to made-up ones, from fixed noise."""
+    read = None if data is None else reading(policy.processor.robots[policy.robot], data)
+    frames = [*recorded_frames(policy, read), *made_up_frames(policy)]
+    config, generator = policy.model.config, torch.Generator().manual_seed(0)
+    noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)
+    prompts = [policy.processor.prompt(frame, policy.robot).tokens.tolist() for frame in frames]
+    chunks = [policy.predict_chunks([frame], [None], noise[[i]])[0] for i, frame in enumerate(frames)]
+    return Answers(
+        frames, prompts, noise, np.stack(chunks), policy.processor.robots[policy.robot].normalize.action.span
+    )
 
 
 def compare(folder: Path, processor: Processor, expected: Answers, tolerance: float, export: Export) -> list[str]:

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.peer import lerobot_sizes
 from pi05_lightning import Pi05Policy
-from pi05_lightning.cli.answers import answers_of
-from pi05_lightning.cli.convert import convert
+from pi05_lightning.cli.convert import answers_of, convert
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
