@@ -101,16 +101,22 @@ VISION_HEADS = "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttent
 """[layers, width, heads, width of a head]"""
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves by their path; `value`, the leaf that training puts below each, is left out of it."""
-    leaves: dict[str, Any] = {}
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Each leaf's path, the leaf, and it as a tree of its own.
+
+    `value`, the leaf that training puts below each, is left out of the path.
+    """
     for name, inner in tree.items():
         path = f"{prefix}/{name}" if prefix else str(name)
         if isinstance(inner, Mapping):
-            leaves |= flat(inner, path)
+            yield from ((below, leaf, {name: alone}) for below, leaf, alone in leaves(inner, path))
         else:
-            leaves[prefix if name == "value" else path] = inner
-    return leaves
+            yield (prefix if name == "value" else path), inner, {name: inner}
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves by their path."""
+    return {path: leaf for path, leaf, _ in leaves(tree)}
 
 
 def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,7 +223,7 @@ class OrbaxParams:
         try:
             return self.restore(parameters)
         except Exception as error:  # as above
-            broken = [name for name, alone in apart(parameters) if not self.is_whole(alone)]
+            broken = [name for name, _, alone in leaves(parameters) if not self.is_whole(alone)]
             told = "\n  ".join(broken) or first_line(error)
             raise ValueError(f"{self.place} is damaged: copy it again, whole. Missing:\n  {told}") from error
 
@@ -234,16 +240,6 @@ class OrbaxParams:
         except Exception:  # as above
             return False
         return True
-
-
-def apart(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every leaf by its path, and as a tree of its own."""
-    for name, inner in tree.items():
-        path = f"{prefix}/{name}" if prefix else str(name)
-        if isinstance(inner, Mapping):
-            yield from ((below, {name: alone}) for below, alone in apart(inner, path))
-        else:
-            yield (prefix if name == "value" else path), {name: inner}
 
 
 def mapped(tree: Mapping[str, Any], make: Callable[[Any], Any]) -> dict[str, Any]:
