@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 ALL = "all tasks"
 
 Success = Mapping[str, Mapping[str, Sequence[int]]]
-"""mode (policy, flat, mean_replay, random, expert) -> task -> successes, trials"""
+"""mode (see `sim.modes.MODES`) -> task -> successes, trials"""
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:

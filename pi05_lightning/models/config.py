@@ -129,7 +129,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> ModelConfig:
-        """A shipped size: `debug` (tests), `tiny` (the demo), `desk` or `base` (π0.5); or the path of a YAML file.
+        """A shipped size: `debug` (tests), `tiny` (the demo) or `base` (π0.5); or the path of a YAML file.
 
         Raises ValueError with the shipped sizes for a name that is neither.
         """

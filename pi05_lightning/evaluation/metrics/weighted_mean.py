@@ -1,4 +1,4 @@
-"""The one accumulator behind every metric: torchmetrics' MeanMetric, per element of an array."""
+"""The one accumulator behind every metric: a weighted mean per element of an array."""
 
 from __future__ import annotations
 

@@ -75,11 +75,7 @@ class InterruptBetweenSteps(Callback):
         if trainer.state.fn != "fit" and is_main_thread():  # the trainer's handler would end a part of them, with 0
             signal.signal(signal.SIGTERM, end)
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_start(trainer, pl_module)
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.on_validation_start(trainer, pl_module)
+    on_test_start = on_predict_start = on_validation_start
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = signum
