@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +12,10 @@ from pathlib import Path
 
 def allow_open_files() -> None:
     """Let this process, and those that it starts, have as many files open as the system lets it."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS takes no infinity
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
