@@ -167,9 +167,9 @@ def rollout(
             # which layers compute in 8 bits is measured once for each way of acting, not in every process
             Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(way))
     policy_hash = locate(checkpoint).content_hash()
-    what = {"worker": str(worker), "sha256": policy_hash, **versions(env)}
+    what = {name: str(value) for name, value in vars(worker).items()} | {"weights": policy_hash, **versions(env)}
     if replayed is not None:
-        what["demonstrations"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
+        what["replayed"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
     with Unfinished.within(out, what) as unfinished:
         trials, clocks, filmed = run_all(plan, worker, num_workers, unfinished)
         result = summary_of(trials, clocks, plan, worker)
@@ -229,14 +229,17 @@ def run_all(
     What was over before an interruption is not run again.
     """
     trials = {key_of(trial): trial for job in plan.jobs() for trial in job.trials}
+    known = {(trial.column, trial.task, trial.seed) for trial in trials.values()}
     clocks, filmed, over = {trial.column: Clock() for trial in trials.values()}, Films(), set[str]()
     for results, clock, films in unfinished.jobs():
-        if results.keys() <= trials.keys():  # else it is of another plan: fewer episodes, or no films
-            for key, values in results.items():
-                vars(trials[key]).update(values)
-            clocks[trials[next(iter(results))].column].add(clock)
-            filmed |= films
-            over |= results.keys()
+        if taken := results.keys() & trials.keys() - over:  # else it is of another plan
+            for key in taken:
+                vars(trials[key]).update(results[key])
+            clocks[trials[min(taken)].column].add(clock)
+            filmed |= {
+                name: film for name, film in films.items() if (film["mode"], film["task"], film["seed"]) in known
+            }
+            over |= taken
     if over:
         logger.warning("%d of %d episodes were over when it was interrupted, and are kept", len(over), len(trials))
     todo = list(plan.jobs(without=lambda trial: key_of(trial) in over))

@@ -102,15 +102,11 @@ def sizes_of(sources: Mapping[str, Source]) -> dict[str, int]:
 
 
 def size_differences(saved: Mapping[str, int], today: Mapping[str, int]) -> list[Difference]:
-    """Of `sizes_of` of a checkpoint's training data and of today's."""
+    """Of `sizes_of` of a checkpoint's training data and of today's, where both have the source."""
     return [
-        Difference(
-            f"data.sources: {name}",
-            f"has {today.get(name, 0)} samples, and {saved.get(name, 0)} in the checkpoint: others are drawn now",
-            harmless=True,
-        )
-        for name in {**saved, **today}
-        if saved.get(name, 0) != today.get(name, 0)
+        Difference(f"data.sources: {name}", f"has {today[name]} samples, and had {size}", harmless=True)
+        for name, size in saved.items()
+        if size != today.get(name, size)
     ]
 
 

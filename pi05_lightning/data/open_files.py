@@ -16,16 +16,18 @@ def allow_open_files() -> None:
         import resource
     except ImportError:  # Windows has no such limit
         return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(ValueError, OSError):  # macOS takes no infinity
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (most, max(now, 10_240)):  # the latter on macOS, which takes no infinity
+        with suppress(ValueError, OSError):
+            return resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def check_open_files(error: Exception, path: Path | str) -> None:
     """OSError where a file could not be read since too many are open: it is as good as any."""
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        told = "too many files are open: raise `ulimit -n`, or use fewer workers"
-        raise OSError(errno.EMFILE, told, str(path)) from error
+    number = getattr(error, "errno", None)  # FFmpeg's errors have one too
+    if number in (errno.EMFILE, errno.ENFILE):
+        told = "too many files are open: use fewer workers, or have the limit raised (`ulimit -Hn`)"
+        raise OSError(number, told, str(path)) from error
 
 
 class OpenFiles[K, T]:

@@ -6,6 +6,7 @@ compiled like any others; for a product the weight is made whole, and made once 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,7 @@ class QuantizedLinear(nn.Linear, ABC):
     """
 
     parts: ClassVar[tuple[str, ...]]
-    """The last has the type of the weight."""
+    """The last has the type of the weight, which `weight` takes from it."""
     error: nn.Parameter
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -65,8 +66,8 @@ class QuantizedLinear(nn.Linear, ABC):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Of the weight's shape, type and device, and without its values: what PEFT and others ask of a layer."""
-        return getattr(self, self.parts[-1]).new_empty(()).expand(self.out_features, self.in_features)
+        """Of the weight's shape, type and device, what PEFT and others ask of a layer; its values are NaN."""
+        return getattr(self, self.parts[-1]).new_full((), math.nan).expand(self.out_features, self.in_features)
 
     def hold(self, parts: Mapping[str, Tensor]) -> None:
         """Take over what `quantize` made."""

@@ -438,8 +438,11 @@ def decide(
 
 def _given(policy: Inference, lanes: Sequence[tuple[Environment, Trial, Motion]]) -> list[np.ndarray] | None:
     """What the next chunks are given, f32[d A] each; None where that is nothing."""
-    prefixes = [prefix for *_, motion in lanes if (prefix := motion.prefix) is not None]
-    return prefixes if policy.acting.given and prefixes else None
+    prefixes = [motion.prefix for *_, motion in lanes]
+    if not policy.acting.given or all(prefix is None for prefix in prefixes):
+        return None
+    nothing = np.zeros((0, policy.action_dim), np.float32)  # in a lane with a new instruction
+    return [nothing if prefix is None else prefix for prefix in prefixes]
 
 
 def _checked(chunk: np.ndarray, env: Environment) -> np.ndarray | str:

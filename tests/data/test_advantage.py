@@ -209,6 +209,15 @@ def test_source_whose_dims_have_other_names_is_not_of_the_robot(
         _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
 
 
+def test_actions_are_not_compared_where_the_robots_are_relative(
+    pictures: Path, pictures_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arm = LeRobotConfig(str(pictures), relative_dims=[0, 1], relative_state_dims=[0, 1])
+    sources = {"robot": arm, "more": LeRobotConfig(str(pictures_copy), same_robot_as="robot")}
+    _ = Pi05DataModule(sources, shapes=CONFIG.shapes).processor
+    assert "same_robot_as" not in caplog.text
+
+
 def test_source_in_other_units_than_the_robot_is_warned_of_once(
     pictures: Path, pictures_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

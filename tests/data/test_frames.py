@@ -314,7 +314,7 @@ def no_more_files() -> Iterator[None]:
             os.close(descriptor)
 
 
-TOO_MANY = "too many files are open: raise `ulimit -n`"
+TOO_MANY = "too many files are open: use fewer workers"
 
 
 def test_too_many_open_files_are_no_bad_sample(videos_copy: Path) -> None:

@@ -316,7 +316,7 @@ def test_a_part_that_is_done_is_the_same_on_another_device(tmp_path: Path) -> No
     def part(*flags: str) -> Part:
         return Part("base-rollout", ("rollout", "policy", "--episodes", "5", *flags, "--out", "base"))
 
-    with Progress(tmp_path / "part.json", part("--num_workers", "2", "--device", "cpu")).timed():
+    with Progress(tmp_path / "part.json", part("--num_workers", "2", "--lanes", "8", "--device", "cpu")).timed():
         pass
     assert Progress(tmp_path / "part.json", part("--device", "cuda")).finished
     with pytest.raises(ValueError, match="give another --out"):

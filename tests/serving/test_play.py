@@ -156,7 +156,7 @@ def test_too_large_a_message_ends_its_own_connection(policy: Pi05Policy) -> None
 def test_who_reads_nothing_holds_up_nobody_and_no_more_come_than_may(policy: Pi05Policy) -> None:
     async def look() -> None:
         async with played(policy, limits=replace(LIMITS, max_clients=2)) as (address, session):
-            await session.ws_connect(f"ws://{address}/play")  # reads nothing
+            deaf = await session.ws_connect(f"ws://{address}/play")
             async with session.ws_connect(f"ws://{address}/play") as client:
                 async with session.ws_connect(f"ws://{address}/play") as third:
                     message = await third.receive()
@@ -165,6 +165,7 @@ def test_who_reads_nothing_holds_up_nobody_and_no_more_come_than_may(policy: Pi0
                 for _ in range(30):
                     await say(client, do="push", way="left")
                     await hear(client, "done")
+            await deaf.close()
 
     asyncio.run(look())
 

@@ -187,6 +187,7 @@ def test_single_frames_have_captions_and_as_many_answers_as_questions(collected)
         ((0.0, -0.009, 0.0), "at the gripper"),
         ((0.2, 0.02, 0.0), None),  # neither at the same place nor ahead
         ((0.2, 0.005), "right"),  # as seen from above
+        ((0.0, 0.005), None),  # it may be far below
     ],
 )
 def test_a_place_is_told_where_a_centimetre_does_not_change_it(offset, said):
@@ -260,7 +261,6 @@ def content(out: Path) -> dict[str, bytes]:
 PROGRAM = """
 from pathlib import Path
 from pi05_lightning.sim.demonstrations.collect import collect
-from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 if __name__ == "__main__":
     collect(CollectConfig(Path({out!r}), tasks=("reach-v3",), episodes=30, val_episodes=2, scenes=30, num_workers=1,

@@ -123,6 +123,38 @@ def test_what_is_kept_changes_nothing_of_an_episode(untrained: Path) -> None:
 
 
 @pytest.mark.slow
+def test_interrupted_collection_goes_on_with_the_attempts_that_were_not_over(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def interrupted(*arguments: Any) -> Iterator[tuple[int, Job]]:
+        for number, job in run_in_processes(*arguments):
+            if made:
+                raise KeyboardInterrupt
+            made.append(len(job.trials))
+            yield number, job
+
+    small = {"policy": untrained, "tasks": TASKS[:1], "episodes": 4, "val_episodes": 2, "max_seconds": 0.3}
+    whole = collect(config(tmp_path / "whole", **small)) / "robot"
+    monkeypatch.setattr(autonomous, "run_in_processes", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        collect(config(tmp_path / "data", **small, lanes=1, num_workers=1))
+    monkeypatch.undo()
+    film = next((tmp_path / ".data.partial").rglob("*.mp4"))
+    first = film.read_bytes(), film.stat().st_mtime_ns
+    root = collect(config(tmp_path / "data", **small, lanes=2)) / "robot"
+    for name, values in frames(whole).items():
+        np.testing.assert_allclose(frames(root)[name], values, atol=1e-5)
+    assert [row["seed"] for row in LeRobotFiles.open(root).episodes.to_pylist()] == [
+        row["seed"] for row in LeRobotFiles.open(whole).episodes.to_pylist()
+    ]
+    assert LeRobotFiles.open(root).info["splits"] == {"train": "0:4", "val": "4:6"}
+    film = root / film.relative_to(tmp_path / ".data.partial" / ".kept")
+    assert (film.read_bytes(), film.stat().st_mtime_ns) == first
+
+
+@pytest.mark.slow
 def test_attempt_in_which_nothing_was_done_costs_no_other(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -268,14 +268,14 @@ class Sayer(Stub):
     def __init__(self, **acting) -> None:
         super().__init__(None, **acting)
         self.heard: list[tuple[str, str]] = []
-        self.prefixes: list[int] = []
+        self.prefixes: list[list[int]] = []
 
     def predict_subtasks(self, frames, generator=None):
         return [f"do: {frame.task}" for frame in frames]
 
     def predict_chunks(self, frames, subtasks, noise, prefix_actions=None, generator=None):
         self.heard += [(frame.task, subtask) for frame, subtask in zip(frames, subtasks, strict=True)]
-        self.prefixes += [len(prefix_actions[0]) if prefix_actions else 0]
+        self.prefixes += [[len(prefix) for prefix in prefix_actions or ()]]
         return [chunk(0.1) for _ in frames]
 
 
@@ -286,4 +286,12 @@ def test_policy_begins_anew_at_the_next_instruction_of_a_chain(delay):
     assert trial.success
     first, second = ("go to 0.4", "do: go to 0.4"), ("reach one", "do: reach one")
     assert policy.heard == [first, first, second, second]  # 3 + 1 actions, of which the last ends it; then 3 + 3
-    assert policy.prefixes == [0, delay, 0, delay]
+    assert policy.prefixes == [[], [1], [], [1]] if delay else [[]] * 4
+
+
+def test_next_instruction_of_one_lane_changes_nothing_in_another():
+    policy = Sayer(execution_horizon=3, inference_delay=1)
+    lanes = [(Chain(), Trial("policy", "x", 0)), (Walk(), Trial("policy", "y", 0))]
+    run_policy(policy, lanes, Clock())
+    assert all(trial.success for _, trial in lanes)
+    assert policy.prefixes[:3] == [[], [1, 1], [0, 1]]

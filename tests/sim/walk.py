@@ -37,7 +37,7 @@ class Walk:
 class Stub(Inference):
     """A policy whose actions are `act(seed)`, everywhere the same; `calls` are the seeds it was asked for together."""
 
-    hierarchical = True
+    hierarchical, action_dim = True, 1
     model = SimpleNamespace(config=SimpleNamespace(horizon=HORIZON, action_dim=1))
 
     def __init__(self, act, **acting) -> None:

@@ -74,12 +74,14 @@ def _check_options(source: LeRobotSource, robot: Robot) -> None:
 def _compare_units(source: LeRobotSource, robot: Robot) -> None:
     if not len(source):
         return
+    state, action = source.statistics()
+    pairs = {"state": (robot.normalize.state, state.quantiles)}
+    if source.relative == robot.relative:  # else its own actions are not yet relative
+        pairs["action"] = robot.normalize.action, action.quantiles
     found = [
         f"{part}[{', '.join(map(str, dims))}] {problem}"
-        for part, shared, own in zip(
-            ("state", "action"), (robot.normalize.state, robot.normalize.action), source.statistics(), strict=True
-        )
-        for problem, dims in unit_problems(shared, own.quantiles).items()
+        for part, (shared, own) in pairs.items()
+        for problem, dims in unit_problems(shared, own).items()
     ]
     if found:
         log.warning(

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def collect(config: CollectConfig) -> Path:
     `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
     `meta/info.json`). `out/web` holds single frames with captions and questions, for `datasets.load_from_disk`.
 
-    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there. Interrupted
-    or failed, it stays there, and the same collection goes on from it.
+    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there. Interrupted,
+    it stays there, and the same collection goes on from it.
     Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
     tasks or cameras, when an expert fails too often, and while another process makes the same `out`.
     """
@@ -42,20 +43,28 @@ def collect(config: CollectConfig) -> Path:
         check_tasks(config.expert_env, config.recorded)
     out, partial, replaced = config.out, _beside(config.out, "partial"), _beside(config.out, "replaced")
     with held(partial, f"pi05 collect writes to {out}"):
+        _restore(out, replaced)
         try:
-            _restore(out, replaced)
             _check_free(out, config.overwrite)
+        except FileExistsError:
+            with suppress(OSError):  # where an interrupted one waits
+                partial.rmdir()
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)  # of a collect that was killed at its very end
+        try:
             if config.policy is None:
                 _make(partial, config)
             else:  # slow to import, and experts need no model
                 from pi05_lightning.sim.demonstrations.autonomous import record_policy
 
                 record_policy(partial / ROBOT, config)
-            shutil.rmtree(partial / KEPT)
-            shutil.rmtree(replaced, ignore_errors=True)  # of a collect that was killed at its very end
             if out.exists():
                 out.rename(replaced)
             partial.rename(out)
+            shutil.rmtree(out / KEPT)
+        except ValueError:  # the same would end the same, and with other options nothing of it could be used
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         except BaseException:
             if any((partial / KEPT).glob("*.pickle")):
                 logger.warning("what was recorded is kept in %s: the same command goes on from there", partial)

@@ -6,7 +6,6 @@ import logging
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from pi05_lightning.files.local import replacing
@@ -15,6 +14,7 @@ from pi05_lightning.sim.unfinished import claim, versions
 
 KEPT = ".kept"
 _FILMS = "videos"
+_CHANGE_NOTHING = {"num_workers", "lanes", "overwrite"}  # of what is recorded
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class Kept:
     def __init__(self, root: Path, config: CollectConfig, policy_hash: str | None = None) -> None:
         self.root, self.folder = root, root.with_name(KEPT)
         self.folder.mkdir(exist_ok=True)
-        options = str(replace(config, num_workers=None, overwrite=False, lanes=8))  # what changes the time alone
-        if claim(self.folder, {"options": options, "sha256": policy_hash, **versions(config.env)}):
+        options = {name: str(value) for name, value in vars(config).items() if name not in _CHANGE_NOTHING}
+        if claim(self.folder, {**options, "weights": policy_hash, **versions(config.env)}):
             if (root / _FILMS).exists():
                 (root / _FILMS).rename(self.folder / _FILMS)
             logger.info("going on with what is in %s", self.folder)

@@ -1,7 +1,7 @@
 """Questions, answers and captions from the simulator's truth, of places where an image determines them.
 
-Where a centimetre or a few pixels would change a place, or one of what it is about is not seen or cut off, nothing is
-asked.
+Where a centimetre or a few pixels would change a place, or one of what it is about is not seen or cut off, no place is
+told.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def answers(
     camera, places = next(iter(boxes)), env.positions()
     for name in env.objects:
         where = direction((places[name] - places["gripper"])[: 2 if camera == _FROM_ABOVE else 3])
-        if {name, "gripper"} <= boxes[camera].keys() and where is not None and not is_cut_off(boxes[camera][name]):
+        both = [boxes[camera][one] for one in (name, "gripper") if one in boxes[camera]]
+        if len(both) == 2 and where is not None and not any(map(is_cut_off, both)):
             asked.append(Answer(f"where is the {name}?", where, camera))
     asked += [Answer(question, answer, camera) for question, answer in env.facts()]
     looking = next((name for name, seen in boxes.items() if name != _FROM_ABOVE and "gripper" in seen), None)
@@ -56,13 +57,13 @@ def direction(offset: np.ndarray) -> str | None:
     """An offset from the gripper in metres (x right, y away from the robot, z up) in words: `left, ahead, below`.
 
     offset: f64[3], or f64[2] where the height is not seen.
-    None where an axis is between the two: neither at the same place nor apart.
+    None where an axis is between the two, neither at the same place nor apart, and for what may be below the gripper.
     """
     if any(_BESIDE < abs(value) < _APART for value in offset):
         return None
     words = (("right", "left"), ("ahead", "behind"), ("above", "below"))
     parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=False) if abs(value) >= _APART]
-    return ", ".join(parts) or "at the gripper"
+    return ", ".join(parts) or ("at the gripper" if len(offset) == 3 else None)
 
 
 def caption(boxes: Mapping[str, Box]) -> str | None:
