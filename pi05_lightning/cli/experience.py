@@ -120,8 +120,8 @@ def experience(
     Raises ValueError when `out` holds rounds with other arguments, where attempts and tests would begin in the same
     states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
-    simulator = {"env": env, "tasks": listed(tasks) if tasks else None}
-    simulator |= {"num_workers": num_workers, "lanes": lanes, "device": device}
+    simulator: dict[str, Any] = {"env": env, "tasks": listed(tasks) if tasks else None, "device": device}
+    simulator |= {"num_workers": num_workers, "lanes": lanes}
     collecting = {
         "episodes": episodes,
         "val_episodes": 0,
@@ -243,10 +243,17 @@ class Rounds:
 
 def check(plan: Rounds, methods: Sequence[Method]) -> None:
     """ValueError for options that would show as wrong when hours have been spent."""
-    counts = {"rounds": plan.rounds, "steps": plan.training.steps, "batch_size": plan.training.batch_size}
-    counts |= {"value_steps": plan.value_steps, "episodes": plan.attempts["episodes"]}
-    counts |= {"test_episodes": plan.tests["episodes"], "corrections": plan.corrections}
-    counts |= {name: plan.simulator[name] for name in ("num_workers", "lanes")}
+    counts: dict[str, int | None] = {
+        "rounds": plan.rounds,
+        "steps": plan.training.steps,
+        "batch_size": plan.training.batch_size,
+        "value_steps": plan.value_steps,
+        "episodes": plan.attempts["episodes"],
+        "test_episodes": plan.tests["episodes"],
+        "corrections": plan.corrections,
+        "num_workers": plan.simulator["num_workers"],
+        "lanes": plan.simulator["lanes"],
+    }
     for name, number in counts.items():
         check_range(name, number, 1)
     times = {"attempt_seconds": plan.attempts["max_seconds"], "max_seconds": plan.tests["max_seconds"]}
