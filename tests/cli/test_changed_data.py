@@ -150,7 +150,7 @@ def test_annotations_that_are_added_go_on_and_are_said(place: Path, caplog: pyte
     rewrite(data_file(place / "data"), subtask=["reach"] * len(frame_numbers(place / "data")))
     told = [*at(place / "data"), "--data.sources.robot.init_args.subtask_key", "subtask"]
     main([*more(place / "run"), *told])
-    assert re.search(r"data\.sources: robot/hl_subtask: has \d+ samples, and 0 in the checkpoint", caplog.text)
+    assert re.search(r"data\.sources: robot/hl_subtask: has \d+ samples, and had 0", caplog.text)
     assert "continuous_robot_actions: has" not in caplog.text
 
 
