@@ -1,7 +1,7 @@
 """Questions, answers and captions from the simulator's truth, of places where an image determines them.
 
-Where a centimetre or a few pixels would change a place, or one of what it is about is not seen or cut off, no place is
-told.
+Where a centimetre or a few pixels would change a place, one of what it is about is not seen, or a thing is cut off, no
+place is told.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ def answers(
     camera, places = next(iter(boxes)), env.positions()
     for name in env.objects:
         where = direction((places[name] - places["gripper"])[: 2 if camera == _FROM_ABOVE else 3])
-        both = [boxes[camera][one] for one in (name, "gripper") if one in boxes[camera]]
-        if len(both) == 2 and where is not None and not any(map(is_cut_off, both)):
+        if {name, "gripper"} <= boxes[camera].keys() and where is not None and not is_cut_off(boxes[camera][name]):
             asked.append(Answer(f"where is the {name}?", where, camera))
     asked += [Answer(question, answer, camera) for question, answer in env.facts()]
     looking = next((name for name, seen in boxes.items() if name != _FROM_ABOVE and "gripper" in seen), None)
