@@ -143,17 +143,10 @@ def rollout(
         acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
     elif delays:
         raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    others = dict[str, str]()
-    if "swapped" in instructions:
-        check_tasks(env, (swaps or {}).values())
-        others = swapped_tasks(tasks, swaps or {}, env.partners(tasks), partial(sentence_of, env))
+    others = swapped_of(env, tasks, swaps or {}) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
-    words = read_paraphrases(paraphrases or PARAPHRASES) if "paraphrased" in instructions else {}
-    if words:  # else episodes would show it
-        for sentence in filter(None, map(partial(sentence_of, env), tasks)):
-            paraphrase(words, sentence, 0)
     heard = [task for known in policy.processor.robots.values() for task in known.tasks]
-    check_unheard(words, heard, paraphrases or PARAPHRASES)
+    words = paraphrases_of(env, tasks, paraphrases or PARAPHRASES, heard) if "paraphrased" in instructions else {}
     actings: dict[Mode, Acting] = {
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
@@ -182,6 +175,27 @@ def rollout(
 def sentence_of(env: EnvironmentConfig, task: str) -> str | None:
     """A task's instruction; None where only its environment can tell."""
     return next(iter(env.sentences(task)), None)
+
+
+def swapped_of(env: EnvironmentConfig, tasks: Sequence[str], swaps: Mapping[str, str]) -> dict[str, str]:
+    """task -> the one whose instruction is given. ValueError where there is none."""
+    check_tasks(env, swaps.values())
+    return swapped_tasks(tasks, swaps, env.partners(tasks), partial(sentence_of, env))
+
+
+def paraphrases_of(
+    env: EnvironmentConfig, tasks: Sequence[str], file: Path, heard: Sequence[str]
+) -> dict[str, list[str]]:
+    """instruction -> the same in other words, for every task whose instruction is known before it is opened.
+
+    heard: the instructions that the policy was trained on.  ValueError for a task without other words, and for heard
+    ones.
+    """
+    words = read_paraphrases(file)
+    for sentence in filter(None, map(partial(sentence_of, env), tasks)):
+        paraphrase(words, sentence, 0)
+    check_unheard(words, heard, file)
+    return words
 
 
 def check_told(name: str, given: object, kind: Instruction, instructions: Sequence[Instruction]) -> None:
