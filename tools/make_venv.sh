@@ -18,7 +18,12 @@ find_python() {
         echo "$candidate"
         return
     fi
-    echo "Python 3.12 was not found (looked for \$PYTHON, python3.12, python3, python, uv)." >&2
+    # a version that pyenv has, though none or another is selected here
+    if command -v pyenv >/dev/null && candidate=$(pyenv prefix 3.12 2>/dev/null)/bin/python && is_312 "$candidate"; then
+        echo "$candidate"
+        return
+    fi
+    echo "Python 3.12 was not found (looked for \$PYTHON, python3.12, python3, python, uv, pyenv)." >&2
     echo "Install it, for instance: apt-get install python3.12 python3.12-venv | pyenv install 3.12 | uv python install 3.12" >&2
     echo "or say where it is: make PYTHON=/path/to/python3.12 TARGET" >&2
     return 1
