@@ -29,8 +29,8 @@ from examples.slow_network import SlowNetwork
 from pi05_lightning.serving.client import Controller, Mode
 from pi05_lightning.sim.environment import Environment, View
 from pi05_lightning.sim.metaworld.environment import MetaWorld
+from pi05_lightning.sim.motion import jumps
 from pi05_lightning.sim.sawyer import CONTROL_HZ
-from pi05_lightning.sim.trials import jumps
 from pi05_lightning.weights.locate import locate
 
 RATE = 50  # commands per second

@@ -58,7 +58,7 @@ API = {
         "weights.lerobot_folder",
     ),
     "Simulation": (
-        *("sim.environment", "sim.rollout", "sim.trials", "sim.summary", "sim.baselines"),
+        *("sim.environment", "sim.rollout", "sim.trials", "sim.course", "sim.motion", "sim.summary", "sim.baselines"),
         *("sim.metaworld.environment", "sim.desk.environment", "sim.libero", "sim.lerobot_env"),
     ),
     "Serving": ("serving.server", "serving.client.connection", "serving.client.controller", "serving.wire"),

@@ -28,12 +28,14 @@ from rich.console import Console
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory
+from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory, run_baseline
+from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.metaworld.environment import MetaWorld
 from pi05_lightning.sim.metaworld.tasks import task_of_sentence
+from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.summary import summarise, tables
-from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
+from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.types import Frame
 
 CONFIG = Path(__file__).with_name("train.yaml")
@@ -125,20 +127,22 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
         seed: of the initial states.
     """
     policy, env, view = Act(run), MetaWorld(), view_of(source)
-    trials, clocks = [], {"flat": Clock(), "mean_replay": Clock()}
+    results, clocks = [], {"flat": Clock(), "mean_replay": Clock()}
     replay = cache(partial(mean_trajectory, Demonstrations(str(source), ("action",))))
     for number, sentence in enumerate(sorted(pd.read_parquet(source / "meta" / "tasks.parquet").index)):
         task, states = task_of_sentence(sentence), env.seeds(number, episodes, seed)
         with ExitStack() as stack:
             lanes = [stack.enter_context(env.open(task, view)) for _ in range(min(LANES, episodes))]
             for some in batched(states, LANES):
-                started = [Trial("flat", task, state, noise_seed=seed) for state in some]
-                run_policy(policy, list(zip(lanes, started, strict=False)), clocks["flat"])
-                trials += started
+                trials = [Trial("flat", task, state, noise_seed=seed) for state in some]
+                courses = [Course(lane, trial) for lane, trial in zip(lanes, trials, strict=False)]
+                run_policy(policy, courses, clocks["flat"])
+                results += [course.result for course in courses]
             for state in states:
-                trials.append(Trial("mean_replay", task, state, noise_seed=seed))
-                run_baseline(lanes[0], trials[-1], clocks["mean_replay"], replay)
-    result = summarise(trials, clocks) | {"acting": {"flat": asdict(policy.acting)}, "env": str(env), "seed": seed}
+                course = Course(lanes[0], Trial("mean_replay", task, state, noise_seed=seed))
+                run_baseline(course, clocks["mean_replay"], replay)
+                results.append(course.result)
+    result = summarise(results, clocks) | {"acting": {"flat": asdict(policy.acting)}, "env": str(env), "seed": seed}
     (run / "rollout").mkdir(exist_ok=True)
     (run / "rollout" / "rollout.json").write_text(json.dumps(result, indent=2))
     Console().print(*tables(result))

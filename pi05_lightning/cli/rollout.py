@@ -39,7 +39,7 @@ from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
 from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import by_group, summarise, tables
-from pi05_lightning.sim.trials import Clock, Trial
+from pi05_lightning.sim.trials import Clock, Result
 from pi05_lightning.sim.unfinished import Films, Unfinished, key_of, versions
 from pi05_lightning.training.run_directory import RUNS
 from pi05_lightning.weights.locate import locate, pinned, run_of
@@ -164,8 +164,8 @@ def rollout(
     if replayed is not None:
         what["replayed"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
     with Unfinished.within(out, what) as unfinished:
-        trials, clocks, filmed = run_all(plan, worker, num_workers, unfinished)
-        result = summary_of(trials, clocks, plan, worker)
+        results, clocks, filmed = run_all(plan, worker, num_workers, unfinished)
+        result = summary_of(results, clocks, plan, worker)
         result |= {"checkpoint": str(given), "sha256": policy_hash, "films": filmed}
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
@@ -237,44 +237,41 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
 
 def run_all(
     plan: Plan, worker: Worker, num_workers: int | None, unfinished: Unfinished
-) -> tuple[list[Trial], dict[str, Clock], Films]:
-    """Every trial of the plan, over, what those of each column took, and the films.
+) -> tuple[list[Result], dict[str, Clock], Films]:
+    """The results of the plan's trials, what those of each column took, and the films.
 
     What was over before an interruption is not run again.
     """
     trials = {key_of(trial): trial for job in plan.jobs() for trial in job.trials}
     known = {(trial.column, trial.task, trial.seed) for trial in trials.values()}
-    clocks, filmed, over = {trial.column: Clock() for trial in trials.values()}, Films(), set[str]()
-    for results, clock, films in unfinished.jobs():
-        if taken := results.keys() & trials.keys() - over:  # else it is of another plan
-            for key in taken:
-                vars(trials[key]).update(results[key])
+    clocks, filmed, results = {trial.column: Clock() for trial in trials.values()}, Films(), dict[str, Result]()
+    for kept, clock, films in unfinished.jobs():
+        if taken := kept.keys() & trials.keys() - results.keys():  # else it is of another plan
+            results |= {key: Result(trials[key], **kept[key]) for key in taken}
             clocks[trials[min(taken)].column].add(clock)
             filmed |= {
                 name: film for name, film in films.items() if (film["mode"], film["task"], film["seed"]) in known
             }
-            over |= taken
-    if over:
-        logger.warning("%d of %d episodes were over when it was interrupted, and are kept", len(over), len(trials))
-    todo = list(plan.jobs(without=lambda trial: key_of(trial) in over))
+    if results:
+        logger.warning("%d of %d episodes were over when it was interrupted, and are kept", len(results), len(trials))
+    todo = list(plan.jobs(without=lambda trial: key_of(trial) in results))
     with (
         closing(run_in_processes(worker, todo, num_workers)) as jobs,
-        tqdm(total=len(trials), initial=len(over), unit="episode", desc="rollout") as bar,
+        tqdm(total=len(trials), initial=len(results), unit="episode", desc="rollout") as bar,
     ):
-        for number, job in jobs:
-            keys = [key_of(trial) for trial in todo[number].trials]
-            films = write_films(unfinished.folder, job.trials, filmed)
-            unfinished.keep(keys, job, films)
-            trials.update(zip(keys, job.trials, strict=True))
-            clocks[job.column].add(job.clock)
+        for _, done in jobs:
+            films = write_films(unfinished.folder, done.results, filmed)
+            unfinished.keep(done, films)
+            results |= {key_of(result.trial): result for result in done.results}
+            clocks[done.results[0].trial.column].add(done.clock)
             filmed |= films
-            bar.update(len(keys))
-    return list(trials.values()), clocks, dict(sorted(filmed.items()))
+            bar.update(len(done.results))
+    return [results[key] for key in trials], clocks, dict(sorted(filmed.items()))
 
 
-def summary_of(trials: Sequence[Trial], clocks: Mapping[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
+def summary_of(results: Sequence[Result], clocks: Mapping[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
     """What the trials came to, and all that is needed to run them again."""
-    result = summarise(trials, clocks)
+    result = summarise(results, clocks)
     return (
         result
         | by_group(result["success"], plan.env.groups())
@@ -303,19 +300,19 @@ def replace_result(out: Path, before: Iterable[Path], unfinished: Path, result: 
     write_json(out / ROLLOUT.name, result)
 
 
-def write_films(folder: Path, trials: Iterable[Trial], before: Films) -> Films:
-    """An mp4 and a PNG of each trial that was filmed; the trial then forgets its film.
+def write_films(folder: Path, results: Iterable[Result], before: Films) -> Films:
+    """An mp4 and a PNG of each trial that was filmed; its result then forgets the film.
 
     Of a mode and task, a failure that is filmed for that alone is written where there is none in `before`.
     """
     written = Films()
-    for trial in trials:
-        known = (before | written).values()
+    for result in results:
+        trial, known = result.trial, (before | written).values()
         failed = {(film["mode"], film["task"]) for film in known if film["outcome"] != "success"}
-        if trial.film and (trial.record or (trial.column, trial.task) not in failed):
+        if result.film and (trial.films == "all" or (trial.column, trial.task) not in failed):
             column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")
             name = f"{column}-{task}-{trial.seed}.mp4"
-            video.write(folder / name, trial)
-            written[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": trial.outcome}
-        trial.film.clear()
+            video.write(folder / name, result)
+            written[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": result.outcome}
+        result.film.clear()
     return written

@@ -1,14 +1,16 @@
-"""What a policy has to beat: replay of the mean demonstration, which looks at nothing.
+"""What a policy has to beat: replay of the mean demonstration, which looks at nothing, and uniformly random actions.
 
-The other two baselines need no data: uniformly random actions, and the scripted expert (`ExpertEnvironment`).
+And the scripted expert, which knows where everything is.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -17,7 +19,9 @@ from pi05_lightning.data.columns import vectors
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
-from pi05_lightning.sim.environment import same_rate
+from pi05_lightning.sim.course import Course
+from pi05_lightning.sim.environment import Demonstrator, Environment, act_as_expert, same_rate
+from pi05_lightning.sim.trials import Clock, Trial
 
 
 @dataclass(frozen=True)
@@ -85,3 +89,31 @@ def mean_trajectory(shown: Demonstrations, task: str) -> np.ndarray:
     np.add.at(total, step, actions)
     last = np.maximum.accumulate(np.where(count, np.arange(len(count)), 0))
     return (total / np.maximum(count, 1)[:, None])[last].astype(np.float32)
+
+
+def run_baseline(course: Course, clock: Clock, replay: Callable[[str], np.ndarray] | None = None) -> None:
+    """One episode of the scripted expert, of uniformly random actions, or of a trajectory.
+
+    replay: instruction -> the trajectory f32[N A].
+    """
+    course.begin()
+    env, trial = course.env, course.trial
+    rng = np.random.default_rng([trial.noise_seed, trial.seed])
+    sentence, since = env.sentence, 0
+    while not course.result.over:
+        taken = course.result.decisions
+        if env.sentence != sentence:
+            sentence, since = env.sentence, taken
+        if trial.mode == "expert":
+            course.take(partial(act_as_expert, cast("Demonstrator", env)), clock)
+        elif replay is None:
+            course.take(partial(env.step, _random_action(env, trial, rng)), clock)
+        else:
+            trajectory = replay(sentence)
+            course.take(partial(env.step, trajectory[min(taken - since, len(trajectory) - 1)]), clock)
+
+
+def _random_action(env: Environment, trial: Trial, rng: np.random.Generator) -> np.ndarray:
+    if not np.isfinite([env.action_low, env.action_high]).all():
+        raise ValueError(f"the actions of {trial.task} have no bounds to draw from: leave out the mode random")
+    return rng.uniform(env.action_low, env.action_high)

@@ -62,16 +62,8 @@ class Environment(Protocol):
     def close(self) -> None: ...
 
 
-class ExpertEnvironment(Environment, Protocol):
-    """An environment with a scripted expert."""
-
-    def expert_step(self) -> bool:
-        """What `step` does, with the expert's action."""
-        ...
-
-
-class Demonstrator(ExpertEnvironment, Protocol):
-    """An environment whose expert can be recorded, with what it does in words, and which can be asked for the truth.
+class Demonstrator(Environment, Protocol):
+    """An environment with a scripted expert, which can be recorded with what it does in words, and tells the truth.
 
     task           its name
     cameras        names of those that it is seen with
@@ -133,15 +125,17 @@ class Demonstrator(ExpertEnvironment, Protocol):
         ...
 
 
-def act_as_expert(env: Demonstrator, taken: list[np.ndarray]) -> bool:
+def act_as_expert(env: Demonstrator, taken: list[np.ndarray] | None = None) -> bool:
     """Let the expert act, closed loop, for as long as an action lasts; returns whether the task was solved meanwhile.
 
     taken: gets what it did at each control step, f32[A]. Their mean, held that long, brings the hand to the same place.
     """
     solved = False
     for _ in range(env.action_repeat):
-        taken.append(env.expert_action())
-        solved |= env.control_step(taken[-1])
+        action = env.expert_action()
+        solved |= env.control_step(action)
+        if taken is not None:
+            taken.append(action)
     return solved
 
 
@@ -250,7 +244,7 @@ class EnvironmentConfig(ABC):
     """A simulator as configured."""
 
     has_expert: ClassVar[bool] = False
-    """Whether `open` gives an `ExpertEnvironment`."""
+    """Whether `open` gives a `Demonstrator`."""
 
     @property
     def num_states(self) -> int | None:

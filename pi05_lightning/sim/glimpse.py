@@ -13,7 +13,7 @@ from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.evaluation.agreement import Finding, Given, agreement
-from pi05_lightning.sim.environment import EnvironmentConfig, ExpertEnvironment, NoSuchEnvironment, View
+from pi05_lightning.sim.environment import Demonstrator, EnvironmentConfig, NoSuchEnvironment, View, act_as_expert
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.abilities import Abilities
 
@@ -59,7 +59,7 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
                     env.reset(start)
                     frames.append(env.observation())
                     if expert:
-                        frames += shown_by_expert(cast("ExpertEnvironment", env))
+                        frames += shown_by_expert(cast("Demonstrator", env))
                     bar.update()
     states = np.stack([frame.state for frame in frames if frame.state is not None] or [np.zeros(0, np.float32)])
     state = Quantiles(np.quantile(states, 0.01, axis=0), np.quantile(states, 0.99, axis=0))
@@ -74,11 +74,11 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
     return Given(robot, type(config).__name__, bounds=True, resting=not expert)
 
 
-def shown_by_expert(env: ExpertEnvironment) -> Iterator[Frame]:
+def shown_by_expert(env: Demonstrator) -> Iterator[Frame]:
     """Some of what is seen while the expert acts."""
     for step in range(1, EXPERT_STEPS + 1):
         if env.ended:
             return
-        env.expert_step()
+        act_as_expert(env)
         if step % BETWEEN == 0:
             yield env.observation()

@@ -16,9 +16,11 @@ from time import monotonic
 import numpy as np
 
 from pi05_lightning.acting.inference import Inference
+from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import EnvironmentConfig, Instructed, Pictured, Pushed
+from pi05_lightning.sim.motion import Motion, decide
 from pi05_lightning.sim.rollout import Lanes, view_of
-from pi05_lightning.sim.trials import Clock, Motion, Trial, begin, begin_here, decide, seen, take
+from pi05_lightning.sim.trials import Clock, Trial
 from pi05_lightning.types import Box, text_to_boxes
 
 PICTURE = 384  # pixels of what people see
@@ -87,7 +89,7 @@ class Player:
     """A policy and the environment that it acts in. All of one thread: renderers belong to the one that made them.
 
     running: whether there is a next action.  due: when, by the monotonic clock.
-    trial: how the episode goes.  frame: what the policy sees.  chunk, place: the last action's, f32[T A].
+    course: how the episode goes.  frame: what the policy sees.  chunk, place: the last action's, f32[T A].
     executed: the last actions f32[A], oldest first.  answers: to what was asked last.
     """
 
@@ -116,9 +118,9 @@ class Player:
         self.task = self.judged = task
         self._solved, self._counts = False, True
         self.number, self.answers = number, []
-        trial = self._trial()
-        begin(self.env, trial)
-        self._begin(trial)
+        course = self._course()
+        course.begin()
+        self._begin(course)
 
     def go_on(self, task: str | None) -> bool:
         """Judge a task from now on in the scene as it is, None: the same as before; returns whether that can be.
@@ -139,18 +141,17 @@ class Player:
         """Give an instruction in the middle of things: what is solved already counts once it was not, meanwhile."""
         self._sentence = sentence
         self._counts &= not self._solved
-        trial = self._trial()
-        begin_here(self.env, trial)
-        self._begin(trial)
+        course = self._course()
+        course.begin_here()
+        self._begin(course)
 
-    def _trial(self) -> Trial:
+    def _course(self) -> Course:
         seed = self.start.seeds[self.task][self.number]
         trial = Trial("policy", self.task, seed, max_seconds=self.start.max_seconds, noise_seed=self.start.noise_seed)
-        trial.sentence = self._sentence
-        return trial
+        return Course(self.env, trial, self._sentence)
 
-    def _begin(self, trial: Trial) -> None:
-        self.trial, self.motion, self.clock = trial, Motion(self.policy, trial), Clock()
+    def _begin(self, course: Course) -> None:
+        self.course, self.motion, self.clock = course, Motion(self.policy, course), Clock()
         self.chunk: np.ndarray | None = None
         self.place, self._number = 0, 0
         self._due: Iterator[tuple[np.ndarray, int]] = iter(())
@@ -171,7 +172,7 @@ class Player:
                 return
             self.chunk, self.place = action
             took = self.chunk[self.place]
-            take(self.env, self.trial, partial(self._act, took), self.clock)
+            self.course.take(partial(self._act, took), self.clock)
             self.executed.append(took)
             self._ends.append(monotonic())
             self._look()
@@ -187,12 +188,12 @@ class Player:
 
     def _replan(self) -> tuple[np.ndarray, int] | None:
         start = monotonic()
-        (chunk,) = decide(self.policy, [(self.env, self.trial, self.motion)], [self.frame], self._number)
+        (chunk,) = decide(self.policy, [self.motion], [self.frame], self._number)
         self.clock.decisions.append(monotonic() - start)
         if isinstance(chunk, str):
-            self.trial.reason = chunk
+            self.course.result.reason = chunk
             return None
-        self._due = self.motion.due(self.env, chunk, self._number)
+        self._due = self.motion.due(chunk, self._number)
         self._number += 1
         return next(self._due)
 
@@ -229,15 +230,15 @@ class Player:
     # --- what there is to see
 
     def _look(self) -> None:
-        self.frame = seen(self.env, self.trial)
+        self.frame = self.course.seen()
         self.version += 1
 
     def _fail(self, error: Exception) -> None:
-        self.trial.reason = f"the simulator raised {type(error).__name__}: {error}".split("\n")[0]
+        self.course.result.reason = f"the simulator raised {type(error).__name__}: {error}".split("\n")[0]
 
     @property
     def running(self) -> bool:
-        return not self.trial.over
+        return not self.course.result.over
 
     @property
     def picture(self) -> np.ndarray:
@@ -261,7 +262,7 @@ class Player:
         """Simulated seconds per second, lately."""
         if len(self._ends) < 2 or self._ends[-1] == self._ends[0]:
             return None
-        return (len(self._ends) - 1) / self.trial.fps / (self._ends[-1] - self._ends[0])
+        return (len(self._ends) - 1) / self.course.result.fps / (self._ends[-1] - self._ends[0])
 
     @property
     def milliseconds(self) -> tuple[float | None, float | None]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from pi05_lightning.files.cores import available_cores
 from pi05_lightning.files.ranges import check_range, check_unique
-from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory
+from pi05_lightning.sim.baselines import Demonstrations, mean_trajectory, run_baseline
+from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import (
     Environment,
     EnvironmentConfig,
@@ -28,8 +29,9 @@ from pi05_lightning.sim.environment import (
 )
 from pi05_lightning.sim.instructions import Instruction, paraphrase
 from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
+from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.processes import simulator_processes
-from pi05_lightning.sim.trials import Clock, Trial, run_baseline, run_policy
+from pi05_lightning.sim.trials import Clock, Result, Trial
 
 if TYPE_CHECKING:  # processes that run baselines alone need no model
     from pi05_lightning.acting import Acting
@@ -42,8 +44,6 @@ class Job:
     """Trials of one mode and one task, run in lanes: as many environments as trials, stepped together."""
 
     trials: tuple[Trial, ...]
-    clock: Clock = field(default_factory=Clock)
-    """What they take, once they are over."""
 
     @property
     def mode(self) -> Mode:
@@ -53,9 +53,13 @@ class Job:
     def task(self) -> str:
         return self.trials[0].task
 
-    @property
-    def column(self) -> str:
-        return self.trials[0].column
+
+@dataclass(frozen=True)
+class Done:
+    """A job that is over: the results in the order of its trials, and what they took."""
+
+    results: list[Result]
+    clock: Clock
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,18 @@ class Plan:
 
     def _trial(self, mode: Mode, instruction: Instruction, task: str, seed: int, number: int) -> Trial:
         acts = mode in POLICY_MODES
-        trial = Trial(mode, task, seed, acts and number < self.films, self.max_seconds, noise_seed=self.seed)
-        if mode in DELAYED:
-            trial.delays = self.delays
-        if acts:
-            trial.record_failure = self.films > 0
-            trial.instruction = instruction
-            trial.other = self.swaps[task] if instruction == "swapped" else None
-            trial.sentence = "" if instruction == "empty" else None
-            trial.number = number
-        return trial
+        return Trial(
+            mode,
+            task,
+            seed,
+            films="none" if not (acts and self.films) else "all" if number < self.films else "failure",
+            max_seconds=self.max_seconds,
+            noise_seed=self.seed,
+            delays=self.delays if mode in DELAYED else (),
+            number=number,
+            instruction=instruction if acts else "right",
+            other=self.swaps[task] if acts and instruction == "swapped" else None,
+        )
 
 
 class Lanes:
@@ -190,33 +196,45 @@ def available_modes(
 
 def run_policy_job(
     job: Job, policy: Inference, lanes: Lanes, paraphrases: Mapping[str, Sequence[str]] = MappingProxyType({})
-) -> None:
+) -> Done:
     """Run the trials together, each in a lane of its own. paraphrases: instruction -> the same in other words."""
-    start = perf_counter()
+    start, clock = perf_counter(), Clock()
     envs = lanes.of(job.task, len(job.trials))
     policy.inputs.takes_any_task = job.trials[0].instruction != "right"
-    for trial in job.trials:
-        if trial.other is not None:
-            trial.sentence = lanes.sentence_of(trial.other)
-        elif trial.instruction == "paraphrased":
-            trial.sentence = paraphrase(paraphrases, envs[0].sentence, trial.number)
-    run_policy(policy, list(zip(envs, job.trials, strict=True)), job.clock)
-    job.clock.seconds += perf_counter() - start
+
+    def told(trial: Trial) -> str | None:
+        match trial.instruction:
+            case "swapped":
+                assert trial.other is not None
+                return lanes.sentence_of(trial.other)
+            case "paraphrased":
+                return paraphrase(paraphrases, envs[0].sentence, trial.number)
+            case "empty":
+                return ""
+            case "right":
+                return None
+
+    courses = [Course(env, trial, told(trial)) for env, trial in zip(envs, job.trials, strict=True)]
+    run_policy(policy, courses, clock)
+    clock.seconds = perf_counter() - start
+    return Done([course.result for course in courses], clock)
 
 
-def run_baseline_job(job: Job, lanes: Lanes, demonstrations: Demonstrations | None) -> None:
+def run_baseline_job(job: Job, lanes: Lanes, demonstrations: Demonstrations | None) -> Done:
     """Run the trials one after another. demonstrations: for mean_replay."""
-    start = perf_counter()
+    start, clock = perf_counter(), Clock()
     (env,) = lanes.of(job.task, 1)
     replay = partial(_mean_trajectory, demonstrations) if job.mode == "mean_replay" else None
-    for trial in job.trials:
+    courses = [Course(env, trial) for trial in job.trials]
+    for course in courses:
         try:
-            run_baseline(env, trial, job.clock, replay)
+            run_baseline(course, clock, replay)
         except NoSuchEnvironment:
             raise
         except ValueError as error:  # as without demonstrations of what a scene alone says, or bounds: others go on
-            trial.reason = str(error)
-    job.clock.seconds += perf_counter() - start
+            course.result.reason = str(error)
+    clock.seconds = perf_counter() - start
+    return Done([course.result for course in courses], clock)
 
 
 # --- jobs of any mode, in processes of their own
@@ -239,21 +257,18 @@ class Worker:
     tokenizer: str | None = None
     dtype: str | None = None
 
-    def __call__(self, job: Job) -> Job:
-        """The job, over: what a process returns is a copy."""
+    def __call__(self, job: Job) -> Done:
         lanes = _lanes_of_process(self.env, self.view)
-        if job.mode in POLICY_MODES:
-            acting = self.actings[job.mode]
-            run_policy_job(job, _policy(self, acting), lanes, self.paraphrases)
-            check_memory(job.trials)
-            _keep_one_failure(job.trials)
-        else:
-            run_baseline_job(job, lanes, self.demonstrations)
-        return job
+        if job.mode not in POLICY_MODES:
+            return run_baseline_job(job, lanes, self.demonstrations)
+        done = run_policy_job(job, _policy(self, self.actings[job.mode]), lanes, self.paraphrases)
+        check_memory(done.results)
+        _keep_one_failure(done.results)
+        return done
 
 
-def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[tuple[int, Job]]:
-    """The jobs as they are over, each with its number in `jobs`. Close it to end the processes early.
+def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None = None) -> Generator[tuple[int, Done]]:
+    """The jobs as they are done, each with its number in `jobs`. Close it to end the processes early.
 
     processes: by default as many as cores; one where the policy is on another device, of whose memory each takes a
     policy's.
@@ -273,19 +288,19 @@ def run_in_processes(worker: Worker, jobs: Sequence[Job], processes: int | None 
             raise ChildProcessError(str(error)) from error
 
 
-def check_memory(trials: Sequence[Trial]) -> None:
+def check_memory(results: Sequence[Result]) -> None:
     """ChildProcessError where memory ran out: that tells nothing of a policy, and what is over is kept."""
-    for trial in trials:
-        if trial.lacked_memory:
-            raise ChildProcessError(f"{trial.reason}: use fewer with --lanes or --num_workers, and start it again")
+    for result in results:
+        if result.lacked_memory:
+            raise ChildProcessError(f"{result.reason}: use fewer with --lanes or --num_workers, and start it again")
 
 
-def _keep_one_failure(trials: Sequence[Trial]) -> None:
+def _keep_one_failure(results: Sequence[Result]) -> None:
     """Films are large: of those that failed and are filmed for that alone, keep the first."""
-    of_failures = [trial for trial in trials if trial.film and not trial.record]
-    filmed = any(trial.record and not trial.success for trial in trials)
-    for trial in of_failures[0 if filmed else 1 :]:
-        trial.film.clear()
+    of_failures = [result for result in results if result.film and result.trial.films == "failure"]
+    filmed = any(result.trial.films == "all" and not result.success for result in results)
+    for result in of_failures[0 if filmed else 1 :]:
+        result.film.clear()
 
 
 _LANES: list[Lanes] = []  # of this process: those of the one rollout that it works for

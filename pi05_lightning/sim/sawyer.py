@@ -84,11 +84,6 @@ class Sawyer(ABC):
         successes = [self.control_step(action) for _ in range(self.action_repeat)]
         return any(successes)
 
-    def expert_step(self) -> bool:
-        """As long as a `step`, with what the expert does at each control step."""
-        successes = [self.control_step(self.expert_action()) for _ in range(self.action_repeat)]
-        return any(successes)
-
     def push(self, offset: np.ndarray) -> None:
         """Displace the hand by `offset` f64[3] in metres (x to the right, y away from the robot), within its reach."""
         self.place_hand(np.clip(self.state[:3] + offset, *self.workspace), float(self._data.ctrl[0]))

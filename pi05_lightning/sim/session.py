@@ -179,7 +179,7 @@ class Session:
         except queue.Empty:
             player = min(running, key=lambda player: player.due)
             player.step()
-            lasts = 1 / player.trial.fps / self.speed if self.speed else 0.0
+            lasts = 1 / player.course.result.fps / self.speed if self.speed else 0.0
             player.due = max(player.due + lasts, monotonic())
             return True
         if job is None:
@@ -214,20 +214,20 @@ class Session:
 
     def _shown(self, player: Player) -> State:
         """A player in JSON's types; pictures are `data:` addresses, times seconds and milliseconds."""
-        trial = player.trial
+        course, result = player.course, player.course.result
         low, high = player.bounds
         policy, simulator = player.milliseconds
         return {
             "name": player.name,
             "task": player.task,
             "number": player.number,
-            "told": trial.sentence or player.env.sentence,
+            "told": course.told,
             "judged": player.judged,
-            "subtask": trial.subtask,
-            "success": trial.success,
-            "outcome": trial.outcome,
-            "seconds": trial.decisions / trial.fps,
-            "max_seconds": trial.max_seconds,
+            "subtask": result.subtask,
+            "success": result.success,
+            "outcome": result.outcome,
+            "seconds": result.decisions / result.fps,
+            "max_seconds": result.max_seconds,
             "chunk": None if player.chunk is None else _numbers(player.chunk),
             "place": player.place,
             "horizon": player.policy.execution_horizon,

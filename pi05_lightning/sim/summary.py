@@ -13,10 +13,10 @@ from rich.table import Column, Table
 from pi05_lightning.acting import Acting
 from pi05_lightning.evaluation.report.tables import shown_option, table_of
 from pi05_lightning.evaluation.statistics import ALL, Success, rates
-from pi05_lightning.sim.trials import Clock, Trial
+from pi05_lightning.sim.trials import Clock, Result
 
 
-def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str, Any]:
+def summarise(results: Sequence[Result], clocks: Mapping[str, Clock]) -> dict[str, Any]:
     """Plain types for rollout.json.
 
     A mode with another instruction than the right one is `mode, instruction`.
@@ -32,21 +32,22 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode that ended by the policy's fault says
     jumps         {mode: {seams, inside: {mean, p95}, ratio: {mean, p95}}}: from an action to the next one, where chunks
-                  meet and within them, as a share of the actions' range, see `trials.jumps`
+                  meet and within them, as a share of the actions' range, see `motion.jumps`
     milliseconds  {mode: {decision: {median, p95, lanes}, step: {median, p95}}}: one call of the policy for `lanes`
                   episodes on average, and one action in the simulator
     """
     success: dict[str, dict[str, list[int]]] = {}
     failures: dict[str, dict[str, Counter[str]]] = {}
-    columns: dict[str, list[Trial]] = {}
-    for trial in trials:
-        columns.setdefault(trial.column, []).append(trial)
-        counts = success.setdefault(trial.column, {}).setdefault(trial.task, [0, 0])
-        counts[0] += trial.success
+    columns: dict[str, list[Result]] = {}
+    for result in results:
+        column, task = result.trial.column, result.trial.task
+        columns.setdefault(column, []).append(result)
+        counts = success.setdefault(column, {}).setdefault(task, [0, 0])
+        counts[0] += result.success
         counts[1] += 1
-        reasons = failures.setdefault(trial.column, {}).setdefault(trial.task, Counter())
-        if not trial.success:
-            reasons[trial.reason] += 1
+        reasons = failures.setdefault(column, {}).setdefault(task, Counter())
+        if not result.success:
+            reasons[result.reason] += 1
     return {
         "success": success,
         "wilson_95": {
@@ -56,52 +57,52 @@ def summarise(trials: Sequence[Trial], clocks: Mapping[str, Clock]) -> dict[str,
         "seconds": {mode: seconds(of_mode) for mode, of_mode in columns.items()},
         "per_minute": {mode: per_minute(of_mode) for mode, of_mode in columns.items()},
         "failures": {mode: {task: dict(r) for task, r in by_task.items() if r} for mode, by_task in failures.items()},
-        "crashed": [f"{t.column} {t.task} seed {t.seed}: {t.reason}" for t in trials if t.crashed],
+        "crashed": [f"{(t := r.trial).column} {t.task} seed {t.seed}: {r.reason}" for r in results if r.crashed],
         "jumps": {mode: found for mode, of_mode in columns.items() if (found := jumps(of_mode))},
-        "swapped": swapped(trials),
-        "chains": chains(trials),
+        "swapped": swapped(results),
+        "chains": chains(results),
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
-        "max_seconds": {trial.task: trial.max_seconds for trial in trials},
+        "max_seconds": {result.trial.task: result.max_seconds for result in results},
     }
 
 
-def seconds(trials: Iterable[Trial]) -> dict[str, dict[str, float]]:
+def seconds(results: Iterable[Result]) -> dict[str, dict[str, float]]:
     """Of each task, the simulated time that its successes took."""
     taken: dict[str, list[float]] = {}
-    for trial in trials:
-        if trial.success and trial.fps:
-            taken.setdefault(trial.task, []).append(trial.decisions / trial.fps)
+    for result in results:
+        if result.success and result.fps:
+            taken.setdefault(result.trial.task, []).append(result.decisions / result.fps)
     return {task: _median_and_p95(np.array(of_task)) for task, of_task in taken.items()}
 
 
-def per_minute(trials: Sequence[Trial]) -> float:
+def per_minute(results: Sequence[Result]) -> float:
     """Successes per minute of simulated time: what a policy gets done, as it is faster or fails less."""
-    total = sum(trial.decisions / trial.fps for trial in trials if trial.fps)
-    return round(60 * sum(trial.success for trial in trials) / total, 2) if total else 0.0
+    total = sum(result.decisions / result.fps for result in results if result.fps)
+    return round(60 * sum(result.success for result in results) / total, 2) if total else 0.0
 
 
-def swapped(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:
+def swapped(results: Iterable[Result]) -> dict[str, dict[str, dict[str, Any]]]:
     """Per mode and task: which task's instruction was given, and success at that one."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
-    for trial in trials:
-        if trial.other is not None:
+    for result in results:
+        if (trial := result.trial).other is not None:
             told = {"told": trial.other, "success": None}
-            result = found.setdefault(trial.column, {}).setdefault(trial.task, told)
-            if trial.solved_other is not None:
-                successes, count = result["success"] or (0, 0)
-                result["success"] = [successes + trial.solved_other, count + 1]
+            of_task = found.setdefault(trial.column, {}).setdefault(trial.task, told)
+            if result.solved_other is not None:
+                successes, count = of_task["success"] or (0, 0)
+                of_task["success"] = [successes + result.solved_other, count + 1]
     return found
 
 
-def chains(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:
+def chains(results: Iterable[Result]) -> dict[str, dict[str, dict[str, Any]]]:
     """Per mode and task with several instructions: how many were done in a row, as CALVIN counts them."""
-    done: dict[tuple[str, str], list[Trial]] = {}
-    for trial in trials:
-        if trial.done is not None:
-            done.setdefault((trial.column, trial.task), []).append(trial)
+    done: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        if result.done is not None:
+            done.setdefault((result.trial.column, result.trial.task), []).append(result)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for (column, task), episodes in done.items():
-        counts = [trial.done or 0 for trial in episodes]
+        counts = [result.done or 0 for result in episodes]
         found.setdefault(column, {})[task] = {
             "episodes": len(counts),
             "in_a_row": [sum(count >= n for count in counts) for n in range(1, episodes[0].length + 1)],
@@ -110,12 +111,12 @@ def chains(trials: Iterable[Trial]) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def jumps(trials: Sequence[Trial]) -> dict[str, dict[str, float]]:
+def jumps(results: Sequence[Result]) -> dict[str, dict[str, float]]:
     """Mean and 95th percentile of the jumps at seams and inside chunks, and the former over the latter.
 
     Nothing where no chunk met another, and no ratio where actions are the same inside chunks.
     """
-    parts = {"seams": [j for t in trials for j in t.seams], "inside": [j for t in trials for j in t.inside]}
+    parts = {"seams": [j for r in results for j in r.seams], "inside": [j for r in results for j in r.inside]}
     if not all(parts.values()):
         return {}
     measured = {name: {"mean": float(np.mean(j)), "p95": float(np.percentile(j, 95))} for name, j in parts.items()}

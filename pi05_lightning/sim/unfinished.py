@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any
 from pi05_lightning import __version__
 from pi05_lightning.files.local import held, read_json, sha256, write_json
 from pi05_lightning.sim.environment import EnvironmentConfig
-from pi05_lightning.sim.rollout import Job
-from pi05_lightning.sim.trials import Clock, Trial
+from pi05_lightning.sim.rollout import Done
+from pi05_lightning.sim.trials import Clock, Result, Trial
 
 WHAT = "what.json"
-_NOT_KEPT = {"film", "steps", "delays"}  # a film is a file by then, a rollout keeps no steps, the plan has the delays
+_NOT_KEPT = {"trial", "film", "steps"}  # the plan has the trial, a film is a file by then, a rollout keeps no steps
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Films = dict[str, dict[str, Any]]
 """A film's name: mode, task, seed, and how the episode ended."""
 
 Results = dict[str, dict[str, Any]]
-"""`key_of` a planned trial: its fields once it was over."""
+"""`key_of` a trial: its result's fields."""
 
 
 class Unfinished:
@@ -54,25 +54,32 @@ class Unfinished:
             yield cls(folder, what)
             shutil.rmtree(folder)
 
-    def keep(self, keys: Sequence[str], job: Job, films: Films) -> None:
-        """Keep a job that is over, and which films of it there are.  keys: `key_of` its trials before."""
-        over = [{name: value for name, value in vars(trial).items() if name not in _NOT_KEPT} for trial in job.trials]
-        kept = {"trials": dict(zip(keys, over, strict=True)), "clock": asdict(job.clock), "films": films}
+    def keep(self, done: Done, films: Films) -> None:
+        """Keep a job that is over, and which films of it there are."""
+        kept = {
+            "results": {key_of(r.trial): _kept(r) for r in done.results},
+            "clock": asdict(done.clock),
+            "films": films,
+        }
         write_json(self.folder / f"job-{len(self._files())}.json", kept, indent=None)
 
     def jobs(self) -> Iterator[tuple[Results, Clock, Films]]:
-        """What is kept of each job: its trials, what they took, and their films."""
+        """What is kept of each job: its results, what they took, and their films."""
         for file in self._files():
             kept = read_json(file)
-            yield kept["trials"], Clock(**kept["clock"]), kept["films"]
+            yield kept["results"], Clock(**kept["clock"]), kept["films"]
 
     def _files(self) -> list[Path]:
         return list(self.folder.glob("job-*.json"))
 
 
 def key_of(trial: Trial) -> str:
-    """What decides how a trial goes that has not begun."""
+    """What decides how a trial goes."""
     return json.dumps(vars(trial), sort_keys=True)
+
+
+def _kept(result: Result) -> dict[str, Any]:
+    return {name: value for name, value in vars(result).items() if name not in _NOT_KEPT}
 
 
 def claim(folder: Path, what: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pi05_lightning.sim.encoding import encode_video
-from pi05_lightning.sim.trials import FilmFrame, Trial
+from pi05_lightning.sim.trials import FilmFrame, Result
 
 CAMERA_HEIGHT = 256  # pixels that a camera image is scaled to
 CAPTION_HEIGHT = 48
@@ -24,43 +24,43 @@ Bounds = tuple[np.ndarray, np.ndarray]
 """The lowest and the highest of each action dim in an episode's chunks, f32[A]."""
 
 
-def frames(trial: Trial) -> list[np.ndarray]:
+def frames(result: Result) -> list[np.ndarray]:
     """The film's frames u8[H W 3], H and W even."""
-    chunks = [frame.chunk for frame in trial.film if frame.chunk is not None]
+    chunks = [frame.chunk for frame in result.film if frame.chunk is not None]
     bounds = (np.min([c.min(0) for c in chunks], 0), np.max([c.max(0) for c in chunks], 0)) if chunks else None
-    last = len(trial.film) - 1
-    return [_frame(trial, frame, bounds, over=i == last) for i, frame in enumerate(trial.film)]
+    last = len(result.film) - 1
+    return [_frame(result, frame, bounds, over=i == last) for i, frame in enumerate(result.film)]
 
 
-def write(path: Path, trial: Trial) -> None:
+def write(path: Path, result: Result) -> None:
     """An mp4 that browsers play (H.264, 4:2:0), its last frame held for a second, and a PNG of its middle frame.
 
     It plays as fast as the episode went in simulated time.
     """
-    shown, fps = frames(trial), Fraction(trial.fps / trial.film_every).limit_denominator(1000)
+    shown, fps = frames(result), Fraction(result.fps / result.film_every).limit_denominator(1000)
     Image.fromarray(shown[len(shown) // 2]).save(path.with_suffix(".png"))
     encode_video(path, [*shown, *[shown[-1]] * max(1, round(fps))], fps, "libx264", "yuv420p")
 
 
-def gif(trial: Trial) -> bytes:
+def gif(result: Result) -> bytes:
     """The same as an animated GIF that goes on for ever: what TensorBoard plays; of fast episodes some frames alone."""
-    every = math.ceil(trial.fps / GIF_FPS)
-    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(trial)[::-every][::-1]]  # with the last
+    every = math.ceil(result.fps / GIF_FPS)
+    first, *rest = [Image.fromarray(image).quantize(64) for image in frames(result)[::-every][::-1]]  # with the last
     buffer = io.BytesIO()
-    durations = [round(1000 * every / trial.fps)] * len(rest) + [1000]
+    durations = [round(1000 * every / result.fps)] * len(rest) + [1000]
     first.save(buffer, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)
     return buffer.getvalue()
 
 
-def _frame(trial: Trial, shown: FilmFrame, bounds: Bounds | None, over: bool) -> np.ndarray:
+def _frame(result: Result, shown: FilmFrame, bounds: Bounds | None, over: bool) -> np.ndarray:
     scale = CAMERA_HEIGHT / shown.image.shape[0]
     width = 2 * round(shown.image.shape[1] * scale / 2)
     picture = Image.fromarray(shown.image).resize((width, CAMERA_HEIGHT), Image.Resampling.BICUBIC)
     height = CAMERA_HEIGHT + CAPTION_HEIGHT + (CHUNK_HEIGHT if bounds else 0)
-    canvas = Image.new("RGB", (width, height), _COLOURS[over and trial.success])
+    canvas = Image.new("RGB", (width, height), _COLOURS[over and result.success])
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    title = f"{trial.title}  {trial.outcome}".rstrip() if over else trial.title
+    title = f"{result.trial.title}  {result.outcome}".rstrip() if over else result.trial.title
     for number, line in enumerate((title, shown.caption)):
         draw.text((8, CAMERA_HEIGHT + 4 + 20 * number), line, fill="white", font=ImageFont.load_default(15))
     if bounds is not None and shown.chunk is not None:

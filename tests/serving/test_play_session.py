@@ -16,8 +16,9 @@ from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.rollout import Lanes, view_of
 from pi05_lightning.sim.session import MOST_SHOWN, Session, State
 from pi05_lightning.sim.simulators import MT50
-from pi05_lightning.sim.trials import ENDED, Clock, Trial, run_policy
+from pi05_lightning.sim.trials import ENDED, Trial
 from tests.serving.room import SENTENCES, Room
+from tests.sim.walk import result_of
 
 SEEDS = {task: range(10 * number, 10 * number + 3) for number, task in enumerate(SENTENCES)}
 
@@ -83,11 +84,11 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 def test_it_acts_as_in_a_rollout_from_the_same_initial_state(policy: Pi05Policy, player: Player) -> None:
     trial, session = Trial("policy", "right", SEEDS["right"][2]), policy.session(0)
     (env,) = Lanes(Room(), view_of(policy)).of("right", 1)
-    run_policy(session, [(env, trial)], Clock())
+    result = result_of(session, env, trial)
     player.reset("right", 2)
     while player.running:
         player.step()
-    assert (player.trial.decisions, player.trial.outcome) == (trial.decisions, trial.outcome)
+    assert (player.course.result.decisions, player.course.result.outcome) == (result.decisions, result.outcome)
     np.testing.assert_array_equal(player.frame.state, env.observation().state)
 
 
@@ -103,15 +104,15 @@ def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) ->
     player.step()
     before = player.frame.state
     tell(player, "  go to the  RIGHT ")
-    assert (player.judged, player.task, player.trial.decisions) == ("right", "left", 0)
+    assert (player.judged, player.task, player.course.result.decisions) == ("right", "left", 0)
     np.testing.assert_array_equal(player.frame.state, before)
     assert player.frame.task == "go to the  RIGHT"
     player.step()
     player.env.at[0] = 1.0
     player.step()
-    assert player.trial.success
+    assert player.course.result.success
     tell(player, "go to the right")
-    assert (player.task, player.trial.success, player.number) == ("right", False, 0)
+    assert (player.task, player.course.result.success, player.number) == ("right", False, 0)
 
 
 def test_a_task_of_another_scene_opens_it_at_the_same_number_and_whoever_stays_is_told_it_here(player: Player) -> None:
@@ -119,7 +120,12 @@ def test_a_task_of_another_scene_opens_it_at_the_same_number_and_whoever_stays_i
     tell(player, "go down", stay=True)
     assert (player.task, player.judged, player.frame.task) == ("left", "left", "go down")
     tell(player, "go down")
-    assert (player.task, player.judged, player.number, player.trial.seed) == ("deep", "deep", 2, SEEDS["deep"][2])
+    assert (player.task, player.judged, player.number, player.course.trial.seed) == (
+        "deep",
+        "deep",
+        2,
+        SEEDS["deep"][2],
+    )
 
 
 def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(player: Player) -> None:
@@ -136,14 +142,14 @@ def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(play
 def test_what_is_solved_when_it_is_told_counts_once_it_was_not(player: Player, text: str, stay: bool) -> None:
     player.env.at[0] = -1.0
     player.step()
-    assert player.trial.success
+    assert player.course.result.success
     tell(player, text, stay)
     player.step()
-    assert (player.judged, player.trial.success, player.running) == ("left", False, True)
+    assert (player.judged, player.course.result.success, player.running) == ("left", False, True)
     for place, success in ((0.0, False), (-1.0, True)):
         player.env.at[0] = place
         player.step()
-        assert player.trial.success is success
+        assert player.course.result.success is success
 
 
 def test_what_was_not_solved_when_it_was_told_counts_at_once(player: Player) -> None:
@@ -151,7 +157,7 @@ def test_what_was_not_solved_when_it_was_told_counts_at_once(player: Player) -> 
     tell(player, "wander about")
     player.env.at[0] = -1.0
     player.step()
-    assert player.trial.success
+    assert player.course.result.success
 
 
 def test_what_is_solved_and_told_again_begins_anew_whatever_was_told_since(player: Player) -> None:
@@ -162,7 +168,7 @@ def test_what_is_solved_and_told_again_begins_anew_whatever_was_told_since(playe
     np.testing.assert_allclose(player.frame.state[:2], np.random.default_rng(0).uniform(-0.1, 0.1, 2), atol=1e-6)
     player.env.at[0] = -1.0
     player.step()
-    assert player.trial.success
+    assert player.course.result.success
 
 
 def test_another_task_that_is_solved_already_counts_once_it_was_not(player: Player) -> None:
@@ -173,7 +179,7 @@ def test_another_task_that_is_solved_already_counts_once_it_was_not(player: Play
         tell(player, "go to the right")
     player.step()
     assert player.env.at[0] > 0.5
-    assert (player.judged, player.trial.success) == ("right", False)
+    assert (player.judged, player.course.result.success) == ("right", False)
 
 
 def test_of_tasks_that_share_their_instruction_the_named_one_is_meant_else_the_judged_one() -> None:
@@ -193,7 +199,7 @@ def test_what_the_environment_ended_begins_anew_when_something_else_is_told(poli
     start = player.frame.state
     for _ in range(2):
         player.step()
-    assert player.trial.outcome == ENDED
+    assert player.course.result.outcome == ENDED
     tell(player, "wander about")
     assert (player.judged, player.number, player.frame.task) == ("left", 1, "wander about")
     np.testing.assert_array_equal(player.frame.state, start)
@@ -250,7 +256,7 @@ def test_a_simulator_that_raises_ends_its_episode_and_the_session_goes_on(play: 
     done(session.do(lambda: session.tell("go to the left")))
     (player,) = session.players
     until(lambda: not player.running)
-    assert player.trial.outcome == "the simulator raised RuntimeError: the floor gave way"
+    assert player.course.result.outcome == "the simulator raised RuntimeError: the floor gave way"
     done(session.do(lambda: session.reset(1)))
     assert player.running
 
@@ -269,7 +275,7 @@ def test_what_is_wrong_is_said_to_who_asked_and_the_others_play_on(play: Open) -
         with pytest.raises(ValueError, match=message):
             done(session.do(what))
     done(session.do(session.step))
-    assert session.players[0].trial.decisions == 1
+    assert session.players[0].course.result.decisions == 1
 
 
 def test_paused_it_waits_and_acts_once_when_asked(play: Open) -> None:
@@ -301,7 +307,7 @@ def test_players_side_by_side_keep_the_speed_that_they_are_given(play: Open) -> 
     first, second = session.players
     assert first.rate is not None
     assert first.rate < 4.4
-    assert first.trial.decisions == second.trial.decisions
+    assert first.course.result.decisions == second.course.result.decisions
 
 
 def test_the_scene_has_no_words_for_a_task_whose_instruction_its_environment_alone_can_tell(play: Open) -> None:
@@ -313,9 +319,9 @@ def test_players_side_by_side_begin_anew_together_where_one_has_done_what_they_a
     first, second = pair.players
     first.env.at[0] = -1.0
     pair.step()
-    assert (first.trial.success, second.trial.success) == (True, False)
+    assert (first.course.result.success, second.course.result.success) == (True, False)
     pair.tell("go to the left")
-    assert (first.trial.success, second.trial.decisions) == (False, 0)
+    assert (first.course.result.success, second.course.result.decisions) == (False, 0)
     np.testing.assert_array_equal(first.frame.state, second.frame.state)
 
 

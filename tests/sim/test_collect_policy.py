@@ -21,10 +21,11 @@ from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
 from pi05_lightning.sim.demonstrations.lerobot_writer import Recording, video_path, write_dataset
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
-from pi05_lightning.sim.rollout import Job, run_in_processes
+from pi05_lightning.sim.rollout import Done, run_in_processes
 from pi05_lightning.sim.splits import split_seeds
-from pi05_lightning.sim.trials import OUT_OF_TIME, Clock, Trial, run_policy
+from pi05_lightning.sim.trials import OUT_OF_TIME, Trial
 from pi05_lightning.weights.locate import locate
+from tests.sim.walk import result_of
 
 from .conftest import TASKS, config
 
@@ -116,10 +117,10 @@ def test_what_is_kept_changes_nothing_of_an_episode(untrained: Path) -> None:
     with MetaWorldEnvironment(TASKS[0]) as env:
         for keeps in (False, True):
             trial = Trial("policy", TASKS[0], 7, max_seconds=0.5, keeps=keeps)
-            run_policy(policy, [(env, trial)], Clock())
-            went.append((trial.reason, env.state.tolist()))
+            result = result_of(policy, env, trial)
+            went.append((result.reason, env.state.tolist()))
     assert went[0] == went[1]
-    assert len(trial.steps) == trial.decisions == 5
+    assert len(result.steps) == result.decisions == 5
 
 
 @pytest.mark.slow
@@ -128,12 +129,12 @@ def test_interrupted_collection_goes_on_with_the_attempts_that_were_not_over(
 ) -> None:
     made: list[int] = []
 
-    def interrupted(*arguments: Any) -> Iterator[tuple[int, Job]]:
-        for number, job in run_in_processes(*arguments):
+    def interrupted(*arguments: Any) -> Iterator[tuple[int, Done]]:
+        for number, done in run_in_processes(*arguments):
             if made:
                 raise KeyboardInterrupt
-            made.append(len(job.trials))
-            yield number, job
+            made.append(len(done.results))
+            yield number, done
 
     small = {"policy": untrained, "tasks": TASKS[:1], "episodes": 4, "val_episodes": 2, "max_seconds": 0.3}
     whole = collect(config(tmp_path / "whole", **small)) / "robot"
@@ -158,12 +159,12 @@ def test_interrupted_collection_goes_on_with_the_attempts_that_were_not_over(
 def test_attempt_in_which_nothing_was_done_costs_no_other(
     untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refused(*arguments: Any) -> Iterator[tuple[int, Job]]:
-        for number, job in run_in_processes(*arguments):
-            for trial in job.trials:
-                if trial.task == TASKS[0]:
-                    trial.steps, trial.reason = [], "its state is far from the data"
-            yield number, job
+    def refused(*arguments: Any) -> Iterator[tuple[int, Done]]:
+        for number, done in run_in_processes(*arguments):
+            for result in done.results:
+                if result.trial.task == TASKS[0]:
+                    result.steps, result.reason = [], "its state is far from the data"
+            yield number, done
 
     monkeypatch.setattr(autonomous, "run_in_processes", refused)
     small = {"policy": untrained, "episodes": 1, "val_episodes": 1, "max_seconds": 0.3}

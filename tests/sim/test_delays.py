@@ -15,8 +15,8 @@ from pi05_lightning.sim.modes import acting_in
 from pi05_lightning.sim.rollout import available_modes
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import jumps, summarise
-from pi05_lightning.sim.trials import Clock, Trial, run_policy
-from tests.sim.walk import Stub, Walk
+from pi05_lightning.sim.trials import Result, Trial
+from tests.sim.walk import Stub, Walk, result_of
 
 STEPS = 7
 
@@ -49,10 +49,10 @@ class Numbered(Stub):
         return chunk[None]
 
 
-def executed(policy: Stub, delays: tuple[int, ...] = (), seed: int = 0) -> tuple[list[float], Trial]:
-    env, trial = Told(), Trial("policy", "walk", seed, delays=delays)
-    run_policy(policy, [(env, trial)], Clock())
-    return env.actions, trial
+def executed(policy: Stub, delays: tuple[int, ...] = (), seed: int = 0) -> tuple[list[float], Result]:
+    env = Told()
+    result = result_of(policy, env, Trial("policy", "walk", seed, delays=delays))
+    return env.actions, result
 
 
 def test_without_a_delay_a_chunk_is_executed_from_its_first_action():
@@ -81,9 +81,9 @@ def test_chunk_that_comes_earlier_than_rtc_was_told_changes_nothing():
 
 
 def test_chunk_that_comes_later_than_rtc_was_told_is_joined_late():
-    actions, trial = executed(Numbered(execution_horizon=2, inference_delay=1), (2,))
+    actions, result = executed(Numbered(execution_horizon=2, inference_delay=1), (2,))
     assert actions == pytest.approx([0.0, 0.1, 0.2, 0.3, 1.2, 1.3, 2.2])
-    assert trial.seams == pytest.approx([0.9, 0.9])
+    assert result.seams == pytest.approx([0.9, 0.9])
 
 
 def test_delays_are_drawn_per_chunk_and_are_the_same_with_and_without_rtc():
@@ -97,19 +97,19 @@ def test_delays_are_drawn_per_chunk_and_are_the_same_with_and_without_rtc():
 
 
 def test_jumps_at_seams_and_inside_chunks_are_told_apart():
-    _, trial = executed(Numbered(execution_horizon=2, inference_delay=1, rtc=False))
+    _, result = executed(Numbered(execution_horizon=2, inference_delay=1, rtc=False))
     # from 0.2 to 1.1 and from 1.2 to 2.1, over a range from -0.5 to 0.5
-    assert trial.seams == pytest.approx([0.9] * 2, abs=1e-5)
-    assert trial.inside == pytest.approx([0.1] * 3 * 4, abs=1e-5)
-    found = jumps([trial])
+    assert result.seams == pytest.approx([0.9] * 2, abs=1e-5)
+    assert result.inside == pytest.approx([0.1] * 3 * 4, abs=1e-5)
+    found = jumps([result])
     assert found["ratio"] == {"mean": 9.0, "p95": 9.0}
-    assert summarise([trial], {})["jumps"] == {"policy": found}
+    assert summarise([result], {})["jumps"] == {"policy": found}
 
 
 def test_what_rtc_gives_counts_as_the_chunk_before():
-    _, trial = executed(Numbered(execution_horizon=2, inference_delay=1))
-    assert trial.seams == pytest.approx([0.9] * 2, abs=1e-5)
-    assert trial.inside == pytest.approx([0.1] * (3 + 3 * 2), abs=1e-5)
+    _, result = executed(Numbered(execution_horizon=2, inference_delay=1))
+    assert result.seams == pytest.approx([0.9] * 2, abs=1e-5)
+    assert result.inside == pytest.approx([0.1] * (3 + 3 * 2), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,9 @@ def test_modes_with_a_delay_run_where_there_is_one():
 def test_robot_that_asks_for_every_action_does_what_the_rollout_did(untrained, acting):
     options = {"execution_horizon": 3, "replan_subtask_every": 2} | acting
     view = View(("topview", "gripperPOV"), 64, 10.0)
-    policy, trial = Pi05Policy(untrained, **options), Trial("policy", "reach-v3", 5, record=True, max_seconds=1.1)
+    policy, trial = Pi05Policy(untrained, **options), Trial("policy", "reach-v3", 5, films="all", max_seconds=1.1)
     with MetaWorld().open("reach-v3", view) as env:
-        run_policy(policy, [(env, trial)], Clock())
-        expected = [frame.chunk[frame.place] for frame in trial.film]
+        expected = [frame.chunk[frame.place] for frame in result_of(policy, env, trial).film]
         env.reset(5)
         robot = Pi05Policy(untrained, **options)
         for action in expected:

@@ -12,12 +12,14 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.page import render
 from pi05_lightning.evaluation.report.run import read_run
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.sim.baselines import run_baseline
+from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.desk.environment import Desk
 from pi05_lightning.sim.desk.tasks import CHAIN, INSTRUCTIONS
 from pi05_lightning.sim.rollout import Plan
 from pi05_lightning.sim.summary import summarise
-from pi05_lightning.sim.trials import Clock, Trial, run_baseline
+from pi05_lightning.sim.trials import Clock, Result, Trial
 from tests.sim.conftest import as_chance_made_it, config
 from tests.sim.walk import Walk
 
@@ -99,8 +101,8 @@ def test_rollout_counts_what_was_done_in_a_row(policy, tmp_path, capsys):
 
 
 def test_summary_counts_instructions_in_a_row():
-    trials = [Trial("policy", CHAIN, seed, done=done, length=5) for seed, done in enumerate((0, 2, 5, 5))]
-    assert summarise(trials, {})["chains"] == {
+    results = [Result(Trial("policy", CHAIN, seed), done=done, length=5) for seed, done in enumerate((0, 2, 5, 5))]
+    assert summarise(results, {})["chains"] == {
         "policy": {CHAIN: {"episodes": 4, "in_a_row": [3, 3, 2, 2, 2], "mean": 3.0}}
     }
 
@@ -118,9 +120,10 @@ class TwoWalks(Walk):
 
 def test_mean_trajectory_begins_anew_with_each_instruction_of_a_chain():
     ways = {"reach one": np.array([[0.5], [0.5], [0.0]]), "reach two": np.array([[0.25], [0.75], [0.0]])}
-    trial = Trial("mean_replay", "walk", 0)
-    run_baseline(TwoWalks(), trial, Clock(), ways.__getitem__)
-    assert (trial.success, trial.done, trial.length, trial.decisions) == (True, 2, 2, 4)
+    course = Course(TwoWalks(), Trial("mean_replay", "walk", 0))
+    run_baseline(course, Clock(), ways.__getitem__)
+    result = course.result
+    assert (result.success, result.done, result.length, result.decisions) == (True, 2, 2, 4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.page import render
 from pi05_lightning.evaluation.report.run import read_run
-from pi05_lightning.sim.environment import View
+from pi05_lightning.sim.course import Course
+from pi05_lightning.sim.environment import View, act_as_expert
 from pi05_lightning.sim.instructions import (
     PARAPHRASES,
     check_unheard,
@@ -17,11 +18,12 @@ from pi05_lightning.sim.instructions import (
     swapped_tasks,
 )
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
+from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Plan
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise
-from pi05_lightning.sim.trials import SOLVED_OTHER, Clock, Trial, run_policy
-from tests.sim.walk import Stub, Walk, chunk
+from pi05_lightning.sim.trials import SOLVED_OTHER, Clock, Result, Trial
+from tests.sim.walk import Stub, Walk, chunk, result_of
 
 VIEW = View(("topview",), 64, 10.0)
 
@@ -54,34 +56,34 @@ class Heard(Stub):
         return [chunk(-0.25 if frame.task == "go back" else 0.25) for frame in frames]
 
 
-def outcome(env: Walk, **told) -> tuple[Trial, set[str]]:
-    policy, trial = Heard(), Trial("policy", "walk", 0, **told)
-    run_policy(policy, [(env, trial)], Clock())
-    return trial, policy.told
+def outcome(env: Walk, other: str, sentence: str) -> tuple[Result, set[str]]:
+    policy, trial = Heard(), Trial("policy", "walk", 0, instruction="swapped", other=other)
+    return result_of(policy, env, trial, sentence), policy.told
 
 
 def test_policy_that_follows_another_tasks_instruction_succeeds_at_that_one():
-    trial, told = outcome(Shared(), instruction="swapped", other="back", sentence="go back")
+    result, told = outcome(Shared(), other="back", sentence="go back")
     assert told == {"go back"}
-    assert (trial.success, trial.solved_other, trial.reason) == (False, True, SOLVED_OTHER)
+    assert (result.success, result.solved_other, result.reason) == (False, True, SOLVED_OTHER)
 
 
 def test_policy_that_does_not_succeeds_at_the_scenes_own():
-    trial, _ = outcome(Shared(), instruction="swapped", other="back", sentence="turn around")
-    assert (trial.success, trial.solved_other, trial.reason) == (True, False, "")
+    result, _ = outcome(Shared(), other="back", sentence="turn around")
+    assert (result.success, result.solved_other, result.reason) == (True, False, "")
 
 
 @pytest.mark.parametrize(("env", "other"), [(Walk(), "back"), (Shared(), "jump")])
 def test_scene_that_does_not_allow_the_other_task_tells_nothing_of_it(env, other):
-    trial, _ = outcome(env, instruction="swapped", other=other, sentence="go back")
-    assert (trial.success, trial.solved_other) == (False, None)
+    result, _ = outcome(env, other=other, sentence="go back")
+    assert (result.success, result.solved_other) == (False, None)
 
 
 def test_summary_counts_at_the_right_task_and_at_the_one_told():
-    told = {"mode": "policy", "instruction": "swapped", "sentence": "x"}
-    trials = [Trial(task="a", seed=i, other="b", solved_other=i < 3, success=i == 3, **told) for i in range(5)]
-    trials += [Trial(task="c", seed=i, other="a", success=i < 2, **told) for i in range(5)]
-    result = summarise([*trials, Trial("policy", "a", 0, success=True)], {})
+    told = {"mode": "policy", "instruction": "swapped"}
+    a, c = Trial(task="a", seed=0, other="b", **told), Trial(task="c", seed=0, other="a", **told)
+    results = [Result(a, solved_other=i < 3, success=i == 3) for i in range(5)]
+    results += [Result(c, success=i < 2) for i in range(5)]
+    result = summarise([*results, Result(Trial("policy", "a", 0), success=True)], {})
     assert result["success"] == {"policy, swapped": {"a": [1, 5], "c": [2, 5]}, "policy": {"a": [1, 1]}}
     assert result["swapped"] == {
         "policy, swapped": {"a": {"told": "b", "success": [3, 5]}, "c": {"told": "a", "success": None}}
@@ -91,11 +93,10 @@ def test_summary_counts_at_the_right_task_and_at_the_one_told():
 def test_every_policy_mode_is_told_everything_and_baselines_nothing():
     instructions, swaps = ("right", "swapped", "paraphrased", "empty"), {"a": "b"}
     plan = Plan(MetaWorld(), ["a"], ("policy", "flat", "random"), 2, instructions=instructions, swaps=swaps)
-    trials = {job.column: job.trials for job in plan.jobs()}
+    trials = {job.trials[0].column: job.trials for job in plan.jobs()}
     columns = [mode if kind == "right" else f"{mode}, {kind}" for mode in ("policy", "flat") for kind in instructions]
     assert list(trials) == [*columns, "random"]
     assert {trial.seed for job in trials.values() for trial in job} == {trial.seed for trial in trials["random"]}
-    assert [trial.sentence for trial in trials["policy, empty"]] == ["", ""]
     assert {trial.other for trial in trials["flat, swapped"]} == {"b"}
 
 
@@ -170,7 +171,7 @@ def test_what_is_solved_already_is_no_instruction_and_what_is_not_is_one():
         env.reset(0)
         assert not env.instruct("drawer-close-v3")
         assert env.sentence == "open the drawer"
-        while not env.expert_step():
+        while not act_as_expert(env):
             pass
         assert env.instruct("drawer-close-v3")
         assert not env.step(np.zeros(4, np.float32))
@@ -185,7 +186,7 @@ def test_watching_another_task_changes_nothing_of_the_own():
             if watched:
                 env.watch("faucet-open-v3")
             for _ in range(20):
-                env.expert_step()
+                act_as_expert(env)
             states.append(env._obs)
     np.testing.assert_array_equal(*states)
 
@@ -281,9 +282,8 @@ class Sayer(Stub):
 
 @pytest.mark.parametrize("delay", [0, 1])
 def test_policy_begins_anew_at_the_next_instruction_of_a_chain(delay):
-    policy, trial = Sayer(execution_horizon=3, replan_subtask_every=3, inference_delay=delay), Trial("policy", "x", 0)
-    run_policy(policy, [(Chain(), trial)], Clock())
-    assert trial.success
+    policy = Sayer(execution_horizon=3, replan_subtask_every=3, inference_delay=delay)
+    assert result_of(policy, Chain(), Trial("policy", "x", 0)).success
     first, second = ("go to 0.4", "do: go to 0.4"), ("reach one", "do: reach one")
     assert policy.heard == [first, first, second, second]  # 3 + 1 actions, of which the last ends it; then 3 + 3
     assert policy.prefixes == [[], [1], [], [1]] if delay else [[]] * 4
@@ -291,7 +291,7 @@ def test_policy_begins_anew_at_the_next_instruction_of_a_chain(delay):
 
 def test_next_instruction_of_one_lane_changes_nothing_in_another():
     policy = Sayer(execution_horizon=3, inference_delay=1)
-    lanes = [(Chain(), Trial("policy", "x", 0)), (Walk(), Trial("policy", "y", 0))]
-    run_policy(policy, lanes, Clock())
-    assert all(trial.success for _, trial in lanes)
+    courses = [Course(Chain(), Trial("policy", "x", 0)), Course(Walk(), Trial("policy", "y", 0))]
+    run_policy(policy, courses, Clock())
+    assert all(course.result.success for course in courses)
     assert policy.prefixes[:3] == [[], [1, 1], [0, 1]]

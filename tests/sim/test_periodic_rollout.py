@@ -21,7 +21,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
-from pi05_lightning.sim.trials import Trial
+from pi05_lightning.sim.trials import Result, Trial
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps, Stopped
@@ -124,9 +124,9 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
 
 
 def test_policy_that_learned_to_follow_an_advantage_is_told_one(collected, tmp_path, monkeypatch):
-    told, trial = [], Trial("policy", "reach-v3", 0)
+    told, result = [], Result(Trial("policy", "reach-v3", 0))
     monkeypatch.setattr(
-        PeriodicRollout, "run", lambda self, policy, between: told.append(policy.advantage) or {"reach-v3": [trial]}
+        PeriodicRollout, "run", lambda self, policy, between: told.append(policy.advantage) or {"reach-v3": [result]}
     )
     monkeypatch.setattr(PeriodicRollout, "_show", lambda *_: None)
     train(collected, tmp_path, rollout(every_n_steps=1), steps=(0, 1))

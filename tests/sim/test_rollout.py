@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.run import read_run
+from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
+from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Lanes, Plan, Worker, available_modes, run_in_processes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
-from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial, run_policy
+from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial
 from pi05_lightning.weights.locate import locate
 
 VIEW = View(("topview", "gripperPOV"), 64, 10.0)
@@ -115,9 +117,10 @@ def last_states(policy: Pi05Policy, lanes: int) -> np.ndarray:
     envs = [MetaWorld().open("reach-v3", VIEW) for _ in range(lanes)]
     states = []
     for first in range(0, 3, lanes):
-        pairs = list(zip(envs, trials[first : first + lanes], strict=False))
-        run_policy(policy, pairs, Clock())
-        states += [env.state for env, _ in pairs]
+        some = zip(envs, trials[first : first + lanes], strict=False)
+        courses = [Course(env, trial) for env, trial in some]
+        run_policy(policy, courses, Clock())
+        states += [course.env.state for course in courses]
     for env in envs:
         env.close()
     return np.stack(states)

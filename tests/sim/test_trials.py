@@ -8,27 +8,21 @@ import numpy as np
 import pytest
 import torch
 
+from pi05_lightning.sim.baselines import run_baseline
+from pi05_lightning.sim.course import MOST_DECISIONS, Course
+from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import check_memory
 from pi05_lightning.sim.summary import milliseconds, summarise
-from pi05_lightning.sim.trials import (
-    ENDED,
-    MOST_DECISIONS,
-    NOT_FINITE,
-    OUT_OF_TIME,
-    Clock,
-    Trial,
-    run_baseline,
-    run_policy,
-)
+from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Result, Trial
 from pi05_lightning.types import Frame
-from tests.sim.walk import HORIZON, Stub, Walk, chunk
+from tests.sim.walk import HORIZON, Stub, Walk, chunk, result_of
 
 
-def run(act, seeds=(0, 1, 2), record=False, max_seconds=None, **acting) -> tuple[list[Trial], Stub, Clock]:
+def run(act, seeds=(0, 1, 2), films="none", max_seconds=None, **acting) -> tuple[list[Result], Stub, Clock]:
     policy, clock = Stub(act, **acting), Clock()
-    trials = [Trial("policy", "walk", seed, record, max_seconds) for seed in seeds]
-    run_policy(policy, [(Walk(), trial) for trial in trials], clock)
-    return trials, policy, clock
+    courses = [Course(Walk(), Trial("policy", "walk", seed, films, max_seconds)) for seed in seeds]
+    run_policy(policy, courses, clock)
+    return [course.result for course in courses], policy, clock
 
 
 def raising(seed: int) -> np.ndarray:
@@ -48,14 +42,14 @@ def raising(seed: int) -> np.ndarray:
     ],
 )
 def test_bad_actions_end_their_own_episode_and_no_other(bad, reason):
-    trials, _, _ = run(lambda seed: bad if seed == 1 else chunk(0.25))
-    assert [trial.outcome for trial in trials] == ["success", reason, "success"]
-    assert trials[1].decisions == 0
+    results, _, _ = run(lambda seed: bad if seed == 1 else chunk(0.25))
+    assert [result.outcome for result in results] == ["success", reason, "success"]
+    assert results[1].decisions == 0
 
 
 def test_policy_that_raises_ends_the_episode_that_it_raises_for():
-    trials, policy, _ = run(raising)
-    assert [trial.outcome for trial in trials] == [
+    results, policy, _ = run(raising)
+    assert [result.outcome for result in results] == [
         "success",
         r"the policy raised KeyError: 'no\nsuch camera'",
         "success",
@@ -84,54 +78,56 @@ def test_what_the_machine_lacks_is_no_failure_of_the_policy(kind):
     def fails(seed):
         raise kind("no memory is left")
 
-    trials, _, _ = run(fails)
-    assert all(trial.lacked_memory for trial in trials)
+    results, _, _ = run(fails)
+    assert all(result.lacked_memory for result in results)
     with pytest.raises(ChildProcessError, match="no memory is left: use fewer"):
-        check_memory(trials)
+        check_memory(results)
 
 
 def test_too_few_chunks_are_a_failure():
-    policy, clock = Stub(chunk), Clock()
+    policy = Stub(chunk)
     policy.predict_chunks = lambda *_: []
-    trial = Trial("flat", "walk", 0)
-    run_policy(policy, [(Walk(), trial)], clock)
-    assert trial.reason == "the policy raised ValueError: 0 chunks for 1 observations"
+    assert (
+        result_of(policy, Walk(), Trial("flat", "walk", 0)).reason
+        == "the policy raised ValueError: 0 chunks for 1 observations"
+    )
 
 
 @pytest.mark.parametrize(("execution_horizon", "calls"), [(1, 4), (3, 2), (4, 1)])
 def test_execution_horizon_is_the_actions_from_one_chunk_to_the_next(execution_horizon, calls):
-    trials, policy, _ = run(lambda seed: chunk(0.25), seeds=[0], execution_horizon=execution_horizon)
-    assert (trials[0].success, trials[0].decisions, len(policy.calls)) == (True, 4, calls)
+    results, policy, _ = run(lambda seed: chunk(0.25), seeds=[0], execution_horizon=execution_horizon)
+    assert (results[0].success, results[0].decisions, len(policy.calls)) == (True, 4, calls)
 
 
 def test_subtask_lasts_as_many_chunks_as_told():
-    trials, _, _ = run(lambda seed: chunk(0.1), seeds=[0], record=True, execution_horizon=2, replan_subtask_every=2)
-    captions = [frame.caption for frame in trials[0].film]
+    results, _, _ = run(lambda seed: chunk(0.1), seeds=[0], films="all", execution_horizon=2, replan_subtask_every=2)
+    captions = [frame.caption for frame in results[0].film]
     assert captions == ["subtask 0.0"] * 4 + ["subtask 0.4"] * 4 + ["subtask 0.8"] * 2
 
 
 def test_time_is_up_after_max_seconds():
-    trials, _, _ = run(lambda seed: chunk(0.0), seeds=[0], max_seconds=0.5)
-    assert (trials[0].outcome, trials[0].decisions) == (OUT_OF_TIME, 5)
+    results, _, _ = run(lambda seed: chunk(0.0), seeds=[0], max_seconds=0.5)
+    assert (results[0].outcome, results[0].decisions) == (OUT_OF_TIME, 5)
 
 
 def test_environment_may_end_an_episode():
-    trials, _, _ = run(lambda seed: chunk(-0.5), seeds=[0])
-    assert (trials[0].outcome, trials[0].decisions) == (ENDED, 2)
+    results, _, _ = run(lambda seed: chunk(-0.5), seeds=[0])
+    assert (results[0].outcome, results[0].decisions) == (ENDED, 2)
 
 
 def test_film_shows_chunk_and_place_of_every_action():
-    trials, _, _ = run(lambda seed: chunk(0.25), seeds=[0], record=True, execution_horizon=3)
-    assert [frame.place for frame in trials[0].film] == [0, 1, 2, 0]
-    assert all(frame.chunk.shape == (HORIZON, 1) for frame in trials[0].film)
+    results, _, _ = run(lambda seed: chunk(0.25), seeds=[0], films="all", execution_horizon=3)
+    assert [frame.place for frame in results[0].film] == [0, 1, 2, 0]
+    assert all(frame.chunk.shape == (HORIZON, 1) for frame in results[0].film)
 
 
-def failing(execution_horizon: int, max_seconds: float) -> list[Trial]:
+def failing(execution_horizon: int, max_seconds: float) -> list[Result]:
     """Of two episodes the first fails; both are filmed if they do."""
-    trials = [Trial("policy", "walk", seed, max_seconds=max_seconds, record_failure=True) for seed in (0, 1)]
+    trials = [Trial("policy", "walk", seed, max_seconds=max_seconds, films="failure") for seed in (0, 1)]
     policy = Stub(lambda seed: chunk(0.5 * seed), execution_horizon=execution_horizon)
-    run_policy(policy, [(Walk(), trial) for trial in trials], Clock())
-    return trials
+    courses = [Course(Walk(), trial) for trial in trials]
+    run_policy(policy, courses, Clock())
+    return [course.result for course in courses]
 
 
 def test_a_failure_is_filmed_decision_by_decision_and_as_it_ended_and_a_success_is_not():
@@ -159,7 +155,7 @@ def test_random_actions_stay_within_the_bounds_and_depend_on_the_seed():
             return False
 
     for seed in (0, 0, 1):
-        run_baseline(Watched(), Trial("random", "walk", seed), Clock())
+        run_baseline(Course(Watched(), Trial("random", "walk", seed)), Clock())
     first, again, other = np.split(np.array(taken), 3)
     assert np.abs(first).max() <= 0.5
     np.testing.assert_array_equal(first, again)
@@ -170,7 +166,7 @@ def test_unbounded_actions_have_no_random_mode():
     env = Walk()
     env.action_high = np.array([np.inf])
     with pytest.raises(ValueError, match="leave out the mode random"):
-        run_baseline(env, Trial("random", "walk", 0), Clock())
+        run_baseline(Course(env, Trial("random", "walk", 0)), Clock())
 
 
 def test_trial_without_time_for_an_action_is_refused():
@@ -179,9 +175,9 @@ def test_trial_without_time_for_an_action_is_refused():
 
 
 def test_summary_counts_successes_and_reasons_per_task():
-    trials = [Trial("policy", "a", i, success=i < 9, reason="" if i < 9 else NOT_FINITE) for i in range(10)]
-    trials += [Trial("policy", "b", i, reason=OUT_OF_TIME) for i in range(2)]
-    result = summarise(trials, {"policy": Clock()})
+    results = [Result(Trial("policy", "a", i), success=i < 9, reason="" if i < 9 else NOT_FINITE) for i in range(10)]
+    results += [Result(Trial("policy", "b", i), reason=OUT_OF_TIME) for i in range(2)]
+    result = summarise(results, {"policy": Clock()})
     assert result["success"] == {"policy": {"a": [9, 10], "b": [0, 2]}}
     assert result["failures"] == {"policy": {"a": {NOT_FINITE: 1}, "b": {OUT_OF_TIME: 2}}}
     assert result["crashed"] == [f"policy a seed 9: {NOT_FINITE}"]
@@ -189,14 +185,16 @@ def test_summary_counts_successes_and_reasons_per_task():
 
 def test_summary_says_how_long_successes_took_and_how_many_there_are_in_a_minute():
     taken = [("a", 10), ("a", 20), ("a", 30), ("b", 40)]
-    trials = [Trial("policy", task, 0, success=task == "a", decisions=actions, fps=10.0) for task, actions in taken]
-    result = summarise(trials, {})
+    results = [
+        Result(Trial("policy", task, 0), success=task == "a", decisions=actions, fps=10.0) for task, actions in taken
+    ]
+    result = summarise(results, {})
     assert result["seconds"] == {"policy": {"a": {"median": 2.0, "p95": 2.9}}}
     assert result["per_minute"] == {"policy": 18.0}  # three in ten seconds
 
 
 def test_summary_has_wilson_intervals():
-    result = summarise([Trial("policy", "a", i, success=i < 9) for i in range(10)], {})
+    result = summarise([Result(Trial("policy", "a", i), success=i < 9) for i in range(10)], {})
     # by hand, z = 1.96: (0.9 + 0.19208 ± 1.96 √(0.009 + 0.0096040)) / 1.38416
     assert result["wilson_95"]["policy"]["a"] == pytest.approx([0.5958, 0.9821], abs=1e-4)
     assert result["wilson_95"]["policy"]["all tasks"] == result["wilson_95"]["policy"]["a"]
@@ -217,7 +215,7 @@ def test_every_call_of_the_policy_and_every_step_is_timed():
 def test_noise_is_scaled_as_the_policy_says() -> None:
     def first_noise(scale: float) -> torch.Tensor:
         policy = Stub(lambda seed: np.zeros((HORIZON, 1), dtype=np.float32), noise_scale=scale)
-        run_policy(policy, [(Walk(), Trial("policy", "walk", 0))], Clock())
+        result_of(policy, Walk(), Trial("policy", "walk", 0))
         return policy.noise[0]
 
     assert torch.equal(first_noise(0.5), 0.5 * first_noise(1.0))
@@ -231,10 +229,9 @@ class TwoCameras(Walk):
 
 
 def test_cameras_of_other_heights_stand_side_by_side_in_a_film():
-    trial = Trial("policy", "walk", 1, record=True)
-    run_policy(Stub(lambda seed: chunk(0.25)), [(TwoCameras(), trial)], Clock())
-    assert {frame.image.shape for frame in trial.film} == {(8, 8 + 12, 3)}
-    assert (trial.film[0].image[:, :8] == 1).all()
+    film = result_of(Stub(lambda seed: chunk(0.25)), TwoCameras(), Trial("policy", "walk", 1, films="all")).film
+    assert {frame.image.shape for frame in film} == {(8, 8 + 12, 3)}
+    assert (film[0].image[:, :8] == 1).all()
 
 
 class NoCamera(Walk):
@@ -243,7 +240,6 @@ class NoCamera(Walk):
 
 
 def test_an_episode_of_a_policy_that_sees_nothing_is_filmed():
-    trial = Trial("policy", "walk", 1, record=True)
-    run_policy(Stub(lambda seed: chunk(0.25)), [(NoCamera(), trial)], Clock())
-    assert trial.outcome == "success"
-    assert not trial.film[0].image.any()
+    result = result_of(Stub(lambda seed: chunk(0.25)), NoCamera(), Trial("policy", "walk", 1, films="all"))
+    assert result.outcome == "success"
+    assert not result.film[0].image.any()

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -16,10 +15,10 @@ import numpy as np
 import pytest
 
 from pi05_lightning.cli.rollout import replace_result, rollout
-from pi05_lightning.sim.rollout import Job
-from pi05_lightning.sim.trials import Clock, Trial, run_policy
+from pi05_lightning.sim.rollout import Done
+from pi05_lightning.sim.trials import Clock, Result, Trial
 from pi05_lightning.sim.unfinished import Results, Unfinished, key_of
-from tests.sim.walk import Stub, Walk, chunk
+from tests.sim.walk import Stub, Walk, chunk, result_of
 
 OPTIONS = {"episodes": 3, "modes": ("flat",), "lanes": 1, "videos": 3, "max_seconds": 2.0, "num_workers": 1}
 FIRST = Path(".unfinished") / "job-0.json"
@@ -43,9 +42,9 @@ def test_killed_rollout_goes_on_with_the_episodes_that_were_not_over(untrained: 
         rollout(untrained, ["reach-v3"], out=tmp_path, **OPTIONS)
     killer.join()
     kept = json.loads((tmp_path / FIRST).read_text())
-    (trial,) = kept["trials"].values()
-    assert not trial["success"]
-    trial["success"] = True  # to see that it is read, and not run again
+    (result,) = kept["results"].values()
+    assert not result["success"]
+    result["success"] = True  # to see that it is read, and not run again
     (tmp_path / FIRST).write_text(json.dumps(kept))
     found = rollout(untrained, ["reach-v3"], out=tmp_path, **OPTIONS | {"lanes": 2})  # as is advised for want of memory
     assert found["success"]["flat"] == {"reach-v3": [1, 3]}
@@ -54,21 +53,21 @@ def test_killed_rollout_goes_on_with_the_episodes_that_were_not_over(untrained: 
     assert {file.name for file in tmp_path.iterdir()} == {"rollout.json", *names}
 
 
-def what_is_kept(out: Path, what: dict[str, int], jobs: Sequence[Job] = ()) -> Results:
+def what_is_kept(out: Path, what: dict[str, int], jobs: Sequence[Done] = ()) -> Results:
     """Of a rollout that was interrupted before, and is now once more after these jobs."""
     found = Results()
     with suppress(KeyboardInterrupt), Unfinished.within(out, what) as unfinished:
         for results, _, _ in unfinished.jobs():
             found |= results
-        for job in jobs:
-            unfinished.keep([key_of(replace(trial, success=False)) for trial in job.trials], job, {})
+        for done in jobs:
+            unfinished.keep(done, {})
         raise KeyboardInterrupt
     return found
 
 
 @pytest.mark.parametrize(("seed", "kept"), [(0, True), (1, False)])
 def test_only_what_was_kept_of_the_same_rollout_is_taken(seed: int, kept: bool, tmp_path: Path) -> None:
-    over = Job((Trial("policy", "reach-v3", 1, success=True),))
+    over = Done([Result(Trial("policy", "reach-v3", 1), success=True)], Clock())
     assert not what_is_kept(tmp_path, {"seed": 0}, [over])
     found = what_is_kept(tmp_path, {"seed": seed})
     assert [values["success"] for values in found.values()] == [True] * kept
@@ -85,14 +84,12 @@ class SaysItAsNumPy(Walk):
 
 def test_success_as_numpy_says_it_is_kept(tmp_path: Path) -> None:
     trial = Trial("policy", "walk", 0)
-    run_policy(Stub(lambda seed: chunk(0.5)), [(SaysItAsNumPy(), trial)], Clock())
-    assert trial.success
-    again = Trial("policy", "walk", 0)
+    result = result_of(Stub(lambda seed: chunk(0.5)), SaysItAsNumPy(), trial)
+    assert result.success
     with Unfinished.within(tmp_path, {}) as unfinished:
-        unfinished.keep([key_of(again)], Job((trial,)), {})
+        unfinished.keep(Done([result], Clock()), {})
         ((kept, _, _),) = unfinished.jobs()
-    vars(again).update(kept[key_of(again)])
-    assert again == trial
+    assert Result(trial, **kept[key_of(trial)]) == result
 
 
 def test_films_that_were_moved_before_an_interruption_are_not_missed(tmp_path: Path) -> None:

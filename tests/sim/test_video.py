@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 from pi05_lightning.sim import video
-from pi05_lightning.sim.trials import FilmFrame, Trial
+from pi05_lightning.sim.trials import FilmFrame, Result, Trial
 
 CHUNK = np.linspace(-1, 1, 8, dtype=np.float32).reshape(4, 2)
 
 
 def episode(
     success: bool = True, caption: str = "open it", chunk: np.ndarray | None = CHUNK, fps: float = 10, length: int = 3
-) -> Trial:
+) -> Result:
     film = [FilmFrame(np.full((32, 63, 3), 9, np.uint8), caption, chunk, place % 4) for place in range(length)]
     reason = "" if success else "out of time"
-    return Trial("policy", "walk", 0, success=success, reason=reason, fps=fps, film=film)
+    return Result(Trial("policy", "walk", 0), success=success, reason=reason, fps=fps, film=film)
 
 
 def test_caption_and_chunk_are_drawn():

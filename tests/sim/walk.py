@@ -8,6 +8,10 @@ import numpy as np
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.inference import Inference
+from pi05_lightning.sim.course import Course
+from pi05_lightning.sim.environment import Environment
+from pi05_lightning.sim.motion import run_policy
+from pi05_lightning.sim.trials import Clock, Result, Trial
 from pi05_lightning.types import Frame
 
 HORIZON = 4
@@ -53,6 +57,13 @@ class Stub(Inference):
         self.noise.append(noise)
         self.drawn.append([row.initial_seed() for row in generator])
         return [self.act(int(frame.state[1])) for frame in frames]
+
+
+def result_of(policy: Inference, env: Environment, trial: Trial, sentence: str | None = None) -> Result:
+    """One episode, over."""
+    course = Course(env, trial, sentence)
+    run_policy(policy, [course], Clock())
+    return course.result
 
 
 def chunk(value: float) -> np.ndarray:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import batched, groupby
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from pi05_lightning.sim.demonstrations.lerobot_writer import (
     write_dataset,
 )
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, check_tasks, tasks_to_run
-from pi05_lightning.sim.rollout import Job, Plan, Worker, run_in_processes, view_of
+from pi05_lightning.sim.rollout import Done, Job, Plan, Worker, run_in_processes, view_of
 from pi05_lightning.sim.splits import EXPERIENCE
-from pi05_lightning.sim.trials import Trial
+from pi05_lightning.sim.trials import Result, Trial
 from pi05_lightning.weights.locate import locate, pinned
 
 logger = logging.getLogger(__name__)
@@ -90,9 +90,7 @@ def _trials(config: CollectConfig, tasks: Sequence[str]) -> list[Trial]:
     """The training episodes of every task, then the validation episodes."""
     episodes = config.episodes + config.val_episodes
     plan = Plan(config.env, tasks, ("policy",), episodes, EXPERIENCE, max_seconds=config.max_seconds, seed=config.seed)
-    trials = [trial for job in plan.jobs() for trial in job.trials]
-    for trial in trials:
-        trial.keeps, trial.patience = True, config.corrections
+    trials = (replace(t, keeps=True, patience=config.corrections) for job in plan.jobs() for t in job.trials)
     return sorted(trials, key=lambda trial: trial.number >= config.episodes)
 
 
@@ -109,13 +107,14 @@ def _blocks(
     def recorded(_: int) -> Iterator[tuple[list[Episode], list[str]]]:
         """Of the trials from number `begun` on: thin episodes, and why the policy did nothing in the others."""
         jobs = [Job(some) for _, own in groupby(trials[begun:], part) for some in batched(own, config.lanes)]
-        with closing(run_in_processes(worker, jobs, config.num_workers)) as results:
-            for job in _in_order(results):
-                episodes = [episode_of(trial, what.cameras) for trial in job.trials if trial.steps]
+        with closing(run_in_processes(worker, jobs, config.num_workers)) as over:
+            for results in _in_order(over):
+                episodes = [episode_of(result, what.cameras) for result in results if result.steps]
                 if episodes:
                     videos = {camera: video_path(kept.folder, camera, films) for camera in what.cameras}
                     episodes = filmed(episodes, videos, what.fps)
-                yield episodes, [f"{t.task} (seed {t.seed}): {t.reason}" for t in job.trials if not t.steps]
+                idle = [result for result in results if not result.steps]
+                yield episodes, [f"{r.trial.task} (seed {r.trial.seed}): {r.reason}" for r in idle]
 
     with tqdm(total=len(trials), unit="episode") as bar:
         for episodes, reasons in kept.continued("attempts", recorded):
@@ -133,19 +132,19 @@ def _blocks(
         logger.warning("%d of %d attempts are left out: %s", len(refused), len(trials), said)
 
 
-def _in_order(results: Iterable[tuple[int, Job]]) -> Iterator[Job]:
-    """The jobs by their numbers, as a dataset has its episodes."""
-    early, due = dict[int, Job](), 0
-    for number, job in results:
-        early[number] = job
+def _in_order(over: Iterable[tuple[int, Done]]) -> Iterator[list[Result]]:
+    """The jobs' results by the jobs' numbers, as a dataset has its episodes."""
+    early, due = dict[int, list[Result]](), 0
+    for number, done in over:
+        early[number] = done.results
         while due in early:
             yield early.pop(due)
             due += 1
 
 
-def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:
+def episode_of(result: Result, cameras: Sequence[str]) -> Episode:
     """A trial that is over, as it is recorded."""
-    steps = trial.steps
+    steps = result.steps
     states = [step.frame.state for step in steps if step.frame.state is not None]
     return Episode(
         task=steps[0].frame.task,
@@ -156,9 +155,9 @@ def episode_of(trial: Trial, cameras: Sequence[str]) -> Episode:
         answers=[()] * len(steps),
         intervention=np.array([step.is_correction for step in steps]),
         outcome={
-            "success": trial.success,
-            "end_reason": trial.outcome,
-            "corrected": trial.corrected,
-            "seed": trial.seed,
+            "success": result.success,
+            "end_reason": result.outcome,
+            "corrected": result.corrected,
+            "seed": result.trial.seed,
         },
     )

@@ -41,7 +41,7 @@ from pi05_lightning.sim.desk.tasks import (
     draw_chain,
     holds,
 )
-from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
+from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, act_as_expert, action_repeat
 from pi05_lightning.sim.metaworld.environment import import_metaworld
 from pi05_lightning.sim.rendering import GRIPPER, Cameras
 from pi05_lightning.sim.sawyer import CONTROL_HZ, Sawyer
@@ -150,7 +150,7 @@ class DeskEnvironment(Sawyer):
             self._given = INSTRUCTIONS[name]
             self._episode = Episode.beginning(self._desk.state())
             for _ in range(round(self._given.seconds * self.fps)):
-                if self.expert_step():
+                if act_as_expert(self):
                     break
         self._given = own
         self._episode = Episode.beginning(self._desk.state())

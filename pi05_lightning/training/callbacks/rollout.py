@@ -30,7 +30,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig, tasks_to_run
 from pi05_lightning.sim.modes import PolicyMode, acting_in
 from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job, view_of
 from pi05_lightning.sim.simulators import MetaWorld
-from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Trial
+from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, Result
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import stop_if_asked
 from pi05_lightning.training.callbacks.throughput import Throughput
@@ -137,12 +137,12 @@ class PeriodicRollout(Callback):
             TemporaryDirectory() as folder,
         ):
             first, *others = {job.task: job.trials[0] for job in self._plan(policy).jobs()}.values()
-            step = replace(first, record=True, max_seconds=1e-9)  # a single action, as there are no shorter episodes
-            run_policy_job(Job((step,)), policy, lanes)
-            if not step.success and step.reason not in (OUT_OF_TIME, ENDED):
-                raise ValueError(f"PeriodicRollout: the policy could not act at task {step.task}: {step.reason}")
-            video.write(Path(folder, "film.mp4"), step)
-            video.gif(step)
+            step = replace(first, films="all", max_seconds=1e-9)  # a single action, as there are no shorter episodes
+            (result,) = run_policy_job(Job((step,)), policy, lanes).results
+            if not result.success and result.reason not in (OUT_OF_TIME, ENDED):
+                raise ValueError(f"PeriodicRollout: the policy could not act at task {step.task}: {result.reason}")
+            video.write(Path(folder, "film.mp4"), result)
+            video.gif(result)
             for trial in others:
                 for env in lanes.of(trial.task, 1):
                     env.reset(trial.seed)
@@ -179,26 +179,24 @@ class PeriodicRollout(Callback):
         start = perf_counter()
         with isolate_rng(), self._policy(trainer, module, model) as policy:
             by_task = self.run(policy, partial(stop_if_asked, trainer))
-        trials = [trial for done in by_task.values() for trial in done]
-        if crashed := [trial for trial in trials if trial.crashed]:
-            log.warning("%d of %d episodes were ended by: %s", len(crashed), len(trials), crashed[0].reason)
-        metrics = {f"{self.tag}/success/{task}": _success(done) for task, done in by_task.items()}
-        metrics |= {f"{self.tag}/success": _success(trials), f"{self.tag}/seconds": perf_counter() - start}
+        results = [result for of_task in by_task.values() for result in of_task]
+        if crashed := [result for result in results if result.crashed]:
+            log.warning("%d of %d episodes were ended by: %s", len(crashed), len(results), crashed[0].reason)
+        metrics = {f"{self.tag}/success/{task}": _success(of_task) for task, of_task in by_task.items()}
+        metrics |= {f"{self.tag}/success": _success(results), f"{self.tag}/seconds": perf_counter() - start}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
-        self._show(trainer, trials[0])
+        self._show(trainer, results[0])
 
-    def run(self, policy: Inference, between: Callable[[], None] = lambda: None) -> dict[str, list[Trial]]:
-        """Every task's episodes, over; the first one is filmed.  between: is called before each job, and may raise."""
+    def run(self, policy: Inference, between: Callable[[], None] = lambda: None) -> dict[str, list[Result]]:
+        """Every task's results; the first episode is filmed.  between: is called before each job, and may raise."""
         plan = self._plan(policy)
-        jobs = list(plan.jobs())
-        jobs[0].trials[0].record = True
-        by_task: dict[str, list[Trial]] = {task: [] for task in plan.tasks}
+        (first, *rest), *others = (job.trials for job in plan.jobs())
+        by_task: dict[str, list[Result]] = {task: [] for task in plan.tasks}
         with closing(Lanes(self.env, view_of(policy))) as lanes:
-            for job in jobs:
+            for job in (Job((replace(first, films="all"), *rest)), *map(Job, others)):
                 between()
-                run_policy_job(job, policy, lanes)
-                by_task[job.task] += job.trials
+                by_task[job.task] += run_policy_job(job, policy, lanes).results
         return by_task
 
     def _plan(self, policy: Inference) -> Plan:
@@ -238,17 +236,17 @@ class PeriodicRollout(Callback):
     def _folder(self, trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir, FOLDER, self.name)
 
-    def _show(self, trainer: Trainer, trial: Trial) -> None:
+    def _show(self, trainer: Trainer, result: Result) -> None:
         folder = self._folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        video.write(folder / f"step-{trainer.global_step:08d}.mp4", trial)
-        height, width = video.frames(trial)[0].shape[:2]
-        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video.gif(trial))
-        summary = Summary(value=[Summary.Value(tag=f"{self.tag}/{trial.task}", image=image)])
+        video.write(folder / f"step-{trainer.global_step:08d}.mp4", result)
+        height, width = video.frames(result)[0].shape[:2]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=video.gif(result))
+        summary = Summary(value=[Summary.Value(tag=f"{self.tag}/{result.trial.task}", image=image)])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.file_writer.add_summary(summary, trainer.global_step)
 
 
-def _success(trials: list[Trial]) -> float:
-    return sum(trial.success for trial in trials) / len(trials)
+def _success(results: list[Result]) -> float:
+    return sum(result.success for result in results) / len(results)
