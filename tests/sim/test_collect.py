@@ -183,10 +183,11 @@ def test_single_frames_have_captions_and_as_many_answers_as_questions(collected)
 @pytest.mark.parametrize(
     ("offset", "said"),
     [
-        ((0.2, 0.005, -0.04), "right, below"),
+        ((0.2, 0.06, -0.05), "right, ahead, below"),
         ((0.0, -0.009, 0.0), "at the gripper"),
-        ((0.2, 0.02, 0.0), None),  # neither at the same place nor ahead
-        ((0.2, 0.005), "right"),  # as seen from above
+        ((0.2, 0.04, -0.1), None),  # about level with it
+        ((-0.2, -0.06), "left, behind"),  # as seen from above
+        ((0.2, 0.005), None),
         ((0.0, 0.005), None),  # it may be far below
     ],
 )

@@ -14,7 +14,7 @@ from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.types import Answer, Box, box_to_text
 
 _CLOSED, _OPEN = 0.65, 0.75  # of the gripper's opening in [0, 1]; closed on nothing it is 0.5, open 1.0
-_BESIDE, _APART = 0.01, 0.03  # metres along an axis: two things are at the same place, or one is beyond the other
+_BESIDE, _APART = 0.01, 0.05  # metres along an axis: two things are at the same place, or one is beyond the other
 _BORDER = 0.03  # of the image, beside the border of a ninth
 _WRIST_CAMERA = "gripperPOV"  # sees the gripper always at the same place: nothing to ask
 _FROM_ABOVE = "topview"  # sees no height, and no fingers, as the hand is above them
@@ -56,13 +56,15 @@ def direction(offset: np.ndarray) -> str | None:
     """An offset from the gripper in metres (x right, y away from the robot, z up) in words: `left, ahead, below`.
 
     offset: f64[3], or f64[2] where the height is not seen.
-    None where an axis is between the two, neither at the same place nor apart, and for what may be below the gripper.
+    None where it is not apart along each of them, nor at the gripper; and for what may be below the gripper. To see
+    that two things are level along one axis alone takes a centimetre, which is less than a pixel.
     """
-    if any(_BESIDE < abs(value) < _APART for value in offset):
+    if np.all(np.abs(offset) <= _BESIDE) and len(offset) == 3:
+        return "at the gripper"
+    if np.any(np.abs(offset) < _APART):
         return None
     words = (("right", "left"), ("ahead", "behind"), ("above", "below"))
-    parts = [pair[int(value < 0)] for pair, value in zip(words, offset, strict=False) if abs(value) >= _APART]
-    return ", ".join(parts) or ("at the gripper" if len(offset) == 3 else None)
+    return ", ".join(pair[int(value < 0)] for pair, value in zip(words, offset, strict=False))
 
 
 def caption(boxes: Mapping[str, Box]) -> str | None:
