@@ -237,6 +237,8 @@ def draw_horizon(values: Mapping[str, float | None]) -> Figure:
         axes.set_title(ERRORS[metric], fontsize=9, loc="left")
         axes.set_xlabel("step of the horizon" if kind == "step" else "action dim", fontsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.update_datalim([(0, 0)], updatex=False)
+        axes.autoscale_view()  # with room above what is highest, counted from 0
         axes.set_ylim(bottom=0)
         axes.tick_params(labelsize=7)
     return figure
