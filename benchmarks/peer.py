@@ -91,8 +91,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 def with_weights_of(lerobot: PI05Pytorch, config: ModelConfig) -> Pi05:
     """Our model over the very memory of LeRobot's parameters."""
-    with torch.device("meta"):
-        model = Pi05(config)
+    model = Pi05.without_memory(config)
     tensors = {to_ours(name): p.detach() for name, p in lerobot.named_parameters() if to_ours(name)}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_()

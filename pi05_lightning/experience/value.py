@@ -132,8 +132,7 @@ class ValueFunction:
                 " `pi05 value fit` again, which goes on with it, and give its directory"
             )
         self.processor = checkpoint.processor()
-        with torch.device("meta"):
-            self.model = Pi05(checkpoint.config(), {NAME: ValueHead})
+        self.model = Pi05.without_memory(checkpoint.config(), {NAME: ValueHead})
         fill(self.model, {name: tensor.float() for name, tensor in tensors.items()}, where=run)
         self.model.to(device).eval()
         self.sha256 = hash_of(tensors)

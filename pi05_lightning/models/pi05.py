@@ -15,6 +15,7 @@ What differs from the paper (arXiv 2504.16054):
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -57,6 +58,12 @@ class Pi05(nn.Module):
         names = [term for head in self.heads.values() for term in head.terms]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two heads have the loss {', '.join(twice)}: give one of them another name")
+
+    @classmethod
+    def without_memory(cls, config: ModelConfig, heads: Mapping[str, HeadFactory] | None = None) -> Self:
+        """On the meta device: parts, names and shapes, and no values."""
+        with torch.device("meta"):
+            return cls(config, heads)
 
     @property
     def heads(self) -> dict[str, Head]:

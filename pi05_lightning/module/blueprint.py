@@ -54,8 +54,7 @@ class Blueprint:
 
     def bare(self) -> Pi05:
         """The model without memory, and nothing put on it."""
-        with torch.device("meta"):
-            return Pi05(self.config, self.heads)
+        return Pi05.without_memory(self.config, self.heads)
 
     def blank(self, stage: Stage | None = None) -> Pi05:
         """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""

@@ -83,8 +83,7 @@ class Step:
         return self._sharded(strategy) if strategy.shards > 1 else self._whole(strategy)
 
     def _model(self, strategy: Strategy) -> Pi05:
-        with torch.device("meta"):
-            model = Pi05(self.config)
+        model = Pi05.without_memory(self.config)
         if strategy.lora:
             lora = Lora()
             if strategy.base is not None:

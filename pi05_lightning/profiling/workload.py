@@ -53,8 +53,7 @@ class Workload:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def model(self, device: torch.device | str) -> Pi05:
-        with torch.device("meta"):
-            model = Pi05(self.config)
+        model = Pi05.without_memory(self.config)
         if self.checkpointing:
             checkpoint_blocks(model)
         if torch.device(device).type != "meta":

@@ -17,8 +17,7 @@ from pi05_lightning.weights.safetensors import Keep, check_keys, shapes_of, whol
 
 def with_adapters(config: ModelConfig, lora: Lora, base: Kind | None = None) -> Pi05:
     """A model without memory, with adapters, whose base is quantised or not."""
-    with torch.device("meta"):
-        model = Pi05(config)
+    model = Pi05.without_memory(config)
     if base is not None:
         quantize_base(model, base, lora)
     add_adapters(model, lora)

@@ -87,8 +87,7 @@ def save(
     if (folder / INDEX).exists() or ((before or (folder / WEIGHTS).exists()) and not (ours or is_exported(before))):
         raise ValueError(f"{folder} holds weights that were not exported here: name another folder")
     own = {name: x for name, x in (tensors or model.state_dict()).items() if not name.startswith("auxiliary.")}
-    with torch.device("meta"):
-        plain = Pi05(model.config)
+    plain = Pi05.without_memory(model.config)
     check_keys(shapes_of(own), shapes_of(plain.state_dict()), where="a model that is exported")
     (folder / CONFIG).unlink(missing_ok=True)  # it is written last: without it half of a folder is no policy
     if processor is not None:

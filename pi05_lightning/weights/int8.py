@@ -10,7 +10,6 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Self
 
-import torch
 from torch import Tensor
 
 from pi05_lightning.files.local import read_json, write_json
@@ -88,8 +87,7 @@ def int8_model(weights: Weights, kept: Collection[str] = (), fingerprint: Finger
     Every weight is packed as soon as it is read, one at a time, so that few are whole at once.  fingerprint: takes note
     of them.  ValueError as `Weights.model`.
     """
-    with torch.device("meta"):
-        model = Pi05(weights.config())
+    model = Pi05.without_memory(weights.config())
     layers = {name: layer for name, layer in linear_layers(model).items() if name not in kept}
     products: dict[str, Int8Product] = {}
     packing = Lock()

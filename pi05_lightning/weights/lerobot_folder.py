@@ -122,8 +122,7 @@ class LeRobotFolder(Weights):
 
         shapes = shapes_of(tensors)
         config, notes = config_of(shapes, read_json(self.path / CONFIG, default={}), self.vision_heads, self.horizon)
-        with torch.device("meta"):
-            expected = shapes_of(Pi05(config).state_dict())
+        expected = shapes_of(Pi05.without_memory(config).state_dict())
         names = {ours: to_lerobot(ours) for ours in expected} | source
         heads = {PREFIX + LM_HEAD: config.language.width, PREFIX + EXPERT_LM_HEAD: config.expert.width}
         expected |= {key: (config.vocab_size, width) for key, width in heads.items() if key in unread}

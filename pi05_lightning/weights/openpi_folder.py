@@ -46,8 +46,7 @@ class OpenpiFolder(LeRobotFolder):
             raise ValueError(f"{self.params.place} says {heads} heads of SigLIP, not {given}: leave out vision_heads")
         heads = heads if given is None else given
         config, notes = config_of(shapes_of(tensors), read_json(self.path / CONFIG, default={}), heads, self.horizon)
-        with torch.device("meta"):
-            expected = shapes_of(Pi05(config).state_dict())
+        expected = shapes_of(Pi05.without_memory(config).state_dict())
         check_keys(shapes_of(tensors), expected, source, self.params.place)
         if any(LORA_A in name for name in theirs):
             notes.append("LoRA is merged into its weights at the scale of openpi's variants, 1")

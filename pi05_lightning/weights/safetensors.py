@@ -148,8 +148,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 def build(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Pi05:
     """A model of `tensors`: see `fill`."""
-    with torch.device("meta"):
-        model = Pi05(config)
+    model = Pi05.without_memory(config)
     fill(model, tensors)
     return model
 

@@ -15,8 +15,7 @@ def millions(module: torch.nn.Module) -> float:
 
 @pytest.fixture(scope="module")
 def base() -> Pi05:
-    with torch.device("meta"):
-        return Pi05(ModelConfig.preset("base"))
+    return Pi05.without_memory(ModelConfig.preset("base"))
 
 
 def test_base_has_pi05s_parameters_and_builds_without_memory(base: Pi05) -> None:
@@ -58,5 +57,5 @@ def test_heads_that_do_not_divide_are_refused() -> None:
 
 
 def test_fast_tokens_need_room_in_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match="no room"), torch.device("meta"):
-        Pi05(ModelConfig(vocab_size=2000))
+    with pytest.raises(ValueError, match="no room"):
+        Pi05.without_memory(ModelConfig(vocab_size=2000))

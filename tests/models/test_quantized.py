@@ -37,8 +37,7 @@ LORA = Lora(rank=2, alpha=4)
 def quantized_model(kind: Kind, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Pi05:
     """The small model with a quantised base, and adapters that do something."""
     plain = small_model(small_config(depth=3)).to(dtype)
-    with torch.device("meta"):
-        model = Pi05(plain.config)
+    model = Pi05.without_memory(plain.config)
     model.to(dtype)
     quantize_base(model, kind, LORA)
     keep = quantizing(model)
@@ -131,8 +130,7 @@ def test_weights_of_zeros_stay_zeros(kind: Kind, dtype: torch.dtype) -> None:
 
 @KINDS
 def test_all_frozen_linear_layers_are_quantised_and_no_others(kind: Kind) -> None:
-    with torch.device("meta"):
-        model = Pi05(small_config())
+    model = Pi05.without_memory(small_config())
     lora = Lora(targets="flow_head", train=(*Lora.train, "k_proj"))
     linear = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     quantize_base(model, kind, lora)
@@ -182,8 +180,7 @@ def test_merged_weights_compute_what_the_quantised_model_does(kind: Kind, batch:
 def test_a_random_base_is_that_of_the_plain_model_quantised(kind: Kind) -> None:
     def begun(base: Kind | None) -> Pi05:
         torch.manual_seed(0)
-        with torch.device("meta"):
-            model = Pi05(small_config())
+        model = Pi05.without_memory(small_config())
         if base is not None:
             quantize_base(model, base, LORA)
         model.to_empty(device="cpu")

@@ -22,8 +22,7 @@ RECIPE = Recipe.of(
 
 @pytest.fixture(params=["debug", "tiny", "base"])
 def model(request: pytest.FixtureRequest) -> Pi05:
-    with torch.device("meta"):
-        return Pi05(ModelConfig.preset(request.param))
+    return Pi05.without_memory(ModelConfig.preset(request.param))
 
 
 def test_groups_partition_the_parameters(model: Pi05) -> None:

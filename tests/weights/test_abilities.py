@@ -197,8 +197,7 @@ def test_fast_tokens_that_stand_for_other_actions_now_were_not_trained(fit: Fit,
 
 def test_cameras_in_another_order_lose_what_keypoints_know_of_them(text_and_fast: Path) -> None:
     weights = locate(text_and_fast)
-    with torch.device("meta"):
-        keypoints, patches = Pi05(ModelConfig.preset("tiny")), Pi05(CONFIG)
+    keypoints, patches = Pi05.without_memory(ModelConfig.preset("tiny")), Pi05.without_memory(CONFIG)
     same, other = weights.processor(), weights.processor()
     other.cameras = same.cameras[::-1]
     assert moved_cameras(keypoints, weights, same) is None

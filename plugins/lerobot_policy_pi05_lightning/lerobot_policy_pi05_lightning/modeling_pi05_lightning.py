@@ -70,8 +70,7 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             # with a dataset the tokenizer is a part of the processor that is made of it
             weights = locate(config.init_from, tokenizer=config.tokenizer if dataset_meta is None else None)
         self.cameras, self.has_state = camera_names(list(config.image_features)), STATE in config.input_features
-        with torch.device("meta"):
-            self.model = Pi05(config.sizes)
+        self.model = Pi05.without_memory(config.sizes)
         self.taught: Taught | None = None
         if dataset_meta is not None:
             self.taught = Taught(
