@@ -196,7 +196,7 @@ def loss_of(model: Pi05, batch: Any, weights: dict[str, float]) -> Tensor:
 def flops_of_sample(module: Pi05Module, case: Training, weights: dict[str, float], checkpointing: bool) -> int:
     """FLOPs of a step, as `FlopCounterMode` counts them, of each of its samples."""
     counted = Pi05Module(module.config, lora=module.blueprint.lora, activation_checkpointing=checkpointing)
-    model = counted.blank(module.recipe.reached[0])
+    model = counted.blueprint.blank(module.recipe.reached[0])
     batch = replace(case.shape, batch_size=1).batch(module.config, "meta")
     with FlopCounterMode(display=False) as counter:
         loss_of(model, batch, weights).backward()

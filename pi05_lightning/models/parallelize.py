@@ -7,7 +7,7 @@ PyTorch's FSDP2: each rank keeps a slice of every parameter, and has a group of 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -30,7 +30,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from pi05_lightning.files.ranges import check_expressions, check_range
+from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.gemma import AdaRMSNorm, Block, ExpertBlock
+from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import CLASSES, Kind
@@ -98,6 +100,17 @@ def adapted_layers(model: Pi05, lora: Lora) -> list[str]:
     if not layers:
         raise ValueError(f"lora.targets {lora.targets!r} matches no linear layer that lora.train leaves")
     return layers
+
+
+def with_adapters(
+    config: ModelConfig, lora: Lora, base: Kind | None = None, heads: Mapping[str, HeadFactory] | None = None
+) -> Pi05:
+    """A model without memory, with adapters, whose base is quantised or not."""
+    model = Pi05.without_memory(config, heads)
+    if base is not None:
+        quantize_base(model, base, lora)
+    add_adapters(model, lora)
+    return model
 
 
 def reset_adapters(model: Pi05) -> None:

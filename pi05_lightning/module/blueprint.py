@@ -23,6 +23,7 @@ from pi05_lightning.models.parallelize import (
     quantize_base,
     reset_adapters,
     shard,
+    with_adapters,
 )
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind
@@ -58,10 +59,7 @@ class Blueprint:
 
     def blank(self, stage: Stage | None = None) -> Pi05:
         """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
-        model = self.bare()
-        if self.lora is not None:
-            self._quantize(model)
-            add_adapters(model, self.lora)
+        model = self.bare() if self.lora is None else with_adapters(self.config, self.lora, self.base, self.heads)
         if self.activation_checkpointing:
             checkpoint_blocks(model)
         for name, parameter in model.named_parameters():
@@ -77,7 +75,8 @@ class Blueprint:
         blank = model.device.type == "meta"
         if blank:
             model.to(torch.get_default_dtype())  # bf16 under pure bf16, so that no fp32 copy is ever made
-            self._quantize(model)
+            if self.lora is not None and self.base is not None:
+                quantize_base(model, self.base, self.lora)
             if not hollow:
                 begin(model, weights, processor)
         if self.lora is not None:
@@ -113,10 +112,6 @@ class Blueprint:
                 reset_adapters(model)
         begin_sharded(model)
         self._accelerate(model)
-
-    def _quantize(self, model: Pi05) -> None:
-        if self.lora is not None and self.base is not None:
-            quantize_base(model, self.base, self.lora)
 
     def _accelerate(self, model: Pi05) -> None:
         if self.compile:

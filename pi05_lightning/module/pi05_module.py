@@ -37,7 +37,7 @@ from pi05_lightning.module.step import StepLosses
 from pi05_lightning.module.trainer import callbacks_of, logs_every
 from pi05_lightning.module.validation import Validation, by_tag, tags
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
-from pi05_lightning.recipe import Recipe, Stage
+from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.beginning import carried_on, moved_cameras
@@ -174,7 +174,7 @@ class Pi05Module(LightningModule):
         A run that is resumed with the options it was begun with goes on, and is told of them.
         """
         lora = self.blueprint.lora
-        names = [name for name, _ in (self.model if lora is None else self.blank()).named_parameters()]
+        names = [name for name, _ in (self.model if lora is None else self.blueprint.blank()).named_parameters()]
         self.recipe.check_followed(names)
         if lora is not None:
             lora.check_patterns(names)
@@ -198,10 +198,6 @@ class Pi05Module(LightningModule):
                 rank_zero_warn(found)
             self._history.before = carried_on(weights, self.processor)
             self._checkpoints.began(weights, self._run_directory)
-
-    def blank(self, stage: Stage | None = None) -> Pi05:
-        """A model of the same parts without memory, frozen as in a stage: what a step costs can be counted on it."""
-        return self.blueprint.blank(stage)
 
     @property
     def _run_directory(self) -> str:
@@ -227,7 +223,7 @@ class Pi05Module(LightningModule):
         """
         if self.sharding is None:
             return self.model
-        return gather(self.model, self.blank(), self.sharding, keep).eval()
+        return gather(self.model, self.blueprint.blank(), self.sharding, keep).eval()
 
     @property
     def whole(self) -> Pi05:

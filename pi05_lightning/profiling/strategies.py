@@ -23,11 +23,10 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import (
     Lora,
     Sharding,
-    add_adapters,
     begin_sharded,
     checkpoint_blocks,
-    quantize_base,
     shard,
+    with_adapters,
 )
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.shards import own_part
@@ -83,12 +82,9 @@ class Step:
         return self._sharded(strategy) if strategy.shards > 1 else self._whole(strategy)
 
     def _model(self, strategy: Strategy) -> Pi05:
-        model = Pi05.without_memory(self.config)
+        lora, config = Lora(), self.config
+        model = with_adapters(config, lora, strategy.base) if strategy.lora else Pi05.without_memory(config)
         if strategy.lora:
-            lora = Lora()
-            if strategy.base is not None:
-                quantize_base(model, strategy.base, lora)
-            add_adapters(model, lora)
             for name, parameter in model.named_parameters():
                 trains = any(part in name for part in (".lora_", *lora.train))
                 parameter.requires_grad = parameter.is_floating_point() and trains

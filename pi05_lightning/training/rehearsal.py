@@ -173,7 +173,7 @@ class Rehearsal:
 
     def _blank(self, stage: Stage) -> Pi05:
         """A model without memory, of the types that training computes with, frozen as in a stage."""
-        model = self.module.blank(stage)
+        model = self.module.blueprint.blank(stage)
         compute = self.module.sharding and self.module.sharding.compute
         for trained, part in zip(self.module.model.parameters(), model.parameters(), strict=True):
             part.data = part.data.to(compute or trained.dtype)

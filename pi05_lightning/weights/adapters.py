@@ -8,20 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.parallelize import Lora, add_adapters, quantize_base
+from pi05_lightning.models.parallelize import Lora, with_adapters
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind, QuantizedLinear, quantized_layers, quantizing
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import Keep, check_keys, shapes_of, whole
-
-
-def with_adapters(config: ModelConfig, lora: Lora, base: Kind | None = None) -> Pi05:
-    """A model without memory, with adapters, whose base is quantised or not."""
-    model = Pi05.without_memory(config)
-    if base is not None:
-        quantize_base(model, base, lora)
-    add_adapters(model, lora)
-    return model
 
 
 def merge(

@@ -40,7 +40,7 @@ class Flops(Callback):
         self.counter.__exit__(None, None, None)
         self.counted.append(self.counter.get_total_flops())
         stage = pl_module.recipe.at(trainer.global_step - 1)
-        model = pl_module.blank(stage)
+        model = pl_module.blueprint.blank(stage)
         self.work.append(Work.of(model).cost(batch, pl_module))
         self.on_meta.append(count_flops(model, batch, stage, pl_module.knowledge_insulation))
         self.samples.append(len(batch))

@@ -135,7 +135,7 @@ class Forecaster:
         batches: Batches = partial(self.batches, size=size)
         insulate = module.knowledge_insulation
         with isolate_rng():
-            return forecast(module.blank, module.recipe, module.make_optimizer, batches, setting, insulate)
+            return forecast(module.blueprint.blank, module.recipe, module.make_optimizer, batches, setting, insulate)
 
     def of(self, changes: Mapping[str, Any], size: int | None = None) -> Memory:
         """Of the stage that needs most."""

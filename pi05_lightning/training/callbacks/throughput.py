@@ -53,7 +53,7 @@ class Work:
 
     @classmethod
     def of(cls, model: Pi05) -> Work:
-        """Of a model without memory, see `Pi05Module.blank`."""
+        """Of a model without memory, see `Blueprint.blank`."""
         size, components = model.config.vision.image_size, parameters_of(model)
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.backbone.vision(torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.long))
@@ -110,7 +110,7 @@ class Throughput(Callback):
         assert isinstance(pl_module, Pi05Module)
         stage = pl_module.recipe.at(trainer.global_step)
         if stage.name != self.stage:
-            model = pl_module.blank(stage)
+            model = pl_module.blueprint.blank(stage)
             self.stage, self.work = stage.name, Work.of(model)
             flops = count_flops(model, batch, stage, insulate=pl_module.knowledge_insulation)
             self.flops_per_cost = flops / self.work.cost(batch, pl_module)
@@ -139,7 +139,7 @@ class Throughput(Callback):
         if not self.flops_per_cost or not self.peak_rate:
             return
         stages = module.recipe.between(trainer.global_step, trainer.max_steps)
-        cost = sum(steps * Work.of(module.blank(stage)).cost(batch, module) for stage, steps in stages)
+        cost = sum(steps * Work.of(module.blueprint.blank(stage)).cost(batch, module) for stage, steps in stages)
         seconds = self.flops_per_cost * cost * trainer.accumulate_grad_batches / self.peak_rate
         rank_zero_info(
             f"Time: {duration(seconds)} at the best rate of this device ({self.peak_rate / 1e12:.2g} TFLOP/s); as a"
@@ -185,7 +185,7 @@ def duration(seconds: float) -> str:
 
 
 def count_flops(model: Pi05, batch: Batch, stage: Stage, insulate: bool) -> int:
-    """FLOPs of a batch's training step on a model without memory, see `Pi05Module.blank`; 0 where they are unknown."""
+    """FLOPs of a batch's training step on a model without memory, see `Blueprint.blank`; 0 where they are unknown."""
     try:
         with FlopCounterMode(display=False) as counter:
             training_loss(model, batch.to("meta"), insulate, stage.weights).backward()
