@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.columns import whole_numbers
+from pi05_lightning.data.columns import runs_of, whole_numbers
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.outcomes import known_outcomes, truths
 
@@ -48,8 +48,7 @@ class Attempts:
     @cached_property
     def longest(self) -> dict[str, int]:
         """task -> frames of its longest episode; one that goes over to another task counts whole for both."""
-        begins = np.flatnonzero(np.diff(self.episode, prepend=-1))
-        lengths = np.diff(begins, append=len(self.episode))
+        _, lengths = runs_of(self.episode)
         length = np.repeat(lengths, lengths)
         return {task: int(length[self.task == task].max()) for task in dict.fromkeys(self.task.tolist())}
 
@@ -66,8 +65,7 @@ class Attempts:
         order = np.lexsort((columns["frame"], columns["episode"]))
         columns = {name: column[order] for name, column in columns.items()}
         episode = columns["episode"]
-        begins = np.flatnonzero(np.diff(episode, prepend=-1))
-        lengths = np.diff(begins, append=len(episode))
+        begins, lengths = runs_of(episode)
         known = dict.fromkeys(episode[begins].tolist(), True) if demonstrations else outcomes(files)
         ended = [known.get(number) for number in episode[begins].tolist()]
         if None in ended:

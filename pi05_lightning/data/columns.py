@@ -51,6 +51,12 @@ def evenly_spaced(size: int, number: int) -> np.ndarray:
     return np.linspace(0, size - 1, min(size, number)).astype(np.int64)
 
 
+def runs_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each run of equal values begins in i64[N], and how long it is: i64[R] each."""
+    begins = np.flatnonzero(np.diff(values, prepend=values[:1] - 1))
+    return begins, np.diff(begins, append=len(values))
+
+
 def rows_at(episode: np.ndarray, frame: np.ndarray, wanted: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
     """The row of each wanted frame, i64[M], in a table of i64[N] episodes and frames; -1 where it is not there.
 

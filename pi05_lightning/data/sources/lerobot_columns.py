@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pi05_lightning.data.columns import is_text, real_numbers, vectors, whole_numbers
+from pi05_lightning.data.columns import is_text, real_numbers, runs_of, vectors, whole_numbers
 from pi05_lightning.data.errors import BadFrame, Rejects
 from pi05_lightning.data.frames import holds_images
 from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence
@@ -77,8 +77,8 @@ class Columns:
 class _File:
     """One data file, M rows.
 
-    begins: i64, the rows where an episode begins.  subtask_keys: the columns with subtasks, in the order in which they
-    are asked.  persistent, events: its language rows, see `read_language`.
+    runs: of rows of the same episode.  subtask_keys: the columns with subtasks, in the order in which they are asked.
+    persistent, events: its language rows, see `read_language`.
     """
 
     path: Path
@@ -86,7 +86,7 @@ class _File:
     episode: np.ndarray
     frame: np.ndarray
     timestamp: np.ndarray
-    begins: np.ndarray
+    runs: list[slice]
     subtask_keys: list[str]
     persistent: dict[int, list[dict]]
     events: dict[int, list[dict]]
@@ -213,14 +213,15 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
             whole_numbers(table.column(name), f"{path}, {name}") for name in ("episode_index", "frame_index")
         )
         timestamp = real_numbers(table.column("timestamp"), f"{path}, timestamp")
-        begins = np.flatnonzero(np.diff(episode, prepend=episode[:1] - 1))
+        begins, lengths = runs_of(episode)
         asked = {*subtask_keys} | ({EVENTS} if wanted.answers else set())
         language = [name for name in (PERSISTENT, EVENTS) if name in present and name in asked]
         persistent, events = read_language(path, language, begins) if language else ({}, {})
     except (pa.ArrowException, OSError) as error:
         check_open_files(error, path)
         raise BadFrame(f"{path} is damaged ({error})") from error
-    return _File(path, table, episode, frame, timestamp, begins, subtask_keys, persistent, events)
+    runs = list(map(slice, begins.tolist(), (begins + lengths).tolist()))
+    return _File(path, table, episode, frame, timestamp, runs, subtask_keys, persistent, events)
 
 
 def _task_numbers(file: _File) -> np.ndarray:
@@ -234,9 +235,9 @@ def _complete(file: _File, lengths: dict[int, int], fps: float, rejects: Rejects
     Frames that somebody left out, idle ones, leave gaps in `frame_index`: what counts is the rows, as for LeRobot.
     """
     runs: dict[int, list[slice]] = {number: [] for number in lengths}
-    for begin, end in zip(file.begins.tolist(), [*file.begins[1:].tolist(), len(file.episode)], strict=True):
-        if file.episode[begin] in runs:
-            runs[int(file.episode[begin])].append(slice(begin, end))
+    for run in file.runs:
+        if file.episode[run.start] in runs:
+            runs[int(file.episode[run.start])].append(run)
     keep = np.zeros(len(file.episode), dtype=bool)
     for number, parts in runs.items():
         found, remedy = sum(part.stop - part.start for part in parts), f"Restore {file.path} from its origin"
@@ -312,17 +313,17 @@ def _subtasks(files: LeRobotFiles, file: _File, keep: np.ndarray) -> tuple[list[
     texts: list[str | None] = []
     found_in: Counter[str] = Counter()
     columns: dict[str, list[str | None]] = {}
-    for begin, end in zip(file.begins.tolist(), [*file.begins[1:].tolist(), len(file.episode)], strict=True):
-        if not keep[begin]:
+    for run in file.runs:
+        if not keep[run.start]:
             continue
-        here: list[str | None] = [None] * (end - begin)
+        here: list[str | None] = [None] * (run.stop - run.start)
         for key in file.subtask_keys:
             if key == PERSISTENT:
-                here = active_subtasks(file.persistent.get(begin, []), file.timestamp[begin:end])
+                here = active_subtasks(file.persistent.get(run.start, []), file.timestamp[run])
             else:
                 if key not in columns:
                     columns[key] = _subtask_texts(files, file.table.column(key), key, keep)
-                here = columns[key][begin:end]
+                here = columns[key][run]
             if any(here):
                 found_in[key] += 1
                 break
@@ -354,8 +355,7 @@ def _concatenate(files: LeRobotFiles, paths: list[Path], parts: list[dict[str, A
 
     none = np.empty(0, np.int64)
     episode = joined("episode", none)
-    begins = np.flatnonzero(np.diff(episode, prepend=-1))
-    lengths = np.diff(begins, append=len(episode))
+    begins, lengths = runs_of(episode)
     sizes = [len(part["episode"]) for part in parts]
     starts = np.cumsum([0, *sizes])
     return Columns(
