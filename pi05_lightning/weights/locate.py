@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pi05_lightning.files.hub import local_folder
 from pi05_lightning.files.local import read_json
@@ -48,15 +49,16 @@ def locate(
     themselves.
     """
     folder = local_folder(path)
-    if weight_files(folder) and (checkpoints := checkpoints_in(folder)):
+    files = weight_files(folder)
+    if files and (checkpoints := checkpoints_in(folder)):
         raise ValueError(
             f"{folder} has weights of its own, and the checkpoints {', '.join(file.name for file in checkpoints)}: name"
             " a checkpoint, or move one of the two"
         )
-    foreign = {"tokenizer": tokenizer, "vision_heads": vision_heads, "horizon": horizon, "fps": fps}
-    if not weight_files(folder):
+    foreign: dict[str, Any] = {"tokenizer": tokenizer, "vision_heads": vision_heads, "horizon": horizon, "fps": fps}
+    if not files:
         if is_orbax(folder):
-            return OpenpiFolder(folder, tokenizer, vision_heads, horizon, fps, averaged)
+            return OpenpiFolder(folder, averaged, **foreign)
         _check_ours(folder, foreign)
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
@@ -65,7 +67,7 @@ def locate(
         _check_averaged(folder, averaged)
         return ExportedFolder(folder)
     _check_averaged(folder, averaged)
-    return LeRobotFolder(folder, tokenizer, vision_heads, horizon, fps)
+    return LeRobotFolder(folder, **foreign)
 
 
 def _check_ours(folder: Path, foreign: Mapping[str, object]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +23,11 @@ class OpenpiFolder(LeRobotFolder):
 
     averaged: the parameters that it is used with, which are the average if training kept one; else those that training
         goes on with, if they are there too.
+    untold: what no file tells, as of `LeRobotFolder`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        tokenizer: str | None = None,
-        vision_heads: int | None = None,
-        horizon: int | None = None,
-        fps: float | None = None,
-        averaged: bool = True,
-    ) -> None:
-        super().__init__(checkpoint_folder(path), tokenizer, vision_heads, horizon, fps)
+    def __init__(self, path: Path, averaged: bool = True, **untold: Any) -> None:
+        super().__init__(checkpoint_folder(path), **untold)
         self.params = OrbaxParams(self.path, averaged)
 
     @cached_property
