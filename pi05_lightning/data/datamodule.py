@@ -298,8 +298,7 @@ class Pi05DataModule(LightningDataModule):
     @property
     def trained_by(self) -> TrainedBy:
         """What each loss term of the model may be learned from, with these prompts."""
-        language = self.processor.language
-        return {**self._model.terms, "subtask": language.saying_subtasks, "fast": language.saying_fast}
+        return self.processor.language.trained_by(self._model.terms)
 
     def drawn_entries(self, stage: Stage) -> list[int]:
         """Which of the training samples' entries a stage of this run draws; none before training has begun."""

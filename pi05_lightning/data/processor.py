@@ -15,6 +15,7 @@ import torch
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.images import resize_image
+from pi05_lightning.data.mixture import TrainedBy
 from pi05_lightning.data.places import frame_to_model, said_to_model
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import OUTLIER_REMEDY, Robot, outlier
@@ -78,10 +79,10 @@ class Language:
             return frozenset({Modality.HL_SUBTASK, Modality.CONTINUOUS, Modality.FAST})
         return frozenset({Modality.HL_SUBTASK})
 
-    @property
-    def saying_fast(self) -> frozenset[Modality]:
-        """The modalities whose samples may have FAST tokens to be said."""
-        return frozenset({Modality.FAST, Modality.CONTINUOUS} if self.fast_share else {Modality.FAST})
+    def trained_by(self, terms: TrainedBy) -> TrainedBy:
+        """What each loss term may be learned from with these texts.  terms: of the model."""
+        fast = frozenset({Modality.FAST, Modality.CONTINUOUS} if self.fast_share else {Modality.FAST})
+        return {**terms, "subtask": self.saying_subtasks, "fast": fast}
 
 
 class Processor:

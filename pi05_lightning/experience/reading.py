@@ -192,15 +192,15 @@ def last_stage(
                 " which says what that was: give the run of `pi05 fit` as it left it"
             )
         sizes = {Subset.parse(name): number["train"] for name, number in samples.items() if number["train"]}
-        trained_by = _trained_by(heads) | {"subtask": language.saying_subtasks, "fast": language.saying_fast}
+        trained_by = language.trained_by(_terms(heads))
         mixture = Mixture(list(starmap(Entry, sizes.items())), trained_by, batch_size=1)
         shares = mixture.weights(StageOptions(LossWeights(**last["losses"]), last["mixture"], exponent))
         found["mixture"] = {str(subset): float(share) for subset, share in zip(sizes, shares, strict=True) if share}
     return found
 
 
-def _trained_by(heads: dict[str, Any]) -> dict[str, Collection[Modality]]:
-    """Loss term -> what it is learned from, of the model's own heads too."""
+def _terms(heads: dict[str, Any]) -> dict[str, Collection[Modality]]:
+    """As `Pi05.terms`, without a model.  heads: the auxiliary ones, as in the options."""
     classes: list[type[Head]] = [SubtaskHead, FastHead, FlowHead, LocationHead]
     for head in heads.values():
         module, _, name = head["class_path"].rpartition(".")
