@@ -144,7 +144,7 @@ class Pi05DataModule(LightningDataModule):
                     names = ", ".join(without)
                     log.warning("data.sources: no test part is declared in %s, so nothing of that is tested on", names)
             for name, source in opened.items() if split != "train" else ():
-                source.check(self.processor.robots.get(name))
+                source.leave_out_unexplained(self.processor.robots.get(name))
             self.opened[split] = opened
         return self.opened[split]
 
@@ -187,7 +187,7 @@ class Pi05DataModule(LightningDataModule):
                     f" {', '.join(robots) or 'none'}"
                 )
             check_same_robot(source, self.sources("train")[other], robots[other])
-            source.check(robots[other])
+            source.leave_out_unexplained(robots[other])
             if (own := source.robot()) is not None:
                 robots[other] = robots[other].with_data_of(own)
         robots |= {name: replace(robots[other], same_as=other) for name, (other, _) in shared.items()}

@@ -150,7 +150,7 @@ def test_statistics_that_explain_no_frame_leave_none(pictures: Path) -> None:
     assert robot is not None
     narrow = Quantiles(np.full(3, -1e-9), np.full(3, 1e-9))
     with pytest.raises(ValueError, match="no usable frame is left in the train split"):
-        source.check(replace(robot, normalize=replace(robot.normalize, state=narrow)))
+        source.leave_out_unexplained(replace(robot, normalize=replace(robot.normalize, state=narrow)))
 
 
 GREY16 = Image.fromarray(np.full((48, 64), 50_000, np.uint16))

@@ -85,8 +85,8 @@ class Source(ABC):
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to do
         """Once, in the main process, before training: caches and the like."""
 
-    def check(self, robot: Robot | None) -> bool:
-        """Before it is drawn from, with the robot that its frames are normalised by: leave out what is bad.
+    def leave_out_unexplained(self, robot: Robot | None) -> bool:
+        """Before it is drawn from: leave out what statistics of the robot that normalises its frames do not explain.
 
         Whether it left out anything.  Raises BadSample unless that is to be skipped.
         """
@@ -101,9 +101,9 @@ class Source(ABC):
         return {}
 
     def checked_robot(self) -> Robot | None:
-        """`robot`, after `check` left out what its statistics do not explain: they are of what is left."""
+        """`robot`, after what its statistics do not explain was left out: they are of what is left."""
         robot = self.robot()
-        while self.check(robot):
+        while self.leave_out_unexplained(robot):
             robot = self.robot()
         return robot
 

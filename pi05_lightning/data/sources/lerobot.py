@@ -207,7 +207,7 @@ class LeRobotSource(Source):
         return LeRobotSource, arguments, self._robot
 
     def __setstate__(self, robot: Robot | None) -> None:
-        self.check(robot)
+        self.leave_out_unexplained(robot)
 
     @property
     def camera_names(self) -> list[str]:
@@ -282,8 +282,7 @@ class LeRobotSource(Source):
         self._images.fill(f"{self.name} ({self.split})")
         self._leave_out()
 
-    def check(self, robot: Robot | None) -> bool:
-        """Leave out the frames that this robot's statistics do not explain; BadSample unless they are to be skipped."""
+    def leave_out_unexplained(self, robot: Robot | None) -> bool:
         self._robot, before = robot, len(self._rows)
         if robot is None:
             return False
