@@ -24,7 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 from pi05_lightning.data.columns import is_text
 from pi05_lightning.data.errors import BadImage
-from pi05_lightning.data.images import read_image
+from pi05_lightning.data.images import find_stored, read_stored
 from pi05_lightning.data.open_files import OpenFiles, allow_open_files, check_open_files
 
 
@@ -332,7 +332,7 @@ class ParquetFrames(FrameStore):
     def version(self, file: int) -> str:
         """Of the parquet file, and of the images that it names, as they were when they were first asked for."""
         if file not in self._image_versions:
-            found = [self._find(path, file) for path in self._paths(file)]
+            found = [find_stored(path, self._folders(file)) for path in self._paths(file)]
             versions = "".join(f" {_version(place) if place else ''}" for place in found)
             self._image_versions[file] = hashlib.blake2b(versions.encode()).hexdigest() if found else ""
         return super().version(file) + self._image_versions[file]
@@ -363,27 +363,10 @@ class ParquetFrames(FrameStore):
         return self._parquet[file].read_row_group(group, columns=[self._column]).column(0)
 
     def _image(self, value: pa.Scalar, file: int) -> np.ndarray:
-        stored = value.as_py()
-        path = None
-        if isinstance(stored, dict):
-            path, stored = stored.get("path"), stored.get("bytes")
-        elif isinstance(stored, str):
-            path, stored = stored, None
-        if stored:
-            return read_image(stored, self.convert)
-        if not path:
-            raise BadImage("no image is stored for this frame")
-        found = self._find(path, file)
-        if found is None:
-            places = dict.fromkeys(self._places(path, file))
-            raise BadImage(f"{' and '.join(map(str, places))} do not exist")
-        return read_image(found, self.convert)
+        return read_stored(value.as_py(), self._folders(file), self.convert)
 
-    def _find(self, path: str, file: int) -> Path | None:
-        return next((place for place in self._places(path, file) if place.exists()), None)
-
-    def _places(self, path: str, file: int) -> list[Path]:
-        return [folder / path for folder in (self._root, self.files[file].parent)]
+    def _folders(self, file: int) -> tuple[Path, Path]:
+        return self._root, self.files[file].parent
 
 
 def _nulls(metadata: pq.FileMetaData, column: int) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,6 +73,29 @@ def _other_than_rgb(image: Image.Image) -> str | None:
     if image.mode in ("1", "L", "LA", "La"):
         return "grey"
     return "transparent" if image.has_transparency_data else None
+
+
+def find_stored(path: str, folders: Sequence[Path]) -> Path | None:
+    """The file that a stored path names, in the first folder that has it."""
+    return next((folder / path for folder in folders if (folder / path).exists()), None)
+
+
+def read_stored(stored: Any, folders: Sequence[Path], convert: bool = False) -> np.ndarray:
+    """An image as `datasets` stores it, encoded or as a path from one of the folders; raises BadImage."""
+    path = None
+    if isinstance(stored, dict):
+        path, stored = stored.get("path"), stored.get("bytes")
+    elif isinstance(stored, str):
+        path, stored = stored, None
+    if stored:
+        return read_image(stored, convert)
+    if not path:
+        raise BadImage("no image is stored")
+    found = find_stored(path, folders)
+    if found is None:
+        places = dict.fromkeys(str(folder / path) for folder in folders)
+        raise BadImage(f"there is no {' or '.join(places)}")
+    return read_image(found, convert)
 
 
 def read_image(source: Path | bytes, convert: bool = False) -> np.ndarray:

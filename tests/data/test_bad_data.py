@@ -180,7 +180,7 @@ def test_an_image_that_is_not_rgb_becomes_it_where_asked(pictures_copy: Path, im
     [
         (Image.new("F", (64, 48), 0.5), "TIFF", "the image holds floating-point values of unknown range"),
         (b"\x89PNG broken", "", "an image of 11 bytes cannot be read"),
-        (None, "", "no image is stored for this frame"),
+        (None, "", "no image is stored"),
         (Image.new("L", (64, 48)), "PNG", "the image is grey, not RGB of 8 bits"),
         (Image.new("RGBA", (64, 48)), "PNG", "the image is transparent, not RGB of 8 bits"),
         (GREY16, "PNG", "the image is 16-bit, not RGB of 8 bits"),

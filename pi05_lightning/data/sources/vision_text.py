@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pi05_lightning.data.boxes import BoxOrder, detections, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
-from pi05_lightning.data.images import read_image
+from pi05_lightning.data.images import read_stored
 from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.prompt import fields_of
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
@@ -135,7 +135,7 @@ class VisionTextSource(Source):
         config, row = self.config, self._data[int(self._rows[index])]
         camera = row[config.camera_column] if self._has_camera else config.camera
         try:
-            image = self._image(row[config.image_column])
+            image = read_stored(row[config.image_column], self._folders, config.convert_images)
         except BadImage as error:
             where = f"{self._row_address(index)}, {config.image_column}"
             raise BadSample(f"{where}: {error}. Restore the image or drop the row") from error
@@ -314,15 +314,6 @@ class VisionTextSource(Source):
             if not text.strip():
                 return "a text is empty"
         return next(filter(None, map(misplaced, [*texts[0], *texts[-1]])), None)
-
-    def _image(self, stored: dict[str, Any] | None) -> np.ndarray:
-        if stored is None or not (stored["bytes"] or stored["path"]):
-            raise BadImage("no image is stored for this row")
-        if stored["bytes"]:
-            return read_image(stored["bytes"], self.config.convert_images)
-        paths = [folder / stored["path"] for folder in self._folders]
-        file = next((path for path in paths if path.exists()), paths[0])
-        return read_image(file, self.config.convert_images)
 
 
 def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Dataset]]:
