@@ -191,9 +191,12 @@ class Pi05DataModule(LightningDataModule):
             if (own := source.robot()) is not None:
                 robots[other] = robots[other].with_data_of(own)
         robots |= {name: replace(robots[other], same_as=other) for name, (other, _) in shared.items()}
-        if self._fast is not None:
-            dims = {name: robot.action_dim for name, robot in robots.items() if robot.acts}
-            self._fast.check(f"data.fast {self.fast_path}", self.shapes.horizon, dims)
+        for name, robot in robots.items():
+            if robot.acts and self._fast and (unfit := self._fast.misfit(self.shapes.horizon, robot.action_dim)):
+                raise ValueError(
+                    f"data.fast {self.fast_path} {unfit} (data.sources.{name}): fit one with `pi05 tokenizer` on this"
+                    " run's YAML"
+                )
         return Processor(
             shapes=self.shapes,
             tokenizer=self._tokenizer,

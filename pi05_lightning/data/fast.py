@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,22 +69,13 @@ class FastTokenizer:
 
     # --- actions to tokens
 
-    def check(self, where: str, horizon: int, dims: Mapping[str, int]) -> None:
-        """ValueError where it was fitted on chunks of another size than data have.
-
-        where: the key and folder, in words.  dims: of the actions of each source that has some.
-        """
-        remedy = "fit one with `pi05 tokenizer` on this run's YAML"
+    def misfit(self, horizon: int, dim: int) -> str:
+        """Of what other chunks it is, as its predicate; empty where it fits those of so many steps and dims."""
         if self.horizon not in (None, horizon):
-            raise ValueError(
-                f"{where} was fitted on chunks of {self.horizon} steps, and the model's horizon is {horizon}: {remedy},"
-                " or set model.config.horizon"
-            )
-        for name, dim in dims.items():
-            if self.dim not in (None, dim):
-                raise ValueError(
-                    f"{where} was fitted on actions of {self.dim} dims, and data.sources.{name} has {dim}: {remedy}"
-                )
+            return f"was fitted on chunks of {self.horizon} steps, and the model's horizon is {horizon}"
+        if self.dim not in (None, dim):
+            return f"was fitted on actions of {self.dim} dims, and the robot's have {dim}"
+        return ""
 
     def encode(self, chunks: np.ndarray) -> list[list[int]]:
         """Quantile-normalised chunks f32[N T A] to token ids, one list per chunk.

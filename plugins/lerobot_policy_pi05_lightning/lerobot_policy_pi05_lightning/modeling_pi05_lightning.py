@@ -114,9 +114,9 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             fast: FastTokenizer | None = FastTokenizer.load(config.fast)
         else:
             fast = before.fast if before else None
-        if fast is not None and (unfit := self._misfit(fast, taught)):
+        if fast is not None and (unfit := fast.misfit(config.sizes.horizon, taught.robot.action_dim)):
             if config.fast is not None:
-                raise ValueError(f"fast: {unfit}: fit one with `pi05 tokenizer`")
+                raise ValueError(f"fast: the tokenizer {unfit}: fit one with `pi05 tokenizer`")
             fast = None  # of the robot that the weights were trained on
         return Processor(
             shapes=config.sizes.shapes,
@@ -127,15 +127,6 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             fast=fast,
             target_makers=self.model.target_makers,
         )
-
-    def _misfit(self, fast: FastTokenizer, taught: Taught) -> str:
-        """Of what other chunks a FAST tokenizer is; nothing where it is of these."""
-        horizon, dims = self.config.sizes.horizon, taught.robot.action_dim
-        if fast.horizon not in (None, horizon):
-            return f"the tokenizer was fitted on chunks of {fast.horizon} steps, and here they have {horizon}"
-        if fast.dim not in (None, dims):
-            return f"the tokenizer was fitted on actions of {fast.dim} dims, and here they have {dims}"
-        return ""
 
     def _prepare_training(self) -> None:
         """What is trained, and on which of a frame's modalities. Raises ValueError for what the data cannot teach."""
