@@ -141,6 +141,11 @@ class Shapes:
     max_cameras: int | None = None
     """Cameras that it has parameters for; None where it treats all alike."""
 
+    @property
+    def fast_top(self) -> int:
+        """The id of FAST's token 0, in the language model's vocabulary; the others go down from it."""
+        return self.vocab_size - 1 - self.fast_skip_tokens
+
 
 @dataclass(frozen=True)
 class Answer:

@@ -166,16 +166,6 @@ class FastTokenizer:
     def _from_coefficients(self, coefficients: np.ndarray) -> np.ndarray:
         return idct(coefficients / self.scale, axis=1, norm="ortho").astype(np.float32)
 
-    # --- ids in the language model's vocabulary
-
-    @staticmethod
-    def to_vocab(tokens: Sequence[int], vocab_size: int, skip: int = 1152) -> list[int]:
-        """FAST tokens to ids of the language model, vocab − 1 − skip − token.
-
-        skip: 1152 stays below PaliGemma's `<loc>` and `<seg>` tokens; openpi and LeRobot's pi0_fast use 128.
-        """
-        return [vocab_size - 1 - skip - token for token in tokens]
-
     # --- fitting and storing
 
     @classmethod

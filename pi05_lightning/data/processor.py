@@ -306,8 +306,7 @@ class Processor:
                 " and name it as data.fast"
             )
         prompts = self.language.prompts
-        tokens = self.fast.encode(actions[None])[0]
-        ids = self.fast.to_vocab(tokens, self.shapes.vocab_size, self.shapes.fast_skip_tokens)
+        ids = [self.shapes.fast_top - token for token in self.fast.encode(actions[None])[0]]
         closing = [*self.tokenizer.encode(prompts.fast_closing), self.tokenizer.eos_id]
         return Segment(tokens=(*self.tokenizer.encode(prompts.fast_opening), *ids, *closing), loss=Target.FAST)
 

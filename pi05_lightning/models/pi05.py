@@ -49,7 +49,7 @@ class Pi05(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = Backbone(config)
-        self.fast_head = FastHead(config.vocab_size, config.fast_vocab_size, config.fast_skip_tokens)
+        self.fast_head = FastHead(config.shapes)
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
         self.flow_head = FlowHead(config)
         self.auxiliary = nn.ModuleDict({name: make(config) for name, make in (heads or {}).items()})

@@ -13,6 +13,8 @@ from scipy.fft import dct
 from tokenizers import Tokenizer
 
 from pi05_lightning.data.fast import FastDecodeError, FastTokenizer
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.fast import FastHead
 
 HORIZON, DIM, SCALE = 16, 5, 10
 
@@ -223,12 +225,11 @@ def test_any_tokens_whose_lengths_add_up_decode(public_folder: Path) -> None:
 
 
 def test_ids_stay_below_the_location_tokens() -> None:
-    ids = FastTokenizer.to_vocab([0, 1023], vocab_size=257_152)
-    assert ids == [255_999, 254_976]  # <loc0000> is 256000
+    assert FastHead(ModelConfig().shapes).ids == range(254_976, 256_000)  # <loc0000> is 256000
 
 
 def test_skip_128_gives_openpis_ids() -> None:
-    assert FastTokenizer.to_vocab([0, 5], vocab_size=257_152, skip=128) == [257_023, 257_018]
+    assert ModelConfig(fast_skip_tokens=128).shapes.fast_top == 257_023
 
 
 # --- fitting and storing

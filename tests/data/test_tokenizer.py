@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import GemmaTokenizer
 
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.tokenizer import LOCATIONS, SEGMENTS, TextTokenizer
+from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.fast import FastHead
 from tools.make_tokenizer import make
 
 TEXTS = [
@@ -65,7 +66,7 @@ def test_layout_is_paligemmas(tiny: TextTokenizer) -> None:
 
 
 def test_no_text_uses_the_ids_of_fast(tiny: TextTokenizer) -> None:
-    reserved = set(FastTokenizer.to_vocab(range(1024), tiny.vocab_size))
+    reserved = set(FastHead(ModelConfig.preset("tiny").shapes).ids)
     words = {i for text in [*TEXTS, "<unused0000><unused1849>"] for i in tiny.encode(text)}
     learned = {tiny.tokenizer.token_to_id(token) for token in json.loads(tiny.tokenizer.to_str())["model"]["vocab"]}
     assert not reserved & (words | learned | set(tiny.loc_ids))

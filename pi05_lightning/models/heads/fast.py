@@ -10,23 +10,22 @@ from torch import Tensor
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.heads.base import Term, Terms
 from pi05_lightning.models.heads.token import TOKEN_METRICS, Allowed, Generators, TokenHead, generate
-from pi05_lightning.types import Batch, Modality, Prefix, Target
+from pi05_lightning.types import Batch, Modality, Prefix, Shapes, Target
 
 
 class FastHead(TokenHead):
-    """Reads the backbone's tied embedding; owns the token ids vocab − 1 − skip − token."""
+    """Reads the backbone's tied embedding; owns the token ids from `Shapes.fast_top` down."""
 
     kinds: ClassVar = {"fast": Target.FAST}
     terms: ClassVar = {"fast": frozenset({Modality.FAST})}
     metrics: ClassVar = dict.fromkeys(TOKEN_METRICS, frozenset({Modality.FAST}))
 
-    def __init__(self, vocab_size: int, fast_vocab_size: int, fast_skip_tokens: int) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
-        self.top = vocab_size - 1 - fast_skip_tokens
-        self.ids = range(self.top - fast_vocab_size + 1, self.top + 1)
-        self.vocab_size = vocab_size
+        self.top, self.vocab_size = shapes.fast_top, shapes.vocab_size
+        self.ids = range(self.top - shapes.fast_vocab_size + 1, self.top + 1)
         if self.ids.start < 1:  # 0 is padding
-            raise ValueError(f"vocab_size {vocab_size} has no room for {fast_vocab_size} FAST tokens")
+            raise ValueError(f"vocab_size {self.vocab_size} has no room for {shapes.fast_vocab_size} FAST tokens")
 
     def measure(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> Terms:
         """Of FAST tokens alone: the words that open and close them are known."""
