@@ -25,7 +25,7 @@ from av.video.reformatter import VideoReformatter
 from pi05_lightning.data.columns import is_text
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.images import find_stored, read_stored
-from pi05_lightning.data.open_files import OpenFiles, allow_open_files, check_open_files
+from pi05_lightning.data.open_files import OpenFiles, allow_open_files, check_open_files, reading_parquet
 
 
 class VideoDecoder:
@@ -302,14 +302,11 @@ class ParquetFrames(FrameStore):
 
     def read(self, row: int) -> np.ndarray:
         file, position = int(self.file[row]), int(self.position[row])
-        try:
+        with reading_parquet(self.files[file], BadImage):
             ends = self._ends[file]
             group = int(np.searchsorted(ends, position, side="right"))
             start = int(ends[group - 1]) if group else 0
             value = self._groups[file, group][position - start]
-        except (pa.ArrowException, OSError) as error:
-            check_open_files(error, self.files[file])
-            raise BadImage(f"{self.files[file]} is damaged ({error})") from error
         return self._image(value, file)
 
     def count(self, file: int) -> int:
@@ -318,16 +315,16 @@ class ParquetFrames(FrameStore):
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         position = 0
         try:
-            for batch in pq.ParquetFile(self.files[file]).iter_batches(batch_size=256, columns=[self._column]):
-                for value in batch.column(0):
-                    try:
-                        yield position, self._image(value, file)
-                    except BadImage as error:
-                        yield position, error
-                    position += 1
-        except (pa.ArrowException, OSError) as error:
-            check_open_files(error, self.files[file])
-            yield position, BadImage(f"{self.files[file]} is damaged ({error})")
+            with reading_parquet(self.files[file], BadImage):
+                for batch in pq.ParquetFile(self.files[file]).iter_batches(batch_size=256, columns=[self._column]):
+                    for value in batch.column(0):
+                        try:
+                            yield position, self._image(value, file)
+                        except BadImage as error:
+                            yield position, error
+                        position += 1
+        except BadImage as error:
+            yield position, error
 
     def version(self, file: int) -> str:
         """Of the parquet file, and of the images that it names, as they were when they were first asked for."""

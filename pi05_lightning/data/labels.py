@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pi05_lightning.data.attempts import INTERVENTIONS
 from pi05_lightning.data.columns import real_numbers, rows_at
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.open_files import reading_parquet
 from pi05_lightning.data.outcomes import NEXT_SUCCESS, SUCCESS
 from pi05_lightning.files.local import read_json, replacing
 
@@ -56,10 +57,8 @@ class Labels:
         """
         if not path.is_file():
             raise ValueError(f"labels: {path} does not exist: {_REMEDY}")
-        try:
+        with reading_parquet(f"labels: {path}", remedy=f"{_REMEDY} again"):
             table = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"labels: {path} is damaged ({error}): {_REMEDY} again") from error
         if _ABOUT not in (table.schema.metadata or {}):
             raise ValueError(f"labels: {path} is no file of labels, which say what they are of: {_REMEDY}")
         about = json.loads(table.schema.metadata[_ABOUT])

@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pi05_lightning.data.columns import is_text, real_numbers, whole_numbers
+from pi05_lightning.data.open_files import check_open_files, reading_parquet
 from pi05_lightning.data.outcomes import SUCCESS, with_known_outcomes, with_outcomes
 from pi05_lightning.data.split import Split, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id, split_revision
@@ -153,10 +154,8 @@ class LeRobotFiles:
         path = self.root / "meta" / f"{table}.parquet"
         if not path.exists():
             return {}
-        try:
+        with reading_parquet(path, remedy="restore it from its origin"):
             rows = pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is damaged ({error}): restore it from its origin") from error
         index = [name for name in (rows.schema.pandas_metadata or {}).get("index_columns", []) if isinstance(name, str)]
         names = [
             name
@@ -211,6 +210,7 @@ class LeRobotFiles:
                 column = pq.read_table(path, columns=["episode_index"]).column("episode_index")
                 found[path] = np.unique(whole_numbers(column, f"{path}, episode_index"))
             except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+                check_open_files(error, path)
                 damaged[path] = f"{path} is damaged ({error})"
         return DataFiles(found, damaged)
 
@@ -420,11 +420,9 @@ def dim_names(feature: dict[str, Any]) -> list[str] | None:
 
 
 def _read_episodes(path: Path) -> pa.Table:
-    try:
+    with reading_parquet(path, remedy="restore it from its origin"):
         names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
         return pq.read_table(path, columns=names)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it from its origin") from error
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import pyarrow as pa
 
 
 def allow_open_files() -> None:
@@ -28,6 +30,16 @@ def check_open_files(error: Exception, path: Path | str) -> None:
     if number in (errno.EMFILE, errno.ENFILE):
         told = "too many files are open: use fewer workers, or have the limit raised (`ulimit -Hn`)"
         raise OSError(number, told, str(path)) from error
+
+
+@contextmanager
+def reading_parquet(path: Path | str, kind: type[Exception] = ValueError, remedy: str = "") -> Iterator[None]:
+    """Within it one is read: an error of this kind where it is damaged, OSError where too many files are open."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        check_open_files(error, path)
+        raise kind(f"{path} is damaged ({error}){remedy and f': {remedy}'}") from error
 
 
 class OpenFiles[K, T]:

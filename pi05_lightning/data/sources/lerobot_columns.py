@@ -16,7 +16,7 @@ from pi05_lightning.data.columns import is_text, real_numbers, runs_of, vectors,
 from pi05_lightning.data.errors import BadFrame, Rejects
 from pi05_lightning.data.frames import holds_images
 from pi05_lightning.data.lerobot_files import LeRobotFiles, Sentence
-from pi05_lightning.data.open_files import check_open_files
+from pi05_lightning.data.open_files import reading_parquet
 from pi05_lightning.data.sources.language import (
     EVENTS,
     PERSISTENT,
@@ -194,7 +194,7 @@ def _read_file(
 
 def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
     """The wanted columns of a file; ValueError for one that is damaged, lacks a column, or has one of another type."""
-    try:
+    with reading_parquet(path, BadFrame):
         schema = pq.read_schema(path)
         present = schema.names
         either = [name for name in (PERSISTENT, SUBTASK_INDEX) if name in present]
@@ -217,9 +217,6 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
         asked = {*subtask_keys} | ({EVENTS} if wanted.answers else set())
         language = [name for name in (PERSISTENT, EVENTS) if name in present and name in asked]
         persistent, events = read_language(path, language, begins) if language else ({}, {})
-    except (pa.ArrowException, OSError) as error:
-        check_open_files(error, path)
-        raise BadFrame(f"{path} is damaged ({error})") from error
     runs = list(map(slice, begins.tolist(), (begins + lengths).tolist()))
     return _File(path, table, episode, frame, timestamp, runs, subtask_keys, persistent, events)
 
