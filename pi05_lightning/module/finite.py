@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from pi05_lightning.models.shards import own_part
+from pi05_lightning.module.step import StepLosses
 from pi05_lightning.optim import gradient_norms
 from pi05_lightning.types import Drawn
 
@@ -83,22 +84,14 @@ class FiniteSteps:
             raise ValueError(f"model.max_skipped_steps is {max_skipped}: it must be 0, to stop at the first, or more")
         self.max_skipped, self.addresses = max_skipped, addresses
         self.skipped = 0
-        self._losses: dict[tuple[str, int | None], Tensor] = {}
-        self._drawn: list[Drawn] = []
         self._unseen: Step | None = None
 
     def begin(self) -> None:
         """Forget what training that was broken off had seen."""
-        self._losses, self._drawn, self._unseen = {}, [], None
-
-    def saw(self, losses: Mapping[str, Tensor], drawn: Drawn) -> None:
-        """Take note of a batch: its loss terms by name, and their weighted sum as TOTAL."""
-        number = len(self._drawn)
-        self._losses |= {(f"{LOSS}{name}", number): value.detach() for name, value in losses.items()}
-        self._drawn.append(drawn)
+        self._unseen = None
 
     def before_step(
-        self, number: int, stage: str, model: nn.Module, optimizer: Optimizer, *, scaled: bool = False
+        self, number: int, stage: str, losses: StepLosses, model: nn.Module, optimizer: Optimizer, scaled: bool = False
     ) -> dict[str, Tensor]:
         """Whether the step may be taken; the gradient norms of the model's parts, on the device.
 
@@ -106,13 +99,15 @@ class FiniteSteps:
         """
         self.look(model)
         norms = gradient_norms(model.named_parameters())
-        found = self._losses
+        lost = losses.terms | {TOTAL: losses.totals}
+        found: dict[tuple[str, int | None], Tensor] = {
+            (f"{LOSS}{name}", batch): value for name, values in lost.items() for batch, value in enumerate(values)
+        }
         if not scaled:
-            found = found | {(f"{GRADIENT}{part}", None): norm for part, norm in norms.items()}
+            found |= {(f"{GRADIENT}{part}", None): norm for part, norm in norms.items()}
         device = norms[TOTAL].device if TOTAL in norms else None  # the host's, where it is offloaded
         values = torch.stack([value.to(device, torch.float32) for value in found.values()])
-        step = Step(number, stage, [*found], values, self._drawn, None)
-        self._losses, self._drawn = {}, []
+        step = Step(number, stage, [*found], values, losses.drawn, None)
         if values.is_cuda and (scaled or optimizer.defaults.get("fused")):
             if not scaled:  # as a gradient scaler tells it
                 optimizer.found_inf = values.isfinite().logical_not().any().float()  # type: ignore[attr-defined]

@@ -30,7 +30,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind
 from pi05_lightning.module.blueprint import Blueprint, check_division, division_under
 from pi05_lightning.module.checkpoint import Checkpoints
-from pi05_lightning.module.finite import TOTAL, FiniteSteps, check_savable
+from pi05_lightning.module.finite import FiniteSteps, check_savable
 from pi05_lightning.module.history import History, learned
 from pi05_lightning.module.prediction import Predicted, Predictor
 from pi05_lightning.module.step import StepLosses
@@ -317,9 +317,8 @@ class Pi05Module(LightningModule):
                 loss = loss + 0 * next(p for p in self.model.parameters() if p.requires_grad).sum()
             else:  # no rank has, and none calls a layer
                 loss = loss.detach().requires_grad_()
-        self._step.saw(stage, means, counted, loss)
         assert batch.drawn is not None
-        self.finite.saw(means | {TOTAL: loss}, batch.drawn)
+        self._step.saw(means, counted, loss, batch.drawn)
         return loss
 
     def logs_after(self, steps: int) -> bool:
@@ -335,7 +334,7 @@ class Pi05Module(LightningModule):
         step, self._step = self._step, StepLosses()
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         stage = self.recipe.at(self.global_step)
-        norms = self.finite.before_step(self.global_step, stage.name, self.model, optimizer, scaled=scaled)
+        norms = self.finite.before_step(self.global_step, stage.name, step, self.model, optimizer, scaled)
         if not self.logs_after(self.global_step + 1):
             return
         scalars = step.scalars(stage, norms, self.device)

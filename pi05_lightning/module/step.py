@@ -9,21 +9,28 @@ from torch import Tensor
 
 from pi05_lightning.losses import nothing_to_learn
 from pi05_lightning.recipe import Stage
+from pi05_lightning.types import Drawn
 
 
 class StepLosses:
-    """The losses of the batches that a step accumulates, on their device: the host waits where it logs alone."""
+    """The losses of the batches that a step accumulates, on their device: the host waits where it logs alone.
+
+    terms: by name, of each batch.  totals: their weighted sum.  drawn: what the batches were made of.
+    """
 
     def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = {}
-        """By the name that they are logged under, one value per batch."""
+        self.terms: dict[str, list[Tensor]] = {}
+        self.totals: list[Tensor] = []
+        self.drawn: list[Drawn] = []
         self._counts: dict[str, Tensor] = {}
         """The elements of each term in all of the step's batches, on all ranks."""
 
-    def saw(self, stage: Stage, means: Mapping[str, Tensor], counts: dict[str, Tensor], total: Tensor) -> None:
+    def saw(self, means: Mapping[str, Tensor], counts: dict[str, Tensor], total: Tensor, drawn: Drawn) -> None:
         """Take note of a batch: what `mean_terms` gives of it, and the loss."""
-        for name, value in ({f"{stage.name}/{term}": mean for term, mean in means.items()} | {"total": total}).items():
-            self._values.setdefault(f"loss/{name}", []).append(value.detach())
+        for term, value in means.items():
+            self.terms.setdefault(term, []).append(value.detach())
+        self.totals.append(total.detach())
+        self.drawn.append(drawn)
         self._counts = counts
 
     def scalars(self, stage: Stage, norms: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
@@ -31,7 +38,8 @@ class StepLosses:
 
         A term that had no element in the step is left out. Raises ValueError where none had.
         """
-        values = {name: torch.stack(found).mean() for name, found in self._values.items()}
+        values = {f"loss/{stage.name}/{term}": torch.stack(found).mean() for term, found in self.terms.items()}
+        values["loss/total"] = torch.stack(self.totals).mean()
         values |= {f"grad_norm/{part}": norm for part, norm in norms.items()}
         values |= self._counts
         numbers = torch.stack([value.to(device, torch.float32) for value in values.values()])
