@@ -6,6 +6,7 @@ What a term is, its formula and its name, is its head's business (models/heads/)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pi05_lightning.models.heads.base import Terms
+from pi05_lightning.types import Batch
 
 # Flow time: t = SCALE · Beta(ALPHA, 1) + OFFSET (π0, arXiv 2410.24164, eq. 4); the offset keeps t above 0.
 TIME_ALPHA, TIME_SCALE, TIME_OFFSET = 1.5, 0.999, 0.001
@@ -44,6 +46,13 @@ def draw_noise(
         return torch.from_numpy(noise), torch.from_numpy(time[..., 0])
     is_given = np.arange(horizon) < delay[..., None]
     return torch.from_numpy(noise), torch.from_numpy(np.where(is_given, np.float32(0), time))
+
+
+def with_noise(batch: Batch, seed: int, draws: int = 1, max_delay: int = 0) -> Batch:
+    """A batch on the host with noise and flow time, see `draw_noise`: no device generator, no synchronisation."""
+    rows, horizon, dims = batch.actions.shape
+    noise, time = draw_noise(batch.key[:rows], seed, draws, horizon, dims, max_delay)
+    return replace(batch, noise=noise, time=time)
 
 
 def mean_terms(

@@ -288,13 +288,15 @@ class Pi05DataModule(LightningDataModule):
             world=trainer.world_size,
         )
         options = self._loader_options | {"collate_fn": samples.collate}
+        module = cast("Any", trainer.lightning_module)
         return TrainLoader(
             samples,
             sampler,
             self.bad_samples,
             length=most_batches(trainer),
             start=partial(start, trainer),
-            counts=cast("Any", trainer.lightning_module).counts,
+            with_noise=module.with_noise,
+            counts=module.model.counts,
             **options,
         )
 

@@ -212,7 +212,8 @@ class TrainLoader(DataLoader[Any]):
 
     length: batches of the whole run, also when it starts later: Lightning counts from 0.
     start: the step to go on with and the batches of a step, asked whenever it is gone through, which is at each epoch.
-    counts: of a batch on the host, the elements of each loss term, i64[terms].
+    with_noise: a batch on the host with noise and flow time.
+    counts: of such a batch, the elements of each loss term, i64[terms].
     waited: seconds that whoever goes through it has waited for batches.
     """
 
@@ -224,11 +225,13 @@ class TrainLoader(DataLoader[Any]):
         *,
         length: int,
         start: Callable[[], tuple[int, int]],
+        with_noise: Callable[[Batch], Batch],
         counts: Callable[[Batch], Tensor],
         **options: Any,
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, **options)
-        self.sampler_of_steps, self.bad, self.length, self.start, self.counts = sampler, bad, length, start, counts
+        self.sampler_of_steps, self.bad, self.length, self.start = sampler, bad, length, start
+        self.with_noise, self.counts = with_noise, counts
         self.waited = 0.0
 
     def __len__(self) -> int:
@@ -240,6 +243,7 @@ class TrainLoader(DataLoader[Any]):
         batches = super().__iter__()
         try:
             while step := self._next(batches, sampler.accumulate):
+                step = [self.with_noise(batch) for batch in step]
                 counts = torch.stack([self.counts(batch) for batch in step]).sum(0)
                 while step:
                     batch = step.pop(0)

@@ -22,7 +22,7 @@ from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured
 from pi05_lightning.evaluation.metrics.questions import Table
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.losses import draw_noise, mean_terms, nothing_to_learn, total_loss
+from pi05_lightning.losses import mean_terms, nothing_to_learn, total_loss, with_noise
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, Sharding, gather
@@ -267,22 +267,16 @@ class Pi05Module(LightningModule):
         if isinstance(batch, Observed):  # a policy takes it from here
             return batch
         if batch.step_counts is None:
-            return self._with_noise(batch, 1, 0)
+            return with_noise(batch, self.seed)
         weights = self.recipe.at(self.global_step).weights
         alone = self.trainer.world_size == 1
         if not weights or (alone and not any(self._of_terms(batch.step_counts, weights).values())):
             raise nothing_to_learn(weights)
         return batch
 
-    def _with_noise(self, batch: Batch, draws: int, max_delay: int) -> Batch:
-        """Draw noise and flow time on the CPU, keyed by sample: no device generator, no synchronisation."""
-        rows, horizon, dims = batch.actions.shape
-        batch.noise, batch.time = draw_noise(batch.key[:rows], self.seed, draws, horizon, dims, max_delay)
-        return batch
-
-    def counts(self, batch: Batch) -> Tensor:
-        """Elements of each loss term in a training batch, i64[terms]; draws its noise, as flow time decides on some."""
-        return self.model.counts(self._with_noise(batch, self.flow_draws, self.rtc_max_delay))
+    def with_noise(self, batch: Batch) -> Batch:
+        """A training batch with its noise and flow time, which decides how many elements some loss terms have."""
+        return with_noise(batch, self.seed, self.flow_draws, self.rtc_max_delay)
 
     def _of_terms(self, counts: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """Of i64[terms], those of some terms, in the model's order."""

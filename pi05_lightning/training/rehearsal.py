@@ -151,8 +151,7 @@ class Rehearsal:
 
     def _batch(self, drawn: list[Sample]) -> Batch:
         """A batch as the training step gets it."""
-        batch = self.data.train_samples.collate(drawn)
-        self.module.counts(batch)  # also draws its noise
+        batch = self.module.with_noise(self.data.train_samples.collate(drawn))
         batch = self.trainer.precision_plugin.convert_input(batch)
         moved = self.module.transfer_batch_to_device(batch, self.module.device, 0)
         moved = self.data.on_after_batch_transfer(moved, 0)

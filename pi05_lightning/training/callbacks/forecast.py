@@ -238,9 +238,7 @@ class LargestBatches:
         ]
         counts = Counter(entry for entry, _, _ in max(draws, key=self._cost))
         samples = [self._longest(entry) for entry, count in counts.items() for _ in range(count)]
-        batch = data.train_samples.collate(samples)
-        self.module.counts(batch)  # also draws its noise
-        return batch
+        return self.module.with_noise(data.train_samples.collate(samples))
 
     def _cost(self, draws: list[Draw]) -> int:
         """About how many columns a batch has, all rows together."""

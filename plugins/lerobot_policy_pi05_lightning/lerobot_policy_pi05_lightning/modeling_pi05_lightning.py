@@ -25,7 +25,7 @@ from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
 from pi05_lightning.files.hub import is_on_hub, local_folder
-from pi05_lightning.losses import draw_noise, mean_terms, total_loss
+from pi05_lightning.losses import mean_terms, total_loss, with_noise
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.history import trained_heads
@@ -271,10 +271,9 @@ class Pi05LightningPolicy(PreTrainedPolicy):
 
     def collated(self, samples: list[Sample]) -> Batch:
         """A batch of samples on the host, with noise and flow time, and in training with augmentation drawn."""
-        config, batch = self.config, self.processor.collate(samples)
-        rows, horizon, dims = batch.actions.shape
+        config = self.config
         draws, delay = (config.flow_draws, config.rtc_max_delay) if self.training else (1, 0)
-        batch.noise, batch.time = draw_noise(batch.key[:rows], config.seed, draws, horizon, dims, delay)
+        batch = with_noise(self.processor.collate(samples), config.seed, draws, delay)
         if self.training and config.augmentation is not None:
             batch = config.augmentation.draw(batch, self.processor.cameras, self.processor.tokenizer.loc_ids)
         return batch
