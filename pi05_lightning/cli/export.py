@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def export(
         if problems := found.problems(MAX_ERROR[dtype] if max_error is None else max_error):
             raise ValueError(f"{checkpoint} as {format} is not the policy, and is not written: {'; '.join(problems)}")
         made_of = {"sha256": weights.content_hash(), "pi05_lightning": __version__}
-        write_json(folder / MANIFEST, manifest | {"policy": made_of, "compared": found.to_dict()})
+        write_json(folder / MANIFEST, manifest | {"policy": made_of, "compared": asdict(found)})
         size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"written to {out}: {size / 1e6:,.1f} MB; `from runner import Policy` in it needs no pi05_lightning")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -59,9 +59,6 @@ class Comparison:
         ]
         other = self.frames - (self.frames if self.same_subtasks is None else self.same_subtasks)
         return [*beyond, *([f"it says another subtask on {other} of {self.frames} frames"] if other else [])]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: str) -> Comparison:

@@ -25,8 +25,8 @@ from pi05_lightning.weights.resumed import (
     check_data,
     check_model,
     check_origin,
+    check_resumable,
     check_steps,
-    check_whole,
     find_states,
     has_options,
     reapply,
@@ -116,7 +116,7 @@ class Checkpoints:
         ValueError for what a resumed run cannot go on with.
         """
         saved = checkpoint["pi05"]
-        check_whole(checkpoint)
+        check_resumable(checkpoint)
         said = [check_steps(checkpoint["global_step"], trainer.max_steps, recipe.total_steps)]
         data = datamodule_of(trainer)
         said += check_data(saved["processor"], data.own_processor)

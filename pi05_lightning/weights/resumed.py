@@ -92,7 +92,7 @@ def has_options(then: str | None, now: str | None, *groups: str) -> bool:
     )
 
 
-def check_whole(checkpoint: Mapping[str, Any]) -> None:
+def check_resumable(checkpoint: Mapping[str, Any]) -> None:
     """Raises ValueError for a checkpoint with which no run can go on, as it has no optimizer's state."""
     if "optimizer_states" not in checkpoint:
         raise ValueError(
