@@ -7,7 +7,8 @@ the robot, z up. Left and right are the robot's, and those of the camera `desk`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -242,9 +243,9 @@ def _model() -> Any:
             solimp=(0.99, 0.99, 0.01, 0.5, 2.0),
         )
     # from behind the desk down: what is held high hides what lies nearer to the robot, not what it reaches for
-    spec.worldbody.add_camera(
-        name=CAMERA, pos=(0.0, 1.2, 1.2), quat=_looking((0.0, 1.2, 1.2), (0.0, 0.69, 0.0)), fovy=32
-    )
+    half = math.atan2(0.69 - 1.2, 1.2) / 2  # of its turn about x, from straight down to the middle of the desk
+    quaternion = (math.cos(half), math.sin(half), 0.0, 0.0)
+    spec.worldbody.add_camera(name=CAMERA, pos=(0.0, 1.2, 1.2), quat=quaternion, fovy=32)
     model = spec.compile()
     model.eq_data[model.eq_type == mujoco.mjtEq.mjEQ_WELD] = [*[0.0] * 6, -1.0, *[0.0] * 3, 5.0]  # as MetaWorld has it
     return model
@@ -262,7 +263,7 @@ def _scale(spec: Any, top: Any, size: float) -> None:
     import mujoco
 
     meshes = set[str]()
-    for body in _with_children(top):
+    for body in (top, *top.find_all("body")):
         if body is not top:
             body.pos = size * body.pos
         body.ipos = size * body.ipos
@@ -277,22 +278,3 @@ def _scale(spec: Any, top: Any, size: float) -> None:
     for mesh in spec.meshes:
         if mesh.name in meshes:
             mesh.scale = size * mesh.scale
-
-
-def _with_children(body: Any) -> Iterator[Any]:
-    yield body
-    for child in body.bodies:
-        yield from _with_children(child)
-
-
-def _looking(position: tuple[float, ...], target: tuple[float, ...]) -> np.ndarray:
-    """f64[4]: the quaternion of a camera whose images have y upwards."""
-    import mujoco
-
-    back = np.subtract(position, target)
-    back /= np.linalg.norm(back)
-    right = np.cross([0.0, 1.0, 0.0], back)
-    right /= np.linalg.norm(right)
-    quaternion = np.zeros(4)
-    mujoco.mju_mat2Quat(quaternion, np.stack([right, np.cross(back, right), back], axis=1).ravel())
-    return quaternion
