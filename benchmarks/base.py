@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.harness import INT8_TOLERANCE, Options, Row, check_equal, run_part, share, speed_up
+from benchmarks.harness import INT8_TOLERANCE, Options, Row, alternate, check_equal, run_part, share, speed_up
 from benchmarks.limit import limit_seconds, share_of_limit
 from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
 from pi05_lightning.models.config import ModelConfig
@@ -36,10 +36,10 @@ def base(options: Options) -> list[Row]:
             with Side("ours", folder, options) as ours:
                 theirs, found = (torch.load(Path(folder) / f"{name}.pt") for name in ("peer", "ours"))
                 check_equal("chunk", found, theirs, CHUNK_TOLERANCE)
-                seconds = take_turns(peer, ours, options.pairs)
+                seconds = alternate(peer.chunk, ours.chunk, options.pairs)
             with Side("int8", folder, options) as int8:
                 check_equal("chunk, int8", torch.load(Path(folder) / "int8.pt"), found, INT8_TOLERANCE)
-                int8_seconds = take_turns(peer, int8, options.pairs)
+                int8_seconds = alternate(peer.chunk, int8.chunk, options.pairs)
     # loaded once: LeRobot's takes minutes
     to_first = [peer.report["first_chunk"]], [ours.report["first_chunk"]]
     memory = [peer.report["peak_gib"]], [ours.report["peak_gib"]]
@@ -52,17 +52,6 @@ def base(options: Options) -> list[Row]:
         speed_up("one chunk, base, our int8 against bf16, 2 of 3 cameras, 60 tokens", ">= 3.5", int8_seconds),
         share("peak resident memory, base, our int8 against bf16 inference", "<= 0.28", "GiB", *int8_memory),
     ]
-
-
-def take_turns(peer: Side, ours: Side, pairs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each side's chunks, after one of each that does not count."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(-1, pairs):
-        for side, times in zip((peer, ours), seconds, strict=True):
-            took = side.chunk()
-            if pair >= 0:
-                times.append(took)
-    return seconds
 
 
 class Side:
@@ -85,12 +74,12 @@ class Side:
     def __exit__(self, *_: object) -> None:
         self.process.communicate()
 
-    def chunk(self) -> float:
-        """Seconds of one more chunk."""
+    def chunk(self) -> None:
+        """Wait for one more chunk."""
         assert self.process.stdin is not None
         self.process.stdin.write("again\n")
         self.process.stdin.flush()
-        return float(self._read())
+        self._read()
 
     def _read(self) -> str:
         assert self.process.stdout is not None
@@ -133,9 +122,8 @@ def serve(name: str, folder: Path, config: ModelConfig) -> None:
         report["limit"] = limit_seconds(chunk)
     print(">" + json.dumps(report), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
         chunk()
-        print(f">{time.perf_counter() - start}", flush=True)
+        print(">", flush=True)
 
 
 def peak_resident_memory() -> int:
