@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Options, Row, run_part, share
+from benchmarks.harness import Options, Row, flops_of, run_part, share
 from benchmarks.peer import Inputs, build_lerobot, make_inputs
 from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
 from pi05_lightning.models.config import ModelConfig
@@ -73,20 +72,16 @@ def sides(config: ModelConfig, checkpointing: bool) -> list[tuple[nn.Module, Cal
 
 def step_flops(model: nn.Module, loss: Callable[[Inputs], Tensor], config: ModelConfig) -> int:
     inputs = make_inputs(config, ONE_ROBOT, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        loss(inputs).mean().backward()
-    return counter.get_total_flops()
+    return flops_of(lambda: loss(inputs).mean().backward())
 
 
 def chunk_flops(config: ModelConfig, peer: bool) -> int:
     inputs = make_inputs(config, ONE_ROBOT, device="meta")
     (lerobot, _), (ours, _) = sides(config, checkpointing=False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad():
         if peer:
-            inputs.lerobot_chunk(lerobot.eval())
-        else:
-            inputs.our_chunk(ours.eval())
-    return counter.get_total_flops()
+            return flops_of(lambda: inputs.lerobot_chunk(lerobot.eval()))
+        return flops_of(lambda: inputs.our_chunk(ours.eval()))
 
 
 def peak(model: nn.Module, loss: Callable[[Inputs], Tensor], config: ModelConfig) -> int:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu_figures import GIB, Figure, Place, read_figures, write_figures
+from benchmarks.harness import flops_of
 from pi05_lightning.files.local import first_line
 from pi05_lightning.losses import mean_terms, total_loss
 from pi05_lightning.models.parallelize import Lora, Sharding, begin_sharded, checkpoint_blocks, compile_blocks, shard
@@ -194,10 +194,8 @@ def loss_of(model: Pi05, batch: Any, weights: dict[str, float]) -> Tensor:
 
 
 def flops_of_sample(module: Pi05Module, case: Training, weights: dict[str, float], checkpointing: bool) -> int:
-    """FLOPs of a step, as `FlopCounterMode` counts them, of each of its samples."""
+    """FLOPs of a step, as PyTorch counts them, of each of its samples."""
     counted = Pi05Module(module.config, lora=module.blueprint.lora, activation_checkpointing=checkpointing)
     model = counted.blueprint.blank(module.recipe.reached[0])
     batch = replace(case.shape, batch_size=1).batch(module.config, "meta")
-    with FlopCounterMode(display=False) as counter:
-        loss_of(model, batch, weights).backward()
-    return counter.get_total_flops()
+    return flops_of(lambda: loss_of(model, batch, weights).backward())

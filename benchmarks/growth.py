@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch.utils.flop_counter import FlopCounterMode
-
-from benchmarks.harness import Options, Row, run_part
+from benchmarks.harness import Options, Row, flops_of, run_part
 from benchmarks.peer import make_inputs, randomize
 from benchmarks.sizes import DEBUG, MID, Work
 from pi05_lightning.models.config import ModelConfig
@@ -68,14 +66,13 @@ def measure(config: ModelConfig, work: Work, draws: int = 1) -> tuple[float, int
         assert flow is not None
         flow.mean().backward()
 
-    with FlopCounterMode(display=False) as counter:
-        step()
+    flops = flops_of(step)
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds), counter.get_total_flops()
+    return statistics.median(seconds), flops
 
 
 def plot(curves: dict[str, list[Point]]) -> None:

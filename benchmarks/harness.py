@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 """Outputs of both sides may differ by this much, relative to the largest; more is an error, and nothing is timed."""
@@ -127,6 +128,13 @@ def check_equal(name: str, ours: torch.Tensor, peer: torch.Tensor, tolerance: fl
     print(f"  {name}: largest difference {error:.1e} of the largest value (at most {tolerance:g})", flush=True)
     if not error <= tolerance:
         raise AssertionError(f"{name}: ours differs from the peer's by {error:.1e}, more than {tolerance:g}")
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """What a call computes, as PyTorch counts it; on meta tensors nothing is computed."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Options, Row, alternate, run_part, share
+from benchmarks.harness import Options, Row, alternate, flops_of, run_part, share
 from benchmarks.peer import make_inputs, randomize
 from benchmarks.sizes import BASE, DEBUG, MID, ONE_ROBOT, PART_PRESENT, Work
 from pi05_lightning.models.config import ModelConfig
@@ -23,7 +22,7 @@ def recipe(options: Options) -> list[Row]:
     """Full recipe (text + FAST + flow with 4 draws) over flow only with one draw, ours on both sides."""
     base, mid = (DEBUG, DEBUG) if options.quick else (BASE, MID)
     flow, full = steps(base, ONE_ROBOT, device="meta")
-    flops = [count(step) / 1e12 for step in (flow, full)]
+    flops = [flops_of(step) / 1e12 for step in (flow, full)]
     rows = [share("full recipe over flow only, FLOPs, base", "<= 1.3", "TFLOP", flops[:1], flops[1:])]
     flow_seconds, full_seconds = alternate(*steps(mid, PART_PRESENT), options.pairs)
     name = f"full recipe over flow only, time, mid, vocabulary {mid.vocab_size}"
@@ -65,12 +64,6 @@ def with_targets(batch: Batch, config: ModelConfig) -> Batch:
         noise=batch.noise.expand(-1, DRAWS, -1, -1) * 1.0,
         time=batch.time.expand(-1, DRAWS) * 1.0,
     )
-
-
-def count(step: Callable[[], None]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops()
 
 
 if __name__ == "__main__":
