@@ -14,16 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu_figures import Figure, Place, read_figures, write_figures
+from benchmarks.gpu_figures import Figure, Place
 from benchmarks.gpu_parts import ROOT, ceilings, chunks, peer, tests
 from benchmarks.gpu_training import Training, sharded, training
-from benchmarks.harness import environment, meets
+from benchmarks.harness import environment, verdict, write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 LIMIT = 300  # seconds of a part
@@ -60,7 +59,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        write_figures(PARTS[args.part](Place(args.quick)), args.json)
+        write_json(PARTS[args.part](Place(args.quick)), args.json)
         return
     if not torch.cuda.is_available() and not args.quick:
         print("There is no CUDA device here: nothing to measure.")
@@ -85,7 +84,7 @@ def main() -> None:
                 (failed if time.monotonic() < end else left).append(part)
                 continue
             results["parts"][part] = figures
-            write(devices, args.json)
+            write_json(devices, args.json)
     print(f"\n{device}\n{results['environment']}\n\n{table(results)}")
     if left:
         print(f"\nAfter {args.minutes:g} minutes these are left; the same command goes on with them: {', '.join(left)}")
@@ -96,7 +95,6 @@ def main() -> None:
 def in_its_own_process(part: str, beside: Path, quick: bool, limit: float) -> list[dict[str, Any]] | None:
     """Its figures, None where it failed, or took more than so many seconds."""
     output = beside.with_name(f".{part}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--part", part, "--json", str(output)]
     start = time.perf_counter()
     try:
@@ -104,22 +102,17 @@ def in_its_own_process(part: str, beside: Path, quick: bool, limit: float) -> li
     except subprocess.TimeoutExpired:
         code = f"no result within {limit:.0f} s"
     print(f"    {time.perf_counter() - start:.0f} s, {code or 'done'}", flush=True)
-    figures = [asdict(figure) for figure in read_figures(output)] if not code else None
+    figures = json.loads(output.read_text(encoding="utf-8")) if not code else None
     output.unlink(missing_ok=True)
     return figures
-
-
-def write(devices: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(devices, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def table(results: dict[str, Any]) -> str:
     lines = ["| work | measured | goal |", "|---|---|---|"]
     for figures in results["parts"].values():
         for figure in (Figure(**values) for values in figures):
-            goal = figure.goal.replace(">=", "≥").replace("<=", "≤")
-            verdict = f"{goal}, {'met' if meets(figure.goal, figure.value) else '**missed**'}" if goal else "–"
-            lines.append(f"| {figure.name} | {figure.value:.3g} {figure.unit} | {verdict} |".replace(" |", " |"))
+            goal = verdict(figure.goal, figure.value)
+            lines.append(f"| {figure.name} | {figure.value:.3g} {figure.unit} | {goal} |")
     return "\n".join(lines)
 
 

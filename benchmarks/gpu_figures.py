@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
@@ -60,11 +58,3 @@ class Place:
             if number >= (1 if self.quick else warm_up):
                 times.append(time.perf_counter() - start)
         return statistics.median(times)
-
-
-def write_figures(figures: list[Figure], path: Path) -> None:
-    path.write_text(json.dumps([asdict(figure) for figure in figures]), encoding="utf-8")
-
-
-def read_figures(path: Path) -> list[Figure]:
-    return [Figure(**values) for values in json.loads(path.read_text(encoding="utf-8"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks.gpu_figures import GIB, Figure, Place, read_figures, write_figures
-from benchmarks.harness import flops_of
+from benchmarks.gpu_figures import GIB, Figure, Place
+from benchmarks.harness import flops_of, write_json
 from pi05_lightning.files.local import first_line
 from pi05_lightning.losses import mean_terms, total_loss
 from pi05_lightning.models.parallelize import Lora, Sharding, begin_sharded, checkpoint_blocks, compile_blocks, shard
@@ -94,7 +95,7 @@ def sharded(case: Training) -> Callable[[Place], list[Figure]]:
         ranks = torch.cuda.device_count() or 2
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(on_rank, (ranks, folder, case, place), nprocs=ranks)
-            return read_figures(Path(folder, "figures.json"))
+            return [Figure(**values) for values in json.loads(Path(folder, "figures.json").read_text(encoding="utf-8"))]
 
     return measure
 
@@ -107,7 +108,7 @@ def on_rank(rank: int, ranks: int, folder: str, case: Training, place: Place) ->
     compute = torch.bfloat16 if case.precision == "bf16-mixed" else None
     figures = measured(case, place, Sharding(init_device_mesh(place.device.type, (ranks,)), compute))
     if rank == 0:
-        write_figures(figures, Path(folder, "figures.json"))
+        write_json(figures, Path(folder, "figures.json"))
     dist.destroy_process_group()
 
 

@@ -173,10 +173,16 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in rows:
         peer, ours = (_with_unit(value, row.unit) for value in (row.peer, row.ours))
         spread = f"{row.low:.3g}–{row.high:.3g}" if row.low < row.high else "–"
-        verdict = ("met" if row.met else "**missed**") if row.goal else ""
-        goal = f"{row.goal.replace('>=', '≥').replace('<=', '≤')}, {verdict}" if row.goal else "–"
+        goal = verdict(row.goal, row.ratio)
         lines.append(f"| {row.name} | {peer} | {ours} | **{row.ratio:.3g}** | {spread} | {goal} |")
     return "\n".join(lines)
+
+
+def verdict(goal: str, value: float) -> str:
+    """A goal as a table has it, and whether a value meets it."""
+    if not goal:
+        return "–"
+    return f"{goal.replace('>=', '≥').replace('<=', '≤')}, {'met' if meets(goal, value) else '**missed**'}"
 
 
 def _with_unit(value: float, unit: str) -> str:
@@ -193,12 +199,13 @@ def publish(rows: Sequence[Row], page: Path, header: str = "") -> None:
     page.write_text(f"{before}{mark}\n\n{content}\n\n{end}{after}", encoding="utf-8")
 
 
-def write_json(rows: Sequence[Row], path: Path) -> None:
-    """A list of {name, goal, ratio, low, high, peer, ours, unit, day}."""
+def write_json(content: Any, path: Path) -> None:
+    """Rows or figures, as objects of their fields, or what holds them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=asdict)
+    path.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> list[Row]:
-    """What `write_json` wrote."""
+    """Rows that `write_json` wrote."""
     return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
