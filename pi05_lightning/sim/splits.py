@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+
+import numpy as np
+
 from pi05_lightning.files.ranges import check_range
 
 CHAINS = WORDS = 1  # a chain has no other words
@@ -15,6 +19,11 @@ EXPERIENCE = "experience"
 """What a policy tries itself at: the second half of the training's, of which demonstrations take the first."""
 LIBERO_STATES = 50
 """Initial states of each of LIBERO's tasks, of which rollouts take the first and attempts the last."""
+
+
+def rng_of(task: str, seed: int, *stream: int) -> np.random.Generator:
+    """What is drawn of a task's initial state, in one of its streams."""
+    return np.random.default_rng([seed, zlib.crc32(task.encode()), *stream])
 
 
 def libero_states(split: str, count: int, seed: int) -> list[int]:

@@ -6,7 +6,6 @@ processes decides nothing but the time. Only MuJoCo and the video encoder are im
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -20,7 +19,7 @@ from pi05_lightning.sim.demonstrations.beginning import begin
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.sim.environment import Demonstrator, act_as_expert
-from pi05_lightning.sim.splits import SLIPS, WORDS, split_seeds
+from pi05_lightning.sim.splits import SLIPS, WORDS, rng_of, split_seeds
 from pi05_lightning.types import Answer, Frame
 
 ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all
@@ -103,9 +102,9 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
     A frame's action is the mean of what the expert does until the next one, see `act_as_expert`. Pushes happen between
     frames and are not recorded, so every action is a clean label.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
+    rng = rng_of(env.task, seed)
     push_chance = PUSH_CHANCE if rng.random() < config.noise_share else 0.0
-    slips = np.random.default_rng([seed, zlib.crc32(env.task.encode()), SLIPS])
+    slips = rng_of(env.task, seed, SLIPS)
     slip_chance = SLIP_CHANCE if slips.random() < config.slip_share else 0.0
     begin(env, seed, config.continued_share)
     said = _said(env, config.rephrased_share, seed)
@@ -153,7 +152,7 @@ def _check_names(env: Demonstrator, what: str, names: Sequence[str], dims: int) 
 
 def _said(env: Demonstrator, rephrased_share: float, seed: int) -> str:
     """The instruction, or the same in other words."""
-    rng = np.random.default_rng([seed, zlib.crc32(env.task.encode()), WORDS])
+    rng = rng_of(env.task, seed, WORDS)
     if rephrased_share and not env.other_sentences:
         raise ValueError(f"rephrased_share: {env.task} has no other words: leave it 0, or leave the task out")
     return str(rng.choice(env.other_sentences)) if rng.random() < rephrased_share else env.sentence

@@ -7,19 +7,17 @@ it has not seen. A row is an image with its caption and all its questions.
 from __future__ import annotations
 
 import io
-import zlib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.demonstrations.beginning import begin
 from pi05_lightning.sim.demonstrations.config import Piece
 from pi05_lightning.sim.environment import Demonstrator
-from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, split_seeds
+from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, rng_of, split_seeds
 
 FRAMES_PER_SCENE = 4
 _FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
@@ -33,7 +31,7 @@ def record_scenes(piece: Piece) -> list[dict[str, Any]]:
     config, rows = piece.config, []
     with closing(config.expert_env.open(piece.task, config.view)) as env:
         for seed in split_seeds(piece.split, piece.count, config.seed, start=_FIRST_SCENE + piece.first):
-            rng = np.random.default_rng([seed, zlib.crc32(env.task.encode())])
+            rng = rng_of(env.task, seed)
             begin(env, seed, config.continued_share)
             for number in range(FRAMES_PER_SCENE):
                 env.place_hand(rng.uniform(*env.workspace), effort=rng.choice([-1.0, 1.0]))
