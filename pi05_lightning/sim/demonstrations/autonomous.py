@@ -20,7 +20,7 @@ from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Pi05Policy, check_device
 from pi05_lightning.sim.demonstrations.config import CollectConfig
-from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
+from pi05_lightning.sim.demonstrations.episodes import Episode, filmed, stacked
 from pi05_lightning.sim.demonstrations.kept import Kept
 from pi05_lightning.sim.demonstrations.lerobot_writer import (
     Recording,
@@ -145,12 +145,12 @@ def _in_order(over: Iterable[tuple[int, Done]]) -> Iterator[list[Result]]:
 def episode_of(result: Result, cameras: Sequence[str]) -> Episode:
     """A trial that is over, as it is recorded."""
     steps = result.steps
-    states = [step.frame.state for step in steps if step.frame.state is not None]
+    state, images = stacked([step.frame for step in steps], cameras)
     return Episode(
         task=steps[0].frame.task,
-        state=np.stack(states) if states else None,
+        state=state,
         action=np.stack([step.action for step in steps]),
-        images={name: np.stack([step.frame.images[name].transpose(1, 2, 0) for step in steps]) for name in cameras},
+        images=images,
         subtasks=[step.subtask for step in steps],
         answers=[()] * len(steps),
         intervention=np.array([step.is_correction for step in steps]),

@@ -132,14 +132,15 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
                 env.control_step(np.append(env.expert_action()[:3], -1.0))
     if not solved:
         return None
-    return Episode(
-        task=said,
-        state=np.stack([frame.state for frame in frames if frame.state is not None]),
-        action=np.stack(actions),
-        images={name: np.stack([frame.images[name].transpose(1, 2, 0) for frame in frames]) for name in env.cameras},
-        subtasks=subtasks,
-        answers=answers,
-    )
+    state, images = stacked(frames, env.cameras)
+    return Episode(said, state, np.stack(actions), images, subtasks, answers)
+
+
+def stacked(frames: Sequence[Frame], cameras: Sequence[str]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    """State and images of an episode's frames, as `Episode` has them."""
+    states = [frame.state for frame in frames if frame.state is not None]
+    images = {name: np.stack([frame.images[name].transpose(1, 2, 0) for frame in frames]) for name in cameras}
+    return np.stack(states) if states else None, images
 
 
 def _check_names(env: Demonstrator, what: str, names: Sequence[str], dims: int) -> None:
