@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import signature
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -130,8 +131,7 @@ def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:
     types: list[Any] = [hints[name] for name in signature(function).parameters]
     options = get_type_hints(types[0]) if len(types) == 1 and is_dataclass(types[0]) else hints
     switches = {name for name, kind in options.items() if kind is bool or bool in get_args(kind)}
-    args = [underscored(arg, options) for arg in args]
-    args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
+    args = said_fully([underscored(arg, options) for arg in args], switches)
     if len(types) == 1 and is_dataclass(types[0]):
         return function(auto_cli(types, args=args, prog=prog, parser_class=CommandParser, return_instance=True))
     return auto_cli(function, args=args, prog=prog, parser_class=CommandParser)
@@ -144,10 +144,13 @@ def underscored(arg: str, options: Collection[str]) -> str:
     return f"--{name}{equals}{value}" if flag.startswith("--") and name in options else arg
 
 
-def said_fully(arg: str, following: Sequence[str], switches: Collection[str]) -> list[str]:
-    """A switch that stands alone, such as `--force`, with the value that it has then."""
-    alone = not following or following[0].startswith("-")
-    return [arg, "true"] if alone and arg.startswith("--") and arg[2:] in switches else [arg]
+def said_fully(args: Sequence[str], switches: Collection[str]) -> list[str]:
+    """Arguments in which a switch that stands alone, such as `--force`, has the value that it has then."""
+    words = list[str]()
+    for arg, following in zip_longest(args, args[1:], fillvalue="-"):
+        alone = arg.startswith("--") and arg[2:] in switches and following.startswith("-")
+        words += [arg, "true"] if alone else [arg]
+    return words
 
 
 def with_second_named(args: Sequence[str], option: str | None) -> list[str]:

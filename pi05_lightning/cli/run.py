@@ -337,9 +337,8 @@ def run(command: str, args: list[str]) -> None:
     """Do what `pi05 fit | validate | test | predict` with these arguments says."""
     silence_noise()
     switches = {name for name, (kind, _) in RUN_OPTIONS.items() if kind is bool}
-    args = [word for place, arg in enumerate(args) for word in said_fully(arg, args[place + 1 : place + 2], switches)]
     with tempfile.TemporaryDirectory() as folder:
-        cli = Pi05CLI(command, complete_arguments(command, args, Path(folder)))
+        cli = Pi05CLI(command, complete_arguments(command, said_fully(args, switches), Path(folder)))
     for forecast in callbacks_of(cli.trainer, MemoryForecast):
         forecast.force = cli.config.force
     for switch in callbacks_of(cli.trainer, StageSwitch):  # here, as preparing the data may take long
