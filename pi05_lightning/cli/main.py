@@ -10,10 +10,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import is_dataclass
-from importlib import import_module
 from inspect import signature
 from itertools import zip_longest
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import auto_cli, set_parsing_settings
@@ -122,7 +122,7 @@ def refuse(command: str, message: str) -> NoReturn:
 def load(name: str) -> Callable[..., Any]:
     """The function of this name in the module of this name, words joined by `_`."""
     name = name.replace(" ", "_")
-    return getattr(import_module(f"pi05_lightning.cli.{name}"), name)
+    return resolve_name(f"pi05_lightning.cli.{name}:{name}")
 
 
 def call(function: Callable[..., Any], args: list[str], prog: str) -> Any:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from itertools import starmap
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, get_args
 
 import yaml
@@ -202,7 +202,5 @@ def last_stage(
 def _terms(heads: dict[str, Any]) -> dict[str, Collection[Modality]]:
     """As `Pi05.terms`, without a model.  heads: the auxiliary ones, as in the options."""
     classes: list[type[Head]] = [SubtaskHead, FastHead, FlowHead, LocationHead]
-    for head in heads.values():
-        module, _, name = head["class_path"].rpartition(".")
-        classes.append(getattr(import_module(module), name))
+    classes += [resolve_name(":".join(head["class_path"].rsplit(".", 1))) for head in heads.values()]
     return {term: modalities for kind in classes for term, modalities in kind.terms.items()}
