@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 import msgpack
+
+from pi05_lightning.files.ranges import check_range
 
 MAX_DEPTH = 16
 """Of dictionaries and lists in each other: an observation has four, an image as lists three more."""
@@ -40,10 +41,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0.1 if field.name == "client_timeout" else 1
-            if value is not None and not least <= value < math.inf:
-                raise ValueError(f"{field.name} is {value}: it must be a number, and at least {least}")
+            check_range(field.name, getattr(self, field.name), 0.1 if field.name == "client_timeout" else 1)
 
     def check(self, data: bytes) -> None:
         """Raises LimitError for a message that holds more, and ValueError for one that is not msgpack."""
