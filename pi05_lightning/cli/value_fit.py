@@ -123,10 +123,7 @@ def configuration(
         "model": {
             "init_from": str(policy),
             "heads": {NAME: {"class_path": f"{ValueHead.__module__}.{ValueHead.__name__}"}},
-            "optimizer": {
-                "class_path": "torch.optim.AdamW",
-                "init_args": {"lr": reading.lr if lr is None else lr, "weight_decay": 0.01, **reading.fused},
-            },
+            "optimizer": reading.adamw(lr),
             **{name: True for name in ("activation_checkpointing", "compile") if reading.model.get(name)},
         },
         "data": {

@@ -93,11 +93,15 @@ class Reading:
             min(MOST_LR, options.get("lr", DEFAULT_LR)),
         )
 
-    @property
-    def fused(self) -> dict[str, bool]:
-        """For torch's optimizers: `fused` where trainings are on a GPU, but for 16-mixed, which cannot clip then."""
+    def adamw(self, lr: float | None, **options: Any) -> dict[str, Any]:
+        """The optimizer of a run's configuration.  lr: None for `self.lr`.
+
+        It is fused where trainings are on a GPU, but for 16-mixed, which cannot clip then.
+        """
         on_cpu, precision = self.trainer.get("accelerator") in (None, "cpu"), str(self.trainer.get("precision"))
-        return {} if on_cpu or precision == "16-mixed" else {"fused": True}
+        fused = {} if on_cpu or precision == "16-mixed" else {"fused": True}
+        given = {"lr": self.lr if lr is None else lr, **options, "weight_decay": 0.01, **fused}
+        return {"class_path": "torch.optim.AdamW", "init_args": given}
 
     def source(
         self, path: str, like: str, collected: bool = False, attempts: bool = False, **options: Any

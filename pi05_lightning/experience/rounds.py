@@ -99,15 +99,7 @@ def configuration(
         "model": {
             **reading.model,
             "init_from": str(policy),
-            "optimizer": {
-                "class_path": "torch.optim.AdamW",
-                "init_args": {
-                    "lr": reading.lr if training.lr is None else training.lr,
-                    "betas": [0.9, 0.95],
-                    "weight_decay": 0.01,
-                    **reading.fused,
-                },
-            },
+            "optimizer": reading.adamw(training.lr, betas=[0.9, 0.95]),
         },
         "data": {
             "sources": sources,
