@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -100,12 +101,7 @@ def _draw_frame(
 
 def readable(text: str) -> str:
     """A text with its coordinates as a person reads them: `<loc0512>` becomes `.50`."""
-    parts = text.split("<loc")
-    out = parts[0]
-    for part in parts[1:]:
-        number, _, rest = part.partition(">")
-        out += f" .{int(number) * 100 // 1024:02d}{rest}" if number.isdecimal() else f"<loc{part}"
-    return out.strip()
+    return re.sub(r"<loc(\d+)>", lambda found: f" .{int(found[1]) * 100 // 1024:02d}", text).strip()
 
 
 def _wrap(text: str, width: int, lines: int = 3) -> str:
