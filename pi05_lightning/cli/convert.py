@@ -118,20 +118,13 @@ def convert(
     print("\n".join([*report, f"written to {target}"]))
 
 
-def keep_robot(processor: Processor, robot: str | None) -> None:
-    """Forget all robots but one; none of them if none is named. ValueError for one that there is not."""
-    if robot is not None:
-        name = processor.acting_as(robot)
-        processor.robots = {name: processor.robots[name]}
-
-
 def to_ours(weights: Weights, folder: Path, robot: str | None, *, plugin: bool) -> list[str]:
     """Write a folder of ours, of all robots or of one; returns the report.
 
     plugin: LeRobot opens it with the plugin, as one of the policy's robots.
     """
     processor = weights.processor()
-    keep_robot(processor, processor.acting_as(robot) if plugin else robot)
+    processor.keep_robot(processor.acting_as(robot) if plugin else robot)
     model = weights.model()
     if plugin:
         save_for_plugin(folder, model, processor, next(iter(processor.robots)), weights.trained)
@@ -155,7 +148,7 @@ def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> lis
         ]
     else:
         processor, notes = read_processor(weights.path, foreign.config, text, weights.fps)
-        keep_robot(processor, robot)
+        processor.keep_robot(robot)
     save(folder, build(foreign.config, weights.mapped_tensors()), processor, weights.trained)
     keep_origin(weights.path, foreign, folder / ORIGIN)
     return [foreign.report(), *notes]

@@ -14,7 +14,6 @@ from pi05_lightning import __version__
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.frames import reading, recorded_frames
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import CALLERS, MANIFEST, write
@@ -93,7 +92,7 @@ def export(
     weights = locate(checkpoint, averaged=averaged, base=base, tokenizer=tokenizer)
     processor = weights.processor()
     check(how, processor, weights.trained)
-    keep_robot(processor, processor.acting_as(how.robot))
+    processor.keep_robot(processor.acting_as(how.robot))
     policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
     robot = processor.robots[policy.robot]
     read = None if data is None else reading(robot, data, cameras, state_keys, action_keys)

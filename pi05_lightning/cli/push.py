@@ -14,7 +14,6 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
-from pi05_lightning.cli.convert import keep_robot
 from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
 from pi05_lightning.evaluation.report.page import film_caption, protocol
@@ -117,7 +116,7 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
     weights = locate(source, **options)
     processor = weights.processor()
     robots = processor.robots
-    keep_robot(processor, robot)
+    processor.keep_robot(robot)
     sections: dict[str, str] = {}
     results: list[EvalResult] = []
     begun = None

@@ -244,6 +244,12 @@ class Processor:
             raise ValueError(f"robot: the policy cannot act as {name!r}, only as {robots}")
         return name or self.acting[0]
 
+    def keep_robot(self, name: str | None) -> None:
+        """Forget all robots but one; none of them if none is named. ValueError for one that there is not."""
+        if name is not None:
+            kept = self.acting_as(name)
+            self.robots = {kept: self.robots[kept]}
+
     def cameras_of(self, name: str) -> tuple[str, ...]:
         """The cameras of a robot's data, in the model's order; all where an older checkpoint does not say."""
         own = self.robots[name].cameras
