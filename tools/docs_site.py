@@ -165,11 +165,8 @@ def run_page(command: str) -> Iterator[str]:
 
 def command_page(command: str) -> Iterator[str]:
     function = of_commands.function_of(command)
-    options = options_of(function)
-    if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
-        options = options_of(options[0].types[0])
     yield from (f"{sentence(function.doc)}.", "", "## Options", "")
-    yield from described("", options)
+    yield from described("", of_commands.command_options(function))
 
 
 def described(key: str, options: Iterable[Option]) -> Iterator[str]:
@@ -180,8 +177,7 @@ def described(key: str, options: Iterable[Option]) -> Iterator[str]:
         given = option.default is None and not option.keyword and not key
         yield from definition(option.name if given else f"--{name}", facts(option), option.text)
         for kind in of_commands.own_types(option):
-            listed = option.kind.startswith(("list", "Sequence"))
-            inner = f"{name}[0]" if listed else f"{name}.NAME" if option.kind.startswith("dict") else name
+            inner = option.inside(name)
             if kind.is_abstract:
                 below += [(f"{inner}.init_args", of) for of in subclasses(kind)]
             else:

@@ -165,12 +165,10 @@ def topic_help(key: str, asked: str, found: Found, options: list[Option], rest: 
     key, asked = below(key, name), below(asked, name)
     for kind in own_types(option):
         if not kind.is_abstract:
-            inner = f"{key}[0]" if option.kind.startswith(("list", "Sequence")) else key
-            return topic_help(inner, asked, kind, options_of(kind), rest)
+            return topic_help(option.inside(key), asked, kind, options_of(kind), rest)
         known_classes = {of.name: of for of in subclasses(kind)}
         if of := known_classes.get(rest.rpartition(".")[2]):
-            inner = f"{key}.NAME" if option.kind.startswith("dict") else key
-            return described(f"{inner}.init_args", asked, of, options_of(of))
+            return described(f"{option.inside(key)}.init_args", asked, of, options_of(of))
         if not rest:
             classes = [row(name, of.summary) for name, of in known_classes.items()]
             last = f"Options of one: --help.{asked}.{next(iter(known_classes))}"
@@ -211,15 +209,21 @@ def function_of(command: str) -> Found:
     return find(f"pi05_lightning.cli.{name}.{name}")
 
 
+def command_options(function: Found) -> list[Option]:
+    """What a command takes: the function's arguments, or the fields of the one dataclass that it is given."""
+    options = options_of(function)
+    if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
+        return options_of(options[0].types[0])
+    return options
+
+
 def command_help(command: str, topic: str) -> str:
     """What `--help`, or `--help.OPTION`, prints of a command that is a function.
 
     Raises ValueError for what is no topic, and OfTheParser for a class that is not ours.
     """
     function = function_of(command)
-    options = options_of(function)
-    if len(options) == 1 and options[0].types and options[0].types[0].is_dataclass:
-        options = options_of(options[0].types[0])
+    options = command_options(function)
     if topic:
         return topic_help("", "", function, options, topic)
     given = [option for option in options if option.default is None and not option.keyword]

@@ -119,6 +119,12 @@ class Option:
             facts.append("required" if self.default is None else f"default: {self.default}")
         return f"{self.text} ({', '.join(facts)})".strip()
 
+    def inside(self, key: str) -> str:
+        """Where the options of what it holds stand, which itself has the key."""
+        if self.kind.startswith(("list", "Sequence")):
+            return f"{key}[0]"
+        return f"{key}.NAME" if self.kind.startswith("dict") else key
+
     @property
     def types(self) -> list[Found]:
         """The classes that its type names."""
