@@ -23,6 +23,12 @@ class SlowClient(Exception):
     """A client answered no ping, or took no answer."""
 
 
+def abort(request: web.Request) -> None:
+    """End a connection at once: saying goodbye waits for a client that reads nothing."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
 class Socket(web.WebSocketResponse):
     """A websocket that says, when a message is too large, what the limit is."""
 
@@ -100,8 +106,7 @@ class Connection:
         except SlowClient as error:
             logger.warning("%s: %s: its connection is ended", self.request.remote, error)
             self.metrics.failed("slow")
-            if self.request.transport is not None:
-                self.request.transport.abort()
+            abort(self.request)
         except ConnectionError:
             pass  # it left in the middle of a frame
 

@@ -21,6 +21,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import listen
+from pi05_lightning.serving.connection import abort
 from pi05_lightning.serving.failures import printable
 from pi05_lightning.serving.limits import Limits
 from pi05_lightning.sim.session import Session, State
@@ -164,7 +165,7 @@ class PlayServer:
                 async with asyncio.timeout(self.limits.client_timeout):
                     await socket.send_json(answer)
         except (TimeoutError, ConnectionError):
-            _abort(request)  # it takes no answers, or left
+            abort(request)  # it takes no answers, or left
         finally:
             telling.cancel()
             self._news.discard(news)
@@ -183,7 +184,7 @@ class PlayServer:
                     await socket.send_str(self._state)
         except (TimeoutError, ConnectionError):
             logger.warning("%s: takes no messages: its connection is ended", request.remote)
-            _abort(request)
+            abort(request)
         except Exception as error:  # a page that hears nothing more must not seem to be connected
             logger.exception("what happens in the simulator cannot be told")
             said = f"{type(error).__name__}: {error}".encode()[:MAX_REASON]
@@ -203,9 +204,3 @@ class PlayServer:
             return {
                 "error": printable(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
             }
-
-
-def _abort(request: web.Request) -> None:
-    """End a connection at once: saying goodbye waits for a client that reads nothing."""
-    if request.transport is not None:
-        request.transport.abort()
