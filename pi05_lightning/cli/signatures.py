@@ -13,6 +13,8 @@ from typing import Any
 
 from docstring_parser import parse
 
+from pi05_lightning.files.shipped import PACKAGE
+
 Definition = ast.ClassDef | ast.FunctionDef
 
 
@@ -161,14 +163,13 @@ def subclasses(base: Found) -> list[Found]:
 
     What is made for an abstract class beside it, which is made for it too, counts.
     """
-    package = Path(__file__).parents[1]
     beside = [Found(s, base.home) for s in base.home.statements() if isinstance(s, ast.ClassDef)]
     bases = [base, *(kind for kind in beside if kind.is_abstract and any(of.node is base.node for of in kind.bases))]
     found = list[Found]()
-    for file in sorted(package.rglob("*.py")):
+    for file in sorted(PACKAGE.rglob("*.py")):
         text = file.read_text(encoding="utf-8")
         if any(of.name in text for of in bases):
-            source = module(".".join(file.relative_to(package.parent).with_suffix("").parts))
+            source = module(".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts))
             if source is None or source is base.home:
                 continue
             kinds = [Found(s, source) for s in source.statements() if isinstance(s, ast.ClassDef)]

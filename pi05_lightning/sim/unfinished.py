@@ -15,6 +15,7 @@ from typing import Any
 
 from pi05_lightning import __version__
 from pi05_lightning.files.local import held, read_json, sha256, write_json
+from pi05_lightning.files.shipped import PACKAGE
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.rollout import Done
 from pi05_lightning.sim.trials import Clock, Result, Trial
@@ -98,7 +99,7 @@ def claim(folder: Path, what: dict[str, Any]) -> bool:
 
 def versions(env: EnvironmentConfig) -> dict[str, str]:
     """The code that decides how episodes go, which may change between two starts."""
-    package, decides = Path(__file__).parents[1], ("acting", "data", "models", "sim")
-    files = [file for part in decides for file in sorted((package / part).rglob("*.py"))]
+    decides = ("acting", "data", "models", "sim")
+    files = [file for part in decides for file in sorted((PACKAGE / part).rglob("*.py"))]
     hashes = [sha256(file) for file in (*files, Path(inspect.getfile(type(env))))]
     return {"version": __version__, "code": hashlib.sha256("".join(hashes).encode()).hexdigest()}
