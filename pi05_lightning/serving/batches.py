@@ -178,24 +178,24 @@ class Batches:
 
     async def _next(self) -> list[Waiting]:
         loop = asyncio.get_running_loop()
-        while not self._drop():
+        while not self._pruned():
             await self._more()
         free, wait = loop.time(), min(self.batching.batch_wait, self._took)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(free + wait):
-                while self._drop() < self.batching.max_batch and self._expects(free, wait):
+                while self._pruned() < self.batching.max_batch and self._expects(free, wait):
                     await self._more()
-        return [self._queue.popleft() for _ in range(min(self._drop(), self.batching.max_batch))]
+        return [self._queue.popleft() for _ in range(min(self._pruned(), self.batching.max_batch))]
 
     async def _more(self) -> None:
         self._news.clear()
         await self._news.wait()
 
-    def _drop(self) -> int:
-        """How many wait, in the order in which they came, without those whose client left."""
-        staying = deque(sorted((w for w in self._queue if not w.answer.done()), key=lambda waiting: waiting.since))
-        self._queue = staying
-        return len(staying)
+    def _pruned(self) -> int:
+        """How many wait: the queue is put in the order in which they came, without those whose client left."""
+        staying = (waiting for waiting in self._queue if not waiting.answer.done())
+        self._queue = deque(sorted(staying, key=lambda waiting: waiting.since))
+        return len(self._queue)
 
     def _expects(self, now: float, wait: float) -> bool:
         return self._reading > 0 or any(client.is_expected(now, wait) for client in self._clients)
