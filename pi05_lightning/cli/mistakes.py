@@ -14,7 +14,7 @@ import yaml
 
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.files.suggestion import suggestion
-from pi05_lightning.files.yaml_files import compose_yaml
+from pi05_lightning.files.yaml_files import compose_yaml, is_yaml
 
 # lines of jsonargparse's message about a value that fits none of several types: what a user cannot use
 _NOISE = (
@@ -91,7 +91,7 @@ def explained(message: str, args: Sequence[str]) -> str:
 def elsewhere(message: str, args: Sequence[str]) -> str:
     """What to write instead, where a path that a message names is there from a file's directory alone; else nothing."""
     for file in {arg.rpartition("=")[2] for arg in args}:
-        for said in said_in_file(file) if file.endswith((".yaml", ".yml")) else ():
+        for said in said_in_file(file) if is_yaml(file) else ():
             path = said.value.value if isinstance(said.value, yaml.ScalarNode) else ""
             there = Path(file).parent / path
             if path and path in message and not os.path.exists(path) and os.path.exists(there):

@@ -15,6 +15,7 @@ from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.shipped import find_model
+from pi05_lightning.files.yaml_files import is_yaml
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
 from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
@@ -118,9 +119,8 @@ def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:
     Each is a shipped model size, the YAML of a model or that of a run, or weights (see `locate`) for their dimensions.
     Raises ValueError where none names dimensions.
     """
-    is_file = {name: name.endswith((".yaml", ".yml")) for name in names}
-    weights = [name for name in names if not is_file[name] and Path(name).exists()]
-    files = [name if is_file[name] else str(find_model(name)) for name in names if name not in weights]
+    weights = [name for name in names if not is_yaml(name) and Path(name).exists()]
+    files = [name if is_yaml(name) else str(find_model(name)) for name in names if name not in weights]
     settings = read_configuration(files, RUN_KEYS)
     if weights:
         settings["model.config"] = locate(weights[-1]).config()

@@ -24,6 +24,7 @@ from pi05_lightning.evaluation.fast import Chunks, Quality, measure, read_chunks
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.yaml_files import is_yaml
 from pi05_lightning.models.config import ModelConfig
 
 console = Console()
@@ -126,10 +127,6 @@ def chunk_and_vocabulary(paths: Sequence[str], horizon: int | None, vocab_size: 
     check_range("horizon", horizon, 1)
     check_range("vocab_size", vocab_size, 1)
     return horizon, vocab_size
-
-
-def is_yaml(path: str) -> bool:
-    return path.endswith((".yaml", ".yml"))
 
 
 def read_datasets(

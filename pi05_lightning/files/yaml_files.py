@@ -8,6 +8,10 @@ from typing import Any
 import yaml
 
 
+def is_yaml(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
 def read_yaml(path: Path) -> Any:
     """What a YAML file holds. ValueError as `compose_yaml`."""
     compose_yaml(path)
