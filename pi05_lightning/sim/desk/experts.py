@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pi05_lightning.sim.desk.scene import HANDLE, State
+from pi05_lightning.sim.metaworld.phases import apart
 
 OPEN, SHUT = -1.0, 1.0
 _TRAVEL = 0.25  # of the hand: its fingers reach 5 cm further down, and what they hold 7 cm
@@ -43,15 +44,10 @@ def _moved(place: np.ndarray, x: float = 0.0, y: float = 0.0) -> np.ndarray:
     return place + np.array([x, y, 0.0])[: len(place)]
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Horizontal distance in metres."""
-    return float(np.linalg.norm(a[:2] - b[:2]))
-
-
 def _travel(state: State, place: np.ndarray, effort: float, words: str) -> Move:
     """Above `place` at the height where nothing is in the way: up first, unless the hand is near or high already."""
     hand = state.hand
-    if hand[2] < _TRAVEL - 0.04 and _apart(hand, place) > 0.04:
+    if hand[2] < _TRAVEL - 0.04 and apart(hand, place) > 0.04:
         return Move(_at(hand, _TRAVEL + 0.03), 20.0, effort, words)
     return Move(_at(place, _TRAVEL), 10.0, effort, words)
 
@@ -59,7 +55,7 @@ def _travel(state: State, place: np.ndarray, effort: float, words: str) -> Move:
 def press(colour: str) -> Expert:
     def expert(state: State) -> Move:
         top = state.buttons[colour]
-        if _apart(state.hand, top) > 0.015:
+        if apart(state.hand, top) > 0.015:
             return _travel(state, top, SHUT, f"move above the {colour} button")
         return Move(_at(top, top[2] - 0.03), 15.0, SHUT, f"press the {colour} button")
 
@@ -69,7 +65,7 @@ def press(colour: str) -> Expert:
 def open_drawer(state: State) -> Move:
     bar, hand = state.drawer, state.hand
     over = _moved(bar, y=-0.012)  # one finger behind the bar, one before it
-    if _apart(hand, over) > 0.02 and not (
+    if apart(hand, over) > 0.02 and not (
         hand[2] < 0.12 and abs(hand[0] - bar[0]) < 0.03 and abs(hand[1] - over[1]) < 0.03
     ):
         return _travel(state, over, OPEN, "move above the drawer handle")
@@ -85,7 +81,7 @@ def close_drawer(state: State) -> Move:
         if hand[2] > 0.12 and hand[1] - bar[1] < -0.03:
             return Move(_at(before, 0.1), 10.0, SHUT, "lower the gripper before the drawer")
         return Move(_at(_moved(bar, y=0.05), 0.11), 15.0, SHUT, "push the drawer shut")
-    if _apart(hand, before) > 0.02:
+    if apart(hand, before) > 0.02:
         return _travel(state, before, SHUT, "move before the drawer")
     return Move(_at(before, 0.1), 10.0, SHUT, "lower the gripper before the drawer")
 
@@ -108,7 +104,7 @@ def turn_faucet(side: float) -> Expert:
             further = angle + side * 0.35
             goal = axis[:2] + HANDLE * 0.8 * np.array([np.sin(further), -np.cos(further)])
             return Move(_at(goal, 0.105), 15.0, SHUT, f"push the faucet handle to the {way}")
-        if _apart(hand, start) > 0.02:
+        if apart(hand, start) > 0.02:
             return _travel(state, start, SHUT, f"move to the {other} of the faucet handle")
         return Move(_at(start, 0.1), 10.0, SHUT, lower)
 
@@ -129,7 +125,7 @@ def push_block(colour: str, side: float) -> Expert:
                 return Move(_at(start, 0.055), 10.0, SHUT, lower)
             goal = np.array([block[0] + side * 0.03, block[1]])
             return Move(_at(goal, 0.06), 8.0, SHUT, f"push the {colour} block to the {way}")
-        if _apart(hand, start) > 0.012:
+        if apart(hand, start) > 0.012:
             return _travel(state, start, SHUT, f"move to the {other} of the {colour} block")
         return Move(_at(start, 0.055), 10.0, SHUT, lower)
 
@@ -142,16 +138,16 @@ def store_block(colour: str, aside: float) -> Expert:
     def expert(state: State) -> Move:
         block, hand = state.blocks[colour], state.hand
         goal = _moved(state.drop, aside)
-        if state.in_drawer(colour) or (state.gripper >= _HELD and block[2] > 0.1 and _apart(block, goal) < 0.03):
+        if state.in_drawer(colour) or (state.gripper >= _HELD and block[2] > 0.1 and apart(block, goal) < 0.03):
             return Move(_at(goal, _TRAVEL), 10.0, OPEN, f"drop the {colour} block into the drawer")
-        between = _apart(hand, block) < 0.025 and 0.0 < hand[2] - block[2] < 0.06
+        between = apart(hand, block) < 0.025 and 0.0 < hand[2] - block[2] < 0.06
         if between and state.gripper < _HELD:
-            if _apart(hand, goal) < 0.012:
+            if apart(hand, goal) < 0.012:
                 return Move(_at(goal, _TRAVEL - 0.04), 10.0, OPEN, f"drop the {colour} block into the drawer")
             if hand[2] < _TRAVEL - 0.02:
                 return Move(_at(hand, _TRAVEL + 0.02), 15.0, SHUT, f"lift the {colour} block")
             return Move(_at(goal, _TRAVEL), 10.0, SHUT, f"carry the {colour} block to the drawer")
-        if _apart(hand, block) > 0.012 and not between:
+        if apart(hand, block) > 0.012 and not between:
             return _travel(state, block, OPEN, f"move above the {colour} block")
         if hand[2] - block[2] > _GRASP - 0.022 + 0.008:
             return Move(_at(block, block[2] + _GRASP - 0.022), 10.0, OPEN, f"lower the gripper onto the {colour} block")

@@ -28,8 +28,8 @@ LEVEL = ("move in front of", "move level with")
 _WALL_X, _WALL_Y = (-0.15, 0.35), (0.60, 0.80)  # where the hand could hit the wall
 
 
-def _apart(a: np.ndarray, b: np.ndarray) -> float:
-    """Horizontal distance."""
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """Horizontal distance in metres."""
     return float(np.linalg.norm(a[:2] - b[:2]))
 
 
@@ -54,7 +54,7 @@ def approach(
 
     def phase(parsed: Parsed) -> str:
         hand, goal = parsed["hand_pos"], parsed[target] + np.array(offset)
-        if _apart(hand, goal) > xy:
+        if apart(hand, goal) > xy:
             return f"{way[0]} the {thing}"
         if abs(hand[2] - goal[2]) > z and goal[2] < lying:
             return f"{way[1]} the {thing}"
@@ -131,9 +131,9 @@ def press_over_wall(parsed: Parsed) -> str:
 def assemble(parsed: Parsed) -> str:
     hand, nut = parsed["hand_pos"], parsed["wrench_pos"] + np.array([-0.02, 0.0, 0.0])
     peg = parsed["peg_pos"] + np.array([0.12, 0.0, 0.14])
-    if _apart(hand, nut) > 0.02:
+    if apart(hand, nut) > 0.02:
         return "move above the nut"
-    if _apart(hand, peg) <= 0.02:
+    if apart(hand, peg) <= 0.02:
         return "lower the nut onto the peg"
     if abs(hand[2] - nut[2]) > 0.05:
         return "lower the gripper onto the nut"
@@ -148,11 +148,11 @@ def dunk(parsed: Parsed) -> str:
 def pick_from_bin(parsed: Parsed) -> str:
     hand, cube, there = parsed["hand_pos"], parsed["cube_pos"] + np.array([0.0, 0.0, 0.03]), np.array([0.12, 0.7])
     cube[1] = np.clip(cube[1], 0.675, 0.725)  # as the expert, who keeps the fingers inside the bin
-    if _apart(hand, cube) > 0.02:
+    if apart(hand, cube) > 0.02:
         return "move above the cube"
     if abs(hand[2] - cube[2]) > 0.01:
         return "lower the gripper onto the cube"
-    if _apart(hand, there) <= 0.02:
+    if apart(hand, there) <= 0.02:
         return "lower the cube into the blue bin"
     return "lift the cube" if hand[2] < 0.15 else "carry the cube over the blue bin"
 
@@ -166,14 +166,14 @@ def shut_door(parsed: Parsed) -> str:
 
 def lock_door(parsed: Parsed) -> str:
     hand, lock = parsed["hand_pos"], parsed["lock_pos"] + np.array([-0.02, -0.02, 0.0])
-    if _apart(hand, lock) > 0.02:
+    if apart(hand, lock) > 0.02:
         return "raise the gripper" if hand[2] < 0.25 else "move above the lock"
     return "lower the gripper onto the lock" if abs(hand[2] - lock[2]) > 0.02 else "push the lock down to the left"
 
 
 def unlock_door(parsed: Parsed) -> str:
     hand, lock = parsed["hand_pos"], parsed["lock_pos"] + np.array([-0.04, -0.02, -0.03])
-    if _apart(hand, lock) > 0.02:
+    if apart(hand, lock) > 0.02:
         return "lower the gripper" if hand[2] > 0.15 else "move to the left of the lock"
     return "push the lock to the right"
 
@@ -191,7 +191,7 @@ def hammer(parsed: Parsed) -> str:
 
 
 def insert_hand(parsed: Parsed) -> str:
-    aside = _apart(parsed["hand_pos"], parsed["goal_pos"]) > 0.04
+    aside = apart(parsed["hand_pos"], parsed["goal_pos"]) > 0.04
     return "carry the cube above the hole" if aside else "lower the hand into the hole"
 
 
@@ -202,7 +202,7 @@ def insert_peg(parsed: Parsed) -> str:
 
 def unplug(parsed: Parsed) -> str:
     hand = parsed["hand_pos"]
-    if _apart(hand, parsed["peg_pos"] + np.array([-0.02, 0.0, 0.0])) > 0.04:
+    if apart(hand, parsed["peg_pos"] + np.array([-0.02, 0.0, 0.0])) > 0.04:
         return "move above the plug"
     return "lower the gripper onto the plug" if abs(hand[2] - 0.15) > 0.02 else "pull the plug out to the right"
 
@@ -224,7 +224,7 @@ def kick(parsed: Parsed) -> str:
     place, side = ball + np.array([0.0, -0.03, 0.0]), "in front of"
     if abs(off) > 0.05:
         place, side = ball + np.array([np.copysign(0.03, off), 0.0, 0.0]), f"to the {'right' if off > 0 else 'left'} of"
-    place[2] = 0.1 if _apart(parsed["hand_pos"], ball) < 0.02 else 0.03
+    place[2] = 0.1 if apart(parsed["hand_pos"], ball) < 0.02 else 0.03
     away = np.linalg.norm(parsed["hand_pos"] - place) > 0.01
     return f"move {side} the soccer ball" if away else "push the soccer ball to the goal"
 
@@ -237,7 +237,7 @@ def use_stick(grip: float, thermos_offset: Offset, act: str) -> Phase:
         x, y, z = np.abs(stick - (parsed["obj_pos"] + np.array(thermos_offset)))
         if x <= 0.04:
             return act
-        if _apart(hand, stick) > 0.02:
+        if apart(hand, stick) > 0.02:
             return "move above the stick"
         if abs(hand[2] - stick[2]) > 0.02:
             return "lower the gripper onto the stick"
