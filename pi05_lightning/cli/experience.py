@@ -25,8 +25,8 @@ from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.labelling import check_shares, labels_path, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
-from pi05_lightning.experience.rounds import METHODS, Method, Training, Tries, configuration
-from pi05_lightning.experience.value import datasets
+from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, Training, configuration
+from pi05_lightning.experience.value import datasets_of
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
@@ -289,7 +289,7 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     check_range("n_seconds", plan.n_seconds, 0, above=True)
     frames_ahead(None, plan.n_seconds, LeRobotFiles.open(find_dataset(plan.demonstrations[0])).fps)
     if plan.made_before:
-        datasets(plan.made_before, plan.demonstrations[:1])
+        datasets_of(plan.made_before, plan.demonstrations[:1])
         later = [plan.out / "recap" / f"attempts_{number}" / "robot" for number in range(2, plan.rounds + 1)]
         labels_paths([*map(Path, plan.made_before), *later], plan.out)
 
@@ -326,7 +326,7 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     todo = [plan.test("base-rollout", plan.policy, out / "base", knows_advantage=False)]
     # what holds corrections alone is no demonstration to the value, which sees all frames
     of_the_robot = [d for d in reading.of_one_robot(plan.demonstrations, plan.robot) if not reading.frames_of(d)]
-    known = {path: Tries.read(path) for path in plan.made_before}
+    known = {path: AttemptSummary.read(path) for path in plan.made_before}
     for method in methods:
         acting, attempts, is_told = plan.policy, list(plan.made_before), method == "recap"
         for number in range(1, rounds_of(method, plan.rounds) + 1):
@@ -342,12 +342,12 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
             if method == "recap":
                 todo += plan.judge(name, folder, of_the_robot, attempts, number)
             # what is wrong with the options shows before hours are spent
-            planned(plan, reading, method, [known.get(path, Tries(path)) for path in attempts])
+            planned(plan, reading, method, [known.get(path, AttemptSummary(path)) for path in attempts])
             write = partial(write_configuration, plan, reading, method, folder, tuple(attempts))
             if (folder / "fit" / "config.yaml").exists():
                 write()
-            tried = plan.test(f"{name}-rollout", folder / "fit", folder / "rollout", is_told)
-            todo += [plan.fit(name, folder, write), tried]
+            test = plan.test(f"{name}-rollout", folder / "fit", folder / "rollout", is_told)
+            todo += [plan.fit(name, folder, write), test]
             acting = folder / "fit"
     return todo
 
@@ -369,14 +369,14 @@ def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: 
     ValueError where it takes other things than when it was begun, or there is nothing for the method to learn from.
     """
     labels = {path: labels_path(Path(path), folder / "labels") for path in attempts}
-    tries = [Tries.read(path, labels[path] if method == "recap" else None) for path in attempts]
+    summaries = [AttemptSummary.read(path, labels[path] if method == "recap" else None) for path in attempts]
     (write_once if plan.is_begun else write_text)(plan.out / PLAN, plan.common)
     write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
-    write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, tries), sort_keys=False))
+    write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, summaries), sort_keys=False))
 
 
-def planned(plan: Rounds, reading: Reading, method: Method, tries: Sequence[Tries]) -> dict[str, Any]:
-    return configuration(method, plan.policy, reading, plan.demonstrations, tries, plan.training, plan.robot)
+def planned(plan: Rounds, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:
+    return configuration(method, plan.policy, reading, plan.demonstrations, summaries, plan.training, plan.robot)
 
 
 def rounds_of(method: Method, rounds: int) -> int:

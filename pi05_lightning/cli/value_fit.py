@@ -16,7 +16,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
-from pi05_lightning.experience.value import Tried, ValueFunction, datasets, hash_of, longest_of, read_value
+from pi05_lightning.experience.value import AttemptDataset, ValueFunction, datasets_of, hash_of, longest_of, read_value
 from pi05_lightning.files.local import write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
@@ -70,24 +70,25 @@ def value_fit(
     check_range("lr", lr, 0, above=True)
     check_range("seed", seed, 0)
     check_range("c_fail", c_fail, 0, above=True)
-    tried, reading = datasets(rollouts, demonstrations), Reading.of(policy)
-    longest = longest_of(tried)
-    names = [f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(tried)]
+    datasets, reading = datasets_of(rollouts, demonstrations), Reading.of(policy)
+    longest = longest_of(datasets)
+    names = [
+        f"{'demonstrations' if one.demonstrations else 'rollouts'}_{number}" for number, one in enumerate(datasets)
+    ]
     folder = run / f"returns{'' if c_fail is None else f'_{c_fail:g}'}"
     sources = {}
-    for name, one in zip(names, tried, strict=True):
+    for name, one in zip(names, datasets, strict=True):
         shared = {} if name == names[0] else {"same_robot_as": names[0]}
         told = {"labels": str(folder / f"{name}.parquet"), "val_fraction": val_fraction, **shared}
-        tries = not one.demonstrations
-        sources[name] = reading.source(one.path, tried[0].path, one.collected, tries, **told)
-    contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in tried)
+        sources[name] = reading.source(one.path, datasets[0].path, one.collected, not one.demonstrations, **told)
+    contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in datasets)
     config = {"seed_everything": seed, **configuration(policy, reading, sources, steps, batch_size, lr)}
     begun = (run / "config.yaml").exists()
     text = contents + yaml.safe_dump(config, sort_keys=False)
     write = partial(write_once if begun else write_text, run / "value.yaml", text)
     if begun:
         write()  # what the run has is not overwritten with other options' returns
-    for name, one in zip(names, tried, strict=True):
+    for name, one in zip(names, datasets, strict=True):
         returns = {RETURN: one.returns(longest, c_fail).astype(np.float32)}
         attempts = one.attempts
         Labels(attempts.episode, attempts.frame, returns, {}).write(folder / f"{name}.parquet", one.files)
@@ -100,10 +101,10 @@ def value_fit(
         )
     write()
     run_trainer("fit", ["-c", str(run / "value.yaml"), "--run", str(run), "--resume", "auto", *options])
-    about = {"longest": longest, "fps": tried[0].files.fps, "c_fail": c_fail, "policy": str(policy)}
-    about["datasets"] = [one.path for one in tried]
+    about = {"longest": longest, "fps": datasets[0].files.fps, "c_fail": c_fail, "policy": str(policy)}
+    about["datasets"] = [one.path for one in datasets]
     write_json(run / VALUE_FILE, {"sha256": hash_of(read_value(run)[1])} | about)
-    return calibrate(ValueFunction(run, device), tried, reading, val_fraction, run)
+    return calibrate(ValueFunction(run, device), datasets, reading, val_fraction, run)
 
 
 def configuration(
@@ -140,7 +141,7 @@ def configuration(
 
 
 def calibrate(
-    value: ValueFunction, tried: list[Tried], reading: Reading, val_fraction: float, run: Path
+    value: ValueFunction, datasets: list[AttemptDataset], reading: Reading, val_fraction: float, run: Path
 ) -> dict[str, Any]:
     """The calibration on validation episodes, written as numbers and as a page.
 
@@ -148,8 +149,8 @@ def calibrate(
     acted.
     """
     of_attempts, of_demonstrations = list[np.ndarray](), list[np.ndarray]()
-    for one in tried:
-        read = reading.options(one.path, tried[0].path, one.collected, attempts=not one.demonstrations)
+    for one in datasets:
+        read = reading.options(one.path, datasets[0].path, one.collected, attempts=not one.demonstrations)
         options = read | {"val_fraction": val_fraction}
         source = value.opened(one, "val", options)
         if len(source):

@@ -13,7 +13,7 @@ from pi05_lightning.experience.calibration import film, histograms
 from pi05_lightning.experience.labelling import Judged, check_shares, judge, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
-from pi05_lightning.experience.value import ValueFunction, datasets
+from pi05_lightning.experience.value import ValueFunction, datasets_of
 from pi05_lightning.weights.locate import run_of
 
 STRIP = 8  # images of a film
@@ -48,22 +48,22 @@ def value_label(
     Raises ValueError where nothing says how an episode ended, for another rate than the value's, and for a task in
     which no frame is better than another.
     """
-    tried, judge_of = datasets(rollouts, demonstrations), ValueFunction(value, device)
-    if judge_of.fps != tried[0].files.fps:
+    datasets, judge_of = datasets_of(rollouts, demonstrations), ValueFunction(value, device)
+    if judge_of.fps != datasets[0].files.fps:
         raise ValueError(
-            f"{tried[0].path} has {tried[0].files.fps:g} frames per second, and {value} was fitted on {judge_of.fps:g}:"
-            " returns count frames, so fit a value on data of this rate"
+            f"{datasets[0].path} has {datasets[0].files.fps:g} frames per second, and {value} was fitted on"
+            f" {judge_of.fps:g}: returns count frames, so fit a value on data of this rate"
         )
     reading = Reading.of(value)
-    n_steps = frames_ahead(n_steps, n_seconds, tried[0].files.fps)
+    n_steps = frames_ahead(n_steps, n_seconds, datasets[0].files.fps)
     shares = positive_shares or {}
     # what is wrong shows before the values are computed
     check_shares(positive_share, shares, judge_of.longest)
-    paths = labels_paths([one.files.root for one in tried], out)
-    for dataset in tried:
+    paths = labels_paths([one.files.root for one in datasets], out)
+    for dataset in datasets:
         dataset.scale(judge_of.longest)
-    values = [judge_of.everywhere(one, reading.options(one.path, tried[0].path, one.collected)) for one in tried]
-    judged, thresholds = judge(tried, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
+    values = [judge_of.everywhere(one, reading.options(one.path, datasets[0].path, one.collected)) for one in datasets]
+    judged, thresholds = judge(datasets, values, judge_of.longest, judge_of.c_fail, n_steps, shares, positive_share)
     about = {
         "value": str(run_of(value.resolve())),
         "sha256": judge_of.sha256,
@@ -75,9 +75,9 @@ def value_label(
     table = table_of("positive frames", ["dataset", "labels"], ["frames", "positive"])
     written = {}
     for one, path in zip(judged, paths, strict=True):
-        one.labels(about).write(path, one.tried.files)
-        written[one.tried.path] = str(path)
-        table.add_row(one.tried.path, str(path), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %")
+        one.labels(about).write(path, one.dataset.files)
+        written[one.dataset.path] = str(path)
+        table.add_row(one.dataset.path, str(path), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %")
     page = (out or Path(next(iter(written.values()))).parent) / "labels.html"
     sections = [histogram_section(judged, thresholds), *film_sections(judge_of, judged, reading)]
     write_page(page, f"Labels of the value {value}", sections)
@@ -100,7 +100,7 @@ def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Sec
     """The advantages of every task that has a threshold."""
     found = {
         task: np.concatenate(
-            [one.advantage[(one.tried.attempts.task == task) & ~one.tried.attempts.intervention] for one in judged]
+            [one.advantage[(one.dataset.attempts.task == task) & ~one.dataset.attempts.intervention] for one in judged]
         )
         for task in thresholds
     }
@@ -111,14 +111,16 @@ def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Sec
 
 def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) -> list[Section]:
     """V over the frames of a success and of a failure, of the first dataset of attempts that has them."""
-    sections, first = [], judged[0].tried
+    sections, first = [], judged[0].dataset
     for ended, heading in ((True, "A success"), (False, "A failure")):
         for one in judged:
-            attempts = one.tried.attempts
-            options = reading.options(one.tried.path, first.path, one.tried.collected, not one.tried.demonstrations)
-            source = value.opened(one.tried, "train", options)
+            attempts = one.dataset.attempts
+            options = reading.options(
+                one.dataset.path, first.path, one.dataset.collected, not one.dataset.demonstrations
+            )
+            source = value.opened(one.dataset, "train", options)
             shown = np.isin(attempts.episode, source.episode) & (attempts.success == ended)
-            if one.tried.demonstrations or not shown.any() or not source.camera_names:
+            if one.dataset.demonstrations or not shown.any() or not source.camera_names:
                 continue
             episode = attempts.episode[int(np.argmax(shown))]
             own, rows = attempts.episode == episode, np.flatnonzero(source.episode == episode)
@@ -126,6 +128,6 @@ def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) 
             images = [next(iter(frame.images.values())) for frame in frames]
             title = f"{frames[0].task}, episode {episode}"
             figure = film(one.value[own], one.positive[own], images, title)
-            sections.append(Section(heading, [one.tried.path], figures=[figure]))
+            sections.append(Section(heading, [one.dataset.path], figures=[figure]))
             break
     return sections

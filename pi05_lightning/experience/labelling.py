@@ -11,14 +11,14 @@ import numpy as np
 
 from pi05_lightning.data.labels import POSITIVE, RETURN, Labels
 from pi05_lightning.data.returns import bootstrapped, threshold
-from pi05_lightning.experience.value import Tried
+from pi05_lightning.experience.value import AttemptDataset
 
 
 @dataclass(frozen=True)
 class Judged:
     """A dataset's frames: scaled returns, values and advantages f64[N]; whether they are positive, bool[N]."""
 
-    tried: Tried
+    dataset: AttemptDataset
     returns: np.ndarray
     value: np.ndarray
     advantage: np.ndarray
@@ -28,7 +28,7 @@ class Judged:
         """As they are kept."""
         numbers = {RETURN: self.returns, "value": self.value, "advantage": self.advantage}
         columns = {name: column.astype(np.float32) for name, column in numbers.items()} | {POSITIVE: self.positive}
-        return Labels(self.tried.attempts.episode, self.tried.attempts.frame, columns, about)
+        return Labels(self.dataset.attempts.episode, self.dataset.attempts.frame, columns, about)
 
 
 def check_shares(share: float, shares: Mapping[str, float], tasks: Collection[str] | None = None) -> None:
@@ -41,7 +41,7 @@ def check_shares(share: float, shares: Mapping[str, float], tasks: Collection[st
 
 
 def judge(
-    tried: Sequence[Tried],
+    datasets: Sequence[AttemptDataset],
     values: Sequence[np.ndarray],
     longest: dict[str, int],
     c_fail: float | None,
@@ -59,7 +59,7 @@ def judge(
     """
     check_shares(share, shares, longest)
     found = []
-    for one, value in zip(tried, values, strict=True):
+    for one, value in zip(datasets, values, strict=True):
         returns = one.returns(longest, c_fail)
         target = returns
         if steps is not None:

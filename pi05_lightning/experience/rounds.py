@@ -38,7 +38,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Tries:
+class AttemptSummary:
     """A dataset of attempts, and what there is in it to learn from.
 
     labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
@@ -54,7 +54,7 @@ class Tries:
     collected: bool = True
 
     @classmethod
-    def read(cls, path: str, labels: Path | None = None) -> Tries:
+    def read(cls, path: str, labels: Path | None = None) -> AttemptSummary:
         """ValueError where a dataset does not say how an attempt ended, and for labels that do not fit it."""
         files = LeRobotFiles.open(find_dataset(path))
         attempts, signs = Attempts.read(files), get_args(Sign)
@@ -71,7 +71,7 @@ def configuration(
     policy: Path,
     reading: Reading,
     demonstrations: Sequence[str],
-    attempts: Sequence[Tries],
+    attempts: Sequence[AttemptSummary],
     training: Training,
     robot: str | None = None,
 ) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def drawn(
     method: Method,
     reading: Reading,
     demonstrations: Sequence[str],
-    attempts: Sequence[Tries],
+    attempts: Sequence[AttemptSummary],
     demonstrations_share: float,
     robot: str | None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
@@ -142,7 +142,7 @@ def drawn(
         chosen = reading.frames_of(path)
         sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told, **chosen)
     shown, same = demonstrations[names.index(actor)], sources[actor]["init_args"]["same_robot_as"] or actor
-    own = {} if method == "demonstrations" else {n: taken(method, tries) for n, tries in enumerate(attempts)}
+    own = {} if method == "demonstrations" else {n: taken(method, summary) for n, summary in enumerate(attempts)}
     having = {number: found for number, found in own.items() if found}
     if own and not having:
         raise ValueError(
@@ -153,8 +153,8 @@ def drawn(
         for kind, (share, options) in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
-            tried, name = attempts[number], free(f"{kind}_{number}", {*sources, *reading.others})
-            sources[name] = reading.source(tried.path, shown, tried.collected, attempts=True, **options)
+            summary, name = attempts[number], free(f"{kind}_{number}", {*sources, *reading.others})
+            sources[name] = reading.source(summary.path, shown, summary.collected, attempts=True, **options)
             shares[name] = (1 - demonstrations_share) / len(having) * share
     rest = rehearsed(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())
@@ -179,7 +179,7 @@ def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, floa
     }
 
 
-def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]]]:
+def taken(method: Method, summary: AttemptSummary) -> dict[str, tuple[float, dict[str, Any]]]:
     """What a method takes of a dataset of attempts, by the sources' names: share of its draws, and options.
 
     Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many
@@ -190,15 +190,15 @@ def taken(method: Method, tries: Tries) -> dict[str, tuple[float, dict[str, Any]
     corrections = {"frames": "corrections"}
     match method:
         case "recap":
-            told = {"labels": str(tries.labels)}
-            rest = 0.5 if tries.corrected else 1.0
-            signs = {sign: (rest / len(tries.signs), told | {"frames": sign}) for sign in tries.signs}
-            return signs | ({"corrections": (0.5, told | corrections)} if tries.corrected else {})
+            told = {"labels": str(summary.labels)}
+            rest = 0.5 if summary.corrected else 1.0
+            signs = {sign: (rest / len(summary.signs), told | {"frames": sign}) for sign in summary.signs}
+            return signs | ({"corrections": (0.5, told | corrections)} if summary.corrected else {})
         case "dagger":
-            return {"corrections": (1.0, corrections)} if tries.corrected else {}
+            return {"corrections": (1.0, corrections)} if summary.corrected else {}
         case _:
-            any_may = tries.successes is None or len(tries.successes)
-            return {"successes": (1.0, {"episodes": tries.successes})} if any_may else {}
+            any_may = summary.successes is None or len(summary.successes)
+            return {"successes": (1.0, {"episodes": summary.successes})} if any_may else {}
 
 
 _NOTHING: dict[Method, str] = {

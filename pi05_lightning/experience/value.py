@@ -34,8 +34,8 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A dataset of attempts.  demonstrations: all of it succeeded."""
+class AttemptDataset:
+    """A dataset that a value is fitted on or asked about.  demonstrations: all of it succeeded."""
 
     path: str
     demonstrations: bool = False
@@ -74,25 +74,25 @@ class Tried:
         return np.array([longest[task] for task in self.attempts.task])
 
 
-def datasets(rollouts: Sequence[str], demonstrations: Sequence[str]) -> list[Tried]:
+def datasets_of(rollouts: Sequence[str], demonstrations: Sequence[str]) -> list[AttemptDataset]:
     """Raises ValueError where none is named, one is named twice, or they differ in frames per second."""
-    found = [*(Tried(path, demonstrations=True) for path in demonstrations), *map(Tried, rollouts)]
+    found = [*(AttemptDataset(path, demonstrations=True) for path in demonstrations), *map(AttemptDataset, rollouts)]
     if not rollouts:
         raise ValueError("rollouts: name at least one dataset of attempts, as `pi05 collect --policy` makes them")
-    if twice := {tried.path for tried in found if [t.path for t in found].count(tried.path) > 1}:
+    if twice := {dataset.path for dataset in found if [d.path for d in found].count(dataset.path) > 1}:
         raise ValueError(f"{min(twice)} is named more than once: name each dataset once")
-    rates = {tried.files.fps: tried.path for tried in found}
+    rates = {dataset.files.fps: dataset.path for dataset in found}
     if len(rates) > 1:
         told = ", ".join(f"{path} has {fps:g} frames per second" for fps, path in rates.items())
         raise ValueError(f"{told}: returns count frames, so give datasets of one rate to a value")
     return found
 
 
-def longest_of(tried: Sequence[Tried]) -> dict[str, int]:
+def longest_of(datasets: Sequence[AttemptDataset]) -> dict[str, int]:
     """task -> frames of its longest episode in all the datasets."""
     found: dict[str, int] = {}
-    for one in tried:
-        for task, length in one.attempts.longest.items():
+    for dataset in datasets:
+        for task, length in dataset.attempts.longest.items():
             found[task] = max(length, found.get(task, 0))
     return found
 
@@ -152,27 +152,27 @@ class ValueFunction:
             found.append(head.value(batch, self.model.backbone(batch)).cpu())
         return torch.cat(found).numpy() if found else np.zeros(0, np.float32)
 
-    def opened(self, tried: Tried, split: Split, options: dict[str, Any]) -> LeRobotSource:
+    def opened(self, dataset: AttemptDataset, split: Split, options: dict[str, Any]) -> LeRobotSource:
         """A part of a dataset, as a source that this can be asked about."""
-        config = LeRobotConfig(**{**options, "path": tried.path})
-        source = config.open(tried.path, split, self.processor.shapes)
+        config = LeRobotConfig(**{**options, "path": dataset.path})
+        source = config.open(dataset.path, split, self.processor.shapes)
         if len(source):
             source.prepare()  # nothing may have been trained on it yet
         return source
 
-    def everywhere(self, tried: Tried, options: dict[str, Any]) -> np.ndarray:
+    def everywhere(self, dataset: AttemptDataset, options: dict[str, Any]) -> np.ndarray:
         """V of every frame of a dataset, f64[N] in the order of its `Attempts`.
 
         Raises ValueError for a frame that cannot be read.
         """
-        attempts = tried.attempts
-        opened = [self.opened(tried, split, options | {"episodes": None}) for split in ("train", "val", "test")]
-        rows = [tried.rows(source) if len(source) else np.zeros(0, np.int64) for source in opened]
+        attempts = dataset.attempts
+        opened = [self.opened(dataset, split, options | {"episodes": None}) for split in ("train", "val", "test")]
+        rows = [dataset.rows(source) if len(source) else np.zeros(0, np.int64) for source in opened]
         if len(missing := np.setdiff1d(np.arange(len(attempts.episode)), np.concatenate(rows))):
             where = f"episode {attempts.episode[missing[0]]}, frame {attempts.frame[missing[0]]}"
             raise ValueError(
-                f"{tried.path}, {where}: it is left out as bad, or is in no split, and every frame needs a value: mend"
-                " the frame, name its episode in the `splits` of meta/info.json, or delete it (LeRobot's"
+                f"{dataset.path}, {where}: it is left out as bad, or is in no split, and every frame needs a value:"
+                " mend the frame, name its episode in the `splits` of meta/info.json, or delete it (LeRobot's"
                 " lerobot-edit-dataset with --operation.type delete_episodes; into what it writes copy"
                 " meta/pi05_collect.json, where there is one)"
             )

@@ -11,7 +11,7 @@ import pytest
 from pi05_lightning.cli import value_fit
 from pi05_lightning.data.processor import Language
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
-from pi05_lightning.experience.rounds import METHODS, Method, Tries, configuration
+from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, configuration
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
@@ -20,7 +20,7 @@ from tests.experience.attempts import SUCCESSES, TRAINING
 
 def test_frames_of_either_sign_are_drawn_as_often_and_corrections_as_both() -> None:
     signs = dict.fromkeys(["positive", "negative"], 0.075)
-    first, alone = Tries("tries", Path("labels")), Tries("more", Path("more_labels"), corrected=False)
+    first, alone = AttemptSummary("tries", Path("labels")), AttemptSummary("more", Path("more_labels"), corrected=False)
     assert shares("recap", [first]) == pytest.approx(
         {"demonstrations_0": 0.4, "positive_0": 0.15, "negative_0": 0.15, "corrections_0": 0.3}
     )
@@ -35,18 +35,18 @@ def test_frames_of_either_sign_are_drawn_as_often_and_corrections_as_both() -> N
 
 
 def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_none_has_them() -> None:
-    good, bad = Tries("good"), Tries("bad", corrected=False, successes=[])
+    good, bad = AttemptSummary("good"), AttemptSummary("bad", corrected=False, successes=[])
     assert shares("dagger", [bad, good]) == pytest.approx({"demonstrations_0": 0.4, "corrections_1": 0.6})
     assert shares("successes", [good, bad]) == pytest.approx({"demonstrations_0": 0.4, "successes_0": 0.6})
     with pytest.raises(ValueError, match="dagger has nothing to learn from: the expert never took over in bad"):
         shares("dagger", [bad])
-    only_negative = Tries("failed", Path("labels"), ("negative",), corrected=False)
+    only_negative = AttemptSummary("failed", Path("labels"), ("negative",), corrected=False)
     assert shares("recap", [only_negative]) == pytest.approx({"demonstrations_0": 0.4, "negative_0": 0.6})
     with pytest.raises(ValueError, match="successes has nothing to learn from: no attempt succeeded without"):
         shares("successes", [bad, bad])
 
 
-def shares(method: Method, tries: Sequence[Tries]) -> dict[str, float]:
+def shares(method: Method, tries: Sequence[AttemptSummary]) -> dict[str, float]:
     """Of the draws, by the sources' names."""
     (stage,) = configuration(method, Path("policy"), Reading(), ["demos"], tries, TRAINING)["stages"]["then"]
     return {name.partition("/")[0]: share for name, share in stage["mixture"].items()}
@@ -65,7 +65,7 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
         tmp_path,
         reading,
         ["runs/demo/data/../data/robot"],
-        [Tries("tries", tmp_path / "labels", corrected=False)],
+        [AttemptSummary("tries", tmp_path / "labels", corrected=False)],
         TRAINING,
     )
     (made,) = found["stages"]["then"]
@@ -97,7 +97,12 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
     }
     demonstrations = [str(tmp_path / "other"), str(tmp_path / "arm"), str(tmp_path / "new")]
     found = configuration(
-        "successes", tmp_path, Reading(sources=sources), demonstrations, [Tries("tries", successes=SUCCESSES)], TRAINING
+        "successes",
+        tmp_path,
+        Reading(sources=sources),
+        demonstrations,
+        [AttemptSummary("tries", successes=SUCCESSES)],
+        TRAINING,
     )
     read_as = {name: source["init_args"] for name, source in found["data"]["sources"].items()}
     assert "cameras" not in read_as["successes_0"]  # what collects them names them as the policy does
@@ -118,7 +123,11 @@ def test_attempts_are_read_with_all_episodes_whichever_the_policy_was_trained_on
         name: {"class_path": CLASS_PATH, "init_args": {"path": path, "episodes": "success"}}
         for name, path in paths.items()
     }
-    reading, demonstrations, tries = Reading(sources=read), [paths["arm"]], [Tries(paths["successes_0"], Path("signs"))]
+    reading, demonstrations, tries = (
+        Reading(sources=read),
+        [paths["arm"]],
+        [AttemptSummary(paths["successes_0"], Path("signs"))],
+    )
     sources = configuration("recap", tmp_path, reading, demonstrations, tries, TRAINING)["data"]["sources"]
     episodes = {name: source["init_args"].get("episodes") for name, source in sources.items()}
     assert episodes == {"arm": "success", "positive_0": None, "negative_0": None, "corrections_0": None}
@@ -131,7 +140,7 @@ def test_demonstrations_of_corrections_alone_stay_so(tmp_path: Path) -> None:
     path, read = str(tmp_path / "corrected"), {"frames": "corrections"}
     reading = Reading(sources={"expert": {"class_path": CLASS_PATH, "init_args": {"path": path} | read}})
     for method in METHODS:
-        tries = Tries("tries", Path("signs"))
+        tries = AttemptSummary("tries", Path("signs"))
         sources = configuration(method, tmp_path, reading, [path], [tries], TRAINING)["data"]["sources"]
         assert sources["expert"]["init_args"]["frames"] == "corrections"
     read["frames"] = "negative"
@@ -148,7 +157,10 @@ def test_no_dataset_takes_the_name_of_another(tmp_path: Path) -> None:
     reading = Reading(stage=stage, sources={"successes_1": words})
     reading.sources.update({n: {"class_path": CLASS_PATH, "init_args": {"path": p}} for n, p in read.items()})
     new = str(tmp_path / "new")
-    demonstrations, tries = [new, read["demonstrations_0"], read["successes_0"]], [Tries("tries"), Tries("more")]
+    demonstrations, tries = (
+        [new, read["demonstrations_0"], read["successes_0"]],
+        [AttemptSummary("tries"), AttemptSummary("more")],
+    )
     found = configuration("successes", tmp_path, reading, demonstrations, tries, TRAINING)
     sources = found["data"]["sources"]
     assert sources.pop("successes_1") == words
@@ -171,13 +183,15 @@ def test_robot_of_the_attempts_is_the_one_that_is_named(tmp_path: Path) -> None:
     }
     reading, demonstrations = Reading(sources=sources), [str(tmp_path / name) for name in sources]
     for robot, same in ((None, "arm"), ("more", "arm"), ("hand", "hand")):
-        found = configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, robot)
+        found = configuration(
+            "successes", tmp_path, reading, demonstrations, [AttemptSummary("tries")], TRAINING, robot
+        )
         robots = {name: s["init_args"]["same_robot_as"] for name, s in found["data"]["sources"].items()}
         assert robots == {"arm": None, "more": "arm", "hand": None, "successes_0": same}
     with pytest.raises(ValueError, match="the robot of 'arm'"):
-        configuration("successes", tmp_path, reading, demonstrations[1:], [Tries("tries")], TRAINING)
+        configuration("successes", tmp_path, reading, demonstrations[1:], [AttemptSummary("tries")], TRAINING)
     with pytest.raises(ValueError, match="robot 'leg'"):
-        configuration("successes", tmp_path, reading, demonstrations, [Tries("tries")], TRAINING, "leg")
+        configuration("successes", tmp_path, reading, demonstrations, [AttemptSummary("tries")], TRAINING, "leg")
 
 
 def test_value_takes_the_policys_precision_and_one_device(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
 from pi05_lightning.experience.labelling import judge, labels_path, labels_paths
-from pi05_lightning.experience.rounds import Tries
-from pi05_lightning.experience.value import Tried, datasets, longest_of
+from pi05_lightning.experience.rounds import AttemptSummary
+from pi05_lightning.experience.value import AttemptDataset, datasets_of, longest_of
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from tests.experience.attempts import LENGTHS, recorded_attempts
@@ -28,33 +28,33 @@ LONGEST = {"close the drawer": 15, "open the drawer": 9}
 
 
 @pytest.fixture
-def tried(pictures: Path, tmp_path: Path) -> Tried:
-    return Tried(str(recorded_attempts(pictures, tmp_path / "tries")))
+def dataset(pictures: Path, tmp_path: Path) -> AttemptDataset:
+    return AttemptDataset(str(recorded_attempts(pictures, tmp_path / "tries")))
 
 
-def test_longest_episode_is_that_of_all_datasets(tried: Tried, pictures: Path) -> None:
-    assert longest_of([tried]) == LONGEST
+def test_longest_episode_is_that_of_all_datasets(dataset: AttemptDataset, pictures: Path) -> None:
+    assert longest_of([dataset]) == LONGEST
 
 
-def rewrite(tried: Tried, name: str, values: pa.Array) -> Tried:
+def rewrite(dataset: AttemptDataset, name: str, values: pa.Array) -> AttemptDataset:
     """The dataset with other values in a column."""
-    (path,) = Path(tried.path, "data").glob("*/*.parquet")
+    (path,) = Path(dataset.path, "data").glob("*/*.parquet")
     table = pq.read_table(path)
     pq.write_table(table.set_column(table.column_names.index(name), name, values), path)
-    return Tried(tried.path)
+    return AttemptDataset(dataset.path)
 
 
-def test_episode_that_goes_over_to_another_task_counts_for_both(tried: Tried) -> None:
+def test_episode_that_goes_over_to_another_task_counts_for_both(dataset: AttemptDataset) -> None:
     tasks = np.repeat([0, 0, 0, 0, 0], LENGTHS)
     tasks[30:] = 1  # within the third episode, the longest one
-    assert set(rewrite(tried, "task_index", pa.array(tasks)).attempts.longest.values()) == {15}
+    assert set(rewrite(dataset, "task_index", pa.array(tasks)).attempts.longest.values()) == {15}
 
 
-def test_missing_intervention_is_no_intervention_of_the_policy(tried: Tried) -> None:
-    corrected = tried.attempts.intervention.tolist()
+def test_missing_intervention_is_no_intervention_of_the_policy(dataset: AttemptDataset) -> None:
+    corrected = dataset.attempts.intervention.tolist()
     corrected[13] = None
     with pytest.raises(ValueError, match="intervention does not say whether anybody corrected episode 1, frame 1"):
-        _ = rewrite(tried, "intervention", pa.array(corrected, pa.bool_())).attempts
+        _ = rewrite(dataset, "intervention", pa.array(corrected, pa.bool_())).attempts
 
 
 def test_failure_costs_something(tmp_path: Path) -> None:
@@ -62,28 +62,36 @@ def test_failure_costs_something(tmp_path: Path) -> None:
         value_fit(tmp_path / "value", policy=tmp_path, c_fail=-5)
 
 
-def test_attempts_say_whether_there_are_corrections_and_successes_without(tried: Tried, pictures: Path) -> None:
-    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, successes=[0, 3, 4], collected=False)
-    labels = Path(tried.path, "labels.parquet")
-    attempts = tried.attempts
+def test_attempts_say_whether_there_are_corrections_and_successes_without(
+    dataset: AttemptDataset, pictures: Path
+) -> None:
+    assert AttemptSummary.read(dataset.path) == AttemptSummary(
+        dataset.path, corrected=True, successes=[0, 3, 4], collected=False
+    )
+    labels = Path(dataset.path, "labels.parquet")
+    attempts = dataset.attempts
     signs = {"positive": np.zeros(len(attempts.episode), dtype=bool)}
-    Labels(attempts.episode, attempts.frame, signs, {}).write(labels, tried.files)
-    assert Tries.read(tried.path, labels).signs == ("negative",)
-    of_all = pq.read_table(path := next(Path(tried.path, "data").glob("*/*.parquet")))
+    Labels(attempts.episode, attempts.frame, signs, {}).write(labels, dataset.files)
+    assert AttemptSummary.read(dataset.path, labels).signs == ("negative",)
+    of_all = pq.read_table(path := next(Path(dataset.path, "data").glob("*/*.parquet")))
     never = pa.array([False] * len(of_all), pa.bool_())
     place = of_all.column_names.index("next.success")
     pq.write_table(of_all.set_column(place, "next.success", never), path)
-    assert Tries.read(tried.path) == Tries(tried.path, corrected=True, successes=[], collected=False)
+    assert AttemptSummary.read(dataset.path) == AttemptSummary(
+        dataset.path, corrected=True, successes=[], collected=False
+    )
     place = of_all.column_names.index("intervention")
     pq.write_table(of_all.set_column(place, "intervention", never), path)
-    assert Tries.read(tried.path) == Tries(tried.path, corrected=False, successes=[0, 1, 3, 4], collected=False)
+    assert AttemptSummary.read(dataset.path) == AttemptSummary(
+        dataset.path, corrected=False, successes=[0, 1, 3, 4], collected=False
+    )
 
 
-def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(tried: Tried) -> None:
+def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(dataset: AttemptDataset) -> None:
     rng = np.random.default_rng(0)
     value = -rng.uniform(size=sum(LENGTHS))
-    (judged,), thresholds = judge([tried], [value], LONGEST, None, None, {"open the drawer": 0.5}, 0.25)
-    attempts = tried.attempts
+    (judged,), thresholds = judge([dataset], [value], LONGEST, None, None, {"open the drawer": 0.5}, 0.25)
+    attempts = dataset.attempts
     assert judged.positive[attempts.intervention].all()
     for task, share in (("close the drawer", 0.25), ("open the drawer", 0.5)):
         own = (attempts.task == task) & ~attempts.intervention
@@ -93,30 +101,30 @@ def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(tri
     assert (judged.returns[attempts.episode == 2] == -1).all()
 
 
-def test_later_rounds_take_the_value_after_n_steps(tried: Tried) -> None:
+def test_later_rounds_take_the_value_after_n_steps(dataset: AttemptDataset) -> None:
     value = np.linspace(-0.6, -0.1, sum(LENGTHS))
-    (judged,), _ = judge([tried], [value], LONGEST, None, 4, {}, 0.3)
+    (judged,), _ = judge([dataset], [value], LONGEST, None, 4, {}, 0.3)
     assert judged.advantage[0] == pytest.approx(value[4] - 4 / 15 - value[0])
     assert judged.advantage[11] == pytest.approx(0 - value[11])
 
 
-def test_value_that_learned_nothing_is_refused(tried: Tried) -> None:
-    returns = tried.returns(LONGEST, None)
+def test_value_that_learned_nothing_is_refused(dataset: AttemptDataset) -> None:
+    returns = dataset.returns(LONGEST, None)
     with pytest.raises(ValueError, match="task 'close the drawer': all of its 38 advantages are 0"):
-        judge([tried], [returns], LONGEST, None, None, {}, 0.3)
+        judge([dataset], [returns], LONGEST, None, None, {}, 0.3)
 
 
 @pytest.mark.parametrize(
     ("shares", "share"), [({}, 0.0), ({}, 1.5), ({"fly": 0.3}, 0.3), ({"open the drawer": 1.0}, 0.3)]
 )
-def test_shares_that_are_none_are_refused(tried: Tried, shares: dict[str, float], share: float) -> None:
+def test_shares_that_are_none_are_refused(dataset: AttemptDataset, shares: dict[str, float], share: float) -> None:
     with pytest.raises(ValueError, match="share"):
-        judge([tried], [np.zeros(sum(LENGTHS))], LONGEST, None, None, shares, share)
+        judge([dataset], [np.zeros(sum(LENGTHS))], LONGEST, None, None, shares, share)
 
 
-def test_labels_go_beside_the_dataset_or_into_a_folder(tried: Tried, tmp_path: Path) -> None:
-    assert labels_path(tried.files.root, None) == tmp_path / "tries.labels.parquet"
-    assert labels_path(tried.files.root, Path("out")) == Path("out", f"{tmp_path.name}-tries.labels.parquet")
+def test_labels_go_beside_the_dataset_or_into_a_folder(dataset: AttemptDataset, tmp_path: Path) -> None:
+    assert labels_path(dataset.files.root, None) == tmp_path / "tries.labels.parquet"
+    assert labels_path(dataset.files.root, Path("out")) == Path("out", f"{tmp_path.name}-tries.labels.parquet")
 
 
 def test_labels_of_two_datasets_need_two_names() -> None:
@@ -127,36 +135,36 @@ def test_labels_of_two_datasets_need_two_names() -> None:
 
 def test_datasets_are_named_once_and_not_none() -> None:
     with pytest.raises(ValueError, match="name at least one"):
-        datasets([], ["a"])
+        datasets_of([], ["a"])
     with pytest.raises(ValueError, match="a is named more than once"):
-        datasets(["a"], ["a"])
+        datasets_of(["a"], ["a"])
 
 
-def test_datasets_of_different_rates_are_refused(tried: Tried, tmp_path: Path) -> None:
-    slow = shutil.copytree(tried.path, tmp_path / "slow")
+def test_datasets_of_different_rates_are_refused(dataset: AttemptDataset, tmp_path: Path) -> None:
+    slow = shutil.copytree(dataset.path, tmp_path / "slow")
     info = read_json(slow / "meta" / "info.json")
     write_json(slow / "meta" / "info.json", info | {"fps": info["fps"] / 2})
     with pytest.raises(ValueError, match=f"slow has {info['fps'] / 2:g} frames per second"):
-        datasets([tried.path, str(slow)], [])
+        datasets_of([dataset.path, str(slow)], [])
 
 
-def test_corrections_alone_have_no_threshold_and_no_plot_of_one(tried: Tried) -> None:
+def test_corrections_alone_have_no_threshold_and_no_plot_of_one(dataset: AttemptDataset) -> None:
     zeros = np.zeros(sum(LENGTHS))
-    corrected = replace(tried.attempts, intervention=zeros == 0)
-    (judged,), thresholds = judge([replaced(tried, corrected)], [zeros - 0.5], LONGEST, None, None, {}, 0.3)
+    corrected = replace(dataset.attempts, intervention=zeros == 0)
+    (judged,), thresholds = judge([replaced(dataset, corrected)], [zeros - 0.5], LONGEST, None, None, {}, 0.3)
     assert judged.positive.all()
     assert thresholds == {}
     assert histogram_section([judged], thresholds).figures == []
 
 
-def replaced(tried: Tried, attempts: Attempts) -> Tried:
-    other = Tried(tried.path)
+def replaced(dataset: AttemptDataset, attempts: Attempts) -> AttemptDataset:
+    other = AttemptDataset(dataset.path)
     other.__dict__["attempts"] = attempts
     return other
 
 
-def test_an_attempt_with_words_of_its_own_can_be_held_out(tried: Tried) -> None:
-    root = Path(tried.path)
+def test_an_attempt_with_words_of_its_own_can_be_held_out(dataset: AttemptDataset) -> None:
+    root = Path(dataset.path)
     (path,) = (root / "data").glob("*/*.parquet")
     table, words = pq.read_table(path), [f"word {number}" for number in range(len(LENGTHS))]
     subtasks = pa.table({"subtask": words, "subtask_index": range(len(words))})

@@ -23,7 +23,7 @@ from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
-from pi05_lightning.experience.rounds import METHODS, Method, Tries, configuration
+from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from tests.experience.attempts import LENGTHS, SUCCESSES, TRAINING, recorded_attempts
@@ -52,7 +52,7 @@ def plan(tmp_path: Path) -> Rounds:
 @pytest.fixture(autouse=True)
 def all_kinds_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts are planned here, not made: as if there were corrected ones and others that succeeded."""
-    monkeypatch.setattr(Tries, "read", partial(Tries, successes=SUCCESSES))
+    monkeypatch.setattr(AttemptSummary, "read", partial(AttemptSummary, successes=SUCCESSES))
 
 
 def written(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
@@ -192,7 +192,7 @@ def test_attempts_that_no_command_of_ours_made_are_read_as_the_policys_demonstra
     read = {"path": str(tmp_path / "arm"), "cameras": {"observation.front": "base"}, "state_keys": ["qpos"]}
     reading = Reading(sources={"arm": {"class_path": CLASS_PATH, "init_args": read}})
     for collected in (False, True):
-        tries = [Tries("tries", collected=collected)]
+        tries = [AttemptSummary("tries", collected=collected)]
         found = configuration("successes", tmp_path, reading, [read["path"]], tries, TRAINING)
         options = found["data"]["sources"]["successes_0"]["init_args"]
         assert ("cameras" in options, "state_keys" in options) == (not collected, not collected)
@@ -218,7 +218,7 @@ def test_recordings_that_no_command_of_ours_made_can_be_learned_from(
     corrected = np.isin(attempts.episode, attempts.episode[attempts.intervention])
     positive = np.where(corrected, attempts.intervention, attempts.success)
     Labels(attempts.episode, attempts.frame, {POSITIVE: positive}, {}).write(labels, files)
-    tries = Tries.read(str(root), labels if method == "recap" else None)
+    tries = AttemptSummary.read(str(root), labels if method == "recap" else None)
     found = configuration(method, tmp_path, Reading(), [str(pictures)], [tries], TRAINING)
     options = found["data"]["sources"][source]["init_args"]
     opened = LeRobotConfig(**options).open(source, "train", ModelConfig.preset("debug").shapes)

@@ -17,7 +17,7 @@ from pi05_lightning.cli.value_label import frames_ahead, value_label
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
-from pi05_lightning.experience.value import Tried, ValueFunction
+from pi05_lightning.experience.value import AttemptDataset, ValueFunction
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.module.pi05_module import DEFAULT_LR
 from tests.experience.attempts import LENGTHS, recorded_attempts
@@ -109,12 +109,12 @@ def test_options_that_no_step_was_made_with_may_be_mended(
 
 
 def test_value_of_a_frame_is_the_same_whatever_is_asked_beside_it(value: Path, attempts: Path) -> None:
-    fitted, tried = ValueFunction(value), Tried(str(attempts))
-    options = Reading.of(value).options(tried.path, tried.path)
-    everywhere = fitted.everywhere(tried, options)
+    fitted, dataset = ValueFunction(value), AttemptDataset(str(attempts))
+    options = Reading.of(value).options(dataset.path, dataset.path)
+    everywhere = fitted.everywhere(dataset, options)
     assert everywhere.shape == (sum(LENGTHS),)
     assert ((everywhere >= -1) & (everywhere <= 0)).all()
-    alone = LeRobotConfig(**options | {"path": tried.path, "episodes": "length == 7"})
+    alone = LeRobotConfig(**options | {"path": dataset.path, "episodes": "length == 7"})
     source = alone.open("alone", "train", fitted.processor.shapes)
     source.prepare()
     begin = sum(LENGTHS[:3])
@@ -126,11 +126,11 @@ def test_datasets_are_labelled_together_by_one_threshold_a_task(
 ) -> None:
     written = value_label(value, (str(attempts),), (str(demonstrations),), positive_share=0.4, out=tmp_path / "labels")
     assert list(written) == [str(demonstrations), str(attempts)]
-    tried = [Tried(str(demonstrations), demonstrations=True), Tried(str(attempts))]
-    found = [Labels.read(Path(written[one.path]), one.files) for one in tried]
+    datasets = [AttemptDataset(str(demonstrations), demonstrations=True), AttemptDataset(str(attempts))]
+    found = [Labels.read(Path(written[one.path]), one.files) for one in datasets]
     columns = {name: np.concatenate([labels.columns[name] for labels in found]) for name in found[0].columns}
     tasks, corrected = (
-        np.concatenate([getattr(one.attempts, name) for one in tried]) for name in ("task", "intervention")
+        np.concatenate([getattr(one.attempts, name) for one in datasets]) for name in ("task", "intervention")
     )
     np.testing.assert_allclose(columns["advantage"], columns["return"] - columns["value"], atol=1e-6)
     thresholds = found[0].about["thresholds"]
