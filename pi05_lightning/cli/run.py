@@ -54,7 +54,7 @@ from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.forecast import MemoryForecast
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps
 from pi05_lightning.training.callbacks.mixture import MixtureLog
-from pi05_lightning.training.callbacks.predictions import PredictionsFile, measured_weights
+from pi05_lightning.training.callbacks.predictions import PredictionsFile, measured_hash, measured_weights
 from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.restart import Restart
@@ -354,7 +354,7 @@ def run(command: str, args: list[str]) -> None:
     cli.model.will_be_restored = cli.config.ckpt_path is not None
     if command != "fit" and cli.model.will_be_restored and cli.trainer.is_global_zero:
         # it takes memory, of which the model has none yet
-        cli.model.restored_hash = locate(cli.config.ckpt_path).content_hash()
+        cli.model.restored_hash = measured_hash(cli.trainer, cli.config.ckpt_path)
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     target, stack = Path(cli.config.run), ExitStack()

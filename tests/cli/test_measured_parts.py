@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning.cli.main import main
@@ -35,6 +36,13 @@ def parts(captions: Path, tmp_path: Path) -> Path:
     return tmp_path / "parts"
 
 
+class Forgetful(Callback):
+    """Takes the hash away that was taken before, as for a trainer of a user's own."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pl_module.restored_hash = None
+
+
 def measure(command: str, run: Path, data: Path) -> None:
     main([command, str(run), "--data.sources.web.init_args.path", str(data)])
 
@@ -53,6 +61,16 @@ def test_each_command_measures_its_own_part(run: Path, parts: Path, capsys: pyte
     events = EventAccumulator(str(run)).Reload()
     assert events.Scalars("val/web/web_caption/samples")[-1].step == STEPS  # the checkpoint's
     assert [event.step for event in events.Scalars("test/web/web_caption/samples")] == [STEPS]
+
+
+def test_hash_is_of_the_weights_that_were_measured_though_there_is_an_average(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    main(["fit", "-c", str(config), "--run", str(run), "--ema.decay", "0.9", "--trainer.max_steps", "1"])
+    for options in ([], ["--trainer.callbacks", f"[{{class_path: {__name__}.Forgetful}}]"]):
+        main(["validate", str(run), "--ema.validate", "false", *options])
+        found = json.loads((run / "measured.json").read_text())["sha256"]
+        assert found == locate(run, averaged=False).content_hash()
+        assert found != locate(run).content_hash()
 
 
 def test_data_without_a_test_part_is_refused(run: Path) -> None:

@@ -26,7 +26,7 @@ from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.finite import NotFinite
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.ranks import by_first_rank
-from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.ema import validates_average
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
@@ -106,7 +106,7 @@ class RunCheckpoint(ModelCheckpoint):
         checkpoint_io = trainer.strategy.checkpoint_io
         if isinstance(checkpoint_io, AtomicCheckpointIO) and isinstance(pl_module, Pi05Module):
             checkpoint_io.evaluated = None if stage == "fit" else pl_module.model
-            checkpoint_io.averaged = any(average.validate for average in callbacks_of(trainer, WeightAverage))
+            checkpoint_io.averaged = validates_average(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded_step = checkpoint["global_step"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, AVERAGED
 
@@ -115,3 +116,8 @@ class WeightAverage(Callback):
             rank_zero_info(
                 "ema.decay is null, and the checkpoint's average is used: ema.validate false uses its weights"
             )
+
+
+def validates_average(trainer: Trainer) -> bool:
+    """Whether validation, test and prediction use a checkpoint's average where it has one."""
+    return any(average.validate for average in callbacks_of(trainer, WeightAverage))

@@ -17,6 +17,7 @@ from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.samples import Observed
 from pi05_lightning.files.local import write_json
 from pi05_lightning.module import Pi05Module, Predicted
+from pi05_lightning.training.callbacks.ema import validates_average
 from pi05_lightning.weights.locate import locate
 
 FOLDER = "predictions"
@@ -135,6 +136,11 @@ def measured_weights(trainer: Trainer, module: Pi05Module) -> dict[str, Any]:
     path, found = trainer.ckpt_path, module.restored_hash
     return {
         "checkpoint": str(path) if path else None,
-        "sha256": locate(path).content_hash() if path and found is None else found,
+        "sha256": measured_hash(trainer, path) if path and found is None else found,
         "step": module.measured_step,
     }
+
+
+def measured_hash(trainer: Trainer, path: str | Path) -> str:
+    """`Weights.content_hash` of what a checkpoint is validated and predicted with: its average, if that is used."""
+    return locate(path, averaged=validates_average(trainer)).content_hash()
