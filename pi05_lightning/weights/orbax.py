@@ -21,6 +21,8 @@ PARAMS, TRAIN_STATE = "params", "train_state"
 WRITTEN = ("_METADATA", "manifest.ocdbt")
 """Files that Orbax writes into each folder, of which a broken download may lack some."""
 LORA_A, LORA_B = "lora_a", "lora_b"
+WRONG_RANK = (RuntimeError, IndexError, TypeError)
+"""What torch raises where a tensor has other axes than it is asked for."""
 
 Rule = tuple[str, Callable[[Tensor], Tensor]]
 """Our name, with # for a layer's number, and what makes our tensor of theirs (of one layer)."""
@@ -132,34 +134,53 @@ def merged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if missing := [name for names in wanted.values() for name in names if name not in tensors]:
         told = "\n  ".join(missing)
         raise ValueError(f"a LoRA is two matrices beside a weight, and of some a part is missing:\n  {told}")
+    odd = []
     for begin, (base, first, second) in wanted.items():
-        a, b = tensors[first].float(), tensors[second].float()
-        if "attn_vec_einsum" in begin:
-            b = b.sum(-3, keepdim=True)
-        whole[base] = (whole[base].float() + a @ b).to(whole[base].dtype)
+        weight, a, b = whole[base], tensors[first].float(), tensors[second].float()
+        try:
+            if "attn_vec_einsum" in begin:
+                b = b.sum(-3, keepdim=True)
+            change = a @ b
+        except WRONG_RANK:
+            change = None
+        if change is not None and weight.ndim == a.ndim == b.ndim and change.shape == weight.shape:
+            whole[base] = (weight.float() + change).to(weight.dtype)
+        else:
+            odd += [f"misshaped: {name} {list(tensors[name].shape)}" for name in (base, first, second)]
+    if odd:
+        told = "\n  ".join(odd)
+        raise ValueError(f"a LoRA is two matrices beside a weight, and of some the shapes do not fit:\n  {told}")
     return whole
 
 
 def ours(tensors: Mapping[str, Tensor], where: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """openpi's parameters under our names, and for each of ours where it came from.
 
-    ValueError that lists all that is missing and all that π0.5 does not have.
+    ValueError that lists all that is missing, all that π0.5 does not have, and all of another number of axes.
     """
     tensors = merged(tensors)
     problems = [f"missing: {name}" for name in RULES if name not in tensors]
     problems += [f"unexpected: {name} {list(tensors[name].shape)}" for name in tensors if name not in RULES]
+    made: dict[str, Tensor] = {}
+    source: dict[str, str] = {}
+    for theirs in RULES.keys() & tensors.keys():
+        try:
+            found = {key: tensor.contiguous() for key, tensor in _made_of(theirs, tensors[theirs])}
+        except WRONG_RANK:
+            problems.append(f"misshaped: {theirs} {list(tensors[theirs].shape)}")
+        else:
+            made, source = made | found, source | dict.fromkeys(found, theirs)
     if problems:
         told = "\n  ".join(problems)
         raise ValueError(f"{where} is no π0.5 of openpi's: {len(problems)} of its parameters do not fit\n  {told}")
-    made: dict[str, Tensor] = {}
-    source: dict[str, str] = {}
-    for theirs, rules in RULES.items():
-        for name, make in rules:
-            layers = enumerate(tensors[theirs]) if "#" in name else [(0, tensors[theirs])]
-            for number, tensor in layers:
-                key = name.replace("#", str(number))
-                made[key], source[key] = make(tensor).contiguous(), theirs
     return made, source
+
+
+def _made_of(theirs: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What is ours of one of their parameters, by name; WRONG_RANK where it has other axes than theirs has."""
+    for name, make in RULES[theirs]:
+        for number, layer in enumerate(tensor) if "#" in name else [(0, tensor)]:
+            yield name.replace("#", str(number)), make(layer)
 
 
 # --- on disk

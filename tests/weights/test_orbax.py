@@ -23,6 +23,7 @@ from pi05_lightning import Pi05Module, Pi05Policy
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.orbax import flat, is_orbax, ours
+from pi05_lightning.weights.safetensors import shapes_of
 
 from .openpi_tree import ACTIONS, EXPERT_WIDTH, HEAD_DIM, HEADS, PATCH, VISION_HEADS, VISION_WIDTH, tree, with_values
 
@@ -99,6 +100,36 @@ def test_siglips_layers_are_openpis() -> None:
     expected = torch.einsum("bijc,ijcd->bd", image, theirs["PaliGemma/img/embedding/kernel"])
     found = torch.nn.functional.conv2d(image.permute(0, 3, 1, 2), own["backbone.vision.patch_embedding.weight"])
     same(found.flatten(1), expected)
+
+
+def on_meta(parameters: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(array).to("meta") for name, array in flat(parameters).items()}
+
+
+@pytest.mark.filterwarnings("ignore:Tensor.mT is deprecated")
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_parameter_of_other_axes_is_named_or_makes_a_tensor_of_another_shape(lora: bool) -> None:
+    theirs = on_meta(tree(lora=lora))
+    expected = shapes_of(ours(theirs, "here")[0])
+    for name, whole in theirs.items():
+        for odd in (whole[None], whole[0], whole.flatten()[0]):
+            try:
+                found = shapes_of(ours(theirs | {name: odd}, "here")[0])
+            except ValueError as error:
+                assert f"misshaped: {name} {list(odd.shape)}" in str(error)  # noqa: PT017 - not all are found here
+            else:
+                assert found != expected or name == "PaliGemma/img/pos_embedding", name  # its axes are merged
+
+
+def test_parameters_of_other_axes_are_listed_with_what_is_missing() -> None:
+    theirs = on_meta(tree())
+    names = ("PaliGemma/img/embedding/kernel", "PaliGemma/llm/layers/attn/q_einsum/w")
+    broken = theirs | {name: theirs[name][..., 0] for name in names}
+    del broken["time_mlp_in/bias"]
+    with pytest.raises(ValueError, match=r"here is no π0\.5 of openpi's: 3 of its parameters do not fit") as error:
+        ours(broken, "here")
+    assert "missing: time_mlp_in/bias" in str(error.value)
+    assert all(f"misshaped: {name} {list(broken[name].shape)}" in str(error.value) for name in names)
 
 
 def test_missing_and_foreign_parameters_are_all_listed() -> None:
