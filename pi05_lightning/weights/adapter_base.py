@@ -63,14 +63,21 @@ class AdapterBase:
         """Whether it was found where a name says."""
         if name is None or not Path(name).exists():
             return name in (self.place, split_revision(self.place)[0])
-        return Path(self.place).is_relative_to(Path(name).absolute())
+        return any(Path(self.place).is_relative_to(path) for path in (Path(name).absolute(), unlinked(name).absolute()))
+
+
+def unlinked(path: str | Path) -> Path:
+    """The file beside a link that it names, as `last.ckpt` does another one in an hour; else the path itself."""
+    path = Path(path)
+    return path.parent / path.readlink() if path.is_symlink() and len(path.readlink().parts) == 1 else path
 
 
 def place_of(name: str, weights: Weights) -> str:
     """What a checkpoint remembers of where weights were found by a name: their absolute path, or the commit on the Hub.
 
-    The Hub's cache names a snapshot's folder by its commit.
+    The path is that of the file itself, as a run that trains has `last.ckpt` name others. The Hub's cache names a
+    snapshot's folder by its commit.
     """
     if Path(name).exists():
-        return str(weights.path.absolute())
+        return str(unlinked(weights.path).absolute())
     return f"{split_revision(name)[0]}@{weights.path.name}"

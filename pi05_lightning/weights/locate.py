@@ -9,7 +9,7 @@ from typing import Any
 
 from pi05_lightning.files.hub import local_folder
 from pi05_lightning.files.local import read_json
-from pi05_lightning.weights.adapter_base import AdapterBase
+from pi05_lightning.weights.adapter_base import AdapterBase, unlinked
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.folder import ExportedFolder, is_exported
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
@@ -94,8 +94,7 @@ def locate_run(path: Path) -> TrainingCheckpoint:
 
 def pinned(path: str | Path) -> Path:
     """Where the weights at a path are by now: a run that trains has others in an hour, under the same name."""
-    found = locate(path).path
-    return found.parent / found.readlink() if found.is_symlink() and len(found.readlink().parts) == 1 else found
+    return unlinked(locate(path).path)
 
 
 def run_of(checkpoint: Path) -> Path:

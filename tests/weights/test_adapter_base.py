@@ -24,7 +24,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
-from pi05_lightning.weights.adapter_base import AdapterBase
+from pi05_lightning.weights.adapter_base import AdapterBase, place_of
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
@@ -148,6 +148,19 @@ def test_a_base_of_the_hub_is_found_again_though_its_repository_has_other_weight
     (hub.parent / "refs" / "main").write_text(COMMIT[::-1])
     for given in (None, "lab/arm"):
         assert_equal(locate(checkpoint(tmp_path), averaged=False, base=given).tensors(), expected)
+
+
+def test_a_base_is_remembered_by_its_own_name_and_not_by_a_links_that_others_get(tmp_path: Path) -> None:
+    folder = save_start(tmp_path / "step=1.ckpt")  # as a sharded checkpoint is a folder
+    (tmp_path / "last.ckpt").symlink_to("step=1.ckpt")
+    name = str(tmp_path / "last.ckpt")
+    base = AdapterBase("sha", place_of(name, locate(name)), str(tmp_path), "float32")
+    assert base.place == str(folder)
+    assert base.is_at(name)
+    save_start(tmp_path / "step=2.ckpt")
+    (tmp_path / "last.ckpt").unlink()
+    (tmp_path / "last.ckpt").symlink_to("step=2.ckpt")
+    assert not base.is_at(name)
 
 
 @pytest.mark.slow
