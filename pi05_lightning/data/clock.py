@@ -11,6 +11,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+LIGHTNINGS = 1000
+"""The epochs of a trainer that was told neither `max_epochs` nor `max_steps`."""
+
 
 def accumulated(trainer: Trainer, epoch: int) -> int:
     """Batches of a step in an epoch."""
@@ -41,6 +44,16 @@ def check_clock(trainer: Trainer) -> None:
         raise ValueError(
             f"trainer.limit_train_batches is {limit}, a share, and the training data have no end: give the batches of"
             " an epoch as a whole number, and a shorter run as trainer.max_steps"
+        )
+    given = {
+        "max_epochs": trainer.max_epochs not in (None, -1, LIGHTNINGS),
+        "min_epochs": (trainer.min_epochs or 0) > 1,
+    }
+    if not isinstance(limit, int) and (epochs := [key for key, is_given in given.items() if is_given]):
+        raise ValueError(
+            f"trainer.{epochs[0]} is {getattr(trainer, epochs[0])}, and without trainer.limit_train_batches the run is"
+            " one epoch, so it would do nothing: give the stages' steps or trainer.max_steps, or set"
+            " limit_train_batches to the batches of an epoch"
         )
     if scheduler is not None and isinstance(limit, float) and len(_possible(trainer)) > 1:
         raise ValueError(

@@ -53,10 +53,9 @@ def train(robot: LeRobotConfig, tmp_path: Path) -> Callable[..., Trainer]:
         trainer = Trainer(
             accelerator="cpu",
             default_root_dir=tmp_path,
-            max_epochs=-1,
             use_distributed_sampler=False,
             callbacks=[switch, each_step, *callbacks],
-            **(quiet | options),
+            **({"max_epochs": -1} | quiet | options),
         )
         trainer.fit(module, data, ckpt_path=ckpt_path)
         return trainer

@@ -143,9 +143,11 @@ def test_run_resumed_as_it_was_ends_with_the_same_weights_whatever_its_epochs(
         ({"limit_train_batches": 5, "accumulate_grad_batches": 2}, "limit_train_batches: an epoch of 5 .* such as 6"),
         ({"fast_dev_run": 1, "accumulate_grad_batches": 4}, "fast_dev_run: an epoch of 1 .* such as 4"),
         ({"callbacks": [GradientAccumulationScheduler({2: 4})]}, "without trainer.limit_train_batches the run is one"),
+        ({"max_epochs": 3}, "trainer.max_epochs is 3, .* without trainer.limit_train_batches the run is one epoch"),
+        ({"min_epochs": 2}, r"trainer.min_epochs is 2, .*the stages' steps or trainer.max_steps"),
         ({"check_val_every_n_epoch": 2, "limit_val_batches": 1}, "the run has 1 epochs, so it would never validate"),
     ],
-    ids=["share", "overfit", "limit", "fast_dev_run", "scheduler", "epochs"],
+    ids=["share", "overfit", "limit", "fast_dev_run", "scheduler", "most", "least", "epochs"],
 )
 def test_options_that_end_an_epoch_within_a_step_or_draw_other_batches_are_refused(
     train: Train, options: dict[str, Any], named: str
@@ -153,6 +155,11 @@ def test_options_that_end_an_epoch_within_a_step_or_draw_other_batches_are_refus
     given = dict(options)
     with pytest.raises(ValueError, match=named):
         train(*given.pop("callbacks", []), **given)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": None}, {"max_epochs": 1, "limit_train_batches": 2}], ids=str)
+def test_epochs_that_nobody_counts_or_that_have_an_end_are_taken(train: Train, options: dict[str, Any]) -> None:
+    assert train(**options).global_step == (TOTAL if options["max_epochs"] is None else 2)
 
 
 class StopWithin(Callback):
