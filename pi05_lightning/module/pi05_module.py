@@ -294,11 +294,8 @@ class Pi05Module(LightningModule):
         return batch.to(device, non_blocking=device.type == "cuda")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.blueprint.lora is not None and self.blueprint.lora.dropout:
-            # dropout draws from torch's own generator, which no checkpoint holds
-            batches = self.trainer.accumulate_grad_batches
-            place = self.trainer.global_rank, self.global_step * batches + batch_idx % batches
-            torch.manual_seed(hash((self.seed, *place)) % 2**63)
+        batches = self.trainer.accumulate_grad_batches
+        self._seed(self.trainer.global_rank, self.global_step * batches + batch_idx % batches)  # as for dropout
         stage = self.recipe.at(self.global_step)
         parts = self.sharding and self.sharding.anywhere(self.model.parts_of(batch, stage.weights))
         terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation, parts=parts)
@@ -315,6 +312,10 @@ class Pi05Module(LightningModule):
         self._step.saw(means, counted, loss, batch.drawn)
         return loss
 
+    def _seed(self, *place: int) -> None:
+        """Make what torch's own generators, which no checkpoint holds, draw a function of a place in the run."""
+        torch.manual_seed(hash((self.seed, *place)) % 2**63)
+
     def logs_after(self, steps: int) -> bool:
         """Whether numbers are logged after so many optimizer steps: every `trainer.log_every_n_steps`, at 0 never."""
         interval = logs_every(self.trainer)
@@ -323,15 +324,20 @@ class Pi05Module(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Take no step that is not finite; at logging intervals log losses and gradient norms (before clipping).
 
-        A term that had no element in the step is not logged. Raises ValueError where none had, and NotFinite.
+        A term that had no element in the step is not logged. What the optimizer draws, as to round at random, is the
+        same on every rank. Raises ValueError where no term had an element, and NotFinite.
         """
         step, self._step = self._step, StepLosses()
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         stage = self.recipe.at(self.global_step)
+        scaled = scaler is not None
         norms = self.finite.before_step(self.global_step, stage.name, step, self.model, optimizer, scaled)
-        if not self.logs_after(self.global_step + 1):
-            return
-        scalars = step.scalars(stage, norms, self.device)
+        if self.logs_after(self.global_step + 1):
+            self._log(step.scalars(stage, norms, self.device), optimizer)
+        self._seed(self.global_step)
+
+    def _log(self, scalars: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
+        """Log numbers of a step, and the rates that it is taken at."""
         rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
         if self.finite.max_skipped:
             rates["skipped_steps"] = float(self.finite.skipped)

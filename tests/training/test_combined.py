@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import torch
 from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05Policy
+from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
+from .test_own_head import GripperHead
+from .two_ranks import Rounding
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]
@@ -55,6 +59,29 @@ def whole(train: Train, tmp_path: Path) -> dict[str, Any]:
     """The last checkpoint of a run with all features."""
     train(WeightAverage(0.9), **OPTIONS)
     return load(tmp_path, TOTAL)
+
+
+class DroppingHead(GripperHead):
+    """A user's head that draws in every step."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.layers.insert(0, torch.nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize("draws", ["optimizer", "head"])
+def test_resumed_run_draws_what_one_that_was_not_stopped_did(train: Train, tmp_path: Path, draws: str) -> None:
+    options: dict[str, Any] = {"module_options": {"optimizer": partial(Rounding, lr=1e-3)}}
+    if draws == "head":
+        losses = LossWeights(flow=1, others={"gripper": 1})
+        stages = STAGES | {"pretrain": StageOptions(losses, STAGES["posttrain"].mixture)}
+        options = {"module_options": {"heads": {"gripper": DroppingHead}}, "stages": stages}
+    train(max_steps=2, **options)
+    expected = load(tmp_path, 2)["state_dict"]
+    (tmp_path / "step=2.ckpt").unlink()
+    train(max_steps=2, ckpt_path=tmp_path / "step=1.ckpt", **options)
+    found = load(tmp_path, 2)["state_dict"]
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
 @pytest.mark.slow

@@ -21,6 +21,16 @@ from pi05_lightning.training.callbacks import stages
 from pi05_lightning.training.callbacks.ema import WeightAverage
 
 
+class Rounding(torch.optim.AdamW):
+    """Draws in every step from torch's own generator, as torchao's optimizers do that round to bf16 at random."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            parameter.data += 1e-5 * torch.rand_like(parameter)
+        return loss
+
+
 class Steps(Callback):
     """Losses and gradients of every step, whether DDP searches, what it waits for, and how many DDPs there were."""
 
@@ -61,7 +71,7 @@ def fit(dataset: str, folder: str, freeze: tuple[str, ...], strategy: DDPStrateg
     )
     acting = Stage(name="acting", steps=2, losses=LossWeights(flow=1), mixture={"robot/continuous_robot_actions": 1})
     average, steps = WeightAverage(0.9), Steps()
-    module = Pi05Module(ModelConfig.preset("debug"), partial(torch.optim.AdamW, lr=1e-3))
+    module = Pi05Module(ModelConfig.preset("debug"), partial(Rounding, lr=1e-3))
     trainer = Trainer(
         accelerator="cpu",
         default_root_dir=folder,
