@@ -333,6 +333,8 @@ class Pi05Module(LightningModule):
         scaled = scaler is not None
         norms = self.finite.before_step(self.global_step, stage.name, step, self.model, optimizer, scaled)
         if self.logs_after(self.global_step + 1):
+            if scaler is not None and optimizer.defaults.get("fused"):  # it scales them back itself, later
+                norms = {part: norm / scaler.get_scale() for part, norm in norms.items()}
             self._log(step.scalars(stage, norms, self.device), optimizer)
         self._seed(self.global_step)
 

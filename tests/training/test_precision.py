@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
@@ -84,6 +86,20 @@ def test_gradients_are_clipped_for_the_default_optimizer_which_is_fused(train: T
     assert steps.norms
     assert max(steps.norms) < 1.01e-3
     assert max(steps.norms) > 0.9e-3
+
+
+def test_norms_that_are_logged_are_of_gradients_that_nothing_scales(train: Train) -> None:
+    class Norms(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            norms.extend(value for name, value in metrics.items() if name == "grad_norm/total")
+
+    norms: list[float] = []
+    for fused in (False, True):
+        scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+        optimizer = partial(torch.optim.AdamW, lr=1e-3, fused=fused)
+        steps = {"max_steps": 1, "log_every_n_steps": 1, "logger": Norms()}
+        train(plugins=[scaled], module_options={"optimizer": optimizer}, **steps)
+    assert norms == [norms[0], pytest.approx(norms[0])]
 
 
 def test_fused_optimizers_are_refused_where_gradients_are_scaled() -> None:
