@@ -141,7 +141,8 @@ def config_of(
         horizon = ModelConfig.horizon
         notes.append(
             f"the horizon is in neither file: taken as π0.5's {horizon}. Actions of a model that was trained with"
-            " another are not its own: pi05_droid has 15, pi05_libero 10 (`pi05 convert --horizon`)"
+            " another are not its own: pi05_droid has 15, pi05_libero 10 (`pi05 convert --horizon` writes a folder with"
+            " theirs, to act and to begin a training with)"
         )
     config = ModelConfig(
         vision=VisionConfig(image_size, patch, width, sizes.depth("backbone.vision"), vision_mlp, vision_heads),
