@@ -19,7 +19,7 @@ from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_r
 from pi05_lightning.evaluation.report.page import film_caption, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
-from pi05_lightning.files.hub import check_repo, is_on_hub, publish
+from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
@@ -138,7 +138,7 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
             shutil.copyfile(film, folder / FILMS / name)
         write_text(folder / RUN_CONFIG, yaml.safe_dump(named_alone(run.config), sort_keys=False))
         sections, results = sections_of(run, repo), results_of(run)
-        begun = run.config.get("model", {}).get("init_from")
+        begun = run.provenance.get("hub", {}).get("init_from")  # the name alone may be a folder's elsewhere
     save_published(folder, repo, weights.model(), processor, weights.trained, licence, sections, results, begun)
 
 
@@ -189,7 +189,7 @@ def sections_of(run: Run, repo: str) -> dict[str, str]:
 def data(run: Run) -> str:
     samples, sources = run.provenance.get("samples", {}), run.config.get("data", {}).get("sources", {})
     paths = {name: str(source.get("init_args", {}).get("path", "")) for name, source in sources.items()}
-    known = {name: path if is_on_hub(path) else Path(path).name for name, path in paths.items()}
+    known = {name: Path(path).name for name, path in paths.items()} | run.provenance.get("hub", {}).get("data", {})
     rows = [
         (name, known.get(name.partition("/")[0], ""), of.get("train", ""), of.get("val", ""))
         for name, of in samples.items()

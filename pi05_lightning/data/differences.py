@@ -24,6 +24,7 @@ _TOLD_OTHERWISE = {
     "state_range",
     "tasks",
     "dataset",
+    "is_on_hub",
     "looks",
     "horizon",
     "state_keys",

@@ -66,6 +66,8 @@ class Robot:
     """The source of which this is the robot, whose statistics these are; its own where it is empty."""
     fps_is_known: bool = True
     """Whether anything says so: LeRobot's and openpi's weights do not, and it is π0.5's then."""
+    is_on_hub: bool = False
+    """Whether `dataset` is the Hub's name of it, from where it was opened; an older checkpoint does not say."""
     looks: Mapping[str, Look] = field(default_factory=dict)
     """How the images of its cameras look; those of which nothing tells are left out."""
 

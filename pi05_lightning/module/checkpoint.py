@@ -13,6 +13,7 @@ from torch import Tensor
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.differences import size_differences, sizes_of
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.hub import is_on_hub
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
 from pi05_lightning.module.trainer import callbacks_of
@@ -43,6 +44,8 @@ class Checkpoints:
 
     def __init__(self, blueprint: Blueprint, init_from: str | None) -> None:
         self.blueprint, self.init_from = blueprint, init_from
+        self.hub_id: str | None = None
+        """The Hub's name of the weights that the run began with, where they came from there."""
         self._left_out = None if blueprint.lora is None else LeftOut(blueprint.lora)
         self._given_arguments: dict[str, dict[str, Any]] = {}
         """Of the trainer's callbacks, before a checkpoint's state, see `reapply`."""
@@ -50,6 +53,7 @@ class Checkpoints:
 
     def began(self, weights: Weights, run: str) -> None:
         """Take note of the weights that `init_from` found. run: its directory, absolute."""
+        self.hub_id = self.init_from if is_on_hub(str(self.init_from)) else None
         if self._left_out is not None:
             self._left_out.begin(str(self.init_from), weights, run)
 
@@ -85,6 +89,7 @@ class Checkpoints:
             "saved_at": time.time(),
             "skipped_steps": skipped,
             "init_from": None if self.init_from is None else str(self.init_from),
+            "hub_id": self.hub_id,
             "callbacks": self._given_arguments,
         }
 
@@ -117,6 +122,7 @@ class Checkpoints:
         """
         saved = checkpoint["pi05"]
         check_resumable(checkpoint)
+        self.hub_id = saved.get("hub_id")
         said = [check_steps(checkpoint["global_step"], trainer.max_steps, recipe.total_steps)]
         data = datamodule_of(trainer)
         said += check_data(saved["processor"], data.own_processor)

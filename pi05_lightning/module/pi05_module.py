@@ -425,6 +425,11 @@ class Pi05Module(LightningModule):
         self._history.before, self._history.step = self.trained, self.global_step
 
     @property
+    def begun_with(self) -> str | None:
+        """The Hub's name of the weights that the run began with, where they came from there."""
+        return self._checkpoints.hub_id
+
+    @property
     def trained(self) -> Trained:
         """What the weights were trained on so far."""
         return self._history.until(

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.hub import is_on_hub, publish, split_revision
+from pi05_lightning.files.hub import publish, split_revision
 from pi05_lightning.files.local import write_text
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
@@ -69,7 +69,7 @@ def save_published(
     """Write a policy and its card into a folder. Of one robot, LeRobot opens it too, with the plugin.
 
     sections: further parts of the card by their heading.  results: what the Hub shows beside it.  begun_with: the
-    weights that it was trained from, which the Hub shows too where they are its own.
+    Hub's name of the weights that it was trained from, if they came from there, which it shows too.
     Where its data lay on this machine is left out.
     """
     processor = without_places(processor)
@@ -84,9 +84,9 @@ def save_published(
         library_name="pi05_lightning",
         pipeline_tag="robotics",
         tags=[*TAGS, *(["LeRobot"] if for_lerobot else [])],
-        datasets=[split_revision(robot.dataset)[0] for robot in robots.values() if is_on_hub(robot.dataset)] or None,
+        datasets=[split_revision(robot.dataset)[0] for robot in robots.values() if robot.is_on_hub] or None,
         model_name=repo.partition("/")[2],
-        base_model=split_revision(begun_with)[0] if begun_with is not None and is_on_hub(begun_with) else None,
+        base_model=split_revision(begun_with)[0] if begun_with is not None else None,
         eval_results=list(results) or None,
     )
     tasks = list(dict.fromkeys(task for robot in robots.values() for task in robot.tasks))
@@ -118,7 +118,7 @@ def without_places(processor: Processor) -> Processor:
     """A processor whose robots' data have their Hub ids, or the names of their folders alone."""
     kept = copy.copy(processor)
     kept.robots = {
-        name: robot if is_on_hub(robot.dataset) else replace(robot, dataset=Path(robot.dataset).name)
+        name: robot if robot.is_on_hub else replace(robot, dataset=Path(robot.dataset).name)
         for name, robot in processor.robots.items()
     }
     return kept

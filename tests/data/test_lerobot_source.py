@@ -187,7 +187,13 @@ def test_a_path_that_is_no_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_hub_id_finds_lerobots_own_copy(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", videos.parent.parent)
-    assert find_dataset(f"{videos.parent.name}/{videos.name}") == videos
+    name = f"{videos.parent.name}/{videos.name}"
+    assert find_dataset(name) == videos
+    for path, hub_id in ((name, name), (str(videos), None)):
+        source = open_source(Path(path))
+        robot = source.robot()
+        assert robot is not None
+        assert (source.hub_id, robot.dataset, robot.is_on_hub) == (hub_id, path, hub_id is not None)
 
 
 def test_what_was_downloaded_is_found_without_the_hub(

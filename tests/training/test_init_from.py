@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,11 @@ from pi05_lightning import Pi05Module, Pi05Policy
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.safetensors import save_tensors
+from tests.weights.hub_cache import hold_in_cache
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -99,6 +102,24 @@ def test_weights_come_from_a_checkpoint_averaged_if_it_has_an_average(train: Tra
     path = str(file if kind == "file" else tmp_path)
     train(start, module_options={"config": None, "init_from": path}, max_steps=1)
     assert start.equal(expected)
+
+
+def test_a_run_records_whether_its_weights_came_from_the_hub(
+    train: Train, tmp_path: Path, model: Pi05, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "runs" / "base", model)
+    hold_in_cache(tmp_path / "runs" / "base", tmp_path / "hub", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+
+    def recorded(name: str, steps: int, ckpt_path: Path | None = None) -> dict[str, Any]:
+        train(Provenance(), module_options={"init_from": name}, max_steps=steps, ckpt_path=ckpt_path)
+        return json.loads((tmp_path / "provenance.json").read_text())["hub"]
+
+    assert recorded("runs/base", 1) == {"init_from": None, "data": {}}
+    (tmp_path / "step=1.ckpt").unlink()
+    assert recorded("lab/arm", 1) == {"init_from": "lab/arm", "data": {}}
+    save(tmp_path / "lab" / "arm", model)
+    assert recorded("lab/arm", 2, tmp_path / "step=1.ckpt") == {"init_from": "lab/arm", "data": {}}
 
 
 def test_resuming_comes_first(train: Train, tmp_path: Path, model: Pi05) -> None:

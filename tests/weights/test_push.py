@@ -94,7 +94,9 @@ def make_run(run: Path, policy: Pi05Policy) -> None:
     write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
     write_json(run / "measured.json", {"sha256": measured["sha256"]})
     versions = {"pi05_lightning": "0.2.0"}
-    write_json(run / "provenance.json", {"samples": {"robot/qa": {"train": 7, "val": 2}}, "versions": versions})
+    hub = {"init_from": "lab/before", "data": {}}
+    samples = {"robot/qa": {"train": 7, "val": 2}}
+    write_json(run / "provenance.json", {"samples": samples, "versions": versions, "hub": hub})
 
 
 @pytest.fixture
@@ -196,13 +198,36 @@ def test_failed_push_leaves_what_readers_saw_and_goes_on_where_it_was(hub: Hub, 
     assert len(hub.sent) == len(set(hub.sent)) == 2
 
 
-def test_folder_here_is_no_name_of_the_hubs(
-    hub: Hub, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_names_are_the_hubs_only_where_the_run_took_them_from_there(
+    hub: Hub, policy: Pi05Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever folders there are where it is pushed."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "lab").mkdir()
-    main(["push", str(run), "lab/arm"])
-    assert ModelCard(hub.repositories[MODEL]["README.md"].decode()).data.base_model is None
+    robots = policy.processor.robots
+    kept = robots["robot"]
+    config = {
+        "data": {"sources": {"robot": {"init_args": {"path": "data/drawers"}}}},
+        "model": {"init_from": "runs/base"},
+    }
+    for name, is_known in (("local", False), ("known", True)):
+        robots["robot"] = replace(kept, dataset="data/drawers", is_on_hub=is_known)
+        try:
+            make_run(tmp_path / name, policy)
+        finally:
+            robots["robot"] = kept
+        write_config(tmp_path / name, yaml.safe_dump(config))
+        about = json.loads((tmp_path / name / "provenance.json").read_text())
+        del about["hub"]
+        if is_known:
+            about["hub"] = {"init_from": "runs/base", "data": {"robot": "data/drawers"}}
+            (tmp_path / "data").mkdir()
+            (tmp_path / "runs").mkdir()
+        write_json(tmp_path / name / "provenance.json", about)
+        main(["push", str(tmp_path / name), "lab/arm"])
+        card = ModelCard(hub.repositories[MODEL]["README.md"].decode())
+        assert card.data.base_model == ("runs/base" if is_known else None)
+        assert card.data.datasets == (["data/drawers"] if is_known else None)
+        assert f"| robot/qa | {'data/' if is_known else ''}drawers | 7 | 2 |" in card.text
 
 
 def test_what_a_later_push_does_not_write_leaves_with_it(hub: Hub, run: Path) -> None:

@@ -44,6 +44,8 @@ class Source(ABC):
     """Whether every frame says how its episode will end, which a value learns."""
     same_robot_as: str | None = None
     """The source whose robot its own is."""
+    hub_id: str | None = None
+    """The Hub's name of its data, where it was opened from there."""
     rejects: Rejects | None = None
     """What was found bad, and left out, when it was opened."""
 

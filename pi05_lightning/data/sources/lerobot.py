@@ -151,6 +151,7 @@ class LeRobotSource(Source):
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
         self.files = LeRobotFiles.open(find_dataset(config.path))
+        self.hub_id = None if Path(config.path).expanduser().is_dir() else config.path
         if config.task is not None and not config.task.strip():
             raise ValueError(f"dataset {name!r}: `task` is {config.task!r}: say what is done, or leave it out")
         features = Features(self.files.features, f"dataset {name!r}")
@@ -315,6 +316,7 @@ class LeRobotSource(Source):
             fps=self.files.fps,
             tasks=tuple(tasks),
             dataset=self.config.path,
+            is_on_hub=self.hub_id is not None,
             state_keys=tuple(self.config.state_keys),
             action_keys=tuple(self.config.action_keys),
             relative=self.relative,

@@ -116,6 +116,7 @@ class VisionTextSource(Source):
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
         self._folders, parts = _load(config)
+        self.hub_id = None if Path(config.path).expanduser().exists() else config.path
         self._data, rows = self._part(parts, split)
         self._has_camera = config.camera_column in self._data.column_names
         named = self._data.unique(config.camera_column) if self._has_camera else [config.camera]

@@ -21,6 +21,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.report.run import PROVENANCE
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.shipped import ROOT
+from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import leaves_nothing
 
 
@@ -36,7 +37,9 @@ class Provenance(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if not self._is_due:
             return
+        assert isinstance(pl_module, Pi05Module)
         self._is_due = False
+        data = datamodule_of(trainer)
         content = {
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "from step": trainer.global_step,
@@ -49,7 +52,11 @@ class Provenance(Callback):
             },
             "hardware": f"{trainer.world_size} × {device_name(pl_module.device)}",
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
-            "samples": sizes(datamodule_of(trainer)),
+            "samples": sizes(data),
+            "hub": {
+                "init_from": pl_module.begun_with,
+                "data": {name: source.hub_id for name, source in data.sources("train").items() if source.hub_id},
+            },
         }
         write_json(Path(trainer.default_root_dir) / PROVENANCE, content)
 
