@@ -163,7 +163,7 @@ def ours(tensors: Mapping[str, Tensor], where: Path | str) -> tuple[dict[str, Te
     problems += [f"unexpected: {name} {list(tensors[name].shape)}" for name in tensors if name not in RULES]
     made: dict[str, Tensor] = {}
     source: dict[str, str] = {}
-    for theirs in RULES.keys() & tensors.keys():
+    for theirs in (name for name in RULES if name in tensors):
         try:
             found = {key: tensor.contiguous() for key, tensor in _made_of(theirs, tensors[theirs])}
         except WRONG_RANK:
