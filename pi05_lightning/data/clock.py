@@ -49,9 +49,9 @@ def check_clock(trainer: Trainer) -> None:
         "max_epochs": trainer.max_epochs not in (None, -1, LIGHTNINGS),
         "min_epochs": (trainer.min_epochs or 0) > 1,
     }
-    if not isinstance(limit, int) and (epochs := [key for key, is_given in given.items() if is_given]):
+    if not isinstance(limit, int) and (idle := [key for key, is_given in given.items() if is_given]):
         raise ValueError(
-            f"trainer.{epochs[0]} is {getattr(trainer, epochs[0])}, and without trainer.limit_train_batches the run is"
+            f"trainer.{idle[0]} is {getattr(trainer, idle[0])}, and without trainer.limit_train_batches the run is"
             " one epoch, so it would do nothing: give the stages' steps or trainer.max_steps, or set"
             " limit_train_batches to the batches of an epoch"
         )
