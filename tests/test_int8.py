@@ -97,6 +97,27 @@ def test_a_layer_is_its_rounded_weight_and_a_token_of_large_values_costs_the_oth
     assert errors.max() < 0.03
 
 
+@pytest.mark.parametrize("kind", ["of both signs", "positive", "far from zero"])
+def test_a_row_comes_to_the_same_whoever_else_is_there(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, x = Int8Product(Linear(256, 128).weight), torch.randn(40, 256)
+    x = {"of both signs": x, "positive": x.relu(), "far from zero": x + 20}[kind]
+    alone = torch.cat([layer(row[None]) for row in x])
+    torch.testing.assert_close(layer(x), alone, rtol=0, atol=0)
+    torch.testing.assert_close(layer(torch.cat([x, -9 * x]))[:40], alone, rtol=0, atol=0)
+
+
+def test_a_row_of_one_sign_has_all_steps_for_its_values_beside_rows_of_the_other() -> None:
+    torch.manual_seed(0)
+    layer = Linear(256, 128, bias=False)
+    rows = torch.rand(50, 256) ** 2
+    rows = torch.cat([rows, -rows])
+    with torch.no_grad():
+        expected = layer(rows)
+        assert (Int8Product(layer.weight)(rows) - expected).norm() / expected.norm() < 0.015
+        assert torch.equal(Int8Product(layer.weight)(torch.zeros(2, 256)), torch.zeros(2, 128))
+
+
 def test_bf16_goes_in_and_comes_out() -> None:
     layer = Int8Product(Linear(64, 32).bfloat16().weight)
     assert layer(torch.randn(3, 64).bfloat16()).dtype == layer.weight.dtype == torch.bfloat16
@@ -205,6 +226,16 @@ def test_a_choice_of_other_weights_is_made_anew(videos: Path, folder: Path) -> N
     Pi05Policy(folder, dtype="int8")
     (first,) = choices_of(folder)
     save_policy(videos, folder, seed=1)
+    Pi05Policy(folder, dtype="int8")
+    (second,) = choices_of(folder)
+    assert second["fingerprint"] != first["fingerprint"]
+
+
+def test_a_choice_of_another_rounding_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr("pi05_lightning.weights.int8.ROUNDING", 1)
+        Pi05Policy(folder, dtype="int8")
+    (first,) = choices_of(folder)
     Pi05Policy(folder, dtype="int8")
     (second,) = choices_of(folder)
     assert second["fingerprint"] != first["fingerprint"]

@@ -1,16 +1,17 @@
 """Linear layers that compute in 8-bit integers on a CPU, for inference.
 
-The product is PyTorch's own (`torch.ao.nn.quantized.dynamic.Linear`, engine `x86`, which is FBGEMM): the weight is
-packed once, with a scale for each output; the input is rounded as it comes, to 7 bits, as without AVX512-VNNI the sums
-of two products would not fit their 16 bits otherwise. PyTorch gives the whole input one scale. Here every row is
-divided by its largest value before and multiplied after, so that a token of large values costs the others no precision.
+The product is PyTorch's own (engine `x86`, which is FBGEMM): the weight is packed once, with a scale for each output;
+the input is rounded as it comes, to 7 bits, as without AVX512-VNNI the sums of two products would not fit their 16 bits
+otherwise. PyTorch's dynamic layer gives the whole input one scale. Here every row has its own scale and its own zero:
+a token of large values costs the others no precision, and what a row comes to does not depend on who else is there.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.ao.nn.quantized.dynamic import Linear as DynamicLinear
 
 from pi05_lightning.models.kernels import DTYPES, Linear
 
@@ -18,6 +19,10 @@ UNEMBEDDING = "backbone.unembedding"
 """Among the layers that can compute in 8 bits: the embedding where it makes logits. To look tokens up it is whole."""
 PACKED = 1 << 25
 """Values of a weight that are packed at a time: no layer of π0.5 has more, but its embedding has."""
+ROUNDING = 2
+"""Changes with how an input is rounded: which layers can compute in 8 bits was measured with it."""
+STEPS, ZERO = 127, 64
+"""Of a row, from its smallest value to its largest; and which integer the product takes for 0."""
 REST = torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32
 """What computes beside 8-bit products: bf16 where the processor multiplies in it."""
 
@@ -43,27 +48,33 @@ class Int8Product(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        self._products = [_packed(rows) for rows in weight.detach().split(max(1, PACKED // self.in_features))]
+        self._packed = [_packed(rows) for rows in weight.detach().split(max(1, PACKED // self.in_features))]
+        self._sums = self._product(torch.ones(1, self.in_features))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).to(torch.float32, copy=True)
-        largest = _largest(rows)
-        rows.div_(largest)
-        parts = [product(rows) for product in self._products]
-        y = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).mul_(largest)
+        least = rows.amin(1, keepdim=True).clamp_max_(0)
+        step = (rows.amax(1, keepdim=True).clamp_min_(0) - least).div_(STEPS).clamp_min_(1e-30)
+        shift = least.div_(step).round_().add_(ZERO).neg_()  # whole, so that 0 stays exact
+        y = self._product(rows.div_(step).add_(shift))
+        y.addcmul_(shift, self._sums, value=-1).mul_(step)
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
+    def _product(self, rows: Tensor) -> Tensor:
+        """Of rows f32[N in] within [-ZERO, STEPS - ZERO], which are rounded to whole numbers: f32[N out]."""
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        parts = [multiply(rows, 1.0, ZERO, packed) for packed in self._packed]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-def _packed(weight: Tensor) -> DynamicLinear:
-    """PyTorch's 8-bit product with a weight [out in], whose every row is rounded to 127ths of its largest value."""
+
+def _packed(weight: Tensor) -> Any:
+    """A weight [out in] as PyTorch's product takes it, every row rounded to 127ths of its largest value."""
     values = weight.float()
     scale = _largest(values)[:, 0].double() / 127
     rounded = torch.quantize_per_channel(values, scale, torch.zeros_like(scale, dtype=torch.long), 0, torch.qint8)
-    product = DynamicLinear(1, 1, bias_=False)
-    product.set_weight_bias(rounded, None)
-    return product
+    return torch.ops.quantized.linear_prepack(rounded, None)
 
 
 def _largest(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 from torch import Tensor
 
 from pi05_lightning.files.local import read_json, write_json
-from pi05_lightning.models.int8 import REST, Int8Product, linear_layers
+from pi05_lightning.models.int8 import REST, ROUNDING, Int8Product, linear_layers
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Actions
 from pi05_lightning.weights.base import Weights
@@ -23,7 +23,14 @@ SAMPLE = 4096  # values of each tensor that a fingerprint is made of
 
 
 class Fingerprint(ContentHash):
-    """SHA-256 of values of each tensor, evenly spaced, in bf16; one that is read in another type has the same."""
+    """SHA-256 of values of each tensor, evenly spaced, in bf16; one that is read in another type has the same.
+
+    And of how inputs are rounded: a choice that was measured with another rounding is made anew.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add("rounding", torch.tensor(ROUNDING))
 
     def add(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         values = tensor.detach().flatten()
