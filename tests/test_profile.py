@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi05_lightning.cli.profile import profile, read_run
+from pi05_lightning.cli.profile import check_counted, profile, read_run
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.cost import COMPONENTS, Stopwatch, measure_chunk, measure_training_step, parameters_of
 from pi05_lightning.profiling.rate import matmul_rate
@@ -164,6 +164,43 @@ def test_unknown_size_is_told_the_known_ones() -> None:
 def test_sizes_that_make_no_step_are_refused(options: dict, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         profile("tiny", **options)
+
+
+@pytest.mark.parametrize(
+    ("run", "precision"),
+    [
+        ("trainer: {max_epochs: 1}", "bf16"),
+        ("trainer: {accelerator: gpu}", "bf16"),
+        ("trainer: {accelerator: cpu}", "fp32"),
+        ("trainer: {precision: 32-true}", "fp32"),
+    ],
+)
+def test_a_run_without_a_precision_is_counted_in_what_fit_takes(
+    run: str, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.yaml").write_text(run)
+    profile(["debug", str(tmp_path / "run.yaml")], measure=False)
+    assert f" {precision}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("run", "named"),
+    [
+        ("model: {lora: {rank: 4}}", r"model\.lora: .*`pi05 fit` says .*`--devices 2` counts"),
+        ("model: {lora: {rank: 4}, base: nf4}", r"model\.lora and model\.base: "),
+        ("stages: {posttrain: {freeze: [vision]}}", r"stages\.posttrain\.freeze: .* loads anything$"),
+        ("stages: {then: [{name: last, steps: 1, freeze: [vision]}]}", r"stages\.then: "),
+    ],
+)
+def test_a_run_that_trains_less_than_everything_is_refused(run: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(run)
+    with pytest.raises(ValueError, match=named):
+        profile(["debug", str(tmp_path / "run.yaml")], measure=False)
+
+
+def test_a_run_with_adapters_is_counted_by_strategy(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {lora: {rank: 4}}")
+    check_counted(read_run(["debug", str(tmp_path / "run.yaml")])[1], by_strategy=True)
 
 
 def test_command_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:

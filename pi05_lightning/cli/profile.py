@@ -11,10 +11,10 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from pi05_lightning.cli.configuration import read_configuration
+from pi05_lightning.cli.configuration import is_model, read_configuration
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.files.shipped import find_model
+from pi05_lightning.files.shipped import find_config, find_model
 from pi05_lightning.files.yaml_files import is_yaml
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.accelerators import ACCELERATORS, Accelerator
@@ -35,6 +35,12 @@ RUN_KEYS: dict[str, Any] = {
     "model.activation_checkpointing": bool,
     "data.batch_size": int,
     "trainer.precision": int | str | None,
+    "trainer.accelerator": Any,
+    "model.lora": Any,
+    "model.base": Any,
+    "stages.pretrain.freeze": list[str],
+    "stages.posttrain.freeze": list[str],
+    "stages.then": Any,
 }
 GIB = 2**30
 KEPT = ("weights", "gradients", "optimizer", "average", "activations")
@@ -71,7 +77,8 @@ def profile(
         target_tokens: text and FAST tokens that each sample predicts; 0 for flow matching alone.
         draws: noise draws per sample.
         num_steps: Euler steps of a chunk, which is counted on one device.
-        precision: fp32, or bf16 compute over fp32 weights; where no configuration says, bf16 on several devices.
+        precision: fp32, or bf16 compute over fp32 weights; where a run's configuration does not say, what `pi05 fit`
+            takes, and of a model alone bf16 on several devices.
         activation_checkpointing: keep only each block's input for the backward pass.
         accelerator: whose published rates the estimate takes, and whose memory it has to fit into.
         utilization: share of the peak matrix rate that the estimate assumes, on one device.
@@ -80,11 +87,13 @@ def profile(
             holds and sends is counted instead, by strategy.
         strategy: the one that comes first in that table.
 
-    Raises ValueError for configurations that cannot be read, and sizes that make no step.
+    Raises ValueError for configurations that cannot be read, whose training is not counted, and sizes that make no
+    step.
     """
     check_range("utilization", utilization, 0, 1, above=True)
     check_range("devices", devices, 1)
     config, settings = read_run([configuration] if isinstance(configuration, str) else configuration)
+    check_counted(settings, by_strategy=devices > 1 or strategy is not None)
     trained_in = str(first(settings["trainer.precision"], "bf16" if devices > 1 else "fp32"))
     shape = StepShape(
         batch_size=first(batch_size, settings["data.batch_size"], 1),
@@ -108,6 +117,23 @@ def profile(
     show(work, accelerator, utilization, measure)
 
 
+def check_counted(settings: Namespace, by_strategy: bool) -> None:
+    """ValueError where a run trains less than a step that is counted here, and so needs less.
+
+    by_strategy: that table has rows of adapters.
+    """
+    adapters = [] if by_strategy else [key for key in ("model.lora", "model.base") if settings[key]]
+    freezing = [key for key in RUN_KEYS if key.endswith(".freeze") and settings[key]]
+    if any(dict(stage).get("freeze") for stage in settings["stages.then"] or []):
+        freezing.append("stages.then")
+    if found := [*adapters, *freezing]:
+        raise ValueError(
+            f"{' and '.join(found)}: a step is counted in which everything trains, and the run needs less. `pi05 fit`"
+            " says what it needs before it loads anything"
+            + ("; `--devices 2` counts adapters of rank 16, by strategy" if adapters else "")
+        )
+
+
 def first(*values: Any) -> Any:
     """The first value that is given."""
     return next(value for value in values if value is not None)
@@ -122,6 +148,9 @@ def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:
     weights = [name for name in names if not is_yaml(name) and Path(name).exists()]
     files = [name if is_yaml(name) else str(find_model(name)) for name in names if name not in weights]
     settings = read_configuration(files, RUN_KEYS)
+    is_run = not all(is_model(find_config(file)) for file in files)
+    if is_run and settings["trainer.precision"] is None and settings["trainer.accelerator"] != "cpu":
+        settings["trainer.precision"] = "bf16-mixed"  # as `pi05 fit` does on a GPU
     if weights:
         settings["model.config"] = locate(weights[-1]).config()
     if settings["model.config"] is None:
