@@ -42,7 +42,8 @@ def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Sce
     run_parts(out, todo, lambda: write_summary(out, todo, seed))
     summary = read_json(out / "summary.json")
     metrics = read_json(out / "fit" / "metrics.json", default={})
-    console.print(metrics_table(metrics), success_table(summary["success"], summary.get("per_minute", {})))
+    success = success_table(summary["success"], summary.get("per_minute", {}), summary.get("held_out", False))
+    console.print(metrics_table(metrics), success)
     console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
 
@@ -92,6 +93,7 @@ def write_summary(out: Path, todo: list[Part], seed: int) -> None:
         "metrics": by_modality(read_json(out / "fit" / "metrics.json", default={})),
         "success": rollout.get("success", {}),
         "per_minute": rollout.get("per_minute", {}),
+        "held_out": rollout.get("held_out", False),
     }
     write_json(out / "summary.json", summary)
 

@@ -195,7 +195,8 @@ def data(run: Run) -> str:
         for name, of in samples.items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in run.provenance.get("versions", {}).items())
-    made = f"Made with {versions}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
+    since = f" from step {step} on" if (step := run.provenance.get("from step")) else ""
+    made = f"Made with {versions}{since}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
     heads = ("source and modality", "dataset", "samples to train on", "to validate on")
     return made + table(heads, rows) if rows else made
 
@@ -210,7 +211,8 @@ def success(run: Run) -> str:
         [f"{(r := by_task[task]).successes}/{r.trials} ({r.low:.2f}–{r.high:.2f})" for by_task in found.values()]
         for task in tasks
     ]
-    about = "Episodes that succeeded, and the 95 % Wilson interval of the rate, on initial states not trained on.\n\n"
+    states = ", on initial states not trained on" if run.rollout.get("held_out") else ""
+    about = f"Episodes that succeeded, and the 95 % Wilson interval of the rate{states}.\n\n"
     counted = table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
     how = [(name, Path(value).name if name == "checkpoint" else value) for name, value in protocol(run).items()]
     return f"{about}{counted}\n\nHow it was measured:\n\n{table(('', ''), how)}"
@@ -242,7 +244,7 @@ def results_of(run: Run) -> list[EvalResult]:
         EvalResult(
             task_type="robotics",
             dataset_type="simulation",
-            dataset_name=f"{by_task[ALL].trials} held-out initial states",
+            dataset_name=f"{by_task[ALL].trials} {'held-out ' if run.rollout.get('held_out') else ''}initial states",
             metric_type="success_rate",
             metric_name=f"success ({mode})",
             metric_value=round(by_task[ALL].value, 4),

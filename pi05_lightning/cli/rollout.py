@@ -281,6 +281,7 @@ def summary_of(results: Sequence[Result], clocks: Mapping[str, Clock], plan: Pla
             "dtype": worker.dtype,
             "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
             "env": str(plan.env),
+            "held_out": plan.env.num_states is None,
             "seed": plan.seed,
             "weights": weights_of(Path(worker.checkpoint)),
         }

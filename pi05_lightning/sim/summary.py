@@ -164,7 +164,7 @@ def _mean_rate(groups: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     """Success, failures and times, each as wide as a terminal of 80 columns for five modes."""
-    yield success_table(result["success"], result["per_minute"])
+    yield success_table(result["success"], result["per_minute"], result.get("held_out", False))
     if result.get("groups"):
         yield groups_table(result["groups"], result["macro"], result["success"])
     if result.get("acting"):
@@ -180,10 +180,14 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     yield _times(result["milliseconds"])
 
 
-def success_table(success: Success, per_minute: Mapping[str, float]) -> Table:
-    """Successes of trials, with the interval, per task and of all tasks; how many in a minute, where that is known."""
+def success_table(success: Success, per_minute: Mapping[str, float], held_out: bool = False) -> Table:
+    """Successes of trials, with the interval, per task and of all tasks; how many in a minute, where that is known.
+
+    held_out: whether it is known that no training episode began in these initial states.
+    """
     found = rates(success)
-    table = _table("success on held-out initial states, 95 % Wilson interval", ["task"], found)
+    states = "on held-out initial states, " if held_out else "and its "
+    table = _table(f"success {states}95 % Wilson interval", ["task"], found)
     for task in next(iter(found.values())):
         if task == ALL:
             table.add_section()
