@@ -170,6 +170,15 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {f"{name}.weight": layer for name, layer in found if isinstance(layer, QuantizedLinear)}
 
 
+def values_of(module: nn.Module) -> dict[nn.Parameter, int]:
+    """How many values each parameter stands for: of a quantised layer's parts the first for its weight, others none."""
+    values = {parameter: parameter.numel() for parameter in module.parameters()}
+    for layer in quantized_layers(module).values():
+        first, *others = (getattr(layer, name) for name in (*layer.parts, "error"))
+        values |= {first: layer.in_features * layer.out_features, **dict.fromkeys(others, 0)}
+    return values
+
+
 def quantizing(model: nn.Module) -> Callable[[str, Tensor], dict[str, Tensor]]:
     """What a model keeps of a tensor that is read for it, by name and tensor: of a quantised layer's weight, its parts.
 

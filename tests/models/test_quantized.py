@@ -21,7 +21,9 @@ from pi05_lightning.models.quantized import (
     NF4Linear,
     QuantizedLinear,
     quantizing,
+    values_of,
 )
+from pi05_lightning.training.callbacks.throughput import Work
 from pi05_lightning.types import Batch
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.safetensors import build, fill
@@ -32,6 +34,18 @@ KINDS = pytest.mark.parametrize("kind", ["nf4", "int8"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 ERROR = {"nf4": 0.1, "int8": 0.01}
 LORA = Lora(rank=2, alpha=4)
+
+
+@KINDS
+def test_a_packed_weight_counts_as_the_one_that_it_stands_for(kind: Kind) -> None:
+    with torch.device("meta"):
+        plain = Pi05(small_config(depth=3))
+    expected = Work.of(plain).parameters
+    total = sum(parameter.numel() for parameter in plain.parameters())
+    quantize_base(plain, kind, LORA)
+    assert any(isinstance(layer, QuantizedLinear) for layer in plain.modules())
+    assert sum(values_of(plain).values()) == total
+    assert Work.of(plain).parameters == expected
 
 
 def quantized_model(kind: Kind, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> Pi05:

@@ -21,6 +21,7 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.report.run import PROVENANCE
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.shipped import ROOT
+from pi05_lightning.models.quantized import values_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import leaves_nothing
 
@@ -51,7 +52,7 @@ class Provenance(Callback):
                 "python": platform.python_version(),
             },
             "hardware": f"{trainer.world_size} × {device_name(pl_module.device)}",
-            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            "parameters": sum(values_of(pl_module).values()),
             "samples": sizes(data),
             "hub": {
                 "init_from": pl_module.begun_with,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.models.quantized import values_of
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.profiling.cost import parameters_of
 from pi05_lightning.profiling.rate import peak_rate
@@ -54,12 +55,12 @@ class Work:
     @classmethod
     def of(cls, model: Pi05) -> Work:
         """Of a model without memory, see `Blueprint.blank`."""
-        size, components = model.config.vision.image_size, parameters_of(model)
+        size, components, values = model.config.vision.image_size, parameters_of(model), values_of(model)
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.backbone.vision(torch.empty(1, 3, size, size), torch.empty(1, dtype=torch.long))
         return cls(
             vision=counter.get_total_flops(),
-            parameters={name: sum(p.numel() for p in found) for name, found in components.items()},
+            parameters={name: sum(values[p] for p in found) for name, found in components.items()},
             passes={name: 3 if any(p.requires_grad for p in found) else 1 for name, found in components.items()},
         )
 
