@@ -39,7 +39,7 @@ from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer, keep_written
-from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
 from pi05_lightning.files.local import held, write_json
@@ -329,8 +329,24 @@ def show_results(trainer: Trainer, module: Pi05Module, run: Path, command: str) 
         )
     tables = [metrics_table(write_metrics(module.results, run, f"{name}metrics"), part)]
     write_json(run / f"{name}questions.json", module.questions)
-    write_json(run / f"{name}measured.json", measured_weights(trainer, module))
+    write_json(
+        run / f"{name}measured.json", measured_weights(trainer, module) | measured_with(trainer, module, command)
+    )
     Console().print(*tables, *(questions_table(subset, rows) for subset, rows in module.questions.items()))
+
+
+def measured_with(trainer: Trainer, module: Pi05Module, command: str) -> dict[str, Any]:
+    """What results depend on beside the weights: options by their keys in a configuration, and paths by source."""
+    data = datamodule_of(trainer)
+    limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}[command]
+    options = {
+        "model.accuracy_threshold": module.accuracy_threshold,
+        "model.num_steps": module.num_steps,
+        "data.val_samples": data.val_samples,
+        f"trainer.{limit}": getattr(trainer, limit),
+    }
+    paths = {name: getattr(config, "path", None) for name, config in data.configs.items()}
+    return {"options": options, "paths": {name: str(path) for name, path in paths.items() if path is not None}}
 
 
 def run(command: str, args: list[str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor
 
 from pi05_lightning.files.local import read_json, write_json

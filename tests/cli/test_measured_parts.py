@@ -50,7 +50,11 @@ def measure(command: str, run: Path, data: Path) -> None:
 def test_each_command_measures_its_own_part(run: Path, parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure("validate", run, parts)
     validation = (run / "metrics.json").read_text()
-    assert json.loads((run / "measured.json").read_text())["sha256"] == locate(run).content_hash()
+    measured = json.loads((run / "measured.json").read_text())
+    assert measured["sha256"] == locate(run).content_hash()
+    assert measured["paths"]["web"] == str(parts)
+    assert measured["options"]["model.accuracy_threshold"] == 0.1
+    assert measured["options"].keys() >= {"model.num_steps", "data.val_samples", "trainer.limit_val_batches"}
     shown = sorted((run / "validation").iterdir())
     measure("test", run, parts)
     assert (run / "metrics.json").read_text() == validation  # what the report shows as validation

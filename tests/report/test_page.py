@@ -3,14 +3,16 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from pi05_lightning.cli.report import report
 from pi05_lightning.evaluation.report.page import poster
-from pi05_lightning.evaluation.report.plots import by_panel, by_stage, readable, smoothed, switch_steps
-from pi05_lightning.evaluation.report.run import Curve, read_curves, read_run
+from pi05_lightning.evaluation.report.plots import by_panel, by_stage, readable, smoothed, success_bars, switch_steps
+from pi05_lightning.evaluation.report.run import EXAMPLES, Curve, read_curves, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
+from pi05_lightning.training.callbacks.examples import ValidationExamples
 
 from .conftest import SUCCESS, SWITCH
 
@@ -106,6 +108,69 @@ def test_page_says_of_which_weights_the_metrics_are_and_whether_others_were_roll
         assert ("These are of other weights" in page) is others
     (run / "rollout" / "rollout.json").unlink()
     assert "These are of other weights" not in report(run).read_text(encoding="utf-8")
+
+
+def change(file: Path, **values: object) -> None:
+    """Of a JSON file that holds an object, some of its values."""
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | values))
+
+
+def test_initial_states_are_said_to_be_held_out_where_that_is_known(run: Path) -> None:
+    for known, held_out in (({}, False), ({"held_out": False}, False), ({"held_out": True}, True)):
+        change(run / "rollout" / "rollout.json", **known)
+        assert ("which no training episode started from" in report(run).read_text(encoding="utf-8")) is held_out
+
+
+def test_of_a_resumed_run_it_is_said_which_start_is_shown(run: Path) -> None:
+    for known, resumed in (({}, False), ({"from step": 0}, False), ({"from step": 1200}, True)):
+        change(run / "provenance.json", **known)
+        page = report(run).read_text(encoding="utf-8")
+        assert ("are of the last start, from step 1200" in facts_of(page).get("resumed", "")) is resumed
+        assert ("commit 0123456789ab from step 1200 on" in page.partition('id="glance"')[0]) is resumed
+
+
+def test_metrics_are_described_with_the_options_that_they_were_measured_with(run: Path) -> None:
+    assert "off by at most\n0.1 of that" in report(run).read_text(encoding="utf-8")
+    sources = "sources: {robot: {init_args: {path: here}}}"
+    (run / "config.yaml").write_text(f"data: {{{sources}, val_samples: 8}}\ntrainer: {{limit_val_batches: null}}\n")
+    same = {"model.accuracy_threshold": 0.05, "data.val_samples": 8, "trainer.limit_val_batches": 1.0}
+    of_none = dict.fromkeys(("checkpoint", "sha256", "step"))
+    change(run / "measured.json", **of_none, options=same, paths={"robot": "here"})
+    page = report(run).read_text(encoding="utf-8")
+    assert "off by at most\n0.05 of that" in page
+    assert "Measured otherwise" not in page
+    change(run / "measured.json", options=same | {"trainer.limit_val_batches": 1}, paths={"robot": "there"})
+    page = report(run).read_text(encoding="utf-8")
+    assert "says: data.sources.robot.path there (here); trainer.limit_val_batches 1 (1.0)." in page
+
+
+def test_an_example_whose_picture_is_missing_is_left_out(run: Path) -> None:
+    (run / "validation" / "robot-qa-worst-0.png").unlink()
+    page = report(run).read_text(encoding="utf-8")
+    assert 'alt="robot/qa, sample 4"' not in page
+    (shown,) = read_run(run).examples["robot/qa"]
+    assert shown.file == "robot-qa-first-0.png"
+
+
+def test_a_validation_that_is_interrupted_leaves_no_examples_of_other_pictures(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(example: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pi05_lightning.training.callbacks.examples.draw_example", interrupted)
+    callback = ValidationExamples()
+    callback.worse, callback.fixed = {"robot/qa": cast("Any", [None])}, {}
+    with pytest.raises(KeyboardInterrupt):
+        callback._write(run)
+    assert read_run(run).examples == {}
+    assert not (run / EXAMPLES).exists()
+
+
+def test_bars_of_many_columns_are_told_apart() -> None:
+    success = {f"mode {number}": {"reach": (1, 2)} for number in range(9)}
+    assert "<pattern" not in success_bars(dict(list(success.items())[:7]), {})
+    assert success_bars(success, {}).count("<pattern") == 2  # one for each colour that comes again
 
 
 def test_page_says_how_long_it_took_and_why_episodes_failed(page: str) -> None:

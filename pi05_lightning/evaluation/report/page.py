@@ -78,6 +78,9 @@ def render(run: Run, seconds: dict[str, float]) -> str:
             for section, columns in SECTIONS.items()
         },
         question_columns=QUESTIONS,
+        threshold=run.measured.get("options", {}).get("model.accuracy_threshold")
+        or run.config.get("model", {}).get("accuracy_threshold", 0.1),
+        otherwise=measured_otherwise(run),
         empty=[name for name in ordered(run.metrics) if is_empty(run.metrics[name])],
         errors={
             name: plots.as_svg(plots.draw_horizon(values))
@@ -100,9 +103,13 @@ def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
     last = max((curve.steps[-1] for curve in trained if curve.steps), default=None)
     parameters = source.get("parameters")
     commit = source.get("commit")
+    begun = source.get("from step")
     found = {
         "run": str(run.folder),
         "trained": source.get("started"),
+        "resumed": f"time, commit, versions, hardware and command are of the last start, from step {begun}"
+        if begun
+        else None,
         "commit": commit[:12] + ("+" if commit.endswith("+") else "") if commit else None,
         "versions": ", ".join(f"{name} {version}" for name, version in source.get("versions", {}).items()),
         "seed": run.config.get("seed_everything"),
@@ -122,15 +129,34 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
     sources = run.config.get("data", {}).get("sources", {})
     # not every step is logged, and the weights that were measured may be of a later one
     steps = max(found.get("last logged step", -1) + 1, run.measured.get("step") or 0)
+    since = f" from step {begun} on" if (begun := run.provenance.get("from step")) else ""
     parts = [
         f"{steps} steps" if steps else "",
         f"next stage from {found['next stage from step']}" if switches else "",
         f"data: {', '.join(sources)}" if sources else "",
         f"seed {found['seed']}" if "seed" in found else "",
-        f"commit {found['commit']}" if "commit" in found else "",
+        f"commit {found['commit']}{since}" if "commit" in found else "",
         f"{found['parameters']} parameters" if "parameters" in found else "",
     ]
     return [part for part in parts if part]
+
+
+def measured_otherwise(run: Run) -> list[str]:
+    """Options and paths of the validation that the run's configuration has otherwise, with both values."""
+    sources = run.config.get("data", {}).get("sources", {})
+    configured = {f"data.sources.{name}.path": of.get("init_args", {}).get("path") for name, of in sources.items()}
+    measured = {f"data.sources.{name}.path": path for name, path in run.measured.get("paths", {}).items()}
+    for key, value in run.measured.get("options", {}).items():
+        group, _, name = key.partition(".")
+        own = run.config.get(group, {}).get(name, value)
+        configured[key] = 1.0 if own is None and name.startswith("limit_") else own  # the trainer's default: all
+        measured[key] = value
+    # by their texts: 1 is a batch, and 1.0 all of them
+    return [
+        f"{key} {value} ({configured.get(key)})"
+        for key, value in measured.items()
+        if f"{value}" != f"{configured.get(key)}"
+    ]
 
 
 def protocol(run: Run) -> dict[str, str]:

@@ -20,6 +20,7 @@ from pi05_lightning.evaluation.statistics import Success, rates
 
 # Okabe and Ito's palette, told apart with any colour vision
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
+HATCHES = ("", "///", "...", "xxx")  # of bars, each time that the colours begin again
 Acting = Mapping[str, Mapping[str, Any]]
 """How a rollout's policy acted, by mode."""
 MODE_LABELS = {
@@ -53,8 +54,17 @@ def success_bars(success: Success, acting: Acting) -> str:
         bounds = np.array([[by_task[group].low, by_task[group].high] for group in groups])
         error = np.abs(bounds.T - heights)
         place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
-        color = COLORS[number % len(COLORS)]
-        axes.bar(place, heights, 0.9 * width, yerr=error, color=color, label=mode_label(mode, acting), ecolor="#444444")
+        cycle, color = divmod(number, len(COLORS))
+        axes.bar(
+            place,
+            heights,
+            0.9 * width,
+            yerr=error,
+            color=COLORS[color],
+            hatch=HATCHES[cycle % len(HATCHES)],
+            label=mode_label(mode, acting),
+            ecolor="#444444",
+        )
     axes.axvline(len(groups) - 1.5, color="#cccccc", linewidth=1)
     axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
     axes.set_ylim(0, 1.05)

@@ -53,7 +53,7 @@ class Run:
     questions: dict[str, Metrics] = field(default_factory=dict)
     """Of answers, by `source/qa`: metrics by question."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """The weights that these metrics are of: checkpoint, sha256 and step."""
+    """What these metrics are of: checkpoint, sha256 and step; options and paths, see `cli.run.measured_with`."""
     curves: dict[str, Curve] = field(default_factory=dict)
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read what `pi05 fit`, `validate` and `rollout` left in a run's directory.
 
-    Raises ValueError when it is not one.
+    Examples whose picture is missing are left out.  Raises ValueError when it is not one.
     """
     config = folder / "config.yaml"
     if not config.is_file():
@@ -94,14 +94,20 @@ def read_run(folder: Path) -> Run:
         questions=read_json(folder / "questions.json", default={}),
         measured=read_json(folder / "measured.json", default={}),
         curves=read_curves(folder),
-        examples={
-            name: [ExampleFile(**shown) for shown in files]
-            for name, files in read_json(folder / EXAMPLES, default={}).items()
-        },
+        examples=read_examples(folder / EXAMPLES),
         provenance=read_json(folder / PROVENANCE, default={}),
         videos=films_of(folder / ROLLOUT.parent),
         rollout=read_json(folder / ROLLOUT, default={}),
     )
+
+
+def read_examples(file: Path) -> dict[str, list[ExampleFile]]:
+    """By `source/modality`, those whose picture lies beside the file."""
+    examples = {name: [ExampleFile(**shown) for shown in files] for name, files in read_json(file, default={}).items()}
+    found = {
+        name: [shown for shown in files if (file.parent / shown.file).is_file()] for name, files in examples.items()
+    }
+    return {name: files for name, files in found.items() if files}
 
 
 def films_of(rollout: Path) -> list[Path]:

@@ -111,6 +111,7 @@ class ValidationExamples(Callback):
     def _write(self, run: Path) -> None:
         folder = run / EXAMPLES.parent
         folder.mkdir(parents=True, exist_ok=True)
+        (run / EXAMPLES).unlink(missing_ok=True)  # whoever is interrupted here leaves none that are of other pictures
         for old in folder.glob("*.png"):
             old.unlink()
         index: dict[str, list[ExampleFile]] = {}
