@@ -35,7 +35,7 @@ HEADERS = {
 }
 COMMANDS: dict[str, dict[str, type]] = {
     "tell": {"text": str, "stay": bool, "task": str},
-    "reset": {"number": int, "task": str},
+    "reset": {"number": int, "task": str, "anew": bool},
     "pause": {"on": bool},
     "step": {},
     "set_speed": {"value": float},

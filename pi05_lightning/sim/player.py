@@ -90,6 +90,7 @@ class Player:
 
     running: whether there is a next action.  due: when, by the monotonic clock.
     course: how the episode goes.  frame: what the policy sees.  chunk, place: the last action's, f32[T A].
+    left: actions before the next decision.
     executed: the last actions f32[A], oldest first.  answers: to what was asked last.
     """
 
@@ -107,14 +108,15 @@ class Player:
 
     # --- what happens
 
-    def reset(self, task: str, number: int) -> None:
+    def reset(self, task: str, number: int, anew: bool = False) -> None:
         """Begin at a numbered initial state of a task, with what it was told where that is judged as this task.
 
+        anew: with the environment's own instruction, whatever it was told.
         ValueError for a task or number that there is not.
         """
         self.start.check(task, number)
         (self.env,) = self._lanes.of(task, 1)
-        self._sentence = self._sentence if task == self.judged else None
+        self._sentence = self._sentence if task == self.judged and not anew else None
         self.task = self.judged = task
         self._solved, self._counts = False, True
         self.number, self.answers = number, []
@@ -153,7 +155,7 @@ class Player:
     def _begin(self, course: Course) -> None:
         self.course, self.motion, self.clock = course, Motion(self.policy, course), Clock()
         self.chunk: np.ndarray | None = None
-        self.place, self._number = 0, 0
+        self.place, self.left, self._number = 0, 0, 0
         self._due: Iterator[tuple[np.ndarray, int]] = iter(())
         self.executed: deque[np.ndarray] = deque(maxlen=HISTORY)
         self.measure_anew()
@@ -171,6 +173,7 @@ class Player:
             if action is None:
                 return
             self.chunk, self.place = action
+            self.left -= 1
             took = self.chunk[self.place]
             self.course.take(partial(self._act, took), self.clock)
             self.executed.append(took)
@@ -195,6 +198,7 @@ class Player:
             return None
         self._due = self.motion.due(chunk, self._number)
         self._number += 1
+        self.left = min(self.motion.executed, len(chunk))
         return next(self._due)
 
     def push(self, way: str) -> None:

@@ -90,11 +90,14 @@ class Session:
             player.tell(sentence)
         self.paused = False
 
-    def reset(self, number: int, task: str | None = None) -> None:
-        """Begin at a numbered initial state, by default of the judged task. ValueError for what there is not."""
+    def reset(self, number: int, task: str | None = None, anew: bool = False) -> None:
+        """Begin at a numbered initial state, by default of the judged task. ValueError for what there is not.
+
+        anew: with the task's own instruction, whatever was told.
+        """
         task = self.players[0].judged if task is None else task
         for player in self.players:
-            player.reset(task, number)
+            player.reset(task, number, anew)
 
     def pause(self, on: bool) -> None:
         self.paused = on
@@ -230,7 +233,7 @@ class Session:
             "max_seconds": result.max_seconds,
             "chunk": None if player.chunk is None else _numbers(player.chunk),
             "place": player.place,
-            "horizon": player.policy.execution_horizon,
+            "due": player.left,
             "executed": [_numbers(action) for action in player.executed],
             "low": _numbers(low),
             "high": _numbers(high),

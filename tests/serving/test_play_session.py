@@ -100,6 +100,18 @@ def test_executed_actions_are_those_of_the_chunk_up_to_its_place(player: Player)
         np.testing.assert_array_equal(player.executed[-1], player.chunk[place])
 
 
+def test_what_is_due_counts_down_to_the_next_decision_also_while_the_last_chunk_goes_on(served: Path) -> None:
+    options = {"max_state_distance": None, "execution_horizon": 3, "noise_scale": 1.0}
+    policy = Pi05Policy(served, inference_delay=2, **options)
+    player = Player("it", policy.session(0), Start(Room(), SEEDS))
+    session, found = session_of(player), []
+    for _ in range(6):
+        player.step()
+        (shown,) = session.state()["players"]
+        found.append((shown["place"], shown["due"]))
+    assert found == [(0, 2), (1, 1), (2, 0), (3, 2), (4, 1), (2, 0)]
+
+
 def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) -> None:
     player.step()
     before = player.frame.state
@@ -136,6 +148,14 @@ def test_words_that_no_task_has_are_told_and_stay_told_when_it_begins_again(play
     assert player.frame.task == "wander about"
     player.reset("right", 1)
     assert player.frame.task == "go to the right"
+
+
+def test_a_task_that_begins_anew_has_its_own_instruction_again(pair: Session) -> None:
+    pair.tell("wander about")
+    pair.reset(1)
+    assert [player.frame.task for player in pair.players] == ["wander about"] * 2
+    pair.reset(1, "left", anew=True)
+    assert [player.frame.task for player in pair.players] == ["go to the left"] * 2
 
 
 @pytest.mark.parametrize(("text", "stay"), [("wander about", False), ("go down", True)])

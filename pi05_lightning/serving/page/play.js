@@ -59,7 +59,7 @@ function begin(told) {
   one("#players").replaceChildren();  // of an earlier server
   one("#simulator").textContent = told.simulator;
   one("#known").replaceChildren(...Object.entries(told.tasks).map(([task, sentence]) =>
-    button(sentence ?? task, () => sentence ? tell(sentence, task) : reset(task))));
+    button(sentence ?? task, () => sentence ? tell(sentence, task) : reset(task, true))));
   one("#task").replaceChildren(...Object.keys(told.tasks).map(task => new Option(task, task)));
   one("#number").max = told.states - 1;
   for (const old of document.querySelectorAll("#speeds button")) old.remove();
@@ -147,7 +147,7 @@ function showSeen(place, images) {
 
 // The executed actions up to now, and from there on what is left of the chunk; shaded is what is executed of it.
 function showChunk(card, player) {
-  const { executed, chunk, place, horizon, low, high } = player;
+  const { executed, chunk, place, due, low, high } = player;
   const dims = low.length;
   const planned = chunk ? chunk.slice(place) : [];  // begins with the action that was executed last
   const ahead = Math.max(1, (chunk ? chunk.length : 1) - 1);
@@ -159,7 +159,6 @@ function showChunk(card, player) {
     return [Math.min(...values), Math.max(...values)];
   };
   const parts = [];
-  const due = Math.max(0, horizon - 1 - place);
   if (chunk && due) parts.push(shape("rect", { class: "due", x: x(0), y: 0, width: x(due) - x(0), height: 170 }));
   parts.push(shape("line", { class: "now", x1: x(0), x2: x(0), y1: 0, y2: 170 }));
   for (let dim = 0; dim < Math.min(dims, COLOURS.length); dim++) {
@@ -236,10 +235,10 @@ one("#pause").onclick = () => {
   else if (reset()) send("pause", { on: false });
 };
 one("#step").onclick = () => send("step");
-function reset(task = one("#task").value) {  // returns whether the number can be begun at
+function reset(task = one("#task").value, anew = false) {  // returns whether the number can be begun at
   if (!one("#reset").reportValidity()) return false;
   held = false;
-  send("reset", { number: one("#number").valueAsNumber, task });
+  send("reset", { number: one("#number").valueAsNumber, task, anew });
   return true;
 }
 one("#reset").onsubmit = event => { event.preventDefault(); reset(); };
