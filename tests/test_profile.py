@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi05_lightning.cli.profile import check_counted, profile, read_run
+from pi05_lightning.cli.profile import profile, read_run
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.cost import COMPONENTS, Stopwatch, measure_chunk, measure_training_step, parameters_of
 from pi05_lightning.profiling.rate import matmul_rate
@@ -200,7 +200,7 @@ def test_a_run_that_trains_less_than_everything_is_refused(run: str, named: str,
 
 def test_a_run_with_adapters_is_counted_by_strategy(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {lora: {rank: 4}}")
-    check_counted(read_run(["debug", str(tmp_path / "run.yaml")])[1], by_strategy=True)
+    profile(["debug", str(tmp_path / "run.yaml")], devices=2)
 
 
 def test_command_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,7 +130,7 @@ def check_counted(settings: Namespace, by_strategy: bool) -> None:
         raise ValueError(
             f"{' and '.join(found)}: a step is counted in which everything trains, and the run needs less. `pi05 fit`"
             " says what it needs before it loads anything"
-            + ("; `--devices 2` counts adapters of rank 16, by strategy" if adapters else "")
+            + ("; `--devices 2` counts adapters of rank 16, by strategy" if adapters and not freezing else "")
         )
 
 

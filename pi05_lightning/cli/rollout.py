@@ -1,4 +1,4 @@
-"""`pi05 rollout`: closed-loop success on held-out initial states, beside baselines on the same states."""
+"""`pi05 rollout`: closed-loop success, beside baselines in the same initial states."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def summary_of(results: Sequence[Result], clocks: Mapping[str, Clock], plan: Pla
             "dtype": worker.dtype,
             "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
             "env": str(plan.env),
-            "held_out": plan.env.num_states is None,
+            "held_out": plan.env.held_out,
             "seed": plan.seed,
             "weights": weights_of(Path(worker.checkpoint)),
         }

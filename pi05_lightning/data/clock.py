@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-LIGHTNINGS = 1000
+DEFAULT_EPOCHS = 1000
 """The epochs of a trainer that was told neither `max_epochs` nor `max_steps`."""
 
 
@@ -46,7 +46,7 @@ def check_clock(trainer: Trainer) -> None:
             " an epoch as a whole number, and a shorter run as trainer.max_steps"
         )
     given = {
-        "max_epochs": trainer.max_epochs not in (None, -1, LIGHTNINGS),
+        "max_epochs": trainer.max_epochs not in (None, -1, DEFAULT_EPOCHS),
         "min_epochs": (trainer.min_epochs or 0) > 1,
     }
     if not isinstance(limit, int) and (idle := [key for key, is_given in given.items() if is_given]):

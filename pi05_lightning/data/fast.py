@@ -72,7 +72,8 @@ class FastTokenizer:
     def misfit(self, horizon: int, dim: int) -> str:
         """Of what other chunks it is, as its predicate; empty where it fits those of so many steps and dims."""
         if self.horizon not in (None, horizon):
-            return f"was fitted on chunks of {self.horizon} steps, and the model's horizon is {horizon}"
+            wanted = f"the model's horizon (model.config.horizon) is {horizon}"
+            return f"was fitted on chunks of {self.horizon} steps, and {wanted}"
         if self.dim not in (None, dim):
             return f"was fitted on actions of {self.dim} dims, and the robot's have {dim}"
         return ""

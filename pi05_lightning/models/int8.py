@@ -48,8 +48,8 @@ class Int8Product(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.bias = bias
         self.weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        self._packed = [_packed(rows) for rows in weight.detach().split(max(1, PACKED // self.in_features))]
-        self._sums = self._product(torch.ones(1, self.in_features))
+        self._packed = [_prepacked(rows) for rows in weight.detach().split(max(1, PACKED // self.in_features))]
+        self._sums = self._product(torch.ones(1, self.in_features, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).to(torch.float32, copy=True)
@@ -69,7 +69,7 @@ class Int8Product(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _packed(weight: Tensor) -> Any:
+def _prepacked(weight: Tensor) -> Any:
     """A weight [out in] as PyTorch's product takes it, every row rounded to 127ths of its largest value."""
     values = weight.float()
     scale = _largest(values)[:, 0].double() / 127

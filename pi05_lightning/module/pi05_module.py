@@ -194,9 +194,8 @@ class Pi05Module(LightningModule):
             self.blueprint.make_shards(*given, self.sharding, self.trainer.strategy.broadcast)
         self._hollow = blank and self.will_be_restored
         if weights is not None:
-            more = "" if weights.config() == self.config else ". Where model.config says otherwise, it counts"
             for note in weights.notes:
-                rank_zero_warn(f"{weights.path}: {note}{more}")
+                rank_zero_warn(f"{weights.path}: {note}")
             if found := moved_cameras(self.model, weights, self.processor):
                 rank_zero_warn(found)
             self._history.before = carried_on(weights, self.processor)

@@ -245,6 +245,8 @@ class EnvironmentConfig(ABC):
 
     has_expert: ClassVar[bool] = False
     """Whether `open` gives a `Demonstrator`."""
+    held_out: ClassVar[bool] = False
+    """Whether no training episode begins where those of a rollout do, as those that `pi05 collect` records here."""
 
     @property
     def num_states(self) -> int | None:
@@ -302,7 +304,7 @@ class DemonstratorConfig(EnvironmentConfig, ABC):
     action_names  of the dims of an action, of which the first three move the hand, and the fourth closes its fingers
     """
 
-    has_expert = True
+    has_expert = held_out = True
     robot: ClassVar[str] = "sawyer"
     state_names: ClassVar[tuple[str, ...]] = ("x", "y", "z", "gripper_opening")
     action_names: ClassVar[tuple[str, ...]] = ("dx", "dy", "dz", "gripper_effort")

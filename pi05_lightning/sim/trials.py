@@ -110,7 +110,7 @@ class Result:
     corrected: bool = False
     """Whether the expert has taken over."""
     seams: list[float] = field(default_factory=list)
-    """Jumps from an action to the next one where that is of another chunk, see `jumps`."""
+    """Jumps from an action to the next one where that is of another chunk, see `motion.jumps`."""
     inside: list[float] = field(default_factory=list)
     """The same within what a chunk adds to the one before, executed or not."""
     film: list[FilmFrame] = field(default_factory=list)

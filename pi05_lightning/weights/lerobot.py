@@ -128,7 +128,9 @@ def config_of(
 
     if vision_heads is None:
         vision_heads = width // SIGLIP_HEAD_DIM if width % SIGLIP_HEAD_DIM == 0 else SIGLIP_HEADS
-        notes.append(f"SigLIP's heads are in neither file: taken as {vision_heads} for its width of {width}")
+        notes.append(
+            f"SigLIP's heads are in neither file: taken as {vision_heads} for its width of {width}, unless told"
+        )
     check_range("vision_heads", vision_heads, 1)
     if width % vision_heads:
         raise ValueError(f"SigLIP's width of {width} is not a multiple of {vision_heads} heads: give vision_heads")
@@ -140,9 +142,9 @@ def config_of(
     if horizon is None:
         horizon = ModelConfig.horizon
         notes.append(
-            f"the horizon is in neither file: taken as π0.5's {horizon}. Actions of a model that was trained with"
-            " another are not its own: pi05_droid has 15, pi05_libero 10 (`pi05 convert --horizon` writes a folder with"
-            " theirs, to act and to begin a training with)"
+            f"the horizon is in neither file: taken as π0.5's {horizon}, unless told. Actions of a model that was"
+            " trained with another are not its own: pi05_droid has 15, pi05_libero 10 (`pi05 convert --horizon` writes"
+            " a folder with theirs, to act and to begin a training with)"
         )
     config = ModelConfig(
         vision=VisionConfig(image_size, patch, width, sizes.depth("backbone.vision"), vision_mlp, vision_heads),

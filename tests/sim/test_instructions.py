@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from pi05_lightning.sim.instructions import (
 )
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
 from pi05_lightning.sim.motion import run_policy
-from pi05_lightning.sim.rollout import Plan
+from pi05_lightning.sim.rollout import Job, Lanes, Plan, run_policy_job
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import summarise
 from pi05_lightning.sim.trials import SOLVED_OTHER, Clock, Result, Trial
@@ -98,6 +100,29 @@ def test_every_policy_mode_is_told_everything_and_baselines_nothing():
     assert list(trials) == [*columns, "random"]
     assert {trial.seed for job in trials.values() for trial in job} == {trial.seed for trial in trials["random"]}
     assert {trial.other for trial in trials["flat, swapped"]} == {"b"}
+
+
+class OneWalk(Lanes):
+    """A task of one environment, and what another task is told."""
+
+    def __init__(self) -> None: ...
+
+    def of(self, task, count):
+        return [Walk()]
+
+    def sentence_of(self, task):
+        return {"back": "go back"}[task]
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("right", "reach one"), ("swapped", "go back"), ("paraphrased", "get to one"), ("empty", "")],
+)
+def test_policy_is_told_what_the_kind_of_instruction_says(kind, told):
+    policy, job = Heard(), Job((Trial("policy", "walk", 0, instruction=kind, other="back"),))
+    policy.inputs = SimpleNamespace()
+    run_policy_job(job, policy, OneWalk(), {"reach one": ["get to one"]})
+    assert policy.told == {told}
 
 
 def test_other_task_is_one_of_the_scene_or_the_next():

@@ -30,7 +30,7 @@ needs_libero = pytest.mark.skipif(
 
 @pytest.mark.parametrize("env", [Libero(), LeRobotEnv("libero")])
 def test_liberos_first_initial_states_are_run_as_it_is_evaluated(env: EnvironmentConfig) -> None:
-    assert env.num_states == 50
+    assert (env.num_states, env.held_out) == (50, False)
     assert env.seeds(3, 50, seed=0) == list(range(50))
     assert env.seeds(0, 10, seed=1) == list(range(10, 20))
     assert env.seeds(0, 3, 7, EXPERIENCE) == [49, 48, 47]

@@ -57,6 +57,11 @@ def test_file_is_what_was_returned(result):
     assert json.loads((result[1] / "rollout.json").read_text()) == json.loads(json.dumps(result[0]))
 
 
+def test_initial_states_of_collected_tasks_are_held_out(result):
+    assert result[0]["held_out"]
+    assert not LeRobotEnv(type="metaworld").held_out
+
+
 def test_policy_is_named_by_its_weights(result, untrained):
     assert result[0]["sha256"] == locate(untrained).content_hash()
 

@@ -152,6 +152,16 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
     assert files["films/one.mp4"] == b"a film"
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_card_calls_initial_states_held_out_where_that_is_known(hub: Hub, run: Path, held_out: bool) -> None:
+    result = json.loads((run / "rollout" / "rollout.json").read_text())
+    write_json(run / "rollout" / "rollout.json", result | {"held_out": held_out})
+    main(["push", str(run), "lab/arm"])
+    card = ModelCard(hub.repositories[MODEL]["README.md"].decode())
+    assert ("on initial states not trained on" in card.text) is held_out
+    assert [result.dataset_name.startswith("10 held-out") for result in card.data.eval_results] == [held_out]
+
+
 def test_no_path_of_this_machine_is_published(pushed: Hub, pictures: Path) -> None:
     files = pushed.repositories[MODEL]
     published = yaml.safe_load(files["run.yaml"])

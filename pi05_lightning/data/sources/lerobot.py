@@ -304,8 +304,8 @@ class LeRobotSource(Source):
     def robot(self) -> Robot | None:
         """Statistics of what is trained on, rate, tasks and names; None without state and actions.
 
-        Those of `same_robot_as` once `check` was told them. Raises BadSample for a dimension without range, unless that
-        is to be skipped.
+        Those of `same_robot_as` once `leave_out_unexplained` was told them. Raises BadSample for a dimension without
+        range, unless that is to be skipped.
         """
         if not self.config.action_keys and not self.config.state_keys:
             return None

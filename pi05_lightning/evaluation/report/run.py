@@ -53,7 +53,7 @@ class Run:
     questions: dict[str, Metrics] = field(default_factory=dict)
     """Of answers, by `source/qa`: metrics by question."""
     measured: dict[str, Any] = field(default_factory=dict)
-    """What these metrics are of: checkpoint, sha256 and step; options and paths, see `cli.run.measured_with`."""
+    """What these metrics are of: checkpoint, sha256 and step; and with which options and paths."""
     curves: dict[str, Curve] = field(default_factory=dict)
     examples: dict[str, list[ExampleFile]] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)

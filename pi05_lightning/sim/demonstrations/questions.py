@@ -1,7 +1,6 @@
 """Questions, answers and captions from the simulator's truth, of places where an image determines them.
 
-Where a centimetre or a few pixels would change a place, one of what it is about is not seen, or a thing is cut off, no
-place is told.
+Where a few pixels would change a place, one of what it is about is not seen, or a thing is cut off, no place is told.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from lerobot_policy_pi05_lightning.frames import Taught, camera_names, frames_of
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.augment import augment
 from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.mixture import TrainedBy
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
 from pi05_lightning.files.hub import is_on_hub, local_folder
@@ -153,6 +154,10 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         if config.gradient_checkpointing:
             checkpoint_blocks(model)
 
+    @property
+    def _trained_by(self) -> TrainedBy:
+        return self.processor.language.trained_by(self.model.terms)
+
     def _lacks(self, term: str, learned: Collection[str]) -> str:
         """Why a loss term cannot be learned from the dataset; nothing where it can.
 
@@ -165,16 +170,14 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             return "there is no FAST tokenizer (make one with `pi05 tokenizer`, and name it as --policy.fast)"
         if term == "subtask" and not self.taught.share[Modality.HL_SUBTASK]:
             return "the dataset has no subtasks (language_persistent, subtask_index, or --policy.subtask_key)"
-        trained_by = self.processor.language.trained_by(self.model.terms)
-        if any(self.taught.share[modality] for modality in trained_by[term]):
+        if any(self.taught.share[modality] for modality in self._trained_by[term]):
             return ""
         return "the dataset has no questions with answers (language_events)"
 
     def _shares_of(self, terms: list[str]) -> dict[Modality, float]:
         """How often a frame that can serve as a modality does, by the shares that all of them have in the mixture."""
         assert self.taught is not None
-        trained_by = self.processor.language.trained_by(self.model.terms)
-        learned = {modality for term in terms for modality in trained_by[term]}
+        learned = {modality for term in terms for modality in self._trained_by[term]}
         if self.processor.fast is None:
             learned -= {Modality.FAST}
         found = {m: share for m, share in self.taught.share.items() if share and m in learned}
