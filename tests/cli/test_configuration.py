@@ -1,5 +1,6 @@
 """The few keys that other commands read of a run's YAML have the values that `pi05 fit` gives them."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ def fit_configuration(files: list[str], capsys: pytest.CaptureFixture[str]) -> d
 
 def plain(key: str, found: dict) -> Any:
     """A value of fit's configuration as `read_configuration` gives it; sources by the class and path alone."""
-    group, _, name = key.partition(".")
-    value = found[group][name]
+    value = reduce(dict.__getitem__, key.split("."), found)
     if key == "model.config":
         return ModelConfig.from_dict(value)
     if key == "data.sources":
