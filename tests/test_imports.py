@@ -175,6 +175,13 @@ def test_importing_the_module_imports_no_simulator_server_or_lerobot() -> None:
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("name", ["check", "experience", "play", "rollout"])
+def test_commands_that_take_a_simulator_import_those_that_are_known_by_name(name: str) -> None:
+    base = "pi05_lightning.sim.environment.EnvironmentConfig"
+    assert base in imports_of(NAMES[f"cli.{name}"], base)
+    assert imports_of(NAMES[f"cli.{name}"], "pi05_lightning.sim.simulators")
+
+
 def test_nothing_that_the_module_imports_draws() -> None:
     # by the source: torchmetrics, which Lightning imports, imports matplotlib itself where it is installed
     reached, waiting = set[str](), ["module"]

@@ -30,6 +30,7 @@ from pi05_lightning.experience.value import datasets_of
 from pi05_lightning.files.local import read_json, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.simulators import MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.locate import locate
 
 CONFIG = "experience.yaml"  # of a round: what its policy was trained on

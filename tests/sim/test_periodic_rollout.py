@@ -248,7 +248,7 @@ def test_resumed_run_has_no_film_of_steps_that_it_takes_anew(collected, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [(0, 2), (0, 3)], ids=["at the last step", "before it"])
 def test_rollout_that_was_broken_off_is_run_again_when_the_run_goes_on(collected, tmp_path, monkeypatch, steps):
-    def crash(self, policy):
+    def crash(self, policy, between):
         raise OSError("the simulator is gone")
 
     def callbacks():
