@@ -70,7 +70,7 @@ def rollout(
     paraphrases: Path | None = None,
     **acting: Any,
 ) -> dict[str, Any]:
-    """Run a checkpoint in a simulator on initial states that it was never trained on, and compare.
+    """Run a checkpoint in a simulator, and baselines from the same initial states, and compare.
 
     Interrupted or killed, the same command goes on with the episodes that were not over.
 
@@ -127,22 +127,8 @@ def rollout(
     robot = policy.processor.robots[policy.robot]
     tasks = tasks_to_run(env, tasks, robot)
     check_tasks(env, (task for task in tasks if not env.is_chain(task)))
-    demonstrations, no_replay = demonstrations_of(robot, dataset), None
-    if demonstrations is None:
-        no_replay = "the demonstrations are not here: say where with --dataset"
-    elif modes is None or "mean_replay" in modes:
-        try:
-            check_replay(demonstrations, robot, {task: env.sentences(task) for task in tasks})
-        except ValueError as error:
-            no_replay = str(error)
-            if modes is None:
-                logger.warning("the mode mean_replay is left out: %s", error)
-    fast = policy.abilities.fast and policy.acting.actions == "flow"
-    modes = available_modes(env, no_replay, modes, policy.hierarchical, fast, delayed_modes(policy, how, delays))
-    if {*modes} & {*DELAYED}:
-        acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
-    elif delays:
-        raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
+    demonstrations = demonstrations_of(robot, dataset)
+    modes = modes_of(policy, env, tasks, modes, delays, demonstrations)
     others = swapped_of(env, tasks, swaps or {}) if "swapped" in instructions else {}
     plan = Plan(env, tasks, modes, episodes, "rollout", videos, lanes, max_seconds, seed, delays, instructions, others)
     heard = [task for known in policy.processor.robots.values() for task in known.tasks]
@@ -170,6 +156,38 @@ def rollout(
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
+
+
+def modes_of(
+    policy: Pi05Policy,
+    env: EnvironmentConfig,
+    tasks: Sequence[str],
+    wanted: Sequence[Mode] | None,
+    delays: tuple[int, ...],
+    demonstrations: Demonstrations | None,
+) -> tuple[Mode, ...]:
+    """The modes to run. ValueError for wanted ones that cannot be, and for delays that none has or a chunk is short of.
+
+    demonstrations: what mean_replay replays, if it is here.
+    """
+    no_replay, how = None, policy.acting
+    if demonstrations is None:
+        no_replay = "the demonstrations are not here: say where with --dataset"
+    elif wanted is None or "mean_replay" in wanted:
+        robot = policy.processor.robots[policy.robot]
+        try:
+            check_replay(demonstrations, robot, {task: env.sentences(task) for task in tasks})
+        except ValueError as error:
+            no_replay = str(error)
+            if wanted is None:
+                logger.warning("the mode mean_replay is left out: %s", error)
+    fast = policy.abilities.fast and how.actions == "flow"
+    modes = available_modes(env, no_replay, wanted, policy.hierarchical, fast, delayed_modes(policy, how, delays))
+    if {*modes} & {*DELAYED}:
+        acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
+    elif delays:
+        raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
+    return modes
 
 
 def sentence_of(env: EnvironmentConfig, task: str) -> str | None:

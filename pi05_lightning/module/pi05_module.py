@@ -297,7 +297,7 @@ class Pi05Module(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         batches = self.trainer.accumulate_grad_batches
-        self._seed(self.trainer.global_rank, self.global_step * batches + batch_idx % batches)  # as for dropout
+        self._seed(self.trainer.global_rank, self.global_step * batches + batch_idx % batches)
         stage = self.recipe.at(self.global_step)
         parts = self.sharding and self.sharding.anywhere(self.model.parts_of(batch, stage.weights))
         terms = self.model(batch, stage.weights, insulate=self.knowledge_insulation, parts=parts)
@@ -315,7 +315,10 @@ class Pi05Module(LightningModule):
         return loss
 
     def _seed(self, *place: int) -> None:
-        """Make what torch's own generators, which no checkpoint holds, draw a function of a place in the run."""
+        """Make what is drawn from torch's own generators, as by dropout, a function of a place in the run.
+
+        No checkpoint holds these generators.
+        """
         torch.manual_seed(hash((self.seed, *place)) % 2**63)
 
     def logs_after(self, steps: int) -> bool:
