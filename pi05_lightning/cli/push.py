@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
 from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
-from pi05_lightning.evaluation.report.page import film_caption, protocol
+from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
@@ -226,6 +226,9 @@ def metrics(run: Run) -> str:
         cells = [(row, *(number(run.metrics[row][m]) if m in run.metrics[row] else "" for m in used)) for row in rows]
         if cells:
             parts.append(table(("modality", *(columns[metric] for metric in used)), cells))
+    otherwise = [(key, *map(named_alone, both)) for key, both in measured_otherwise(run).items()]
+    if parts and otherwise:
+        parts.append(table(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
     return "\n\n".join(parts)
 
 

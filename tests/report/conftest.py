@@ -51,6 +51,7 @@ METRICS = {
         "action_mae/dim_00": 0.125,
     },
     "robot/qa": {"samples": 8, "exact_match": 0.875, "box_iou": None},
+    "web/qa": {"samples": 8, "exact_match": 0.75, "box_iou": 0.5},
     "web_caption": {"samples": 0},
 }
 QUESTIONS = {"robot/qa": {"where is the red button?": {"samples": 4, "exact_match": 0.25}}}

@@ -71,7 +71,8 @@ def test_page_shows_the_worst_examples(page: str) -> None:
 
 def test_glance_has_a_bar_for_every_task_and_measured_row(page: str) -> None:
     glance = page.partition('id="glance"')[2].partition("</table>")[0]
-    assert glance.count("<svg") == 4  # two tasks, actions, questions
+    assert glance.count("<svg") == 6  # two tasks, actions, words of two, boxes of one
+    assert glance.count("box IoU") == 1
 
 
 def test_page_of_a_run_without_any_measurement_can_be_made(run: Path) -> None:

@@ -282,6 +282,17 @@ def test_metrics_of_other_weights_are_left_out(hub: Hub, run: Path, capsys: pyte
     assert "| robot/continuous_robot_actions |" not in hub.repositories[MODEL]["README.md"].decode()
 
 
+def test_card_says_with_which_other_options_metrics_were_measured(hub: Hub, run: Path) -> None:
+    measured = json.loads((run / "measured.json").read_text())
+    other = {"options": {"trainer.limit_val_batches": 2}, "paths": {"robot": "/secret/place/bathroom"}}
+    write_json(run / "measured.json", measured | other)
+    main(["push", str(run), "lab/arm"])
+    card = hub.repositories[MODEL]["README.md"].decode()
+    assert "| data.sources.robot.path | bathroom | kitchen |" in card
+    assert "| trainer.limit_val_batches | 2 | 2 |" not in card
+    assert "secret" not in card
+
+
 def test_success_and_films_of_other_weights_are_left_out(
     hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

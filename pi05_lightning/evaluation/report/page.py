@@ -23,12 +23,11 @@ from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, rates
 
 HEADLINES = (
-    ("action_accuracy", "action values within the threshold"),
-    ("box_iou", "box IoU"),
-    ("exact_match", "exactly right"),
-    ("token_accuracy", "tokens right"),
+    {"action_accuracy": "action values within the threshold"},
+    {"exact_match": "words exactly right", "box_iou": "box IoU"},
+    {"token_accuracy": "tokens right"},
 )
-"""metric, what it says: the first one that a row of the table has is its headline."""
+"""metric -> what it says: those that a row of the table has of the first of these are its headlines."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +140,8 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
     return [part for part in parts if part]
 
 
-def measured_otherwise(run: Run) -> list[str]:
-    """Options and paths of the validation that the run's configuration has otherwise, with both values."""
+def measured_otherwise(run: Run) -> dict[str, tuple[Any, Any]]:
+    """Options and paths that the run's configuration has otherwise: as validation had them, and as it says."""
     sources = run.config.get("data", {}).get("sources", {})
     configured = {f"data.sources.{name}.path": of.get("init_args", {}).get("path") for name, of in sources.items()}
     measured = {f"data.sources.{name}.path": path for name, path in run.measured.get("paths", {}).items()}
@@ -152,11 +151,9 @@ def measured_otherwise(run: Run) -> list[str]:
         configured[key] = 1.0 if own is None and name.startswith("limit_") else own  # the trainer's default: all
         measured[key] = value
     # by their texts: 1 is a batch, and 1.0 all of them
-    return [
-        f"{key} {value} ({configured.get(key)})"
-        for key, value in measured.items()
-        if f"{value}" != f"{configured.get(key)}"
-    ]
+    return {
+        key: (value, configured.get(key)) for key, value in measured.items() if f"{value}" != f"{configured.get(key)}"
+    }
 
 
 def protocol(run: Run) -> dict[str, str]:
@@ -204,17 +201,15 @@ def acting_rows(acting: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]
 
 
 def glance(run: Run) -> list[Glance]:
-    """One number in [0, 1] per task and per row of the metric table: what is learned, and what is not."""
+    """Numbers in [0, 1] of every task and row of the metric table: what is learned, and what is not."""
     rows = []
     for mode, by_task in list(rates(run.success).items())[:1]:  # the policy's
         label = f"success, {plots.mode_label(mode, run.acting)}"
         rows = [Glance(task, label, r.value, (r.low, r.high)) for task, r in by_task.items() if task != ALL]
     for name in ordered(run.metrics):
-        for metric, label in HEADLINES:
-            value = run.metrics[name].get(metric)
-            if value is not None:
-                rows.append(Glance(name, label, value))
-                break
+        values = {metric: value for metric, value in run.metrics[name].items() if value is not None}
+        shown = next((labels for labels in HEADLINES if not values.keys().isdisjoint(labels)), {})
+        rows += [Glance(name, label, values[metric]) for metric, label in shown.items() if metric in values]
     return rows
 
 
