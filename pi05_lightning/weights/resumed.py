@@ -124,9 +124,9 @@ def check_origin(init_from: str | None, saved: Mapping[str, Any]) -> str | None:
 
 
 def check_steps(done: int, max_steps: int, total: int) -> str | None:
-    """What is to be said of the steps that a resumed run has left. ValueError where it shall have fewer than it has.
+    """What is to be said of the steps that a run has left. ValueError where it shall have fewer than it has.
 
-    max_steps: the trainer's, which are `total`, the stages' together, where the user names none.
+    done: 0 in a new run.  max_steps: the trainer's, which are `total`, the stages' together, where the user names none.
     """
     longer = "raise the stages' steps, and trainer.max_steps if it is set"
     if 0 <= max_steps < done:
@@ -134,7 +134,7 @@ def check_steps(done: int, max_steps: int, total: int) -> str | None:
             f"the checkpoint was saved after {done} steps, and the run shall have {max_steps}: {longer}, or give an"
             " earlier checkpoint as ckpt_path"
         )
-    if max_steps == done:
+    if max_steps == done > 0:
         return f"the run is complete after {done} steps, and nothing is trained. To train on, {longer}"
     if 0 <= max_steps < total:
         return f"trainer.max_steps ends the run after {max_steps} of its stages' {total} steps"

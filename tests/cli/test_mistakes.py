@@ -255,6 +255,20 @@ def test_a_metric_that_nothing_logs_is_refused_before_the_first_step_whoever_ask
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: val/web/web_caption/exact_match}}"],
+        ["--checkpoint.monitor", "val/web/web_caption/exact_match"],
+    ],
+)
+def test_the_lowest_of_a_metric_of_which_more_is_better_is_refused(
+    flags: list[str], config: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match="exact_match, of which more is better, and its mode is min"):
+        main(["fit", "-c", str(config), "--run", str(tmp_path / "run"), *flags])
+
+
 @pytest.mark.slow
 def test_metrics_that_are_logged_may_be_asked_for(config: Path, tmp_path: Path) -> None:
     metric = "val/web/web_caption/cross_entropy"

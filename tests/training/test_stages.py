@@ -52,6 +52,11 @@ def test_training_stops_after_both_stages(train: Train) -> None:
     assert train().global_step == TOTAL
 
 
+def test_run_that_shall_end_before_its_stages_do_says_so(train: Train) -> None:
+    with pytest.warns(UserWarning, match=f"ends the run after 1 of its stages' {TOTAL} steps"):
+        assert train(max_steps=1).global_step == 1
+
+
 def test_switch_is_in_tensorboard_at_its_step(train: Train, tmp_path: Path) -> None:
     train(logger=TensorBoardLogger(tmp_path, name="", version=""), log_every_n_steps=1)
     events = EventAccumulator(str(tmp_path))

@@ -2,6 +2,6 @@
 
 from pi05_lightning.evaluation.metrics.measure import Evaluator, Measured
 from pi05_lightning.evaluation.metrics.questions import Questions
-from pi05_lightning.evaluation.metrics.subset import SubsetMetrics, compute_all, metric_names
+from pi05_lightning.evaluation.metrics.subset import SHARES, SubsetMetrics, compute_all, metric_names
 
-__all__ = ["Evaluator", "Measured", "Questions", "SubsetMetrics", "compute_all", "metric_names"]
+__all__ = ["SHARES", "Evaluator", "Measured", "Questions", "SubsetMetrics", "compute_all", "metric_names"]

@@ -12,6 +12,9 @@ from pi05_lightning.evaluation.metrics.weighted_mean import Sums, WeightedMean
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Modality, Subset
 
+SHARES = {"token_accuracy", "exact_match", "box_iou", "decode_success", "action_accuracy"}
+"""Metrics of which more is better; of the others, losses and errors, less is."""
+
 
 class SubsetMetrics:
     """Sums of one subset. Every rank has the same ones, whatever its batches held, so that they can sync."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pi05_lightning.data.clock import most_batches
+from pi05_lightning.evaluation.metrics import SHARES
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.finite import NotFinite
@@ -61,7 +62,8 @@ class RunCheckpoint(ModelCheckpoint):
         options: ModelCheckpoint's.
 
     Raises ValueError when training starts for a `monitor`, of another callback too, or a name in `filename` that
-    nothing will log, and where another checkpoint callback would write the same files.
+    nothing will log, for a `mode` by which the worst would be kept, and where another checkpoint callback would write
+    the same files.
     """
 
     def __init__(
@@ -314,14 +316,17 @@ class RunCheckpoint(ModelCheckpoint):
             known |= set(pl_module.validation_metrics()) if validates else set()
         if self.monitor is not None and not self._goes_on:
             check_logged("checkpoint.monitor", self.monitor, known)
+            check_mode("checkpoint.monitor", self.monitor, self.mode)
         if not logs_of_others(trainer, pl_module):
             for name in re.findall(r"\{([^:}]+)", self.filename or ""):
                 check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
             for callback in callbacks_of(trainer, Callback):
                 if isinstance(callback, EarlyStopping) and callback.strict:
                     check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
+                    check_mode("monitor of EarlyStopping", callback.monitor, callback.mode)
                 elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
                     check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})
+                    check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode)
 
     # --- going on
 
@@ -402,6 +407,12 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
         f" {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a callback of yours logs"
         " is only known with trainer.num_sanity_val_steps of 1 or more"
     )
+
+
+def check_mode(option: str, name: str, mode: str) -> None:
+    """Raises ValueError where the lowest of a metric is asked for, and the highest is the best."""
+    if mode == "min" and not SHARES.isdisjoint(name.split("/")):
+        raise ValueError(f"{option} is {name}, of which more is better, and its mode is min: give it `mode: max`")
 
 
 def is_validated(trainer: Trainer) -> bool:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -47,6 +47,8 @@ class InterruptBetweenSteps(Callback):
     def __init__(self) -> None:
         self.requested = 0
         self.requeue: int | None = None
+        self._hosts: dist.ProcessGroup | None = None
+        """The ranks' processors: to agree through them does not wait for what their devices still compute."""
         self._before: Any = signal.SIG_DFL
         """What handled SLURM's signal before."""
 
@@ -69,6 +71,8 @@ class InterruptBetweenSteps(Callback):
         self.on_sanity_check_start(trainer, pl_module)
         if trainer.received_sigterm:  # by the trainer's handler, with which the run would end in a step, and with 0
             self.requested = signal.SIGTERM
+        if trainer.world_size > 1:
+            self._hosts = dist.new_group(backend="gloo", timeout=getattr(trainer.strategy, "_timeout", None))
         self._stop_together(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,8 +95,8 @@ class InterruptBetweenSteps(Callback):
 
     def _stop_together(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:  # the highest that any rank was sent
-            highest = torch.tensor(self.requested, device=trainer.strategy.root_device)
-            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+            highest = torch.tensor(self.requested)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, self._hosts)
             self.requested = int(highest)
         self._stop()
 

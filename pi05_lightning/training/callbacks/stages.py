@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.distributed.fsdp import FSDPModule
 
 from pi05_lightning.data.clock import check_clock
@@ -21,6 +21,7 @@ from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.training.precision import check_scaled, replaced
 from pi05_lightning.training.rehearsal import rehearse
+from pi05_lightning.weights.resumed import check_steps
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ class StageSwitch(Callback):
         assert isinstance(pl_module, Pi05Module)
         if not self._is_resumed:
             pl_module.check_new()
+            if said := check_steps(0, trainer.max_steps, self.recipe.total_steps):
+                rank_zero_warn(said)
         self._is_resumed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
