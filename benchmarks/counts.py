@@ -14,9 +14,10 @@ from benchmarks.sizes import BASE, DEBUG, ONE_ROBOT
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.profiling.memory import activation_peak
+from pi05_lightning.profiling.memory import make_fake, step_memory
 from pi05_lightning.profiling.step import StepShape
-from pi05_lightning.profiling.strategies import Step, Strategy
+from pi05_lightning.profiling.strategies import Strategy, count
+from pi05_lightning.profiling.workload import Workload
 
 
 def counts(options: Options) -> list[Row]:
@@ -45,11 +46,11 @@ def sharded(config: ModelConfig, numbers: Sequence[int]) -> list[Row]:
 
     That is over three times the parameters in bf16.
     """
-    step = Step(config, StepShape(target_tokens=50), True, compute=torch.bfloat16)
-    whole = step.count(Strategy(1))
+    work = Workload(config, StepShape(target_tokens=50), checkpointing=True, dtype=torch.bfloat16)
+    whole = count(work, Strategy(1))
     rows = []
     for ranks in numbers:
-        rank = step.count(Strategy(ranks, ranks)) if ranks > 1 else whole
+        rank = count(work, Strategy(ranks, ranks)) if ranks > 1 else whole
         bound = 1.15 * whole.kept / ranks + rank.group
         name = f"sharded, {ranks} rank{'s' * (ranks > 1)}: "
         kept = [bound / 2**30], [rank.kept / 2**30]
@@ -85,11 +86,18 @@ def chunk_flops(config: ModelConfig, peer: bool) -> int:
 
 
 def peak(model: nn.Module, loss: Callable[[Inputs], Tensor], config: ModelConfig) -> int:
-    """Bytes beside parameters and their gradients, at most, in forward and backward."""
+    """Bytes beside parameters and their gradients, at most, in forward and backward.
+
+    The embedding is frozen: its gradient is large in a moment when little else is left.
+    """
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad = not isinstance(module, nn.Embedding)
     fake = FakeTensorMode()
+    make_fake(model, fake)
     with fake:
         inputs = make_inputs(config, ONE_ROBOT)
-    return activation_peak(model, lambda: loss(inputs).mean().backward(), fake)
+    return step_memory(model, lambda: loss(inputs).mean(), fake, accumulates=True).activations
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.cost import COMPONENTS, Stopwatch, measure_chunk, measure_training_step, parameters_of
 from pi05_lightning.profiling.rate import matmul_rate
 from pi05_lightning.profiling.step import StepShape, training_loss
+from pi05_lightning.profiling.strategies import Strategy, count
 from pi05_lightning.profiling.workload import Workload
 from pi05_lightning.weights.folder import save
 from tests.models.small import small_config, small_model
@@ -68,7 +69,7 @@ def test_checkpointing_costs_flops_and_saves_activations() -> None:
     deep, shape = small_config(depth=4), StepShape(batch_size=4, prompt_tokens=50)
     plain, checkpointed = work(shape, deep), work(shape, deep, checkpointing=True)
     assert sum(step_flops(checkpointed).values()) > sum(step_flops(plain).values())
-    assert checkpointed.memory()["activations, peak"] < plain.memory()["activations, peak"]
+    assert count(checkpointed, Strategy(1)).activations < count(plain, Strategy(1)).activations
 
 
 def test_every_parameter_is_in_one_component() -> None:
@@ -201,6 +202,11 @@ def test_a_run_that_trains_less_than_everything_is_refused(run: str, named: str,
 def test_a_run_with_adapters_is_counted_by_strategy(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {lora: {rank: 4}}")
     profile(["debug", str(tmp_path / "run.yaml")], devices=2)
+
+
+def test_a_strategy_is_of_several_ranks() -> None:
+    with pytest.raises(ValueError, match="ddp is of several ranks: give --devices"):
+        profile("debug", strategy="ddp")
 
 
 def test_command_prints_every_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from pi05_lightning.profiling.cost import COMPONENTS, CostCounter, parameters_of
 from pi05_lightning.profiling.free import free_memory
 from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.profiling.step import StepShape
-from pi05_lightning.profiling.strategies import Step, strategies
+from pi05_lightning.profiling.strategies import Strategy, count, strategies
 from pi05_lightning.profiling.workload import Workload
 from pi05_lightning.weights.locate import locate
 
@@ -43,7 +43,6 @@ RUN_KEYS: dict[str, Any] = {
     "stages.then": Any,
 }
 GIB = 2**30
-KEPT = ("weights", "gradients", "optimizer", "average", "activations")
 console = Console()
 
 
@@ -83,8 +82,8 @@ def profile(
         accelerator: whose published rates the estimate takes, and whose memory it has to fit into.
         utilization: share of the peak matrix rate that the estimate assumes, on one device.
         measure: whether to time it on this machine, on one device.
-        devices: ranks that share a step, of `batch_size` samples each. More than one, or a strategy: what each of them
-            holds and sends is counted instead, by strategy.
+        devices: ranks that share a step, of `batch_size` samples each. More than one: what each of them holds and sends
+            is counted instead, by strategy.
         strategy: the one that comes first in that table.
 
     Raises ValueError for configurations that cannot be read, whose training is not counted, and sizes that make no
@@ -93,7 +92,9 @@ def profile(
     check_range("utilization", utilization, 0, 1, above=True)
     check_range("devices", devices, 1)
     config, settings = read_run([configuration] if isinstance(configuration, str) else configuration)
-    check_counted(settings, by_strategy=devices > 1 or strategy is not None)
+    if strategy is not None and devices == 1:
+        raise ValueError(f"strategy {strategy} is of several ranks: give --devices too")
+    check_counted(settings, by_strategy=devices > 1)
     trained_in = str(first(settings["trainer.precision"], "bf16" if devices > 1 else "fp32"))
     shape = StepShape(
         batch_size=first(batch_size, settings["data.batch_size"], 1),
@@ -111,7 +112,7 @@ def profile(
         dtype=DTYPES[precision or ("bf16" if "16" in trained_in else "fp32")],
         weights=torch.bfloat16 if precision is None and trained_in == "bf16-true" else torch.float32,
     )
-    if devices > 1 or strategy:
+    if devices > 1:
         show_strategies(work, devices, strategy, accelerator)
         return
     show(work, accelerator, utilization, measure)
@@ -170,7 +171,9 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
     )
     titles = {"training step": True, f"one action chunk, {work.num_steps} steps": False}
     counters = {title: work.count(train) for title, train in titles.items()}
-    memory = work.memory()
+    rank = count(work, Strategy(1))
+    memory = {"weights": rank.weights, "gradients": rank.gradients, "AdamW": rank.optimizer}
+    memory["activations, peak"] = rank.activations
     for title, counter in counters.items():
         console.print(cost_table(title, work, counter, chosen, utilization))
     console.print(memory_table(memory))
@@ -197,7 +200,6 @@ def show(work: Workload, accelerator: str, utilization: float, measure: bool) ->
 
 def show_strategies(work: Workload, devices: int, chosen: str | None, accelerator: str) -> None:
     """Print what each rank holds and sends in a step, and where that fits into an accelerator."""
-    step = Step(work.config, work.shape, work.checkpointing, work.insulate, work.weights, work.dtype)
     ways = strategies(devices)
     if chosen is not None and not any(name.startswith(chosen) for name in ways):
         raise ValueError(f"strategy {chosen} does not divide {devices} devices: known for these are {', '.join(ways)}")
@@ -211,8 +213,8 @@ def show_strategies(work: Workload, devices: int, chosen: str | None, accelerato
     capacity = ACCELERATORS[accelerator].memory
     fitting: list[str] = []
     for name in sorted(ways, key=lambda name: not name.startswith(chosen or "")):
-        rank = step.count(ways[name])
-        held = [getattr(rank, part) for part in KEPT]
+        rank = count(work, ways[name])
+        held = [rank.weights, rank.gradients, rank.optimizer, rank.average, rank.activations]
         table.add_row(name, *(number(size / GIB) for size in (*held, sum(held), rank.sent)))
         fitting += [name] if sum(held) < capacity else []
     parameters = sum(parameter.numel() for parameter in work.model("meta").parameters())
@@ -252,7 +254,7 @@ def cost_table(title: str, work: Workload, counter: CostCounter, accelerator: Ac
     return component_table(title, headings, {name: map(number, values) for name, values in rows.items()})
 
 
-def memory_table(memory: Mapping[str, float]) -> Table:
+def memory_table(memory: Mapping[str, int]) -> Table:
     sizes = {**memory, "all": sum(memory.values())}
     rows = {name: [number(size / GIB)] for name, size in sizes.items()}
     return component_table("memory of a training step", ["GiB"], rows)

@@ -16,25 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_iter
 
 
-def activation_peak(model: nn.Module, step: Callable[[], None], fake: FakeTensorMode) -> int:
-    """The most bytes that a step holds beside parameters and their gradients.
-
-    model: on the meta device; it is made fake.  step: forward and backward, with fake inputs.  A parameter's gradient
-    goes as soon as it is there; the embedding's, large in a moment when little else is left, is not made.
-    """
-    make_fake(model, fake)
-    for parameter in model.parameters():
-        parameter.requires_grad = True
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.register_forward_hook(lambda module, args, out: out.detach())
-    weights = [*model.parameters(), *model.buffers()]
-    with fake, tracking(weights) as peak:
-        step()
-        return peak() - bytes_of(weights)
-
-
 @dataclass(frozen=True)
 class StepMemory:
     """What a training step holds beside the weights and what is kept from step to step, in bytes."""
@@ -217,7 +198,3 @@ def parts_of(values: object) -> Iterator[Tensor]:
 
 def bytes_of(values: object) -> int:
     return sum(tensor.nbytes for tensor in parts_of(values))
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None

@@ -19,19 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.parallelize import (
-    Lora,
-    Sharding,
-    begin_sharded,
-    checkpoint_blocks,
-    shard,
-    with_adapters,
-)
+from pi05_lightning.models.parallelize import Lora, Sharding, begin_sharded, checkpoint_blocks, shard, with_adapters
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.shards import own_part
 from pi05_lightning.profiling.memory import Held, bytes_of, make_fake, parts_of, step_memory
-from pi05_lightning.profiling.step import StepShape, training_loss
+from pi05_lightning.profiling.workload import Workload
 
 
 @dataclass(frozen=True)
@@ -66,82 +58,74 @@ class Rank:
         return self.weights + self.gradients + self.optimizer + self.average
 
 
-@dataclass(frozen=True)
-class Step:
-    """A model and the data of a rank's step. weights, compute: the types that they have, and are cast to."""
+def count(work: Workload, strategy: Strategy) -> Rank:
+    """What a rank holds and sends in a training step under a strategy."""
+    return _sharded(work, strategy) if strategy.shards > 1 else _whole(work, strategy)
 
-    config: ModelConfig
-    shape: StepShape
-    checkpointing: bool = False
-    insulate: bool = False
-    weights: torch.dtype = torch.float32
-    compute: torch.dtype = torch.float32
 
-    def count(self, strategy: Strategy) -> Rank:
-        """What a rank holds and sends under a strategy."""
-        return self._sharded(strategy) if strategy.shards > 1 else self._whole(strategy)
+def _model(work: Workload, strategy: Strategy, fake: FakeTensorMode) -> Pi05:
+    if strategy.lora:
+        lora = Lora()
+        model = with_adapters(work.config, lora, strategy.base)
+        for name, parameter in model.named_parameters():
+            trains = any(part in name for part in (".lora_", *lora.train))
+            parameter.requires_grad = parameter.is_floating_point() and trains
+    else:
+        model = Pi05.without_memory(work.config)
+    if work.checkpointing:
+        checkpoint_blocks(model)
+    make_fake(model, fake, work.weights)
+    return model
 
-    def _model(self, strategy: Strategy) -> Pi05:
-        lora, config = Lora(), self.config
-        model = with_adapters(config, lora, strategy.base) if strategy.lora else Pi05.without_memory(config)
-        if strategy.lora:
-            for name, parameter in model.named_parameters():
-                trains = any(part in name for part in (".lora_", *lora.train))
-                parameter.requires_grad = parameter.is_floating_point() and trains
-        if self.checkpointing:
-            checkpoint_blocks(model)
-        return model
 
-    def _loss(self, model: Pi05) -> Tensor:
-        return training_loss(model, self.shape.batch(self.config), self.insulate)
+def _whole(work: Workload, strategy: Strategy) -> Rank:
+    fake = FakeTensorMode()
+    model = _model(work, strategy, fake)
 
-    def _whole(self, strategy: Strategy) -> Rank:
-        fake, model = FakeTensorMode(), self._model(strategy)
-        make_fake(model, fake, self.weights)
+    def forward() -> Tensor:
+        with torch.autocast("cpu", work.dtype, enabled=work.dtype != work.weights):
+            return work.loss(model)
 
-        def forward() -> Tensor:
-            with torch.autocast("cpu", self.compute, enabled=self.compute != self.weights):
-                return self._loss(model)
+    step = step_memory(model, forward, fake)
+    gradients = sum(step.gradients.values())
+    trained = [value for name, value in model.named_parameters() if name in step.gradients]
+    buckets = gradients if strategy.ranks > 1 else 0  # DDP's
+    return Rank(
+        weights=bytes_of([*model.parameters()]),
+        gradients=gradients + buckets,
+        optimizer=2 * bytes_of(trained),
+        average=4 * sum(value.numel() for value in trained),
+        activations=step.activations,
+        sent=2 * gradients * (strategy.ranks - 1) // strategy.ranks,
+    )
 
-        step = step_memory(model, forward, fake)
-        gradients = sum(step.gradients.values())
-        trained = [value for name, value in model.named_parameters() if name in step.gradients]
-        buckets = gradients if strategy.ranks > 1 else 0  # DDP's
-        return Rank(
-            weights=bytes_of([*model.parameters()]),
-            gradients=gradients + buckets,
-            optimizer=2 * bytes_of(trained),
-            average=4 * sum(value.numel() for value in trained),
-            activations=step.activations,
-            sent=2 * gradients * (strategy.ranks - 1) // strategy.ranks,
-        )
 
-    def _sharded(self, strategy: Strategy) -> Rank:
-        fake, model = FakeTensorMode(), self._model(strategy)
-        make_fake(model, fake, self.weights)
-        axes = {"replicate": strategy.ranks // strategy.shards, "shard": strategy.shards}
-        if axes["replicate"] == 1:
-            del axes["replicate"]
-        compute = None if self.compute == self.weights else self.compute
-        with fake_ranks(strategy.ranks):
-            sharding = Sharding(init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes)), compute)
-            with fake, Sent(strategy) as held:
-                shard(model, sharding)
-                begin_sharded(model)
-                own = [own_part(parameter) for parameter in model.parameters()]
-                held.begin(own)
-                self._loss(model).backward()
-        gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]
-        weights = bytes_of(own)
-        return Rank(
-            weights=weights,
-            gradients=bytes_of(gradients),
-            optimizer=2 * weights,
-            average=4 * sum(x.numel() for x in own),
-            activations=held.peak - weights - bytes_of(gradients),
-            sent=held.sent,
-            group=held.largest,
-        )
+def _sharded(work: Workload, strategy: Strategy) -> Rank:
+    fake = FakeTensorMode()
+    model = _model(work, strategy, fake)
+    axes = {"replicate": strategy.ranks // strategy.shards, "shard": strategy.shards}
+    if axes["replicate"] == 1:
+        del axes["replicate"]
+    compute = None if work.dtype == work.weights else work.dtype
+    with fake_ranks(strategy.ranks):
+        sharding = Sharding(init_device_mesh("cpu", tuple(axes.values()), mesh_dim_names=tuple(axes)), compute)
+        with fake, Sent(strategy) as held:
+            shard(model, sharding)
+            begin_sharded(model)
+            own = [own_part(parameter) for parameter in model.parameters()]
+            held.begin(own)
+            work.loss(model).backward()
+    gradients = [own_part(p.grad) for p in model.parameters() if p.grad is not None]
+    weights = bytes_of(own)
+    return Rank(
+        weights=weights,
+        gradients=bytes_of(gradients),
+        optimizer=2 * weights,
+        average=4 * sum(x.numel() for x in own),
+        activations=held.peak - weights - bytes_of(gradients),
+        sent=held.sent,
+        group=held.largest,
+    )
 
 
 @contextmanager
@@ -183,16 +167,13 @@ class Sent(Held):
 
 
 def strategies(devices: int) -> dict[str, Strategy]:
-    """Ways to train on so many ranks, by what they are called."""
-    found = {}
-    if devices > 1:
-        found["fsdp2"] = Strategy(devices, devices)
-        replicas = devices // 8 if devices > 8 and devices % 8 == 0 else 2
-        if devices % replicas == 0 and devices > replicas:
-            found[f"hsdp {replicas} × {devices // replicas}"] = Strategy(devices, devices // replicas)
-    name = "ddp" if devices > 1 else "one device"
+    """Ways to train on so many ranks, two or more, by what they are called."""
+    found = {"fsdp2": Strategy(devices, devices)}
+    replicas = devices // 8 if devices > 8 and devices % 8 == 0 else 2
+    if devices % replicas == 0 and devices > replicas:
+        found[f"hsdp {replicas} × {devices // replicas}"] = Strategy(devices, devices // replicas)
     return found | {
-        name: Strategy(devices),
-        f"LoRA, {name}": Strategy(devices, lora=True),
-        f"LoRA on nf4, {name}": Strategy(devices, lora=True, base="nf4"),
+        "ddp": Strategy(devices),
+        "LoRA, ddp": Strategy(devices, lora=True),
+        "LoRA on nf4, ddp": Strategy(devices, lora=True, base="nf4"),
     }

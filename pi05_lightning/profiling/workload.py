@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
@@ -21,7 +21,6 @@ from pi05_lightning.profiling.cost import (
     measure_chunk,
     measure_training_step,
 )
-from pi05_lightning.profiling.memory import activation_peak
 from pi05_lightning.profiling.step import StepShape, training_loss
 
 
@@ -83,17 +82,9 @@ class Workload:
             self.run(model, "meta", train, counter)
         return counter
 
-    def memory(self) -> dict[str, float]:
-        """Bytes of a training step by category, with AdamW."""
-        model = self.model("meta").to(self.weights)
-        weights = sum(p.nbytes for p in model.parameters())
-
-        def step() -> None:
-            with self.autocast("cpu"):
-                training_loss(model, self.shape.batch(self.config), self.insulate).backward()
-
-        peak = activation_peak(model, step, FakeTensorMode())
-        return {"weights": weights, "gradients": weights, "optimizer (AdamW)": 2 * weights, "activations, peak": peak}
+    def loss(self, model: Pi05) -> Tensor:
+        """A training step's, of a batch of random data."""
+        return training_loss(model, self.shape.batch(self.config), self.insulate)
 
     def measure(self, train: bool, repeats: int = 3) -> dict[str, float]:
         """Seconds by component on this machine, the medians of a few runs after one to warm up."""

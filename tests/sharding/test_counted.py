@@ -8,20 +8,21 @@ import torch
 from pi05_lightning.cli.profile import profile
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.profiling.step import StepShape
-from pi05_lightning.profiling.strategies import Step, Strategy
+from pi05_lightning.profiling.strategies import Strategy, count
+from pi05_lightning.profiling.workload import Workload
 
 SHAPE = StepShape(batch_size=2, cameras=2, prompt_tokens=5, target_tokens=4)
 
 
-def bf16(config: ModelConfig, weights: torch.dtype = torch.bfloat16) -> Step:
-    return Step(config, SHAPE, checkpointing=True, weights=weights, compute=torch.bfloat16)
+def bf16(config: ModelConfig, weights: torch.dtype = torch.bfloat16) -> Workload:
+    return Workload(config, SHAPE, checkpointing=True, weights=weights, dtype=torch.bfloat16)
 
 
-def check_bounds(step: Step, ranks: int) -> None:
+def check_bounds(work: Workload, ranks: int) -> None:
     """What is sent, against three times the parameters in bf16."""
-    whole, rank = step.count(Strategy(1)), step.count(Strategy(ranks, ranks))
+    whole, rank = count(work, Strategy(1)), count(work, Strategy(ranks, ranks))
     assert rank.kept <= 1.15 * whole.kept / ranks + rank.group
-    sent = 3 * 2 * whole.weights // step.weights.itemsize
+    sent = 3 * 2 * whole.weights // work.weights.itemsize
     assert 0.5 * sent < rank.sent <= 1.05 * sent
 
 
@@ -46,14 +47,14 @@ def test_bounds_hold_at_full_size(ranks: int, weights: torch.dtype) -> None:
 
 @pytest.mark.slow
 def test_replicas_keep_more_each_and_sum_their_gradients() -> None:
-    step = bf16(ModelConfig.preset("debug"))
-    sharded, replicated = step.count(Strategy(8, 8)), step.count(Strategy(8, 4))
+    work = bf16(ModelConfig.preset("debug"))
+    sharded, replicated = count(work, Strategy(8, 8)), count(work, Strategy(8, 4))
     assert replicated.weights == pytest.approx(2 * sharded.weights, rel=0.05)
 
 
 def test_adapters_send_little() -> None:
-    step = bf16(ModelConfig.preset("debug"))
-    whole, adapters = step.count(Strategy(8)), step.count(Strategy(8, lora=True))
+    work = bf16(ModelConfig.preset("debug"))
+    whole, adapters = count(work, Strategy(8)), count(work, Strategy(8, lora=True))
     assert adapters.sent < 0.3 * whole.sent
     assert adapters.optimizer < 0.3 * whole.optimizer
 
