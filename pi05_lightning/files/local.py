@@ -25,7 +25,7 @@ def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part" if one_writer else f".{path.name}.{os.getpid()}.part")
-    _remove(part)
+    delete(part, ignore_errors=True)
     try:
         yield part
         if part.is_file():
@@ -33,7 +33,7 @@ def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
                 os.fsync(file.fileno())  # else the name may reach the disk before the content does
         part.replace(path)
     finally:
-        _remove(part)
+        delete(part, ignore_errors=True)
 
 
 @contextmanager
@@ -124,9 +124,10 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     return values
 
 
-def _remove(path: Path) -> None:
+def delete(path: Path, ignore_errors: bool = False) -> None:
+    """A file, a link, or a folder with all in it; nothing where there is none.  ignore_errors: within a folder."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors)
     else:
         path.unlink(missing_ok=True)
 

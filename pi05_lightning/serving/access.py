@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import os
 import socket
 from collections.abc import Collection
@@ -13,10 +14,13 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from pi05_lightning.serving.failures import printable
 from pi05_lightning.serving.wire import TOKEN_VARIABLE
 
 SCHEME = "Api-Key"
 """Of the header `Authorization`, as openpi's client sends its `api_key`."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,14 @@ class Access:
         return cls(secret, frozenset(name.lower() for name in allowed_hosts), local)
 
     def check(self, request: web.BaseRequest) -> None:
-        """Raises HTTPForbidden and HTTPUnauthorized, whose texts say what to do."""
+        """Raises HTTPForbidden and HTTPUnauthorized, whose texts say what to do, and logs who was not let in."""
+        try:
+            self._check(request)
+        except web.HTTPException as error:
+            logger.warning("%s: %s", request.remote, printable((error.text or error.reason).strip()))
+            raise
+
+    def _check(self, request: web.BaseRequest) -> None:
         host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
         if not self._is_own(host_name(host)):
             raise web.HTTPForbidden(

@@ -132,11 +132,7 @@ class PlayServer:
 
     @web.middleware
     async def _let_in(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        try:
-            self.access.check(request)
-        except web.HTTPException as error:
-            logger.warning("%s: %s", request.remote, printable((error.text or error.reason).strip()))
-            raise
+        self.access.check(request)
         return await handler(request)
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:

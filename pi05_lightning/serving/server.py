@@ -26,7 +26,7 @@ from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import listen
 from pi05_lightning.serving.batches import Answer, Batches, Batching, Busy, Client
 from pi05_lightning.serving.connection import Connection, Socket
-from pi05_lightning.serving.failures import kind_of, printable, told_of
+from pi05_lightning.serving.failures import kind_of, told_of
 from pi05_lightning.serving.limits import Limits
 from pi05_lightning.serving.metrics import Metrics
 from pi05_lightning.serving.reader import TASK_KEYS, Reader
@@ -143,8 +143,7 @@ class PolicyServer:
     def _let_in(self, request: web.Request) -> None:
         try:
             self.access.check(request)
-        except web.HTTPException as error:
-            logger.warning("%s: %s", request.remote, printable((error.text or error.reason).strip()))
+        except web.HTTPException:
             self.metrics.failed("access")
             raise
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -160,19 +160,19 @@ def reapply(callback: Callback, then: Mapping[str, Any], now: Mapping[str, Any])
     for name, value in now.items():
         if name in then and then[name] != value and getattr(callback, name) != value:
             setattr(callback, name, value)
-    if isinstance(callback, ModelCheckpoint):
-        _keep_best(callback)
+    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        keep_best(callback, callback.best_k_models)
 
 
-def _keep_best(callback: ModelCheckpoint) -> None:
-    """Let go of the worst of more checkpoints than `save_top_k` is now; their files stay."""
-    scores, worst_first = callback.best_k_models, callback.mode == "min"
-    ranked = sorted(scores, key=lambda path: float(scores[path]), reverse=worst_first)
-    if not 0 < callback.save_top_k <= len(ranked):
-        return
-    callback.best_k_models = {path: scores[path] for path in ranked[len(ranked) - callback.save_top_k :]}
-    callback.kth_best_model_path = next(iter(callback.best_k_models))
-    callback.kth_value = callback.best_k_models[callback.kth_best_model_path]
+def keep_best(callback: ModelCheckpoint, found: Iterable[str]) -> None:
+    """Of the checkpoints that a callback scored and that were found, know the `save_top_k` best; files stay."""
+    ranked = sorted(found, key=lambda path: float(callback.best_k_models[path]), reverse=callback.mode == "max")
+    ranked = ranked[: callback.save_top_k if callback.save_top_k >= 0 else None]
+    callback.best_k_models = {path: callback.best_k_models[path] for path in ranked}
+    callback.best_model_path, callback.kth_best_model_path = (ranked[0], ranked[-1]) if ranked else ("", "")
+    callback.best_model_score = callback.best_k_models.get(callback.best_model_path)
+    if ranked:
+        callback.kth_value = callback.best_k_models[callback.kth_best_model_path]
 
 
 def find_states(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemWriter
 
-from pi05_lightning.files.local import first_line
+from pi05_lightning.files.local import delete, first_line
 from pi05_lightning.ranks import is_first_rank, together
 from pi05_lightning.weights.readable import check_readable, unwritten
 from pi05_lightning.weights.sharded_checkpoint import (
@@ -86,20 +85,20 @@ def _finish(part: Path, path: Path) -> None:
         path.rename(aside)
     part.rename(path)
     _synchronize(path.parent)
-    _remove(aside)
+    delete(aside)
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint, a directory too: a kill leaves no part of it under its name."""
     aside = _aside(path)
     path.rename(aside)
-    _remove(aside)
+    delete(aside)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left of checkpoints that they wrote, replaced or removed."""
     for left in folder.glob(".*.ckpt.part"):
-        _remove(left)
+        delete(left)
 
 
 def _aside(path: Path) -> Path:
@@ -113,13 +112,6 @@ def _synchronize(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class BackgroundWriter:

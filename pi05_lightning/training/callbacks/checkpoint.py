@@ -32,6 +32,7 @@ from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
 from pi05_lightning.weights.readable import check_readable, free_bytes
+from pi05_lightning.weights.resumed import keep_best
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, is_checkpoint
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ class RunCheckpoint(ModelCheckpoint):
         by_first_rank(partial(self._link_newest, trainer))
         self._was_pending = anything_is_pending(trainer)
         if self.monitor is not None:
-            self._rank(trainer)
+            # a run may go on from before some were removed
+            keep_best(self, [path for path in self.best_k_models if self.file_exists(path, trainer)])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raises ValueError for what could not be read again, hours before the first checkpoint is due."""
@@ -341,15 +343,6 @@ class RunCheckpoint(ModelCheckpoint):
         best = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(state_dict | moved | {"dirpath": self.dirpath, "best_k_models": best})
         self._goes_on = True
-
-    def _rank(self, trainer: Trainer) -> None:
-        """Keep the best that are still there: a run may go on from before some were removed."""
-        found = [path for path in self.best_k_models if self.file_exists(path, trainer)]
-        ranked = sorted(found, key=lambda path: float(self.best_k_models[path]), reverse=self.mode == "max")
-        ranked = ranked[: self.save_top_k if self.save_top_k >= 0 else None]
-        self.best_k_models = {path: self.best_k_models[path] for path in ranked}
-        self.best_model_path, self.kth_best_model_path = (ranked[0], ranked[-1]) if ranked else ("", "")
-        self.best_model_score = self.best_k_models.get(self.best_model_path)
 
 
 def link(path: Path, name: Path) -> None:
