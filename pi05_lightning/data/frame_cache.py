@@ -26,7 +26,7 @@ from pi05_lightning.data.images import resize_with_pad
 from pi05_lightning.data.open_files import OpenFiles, check_open_files
 from pi05_lightning.files.cores import available_cores
 
-_VERSION = 3  # part of every fingerprint: raise it when the same file would give other bytes
+_VERSION = 4  # part of every fingerprint: raise it when the same file would give other bytes
 TEMPORARY = f".{socket.gethostname()}.tmp"  # locks may be a machine's own where the folder is not
 DAY = 86_400  # seconds after which another machine's is left over too
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache

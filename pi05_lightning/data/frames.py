@@ -20,12 +20,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from av.video.frame import PictureType
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 
 from pi05_lightning.data.columns import is_text
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.images import find_stored, read_stored
 from pi05_lightning.data.open_files import OpenFiles, allow_open_files, check_open_files, reading_parquet
+
+_RGB = 0  # AVCOL_SPC_RGB in FFmpeg, which PyAV has no name for
+_FULL_RANGE = ("yuvj", "gray", "ya")  # formats that are of full range whether a frame says so or not
 
 
 class VideoDecoder:
@@ -163,9 +166,23 @@ class VideoDecoder:
         return float(frame.pts * self._time_base)
 
     def _pixels(self, frame: av.VideoFrame) -> np.ndarray:
+        """RGB by the matrix and the range that the frame names, BT.601 and limited where it names none.
+
+        PyAV takes these for all frames unless it is told of a destination that differs.
+        """
         if len(frame.format.components) != 3 and not frame.format.has_palette and not self._convert:
             raise BadImage(f"{self.path} is grey or transparent, not RGB; `convert_images: true` takes it nevertheless")
-        rgb = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        is_full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith(_FULL_RANGE)
+        try:
+            rgb = self._to_rgb.reformat(
+                frame,
+                format="rgb24",
+                src_colorspace=frame.colorspace,
+                dst_colorspace=_RGB,
+                src_color_range=ColorRange.JPEG if is_full else ColorRange.MPEG,
+            ).to_ndarray()
+        except av.FFmpegError as error:
+            raise BadImage(f"{self.path} holds {frame.format.name}, which cannot be made RGB ({error})") from error
         return np.ascontiguousarray(rgb.transpose(2, 0, 1))
 
 

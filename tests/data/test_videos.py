@@ -92,3 +92,59 @@ def test_with_a_wide_tolerance_the_frame_is_the_nearest_and_the_next_one_is_stil
         for off in (-0.3, 0.3):
             found = decoder.read((index + off) / RATE, 0.9 / RATE)
             np.testing.assert_array_equal(found, frames[index])
+
+
+COLOURS = np.array([(40, 180, 60), (200, 40, 40), (30, 60, 200), (220, 200, 40), (128, 128, 128), (250, 250, 250)])
+KR_KB = {"BT.601": (0.299, 0.114), "BT.709": (0.2126, 0.0722), "BT.2020": (0.2627, 0.0593)}
+UNSPECIFIED = 2  # of colour spaces; of ranges it is 0
+LIMITED, FULL = 1, 2
+
+
+def encode_colours(path: Path, codec: str, matrix: str, space: int, is_full: bool) -> None:
+    """A row of colours, made YUV by a matrix, whatever is said of it."""
+    red, green, blue = np.repeat(np.repeat(COLOURS[None], 64, axis=0), 32, axis=1).transpose(2, 0, 1) / 255
+    kr, kb = KR_KB[matrix]
+    luma = kr * red + (1 - kr - kb) * green + kb * blue
+    chroma = [(blue - luma) / (1 - kb) / 2, (red - luma) / (1 - kr) / 2]
+    low, span, chroma_span = (0, 255, 255) if is_full else (16, 219, 224)
+    planes = [low + span * luma, *(128 + chroma_span * plane[::2, ::2] for plane in chroma)]
+    yuv = np.concatenate([plane.ravel() for plane in planes]).round().clip(0, 255).astype(np.uint8)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=RATE)
+        stream.width, stream.height, stream.pix_fmt, stream.options = 32 * len(COLOURS), 64, "yuv420p", {"crf": "1"}
+        frame = av.VideoFrame.from_ndarray(yuv.reshape(96, -1), "yuv420p")
+        for tagged in (stream.codec_context, frame):
+            tagged.colorspace, tagged.color_range = space, FULL if is_full else LIMITED
+        frame.pts, frame.time_base = 0, Fraction(1, RATE)
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("codec", "matrix", "space", "is_full"),
+    [
+        ("libx264", "BT.601", UNSPECIFIED, False),
+        ("libx264", "BT.601", 6, False),
+        ("libx264", "BT.709", 1, False),
+        ("libx264", "BT.709", 1, True),
+        ("libx264", "BT.2020", 9, False),
+        ("libvpx-vp9", "BT.709", 1, True),
+        ("libvpx-vp9", "BT.601", 6, True),
+        ("libsvtav1", "BT.709", 1, False),
+    ],
+)
+def test_colours_are_what_the_video_says_they_are(
+    tmp_path: Path, codec: str, matrix: str, space: int, is_full: bool
+) -> None:
+    encode_colours(tmp_path / "a.mp4", codec, matrix, space, is_full)
+    found = VideoDecoder(tmp_path / "a.mp4").read(0.0, 1e-3).transpose(1, 2, 0)
+    np.testing.assert_allclose(found[32, 16::32].astype(int), COLOURS, atol=4)
+
+
+def test_a_format_that_cannot_be_made_rgb_is_a_bad_image(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.nut"), "w") as file:
+        stream = file.add_stream("rawvideo", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb4"
+        file.mux(stream.encode(av.VideoFrame(64, 48, "rgb4")))
+    with pytest.raises(BadImage, match="holds rgb4"):
+        VideoDecoder(tmp_path / "a.nut").read(0.0, 1e-3)
