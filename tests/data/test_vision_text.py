@@ -357,6 +357,48 @@ def test_files_say_by_their_names_what_is_for_validation(tmp_path: Path) -> None
     assert sizes == [6, 3, 2]
 
 
+def write_parquet(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(columns(2)).to_parquet(folder / f"{name}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "said"),
+    [
+        (["train-00000-of-00001", "coco_val"], 2, False),
+        (["rows", "test"], 2, False),
+        (["rows", "test/rows"], 2, False),
+        (["rows", "pick_test_tubes"], 2, True),
+        (["rows", "dev_kit"], 2, True),
+        (["train/pick_test_tubes", "validation/dev_kit"], 2, False),  # folders go first, as for `datasets`
+    ],
+)
+def test_a_word_that_keeps_a_file_from_training_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: list[str], train: int, said: bool
+) -> None:
+    source = open_source(write_parquet(tmp_path, *names))
+    assert len(source.indices(Modality.WEB_CAPTION)) == train
+    told = [record.message for record in caplog.records if "by a word in its name" in record.message]
+    assert len(told) == said
+    if said:
+        part = told[0].rpartition("parts: {train: ")[2].removesuffix("}")
+        assert len(open_source(tmp_path, parts={"train": part}).indices(Modality.WEB_CAPTION)) == 4
+
+
+def test_files_of_another_format_are_told_and_what_datasets_left_over_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    as_json_lines(tmp_path)
+    (tmp_path / "cache-0123.arrow").write_bytes(b"left over")
+    assert len(open_source(tmp_path)) == 2 * ROWS
+    assert not caplog.records
+    source = open_source(write_parquet(tmp_path, "more"))
+    assert len(source) == 4
+    assert ".parquet files are read, and the .jsonl files, as rows.jsonl, are not" in caplog.text
+
+
 def test_image_paths_may_be_relative_to_their_own_json_lines(tmp_path: Path) -> None:
     (tmp_path / "shelf").mkdir()
     source = open_source(as_json_lines(tmp_path / "shelf").parent)

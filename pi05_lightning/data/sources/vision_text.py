@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 import datasets
 import numpy as np
 import pyarrow as pa
+from datasets.data_files import FILES_TO_IGNORE
 
 from pi05_lightning.data.boxes import BoxOrder, detections, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
@@ -116,6 +117,8 @@ class VisionTextSource(Source):
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
         self._folders, parts = _load(config)
+        if split == "train":
+            _say_which_files(config, f"dataset {name!r}")
         self.hub_id = None if Path(config.path).expanduser().exists() else config.path
         self._data, rows = self._part(parts, split)
         self._has_camera = config.camera_column in self._data.column_names
@@ -368,21 +371,79 @@ def _plain(path: Path) -> Path:
 
 def _data_files(local: Path) -> tuple[dict[str, list[Path]], str]:
     """The files by part, as far as their names say which, and the builder in `datasets` that reads them."""
-    candidates = [local] if local.is_file() else sorted(local.rglob("*"))
-    for suffix, builder in _FORMATS.items():
-        parts: dict[str, list[Path]] = {}
-        for file in candidates:
-            if file.suffix == suffix:
-                parts.setdefault(_part_of(file, local), []).append(file)
-        if parts:
-            return parts, builder
-    raise ValueError(f"{local} holds neither a dataset saved by `datasets` nor {', '.join(_FORMATS)} files")
+    found = _files_by_suffix(local)
+    if not found:
+        raise ValueError(f"{local} holds neither a dataset saved by `datasets` nor {', '.join(_FORMATS)} files")
+    suffix, files = next(iter(found.items()))
+    parts: dict[str, list[Path]] = {}
+    for file in files:
+        parts.setdefault(_part_of(file, local), []).append(file)
+    return parts, _FORMATS[suffix]
+
+
+def _files_by_suffix(local: Path) -> dict[str, list[Path]]:
+    """The files of each format, in the order of formats, but those that `datasets` ignores or left over itself."""
+    files = [local] if local.is_file() else sorted(local.rglob("*"))
+    files = [file for file in files if file.name not in FILES_TO_IGNORE and not file.match("cache-*.arrow")]
+    found = {suffix: [file for file in files if file.suffix == suffix] for suffix in _FORMATS}
+    return {suffix: several for suffix, several in found.items() if several}
 
 
 def _part_of(file: Path, folder: Path) -> str:
-    """What the last word says that says something; files that nothing is said of are for training."""
-    words = re.split(r"[-._ 0-9/]+", file.relative_to(folder).as_posix().lower())
+    """What the words of the folders say, or else those of the name, as in `datasets`; the last that says something.
+
+    Files that nothing is said of are for training.
+    """
+    place = file.relative_to(folder)
+    words = [*_words(place.name), *_words(place.parent.as_posix())]
     return next((part for word in reversed(words) for part, names in NAMES.items() if word in names), "train")
+
+
+def _words(path: str) -> list[str]:
+    return re.split(r"[-._ 0-9/]+", path.lower())
+
+
+def _say_which_files(config: VisionTextConfig, where: str) -> None:
+    """Warn of files in a folder that are not read, and of those that may be kept from training by mistake."""
+    local = Path(config.path).expanduser().absolute()
+    if not local.is_dir() or any((local / name).exists() for name in _SAVED_BY_DATASETS):
+        return
+    (read, files), *others = _files_by_suffix(local).items()
+    for suffix, unread in others:
+        log.warning(
+            "%s: its %s files are read, and the %s files, as %s, are not: keep one format in the folder",
+            where,
+            read,
+            suffix,
+            unread[0].relative_to(local),
+        )
+    held = _held_by_a_word(files, local) if config.parts is None else []
+    if held:
+        parts = {_part_of(file, local) for file in held} | ({"train"} if len(held) < len(files) else set())
+        log.warning(
+            "%s: by a word in its name %s is for %s, and so %d of %d files are not for training. If they are to be,"
+            " rename them, or set parts: {train: %s}",
+            where,
+            held[0].relative_to(local),
+            _part_of(held[0], local),
+            len(held),
+            len(files),
+            "+".join(sorted(parts)),
+        )
+
+
+def _held_by_a_word(files: list[Path], folder: Path) -> list[Path]:
+    """Those not for training by a word among others, where no file is called training's: `pick_test_tubes`."""
+    if any({*_words(str(file.relative_to(folder)))} & {*NAMES["train"]} for file in files):
+        return []
+    known = {"", "of"}.union(*NAMES.values())
+    found = []
+    for file in files:
+        places = [_words(place) for place in file.relative_to(folder).with_suffix("").parts]
+        plain = any(len({*words} - {"", "of"}) and known.issuperset(words) for words in places)
+        if _part_of(file, folder) != "train" and not plain:
+            found.append(file)
+    return found
 
 
 def _some_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:
