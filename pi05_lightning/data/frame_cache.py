@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from glob import escape
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,8 +28,10 @@ from pi05_lightning.data.open_files import OpenFiles, check_open_files
 from pi05_lightning.files.cores import available_cores
 
 _VERSION = 4  # part of every fingerprint: raise it when the same file would give other bytes
-TEMPORARY = f".{socket.gethostname()}.tmp"  # locks may be a machine's own where the folder is not
+HOST = socket.gethostname()
+TEMPORARY = f".{HOST}.tmp"  # locks may be a machine's own where the folder is not
 DAY = 86_400  # seconds after which another machine's is left over too
+UNUSED_DAYS = 30  # the same for frames that it decoded: its copy of a dataset may have other dates
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
@@ -153,7 +156,7 @@ class CachedFrames:
         self._place = None
         current = self._frames_path(file), self._index_path(file)  # another machine may just have written them
         for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
-            if stale.suffix != ".tmp" and stale not in current:
+            if stale.suffix != ".tmp" and stale not in current and _is_left_over(stale.with_suffix(".npz")):
                 stale.unlink(missing_ok=True)
         positions: list[float] = []
         sizes: list[tuple[int, ...]] = []
@@ -179,13 +182,24 @@ class CachedFrames:
         index = self._index_path(file).with_suffix(f".npz{TEMPORARY}")
         with index.open("wb") as out:
             size = np.array(sizes, dtype=np.int32).reshape(-1, 2)
-            np.savez(out, position=np.array(positions), size=size, problem=np.array(problem))
+            np.savez(out, position=np.array(positions), size=size, problem=np.array(problem), host=np.array(HOST))
         pixels.replace(self._frames_path(file))
         index.replace(self._index_path(file))  # last: an index says that its file is cached
 
     def _write(self, batch: list[np.ndarray], out: BinaryIO) -> None:
         resized = resize_with_pad(torch.from_numpy(np.stack(batch)), self.size)
         out.write(resized.contiguous().numpy().data)
+
+
+def _is_left_over(index: Path) -> bool:
+    """Whether nobody needs the frames of another version of a file: this machine's, or those long unused."""
+    try:
+        used = max(index.stat().st_atime, index.stat().st_mtime)
+        with np.load(index) as known:
+            host = str(known["host"]) if "host" in known else HOST
+    except (OSError, ValueError, BadZipFile):  # it is gone, or damaged
+        return True
+    return host == HOST or time.time() - used > UNUSED_DAYS * DAY
 
 
 def _decode_all(missing: list[tuple[CachedFrames, int]], label: str) -> None:

@@ -142,6 +142,29 @@ def test_what_another_machine_writes_to_a_shared_cache_stays(videos_copy: Path) 
     assert others.read_bytes() == b"half"
 
 
+def test_machines_whose_copies_of_a_dataset_have_other_dates_keep_their_caches(
+    videos_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = next((videos_copy / "videos").rglob("*.mp4"))
+
+    def cached_by(host: str, date: int) -> set[str]:
+        monkeypatch.setattr(frame_cache, "HOST", host)
+        os.utime(file, (date, date))
+        open_source(videos_copy, image_cache=True).prepare()
+        return set(cached_files(videos_copy))
+
+    first = cached_by("first", 1)
+    both = cached_by("second", 2)
+    assert first < both
+    assert cached_by("first", 1) == both
+    own = cached_by("second", 3)
+    assert first < own
+    assert len(own) == len(both)  # its file changed: what it had is left over
+    for path in (videos_copy / ".cache").rglob("chunk*"):
+        os.utime(path, (0, 0))  # long unused
+    assert not first <= cached_by("second", 4)
+
+
 def test_what_another_machine_has_just_cached_is_not_removed(
     videos_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
