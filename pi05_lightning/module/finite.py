@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from pi05_lightning.losses import nothing_to_learn
 from pi05_lightning.models.shards import own_part
-from pi05_lightning.module.step import StepLosses
+from pi05_lightning.module.step import NOTHING, StepLosses
 from pi05_lightning.optim import gradient_norms
+from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Drawn
 
 log = logging.getLogger(__name__)
@@ -43,14 +45,19 @@ class Step:
     """
 
     number: int
-    stage: str
+    stage: Stage
     names: list[tuple[str, int | None]]
     values: Tensor
     drawn: list[Drawn]
     copied: torch.cuda.Event | None
 
     def problem(self) -> str:
-        """Which losses are not finite, or which gradients where all losses are, in words; empty where nothing is."""
+        """Which losses are not finite, or which gradients where all losses are, in words; empty where nothing is.
+
+        Raises ValueError for a step that has nothing to learn, as one rank does before it.
+        """
+        if any(name == NOTHING for name, _, _ in self._bad):
+            raise nothing_to_learn(self.stage.weights)
         bad = {name: value for name, _, value in self._bad if name.startswith(LOSS)} or {
             name: value for name, _, value in self._bad
         }
@@ -91,11 +98,18 @@ class FiniteSteps:
         self._unseen = None
 
     def before_step(
-        self, number: int, stage: str, losses: StepLosses, model: nn.Module, optimizer: Optimizer, scaled: bool = False
+        self,
+        number: int,
+        stage: Stage,
+        losses: StepLosses,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scaled: bool = False,
     ) -> dict[str, Tensor]:
         """Whether the step may be taken; the gradient norms of the model's parts, on the device.
 
-        scaled: a gradient scaler watches the gradients, which are not looked at.  Raises NotFinite.
+        scaled: a gradient scaler watches the gradients, which are not looked at.  Raises NotFinite, and ValueError for
+        a step without anything to learn.
         """
         self.look(model)
         norms = gradient_norms(model.named_parameters())
@@ -103,6 +117,7 @@ class FiniteSteps:
         found: dict[tuple[str, int | None], Tensor] = {
             (f"{LOSS}{name}", batch): value for name, values in lost.items() for batch, value in enumerate(values)
         }
+        found |= {(name, None): value for name, value in losses.nothing().items()}
         if not scaled:
             found |= {(f"{GRADIENT}{part}", None): norm for part, norm in norms.items()}
         device = norms[TOTAL].device if TOTAL in norms else None  # the host's, where it is offloaded
@@ -130,7 +145,7 @@ class FiniteSteps:
             self._decide(step, problem, model, intact=False)
 
     def _decide(self, step: Step, problem: str, model: nn.Module, intact: bool) -> None:
-        what = f"step {step.number} (stage {step.stage}): {problem}"
+        what = f"step {step.number} (stage {step.stage.name}): {problem}"
         samples = "; ".join(dict.fromkeys(address for drawn in step.suspects() for address in self.addresses(drawn)))
         if self.skipped < self.max_skipped:
             self.skipped += 1

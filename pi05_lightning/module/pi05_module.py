@@ -336,7 +336,7 @@ class Pi05Module(LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         stage = self.recipe.at(self.global_step)
         scaled = scaler is not None
-        norms = self.finite.before_step(self.global_step, stage.name, step, self.model, optimizer, scaled)
+        norms = self.finite.before_step(self.global_step, stage, step, self.model, optimizer, scaled)
         if self.logs_after(self.global_step + 1):
             if scaler is not None and optimizer.defaults.get("fused"):  # it scales them back itself, later
                 norms = {part: norm / scaler.get_scale() for part, norm in norms.items()}

@@ -11,6 +11,8 @@ from pi05_lightning.losses import nothing_to_learn
 from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Drawn
 
+NOTHING = "nothing to learn"
+
 
 class StepLosses:
     """The losses of the batches that a step accumulates, on their device: the host waits where it logs alone.
@@ -32,6 +34,13 @@ class StepLosses:
         self.totals.append(total.detach())
         self.drawn.append(drawn)
         self._counts = counts
+
+    def nothing(self) -> dict[str, Tensor]:
+        """Infinite where no term had an element in the step, on any rank, and 0 elsewhere; on their device."""
+        if not self._counts:
+            return {}
+        total = torch.stack(list(self._counts.values())).sum()
+        return {NOTHING: torch.where(total > 0, 0.0, torch.inf)}
 
     def scalars(self, stage: Stage, norms: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
         """Losses, and norms of gradients, by the names that they are logged under; waits for the device once.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.module import default_optimizer
-from pi05_lightning.module.finite import NotFinite
+from pi05_lightning.module.finite import FiniteSteps, NotFinite
+from pi05_lightning.module.step import StepLosses
+from pi05_lightning.recipe import LossWeights, Stage
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.restart import PENDING, Restart
+from pi05_lightning.types import Drawn
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
@@ -113,6 +117,20 @@ def test_no_poisoned_weights_are_saved_whatever_the_learning_rate(train: Train, 
 def test_a_negative_number_of_steps_to_skip_is_refused(train: Train) -> None:
     with pytest.raises(ValueError, match="max_skipped_steps"):
         train(module_options={"max_skipped_steps": -1})
+
+
+@pytest.mark.parametrize("max_skipped", [0, 5])
+def test_a_step_of_which_no_rank_has_anything_to_learn_is_refused(max_skipped: int) -> None:
+    """One rank alone is told so before it, see test_accumulation."""
+    model, stage = torch.nn.Linear(2, 1), Stage(LossWeights(text=1, subtask=1), name="pretrain", steps=4)
+    optimizer, finite = torch.optim.AdamW(model.parameters()), FiniteSteps(max_skipped, lambda drawn: [])
+    for elements in (3, 0):
+        losses, loss = StepLosses(), 0 * model(torch.ones(2)).sum()
+        loss.backward()
+        counts = {"text": torch.tensor(0), "subtask": torch.tensor(elements)}
+        losses.saw(dict.fromkeys(counts, torch.zeros(())), counts, loss, Drawn({}, 0))
+        with nullcontext() if elements else pytest.raises(ValueError, match="this step has nothing that the stage"):
+            finite.before_step(0, stage, losses, model, optimizer)
 
 
 @pytest.mark.slow
