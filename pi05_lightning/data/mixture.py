@@ -32,6 +32,8 @@ class Entry:
     """i64[size], or [1] where all are alike: images of each sample."""
     text: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     """The same for the length of its text, in any unit."""
+    lacking: frozenset[str] = frozenset()
+    """The loss terms that are not learned from each of its samples."""
 
 
 class Mixture:
@@ -61,13 +63,15 @@ class Mixture:
     def weights(self, stage: StageOptions) -> np.ndarray:
         """Probabilities f64[entries]: a stage's share of each, × size ** temperature.
 
-        Without shares all are equal that the stage's losses train. Raises ValueError for unknown names, for those that
-        nothing is learned from, and when nothing is left to draw.
+        Without shares all are equal whose every sample trains one of the stage's losses. Raises ValueError for unknown
+        names, for those that nothing is learned from, and when nothing is left to draw.
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
-        # of all where a stage has no losses, which is not refused here
-        terms = [self.trained_by.get(term, ()) for term in stage.losses.used] or [tuple(Modality)]
-        learned = [any(entry.subset.modality in modalities for modalities in terms) for entry in self.entries]
+        used = stage.losses.used
+        terms = [{t for t in used if entry.subset.modality in self.trained_by.get(t, ())} for entry in self.entries]
+        # from all where a stage has no losses, which is not refused here
+        learned = [bool(found) or not used for found in terms]
+        always = [not found <= entry.lacking or not used for found, entry in zip(terms, self.entries, strict=True)]
         for name in shares:
             if name not in names:
                 raise ValueError(f"mixture: unknown {name!r}{suggestion(name, names)}; the data has {names}")
@@ -75,7 +79,7 @@ class Mixture:
                 raise ValueError(
                     f"mixture: nothing is learned from {name} in this stage, whose losses are {stage.losses.used}"
                 )
-        plain = np.array([shares.get(name, 0.0) for name in names] if shares else learned, dtype=np.float64)
+        plain = np.array([shares.get(name, 0.0) for name in names] if shares else always, dtype=np.float64)
         weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
         if not weights.sum():
             raise ValueError(

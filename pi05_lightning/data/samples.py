@@ -59,7 +59,10 @@ class Samples(Dataset[Sample]):
 
     @property
     def entries(self) -> list[Entry]:
-        return [Entry(subset, len(indices)) for subset, indices in zip(self.subsets, self.indices, strict=True)]
+        return [
+            Entry(subset, len(indices), lacking=self._lacking(subset))
+            for subset, indices in zip(self.subsets, self.indices, strict=True)
+        ]
 
     def entries_with_lengths(self) -> list[Entry]:
         """The entries with their samples' lengths, from the sources' tables: no image is read for it."""
@@ -76,20 +79,45 @@ class Samples(Dataset[Sample]):
         return set(first[-LONGEST:].tolist())
 
     def alike(self, entry: int) -> bool:
-        """Whether each of an entry's samples has images, and says a subtask if any does, by its source's tables.
+        """Whether each of an entry's samples has images, and teaches a subtask if any does, by its source's tables.
 
         What there is to learn from one is then there in all of them, as far as tokens and actions go.
         """
         subset, language = self.subsets[entry], self.processor.language
-        source = self.sources[subset.source]
-        if type(source).sizes is Source.sizes:  # it says nothing of them
+        if not self._tells_sizes(subset):
             return False
-        sizes = source.sizes(subset.modality)
-        said = np.asarray(sizes.subtask) > 0
-        if subset.modality in language.saying_subtasks and subset.modality is not Modality.HL_SUBTASK and said.any():
-            some_fast = language.fast_share and subset.modality is Modality.CONTINUOUS
-            return bool(np.all(sizes.images) and said.all() and not language.task_only_share and not some_fast)
-        return bool(np.all(sizes.images))
+        if self._may_say_subtask(subset):
+            given, taught = self._subtasks(subset)
+            if taught.any() and (language.task_only_share or not taught.all()):
+                return False
+            if given.any() and language.fast_share and subset.modality is Modality.CONTINUOUS:
+                return False
+        return bool(np.all(self.sources[subset.source].sizes(subset.modality).images))
+
+    def _lacking(self, subset: Subset) -> frozenset[str]:
+        """The loss terms of which some of a subset's samples have no target for want of a subtask, as far as is known.
+
+        What is hidden by chance does not count.
+        """
+        if not self._may_say_subtask(subset) or not self._tells_sizes(subset):
+            return frozenset()
+        given, taught = self._subtasks(subset)
+        has_fast = given.all() or subset.modality is not Modality.CONTINUOUS
+        return frozenset(({"subtask"} if not taught.all() else set()) | ({"fast"} if not has_fast else set()))
+
+    def _tells_sizes(self, subset: Subset) -> bool:
+        return type(self.sources[subset.source]).sizes is not Source.sizes
+
+    def _may_say_subtask(self, subset: Subset) -> bool:
+        """Whether its samples may have a subtask to be said before actions."""
+        saying = self.processor.language.saying_subtasks
+        return subset.modality in saying and subset.modality is not Modality.HL_SUBTASK
+
+    def _subtasks(self, subset: Subset) -> tuple[np.ndarray, np.ndarray]:
+        """Which of a subset's frames have a subtask, and which one to be learned, bool[N] or bool[] where all do."""
+        sizes = self.sources[subset.source].sizes(subset.modality)
+        given = np.asarray(sizes.subtask) > 0
+        return given, given & sizes.taught
 
     def address(self, entry: int, index: int) -> str:
         """Dataset, episode and frame of an entry's index, for messages."""

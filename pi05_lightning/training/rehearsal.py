@@ -29,7 +29,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.recipe import POSTTRAIN, PRETRAIN, Stage
-from pi05_lightning.types import Batch, Modality, Sample
+from pi05_lightning.types import Batch, Modality, Sample, Subset
 
 PATIENCE = 3.0  # seconds after which the user is told what takes so long
 TORCH = Path(torch.__file__).parent
@@ -107,6 +107,15 @@ class Rehearsal:
                     f"stage {stage.name}: nothing is learned from {subset}, as all that its losses"
                     f" ({', '.join(terms)}) would train is frozen, or has a learning rate of 0: draw none of it in this"
                     " stage's mixture, or change freeze and lr_factors"
+                )
+            if terms <= samples.entries[number].lacking:
+                log.warning(
+                    "stage %s: some samples of %s have no subtask, and nothing is learned from these with its losses"
+                    " (%s); a step that has no others ends the run. Draw %s in this stage's mixture instead",
+                    stage.name,
+                    subset,
+                    ", ".join(sorted(terms)),
+                    Subset(subset.source, Modality.HL_SUBTASK),
                 )
         if isinstance(self.trainer.strategy, DDPStrategy) and all(samples.alike(number) for number in entries):
             reached = self._reached(stage, [read[number] for number in entries])

@@ -72,6 +72,17 @@ def test_without_shares_all_are_drawn_that_the_losses_train() -> None:
     np.testing.assert_allclose(mixture.weights(StageOptions(LossWeights(text=1))), [0.5, 0, 0.5])
 
 
+def test_without_shares_none_is_drawn_that_may_teach_nothing() -> None:
+    trained_by = TRAINED_BY | {"subtask": {Modality.HL_SUBTASK, Modality.CONTINUOUS}}
+    acts = entry("robot/continuous_robot_actions", 300, lacking=frozenset({"subtask"}))
+    mixture = Mixture([entry("robot/hl_subtask", 100), acts, entry("web/qa", 50)], trained_by, 8)
+    words, both = LossWeights(text=1, subtask=1), LossWeights(text=1, subtask=1, flow=1)
+    np.testing.assert_allclose(mixture.weights(StageOptions(words)), [0.5, 0, 0.5])
+    np.testing.assert_allclose(mixture.weights(StageOptions(both)), [1 / 3, 1 / 3, 1 / 3])
+    named = StageOptions(words, {"robot/continuous_robot_actions": 1.0})
+    np.testing.assert_allclose(mixture.weights(named), [0, 1, 0])
+
+
 @pytest.mark.parametrize("window", [1, 4])
 def test_two_ranks_see_disjoint_samples_whose_union_is_one_larger_batch(window: int) -> None:
     small, large = mixture_of(ENTRIES, 8, window=window), mixture_of(ENTRIES, 16, window=window)

@@ -139,3 +139,28 @@ def test_samples_are_alike_where_all_or_none_say_a_subtask(
     samples = data.train_samples
     found = {subset.modality: samples.alike(number) for number, subset in enumerate(samples.subsets)}
     assert found == dict.fromkeys(found, True) | {Modality.CONTINUOUS: alike}
+
+
+@pytest.mark.parametrize(
+    ("corrected", "language", "alike"),
+    [
+        (range(0), Language(condition_on="both"), True),  # the policy said all of them itself
+        (range(0), Language(condition_on="both", task_only_share=0.1), True),
+        (range(0), Language(condition_on="both", fast_share=0.5), False),
+        (range(17, 21), Language(condition_on="both"), False),
+        (range(len(EPISODES)), Language(condition_on="both"), True),
+    ],
+)
+def test_a_subtask_that_a_policy_said_itself_is_none_to_be_alike_in(
+    videos_copy: Path, corrected: range, language: Language, alike: bool
+) -> None:
+    annotate(videos_copy, without=())
+    rewrite(data_file(videos_copy), intervention=[row in corrected for row in range(len(EPISODES))])
+    (videos_copy / "meta" / "pi05_collect.json").write_text("{}")
+    source = LeRobotConfig(path=str(videos_copy), val_fraction=0, subtask_key="subtask_index")
+    samples = Pi05DataModule(
+        {"robot": source}, shapes=ModelConfig.preset("debug").shapes, language=language
+    ).train_samples
+    (number,) = [n for n, subset in enumerate(samples.subsets) if subset.modality is Modality.CONTINUOUS]
+    assert samples.alike(number) is alike
+    assert samples.entries[number].lacking == (set() if len(corrected) == len(EPISODES) else {"subtask"})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.augment import Augmentation
+from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.base import SimpleSource
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.backbone import Backbone
@@ -204,6 +205,20 @@ def test_a_default_loss_that_nothing_feeds_is_said_and_left_out(start: Start, ca
     assert len(said) == 1
     assert said[0].startswith("stage pretrain: ")
     assert not [record.message for record in caplog.records if "the loss 'flow'" in record.message]
+
+
+def test_frames_without_a_subtask_are_said_where_they_teach_nothing(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whole steps of them ended the run: without shares they are not drawn at all."""
+    words, data = LossWeights(text=1, subtask=1), {"language": Language(condition_on="both")}
+    with caplog.at_level(logging.WARNING):
+        module = start(pretrain=StageOptions(words), data=data)
+        assert module.trainer.datamodule.drawn(module.recipe.stages[0]) == {Modality.QA, Modality.HL_SUBTASK}
+        assert "have no subtask" not in caplog.text
+        start(pretrain=StageOptions(words, FLOW), data=data | {"batch_size": 12, "length_window": 1})
+    assert "some samples of robot/continuous_robot_actions have no subtask" in caplog.text
+    assert "Draw robot/hl_subtask in" in caplog.text
 
 
 def test_a_stage_left_to_its_losses_draws_nothing_that_they_cannot_train(start: Start) -> None:

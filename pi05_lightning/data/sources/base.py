@@ -28,6 +28,8 @@ class Sizes:
     """Characters of its subtask."""
     answers: np.ndarray | int = 0
     """Characters of its questions and answers."""
+    taught: np.ndarray | bool = True
+    """Whether its subtask, where it has one, is to be learned, and not only what a policy said."""
 
 
 class Source(ABC):
@@ -68,7 +70,8 @@ class Source(ABC):
     def sizes(self, modality: Modality) -> Sizes:
         """Of the frames in `indices(modality)`: batches of similar length are made of it, so it may be left out.
 
-        Where it is not, it has to be right about which frames have an image or a subtask, see `Samples.alike`.
+        Where it is not, it has to be right about which frames have an image, or a subtask that is taught, see
+        `Samples.alike`.
         """
         return Sizes(images=len(self.camera_names))
 

@@ -261,7 +261,12 @@ class LeRobotSource(Source):
         rows, columns = self._rows[self.indices(modality)], self.columns
         if modality is Modality.QA:
             return Sizes(images=min(1, len(self.cameras)), answers=columns.answers.characters(rows))
-        return Sizes(len(self.cameras), self._task.characters(rows), columns.subtask.characters(rows))
+        return Sizes(
+            images=len(self.cameras),
+            task=self._task.characters(rows),
+            subtask=columns.subtask.characters(rows),
+            taught=self.teaches_subtask[rows],
+        )
 
     def address(self, index: int) -> str:
         """The frame in words: "dataset 'x', episode 3, frame 17"."""
