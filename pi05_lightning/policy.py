@@ -20,7 +20,7 @@ from torch import Tensor
 from pi05_lightning.acting import Acting, check
 from pi05_lightning.acting.inference import Computed, Given, Inference
 from pi05_lightning.acting.int8 import int8_weights
-from pi05_lightning.data.fast import FastDecodeError
+from pi05_lightning.data.fast import NO_CHUNK, FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.hub import check_repo
@@ -413,7 +413,7 @@ def _finished(request: Request, computed: Computed) -> np.ndarray | Exception:
     except ValueError as error:
         return error
     if np.isnan(chunk).any():
-        return FastDecodeError("the FAST tokens are no chunk: constrain_fast, or ask again")
+        return FastDecodeError(NO_CHUNK)
     return chunk
 
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 CHARACTERS = 2048  # code points looked at, the ones that UTF-8 spells in at most two bytes
 MARGIN = 1.25  # range of coefficients that a fit prepares for, relative to what it sees
+NO_CHUNK = "the FAST tokens are no chunk: constrain_fast, or ask again"
 
 
 class FastDecodeError(ValueError):

@@ -17,6 +17,7 @@ from lerobot_policy_pi05_lightning.modeling_pi05_lightning import Pi05LightningP
 from pi05_lightning import Pi05Policy
 from pi05_lightning.acting import Acting
 from pi05_lightning.cli.convert import convert
+from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.lerobot_plugin import save_for_plugin
 
@@ -97,6 +98,15 @@ def test_chunk_from_given_noise_is_our_policys(saved: Path) -> None:
     np.testing.assert_allclose(
         chunk[0], Pi05Policy(saved).predict_chunk(observation, noise=noise), rtol=1e-4, atol=1e-5
     )
+
+
+def test_fast_tokens_that_are_no_chunk_give_no_action_also_where_they_are_counted(make: Make, fast: Path) -> None:
+    acting = Acting(actions="fast", constrain_fast=False, temperature=3.0, on_failed_decode="count")
+    policy = make(fast=str(fast), acting=acting)
+    policy.trained = Trained({"posttrain": 1}, {"fast": 1}, complete=True)
+    with pytest.raises(FastDecodeError, match="are no chunk"):
+        policy.select_action(as_lerobot(observations(1)))
+    assert policy.inference.failed_decodes == 1
 
 
 def test_export_of_ours_acts_in_lerobot(make: Make, tmp_path: Path, saved: Path) -> None:

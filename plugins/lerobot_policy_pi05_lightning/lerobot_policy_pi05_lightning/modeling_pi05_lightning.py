@@ -21,7 +21,7 @@ from lerobot_policy_pi05_lightning.configuration_pi05_lightning import Pi05Light
 from lerobot_policy_pi05_lightning.frames import Taught, camera_names, frames_of
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.augment import augment
-from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.fast import NO_CHUNK, FastDecodeError, FastTokenizer
 from pi05_lightning.data.mixture import TrainedBy
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
@@ -339,13 +339,19 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         return frames
 
     def _chunk(self, frames: list[Frame], noise: Tensor | None = None) -> np.ndarray:
-        """f32[B T A], in real units; predicts what to do next first, where that is due."""
+        """f32[B T A], in real units; predicts what to do next first, where that is due.
+
+        Raises FastDecodeError for FAST tokens that are no chunk, also where they are counted: a robot gets no NaN.
+        """
         if self.inference.replans(self._chunks):
             self.subtasks = list(self.inference.predict_subtasks(frames))
         elif not self.subtasks:
             self.subtasks = [None] * len(frames)
         self._chunks += 1
-        return self.inference.predict_chunks(frames, self.subtasks, noise)
+        chunks = self.inference.predict_chunks(frames, self.subtasks, noise)
+        if np.isnan(chunks).any():
+            raise FastDecodeError(NO_CHUNK)
+        return chunks
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], noise: Tensor | None = None, **_: Any) -> Tensor:
