@@ -289,6 +289,14 @@ class Pi05Policy(Inference):
         """What to do next, in words."""
         return self.predict_subtasks([self.frame(observation)])[0]
 
+    def answer(self, observation: Observation | Frame, question: str, camera: str) -> str:
+        """What it says to a question about a camera's picture; places in it are shares of the picture.
+
+        Raises ValueError as `Inference.answer`, and for a dictionary that does not fit.
+        """
+        frame = observation if isinstance(observation, Frame) else self.frame(observation)
+        return super().answer(frame, question, camera)
+
     def prepare(self, observation: Observation | Sequence[Observation]) -> Batch:
         """Exactly the tensors that the model gets, of one observation or of a list of them, conditioned on the task."""
         several = [observation] if isinstance(observation, Mapping) else observation

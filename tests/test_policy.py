@@ -296,6 +296,18 @@ def test_fast_tokens_that_do_not_decode_are_counted_if_so_configured(trained, wi
     assert policy.failed_decodes == 2
 
 
+def test_a_question_is_about_an_observation_or_a_frame(trained) -> None:
+    module, data, _ = trained
+    policy = Pi05Policy((module.model, module.processor))
+    seen = observation(data)
+    said = policy.answer(seen, "what is it?", "top")
+    assert said == policy.answer(policy.frame(seen), "what is it?", "top")
+    with pytest.raises(ValueError, match="no image of a camera 'side': ask about top"):
+        policy.answer(seen, "what is it?", "side")
+    with pytest.raises(ValueError, match="an observation has no key 'images'"):
+        policy.answer({**seen, "images": seen["image"]}, "what is it?", "top")
+
+
 def test_subtask_conditions_the_actions(trained) -> None:
     _, data, path = trained
     policy = Pi05Policy.from_pretrained(path)
