@@ -95,6 +95,7 @@ class Plan:
         for name, values in {"tasks": self.tasks, "modes": self.modes, "instructions": self.instructions}.items():
             check_unique(name, values)
         check_range("episodes", self.episodes, 1)
+        check_range("videos", self.films, 0)
         check_range("seed", self.seed, 0)
         check_range("lanes", self.lanes, 1)
 

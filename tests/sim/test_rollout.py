@@ -145,6 +145,7 @@ def test_episodes_depend_on_their_seed_and_not_on_the_lanes(untrained):
         ({"execution_horizon": 99}, "execution_horizon: 99"),
         ({"dataset": Path("nowhere")}, "dataset: nowhere .* is no LeRobot v3 dataset"),
         ({"episodes": 0}, "at least 1"),
+        ({"videos": -1}, "videos is -1"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"tasks": ["reach-v3", "reach-v3"]}, "tasks: reach-v3 is named twice"),
