@@ -53,6 +53,8 @@ class Given:
     bounds: bool = False
     resting: bool = False
     """Its states are those that episodes begin with, whose ranges tell nothing."""
+    sets_rate: bool = False
+    """How long an action lasts was said, whatever rate the policy's data have."""
     episode_seconds: float | None = None
     """Of the longest one."""
 
@@ -212,6 +214,8 @@ def _rate(policy: Robot, given: Given) -> Iterator[Finding]:
         yield Finding("rate", "unknown", "not said: pi05 convert --fps", rate)
     elif abs(policy.fps - given.robot.fps) <= 1e-6 * policy.fps:
         yield Finding("rate", "ok", expected, rate)
+    elif given.sets_rate:
+        yield Finding("rate", "unknown", expected, f"{rate}, as action_repeat says")
     else:
         times = given.robot.fps / policy.fps
         then = f"a chunk is executed {times:.3g} times as fast as it was shown"

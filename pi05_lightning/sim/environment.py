@@ -253,13 +253,19 @@ class EnvironmentConfig(ABC):
         """Initial states of a task, which rollouts and attempts then share; None where there is no end of them."""
         return None
 
+    @property
+    def sets_rate(self) -> bool:
+        """Whether it says itself how long an action lasts, whatever rate the policy was trained at."""
+        return False
+
     @abstractmethod
     def tasks(self, robot: Robot) -> list[str]:
         """The tasks to run where the user names none, for a policy of this robot."""
 
     @abstractmethod
     def open(self, task: str, view: View) -> Environment:
-        """An environment in which an action lasts as long as between two frames that the policy was trained on.
+        """An environment in which an action lasts as long as between two frames that the policy was trained on, unless
+        it `sets_rate`.
 
         Raises NoSuchEnvironment for an unknown task, cameras that are not there, a rate that cannot be had, a package
         that is missing, and where nothing can be rendered.

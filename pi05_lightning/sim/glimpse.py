@@ -71,7 +71,7 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
         cameras=tuple(frames[0].images),
         looks={camera: look for camera, look in looks.items() if look is not None},
     )
-    return Given(robot, type(config).__name__, bounds=True, resting=not expert)
+    return Given(robot, type(config).__name__, bounds=True, resting=not expert, sets_rate=config.sets_rate)
 
 
 def shown_by_expert(env: Demonstrator) -> Iterator[Frame]:

@@ -75,6 +75,10 @@ class LeRobotEnv(EnvironmentConfig):
         return super().seeds(number, episodes, seed, split)
 
     @property
+    def sets_rate(self) -> bool:
+        return self.action_repeat is not None
+
+    @property
     def _is_mt50(self) -> bool:
         return self.type == "metaworld" and "task" not in self.options
 
@@ -181,9 +185,9 @@ class LeRobotEnvironment:
             )
         self.sentence: str = described
         self._repeat = repeat or action_repeat(f"LeRobot's {config.type}", config.fps, view)
-        self.fps = view.fps
+        self.fps = config.fps / self._repeat
         limit = (env.spec and env.spec.max_episode_steps) or getattr(env.unwrapped, "_max_episode_steps", None)
-        self.max_seconds = (limit or _DEFAULT_STEPS) / self._repeat / self.fps
+        self.max_seconds = (limit or _DEFAULT_STEPS) / config.fps
         self.action_low, self.action_high = env.action_space.low, env.action_space.high
         self.ended = False
         self._before, self._after = config.get_env_processors()

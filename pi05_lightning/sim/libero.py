@@ -71,6 +71,10 @@ class Libero(EnvironmentConfig):
     def num_states(self) -> int:
         return LIBERO_STATES
 
+    @property
+    def sets_rate(self) -> bool:
+        return True
+
     def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         return libero_states(split, episodes, seed)
 

@@ -141,7 +141,7 @@ class Lanes:
         while len(self._open) < count:
             env = self.env.open(task, self.view)
             self._open.append(env)
-            if not same_rate(env.fps, self.view.fps):
+            if not self.env.sets_rate and not same_rate(env.fps, self.view.fps):
                 raise NoSuchEnvironment(
                     f"{type(self.env).__name__} takes {env.fps:g} actions per second, and the policy was trained at"
                     f" {self.view.fps:g} frames per second"

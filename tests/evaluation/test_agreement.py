@@ -75,6 +75,7 @@ def test_radians_given_to_a_policy_of_degrees_lie_within_its_range_and_are_found
 def test_dims_rate_cameras_wording_and_short_episodes() -> None:
     assert different(robot((LOW[:3], HIGH[:3]))) == {"state": "3 dims"}
     assert different(robot(fps=80.0)) == {"rate": "80 Hz"}
+    assert different(robot(fps=80.0), sets_rate=True) == {}
     assert different(robot(cameras=("front",))) == {"cameras": "front"}
     assert "'Open drawer.'" in different(robot(tasks=("Open drawer.",)))["instructions"]
     assert different(robot(), episode_seconds=0.5) == {"horizon": "the longest episode is 0.5 s"}

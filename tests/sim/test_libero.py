@@ -34,6 +34,7 @@ def test_liberos_first_initial_states_are_run_as_it_is_evaluated(env: Environmen
     assert env.seeds(3, 50, seed=0) == list(range(50))
     assert env.seeds(0, 10, seed=1) == list(range(10, 20))
     assert env.seeds(0, 3, 7, EXPERIENCE) == [49, 48, 47]
+    assert env.sets_rate == isinstance(env, Libero)
 
 
 @pytest.mark.parametrize(("episodes", "seed", "split"), [(51, 0, "rollout"), (25, 2, "rollout"), (51, 0, EXPERIENCE)])

@@ -19,6 +19,7 @@ from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.run import read_run
 from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
+from pi05_lightning.sim.glimpse import glimpse
 from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Lanes, Plan, Worker, available_modes, run_in_processes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
@@ -256,11 +257,13 @@ def test_rate_that_does_not_divide_the_simulators_is_refused_with_both(env, fps)
         env.open("reach-v3", View(("topview",), 64, fps))
 
 
-def test_steps_that_an_action_is_held_for_can_be_given():
-    env = LeRobotEnv("metaworld", cameras={"topview": "image"}, action_repeat=1)
-    opened = env.open("reach-v3", View(("topview",), 64, 10.0))
-    assert (opened.fps, opened.max_seconds) == (10.0, 50.0)
-    opened.close()
+def test_steps_that_an_action_is_held_for_can_be_given_and_time_stays_the_simulators():
+    env, view = LeRobotEnv("metaworld", cameras={"topview": "image"}, action_repeat=4), View(("topview",), 64, 10.0)
+    with closing(Lanes(env, view)) as lanes:
+        (opened,) = lanes.of("reach-v3", 1)
+        assert (opened.fps, opened.max_seconds) == (20.0, 500 / 80)
+    given = glimpse(env, ["reach-v3"], view)
+    assert (given.robot.fps, given.sets_rate) == (20.0, True)
 
 
 @dataclass(frozen=True)
