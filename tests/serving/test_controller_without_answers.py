@@ -35,6 +35,22 @@ def test_fallback_that_raises_ends_the_loop():
         controller.step({})
 
 
+@pytest.mark.parametrize("given", [None, [], [[0.0, 0.0]], [0.0, np.nan], [0.0, np.inf], 1.0, [0.0] * 3])
+def test_fallback_that_gives_no_action_of_the_robot_is_refused(given):
+    server = CountingServer(metadata=OURS | {"action_dim": 2})
+    server.say = {0: "nothing"}
+    with server.running() as url, Controller(url, hold_last(lambda: given)) as controller:
+        controller.connect(30)
+        with pytest.raises(ValueError, match=r"the fallback gave .*: it must be an action of 2 dims, of finite"):
+            controller.step({"observation/state": np.zeros(1)})
+
+
+@pytest.mark.parametrize("given", [None, []])
+def test_fallback_that_gives_no_action_before_there_is_a_server_is_refused(given):
+    with Controller("ws://127.0.0.1:1", always(given)) as controller, pytest.raises(ValueError, match="be an action"):
+        controller.step({})
+
+
 def test_no_server_is_said_after_the_time_that_it_was_waited_for():
     with (
         Controller("ws://127.0.0.1:1", always(STILL)) as controller,

@@ -202,7 +202,8 @@ class Controller:
         observation: openpi's dictionary for the server, or what returns it: then it is only asked for when it is sent.
         max_wait: as of the constructor, for this step.
 
-        Raises what `on_error` would get, if there is none; ValueError for an observation that cannot be sent.
+        Raises what `on_error` would get, if there is none; ValueError for an observation that cannot be sent, and for
+        what the fallback gives and no robot can execute.
         """
         self._check_open()
         begin, given = monotonic(), self._max_wait if max_wait is None else max_wait
@@ -429,7 +430,15 @@ class Controller:
                 self._seconds,
                 self._length,
             )
-        return np.array(self.fallback(observation, None if self._last is None else self._last.copy()), np.float32)
+        given = self.fallback(observation, None if self._last is None else self._last.copy())
+        action = np.array(given, np.float32)  # of None it is a NaN without a dim
+        dims = None if self._served is None else self._served.action_dim
+        if dims is None and self._last is not None:
+            dims = len(self._last)
+        if action.ndim != 1 or not len(action) or dims not in (None, len(action)) or not np.isfinite(action).all():
+            expected = "an action" if dims is None else f"an action of {dims} dims"
+            raise ValueError(f"the fallback gave {given!r}: it must be {expected}, of finite numbers")
+        return action
 
     def _warn(self, message: str, *values: object) -> None:
         """Say it once."""
