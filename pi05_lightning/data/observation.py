@@ -134,6 +134,11 @@ class Inputs:
         """The same for another caller, to whom nothing has been said yet."""
         return Inputs(self.robot, self.cameras, self.missing_cameras, self.max_state_distance, self.max_prompt_bytes)
 
+    def seen_by(self, cameras: Sequence[str]) -> Inputs:
+        """The same of data of this robot that has other cameras."""
+        missing = [camera for camera in self.missing_cameras if camera in cameras]
+        return Inputs(self.robot, cameras, missing, self.max_state_distance, self.max_prompt_bytes)
+
     @property
     def needed_cameras(self) -> tuple[str, ...]:
         """The cameras without those that may be missing."""

@@ -395,11 +395,10 @@ class Pi05Module(LightningModule):
         """Raises ValueError for what the policy cannot do, and data whose robots it was not trained on."""
         self._check_weights()
         data = datamodule_of(self.trainer)
-        self._compare(list(data.predicted_sources))
+        cameras = {name: source.camera_names for name, source in data.predicted_sources.items()}
+        self._compare(list(cameras))
         self._whole = [self.gathered()]
-        self._predictor = Predictor(
-            data.predicted_sources, self.whole, data.processor, self.acting, self.seed, self.trained
-        )
+        self._predictor = Predictor(cameras, self.whole, data.processor, self.acting, self.seed, self.trained)
 
     def predict_step(self, batch: Observed, batch_idx: int, dataloader_idx: int = 0) -> Predicted:
         assert self._predictor is not None

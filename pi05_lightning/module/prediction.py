@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,19 +32,27 @@ class Predicted:
 class Predictor:
     """A policy for each of several data sources, which acts as the robot that the source is of.
 
+    sources: by name, the cameras of each, as data of the same robot may have others.
     Raises ValueError for what the policies cannot do, see `Inference`.
     """
 
     def __init__(
-        self, sources: Iterable[str], model: Pi05, processor: Processor, acting: Acting, seed: int, trained: Trained
+        self,
+        sources: Mapping[str, Sequence[str]],
+        model: Pi05,
+        processor: Processor,
+        acting: Acting,
+        seed: int,
+        trained: Trained,
     ) -> None:
         self.seed = seed
-        self._policies = {
-            name: Inference(
-                model, processor, replace(acting, robot=processor.robots[name].same_as or name), seed, trained
-            )
-            for name in sources
-        }
+        self._policies = dict[str, Inference]()
+        for name, cameras in sources.items():
+            same_as = processor.robots[name].same_as
+            policy = Inference(model, processor, replace(acting, robot=same_as or name), seed, trained)
+            if same_as:
+                policy.inputs = policy.inputs.seen_by(cameras)
+            self._policies[name] = policy
 
     def predict(self, batch: Observed) -> Predicted:
         """Raises ValueError, with the place of the frames, where the policy refuses one, or its own chunk."""

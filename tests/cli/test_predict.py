@@ -16,11 +16,15 @@ import yaml
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from pi05_lightning import Pi05Policy
+from pi05_lightning.acting import Acting
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.losses import draw_noise
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module.prediction import Predictor
+from pi05_lightning.weights.abilities import UNKNOWN
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
@@ -189,6 +193,22 @@ def predicted_frames(root: Path) -> list[int]:
     source = LeRobotConfig(path=str(root), val_fraction=0.4, on_bad_sample="skip")
     (loader,) = Pi05DataModule({"arm": source}, 4, num_workers=0, shapes=SHAPES).predict_dataloader()
     return [place["frame_index"] for batch in loader for place in batch.places]
+
+
+def test_source_of_the_same_robot_is_seen_by_its_own_cameras(videos: Path) -> None:
+    one = {"cameras": {"observation.images.top": "top"}}
+    sources = {
+        "arm": LeRobotConfig(path=str(videos), val_fraction=0.4, **one),
+        "more": LeRobotConfig(path=str(videos), val_fraction=0.4, same_robot_as="arm"),
+    }
+    data = Pi05DataModule(sources, batch_size=2, num_workers=0, val_samples=2, shapes=SHAPES)
+    model = Pi05(ModelConfig.preset("debug"))
+    model.reset_parameters()
+    cameras = {name: source.camera_names for name, source in data.predicted_sources.items()}
+    assert cameras["more"] != cameras["arm"]
+    predictor = Predictor(cameras, model, data.processor, Acting(hierarchical=False), 0, UNKNOWN)
+    for (batch,) in data.predict_dataloader():
+        assert np.isfinite(predictor.predict(batch).actions).all()
 
 
 def test_bad_frames_that_are_to_be_skipped_are_left_out(videos_copy: Path) -> None:
