@@ -392,11 +392,13 @@ def write_results(out: Path) -> None:
         return
     found: dict[str, list[Rate]] = {}
     numbers: dict[str, list[dict[str, float | None]]] = {}
+    held_out = base.get("held_out", False)
     for method in METHODS:
         rounds = sorted((out / method).glob("round_*"), key=lambda folder: int(folder.name.removeprefix("round_")))
         files = [folder / "rollout" / "rollout.json" for folder in rounds]
         tests = {file: rollout for file in files if (rollout := read_json(file, default={}))}
         for file, tested in tests.items():
+            held_out &= tested.get("held_out", False)
             if crashed := tested.get("crashed"):
                 logger.warning("%s: %d episodes were ended by the policy's fault: %s", file, len(crashed), crashed[0])
         rollouts = [base, *tests.values()]
@@ -411,8 +413,9 @@ def write_results(out: Path) -> None:
             speed = numbers[name][number]["per_minute"]
             shown = [f"{rate.successes}/{rate.trials}", f"{rate.low:.2f} to {rate.high:.2f}", shown_option(speed)]
             rows.append([name, str(number), *shown])
+    states = ", in initial states that nobody was trained on" if held_out else ""
     text = (
-        "Success at all tasks, in initial states that nobody was trained on; every round begins with the weights of 0."
+        f"Success at all tasks{states}; every round begins with the weights of 0."
         " A minute is one of simulated time, in which failures count too."
     )
     write_page(out / "index.html", f"Experience {out}", [Section("Success over rounds", [text], rows, [plot(found)])])

@@ -373,6 +373,17 @@ def test_page_shows_what_there_is_so_far(tmp_path: Path) -> None:
     assert "23.5" in page
 
 
+@pytest.mark.parametrize(("base", "later", "known"), [(True, True, True), (True, False, False), (None, True, False)])
+def test_states_are_said_to_be_new_where_all_rollouts_say_so(
+    base: bool | None, later: bool, known: bool, tmp_path: Path
+) -> None:
+    for folder, held_out in (("base", base), ("recap/round_1/rollout", later)):
+        said = {} if held_out is None else {"held_out": held_out}
+        write_json(tmp_path / folder / "rollout.json", {"success": {"policy": {"a": [4, 10]}}, **said})
+    write_results(tmp_path)
+    assert ("that nobody was trained on" in (tmp_path / "index.html").read_text()) is known
+
+
 @pytest.mark.slow
 def test_a_round_that_is_stopped_goes_on_to_the_page_and_nothing_is_done_twice(tmp_path: Path) -> None:
     demo = [sys.executable, "-m", "pi05_lightning"]
