@@ -37,7 +37,7 @@ WAYS: Mapping[str, tuple[int, int, int]] = {
 }
 _WHERE = re.compile(r"where (?:is|are) (.+?)\s*\??", re.IGNORECASE)
 _BOXES = re.compile(r"(?:detect|point) ", re.IGNORECASE)
-_PLACES = re.compile(r"(?:<loc\d+>\s*)+")
+_BOX = re.compile(r"(?:<loc\d{4}>){4}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _words(sentence: str) -> str:
 
 @dataclass(frozen=True)
 class Said:
-    """What a policy said about a picture u8[h w 3], without its places, and the boxes among them."""
+    """What a policy said about a picture u8[h w 3]: its boxes, and the rest of the text, where points stay tokens."""
 
     asked: str
     camera: str
@@ -225,7 +225,7 @@ class Player:
             said = "\n".join(self.policy.answer(self.frame, one, camera) for one in asked)
             if asked:
                 picture = (image if place else self.picture).transpose(1, 2, 0)
-                words = " ".join(_PLACES.sub(" ", said).split())
+                words = " ".join(_BOX.sub(" ", said).split())
                 self.answers.append(Said(question, camera, words, text_to_boxes(said), picture))
 
     def close(self) -> None:

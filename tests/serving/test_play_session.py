@@ -112,6 +112,16 @@ def test_what_is_due_counts_down_to_the_next_decision_also_while_the_last_chunk_
     assert found == [(0, 2), (1, 1), (2, 0), (3, 2), (4, 1), (2, 0)]
 
 
+def test_places_that_are_no_box_are_shown_as_they_were_said(player: Player, monkeypatch: pytest.MonkeyPatch) -> None:
+    point, box = "<loc0400><loc0500>", "<loc0100><loc0200><loc0300><loc0400>"
+    said = {point: (point, 0), f"{box} cube": ("cube", 1), f"{box}{point}": (point, 1), f"{box} ; {box}": (";", 2)}
+    for text, (words, boxes) in said.items():
+        monkeypatch.setattr(player.policy, "answer", lambda *_, text=text: text)
+        player.ask("what is it?")
+        (answer,) = player.answers
+        assert (answer.text, len(answer.boxes)) == (words, boxes)
+
+
 def test_another_task_of_the_scene_is_judged_from_where_it_is(player: Player) -> None:
     player.step()
     before = player.frame.state
