@@ -16,7 +16,8 @@ first, which has no number."""
 SPLITS = ("train", "val", "rollout")
 SEEDS_PER_SPLIT = 1_000_000
 EXPERIENCE = "experience"
-"""What a policy tries itself at: the second half of the training's, of which demonstrations take the first."""
+"""What a policy tries itself at: the last quarter of the training's, of which demonstrations take the first half, and
+their single frames what follows."""
 LIBERO_STATES = 50
 """Initial states of each of LIBERO's tasks, of which rollouts take the first and attempts the last."""
 
@@ -49,7 +50,7 @@ def split_seeds(split: str, count: int, seed: int = 0, start: int = 0) -> list[i
     Raises ValueError on an unknown split or more seeds than a split has.
     """
     if split == EXPERIENCE:
-        return split_seeds("train", count, seed, SEEDS_PER_SPLIT // 2 + start)
+        return split_seeds("train", count, seed, SEEDS_PER_SPLIT * 3 // 4 + start)
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown: use one of {', '.join((*SPLITS, EXPERIENCE))}")
     if seed < 0 or start + count > SEEDS_PER_SPLIT:

@@ -20,6 +20,7 @@ from pi05_lightning.sim.demonstrations import autonomous
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
 from pi05_lightning.sim.demonstrations.lerobot_writer import Recording, video_path, write_dataset
+from pi05_lightning.sim.demonstrations.scenes import _FIRST_SCENE
 from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
 from pi05_lightning.sim.rollout import Done, run_in_processes
 from pi05_lightning.sim.splits import split_seeds
@@ -68,6 +69,7 @@ def test_initial_states_are_those_of_no_demonstration_and_no_rollout(episodes: l
     seeds = {episode["seed"] for episode in episodes}
     assert len(seeds) == len(episodes)
     taken = {seed for split in ("train", "val", "rollout") for seed in split_seeds(split, 400_000)}
+    taken |= {*split_seeds("train", 200_000, start=_FIRST_SCENE)}
     assert seeds.isdisjoint(taken)
 
 
