@@ -146,16 +146,26 @@ def rollout(
             # which layers compute in 8 bits is measured once for each way of acting, not in every process
             Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(way))
     policy_hash = locate(checkpoint).content_hash()
-    what = {name: str(value) for name, value in vars(worker).items()} | {"weights": policy_hash, **versions(env)}
-    if replayed is not None:
-        what["replayed"] = fingerprint(LeRobotFiles.open(Path(replayed.path)))
-    with Unfinished.within(out, what) as unfinished:
+    what, parts = deciding(worker)
+    with Unfinished.within(out, {**what, "weights": policy_hash, **versions(env)}, parts) as unfinished:
         results, clocks, filmed = run_all(plan, worker, num_workers, unfinished)
         result = summary_of(results, clocks, plan, worker)
         result |= {"checkpoint": str(given), "sha256": policy_hash, "films": filmed}
         replace_result(out, films_of(out), unfinished.folder, result)
     Console().print(*tables(result))
     return result
+
+
+def deciding(worker: Worker) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What decides how all episodes go, and what does in some of the modes and instructions alone, by name."""
+    of_some = {"actings", "demonstrations", "paraphrases"}
+    parts = {f"acting of {mode}": str(acting) for mode, acting in worker.actings.items()}
+    if worker.demonstrations is not None:
+        parts["demonstrations"] = str(worker.demonstrations)
+        parts["replayed"] = fingerprint(LeRobotFiles.open(Path(worker.demonstrations.path)))
+    if worker.paraphrases:
+        parts["paraphrases"] = str(worker.paraphrases)
+    return {name: str(value) for name, value in vars(worker).items() if name not in of_some}, parts
 
 
 def modes_of(

@@ -7,10 +7,11 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pi05_lightning import __version__
@@ -35,24 +36,26 @@ Results = dict[str, dict[str, Any]]
 class Unfinished:
     """The folder of a rollout's jobs that are over, and of their films.
 
-    what: all that decides how episodes go, but for what their trials say themselves. Another plan takes from it the
-    episodes that it has too.
+    what: all that decides how episodes go, but for what their trials say themselves.  parts: what decides it in some
+    of their modes alone. Another plan takes from it the episodes that it has too.
     """
 
-    def __init__(self, folder: Path, what: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.folder = folder
-        claim(folder, what)
+        claim(folder, what, parts)
 
     @classmethod
     @contextmanager
-    def within(cls, out: Path, what: dict[str, Any]) -> Iterator[Unfinished]:
+    def within(
+        cls, out: Path, what: dict[str, Any], parts: Mapping[str, Any] = MappingProxyType({})
+    ) -> Iterator[Unfinished]:
         """That of a rollout into `out`. It is gone after the block, unless that failed or was interrupted.
 
         Raises ValueError while another process writes to it.
         """
         folder = out / ".unfinished"
         with held(folder, f"rollout writes to {out}"):
-            yield cls(folder, what)
+            yield cls(folder, what, parts)
             shutil.rmtree(folder)
 
     def keep(self, done: Done, films: Films) -> None:
@@ -83,17 +86,22 @@ def _kept(result: Result) -> dict[str, Any]:
     return {name: value for name, value in vars(result).items() if name not in _NOT_KEPT}
 
 
-def claim(folder: Path, what: dict[str, Any]) -> bool:
-    """Whether a folder that is there keeps something of `what`; if not, it is emptied, and keeps that from now on."""
+def claim(folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = MappingProxyType({})) -> bool:
+    """Whether a folder that is there keeps something of `what`; if not, it is emptied, and keeps that from now on.
+
+    parts: what decides some of it alone. One that was not known before makes no difference.
+    """
     before = read_json(folder / WHAT, default={})
-    if before == what:
+    changed = [name for name in what if what[name] != before.get(name)]
+    changed += [name for name in parts if parts[name] != before.get(name, parts[name])]
+    if before and not changed:
+        write_json(folder / WHAT, before | parts)
         return True
     if before:
-        changed = ", ".join(sorted(name for name in what if what[name] != before.get(name)))
-        logger.warning("%s: beginning anew, as what was interrupted had other %s", folder, changed)
+        logger.warning("%s: beginning anew, as what was interrupted had other %s", folder, ", ".join(sorted(changed)))
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    write_json(folder / WHAT, what)
+    write_json(folder / WHAT, what | parts)
     return False
 
 

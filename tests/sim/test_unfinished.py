@@ -7,15 +7,19 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pytest
 
-from pi05_lightning.cli.rollout import replace_result, rollout
-from pi05_lightning.sim.rollout import Done
+from pi05_lightning.acting import Acting
+from pi05_lightning.cli.rollout import deciding, replace_result, rollout
+from pi05_lightning.sim.environment import View
+from pi05_lightning.sim.modes import Mode
+from pi05_lightning.sim.rollout import Done, Worker
+from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.trials import Clock, Result, Trial
 from pi05_lightning.sim.unfinished import Results, Unfinished, key_of
 from tests.sim.walk import Stub, Walk, chunk, result_of
@@ -73,6 +77,27 @@ def test_only_what_was_kept_of_the_same_rollout_is_taken(seed: int, kept: bool, 
     assert [values["success"] for values in found.values()] == [True] * kept
     assert (key_of(Trial("policy", "reach-v3", 1)) in found) == kept
     assert key_of(Trial("policy", "reach-v3", 1, max_seconds=3.0)) not in found
+
+
+@pytest.mark.parametrize(
+    ("modes", "steps", "kept"), [(["policy"], 10, True), (["policy", "flat"], 10, True), (["policy"], 5, False)]
+)
+def test_episodes_of_a_mode_are_kept_whatever_other_modes_there_are(
+    modes: list[Mode], steps: int, kept: bool, tmp_path: Path
+) -> None:
+    def begun(modes: list[Mode], steps: int) -> AbstractContextManager[Unfinished]:
+        actings = {mode: Acting(num_steps=steps, hierarchical=mode == "policy") for mode in modes}
+        return Unfinished.within(tmp_path, *deciding(Worker(MetaWorld(), View((), 64, 10.0), "policy.ckpt", actings)))
+
+    with suppress(KeyboardInterrupt), begun(["policy", "rtc"], 10) as unfinished:
+        unfinished.keep(Done([Result(Trial("policy", "reach-v3", 1), success=True)], Clock()), {})
+        raise KeyboardInterrupt
+    for _ in range(2):  # what a start in between said is not forgotten
+        with suppress(KeyboardInterrupt), begun(modes, steps) as unfinished:
+            assert len(list(unfinished.jobs())) == kept
+            raise KeyboardInterrupt
+    with begun(["rtc"], 20) as unfinished:
+        assert not list(unfinished.jobs())
 
 
 class SaysItAsNumPy(Walk):
