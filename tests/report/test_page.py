@@ -261,9 +261,22 @@ def test_directory_without_a_run_is_refused(tmp_path: Path) -> None:
         report(tmp_path)
 
 
+def test_damaged_films_are_left_out_and_named(run: Path) -> None:
+    rollout = run / "rollout"
+    whole = (rollout / "policy-reach-v3-0.mp4").read_bytes()
+    damaged = {"empty.mp4": b"", "half.mp4": whole[: len(whole) // 2], "text.mp4": b"a film"}
+    for name, content in damaged.items():
+        (rollout / name).write_bytes(content)
+    films = json.loads((rollout / "rollout.json").read_text())["films"]
+    change(rollout / "rollout.json", films=films | dict.fromkeys(damaged, films["policy-reach-v3-0.mp4"]))
+    page = report(run).read_text(encoding="utf-8")
+    assert page.count('src="data:video/mp4;base64,') == 1
+    assert "Left out, as they cannot be read: empty.mp4, half.mp4, text.mp4." in page
+
+
 def test_poster_is_the_videos_last_frame(run: Path) -> None:
     (video,) = read_run(run).videos
-    assert poster(video).startswith("data:image/png;base64,")
+    assert (poster(video) or "").startswith("data:image/png;base64,")
 
 
 def test_curves_hold_every_logged_step(run: Path) -> None:

@@ -55,12 +55,14 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         number=number,
         film_caption=film_caption,
         mode_label=partial(plots.mode_label, acting=run.acting),
-        poster=poster,
         percent=percent,
     )
     switches = plots.switch_steps(run.curves)
+    posters = {film: poster(film) for film in run.videos}
     return environment.get_template("page.html.j2").render(
         run=run,
+        films={film: first for film, first in posters.items() if first},
+        damaged=[film.name for film, first in posters.items() if not first],
         facts=facts(run, switches),
         seconds=seconds,
         brief=brief(run, switches),
@@ -222,10 +224,16 @@ def data_uri(file: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def poster(video: Path) -> str:
-    """A video's last frame, as the address of a PNG: what is seen before it plays, and in print."""
-    with av.open(str(video.absolute())) as container:
-        *_, last = container.decode(video=0)
+def poster(video: Path) -> str | None:
+    """A video's last frame, as the address of a PNG: what is seen before it plays, and in print.
+
+    None where it is damaged.
+    """
+    try:
+        with av.open(str(video.absolute())) as container:
+            *_, last = container.decode(video=0)
+    except (av.FFmpegError, ValueError, IndexError):  # no video, no frame, no stream
+        return None
     buffer = io.BytesIO()
     last.to_image().save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
