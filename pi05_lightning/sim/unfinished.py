@@ -95,13 +95,13 @@ def claim(folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = Mapping
     changed = [name for name in what if what[name] != before.get(name)]
     changed += [name for name in parts if parts[name] != before.get(name, parts[name])]
     if before and not changed:
-        write_json(folder / WHAT, before | parts)
+        write_json(folder / WHAT, {**before, **parts})
         return True
     if before:
         logger.warning("%s: beginning anew, as what was interrupted had other %s", folder, ", ".join(sorted(changed)))
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    write_json(folder / WHAT, what | parts)
+    write_json(folder / WHAT, {**what, **parts})
     return False
 
 
