@@ -164,7 +164,7 @@ def test_every_task_runs(task):
 
 
 def test_unknown_task_is_named():
-    with pytest.raises(ValueError, match=r"no task 'drawer-open-v2'.*drawer-open-v3"):
+    with pytest.raises(ValueError, match=r"no task 'drawer-open-v2' \(did you mean drawer-open-v3\?\): use one of"):
         MetaWorldEnvironment("drawer-open-v2")
 
 

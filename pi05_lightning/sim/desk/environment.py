@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.sim.desk.experts import Move
 from pi05_lightning.sim.desk.scene import (
     BLOCKS,
@@ -76,8 +77,8 @@ class Desk(DemonstratorConfig):
 
     def check_task(self, task: str) -> None:
         if task not in TASKS:
-            known = ", ".join(TASKS)
-            raise NoSuchEnvironment(f"the desk has no task {task!r}: use one of {known}; in a rollout also {CHAIN}")
+            known = f"use one of {', '.join(TASKS)}; in a rollout also {CHAIN}"
+            raise NoSuchEnvironment(f"the desk has no task {task!r}{suggestion(task, TASKS)}: {known}")
 
     def sentences(self, task: str) -> Sequence[str]:
         return () if task == CHAIN else (TASKS[task].sentence, *TASKS[task].others)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE, task_of_sentence
 from pi05_lightning.sim.rendering import GRIPPER, Camera, Cameras, check_rendering
@@ -57,8 +58,11 @@ def task_names() -> list[str]:
 
 def check_task(task: str) -> None:
     """Raises NoSuchEnvironment, a ValueError, when MetaWorld has no task of this name."""
-    if task not in task_names():
-        raise NoSuchEnvironment(f"MetaWorld has no task {task!r}: use one of {', '.join(task_names())}")
+    known = task_names()
+    if task not in known:
+        raise NoSuchEnvironment(
+            f"MetaWorld has no task {task!r}{suggestion(task, known)}: use one of {', '.join(known)}"
+        )
 
 
 def scene_of(task: str) -> str:
