@@ -90,11 +90,11 @@ def peak(model: nn.Module, loss: Callable[[Inputs], Tensor], config: ModelConfig
 
     The embedding is frozen: its gradient is large in a moment when little else is left.
     """
+    fake = FakeTensorMode()
+    make_fake(model, fake)
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad = not isinstance(module, nn.Embedding)
-    fake = FakeTensorMode()
-    make_fake(model, fake)
     with fake:
         inputs = make_inputs(config, ONE_ROBOT)
     return step_memory(model, lambda: loss(inputs).mean(), fake, accumulates=True).activations

@@ -53,7 +53,7 @@ class StageOptions:
 
     losses: LossWeights = field(default_factory=LossWeights)
     mixture: dict[str, float] = field(default_factory=dict)
-    """Share of each `source/modality` in the draws; empty: all that the losses train, equally."""
+    """Share of each `source/modality` in the draws; empty: all whose every sample trains a loss, equally."""
     mixture_temperature: float = 0.0
     """Shares are multiplied by (number of samples) ** this: 0 takes them as they are, 1 draws by size."""
     freeze: tuple[str, ...] = ()

@@ -69,7 +69,8 @@ NUM_LOC, NUM_SEG = 1024, 128
 Box = tuple[float, float, float, float]
 """ymin, xmin, ymax, xmax as shares of the image's height and width."""
 
-_BOX = re.compile(r"<loc(\d{4})>" * 4)
+BOX = re.compile(r"<loc(\d{4})>" * 4)
+"""A box in a text."""
 
 
 def edges_to_text(edges: Iterable[float]) -> str:
@@ -90,7 +91,7 @@ def box_to_text(box: Box) -> str:
 
 def text_to_boxes(text: str) -> list[Box]:
     """The boxes (ymin, xmin, ymax, xmax) in [0, 1] that a text names, in its order; at the middle of their steps."""
-    edges = [[(int(edge) + 0.5) / NUM_LOC for edge in match.groups()] for match in _BOX.finditer(text)]
+    edges = [[(int(edge) + 0.5) / NUM_LOC for edge in match.groups()] for match in BOX.finditer(text)]
     return [(top, left, bottom, right) for top, left, bottom, right in edges]
 
 

@@ -226,7 +226,8 @@ def metrics(run: Run) -> str:
         cells = [(row, *(number(run.metrics[row][m]) if m in run.metrics[row] else "" for m in used)) for row in rows]
         if cells:
             parts.append(table(("modality", *(columns[metric] for metric in used)), cells))
-    otherwise = [(key, *map(named_alone, both)) for key, both in measured_otherwise(run).items()]
+    shown = {key: [named_alone(value) for value in both] for key, both in measured_otherwise(run).items()}
+    otherwise = [(key, measured, own) for key, (measured, own) in shown.items() if measured != own]
     if parts and otherwise:
         parts.append(table(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
     return "\n\n".join(parts)

@@ -155,9 +155,9 @@ class CachedFrames:
             return
         self._place = None
         current = self._frames_path(file), self._index_path(file)  # another machine may just have written them
-        for stale in self.folder.glob(f"{escape(self._stem(file))}.*"):
-            if stale.suffix != ".tmp" and stale not in current and _is_left_over(stale.with_suffix(".npz")):
-                stale.unlink(missing_ok=True)
+        others = [other for other in self.folder.glob(f"{escape(self._stem(file))}.*") if other not in current]
+        for stale in [other for other in others if other.suffix != ".tmp" and _is_left_over(other)]:
+            stale.unlink(missing_ok=True)
         positions: list[float] = []
         sizes: list[tuple[int, ...]] = []
         problem = ""
@@ -191,15 +191,17 @@ class CachedFrames:
         out.write(resized.contiguous().numpy().data)
 
 
-def _is_left_over(index: Path) -> bool:
-    """Whether nobody needs the frames of another version of a file: this machine's, or those long unused."""
+def _is_left_over(file: Path) -> bool:
+    """Whether nobody needs a file of another version's frames: this machine's, or those long unused."""
+    index = file.with_suffix(".npz")
     try:
-        used = max(index.stat().st_atime, index.stat().st_mtime)
+        times = index.stat()
         with np.load(index) as known:
             host = str(known["host"]) if "host" in known else HOST
-    except (OSError, ValueError, BadZipFile):  # it is gone, or damaged
-        return True
-    return host == HOST or time.time() - used > UNUSED_DAYS * DAY
+        os.utime(index, ns=(times.st_atime_ns, times.st_mtime_ns))  # to look at it is not to use it
+    except (OSError, ValueError, BadZipFile):  # it is gone, damaged, or about to come
+        return not file.exists() or time.time() - file.stat().st_mtime > DAY
+    return host == HOST or time.time() - max(times.st_atime, times.st_mtime) > UNUSED_DAYS * DAY
 
 
 def _decode_all(missing: list[tuple[CachedFrames, int]], label: str) -> None:

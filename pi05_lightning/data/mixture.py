@@ -68,10 +68,12 @@ class Mixture:
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
         used = stage.losses.used
-        terms = [{t for t in used if entry.subset.modality in self.trained_by.get(t, ())} for entry in self.entries]
-        # from all where a stage has no losses, which is not refused here
-        learned = [bool(found) or not used for found in terms]
-        always = [not found <= entry.lacking or not used for found, entry in zip(terms, self.entries, strict=True)]
+        terms = [
+            {term for term in used if entry.subset.modality in self.trained_by.get(term, ())} for entry in self.entries
+        ]
+        # a stage without losses is not refused here
+        learned = [not used or bool(found) for found in terms]
+        always = [not used or bool(found - entry.lacking) for found, entry in zip(terms, self.entries, strict=True)]
         for name in shares:
             if name not in names:
                 raise ValueError(f"mixture: unknown {name!r}{suggestion(name, names)}; the data has {names}")
@@ -81,6 +83,11 @@ class Mixture:
                 )
         plain = np.array([shares.get(name, 0.0) for name in names] if shares else always, dtype=np.float64)
         weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
+        if not weights.sum() and any(learned):
+            raise ValueError(
+                f"mixture: some samples of each of {names} have no subtask, and teach nothing in a stage whose losses"
+                f" are {used}: name the shares to draw"
+            )
         if not weights.sum():
             raise ValueError(
                 f"mixture: nothing is learned from any of {names} in a stage whose losses are {stage.losses.used}"

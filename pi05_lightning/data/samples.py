@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from time import perf_counter
 from typing import Any
@@ -20,7 +21,7 @@ from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadFrame, BadSample
 from pi05_lightning.data.mixture import Draw, Entry, MixtureSampler
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.sources.base import Source
+from pi05_lightning.data.sources.base import Sizes, Source
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Batch, Drawn, Frame, Modality, Sample, Subset
 
@@ -57,8 +58,9 @@ class Samples(Dataset[Sample]):
         ]
         self.indices = [sources[subset.source].indices(subset.modality) for subset in self.subsets]
 
-    @property
+    @cached_property
     def entries(self) -> list[Entry]:
+        """What can be drawn, without the lengths of samples."""
         return [
             Entry(subset, len(indices), lacking=self._lacking(subset))
             for subset, indices in zip(self.subsets, self.indices, strict=True)
@@ -84,40 +86,38 @@ class Samples(Dataset[Sample]):
         What there is to learn from one is then there in all of them, as far as tokens and actions go.
         """
         subset, language = self.subsets[entry], self.processor.language
-        if not self._tells_sizes(subset):
+        if (sizes := self._sizes(subset)) is None:
             return False
         if self._may_say_subtask(subset):
-            given, taught = self._subtasks(subset)
+            given = np.asarray(sizes.subtask) > 0
+            taught = given & sizes.taught
             if taught.any() and (language.task_only_share or not taught.all()):
                 return False
             if given.any() and language.fast_share and subset.modality is Modality.CONTINUOUS:
                 return False
-        return bool(np.all(self.sources[subset.source].sizes(subset.modality).images))
+        return bool(np.all(sizes.images))
 
     def _lacking(self, subset: Subset) -> frozenset[str]:
         """The loss terms of which some of a subset's samples have no target for want of a subtask, as far as is known.
 
         What is hidden by chance does not count.
         """
-        if not self._may_say_subtask(subset) or not self._tells_sizes(subset):
+        if not self._may_say_subtask(subset) or (sizes := self._sizes(subset)) is None:
             return frozenset()
-        given, taught = self._subtasks(subset)
+        given = np.asarray(sizes.subtask) > 0
         has_fast = given.all() or subset.modality is not Modality.CONTINUOUS
-        return frozenset(({"subtask"} if not taught.all() else set()) | ({"fast"} if not has_fast else set()))
+        has_subtask = (given & sizes.taught).all()
+        return frozenset(term for term, has in (("subtask", has_subtask), ("fast", has_fast)) if not has)
 
-    def _tells_sizes(self, subset: Subset) -> bool:
-        return type(self.sources[subset.source]).sizes is not Source.sizes
+    def _sizes(self, subset: Subset) -> Sizes | None:
+        """By the source's tables; None where it says nothing of them."""
+        source = self.sources[subset.source]
+        return None if type(source).sizes is Source.sizes else source.sizes(subset.modality)
 
     def _may_say_subtask(self, subset: Subset) -> bool:
         """Whether its samples may have a subtask to be said before actions."""
         saying = self.processor.language.saying_subtasks
         return subset.modality in saying and subset.modality is not Modality.HL_SUBTASK
-
-    def _subtasks(self, subset: Subset) -> tuple[np.ndarray, np.ndarray]:
-        """Which of a subset's frames have a subtask, and which one to be learned, bool[N] or bool[] where all do."""
-        sizes = self.sources[subset.source].sizes(subset.modality)
-        given = np.asarray(sizes.subtask) > 0
-        return given, given & sizes.taught
 
     def address(self, entry: int, index: int) -> str:
         """Dataset, episode and frame of an entry's index, for messages."""

@@ -125,7 +125,10 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
 
 
 def delete(path: Path, ignore_errors: bool = False) -> None:
-    """A file, a link, or a folder with all in it; nothing where there is none.  ignore_errors: within a folder."""
+    """A file, a link, or a folder with all in it; nothing where there is none.
+
+    ignore_errors: leave what cannot be deleted in a folder; of a file or a link it is raised.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors)
     else:

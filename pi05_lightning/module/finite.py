@@ -135,7 +135,7 @@ class FiniteSteps:
         return norms
 
     def look(self, model: nn.Module) -> None:
-        """Look at what the host has not seen yet. Raises NotFinite."""
+        """Look at what the host has not seen yet. Raises as `before_step`."""
         step, self._unseen = self._unseen, None
         if step is None:
             return

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pi05_lightning.losses import nothing_to_learn
 from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Drawn
 
@@ -45,7 +44,7 @@ class StepLosses:
     def scalars(self, stage: Stage, norms: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
         """Losses, and norms of gradients, by the names that they are logged under; waits for the device once.
 
-        A term that had no element in the step is left out. Raises ValueError where none had.
+        A term that had no element in the step is left out.
         """
         values = {f"loss/{stage.name}/{term}": torch.stack(found).mean() for term, found in self.terms.items()}
         values["loss/total"] = torch.stack(self.totals).mean()
@@ -53,9 +52,6 @@ class StepLosses:
         values |= self._counts
         numbers = torch.stack([value.to(device, torch.float32) for value in values.values()])
         scalars = dict(zip(values, numbers.tolist(), strict=True))
-        counts = {term: scalars.pop(term) for term in self._counts}
-        if not any(counts.values()):
-            raise nothing_to_learn(stage.weights)
-        for term in [term for term, count in counts.items() if not count]:
+        for term in [term for term in self._counts if not scalars.pop(term)]:
             del scalars[f"loss/{stage.name}/{term}"]
         return scalars

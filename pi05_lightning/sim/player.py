@@ -21,7 +21,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig, Instructed, Pictur
 from pi05_lightning.sim.motion import Motion, decide
 from pi05_lightning.sim.rollout import Lanes, view_of
 from pi05_lightning.sim.trials import Clock, Trial
-from pi05_lightning.types import Box, text_to_boxes
+from pi05_lightning.types import BOX, Box, text_to_boxes
 
 PICTURE = 384  # pixels of what people see
 HISTORY = 16  # executed actions that are kept
@@ -37,7 +37,6 @@ WAYS: Mapping[str, tuple[int, int, int]] = {
 }
 _WHERE = re.compile(r"where (?:is|are) (.+?)\s*\??", re.IGNORECASE)
 _BOXES = re.compile(r"(?:detect|point) ", re.IGNORECASE)
-_BOX = re.compile(r"(?:<loc\d{4}>){4}")
 
 
 @dataclass(frozen=True)
@@ -225,7 +224,7 @@ class Player:
             said = "\n".join(self.policy.answer(self.frame, one, camera) for one in asked)
             if asked:
                 picture = (image if place else self.picture).transpose(1, 2, 0)
-                words = " ".join(_BOX.sub(" ", said).split())
+                words = " ".join(BOX.sub(" ", said).split())
                 self.answers.append(Said(question, camera, words, text_to_boxes(said), picture))
 
     def close(self) -> None:

@@ -160,7 +160,7 @@ def reapply(callback: Callback, then: Mapping[str, Any], now: Mapping[str, Any])
     for name, value in now.items():
         if name in then and then[name] != value and getattr(callback, name) != value:
             setattr(callback, name, value)
-    if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+    if isinstance(callback, ModelCheckpoint) and callback.best_k_models:
         keep_best(callback, callback.best_k_models)
 
 

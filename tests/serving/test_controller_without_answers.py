@@ -35,7 +35,9 @@ def test_fallback_that_raises_ends_the_loop():
         controller.step({})
 
 
-@pytest.mark.parametrize("given", [None, [], [[0.0, 0.0]], [0.0, np.nan], [0.0, np.inf], 1.0, [0.0] * 3])
+@pytest.mark.parametrize(
+    "given", [None, [], [[0.0, 0.0]], [0.0, np.nan], [0.0, np.inf], 1.0, [0.0] * 3, {"x": 0.0}, "up"]
+)
 def test_fallback_that_gives_no_action_of_the_robot_is_refused(given):
     server = CountingServer(metadata=OURS | {"action_dim": 2})
     server.say = {0: "nothing"}

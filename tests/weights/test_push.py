@@ -289,8 +289,11 @@ def test_card_says_with_which_other_options_metrics_were_measured(hub: Hub, run:
     main(["push", str(run), "lab/arm"])
     card = hub.repositories[MODEL]["README.md"].decode()
     assert "| data.sources.robot.path | bathroom | kitchen |" in card
-    assert "| trainer.limit_val_batches | 2 | 2 |" not in card
+    assert "trainer.limit_val_batches" not in card  # the configuration says nothing else
     assert "secret" not in card
+    write_json(run / "measured.json", measured | {"paths": {"robot": "/secret/copy/kitchen"}})
+    main(["push", str(run), "lab/arm"])
+    assert "measured with other options" not in hub.repositories[MODEL]["README.md"].decode()
 
 
 def test_success_and_films_of_other_weights_are_left_out(

@@ -116,9 +116,7 @@ class VisionTextSource(Source):
         self.config, self.name = config, name
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
-        self._folders, parts = _load(config)
-        if split == "train":
-            _say_which_files(config, f"dataset {name!r}")
+        self._folders, parts = _load(config, tell=split == "train")
         self.hub_id = None if Path(config.path).expanduser().exists() else config.path
         self._data, rows = self._part(parts, split)
         self._has_camera = config.camera_column in self._data.column_names
@@ -320,9 +318,10 @@ class VisionTextSource(Source):
         return next(filter(None, map(misplaced, [*texts[0], *texts[-1]])), None)
 
 
-def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Dataset]]:
+def _load(config: VisionTextConfig, tell: bool) -> tuple[list[Path], dict[str, datasets.Dataset]]:
     """Where image paths start, and the dataset's parts by name; one that is not divided is all "train".
 
+    tell: warn of files that are not read, or that may be kept from training by mistake.
     Raises ValueError naming the path when it cannot be read.
     """
     local = Path(config.path).expanduser().absolute()
@@ -331,7 +330,7 @@ def _load(config: VisionTextConfig) -> tuple[list[Path], dict[str, datasets.Data
     found: Any
     is_saved = any((local / name).exists() for name in _SAVED_BY_DATASETS)
     if local.exists() and not is_saved:
-        files, builder = _data_files(local)
+        files, builder = _data_files(local, config, tell)
     elif not local.exists() and not is_hub_id(config.path):
         raise ValueError(f"{shown(config.path)}: no such file or folder. Name one, or a Hub id as owner/name.")
     try:
@@ -369,81 +368,63 @@ def _plain(path: Path) -> Path:
     return link
 
 
-def _data_files(local: Path) -> tuple[dict[str, list[Path]], str]:
+def _data_files(local: Path, config: VisionTextConfig, tell: bool) -> tuple[dict[str, list[Path]], str]:
     """The files by part, as far as their names say which, and the builder in `datasets` that reads them."""
-    found = _files_by_suffix(local)
+    files = [local] if local.is_file() else sorted(local.rglob("*"))
+    files = [file for file in files if file.name not in FILES_TO_IGNORE and not file.match("cache-*.arrow")]
+    by_suffix = {suffix: [file for file in files if file.suffix == suffix] for suffix in _FORMATS}
+    found = {suffix: several for suffix, several in by_suffix.items() if several}
     if not found:
         raise ValueError(f"{local} holds neither a dataset saved by `datasets` nor {', '.join(_FORMATS)} files")
-    suffix, files = next(iter(found.items()))
+    (suffix, read), *others = found.items()
+    named = {file: (None, True) if file == local else _part_of(file.relative_to(local)) for file in read}
+    if tell:
+        for other, unread in others:
+            log.warning(
+                "%s: its %s files are read, and the %s files, as %s, are not: keep one format in the folder",
+                shown(config.path),
+                suffix,
+                other,
+                unread[0].relative_to(local),
+            )
+        held = [file for file, (part, is_plain) in named.items() if part not in (None, "train") and not is_plain]
+        known = {part for part, _ in named.values()}
+        if held and config.parts is None and "train" not in known:
+            log.warning(
+                "%s: by a word in its name %s is for %s, and so %d of %d files are not for training. If they are to be,"
+                " rename them, or set parts: {train: %s}",
+                shown(config.path),
+                held[0].relative_to(local),
+                named[held[0]][0],
+                len(held),
+                len(read),
+                "+".join(sorted(part or "train" for part in known)),
+            )
     parts: dict[str, list[Path]] = {}
-    for file in files:
-        parts.setdefault(_part_of(file, local), []).append(file)
+    for file, (part, _) in named.items():
+        parts.setdefault(part or "train", []).append(file)
     return parts, _FORMATS[suffix]
 
 
-def _files_by_suffix(local: Path) -> dict[str, list[Path]]:
-    """The files of each format, in the order of formats, but those that `datasets` ignores or left over itself."""
-    files = [local] if local.is_file() else sorted(local.rglob("*"))
-    files = [file for file in files if file.name not in FILES_TO_IGNORE and not file.match("cache-*.arrow")]
-    found = {suffix: [file for file in files if file.suffix == suffix] for suffix in _FORMATS}
-    return {suffix: several for suffix, several in found.items() if several}
+def _part_of(file: Path) -> tuple[Split | None, bool]:
+    """What a file's name or a folder's says that it is for, and whether that is all it says.
 
-
-def _part_of(file: Path, folder: Path) -> str:
-    """What the words of the folders say, or else those of the name, as in `datasets`; the last that says something.
-
-    Files that nothing is said of are for training.
+    The file's own comes before its folders', and what says nothing else before a word among others: of these, as in
+    `datasets`, a folder's before the file's, and the last one.
     """
-    place = file.relative_to(folder)
-    words = [*_words(place.name), *_words(place.parent.as_posix())]
-    return next((part for word in reversed(words) for part, names in NAMES.items() if word in names), "train")
+    name, *folders = [_words(place) for place in reversed(file.with_suffix("").parts)]
+    known = {word: part for part, words in NAMES.items() for word in words}
+    for words in (name, *folders):
+        if words and known.keys() >= {*words}:
+            return known[words[-1]], True
+    for words in (*folders, name):
+        if found := [known[word] for word in words if word in known]:
+            return found[-1], False
+    return None, False
 
 
-def _words(path: str) -> list[str]:
-    return re.split(r"[-._ 0-9/]+", path.lower())
-
-
-def _say_which_files(config: VisionTextConfig, where: str) -> None:
-    """Warn of files in a folder that are not read, and of those that may be kept from training by mistake."""
-    local = Path(config.path).expanduser().absolute()
-    if not local.is_dir() or any((local / name).exists() for name in _SAVED_BY_DATASETS):
-        return
-    (read, files), *others = _files_by_suffix(local).items()
-    for suffix, unread in others:
-        log.warning(
-            "%s: its %s files are read, and the %s files, as %s, are not: keep one format in the folder",
-            where,
-            read,
-            suffix,
-            unread[0].relative_to(local),
-        )
-    held = _held_by_a_word(files, local) if config.parts is None else []
-    if held:
-        parts = {_part_of(file, local) for file in held} | ({"train"} if len(held) < len(files) else set())
-        log.warning(
-            "%s: by a word in its name %s is for %s, and so %d of %d files are not for training. If they are to be,"
-            " rename them, or set parts: {train: %s}",
-            where,
-            held[0].relative_to(local),
-            _part_of(held[0], local),
-            len(held),
-            len(files),
-            "+".join(sorted(parts)),
-        )
-
-
-def _held_by_a_word(files: list[Path], folder: Path) -> list[Path]:
-    """Those not for training by a word among others, where no file is called training's: `pick_test_tubes`."""
-    if any({*_words(str(file.relative_to(folder)))} & {*NAMES["train"]} for file in files):
-        return []
-    known = {"", "of"}.union(*NAMES.values())
-    found = []
-    for file in files:
-        places = [_words(place) for place in file.relative_to(folder).with_suffix("").parts]
-        plain = any(len({*words} - {"", "of"}) and known.issuperset(words) for words in places)
-        if _part_of(file, folder) != "train" and not plain:
-            found.append(file)
-    return found
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word not in ("", "of")]
 
 
 def _some_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:

@@ -431,7 +431,10 @@ class Controller:
                 self._length,
             )
         given = self.fallback(observation, None if self._last is None else self._last.copy())
-        action = np.array(given, np.float32)  # of None it is a NaN without a dim
+        try:
+            action = np.array(given, np.float32)  # of None it is a NaN without a dim
+        except (TypeError, ValueError):  # a dictionary, a text, lists of several lengths
+            action = np.empty(0, np.float32)
         dims = None if self._served is None else self._served.action_dim
         if dims is None and self._last is not None:
             dims = len(self._last)

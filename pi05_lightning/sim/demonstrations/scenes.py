@@ -20,7 +20,7 @@ from pi05_lightning.sim.environment import Demonstrator
 from pi05_lightning.sim.splits import SEEDS_PER_SPLIT, rng_of, split_seeds
 
 FRAMES_PER_SCENE = 4
-_FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0
+_FIRST_SCENE = SEEDS_PER_SPLIT // 2  # the split's episodes count from 0, and a policy's attempts from 3/4 on
 
 
 def record_scenes(piece: Piece) -> list[dict[str, Any]]:

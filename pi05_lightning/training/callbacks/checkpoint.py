@@ -63,8 +63,8 @@ class RunCheckpoint(ModelCheckpoint):
         options: ModelCheckpoint's.
 
     Raises ValueError when training starts for a `monitor`, of another callback too, or a name in `filename` that
-    nothing will log, for a `mode` by which the worst would be kept, and where another checkpoint callback would write
-    the same files.
+    nothing will log, for a `mode` of min where more is better, and where another checkpoint callback would write the
+    same files.
     """
 
     def __init__(
@@ -323,8 +323,9 @@ class RunCheckpoint(ModelCheckpoint):
             for name in re.findall(r"\{([^:}]+)", self.filename or ""):
                 check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
             for callback in callbacks_of(trainer, Callback):
-                if isinstance(callback, EarlyStopping) and callback.strict:
-                    check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
+                if isinstance(callback, EarlyStopping):
+                    if callback.strict:
+                        check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
                     check_mode("monitor of EarlyStopping", callback.monitor, callback.mode)
                 elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
                     check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})

@@ -68,7 +68,8 @@ class StageSwitch(Callback):
         assert isinstance(pl_module, Pi05Module)
         if not self._is_resumed:
             pl_module.check_new()
-            if said := check_steps(0, trainer.max_steps, self.recipe.total_steps):
+            said = check_steps(0, trainer.max_steps, self.recipe.total_steps)
+            if said and not getattr(trainer, "fast_dev_run", False):
                 rank_zero_warn(said)
         self._is_resumed = False
 
