@@ -148,7 +148,7 @@ def beside_dataset(
     assert here is not None
     here = replace(here, looks=source.looks(), cameras=tuple(source.camera_names))
     episodes = np.unique(source.episode, return_counts=True)[1]
-    given = Given(here, chosen.path, episode_seconds=float(episodes.max()) / here.fps)
+    given = Given(here, chosen.path, episode_seconds=float(episodes.max()) / here.fps, features=source.cameras)
     said = agreement(policy, abilities, policy.horizon or horizon, given)
     if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
         said += predictions(weights, processor, name, abilities, source, frames, seed, device)

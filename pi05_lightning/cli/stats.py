@@ -14,6 +14,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.ranges import check_range
+from pi05_lightning.files.suggestion import suggestion
 
 STATE, ACTION, NEXT = "observation.state", "action", "next."
 
@@ -50,7 +51,8 @@ def stats(
         val_fraction: share of episodes held out, as in training.
         episodes: only these, as [0,3], or those that meet an SQL condition on their metadata, as "length >= 50".
         subtask_key: column of subtasks, as in training, which decides too which episodes are held out.
-        relative_dims: dims of the action to take relative to observation.state at the chunk's first step.
+        relative_dims: dims of the action to take relative to observation.state at the chunk's first step, or where
+            there is none to the states among the keys.
         relative_state_dims: dims of the state that these are relative to, where they are other numbers.
         horizon: steps of a chunk: the source's horizon_steps, or else the model's horizon.
         min_range: range that dims of less are widened to, as in training, for the notes and what is too far out.
@@ -63,10 +65,19 @@ def stats(
     if not keys:
         keys = [STATE, ACTION] if {STATE, ACTION} <= {*known} else [k for k in known if not k.startswith(NEXT)]
         keys.sort(key=lambda key: key not in (STATE, ACTION))  # first those that relative_dims count
+    for key in keys:
+        if key not in files.features:
+            raise ValueError(f"keys: {dataset} has no {key!r}{suggestion(key, known)}; it has {', '.join(known)}")
     action_keys = [key for key in dict.fromkeys(keys) if key.startswith(ACTION)]
     state_keys = [key for key in dict.fromkeys(keys) if key not in action_keys]
-    if relative_dims and STATE not in state_keys:
+    if relative_dims and STATE in files.features and STATE not in state_keys:
         state_keys = [STATE, *state_keys]
+    if relative_dims and not state_keys:
+        others = [key for key in known if not key.startswith((ACTION, NEXT))]
+        raise ValueError(
+            f"relative_dims are relative to a state, and {dataset} has no {STATE}: name its own among the keys, as"
+            f" --keys '[{', '.join([*others[:1], *keys])}]'"
+        )
     config = LeRobotConfig(
         path=dataset,
         cameras=cameras,

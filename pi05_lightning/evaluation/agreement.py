@@ -57,6 +57,8 @@ class Given:
     """How long an action lasts was said, whatever rate the policy's data have."""
     episode_seconds: float | None = None
     """Of the longest one."""
+    features: Mapping[str, str] | None = None
+    """A dataset's image features, each with its camera name."""
 
 
 def agreement(policy: Robot, abilities: Abilities, horizon: int, given: Given) -> list[Finding]:
@@ -97,11 +99,15 @@ def _cameras(policy: Robot, given: Given) -> Iterator[Finding]:
         yield Finding("cameras", "ok", _listed(policy.cameras), _listed(here))
         return
     spare = [camera for camera in here if camera not in policy.cameras]
-    mend = (
-        f"name them as the policy does: `cameras`, as {{{spare[0]}: {missing[0]}}}"
-        if spare
-        else (f"add them, or act without: --missing_cameras '[{', '.join(missing)}]'")
-    )
+    if spare and given.features is not None:
+        renamed = dict(zip(spare, missing, strict=False))
+        named = {key: renamed.get(camera, camera) for key, camera in given.features.items()}
+        listed = ", ".join(f"{key}: {camera}" for key, camera in named.items() if camera in policy.cameras)
+        mend = f"name them as the policy does, if they see the same: --cameras '{{{listed}}}'"
+    elif spare:
+        mend = "name them as the policy does, in the simulator's options"
+    else:
+        mend = f"add them, or act without: --missing_cameras '[{', '.join(missing)}]'"
     then = f"every observation is refused: {', '.join(missing)} missing"
     yield Finding("cameras", "differs", _listed(policy.cameras), _listed(here), then, mend)
 
@@ -159,10 +165,10 @@ def _actions(policy: Robot, given: Given) -> Iterator[Finding]:
         return
     yield from _vector("action", ours, theirs, given)
     then = policy.relative
-    kind = "absolute, or offsets as they were recorded" if then is None else f"dims {_span(then.dims)} from the state"
+    kind = "none: trained on as recorded" if then is None else f"dims {_span(then.dims)}, from the state"
     now = given.robot.relative
     if then == now:
-        yield Finding("relative actions", "ok", kind, kind)
+        yield Finding("relative actions", "ok", kind, "read in the same way")
     else:
         mend = "give relative_dims as in training"
         yield Finding("relative actions", "differs", kind, "otherwise", "its actions end elsewhere", mend)
@@ -262,11 +268,12 @@ def _instructions(policy: Robot, given: Given) -> Iterator[Finding]:
 
 def _statistics(policy: Robot, given: Given) -> Finding:
     ours, theirs = policy.normalize.state, given.robot.normalize.state
-    expected = f"of {policy.dataset or 'the training data'}, as saved in the checkpoint"
+    expected = f"those in the checkpoint, of {policy.dataset or 'the training data'}"
     if not len(ours) or len(ours) != len(theirs):
-        return Finding("statistics", "ok", expected, "not used")
+        return Finding("statistics", "ok", expected, "its own are not needed")
     least, most = ours.normalize(theirs.q01).min(), ours.normalize(theirs.q99).max()
-    return Finding("statistics", "ok", expected, f"not used; by them its states are {least:.2g} to {most:.2g}")
+    shown = f"its own are not needed; by the checkpoint's, its states are {least:.2g} to {most:.2g}"
+    return Finding("statistics", "ok", expected, f"{shown} (trained on: -1 to 1)")
 
 
 def compare_predictions(predicted: Sequence[np.ndarray], recorded: Sequence[np.ndarray], robot: Robot) -> list[Finding]:

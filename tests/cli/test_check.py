@@ -116,7 +116,8 @@ def other_cameras(root: Path) -> None:
         (at_80_hz, "rate differs 10 Hz 80 Hz"),
         (
             other_cameras,
-            "cameras: front: every observation is refused: top missing. Mend: name them as the policy does: `cameras`",
+            "cameras: front: every observation is refused: top missing. Mend: name them as the policy does, if they see"
+            " the same: --cameras '{observation.images.front: top}'",
         ),
     ],
 )
@@ -136,6 +137,15 @@ def test_renamed_cameras_can_be_named_as_in_training(
     named = json.dumps({"observation.images.front": "top"})
     status, printed = check(capsys, run, "--dataset", str(pictures_copy), "--cameras", named, "--frames", "0")
     assert status == 0, printed
+
+
+def test_what_agrees_is_said_without_the_pages_words(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    _, said = check(capsys, run, "--frames", "0")
+    assert "relative actions ok none: trained on as recorded read in the same way" in said
+    assert "its own are not needed" in said
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,44 @@ def test_stats_takes_actions_relative_to_the_state(pictures: Path, capsys: pytes
     found = shown(capsys)
     assert list(found) == ["0 dx", "1 dy"]
     assert found["0 dx"][3:5] == pytest.approx([action.q01[0], action.q99[0]], rel=1e-3)
+
+
+def with_other_keys(root: Path) -> Path:
+    """The same dataset, whose state and action have names of their own."""
+    names = {"observation.state": "observation.joint_positions", "action": "action.joints"}
+    files = LeRobotFiles.open(root)
+    edit_info(root, features={names.get(key, key): feature for key, feature in files.features.items()})
+    table = pq.read_table(data_file(root))
+    pq.write_table(table.rename_columns([names.get(name, name) for name in table.column_names]), data_file(root))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["tokenizer"], r"no vector 'action' \(did you mean action.joints\?\); it has .*: correct `action_keys`, .*"),
+        (["stats", "--keys", "[action]"], r"keys: .* has no 'action' \(did you mean action.joints\?\); it has .*"),
+        (
+            ["stats", "--keys", "[action.joints]", "--relative_dims", "[0]"],
+            r"relative_dims are relative to a state, .* no observation.state: .*'\[observation.*, action.joints\]'",
+        ),
+    ],
+)
+def test_a_key_that_a_dataset_does_not_have_is_told_with_the_option_and_the_nearest(
+    command: list[str], told: str, pictures_copy: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command[0], str(with_other_keys(pictures_copy)), *command[1:]])
+    assert re.search(told, str(ended.value.code))
+    assert "timestamp" not in str(ended.value.code)
+
+
+def test_stats_takes_actions_relative_to_a_state_of_another_name(
+    pictures_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = "[observation.joint_positions, action.joints]"
+    main(["stats", str(with_other_keys(pictures_copy)), "--keys", keys, "--relative_dims", "[0]", "--horizon", "3"])
+    assert {"0 x", "0 dx"} <= shown(capsys).keys()
 
 
 def test_stats_takes_keys_in_the_order_of_training(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +366,16 @@ def test_a_file_in_the_place_of_a_tokenizer_is_left_alone(pictures: Path, tmp_pa
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match=r"notes.txt is a file"):
         main(["tokenizer", str(pictures), "--out", str(tmp_path / "notes.txt")])
+
+
+def test_a_tokenizer_is_not_overwritten_unasked(pictures: Path, tmp_path: Path) -> None:
+    command = ["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), *SMALL]
+    main([*command, "--scale", "9"])
+    with pytest.raises(SystemExit, match=r"out: .*fast holds a tokenizer: name another folder, or .* --overwrite"):
+        main(command)
+    assert FastTokenizer.load(tmp_path / "fast").scale == 9
+    main([*command, "--overwrite"])
+    assert FastTokenizer.load(tmp_path / "fast").scale == 10
 
 
 def test_stats_are_of_no_rewards_which_no_policy_reads(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

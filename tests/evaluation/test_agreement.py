@@ -82,6 +82,17 @@ def test_dims_rate_cameras_wording_and_short_episodes() -> None:
     assert different(robot(), episode_seconds=5.0) == {}
 
 
+def test_cameras_of_other_names_are_mended_by_an_option_that_names_all_of_them() -> None:
+    policy, given = robot(cameras=("topview", "gripperPOV")), robot(cameras=("front_cam", "wrist_cam"))
+    features = {f"observation.images.{camera}": camera for camera in given.cameras or ()}
+    found = agreement(policy, ABLE, HORIZON, Given(given, "theirs", features=features))
+    (mend,) = [f.mend for f in found if f.what == "cameras"]
+    named = "{observation.images.front_cam: topview, observation.images.wrist_cam: gripperPOV}"
+    assert mend.endswith(f"--cameras '{named}'")
+    (mend,) = [f.mend for f in agreement(policy, ABLE, HORIZON, Given(given, "theirs")) if f.what == "cameras"]
+    assert "--cameras" not in mend  # a simulator's
+
+
 def test_actions_recorded_as_offsets_are_no_absolute_ones() -> None:
     policy = robot(action=(LOW / 50, HIGH / 50), relative=RelativeActions((0, 1, 2), (0, 1, 2)))
     same = replace(policy, dataset="theirs")

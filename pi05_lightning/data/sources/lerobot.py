@@ -161,7 +161,8 @@ class LeRobotSource(Source):
         if config.tolerance_s >= 0.5 / self.files.fps:
             most = 0.5 / self.files.fps
             raise ValueError(f"tolerance_s must be between 0 and half a frame, {most:.4f} s at {self.files.fps:g} fps")
-        state, action = features.widths(config.state_keys), features.widths(config.action_keys)
+        state = features.widths(config.state_keys, "state_keys")
+        action = features.widths(config.action_keys, "action_keys")
         relative = config.relative_dims, config.relative_state_dims
         self.relative = relative_actions(*relative, sum(state.values()), sum(action.values()), features.where)
         wanted = Wanted(state, action, config.subtask_key, self.cameras, self._box_range, answers)

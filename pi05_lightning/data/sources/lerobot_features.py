@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pi05_lightning.data.transforms import RelativeActions
+from pi05_lightning.files.suggestion import suggestion
+
+_OF_THE_RECORDING = {"timestamp", "frame_index", "episode_index", "index", "task_index", "subtask_index"}
+"""Columns that every dataset has, and that nobody means by a state or an action."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Features:
         for key in cameras:
             if key not in available and self.declared.get(key, {}).get("dtype") in ("video", "image"):
                 raise ValueError(f"{self.where}: {key} is a depth map, which the model does not take: leave it out")
-        self._check_known(cameras, available, "image feature", "`cameras`")
+        self._check_known(cameras, available, "image feature", "cameras")
         for key in cameras:
             shape = self.declared[key]["shape"]
             channels = (3, 1, 4) if convert else (3,)
@@ -41,10 +45,10 @@ class Features:
             raise ValueError(f"{self.where}: two features share a camera name in {cameras}; name them in `cameras`")
         return cameras
 
-    def widths(self, keys: Iterable[str]) -> dict[str, int]:
-        """Vectors, each with its dims."""
+    def widths(self, keys: Iterable[str], option: str) -> dict[str, int]:
+        """Vectors, each with its dims.  option: which one names them."""
         vectors = {key: f["shape"][0] for key, f in self.declared.items() if len(f["shape"]) == 1}
-        self._check_known(keys, sorted(vectors), "vector", "the keys")
+        self._check_known(keys, sorted(vectors), "vector", option)
         return {key: vectors[key] for key in keys}
 
     def box_range(self, cameras: Iterable[str], most: float | None) -> dict[str, tuple[float, float]]:
@@ -56,10 +60,14 @@ class Features:
             sizes[key] = (most, most) if most else (float(height), float(width))
         return sizes
 
-    def _check_known(self, keys: Iterable[str], known: list[str], what: str, where: str) -> None:
+    def _check_known(self, keys: Iterable[str], known: list[str], what: str, option: str) -> None:
         for key in keys:
             if key not in known:
-                raise ValueError(f"{self.where} has no {what} {key!r}; it has {known}: correct {where}")
+                told = [name for name in known if name not in _OF_THE_RECORDING]
+                raise ValueError(
+                    f"{self.where} has no {what} {key!r}{suggestion(key, told)}; it has {', '.join(told) or 'none'}:"
+                    f" correct `{option}`, of the source under data.sources or as --{option}"
+                )
 
 
 def chunk_steps(seconds: float | None, steps: int | None, fps: float, horizon: int, where: str) -> int:
