@@ -52,6 +52,11 @@ def test_part_of_a_demo_with_other_arguments_is_not_taken_for_this_one(marker: P
         Progress(marker, Part("stats", ("stats", "other")))
 
 
+def test_part_that_may_replace_what_it_made_is_the_same_one(marker: Path) -> None:
+    finish(marker)
+    assert Progress(marker, Part("stats", (*PART.command, "--overwrite", "true"))).finished
+
+
 def test_training_that_was_interrupted_resumes(tmp_path: Path) -> None:
     fit = next(part for part in parts(tmp_path, seed=0, quick=False) if part.name == "fit")
     assert "--ckpt_path" not in fit.next_command

@@ -10,7 +10,7 @@ from typing import Literal
 from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.evaluation.report.metrics import Metrics
 from pi05_lightning.evaluation.report.tables import metrics_table
-from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.files.local import check_writable, read_json, write_json
 from pi05_lightning.sim.summary import success_table
 from pi05_lightning.types import Subset
 
@@ -38,6 +38,7 @@ def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Sce
     Raises ValueError when `out` holds a demo with other arguments, SystemExit with a part's status when one fails.
     """
     out = out or OUT[scene]
+    check_writable(out, "--out")
     todo = parts(out, seed, quick, scene)
     run_parts(out, todo, lambda: write_summary(out, todo, seed))
     summary = read_json(out / "summary.json")
@@ -65,12 +66,16 @@ def parts(out: Path, seed: int, quick: bool, scene: Scene = "metaworld") -> list
         listening = ["--modes", "[policy,mean_replay]", "--instructions", "[right,swapped,paraphrased,empty]"]
         # every instruction in the same initial states: the page shows them side by side
         rollout = ["--env", "Desk", "--env.same_states", "true", *listening, *(rollout or ["--episodes", "8"])]
+    fitted = ("--horizon", str(HORIZON), "--merge", "false")
     return [
         # a directory whose part is not marked as done may be whole all the same
         Part("collect", ("collect", str(data), "--overwrite", "true", *collect)),
         Part("stats", ("stats", robot)),
         # a token per coefficient: so small a model does not learn how many a merged one stands for
-        Part("tokenizer", ("tokenizer", robot, "--out", str(fast), "--horizon", str(HORIZON), "--merge", "false")),
+        Part(
+            "tokenizer",
+            ("tokenizer", robot, "--out", str(fast), *fitted, "--overwrite", "true"),
+        ),
         Part(
             "fit",
             ("fit", *configs, "--run", str(run), "--seed_everything", str(seed), *elsewhere, *fit),

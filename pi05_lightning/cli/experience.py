@@ -27,7 +27,7 @@ from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, Training, configuration
 from pi05_lightning.experience.value import datasets_of
-from pi05_lightning.files.local import read_json, write_json, write_once, write_text
+from pi05_lightning.files.local import check_writable, read_json, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.simulators import MetaWorld  # noqa: F401 - what --env knows by name
@@ -121,6 +121,7 @@ def experience(
     Raises ValueError when `out` holds rounds with other arguments, where attempts and tests would begin in the same
     states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
+    check_writable(out, "out")
     simulator: dict[str, Any] = {"env": env, "tasks": listed(tasks) if tasks else None, "device": device}
     simulator |= {"num_workers": num_workers, "lanes": lanes}
     collecting = {

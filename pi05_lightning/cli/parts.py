@@ -19,8 +19,8 @@ from pi05_lightning.files.local import read_json, write_json
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """SLURM asks a job by one of the last two to save before its time is over."""
-PLACES = "--device", "--num_workers", "--lanes"
-"""Options that say where a command is done, and how much at a time, and not what."""
+PLACES = "--device", "--num_workers", "--lanes", "--overwrite"
+"""Options that say where a command is done, how much at a time, or what it may replace, and not what is done."""
 
 console = Console()
 

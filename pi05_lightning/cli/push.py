@@ -20,7 +20,7 @@ from pi05_lightning.evaluation.report.page import film_caption, measured_otherwi
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
-from pi05_lightning.files.local import read_json, write_json, write_text
+from pi05_lightning.files.local import check_writable, read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
 from pi05_lightning.weights.published import CARD, Licence, publish_policy, save_published
@@ -69,6 +69,8 @@ def push(
     licence = Licence(license, license_name, license_link)
     if out is not None and out.exists():
         raise ValueError(f"{out} already exists: delete it or name another folder")
+    if out is not None:
+        check_writable(out, "--out")
     tag = None
     of_a_policy = {"--robot": robot, "--base": base, "--tokenizer": tokenizer, "--averaged false": not averaged}
     with TemporaryDirectory() as made:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pi05_lightning.evaluation.report.page import render
 from pi05_lightning.evaluation.report.run import read_run
-from pi05_lightning.files.local import read_json, write_text
+from pi05_lightning.files.local import check_writable, read_json, write_text
 
 
 def report(run: Path, out: Path | None = None, summary: Path | None = None) -> Path:
@@ -22,6 +22,7 @@ def report(run: Path, out: Path | None = None, summary: Path | None = None) -> P
     out = out or run / "report.html"
     if out.is_dir() or (out.exists() and out.suffix != ".html"):
         raise ValueError(f"out: {out} is there, and is no page: name a file that ends with .html")
+    check_writable(out.parent, "--out")
     if summary is not None and not summary.is_file():
         raise ValueError(f"summary: there is no file {summary}")
     seconds = read_json(summary).get("seconds", {}) if summary else {}

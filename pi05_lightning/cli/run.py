@@ -42,7 +42,7 @@ from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, chec
 from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.evaluation.report.metrics import write_metrics
 from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
-from pi05_lightning.files.local import held, write_json
+from pi05_lightning.files.local import check_writable, held, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
@@ -64,7 +64,6 @@ from pi05_lightning.training.callbacks.throughput import Throughput
 from pi05_lightning.training.precision import replaced
 from pi05_lightning.training.run_directory import (
     check_free,
-    check_writable,
     has_checkpoints,
     is_run,
     new_run,
@@ -246,7 +245,7 @@ class Pi05CLI(LightningCLI):
             old = run_of(Path(config.ckpt_path)) if config.ckpt_path else None
             config.run = str(old if old and is_run(old) else new_run())
         check_free(Path(config.run))
-        check_writable(Path(config.run))
+        check_writable(Path(config.run), "--run")
         if config.ckpt_path is not None:
             check_dimensions(Path(config.ckpt_path), config.as_dict()["model"]["config"])
         if self.command == "fit" and config.ckpt_path is None and (found := saved_in(config)):

@@ -16,13 +16,13 @@ from rich.table import Column, Table
 
 from pi05_lightning.cli.configuration import read_configuration
 from pi05_lightning.data.errors import OnBadSample
-from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.fast import FastTokenizer, is_tokenizer
 from pi05_lightning.data.sources.base import SourceConfig
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.split import Split
 from pi05_lightning.evaluation.fast import Chunks, Quality, measure, read_chunks
 from pi05_lightning.evaluation.report.tables import table_of
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.local import check_writable, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.yaml_files import is_yaml
 from pi05_lightning.models.config import ModelConfig
@@ -46,6 +46,7 @@ def tokenizer(
     on_bad_sample: OnBadSample | None = None,
     max_chunks: int = 20_000,
     max_rmse: float | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Fit a FAST action tokenizer on LeRobot datasets, and report on episodes that it was not fitted on.
 
@@ -69,8 +70,10 @@ def tokenizer(
         on_bad_sample: whether bad frames are an error, the default, or left out, as in training.
         max_chunks: of each dataset, evenly spaced.
         max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
+        overwrite: replace a tokenizer that `out` holds; a run that was trained with it keeps its own.
 
-    Raises ValueError when an error exceeds max_rmse, and for datasets and options that do not fit.
+    Raises ValueError when `out` holds a tokenizer and may not be overwritten, when an error exceeds max_rmse, and for
+    datasets and options that do not fit.
     """
     options = {
         "action_keys": action_keys,
@@ -86,6 +89,9 @@ def tokenizer(
     check_range("max_rmse", max_rmse, 0)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is a file, and the tokenizer needs a folder")
+    if is_tokenizer(out) and not overwrite:
+        raise ValueError(f"out: {out} holds a tokenizer: name another folder, or replace it with --overwrite")
+    check_writable(out, "--out")
     paths = [dataset] if isinstance(dataset, str) else dataset
     sources = sources_of(paths, {name: value for name, value in options.items() if value is not None})
     horizon, vocab_size = chunk_and_vocabulary(paths, horizon, vocab_size)

@@ -17,7 +17,7 @@ from pi05_lightning.experience.calibration import calibration, calibration_plot
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.experience.value import AttemptDataset, ValueFunction, datasets_of, hash_of, longest_of, read_value
-from pi05_lightning.files.local import write_json, write_once, write_text
+from pi05_lightning.files.local import check_writable, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.policy import check_device
@@ -70,6 +70,7 @@ def value_fit(
     check_range("lr", lr, 0, above=True)
     check_range("seed", seed, 0)
     check_range("c_fail", c_fail, 0, above=True)
+    check_writable(run, "run")
     datasets, reading = datasets_of(rollouts, demonstrations), Reading.of(policy)
     longest = longest_of(datasets)
     names = [

@@ -14,6 +14,7 @@ from pi05_lightning.experience.labelling import Judged, check_shares, judge, lab
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.value import ValueFunction, datasets_of
+from pi05_lightning.files.local import check_writable
 from pi05_lightning.weights.locate import run_of
 
 STRIP = 8  # images of a film
@@ -48,6 +49,8 @@ def value_label(
     Raises ValueError where nothing says how an episode ended, for another rate than the value's, and for a task in
     which no frame is better than another.
     """
+    if out is not None:
+        check_writable(out, "--out")
     datasets, judge_of = datasets_of(rollouts, demonstrations), ValueFunction(value, device)
     if judge_of.fps != datasets[0].files.fps:
         raise ValueError(

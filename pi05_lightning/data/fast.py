@@ -26,6 +26,7 @@ from pi05_lightning.files.local import read_json, shown, write_json, write_text
 log = logging.getLogger(__name__)
 
 CHARACTERS = 2048  # code points looked at, the ones that UTF-8 spells in at most two bytes
+_FILES = ("processor_config.json", "tokenizer.json")
 MARGIN = 1.25  # range of coefficients that a fit prepares for, relative to what it sees
 NO_CHUNK = "the FAST tokens are no chunk: constrain_fast, or ask again"
 
@@ -253,7 +254,7 @@ class FastTokenizer:
         Raises ValueError that names the file which is missing or incomplete.
         """
         folder = Path(folder)
-        for name in ("processor_config.json", "tokenizer.json"):
+        for name in _FILES:
             if not (folder / name).is_file():
                 raise ValueError(
                     f"{shown(folder)} is no FAST tokenizer, it has no {name}: make one with `pi05 tokenizer`"
@@ -289,6 +290,11 @@ class FastTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FastTokenizer.from_dict, (self.to_dict(),)
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a whole one."""
+    return all((folder / name).is_file() for name in _FILES)
 
 
 def quantized_dct(chunks: np.ndarray, scale: float) -> np.ndarray:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -23,7 +24,7 @@ def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
     one_writer: no two processes write to `path` at a time. The part always has the same name then, so that what a
     killed process left of it is gone with the next writing.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f".{path.name}.part" if one_writer else f".{path.name}.{os.getpid()}.part")
     delete(part, ignore_errors=True)
     try:
@@ -44,7 +45,7 @@ def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[N
     process holds nothing, even while processes that it forked live on. A file system without locks, as Windows', keeps
     nobody out.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         import fcntl
     except ImportError:
@@ -79,6 +80,27 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there. OSError, with the folder, where that cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"{folder} cannot be made: {error.strerror}") from error
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """ValueError where nothing can be written to a folder, or where it would have to be made.
+
+    option: which one names it.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder} ({error.strerror}): name another {option}") from error
 
 
 def shown(path: Path | str) -> str:

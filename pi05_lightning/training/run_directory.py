@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
@@ -48,16 +47,6 @@ def check_free(folder: Path) -> None:
         raise ValueError(
             f"{folder} is no run's directory, and a run would overwrite its {', '.join(foreign)}: name another --run"
         )
-
-
-def check_writable(folder: Path) -> None:
-    """ValueError where nothing can be written to a run's directory, or where it would have to be made."""
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    try:
-        with TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ValueError(f"the run cannot write to {folder} ({error.strerror}): name another --run") from error
 
 
 def new_run() -> Path:

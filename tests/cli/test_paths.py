@@ -26,6 +26,31 @@ def elsewhere(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return file
 
 
+@pytest.mark.parametrize("place", ["notes.txt/x", "/proc/x"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["tokenizer", "data", "--out"],
+        ["export", "run", "--out"],
+        ["push", "run", "user/name", "--dry_run", "--out"],
+        ["convert", "--source", "run", "--target"],
+        ["experience", "--policy=run", "--demonstrations=[data]"],
+        ["value", "fit", "--policy=run"],
+        ["value", "label", "run", "--out"],
+        ["report", "run", "--out"],
+        ["demo", "--out"],
+        ["collect"],
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_told_before_the_work(
+    command: list[str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"(cannot write to|cannot be made)"):
+        main([*command, f"{place}/a.html" if command[0] == "report" else place])
+
+
 def write(file: Path, **content: object) -> Path:
     file.write_text(yaml.safe_dump(content))
     return file
