@@ -25,7 +25,14 @@ from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.labelling import check_shares, labels_path, labels_paths
 from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
-from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, Training, configuration
+from pi05_lightning.experience.rounds import (
+    METHODS,
+    AttemptSummary,
+    Method,
+    Training,
+    check_datasets,
+    configuration,
+)
 from pi05_lightning.experience.value import datasets_of
 from pi05_lightning.files.local import check_writable, read_json, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
@@ -151,8 +158,10 @@ def experience(
         device=device,
     )
     check(plan, methods)
-    plan = replace(plan, sha256=locate(policy).content_hash())
-    run_parts(out, parts(plan, Reading.of(policy), methods), lambda: write_results(out))
+    weights, reading = locate(policy), Reading.of(policy)
+    check_datasets(policy, reading, weights.processor(), demonstrations, plan.made_before, robot)
+    plan = replace(plan, sha256=weights.content_hash())
+    run_parts(out, parts(plan, reading, methods), lambda: write_results(out))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 
 
@@ -264,6 +273,8 @@ def check(plan: Rounds, methods: Sequence[Method]) -> None:
     check_range("seed", plan.seed, 0)
     if not methods:
         raise ValueError("methods: name at least one")
+    if not plan.demonstrations:
+        raise ValueError("demonstrations: name at least one dataset")
     check_range("demonstrations_share", plan.training.demonstrations_share, 0, 1)
     if plan.training.demonstrations_share == 1:
         raise ValueError("demonstrations_share is 1, which leaves nothing to the attempts: give less")

@@ -12,6 +12,8 @@ import numpy as np
 from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.labels import POSITIVE, Labels, Sign
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.types import Modality
 
@@ -64,6 +66,46 @@ class AttemptSummary:
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
         successes = np.unique(attempts.episode[attempts.success & alone]).tolist()
         return cls(path, labels, signs, bool(attempts.intervention.any()), successes, of_a_policy(files))
+
+
+def check_datasets(
+    policy: Path,
+    reading: Reading,
+    processor: Processor,
+    demonstrations: Sequence[str],
+    attempts: Sequence[str],
+    robot: str | None = None,
+) -> None:
+    """ValueError for a dataset that cannot be opened, or that is of another robot than the policy.
+
+    policy, processor: what is to learn from them.  robot: source whose robot it acts as.
+    """
+    first = reading.robot_of(demonstrations[0]) or reading.name_of(demonstrations[0]) or robot
+    for path in (*demonstrations, *attempts):
+        is_attempt, files = path in attempts, LeRobotFiles.open(find_dataset(path))
+        name = reading.robot_of(path) or reading.name_of(path) or first
+        ours = processor.robots[name if name in processor.robots else processor.acting_as(robot)]
+        read = reading.options(path, demonstrations[0], is_attempt and of_a_policy(files), is_attempt)
+        config = LeRobotConfig(**{**read, "path": path})
+        try:
+            source = LeRobotSource(config, path, "train", processor.shapes.horizon, (0, 0), answers=False)
+        except ValueError as error:
+            raise ValueError(f"{policy} was trained on data with other features: {error}") from error
+        theirs = {
+            "cameras": sorted(source.camera_names),
+            "dims of state": source.columns.state.shape[1],
+            "dims of action": source.columns.action.shape[1],
+            "frames per second": files.fps,
+        }
+        expected = {
+            "cameras": sorted(ours.cameras or theirs["cameras"]),
+            "dims of state": ours.state_dim or theirs["dims of state"],
+            "dims of action": ours.action_dim,
+            "frames per second": ours.fps if ours.fps_is_known else files.fps,
+        }
+        if other := [what for what, value in theirs.items() if value != expected[what]]:
+            told = "; ".join(f"its {what} are {theirs[what]}, and the policy's {expected[what]}" for what in other)
+            raise ValueError(f"{path} is not of the robot of {policy}: {told}")
 
 
 def configuration(

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import sleep
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,9 +23,10 @@ from pi05_lightning.cli.parts import Part, Progress
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
-from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, configuration
+from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, check_datasets, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from tests.experience.attempts import LENGTHS, SUCCESSES, TRAINING, recorded_attempts
@@ -174,6 +177,34 @@ def test_wrong_option_shows_before_anything_runs(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         experience(tmp_path / "out", policy=tmp_path / "none", demonstrations=(str(videos),), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("other", "read", "policy", "said"),
+    [
+        ("same", {}, {}, ""),
+        ("nowhere", {}, {}, "nowhere.*: no such folder"),
+        ("same", {"state_keys": ["qpos"]}, {}, r"other features: dataset .* has no vector 'qpos'"),
+        ("same", {"state_keys": ["observation.gripper"]}, {}, "its dims of state are 1, and the policy's 3"),
+        ("same", {}, {"cameras": ("front",)}, r"its cameras are \['top'\], and the policy's \['front'\]"),
+        ("same", {}, {"fps": 30.0}, "not of the robot of policy: its frames per second are 10.*, and the policy's 30"),
+    ],
+)
+def test_every_dataset_that_the_policy_cannot_learn_from_is_refused(
+    pictures: Path, tmp_path: Path, other: str, read: dict[str, Any], policy: dict[str, Any], said: str
+) -> None:
+    """Those that are named after the first, and the attempts, too."""
+    (tmp_path / "same").symlink_to(pictures)
+    own = LeRobotConfig(str(pictures)).open("own", "train", ModelConfig.preset("debug").shapes).robot()
+    assert own is not None
+    robots = {"own": replace(own, **{"cameras": ("top",), **policy})}
+    processor = SimpleNamespace(robots=robots, acting_as=lambda name: "own", shapes=SimpleNamespace(horizon=4))
+    options = {"path": str(pictures), "state_keys": ["observation.state"], **read}
+    reading = Reading(sources={"own": {"class_path": CLASS_PATH, "init_args": options}})
+    first, second = str(pictures), str(tmp_path / other)
+    for data in (([first, second], []), ([first], [second])):
+        with pytest.raises(ValueError, match=said) if said else nullcontext():
+            check_datasets(Path("policy"), reading, cast("Processor", processor), *data)
 
 
 def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_runs(
