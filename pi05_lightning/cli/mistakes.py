@@ -44,6 +44,8 @@ _VALUES = (
 _NO_GROUP = r"Unable to load config ['\"](.*)['\"]"
 _CLASSES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")
 """Modules whose classes may be given by their names alone."""
+_BASES = {"pi05_lightning.data.sources.base": "SourceConfig", "pi05_lightning.sim.environment": "EnvironmentConfig"}
+"""Base classes whose subclasses may be, by the modules that they are in."""
 _NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'"
 
 
@@ -83,9 +85,25 @@ def explained(message: str, args: Sequence[str]) -> str:
         return f"{said or ''}there is no option {dashes}{whole}{meant}"
     if not around:
         return message
+    if missing := no_source(message, args):
+        return missing
     said = find(around[0], around[-1] if len(around) > 1 else "", args, named_values(message))
     whole = said.key if said else ".".join(dict.fromkeys(around))
     return f"{said or ''}{whole}: {shortened(message)}"
+
+
+def no_source(message: str, args: Sequence[str]) -> str:
+    """What is wrong where options are given to a data source that there is not; else nothing."""
+    if not re.search(r"\.SourceConfig is abstract|Not a valid subclass of SourceConfig", message):
+        return ""
+    keys = [said.key.split(".") for layer in layers(args) for said in layer if said.key.startswith("data.sources.")]
+    known = dict.fromkeys(key[2] for key in keys if key[3:] == ["class_path"])
+    missing = next((key[2] for key in keys if key[2] not in known), None)
+    if missing is None:
+        return ""
+    where = find(f"data.sources.{missing}", "", args) or ""
+    told = f"; there are {', '.join(known)}" if known else ""
+    return f"{where}there is no source {missing!r}{suggestion(missing, known)}{told}: a new one needs its class_path"
 
 
 def elsewhere(message: str, args: Sequence[str]) -> str:
@@ -139,7 +157,16 @@ def no_class(found: re.Match[str]) -> str:
 
 def unknown_class(found: re.Match[str]) -> str:
     known = [name for module in _CLASSES for name in dir(sys.modules.get(module)) if name[0].isupper()]
+    bases = [getattr(sys.modules.get(module), name, None) for module, name in _BASES.items()]
+    known += [kind.__name__ for base in bases if base for kind in subclasses(base)]
     return f"{found[1]} is no known class{suggestion(found[1], known)}: give its import path"
+
+
+def subclasses(base: type) -> Iterator[type]:
+    """All that are imported."""
+    for kind in base.__subclasses__():
+        yield kind
+        yield from subclasses(kind)
 
 
 def shortened(message: str) -> str:
@@ -149,9 +176,13 @@ def shortened(message: str) -> str:
     told = [line for line in lines if line and not any(re.fullmatch(noise, line) for noise in _NOISE)]
     kinds, given = re.findall(r"Expected an? <class '([\w.]+)'>", message), re.findall("Given value: (.*)", message)
     if not told:
+        if given and {"list", "tuple"} & {*kinds} and "str" not in kinds and not given[-1].startswith(("[", "{")):
+            return f"expected a list, as '[{given[-1]}]'"
         return f"expected {' or '.join(kinds).replace('NoneType', 'null')}, got {' '.join(given[-1:])}"
     groups = [line for line in told if re.fullmatch(_NO_GROUP, line)]
     told = [line for line in told if line not in groups] or groups
+    if any("dot import path" in line for line in told):  # a name, and no path
+        told = [line for line in told if not re.fullmatch(r"Expected a path but \w+ either.*", line)]
     switch = " or true or false" if "bool" in kinds else ""
     text = "; ".join(dict.fromkeys(_plain(line, switch, given[0] if given else "") for line in told))
     text = re.sub(r"Type typing\.\S+\[.*\] expects a function or a callable class: ", "", text)
@@ -164,8 +195,13 @@ def _plain(line: str, switch: str, given: str) -> str:
     line = re.sub(_NO_CLASS, no_class, line)
     line = re.sub(_NO_GROUP, r"expected the options below it, or a file with them, got \1", line)
     line = re.sub(r"Expected a dot import path string: (\S+)", unknown_class, line)
-    if found := re.fullmatch(r"Expected a typing\.Literal\[(.*)\]", line):
-        return f"expected {found[1].replace(', ', ' or ')}{switch}, got {given}"
+    if found := re.fullmatch(r"Expected a typing\.Literal\[(.*?)\](?:\. Got value: (.*))?", line):
+        value, names = found[2] or given, found[1].replace("'", "").split(", ")
+        return f"expected {found[1].replace(', ', ' or ')}{switch}, got {value}{suggestion(value, names)}"
+    if found := re.fullmatch(r"Expected a <class '(?:tuple|list)'>\. Got value: (?!None$)([^\[{].*)", line):
+        return f"expected a list, as '[{found[1]}]'"
+    if given and line == "Expected a <class 'dict'>":
+        return f"expected pairs, as '{{name: value}}', got {given}"
     return re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", line)
 
 

@@ -8,9 +8,12 @@ from collections.abc import Iterable
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """` (did you mean …?)` with the known name that is nearest to a name or to its last part, or nothing."""
-    names, written = list(known), name.replace("-", "_")
+    """` (did you mean …?)` with the known name that is nearest to a name or to its last part, or nothing.
+
+    Whether letters are small or large makes no difference.
+    """
+    names, written = {own.lower(): own for own in reversed(list(known))}, name.replace("-", "_").lower()
     for part in (written, re.split(r"[./]", written)[-1]):
         if nearest := difflib.get_close_matches(part, names, n=1):
-            return f" (did you mean {nearest[0]}?)"
+            return f" (did you mean {names[nearest[0]]}?)"
     return ""

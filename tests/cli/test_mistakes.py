@@ -199,7 +199,17 @@ def test_what_a_callback_refuses_is_said_in_its_words(
         ("trainer.deterministic", "maybe", "expected 'warn' or true or false, got maybe"),
         ("data.sources", "null", "data.sources: expected dict, got None"),
         ("model.lora", "{rank: 2, targets: [vision]}", "model.lora.targets: expected str, got ['vision']"),
-        ("trainer.plugins", "nope", "; nope is no known class: give its import path"),
+        ("trainer.plugins", "nope", "trainer.plugins: nope is no known class: give its import path"),
+        (
+            "data.sources.webb.path",
+            "x",
+            "no source 'webb' (did you mean web?); there are web: a new one needs its class_path",
+        ),
+        (
+            "data.sources",
+            "{arm: {init_args: {path: x}}}",
+            "no source 'arm'; there are web: a new one needs its class_path",
+        ),
         ("trainer.callbacks", "EarlyStoping", "no known class (did you mean EarlyStopping?): give its import path"),
         ("stages", "3", "stages: expected the options below it, or a file with them, got 3"),
     ],
@@ -209,6 +219,32 @@ def test_a_value_of_another_type_is_said_without_the_parsers_words(
 ) -> None:
     said = refused(["fit", "-c", str(config), f"--{flag}", value], capsys)
     assert said.splitlines()[0].endswith(told)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["check", "run", "--env", "Metaworld"], "env: Metaworld is no known class (did you mean MetaWorld?)"),
+        (["stats", "data", "--keys", "action"], "keys: expected a list, as '[action]'"),
+        (["check", "run", "--cameras", "top"], "cameras: expected pairs, as '{name: value}', got top"),
+        (
+            ["export", "run", "--out", "x", "--format", "onx"],
+            "'openvino' or 'onnx' or 'pt2', got onx (did you mean onnx?)",
+        ),
+        (
+            ["experience", "x", "--policy", "run", "--demonstrations", "runs/x"],
+            "demonstrations: expected a list, as '[runs/x]'",
+        ),
+        (
+            ["experience", "x", "--policy", "run", "--demonstrations", "[a]", "--methods", "[recaps]"],
+            "'demonstrations', got recaps (did you mean recap?)",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_told_with_what_to_write(
+    args: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told in refused(args, capsys)
 
 
 @pytest.mark.parametrize(
