@@ -77,6 +77,7 @@ def check(
     check_device(device)
     of_data = {"cameras": cameras, "state_keys": state_keys, "action_keys": action_keys}
     check_effect(dataset, env, [name for name, value in of_data.items() if value is not None], tasks)
+    print(f"opening {checkpoint} …", flush=True)
     weights = locate(checkpoint, tokenizer=tokenizer, base=base)
     processor = weights.processor()
     name = processor.acting_as(robot)

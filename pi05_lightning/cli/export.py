@@ -90,6 +90,7 @@ def export(
     check_range("--max_error", max_error, 0)
     if missing := [name for name in needed(format, dtype) if find_spec(name) is None]:
         raise ValueError(f"this export needs {' and '.join(missing)}: pip install 'pi05-lightning[export]'")
+    print(f"opening {checkpoint} …", flush=True)
     weights = locate(checkpoint, averaged=averaged, base=base, tokenizer=tokenizer)
     processor = weights.processor()
     check(how, processor, weights.trained)
@@ -100,6 +101,7 @@ def export(
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()
+        print(f"writing the graphs for {format} …", flush=True)
         manifest = write(folder, policy, format, dtype)
         found = compare(policy, folder, seen, format)
         print("\n".join(found.lines()))

@@ -52,12 +52,15 @@ def say(files: LeRobotFiles, told: dict[bool, str]) -> None:
         raise ValueError(f"episode {both[0]} is named as a success and as a failure: leave out one")
     if listed[True] is listed[False] is None:
         raise ValueError("the rest are named as successes and as failures: leave out one")
-    said = read_outcomes(files.root)
-    unknown = {number for number, ended in known_outcomes(files).items() if ended is None}
+    said, before = read_outcomes(files.root), known_outcomes(files)
+    unknown = {number for number, ended in before.items() if ended is None}
     rest = unknown - {number for numbers in listed.values() for number in numbers or ()}
     for ended, numbers in listed.items():
         of_these = rest if numbers is None else numbers
         said |= {number: Outcome(success=ended, frames=frames[number]) for number in of_these}
+        for number in sorted(of_these):
+            if before[number] is (not ended):
+                console.print(f"episode {number}: was {NAMES[not ended]}, is {NAMES[ended]}", highlight=False)
     write_json(files.root / OUTCOMES, {str(number): said[number] for number in sorted(said)})
 
 

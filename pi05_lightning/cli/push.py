@@ -65,6 +65,8 @@ def push(
     Raises ValueError for what cannot be published, and where the Hub refuses or cannot be reached: readers see all of
     a push or nothing of it.
     """
+    if not source.exists() and (is_run(Path(repo)) or (Path(repo) / LEROBOT).is_file()):
+        raise ValueError(f"there is no {source}, and {repo} is here: name what is pushed first, and then user/name")
     check_repo(repo)
     licence = Licence(license, license_name, license_link)
     if out is not None and out.exists():

@@ -84,6 +84,7 @@ NOISE = (
     "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
+FEW = 3  # dimensions of another model that are listed
 KILLED_LOADER = re.compile(r"DataLoader worker \(pid[^.;]*")
 # defaults of Lightning's callbacks, such as Timer's, which a saved configuration holds too
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, choice: dumper.represent_data(choice.value))
@@ -301,7 +302,8 @@ def saved_in(config: Namespace) -> str | None:
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
     """ValueError where a checkpoint's model has other dimensions than the configuration says."""
     if found := differing("model.config", locate_run(checkpoint).config().to_dict(), here):
-        raise ValueError(f"{checkpoint} is of another model: {'; '.join(found)}. {REMEDY}")
+        more = f"; and {len(found) - FEW} more" if len(found) > FEW else ""
+        raise ValueError(f"{checkpoint} is of another model. {REMEDY}. {'; '.join(found[:FEW])}{more}")
 
 
 def silence_noise() -> None:

@@ -107,6 +107,15 @@ def tokenizer(
     held_out = {name: chunks["val" if len(chunks["val"].actions) else "train"] for name, chunks in datasets.items()}
     results = [measure(fast, name, chunks) for name, chunks in held_out.items()]
     console.print(quality_table(results))
+    for result in results:
+        if result.coverage < 1:
+            console.print(
+                f"{result.dataset}: {1 - result.coverage:.2%} of the coefficients above are beyond the range that the"
+                " tokenizer was fitted on, and are moved to its edge: fit on more episodes if that is too many",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     report = {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
     write_json(out / "report.json", report)
     draw(fast, held_out, results, out / "reconstruction.png")

@@ -223,7 +223,7 @@ class Pi05DataModule(LightningDataModule):
                 if name not in known:
                     raise ValueError(
                         f"stage {stage.name}, mixture: there is no {name}{suggestion(name, known)}; data.sources are"
-                        f" {', '.join(self.configs)}, each with {', '.join(Modality)}"
+                        f" {', '.join(self.configs)}, each with what its data have of {', '.join(Modality)}"
                     )
 
     def prepare_data(self) -> None:

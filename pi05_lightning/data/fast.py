@@ -80,13 +80,14 @@ class FastTokenizer:
             return f"was fitted on actions of {self.dim} dims, and the robot's have {dim}"
         return ""
 
-    def encode(self, chunks: np.ndarray) -> list[list[int]]:
+    def encode(self, chunks: np.ndarray, warns: bool = True) -> list[list[int]]:
         """Quantile-normalised chunks f32[N T A] to token ids, one list per chunk.
 
+        warns: of coefficients that had to be moved, once.
         Raises ValueError for another number of axes and for values that are not finite.
         """
         characters, clipped = self._characters(chunks)
-        self._count_clipped(np.count_nonzero(clipped), clipped.size)
+        self._count_clipped(np.count_nonzero(clipped), clipped.size, warns)
         texts = [chunk.tobytes().decode("utf-32-le") for chunk in characters]
         return [encoding.ids for encoding in self.bpe.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -106,8 +107,8 @@ class FastTokenizer:
         characters = self._nearest[wanted.clip(0, len(self._nearest) - 1).astype(np.intp)]
         return characters, characters != wanted
 
-    def _count_clipped(self, clipped: int, total: int) -> None:
-        if clipped and not self.clipped:
+    def _count_clipped(self, clipped: int, total: int, warns: bool) -> None:
+        if warns and clipped and not self.clipped:
             log.warning(
                 "%d of %d FAST coefficients are outside the range that the tokenizer was fitted on and were moved to"
                 " its edge; fit it on these actions if this is more than a few (counted in FastTokenizer.clipped)",

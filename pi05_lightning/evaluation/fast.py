@@ -77,7 +77,7 @@ def read_chunks(
 
 def measure(fast: FastTokenizer, dataset: str, chunks: Chunks) -> Quality:
     """Encode the chunks of a dataset and decode them; steps past an episode's end count for the tokens alone."""
-    tokens = np.array([len(row) for row in fast.encode(chunks.actions)])
+    tokens = np.array([len(row) for row in fast.encode(chunks.actions, warns=False)])
     squared = (fast.reconstruct(chunks.actions) - chunks.actions)[~chunks.is_pad] ** 2
     rmse = np.sqrt(squared.mean(0))
     return Quality(

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.export.runner import Policy
@@ -76,7 +77,7 @@ def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: st
     errors: dict[str, list[float]] = {name: [] for name in acted}
     same = list[bool]()
     seconds: list[tuple[float, float]] = []
-    for frame, start in zip(frames, noise, strict=True):
+    for frame, start in tqdm(zip(frames, noise, strict=True), "comparing with PyTorch", len(frames), unit="frame"):
         seen = {name: shown(image) for name, image in frame.images.items()}, frame.state, frame.task
         subtask = policy.predict_subtasks([frame])[0] if policy.hierarchical else None
         for name, ours in acted.items():

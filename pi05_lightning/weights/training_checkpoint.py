@@ -201,9 +201,10 @@ def find_checkpoint(path: Path) -> Path:
             f" save them as {WEIGHTS} with the package that wrote them"
         )
     if not found:
+        below = next((folder for folder in sorted(path.glob("*/")) if checkpoints_in(folder)), None)
         raise ValueError(
             f"{shown(path)} is neither a checkpoint nor a folder with one: expected a .ckpt, a run's directory"
-            f" with checkpoints/, or an exported folder with {WEIGHTS}"
+            f" with checkpoints/, or an exported folder with {WEIGHTS}{f' (did you mean {below}?)' if below else ''}"
         )
     checkpoints = map(TrainingCheckpoint, found)
     return max(checkpoints, key=lambda checkpoint: (checkpoint.saved_at, checkpoint.steps)).path

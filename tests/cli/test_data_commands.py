@@ -368,6 +368,17 @@ def test_a_file_in_the_place_of_a_tokenizer_is_left_alone(pictures: Path, tmp_pa
         main(["tokenizer", str(pictures), "--out", str(tmp_path / "notes.txt")])
 
 
+def test_coefficients_beyond_the_fit_are_told_once_with_their_share(
+    pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL, "--coverage", "0.9", "--vocab_size", "100"])
+    (result,) = json.loads((tmp_path / "report.json").read_text())["datasets"]
+    assert result["coverage"] < 1
+    told = f"{1 - result['coverage']:.2%} of the coefficients above are beyond the range"
+    assert capsys.readouterr().out.count(told) == 1
+    assert "fit it on these actions" not in caplog.text
+
+
 def test_a_tokenizer_is_not_overwritten_unasked(pictures: Path, tmp_path: Path) -> None:
     command = ["tokenizer", str(pictures), "--out", str(tmp_path / "fast"), *SMALL]
     main([*command, "--scale", "9"])

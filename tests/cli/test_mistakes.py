@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.cli.run import check_dimensions
+from pi05_lightning.models.config import ModelConfig
 
 OUT_OF_RANGE = {
     "model.config.horizon": "0",
@@ -273,6 +275,7 @@ def test_a_misspelt_name_in_a_mixture_is_refused_before_data_is_read(
     missing = ["--data.sources.web.init_args.path", str(tmp_path / "missing"), "--run", str(tmp_path / "run")]
     said = refused(["fit", "-c", str(config), *missing, "--stages.pretrain.mixture", f"{{{name}: 1}}"], capsys)
     assert f"stage pretrain, mixture: there is no {name} (did you mean web/web_caption?)" in said
+    assert "data.sources are web, each with what its data have of web_caption" in said
 
 
 @pytest.mark.parametrize(
@@ -355,6 +358,19 @@ def test_a_checkpoint_of_another_model_is_told_by_the_dimensions_that_differ(
     said = refused(["fit", "-c", str(config), "--ckpt_path", str(finished_run), *wider], capsys)
     was = yaml.safe_load(config.read_text())["model"]["config"]["language"]["mlp_dim"]
     assert f"model.config.language.mlp_dim is 256, and {was} in the checkpoint" in said
+
+
+def test_of_another_model_a_few_differences_are_listed_behind_what_to_do(finished_run: Path) -> None:
+    other = ModelConfig.preset("tiny").to_dict()
+    with pytest.raises(ValueError, match=r"is of another model\. Leave it as it was, .*; and \d+ more$") as refusal:
+        check_dimensions(finished_run, other)
+    assert str(refusal.value).count("in the checkpoint") == 3
+
+
+def test_swapped_arguments_of_a_push_are_told(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished_run.parent.parent)
+    with pytest.raises(SystemExit, match="is here: name what is pushed first, and then user/name"):
+        main(["push", "user/name", str(finished_run.relative_to(Path.cwd()))])
 
 
 def test_a_truncated_checkpoint_is_named(

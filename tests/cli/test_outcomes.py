@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,6 +41,13 @@ def test_what_is_said_bit_by_bit_is_how_they_ended(pictures_copy: Path) -> None:
     after = contents(pictures_copy)
     after.pop(pictures_copy / FILE)
     assert after == before
+
+
+def test_a_verdict_that_changes_is_told(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes(pictures_copy, success="0, 1", failure="2")
+    assert "was" not in capsys.readouterr().out
+    outcomes(pictures_copy, success="0, 3", failure="1, 2")
+    assert re.findall("episode .*: was .*", capsys.readouterr().out) == ["episode 1: was success, is failure"]
 
 
 def test_episodes_are_chosen_by_what_was_said(pictures_copy: Path) -> None:

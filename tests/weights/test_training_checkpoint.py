@@ -49,6 +49,13 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         locate(tmp_path).processor()
 
 
+def test_a_run_one_level_down_is_meant(tmp_path: Path) -> None:
+    (tmp_path / "demo" / "fit").mkdir(parents=True)
+    torch.save({"state_dict": {}}, tmp_path / "demo" / "fit" / "last.ckpt")
+    with pytest.raises(ValueError, match=r"neither a checkpoint .* \(did you mean .*demo/fit\?\)"):
+        locate(tmp_path / "demo")
+
+
 def test_weights_without_a_processor_say_what_is_missing(tmp_path: Path) -> None:
     save(tmp_path, Pi05(ModelConfig.preset("debug")))
     with pytest.raises(ValueError, match=r"no processor\.json.*--tokenizer"):
