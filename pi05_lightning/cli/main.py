@@ -165,7 +165,9 @@ def _takes_value(arg: str) -> bool:
     return arg.startswith("-") and "=" not in arg
 
 
-OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
+OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE} | {
+    errno.ENOTDIR  # a file in a folder's place
+}
 """Errors of the system that a user mends: no space, no permission, a file too large, too many open."""
 
 

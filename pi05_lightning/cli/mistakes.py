@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -162,7 +163,7 @@ def unknown_class(found: re.Match[str]) -> str:
     return f"{found[1]} is no known class{suggestion(found[1], known)}: give its import path"
 
 
-def subclasses(base: type) -> Iterator[type]:
+def subclasses(base: type[Any]) -> Iterator[type[Any]]:
     """All that are imported."""
     for kind in base.__subclasses__():
         yield kind

@@ -53,6 +53,7 @@ def check(capsys: pytest.CaptureFixture[str], run: Path, *args: str) -> tuple[in
 def test_its_own_demonstrations_agree(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, said = check(capsys, run, "--frames", "4")
     assert status == 0, said
+    assert said.startswith("opening")
     for row in ("heads ok", "cameras ok", "image top ok 64 × 48", "state ok", "action ok", "rate ok", "predictions"):
         assert row in said
 
