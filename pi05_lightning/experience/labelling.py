@@ -78,9 +78,7 @@ def judge(
 
 
 def labels_paths(roots: Sequence[Path], out: Path | None) -> list[Path]:
-    """Where the labels of several datasets go. ValueError where those of two would be one file, or `out` is a file."""
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"out: {out} is a file, and the labels need a folder")
+    """Where the labels of several datasets go. ValueError where those of two would be one file."""
     found: dict[Path, Path] = {}
     for root in roots:
         other = found.setdefault(labels_path(root, out), root)

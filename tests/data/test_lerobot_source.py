@@ -158,9 +158,12 @@ def test_configuration_comes_from_yaml(videos: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cameras": {"observation.images.left": "left"}}, r"no image feature 'observation.images.left'; it has .*top"),
+        (
+            {"cameras": {"observation.images.left": "left"}},
+            r"no image feature 'observation.images.left' .*; it has .*top",
+        ),
         ({"cameras": {f"observation.images.{c}": "x" for c in ("top", "wrist")}}, "share a camera name"),
-        ({"action_keys": ["act"]}, r"no vector 'act'; it has \['action'"),
+        ({"action_keys": ["act"]}, r"no vector 'act' \(did you mean action\?\); it has action, obs"),
         ({"episodes": [3, 99]}, r"no episodes \[99\]"),
         ({"episodes": "length >"}, "no SQL condition .*Columns: episode_index"),
         ({"episodes": "length > 100"}, "leaves none"),

@@ -47,7 +47,11 @@ class Features:
 
     def widths(self, keys: Iterable[str], option: str) -> dict[str, int]:
         """Vectors, each with its dims.  option: which one names them."""
-        vectors = {key: f["shape"][0] for key, f in self.declared.items() if len(f["shape"]) == 1}
+        vectors = {
+            key: f["shape"][0]
+            for key, f in self.declared.items()
+            if len(f["shape"]) == 1 and f["dtype"] not in ("string", "language")
+        }
         self._check_known(keys, sorted(vectors), "vector", option)
         return {key: vectors[key] for key in keys}
 
