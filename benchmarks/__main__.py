@@ -75,9 +75,9 @@ def main() -> None:
     print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")
     if not args.quick:
         write_json(rows, RESULTS / "latest.json")
+        publish(rows, ROOT / "docs" / "profile-and-benchmark.md", f"```\n{header}\n```")
         by_name = {row.name: row for row in rows}
         publish([by_name[name] for name in HEADLINES], ROOT / "README.md")
-        publish(rows, ROOT / "docs" / "profile-and-benchmark.md", f"```\n{header}\n```")
     if failed:
         sys.exit(f"these parts failed, and keep the rows that they had: {', '.join(failed)}")
 

@@ -53,7 +53,7 @@ class StageOptions:
 
     losses: LossWeights = field(default_factory=LossWeights)
     mixture: dict[str, float] = field(default_factory=dict)
-    """Share of each `source/modality` in the draws; empty: all whose every sample trains a loss, equally."""
+    """Share of each `source/modality` in the draws; empty: equally all in which each sample trains a loss."""
     mixture_temperature: float = 0.0
     """Shares are multiplied by (number of samples) ** this: 0 takes them as they are, 1 draws by size."""
     freeze: tuple[str, ...] = ()

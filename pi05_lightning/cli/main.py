@@ -165,10 +165,11 @@ def _takes_value(arg: str) -> bool:
     return arg.startswith("-") and "=" not in arg
 
 
-OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE} | {
-    errno.ENOTDIR  # a file in a folder's place
+OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENOTDIR)
 }
-"""Errors of the system that a user mends: no space, no permission, a file too large, too many open."""
+"""Errors of the system that a user mends: no space, no permission, a file too large, too many open, a file in a
+folder's place."""
 
 
 def is_for_the_user(error: Exception) -> bool:

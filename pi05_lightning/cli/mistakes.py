@@ -46,7 +46,7 @@ _NO_GROUP = r"Unable to load config ['\"](.*)['\"]"
 _CLASSES = ("lightning.pytorch.callbacks", "lightning.pytorch.loggers", "torch.optim")
 """Modules whose classes may be given by their names alone."""
 _BASES = {"pi05_lightning.data.sources.base": "SourceConfig", "pi05_lightning.sim.environment": "EnvironmentConfig"}
-"""Base classes whose subclasses may be, by the modules that they are in."""
+"""Base classes whose subclasses may be given by their names alone, by the modules that they are in."""
 _NO_CLASS = r"module '([\w.]+)' has no attribute '(\w+)'"
 
 
@@ -177,7 +177,8 @@ def shortened(message: str) -> str:
     told = [line for line in lines if line and not any(re.fullmatch(noise, line) for noise in _NOISE)]
     kinds, given = re.findall(r"Expected an? <class '([\w.]+)'>", message), re.findall("Given value: (.*)", message)
     if not told:
-        if given and {"list", "tuple"} & {*kinds} and "str" not in kinds and not given[-1].startswith(("[", "{")):
+        is_list = {"list", "tuple"} & {*kinds} and "str" not in kinds
+        if given and is_list and not given[-1].startswith(("[", "{")) and given[-1] != "None":
             return f"expected a list, as '[{given[-1]}]'"
         return f"expected {' or '.join(kinds).replace('NoneType', 'null')}, got {' '.join(given[-1:])}"
     groups = [line for line in told if re.fullmatch(_NO_GROUP, line)]

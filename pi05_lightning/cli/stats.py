@@ -66,7 +66,7 @@ def stats(
         keys = [STATE, ACTION] if {STATE, ACTION} <= {*known} else [k for k in known if not k.startswith(NEXT)]
         keys.sort(key=lambda key: key not in (STATE, ACTION))  # first those that relative_dims count
     for key in keys:
-        if key not in files.features:
+        if key not in known:
             raise ValueError(f"keys: {dataset} has no {key!r}{suggestion(key, known)}; it has {', '.join(known)}")
     action_keys = [key for key in dict.fromkeys(keys) if key.startswith(ACTION)]
     state_keys = [key for key in dict.fromkeys(keys) if key not in action_keys]

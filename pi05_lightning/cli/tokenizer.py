@@ -70,7 +70,7 @@ def tokenizer(
         on_bad_sample: whether bad frames are an error, the default, or left out, as in training.
         max_chunks: of each dataset, evenly spaced.
         max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
-        overwrite: replace a tokenizer that `out` holds; a run that was trained with it keeps its own.
+        overwrite: replace a tokenizer that `out` holds; policies act with the one that they were trained with.
 
     Raises ValueError when `out` holds a tokenizer and may not be overwritten, when an error exceeds max_rmse, and for
     datasets and options that do not fit.
@@ -107,11 +107,12 @@ def tokenizer(
     held_out = {name: chunks["val" if len(chunks["val"].actions) else "train"] for name, chunks in datasets.items()}
     results = [measure(fast, name, chunks) for name, chunks in held_out.items()]
     console.print(quality_table(results))
+    mend = "fit on more episodes" if coverage == 1 else "raise --coverage"
     for result in results:
         if result.coverage < 1:
             console.print(
-                f"{result.dataset}: {1 - result.coverage:.2%} of the coefficients above are beyond the range that the"
-                " tokenizer was fitted on, and are moved to its edge: fit on more episodes if that is too many",
+                f"{result.dataset}: a share of {1 - result.coverage:.2g} of its coefficients is beyond the range that"
+                f" the tokenizer was fitted on, and is moved to its edge: {mend} if that is too many",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

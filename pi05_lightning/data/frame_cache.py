@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from glob import escape
 from pathlib import Path
 from typing import BinaryIO
@@ -198,9 +198,12 @@ def _is_left_over(file: Path) -> bool:
         times = index.stat()
         with np.load(index) as known:
             host = str(known["host"]) if "host" in known else HOST
-        os.utime(index, ns=(times.st_atime_ns, times.st_mtime_ns))  # to look at it is not to use it
     except (OSError, ValueError, BadZipFile):  # it is gone, damaged, or about to come
-        return not file.exists() or time.time() - file.stat().st_mtime > DAY
+        with suppress(FileNotFoundError):
+            return time.time() - file.stat().st_mtime > DAY
+        return False
+    with suppress(OSError):  # another user's
+        os.utime(index, ns=(times.st_atime_ns, times.st_mtime_ns))  # to look at it is not to use it
     return host == HOST or time.time() - max(times.st_atime, times.st_mtime) > UNUSED_DAYS * DAY
 
 

@@ -83,14 +83,13 @@ class Mixture:
                 )
         plain = np.array([shares.get(name, 0.0) for name in names] if shares else always, dtype=np.float64)
         weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
-        if not weights.sum() and any(learned):
-            raise ValueError(
-                f"mixture: some samples of each of {names} have no subtask, and teach nothing in a stage whose losses"
-                f" are {used}: name the shares to draw"
-            )
         if not weights.sum():
+            some = [name for name, teaches in zip(names, learned, strict=True) if teaches]
             raise ValueError(
-                f"mixture: nothing is learned from any of {names} in a stage whose losses are {stage.losses.used}"
+                f"mixture: some samples of {', '.join(some)} have no subtask, and teach nothing in a stage whose losses"
+                f" are {used}: name the shares to draw"
+                if some
+                else f"mixture: nothing is learned from any of {names} in a stage whose losses are {used}"
             )
         return weights / weights.sum()
 

@@ -80,31 +80,31 @@ def check_datasets(
 
     policy, processor: what is to learn from them.  robot: source whose robot it acts as.
     """
-    first = reading.robot_of(demonstrations[0]) or reading.name_of(demonstrations[0]) or robot
+    names, actor = named(reading, demonstrations, robot)
+    shown = demonstrations[names.index(actor)]
     for path in (*demonstrations, *attempts):
         is_attempt, files = path in attempts, LeRobotFiles.open(find_dataset(path))
-        name = reading.robot_of(path) or reading.name_of(path) or first
+        like = shown if is_attempt else demonstrations[0]
+        is_known = reading.name_of(path) is not None
+        as_read = path if is_known else like
+        name = reading.robot_of(as_read) or reading.name_of(as_read)
         ours = processor.robots[name if name in processor.robots else processor.acting_as(robot)]
-        read = reading.options(path, demonstrations[0], is_attempt and of_a_policy(files), is_attempt)
+        read = reading.options(path, like, is_attempt and of_a_policy(files), is_attempt)
         config = LeRobotConfig(**{**read, "path": path})
         try:
             source = LeRobotSource(config, path, "train", processor.shapes.horizon, (0, 0), answers=False)
         except ValueError as error:
-            raise ValueError(f"{policy} was trained on data with other features: {error}") from error
-        theirs = {
-            "cameras": sorted(source.camera_names),
-            "dims of state": source.columns.state.shape[1],
-            "dims of action": source.columns.action.shape[1],
-            "frames per second": files.fps,
+            raise ValueError(f"{path} cannot be read as the data of {policy}: {error}") from error
+        found = {
+            "cameras": (sorted(source.camera_names), sorted(ours.cameras)),
+            "dims of state": (source.columns.state.shape[1], ours.state_dim),
+            "dims of action": (source.columns.action.shape[1], ours.action_dim),
+            "frames per second": (files.fps, ours.fps if ours.fps_is_known else None),
         }
-        expected = {
-            "cameras": sorted(ours.cameras or theirs["cameras"]),
-            "dims of state": ours.state_dim or theirs["dims of state"],
-            "dims of action": ours.action_dim,
-            "frames per second": ours.fps if ours.fps_is_known else files.fps,
-        }
-        if other := [what for what, value in theirs.items() if value != expected[what]]:
-            told = "; ".join(f"its {what} are {theirs[what]}, and the policy's {expected[what]}" for what in other)
+        if is_known or {*source.camera_names} <= {*ours.cameras}:  # one robot's datasets may lack some
+            del found["cameras"]
+        if other := {what: both for what, both in found.items() if both[1] and both[0] != both[1]}:
+            told = "; ".join(f"its {what} are {its}, and the policy's {own}" for what, (its, own) in other.items())
             raise ValueError(f"{path} is not of the robot of {policy}: {told}")
 
 
@@ -158,6 +158,17 @@ def configuration(
     }
 
 
+def named(reading: Reading, demonstrations: Sequence[str], robot: str | None) -> tuple[list[str], str]:
+    """The sources' names of some demonstrations, and the one that the policy acts as. ValueError where it is none."""
+    names: list[str] = []
+    for number, path in enumerate(demonstrations):
+        names.append(reading.name_of(path) or free(f"demonstrations_{number}", {*reading.sources, *names}))
+    actor = robot or names[0]
+    if actor not in names:
+        raise ValueError(f"robot {actor!r}: name its dataset among the demonstrations, which are {', '.join(names)}")
+    return names, actor
+
+
 def drawn(
     method: Method,
     reading: Reading,
@@ -169,12 +180,7 @@ def drawn(
     """The data sources of a run by name, and the share of the draws of each subset."""
     is_recap = method == "recap"
     told: dict[str, Any] = {"labels": "positive"} if is_recap else {}
-    names: list[str] = []
-    for number, path in enumerate(demonstrations):
-        names.append(reading.name_of(path) or free(f"demonstrations_{number}", {*reading.sources, *names}))
-    actor = robot or names[0]
-    if actor not in names:
-        raise ValueError(f"robot {actor!r}: name its dataset among the demonstrations, which are {', '.join(names)}")
+    names, actor = named(reading, demonstrations, robot)
     sources = {}
     for name, path in zip(names, demonstrations, strict=True):
         known = reading.name_of(path) is not None

@@ -374,7 +374,7 @@ def test_coefficients_beyond_the_fit_are_told_once_with_their_share(
     main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL, "--coverage", "0.9", "--vocab_size", "100"])
     (result,) = json.loads((tmp_path / "report.json").read_text())["datasets"]
     assert result["coverage"] < 1
-    told = f"{1 - result['coverage']:.2%} of the coefficients above are beyond the range"
+    told = f"a share of {1 - result['coverage']:.2g} of its coefficients is beyond the range"
     assert capsys.readouterr().out.count(told) == 1
     assert "fit it on these actions" not in caplog.text
 

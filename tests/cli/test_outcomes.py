@@ -45,7 +45,7 @@ def test_what_is_said_bit_by_bit_is_how_they_ended(pictures_copy: Path) -> None:
 
 def test_a_verdict_that_changes_is_told(pictures_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outcomes(pictures_copy, success="0, 1", failure="2")
-    assert "was" not in capsys.readouterr().out
+    assert ": was " not in capsys.readouterr().out
     outcomes(pictures_copy, success="0, 3", failure="1, 2")
     assert re.findall("episode .*: was .*", capsys.readouterr().out) == ["episode 1: was success, is failure"]
 

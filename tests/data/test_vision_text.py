@@ -372,6 +372,7 @@ def write_parquet(folder: Path, *names: str) -> Path:
         (["rows", "test/rows"], 2, False),
         (["rows", "pick_test_tubes"], 2, True),
         (["rows", "dev_kit"], 2, True),
+        (["rows", "val/rows", "pick_test_tubes"], 2, True),
         (["a/train", "test_tubes/train"], 4, False),  # what says nothing else goes before a word among others
         (["train/pick_test_tubes", "validation/dev_kit"], 2, False),  # folders go first, as for `datasets`
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,7 +185,12 @@ def test_wrong_option_shows_before_anything_runs(
     [
         ("same", {}, {}, ""),
         ("nowhere", {}, {}, "nowhere.*: no such folder"),
-        ("same", {"state_keys": ["qpos"]}, {}, r"other features: dataset .* has no vector 'qpos'"),
+        (
+            "same",
+            {"state_keys": ["qpos"]},
+            {},
+            r"cannot be read as the data of policy: dataset .* has no vector 'qpos'",
+        ),
         ("same", {"state_keys": ["observation.gripper"]}, {}, "its dims of state are 1, and the policy's 3"),
         ("same", {}, {"cameras": ("front",)}, r"its cameras are \['top'\], and the policy's \['front'\]"),
         ("same", {}, {"fps": 30.0}, "not of the robot of policy: its frames per second are 10.*, and the policy's 30"),
@@ -194,7 +200,7 @@ def test_every_dataset_that_the_policy_cannot_learn_from_is_refused(
     pictures: Path, tmp_path: Path, other: str, read: dict[str, Any], policy: dict[str, Any], said: str
 ) -> None:
     """Those that are named after the first, and the attempts, too."""
-    (tmp_path / "same").symlink_to(pictures)
+    shutil.copytree(pictures, tmp_path / "same")
     own = LeRobotConfig(str(pictures)).open("own", "train", ModelConfig.preset("debug").shapes).robot()
     assert own is not None
     robots = {"own": replace(own, **{"cameras": ("top",), **policy})}
@@ -205,6 +211,23 @@ def test_every_dataset_that_the_policy_cannot_learn_from_is_refused(
     for data in (([first, second], []), ([first], [second])):
         with pytest.raises(ValueError, match=said) if said else nullcontext():
             check_datasets(Path("policy"), reading, cast("Processor", processor), *data)
+
+
+def test_attempts_are_read_as_those_of_the_robot_that_acts(pictures: Path, videos: Path, tmp_path: Path) -> None:
+    of_arm = LeRobotConfig(str(pictures)).open("arm", "train", ModelConfig.preset("debug").shapes).robot()
+    assert of_arm is not None
+    robots = {"arm": replace(of_arm, cameras=("front",)), "hand": replace(of_arm, cameras=("top", "wrist"))}
+    processor = SimpleNamespace(robots=robots, acting_as=lambda name: name, shapes=SimpleNamespace(horizon=4))
+    sources = {"hand": str(pictures), "arm": str(tmp_path / "arm")}
+    reading = Reading(
+        sources={name: {"class_path": CLASS_PATH, "init_args": {"path": path}} for name, path in sources.items()}
+    )
+    tries = shutil.copytree(pictures, tmp_path / "tries")
+    for robot, said in (("hand", ""), ("arm", "robot 'arm': name its dataset among the demonstrations")):
+        with pytest.raises(ValueError, match=said) if said else nullcontext():
+            check_datasets(
+                Path("policy"), reading, cast("Processor", processor), [str(pictures)], [str(tries)], robot=robot
+            )
 
 
 def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_runs(

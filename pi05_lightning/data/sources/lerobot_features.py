@@ -70,7 +70,7 @@ class Features:
                 told = [name for name in known if name not in _OF_THE_RECORDING]
                 raise ValueError(
                     f"{self.where} has no {what} {key!r}{suggestion(key, told)}; it has {', '.join(told) or 'none'}:"
-                    f" correct `{option}`, of the source under data.sources or as --{option}"
+                    f" correct `{option}`, of the source or as an option of the command"
                 )
 
 
