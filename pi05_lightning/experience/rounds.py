@@ -95,13 +95,14 @@ def check_datasets(
             source = LeRobotSource(config, path, "train", processor.shapes.horizon, (0, 0), answers=False)
         except ValueError as error:
             raise ValueError(f"{path} cannot be read as the data of {policy}: {error}") from error
+        cameras = source.camera_names if ours.cameras is None else ours.cameras
         found = {
-            "cameras": (sorted(source.camera_names), sorted(ours.cameras)),
+            "cameras": (sorted(source.camera_names), sorted(cameras)),
             "dims of state": (source.columns.state.shape[1], ours.state_dim),
             "dims of action": (source.columns.action.shape[1], ours.action_dim),
             "frames per second": (files.fps, ours.fps if ours.fps_is_known else None),
         }
-        if is_known or {*source.camera_names} <= {*ours.cameras}:  # one robot's datasets may lack some
+        if is_known or {*source.camera_names} <= {*cameras}:  # one robot's datasets may lack some
             del found["cameras"]
         if other := {what: both for what, both in found.items() if both[1] and both[0] != both[1]}:
             told = "; ".join(f"its {what} are {its}, and the policy's {own}" for what, (its, own) in other.items())

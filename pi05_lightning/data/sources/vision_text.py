@@ -398,7 +398,7 @@ def _data_files(local: Path, config: VisionTextConfig, tell: bool) -> tuple[dict
                 named[held[0]][0],
                 len(held),
                 len(read),
-                "+".join(sorted({named[file][0] for file in held} | ({"train"} if None in known else set()))),
+                "+".join(sorted({part or "train" for part in known & {None, *(named[file][0] for file in held)}})),
             )
     parts: dict[str, list[Path]] = {}
     for file, (part, _) in named.items():
