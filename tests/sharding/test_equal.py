@@ -130,7 +130,7 @@ def test_four_ranks_train_as_one_process_with_replicas_too(videos: Path, fast: P
         ({"strategy": FSDP2(offload=True), "gradient_clip_val": 0.5, **WATCHED}, 1e-5),
         ({"precision": "bf16-mixed"}, 2e-2),
         ({"precision": "bf16-mixed", "strategy": FSDP2(reduce_dtype="fp32")}, 2e-2),
-        ({"precision": "bf16-true"}, 2e-2),
+        ({"precision": "bf16-true"}, 4e-2),  # losses to a tenth: 2^-8, which is as much as a bf16 weight is rounded by
     ],
     ids=["compiled", "offloaded", "bf16-mixed", "bf16-mixed summed in fp32", "bf16-true"],
 )
