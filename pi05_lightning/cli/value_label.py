@@ -49,6 +49,8 @@ def value_label(
     Raises ValueError where nothing says how an episode ended, for another rate than the value's, and for a task in
     which no frame is better than another.
     """
+    if out is not None:
+        check_writable(out, "--out")
     datasets, judge_of = datasets_of(rollouts, demonstrations), ValueFunction(value, device)
     if judge_of.fps != datasets[0].files.fps:
         raise ValueError(
@@ -61,7 +63,7 @@ def value_label(
     # what is wrong shows before the values are computed
     check_shares(positive_share, shares, judge_of.longest)
     paths = labels_paths([one.files.root for one in datasets], out)
-    for path in paths:
+    for path in paths if out is None else []:
         check_writable(path.parent, "--out")
     for dataset in datasets:
         dataset.scale(judge_of.longest)
