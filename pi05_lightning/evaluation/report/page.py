@@ -117,7 +117,7 @@ def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
         "parameters": f"{parameters / 1e6:.4g} M" if parameters else None,
         "hardware": source.get("hardware"),
         "last logged step": last,
-        "next stage from step": ", ".join(map(str, switches)),
+        "stage changes at step": ", ".join(map(str, switches)),
         "batch size": run.config.get("data", {}).get("batch_size"),
         "command": source.get("command"),
     }
@@ -133,7 +133,7 @@ def brief(run: Run, switches: Sequence[int]) -> list[str]:
     since = f" from step {begun} on" if (begun := run.provenance.get("from step")) else ""
     parts = [
         f"{steps} steps" if steps else "",
-        f"next stage from {found['next stage from step']}" if switches else "",
+        f"stage changes at step {found['stage changes at step']}" if switches else "",
         f"data: {', '.join(sources)}" if sources else "",
         f"seed {found['seed']}" if "seed" in found else "",
         f"commit {found['commit']}{since}" if "commit" in found else "",
