@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any, ClassVar, cast
 import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.data_files import FILES_TO_IGNORE
 
 from pi05_lightning.data.boxes import BoxOrder, detections, to_box
 from pi05_lightning.data.errors import BadImage, BadSample, OnBadSample, Rejects
@@ -23,13 +21,13 @@ from pi05_lightning.data.images import read_stored
 from pi05_lightning.data.places import misplaced
 from pi05_lightning.data.prompt import fields_of
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
-from pi05_lightning.data.split import NAMES, Split, check_fraction, held_out, named_parts
+from pi05_lightning.data.sources.part_files import files_by_part
+from pi05_lightning.data.split import Split, check_fraction, held_out, named_parts
 from pi05_lightning.files.hub import is_hub_id, split_revision
 from pi05_lightning.files.local import shown
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Answer, Frame, Modality, Shapes
 
-_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 _DatasetError = datasets.exceptions.DatasetGenerationError
 _SHUFFLE_BUFFER = 1000  # rows read ahead of a stream, to mix those of a file
 _SAVED_BY_DATASETS = ("dataset_dict.json", "state.json")
@@ -330,7 +328,7 @@ def _load(config: VisionTextConfig, tell: bool) -> tuple[list[Path], dict[str, d
     found: Any
     is_saved = any((local / name).exists() for name in _SAVED_BY_DATASETS)
     if local.exists() and not is_saved:
-        files, builder = _data_files(local, config, tell)
+        files, builder = files_by_part(local, shown(config.path), tell, config.parts is not None)
     elif not local.exists() and not is_hub_id(config.path):
         raise ValueError(f"{shown(config.path)}: no such file or folder. Name one, or a Hub id as owner/name.")
     try:
@@ -366,65 +364,6 @@ def _plain(path: Path) -> Path:
     with suppress(FileExistsError):
         link.symlink_to(path)
     return link
-
-
-def _data_files(local: Path, config: VisionTextConfig, tell: bool) -> tuple[dict[str, list[Path]], str]:
-    """The files by part, as far as their names say which, and the builder in `datasets` that reads them."""
-    files = [local] if local.is_file() else sorted(local.rglob("*"))
-    files = [file for file in files if file.name not in FILES_TO_IGNORE and not file.match("cache-*.arrow")]
-    by_suffix = {suffix: [file for file in files if file.suffix == suffix] for suffix in _FORMATS}
-    found = {suffix: several for suffix, several in by_suffix.items() if several}
-    if not found:
-        raise ValueError(f"{local} holds neither a dataset saved by `datasets` nor {', '.join(_FORMATS)} files")
-    (suffix, read), *others = found.items()
-    named = {file: (None, True) if file == local else _part_of(file.relative_to(local)) for file in read}
-    if tell:
-        for other, unread in others:
-            log.warning(
-                "%s: its %s files are read, and the %s files, as %s, are not: keep one format in the folder",
-                shown(config.path),
-                suffix,
-                other,
-                unread[0].relative_to(local),
-            )
-        held = [file for file, (part, is_plain) in named.items() if part not in (None, "train") and not is_plain]
-        known = {part for part, _ in named.values()}
-        if held and config.parts is None and "train" not in known:
-            log.warning(
-                "%s: by a word in its name %s is for %s, and so %d of %d files are not for training. If they are to be,"
-                " rename them, or set parts: {train: %s}",
-                shown(config.path),
-                held[0].relative_to(local),
-                named[held[0]][0],
-                len(held),
-                len(read),
-                "+".join(sorted({part or "train" for part in known & {None, *(named[file][0] for file in held)}})),
-            )
-    parts: dict[str, list[Path]] = {}
-    for file, (part, _) in named.items():
-        parts.setdefault(part or "train", []).append(file)
-    return parts, _FORMATS[suffix]
-
-
-def _part_of(file: Path) -> tuple[Split | None, bool]:
-    """What a file's name or a folder's says that it is for, and whether that is all it says.
-
-    The file's own comes before its folders', and what says nothing else before a word among others: of these, as in
-    `datasets`, a folder's before the file's, and the last one.
-    """
-    name, *folders = [_words(place) for place in reversed(file.with_suffix("").parts)]
-    known = {word: part for part, words in NAMES.items() for word in words}
-    for words in (name, *folders):
-        if words and known.keys() >= {*words}:
-            return known[words[-1]], True
-    for words in (*folders, name):
-        if found := [known[word] for word in words if word in known]:
-            return found[-1], False
-    return None, False
-
-
-def _words(name: str) -> list[str]:
-    return [word for word in re.split(r"[-._ 0-9]+", name.lower()) if word not in ("", "of")]
 
 
 def _some_rows(stream: datasets.IterableDataset | datasets.Dataset, version: list, config: VisionTextConfig) -> Any:
