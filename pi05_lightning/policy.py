@@ -317,6 +317,8 @@ class Pi05Policy(Inference):
                 hint = suggestion(str(key), KEYS)
                 raise ValueError(f"an observation has no key {key!r}{hint}; it has {', '.join(KEYS)}")
         given = {key: value for key, value in observation.items() if value is not None}
+        if "state" in given and not self.inputs.robot.state_dim:
+            raise ValueError("a state is given, and the policy was trained without one: leave it out")
         if not str(given.get("task", "?")).strip():
             raise ValueError("task is blank: say what to do")
         images = given.get("image", {})

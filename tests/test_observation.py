@@ -212,6 +212,16 @@ def test_state_that_is_none_is_refused(policy, seen, change, message: str) -> No
         policy.predict({**seen, "state": change})
 
 
+def test_state_for_a_policy_without_one_is_refused(videos, seen) -> None:
+    robot = LeRobotConfig(str(videos), val_fraction=0.2, state_keys=[])
+    model = Pi05(CONFIG)
+    model.reset_parameters()
+    policy = acting(model, Pi05DataModule({"robot": robot}, shapes=CONFIG.shapes))
+    with pytest.raises(ValueError, match="a state is given, and the policy was trained without one"):
+        policy.predict(seen)
+    assert np.isfinite(policy.predict({**seen, "state": None})).all()
+
+
 def test_state_outside_the_training_data_is_said_once_per_dimension_with_its_distance(policy, seen, caplog) -> None:
     quantiles = policy.processor.robots["robot"].normalize.state
     span = quantiles.q99 - quantiles.q01

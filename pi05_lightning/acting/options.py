@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.files.hub import local_folder
 from pi05_lightning.files.local import read_json
 from pi05_lightning.weights.abilities import Abilities, Actions, Trained
 from pi05_lightning.weights.int8 import Choice
-from pi05_lightning.weights.locate import locate, run_of
+from pi05_lightning.weights.locate import home_of, locate, run_of
 
 Advantage = Literal["positive", "negative", "none"]
 ROLLOUT = Path("rollout", "rollout.json")
@@ -170,8 +171,8 @@ def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str, st
     Raises ValueError, which says what to do, where the run has no rollout, or one without this mode or of other
     weights.
     """
-    file = run_of(checkpoint) / ROLLOUT
-    anew = f"measure it with `pi05 rollout {checkpoint}`, or leave out as_measured and give the options"
+    file, given, checkpoint = home_of(checkpoint) / ROLLOUT, checkpoint, local_folder(checkpoint)
+    anew = f"measure it with `pi05 rollout {given}`, or leave out as_measured and give the options"
     result = read_json(file, default={})
     if not result:
         raise ValueError(f"as_measured: there is no {file}, so nothing was measured: {anew}")
@@ -183,11 +184,11 @@ def measured(checkpoint: Path, mode: str | None = None) -> tuple[Acting, str, st
         raise ValueError(f"as_measured: {file} has no mode {mode}, only {', '.join(actings)}: {anew}")
     if (weights := weights_of(checkpoint)) != result.get("weights"):
         raise ValueError(
-            f"as_measured: {file} measured {result.get('weights')}, and {checkpoint} is {weights} of the run: name the"
+            f"as_measured: {file} measured {result.get('weights')}, and {given} is {weights} of the run: name the"
             f" former, or {anew}"
         )
     if result.get("sha256") not in (None, locate(checkpoint).content_hash()):
-        raise ValueError(f"as_measured: {file} measured other weights than {checkpoint} has now: {anew}")
+        raise ValueError(f"as_measured: {file} measured other weights than {given} has now: {anew}")
     if result.get("dtype") == "int8" and not (choice := Choice.file(locate(checkpoint))).is_file():
         raise ValueError(
             f"as_measured: {file} measured those layers in 8 bits that {choice.name} says, which is not in"

@@ -8,8 +8,8 @@ from pathlib import Path
 from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.main import refuse
 from pi05_lightning.files.shipped import find_config
-from pi05_lightning.training.run_directory import RUNS, has_checkpoints
-from pi05_lightning.weights.locate import locate_run, run_of
+from pi05_lightning.training.run_directory import has_checkpoints
+from pi05_lightning.weights.locate import RUNS, locate_run, run_of
 
 RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
 

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
 from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
-from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, protocol
+from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, poster, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
@@ -135,11 +135,13 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
             run = replace(run, videos=[], rollout={})
         if robot is not None:
             run = of_the_robot(run, robot, {name for name, of in robots.items() if (of.same_as or name) != robot})
-        films = {film.name: film for film in run.videos}
-        if films:
+        if damaged := [film for film in run.videos if not poster(film)]:
+            print(f"left out, as they cannot be read: {', '.join(map(str, damaged))}: `pi05 rollout` makes them anew")
+            run = replace(run, videos=[film for film in run.videos if film not in damaged])
+        if run.videos:
             (folder / FILMS).mkdir()
-        for name, film in films.items():
-            shutil.copyfile(film, folder / FILMS / name)
+        for film in run.videos:
+            shutil.copyfile(film, folder / FILMS / film.name)
         write_text(folder / RUN_CONFIG, yaml.safe_dump(named_alone(run.config), sort_keys=False))
         sections, results = sections_of(run, repo), results_of(run)
         begun = run.provenance.get("hub", {}).get("init_from")  # the name alone may be a folder's elsewhere

@@ -19,7 +19,6 @@ from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.evaluation.agreement import Finding
 from pi05_lightning.evaluation.report.run import films_of
-from pi05_lightning.files.hub import is_on_hub, local_folder
 from pi05_lightning.files.local import shown, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy, check_device, check_dtype
@@ -41,8 +40,7 @@ from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import by_group, summarise, tables
 from pi05_lightning.sim.trials import Clock, Result
 from pi05_lightning.sim.unfinished import Films, Unfinished, key_of, versions
-from pi05_lightning.training.run_directory import RUNS
-from pi05_lightning.weights.locate import locate, pinned, run_of
+from pi05_lightning.weights.locate import home_of, locate, pinned
 
 logger = logging.getLogger(__name__)
 
@@ -117,10 +115,7 @@ def rollout(
     check_device(device)
     check_dtype(dtype, device)
     env.warm_up()  # what is missing shows before the weights are read
-    if is_on_hub(checkpoint):
-        out = out or RUNS / checkpoint.name / ROLLOUT.parent
-        checkpoint = local_folder(checkpoint)
-    out = out or run_of(checkpoint) / ROLLOUT.parent
+    out = out or home_of(checkpoint) / ROLLOUT.parent
     given, checkpoint = checkpoint, pinned(checkpoint)
     how = Acting(**acting)
     policy = Pi05Policy.from_pretrained(checkpoint, base=base, tokenizer=tokenizer, dtype=dtype, **asdict(how))

@@ -19,6 +19,7 @@ from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.serving.until_signal import serve_until_signal
 from pi05_lightning.sim.modes import PolicyMode
+from pi05_lightning.weights.locate import pinned
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     how = Acting(**acting)
+    weights = checkpoint
     if as_measured:
+        weights = pinned(checkpoint)  # a run that trains may have others in a moment
         how, dtype = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how, dtype)
     check_range("drain_timeout", drain_timeout, 0)
     batching = Batching((1 if cuda_graph else 32) if max_batch is None else max_batch, batch_wait, max_waiting)
@@ -103,7 +106,7 @@ def serve(
     asyncio.run(check_address(host, port))  # loading a policy may take minutes
     access = Access.of(host, token, token_file, allowed_hosts or ())
     options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}
-    policy = Pi05Policy.from_pretrained(checkpoint, cuda_graph=cuda_graph, **options, **asdict(how))
+    policy = Pi05Policy.from_pretrained(weights, cuda_graph=cuda_graph, **options, **asdict(how))
     read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
     server = PolicyServer(policy, read, seed, str(checkpoint), batching, limits, access)

@@ -20,8 +20,13 @@ from pi05_lightning.weights.abilities import Actions
 
 THREADS = {"openvino": "INFERENCE_NUM_THREADS", "onnx": "intra_op_num_threads"}
 """Of an engine, the option that says how many threads it has."""
-COMPARED: dict[str, Any] = {"temperature": 0.0, "constrain_fast": True, "max_action_distance": None}
-"""What both do while they are compared, however the policy acts: nothing is drawn, and no chunk is refused."""
+COMPARED: dict[str, Any] = {
+    "temperature": 0.0,
+    "constrain_fast": True,
+    "max_action_distance": None,
+    "max_state_distance": None,
+}
+"""What both do while they are compared, however the policy acts: nothing is drawn, and nothing is refused."""
 ACTIONS: tuple[Actions, ...] = get_args(Actions)
 
 

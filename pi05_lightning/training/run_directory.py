@@ -9,8 +9,8 @@ from pathlib import Path
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from pi05_lightning.files.local import write_text
+from pi05_lightning.weights.locate import RUNS
 
-RUNS = Path("runs")
 CONFIG = "config.yaml"
 MARK = "# The whole configuration of this run, as pi05 resolved it."
 """First line of a run's config.yaml: no file without it is a run's."""

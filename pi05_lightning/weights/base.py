@@ -31,8 +31,8 @@ class Weights(ABC):
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
         """The model's tensors under our names, of a model without adapters.
 
-        With a dtype, each is cast to it on the way, into memory of its own. Without one they are as they are, and may
-        be mapped from the file.  `build` and `fill` check that they are a model's, all of them and no others.
+        They are in memory of their own: a policy keeps its weights, whatever becomes of the file. With a dtype, each is
+        cast to it on the way.  `build` and `fill` check that they are a model's, all of them and no others.
         keep: which part of each is returned, such as a rank's slice, so that all of them need not fit into memory.
         """
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pi05_lightning.files.hub import local_folder
+from pi05_lightning.files.hub import is_on_hub, local_folder
 from pi05_lightning.files.local import read_json
 from pi05_lightning.weights.adapter_base import AdapterBase, unlinked
 from pi05_lightning.weights.base import Weights
@@ -22,6 +22,9 @@ from pi05_lightning.weights.training_checkpoint import (
     find_checkpoint,
     is_checkpoint,
 )
+
+RUNS = Path("runs")
+"""Where runs are that were given no other place."""
 
 
 def locate(
@@ -101,3 +104,8 @@ def run_of(checkpoint: Path) -> Path:
     """The directory of the run that a checkpoint or a folder belongs to: the run's own, or its checkpoints/."""
     folder = checkpoint if checkpoint.is_dir() and not is_checkpoint(checkpoint) else checkpoint.parent
     return folder.parent if folder.name == "checkpoints" else folder
+
+
+def home_of(checkpoint: Path) -> Path:
+    """Where what is measured of a checkpoint is written: its run; of a Hub id, a folder of its name under `RUNS`."""
+    return RUNS / checkpoint.name if is_on_hub(checkpoint) else run_of(checkpoint)

@@ -70,11 +70,13 @@ class TrainingCheckpoint(Weights):
             self.errors = []
             return merge(self.config(), Lora(**saved["lora"]), own, saved.get("base"), frozen, dtype, keep, self.errors)
         kept: dict[str, Tensor] = {}
-        # mapped from a file that may be replaced, they would be read from it page by page while training
-        copy = dtype is not None and not is_sharded(self.path)
+        copy = not is_sharded(self.path)  # mapped ones would change with a file that another is written over
         for name, tensor in own.items():
             kept |= keep(name, tensor.to(dtype or tensor.dtype, copy=copy))
         return kept
+
+    def mapped_tensors(self) -> dict[str, Tensor]:
+        return self.tensors() if self.content["pi05"].get("lora") is not None else self._own(None)
 
     def _own(self, dtype: torch.dtype | None, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """What it holds of the model, averaged or not: of a file as it is, but what is averaged in `dtype`.

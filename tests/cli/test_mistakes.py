@@ -295,16 +295,29 @@ def test_a_metric_that_nothing_logs_is_refused_before_the_first_step_whoever_ask
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "message"),
     [
-        ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: val/web/web_caption/exact_match}}"],
-        ["--checkpoint.monitor", "val/web/web_caption/exact_match"],
+        (
+            [
+                "--trainer.callbacks",
+                "{class_path: EarlyStopping, init_args: {monitor: val/web/web_caption/exact_match}}",
+            ],
+            "exact_match, of which more is better, and its mode is min",
+        ),
+        (
+            ["--checkpoint.monitor", "val/web/web_caption/exact_match"],
+            "exact_match, of which more is better, and its mode is min",
+        ),
+        (
+            ["--checkpoint.monitor", "val/web/web_caption/cross_entropy", "--checkpoint.mode", "max"],
+            "cross_entropy, of which less is better, and its mode is max",
+        ),
     ],
 )
-def test_the_lowest_of_a_metric_of_which_more_is_better_is_refused(
-    flags: list[str], config: Path, tmp_path: Path
+def test_a_mode_that_would_keep_the_worst_is_refused(
+    flags: list[str], message: str, config: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit, match="exact_match, of which more is better, and its mode is min"):
+    with pytest.raises(SystemExit, match=message):
         main(["fit", "-c", str(config), "--run", str(tmp_path / "run"), *flags])
 
 

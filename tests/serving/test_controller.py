@@ -318,8 +318,11 @@ def test_before_an_episode_the_robot_is_held_where_it_is():
     assert [hold({}, None), hold({}, None), hold({}, [3.0])] == [[1.0], [2.0], [3.0]]
 
 
-def test_last_action_is_held_when_the_server_comes_back_with_other_options():
-    first, second = CountingServer(metadata=OURS), CountingServer(metadata=OURS | {"action_horizon": 3})
+@pytest.mark.parametrize(
+    "other", [{"action_horizon": 3}, {"checkpoint": "another"}, {"acting": OURS["acting"] | {"robot": "b"}}]
+)
+def test_last_action_is_held_when_the_server_comes_back_with_another_policy(other, caplog):
+    first, second = CountingServer(metadata=OURS), CountingServer(metadata=OURS | other)
     second.say = dict.fromkeys(range(1000), "nothing")
     seen = {"observation/state": np.array([7]), "prompt": "count"}
     with first.running() as url:
@@ -334,4 +337,6 @@ def test_last_action_is_held_when_the_server_comes_back_with_other_options():
             sleep(0.02)
         held += [controller.step(seen).tolist() for _ in range(3)]
     assert second.asked
+    assert "prefix_actions" not in second.asked[0]
+    assert "serves another policy than before" in caplog.text
     assert [-1.0, -1.0] not in held

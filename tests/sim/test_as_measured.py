@@ -124,6 +124,7 @@ def test_a_hub_ids_rollout_is_under_runs_and_leaves_the_id_what_it_is(untrained,
     assert (tmp_path / "runs" / "arm" / "rollout" / "rollout.json").is_file()
     assert not (tmp_path / "lab").exists()
     assert len([*snapshots.iterdir()]) == 1
+    assert measured(Path("lab/arm"))[1] == "policy"
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.files.local import write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.training.run_directory import write_config
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import save
@@ -74,6 +75,12 @@ def policy(pictures: Path) -> Pi05Policy:
     return made
 
 
+def write_film(file: Path, grey: int) -> bytes:
+    """Four frames of one shade. Returns what was written."""
+    encode_video(file, np.full((4, 32, 32, 3), grey, np.uint8), 8, **SETTINGS)
+    return file.read_bytes()
+
+
 def make_run(run: Path, policy: Pi05Policy) -> None:
     """A run's directory that holds weights, a rollout with a film, metrics, and paths of this machine."""
     save(run, policy.model, policy.processor, policy.trained)
@@ -90,7 +97,7 @@ def make_run(run: Path, policy: Pi05Policy) -> None:
     measured = {"sha256": locate(run).content_hash(), "seed": 5, "max_seconds": {"open-drawer": 4.0}}
     result = {"success": success, "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 1}}, **measured}
     write_json(run / "rollout" / "rollout.json", result | {"films": {"one.mp4": film}})
-    (run / "rollout" / "one.mp4").write_bytes(b"a film")
+    write_film(run / "rollout" / "one.mp4", 0)
     write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
     write_json(run / "measured.json", {"sha256": measured["sha256"]})
     versions = {"pi05_lightning": "0.2.0"}
@@ -128,7 +135,7 @@ def test_lerobot_reads_the_pushed_configuration() -> None:
     assert config.output_features["action"].shape == (2,)
 
 
-def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
+def test_card_says_data_stages_results_and_licence(pushed: Hub, tmp_path: Path) -> None:
     files = pushed.repositories[MODEL]
     assert pushed.private == {MODEL}
     card = ModelCard(files["README.md"].decode())
@@ -149,7 +156,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub) -> None:
         "--policy.path=lab/arm",
     ):
         assert said in card.text, said
-    assert files["films/one.mp4"] == b"a film"
+    assert files["films/one.mp4"] == write_film(tmp_path / "one.mp4", 0)
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -186,8 +193,8 @@ def test_dry_run_shows_folder_and_card_and_sends_nothing(
 def test_failed_push_leaves_what_readers_saw_and_goes_on_where_it_was(hub: Hub, run: Path) -> None:
     main(["push", str(run), "lab/arm"])
     before = dict(hub.repositories[MODEL])
-    (run / "rollout" / "one.mp4").write_bytes(b"another film")
-    (run / "rollout" / "two.mp4").write_bytes(b"a second film")
+    write_film(run / "rollout" / "one.mp4", 100)
+    second = write_film(run / "rollout" / "two.mp4", 200)
     result = json.loads((run / "rollout" / "rollout.json").read_text())
     write_json(
         run / "rollout" / "rollout.json", result | {"films": result["films"] | {"two.mp4": result["films"]["one.mp4"]}}
@@ -204,7 +211,7 @@ def test_failed_push_leaves_what_readers_saw_and_goes_on_where_it_was(hub: Hub, 
     assert hub.repositories[MODEL] == before
     hub.refuse_commits = False
     main(["push", str(run), "lab/arm"])
-    assert hub.repositories[MODEL]["films/two.mp4"] == b"a second film"
+    assert hub.repositories[MODEL]["films/two.mp4"] == second
     assert len(hub.sent) == len(set(hub.sent)) == 2
 
 
@@ -269,10 +276,19 @@ def test_films_that_are_gone_leave_with_the_next_push_and_other_files_stay(hub: 
     main(["push", str(run), "lab/arm"])
     hub.repositories[MODEL]["theirs.md"] = b"kept"
     hub.repositories[MODEL]["films/old.mp4"] = b"gone"
-    (run / "rollout" / "one.mp4").write_bytes(b"another film")
+    write_film(run / "rollout" / "one.mp4", 100)
     main(["push", str(run), "lab/arm"])
     assert "films/old.mp4" not in hub.repositories[MODEL]
     assert hub.repositories[MODEL]["theirs.md"] == b"kept"
+
+
+def test_damaged_film_is_left_out_and_named(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = (run / "rollout" / "one.mp4").read_bytes()
+    (run / "rollout" / "one.mp4").write_bytes(whole[: len(whole) // 2])
+    main(["push", str(run), "lab/arm", "--license", "mit"])
+    assert "left out, as they cannot be read: " in capsys.readouterr().out
+    assert "films/one.mp4" not in hub.repositories[MODEL]
+    assert "one.mp4" not in hub.repositories[MODEL]["README.md"].decode()
 
 
 def test_metrics_of_other_weights_are_left_out(hub: Hub, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +328,7 @@ def test_success_and_films_of_other_weights_are_left_out(
 def test_public_repository_is_not_taken_for_a_private_one(hub: Hub, run: Path) -> None:
     main(["push", str(run), "lab/arm"])
     before = dict(hub.repositories[MODEL])
-    (run / "rollout" / "one.mp4").write_bytes(b"a private film")
+    write_film(run / "rollout" / "one.mp4", 100)
     with pytest.raises(SystemExit, match="lab/arm is there already, and is public"):
         main(["push", str(run), "lab/arm", "--private"])
     assert hub.repositories[MODEL] == before

@@ -56,6 +56,18 @@ def test_a_run_one_level_down_is_meant(tmp_path: Path) -> None:
         locate(tmp_path / "demo")
 
 
+def test_weights_that_were_read_stay_when_another_file_is_written_over_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    torch.save({"pi05": {}, "state_dict": {"model.weight": torch.ones(1000)}}, path)
+    weights = locate(path)
+    kept, mapped = weights.tensors()["weight"], weights.mapped_tensors()["weight"]
+    torch.save({"pi05": {}, "state_dict": {"model.weight": torch.zeros(1000)}}, tmp_path / "next.ckpt")
+    with path.open("r+b") as file:  # as cp does
+        file.write((tmp_path / "next.ckpt").read_bytes())
+    assert torch.equal(kept, torch.ones(1000))
+    assert not torch.equal(mapped, kept)
+
+
 def test_weights_without_a_processor_say_what_is_missing(tmp_path: Path) -> None:
     save(tmp_path, Pi05(ModelConfig.preset("debug")))
     with pytest.raises(ValueError, match=r"no processor\.json.*--tokenizer"):

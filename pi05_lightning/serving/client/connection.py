@@ -200,7 +200,7 @@ class Connection:
         status, body = error.response.status_code, error.response.body or b""
         problem = f"{self.url} answers HTTP {status}: {body.decode(errors='replace').strip()[:500]}"
         if 400 <= status < 500 and status not in TRY_AGAIN:
-            hint = " (give the token that the server was started with)" if status in (401, 403) else ""
+            hint = " (give the token that the server was started with)" if status == 401 else ""
             self._refused = Refused(problem + hint)
             self._delay = MAX_DELAY
         self._failed(problem)

@@ -353,6 +353,7 @@ class Controller:
                 "the server does not say its rate: an action lasts one step. Give fps if it is not %g", self.rate
             )
         if self._served not in (None, served):
+            self._warn("%s serves another policy than before: its actions are new ones", self._connection.url)
             self._begin()
         self._metadata, self._served = metadata, served
         logger.info("%s: mode %s, of %s", self._connection.url, self.mode, served)

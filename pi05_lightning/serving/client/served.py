@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ class Served:
     given               the most actions that a chunk can be told and goes on from: 0 without real-time chunking
     action_dim          None: unknown
     has_episodes        whether `reset` in an observation begins one
+    said                all that it says of itself: another policy says otherwise
     """
 
     fps: float | None
@@ -26,6 +27,7 @@ class Served:
     given: int
     action_dim: int | None
     has_episodes: bool
+    said: str = field(default="", repr=False)
 
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> Served:
@@ -37,6 +39,7 @@ class Served:
             given=acting.get("inference_delay", 0) if goes_on else 0,
             action_dim=metadata.get("action_dim"),
             has_episodes=metadata.get("policy") == "pi05_lightning",
+            said=repr(metadata),
         )
 
     def actions(self, answer: dict[str, Any]) -> np.ndarray:

@@ -63,8 +63,8 @@ class RunCheckpoint(ModelCheckpoint):
         options: ModelCheckpoint's.
 
     Raises ValueError when training starts for a `monitor`, of another callback too, or a name in `filename` that
-    nothing will log, for a `mode` of min where more is better, and where another checkpoint callback would write the
-    same files.
+    nothing will log, for a `mode` that keeps the worst, and where another checkpoint callback would write the same
+    files.
     """
 
     def __init__(
@@ -313,12 +313,11 @@ class RunCheckpoint(ModelCheckpoint):
                 " (trainer.limit_val_batches, data.sources with no validation part, or a trainer.val_check_interval"
                 f" beyond its {most_batches(trainer)} batches): leave it out, or validate"
             )
-        known = set(self._validation_metrics)  # of the sanity check
-        if isinstance(pl_module, Pi05Module):
-            known |= set(pl_module.validation_metrics()) if validates else set()
+        own = set(pl_module.validation_metrics()) if isinstance(pl_module, Pi05Module) else set()
+        known = self._validation_metrics | (own if validates else set())  # the first are of the sanity check
         if self.monitor is not None and not self._goes_on:
             check_logged("checkpoint.monitor", self.monitor, known)
-            check_mode("checkpoint.monitor", self.monitor, self.mode)
+            check_mode("checkpoint.monitor", self.monitor, self.mode, own)
         if not logs_of_others(trainer, pl_module):
             for name in re.findall(r"\{([^:}]+)", self.filename or ""):
                 check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
@@ -326,10 +325,10 @@ class RunCheckpoint(ModelCheckpoint):
                 if isinstance(callback, EarlyStopping):
                     if callback.strict:
                         check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
-                    check_mode("monitor of EarlyStopping", callback.monitor, callback.mode)
+                    check_mode("monitor of EarlyStopping", callback.monitor, callback.mode, own)
                 elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
                     check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})
-                    check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode)
+                    check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode, own)
 
     # --- going on
 
@@ -403,10 +402,12 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
     )
 
 
-def check_mode(option: str, name: str, mode: str) -> None:
-    """Raises ValueError where the lowest of a metric is asked for, and the highest is the best."""
-    if mode == "min" and not SHARES.isdisjoint(name.split("/")):
-        raise ValueError(f"{option} is {name}, of which more is better, and its mode is min: give it `mode: max`")
+def check_mode(option: str, name: str, mode: str, own: Collection[str]) -> None:
+    """Raises ValueError where the worst of a metric is asked for.  own: names of what validation logs by itself."""
+    is_share = not SHARES.isdisjoint(name.split("/"))
+    more, best = ("more", "max") if is_share else ("less", "min")
+    if mode != best and (is_share or name in own):
+        raise ValueError(f"{option} is {name}, of which {more} is better, and its mode is {mode}: give `mode: {best}`")
 
 
 def is_validated(trainer: Trainer) -> bool:
