@@ -119,6 +119,14 @@ def test_weights_give_their_dimensions(tmp_path: Path) -> None:
     assert (config, settings["data.batch_size"]) == (small_config(), 32)
 
 
+def test_a_run_is_counted_by_its_configuration(tmp_path: Path) -> None:
+    save(tmp_path / "run", small_model())
+    for content, batch_size in (("data: {batch_size: 5}\n", 5), ("model: {flow_draws: 2}\n", 32)):
+        (tmp_path / "run" / "config.yaml").write_text(content)
+        config, settings = read_run([str(tmp_path / "run")])
+        assert (config, settings["data.batch_size"]) == (small_config(), batch_size)
+
+
 def test_later_files_win(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text("model: {config: {horizon: 3}}\ndata: {batch_size: 5}\n")
     config, settings = read_run(["debug", str(tmp_path / "more.yaml")])

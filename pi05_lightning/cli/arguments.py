@@ -40,8 +40,8 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     known, rest = given.parse_known_args(args)
     if known.resume and (known.run is None or command != "fit"):
         raise ValueError(RESUME_NEEDS)
-    if known.resume and known.ckpt_path is None and has_checkpoints(Path(known.run)):
-        known.ckpt_path = "last"
+    if known.resume and has_checkpoints(Path(known.run)):  # whatever it was begun from
+        known.ckpt_path, known.resume = "last", None
     if command != "fit" and rest and not rest[0].startswith("-"):
         known.ckpt_path = rest.pop(0)
 
@@ -54,7 +54,7 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     complete = []
     if known.run is not None:
         complete += ["--run", known.run]
-    if known.resume and known.ckpt_path is None:
+    if known.resume:
         complete += ["--resume", known.resume]
     if known.ckpt_path is not None:
         checkpoint = find_resumed(known.ckpt_path, known.run)

@@ -234,7 +234,10 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     fate |= dict.fromkeys(unread, "<- kept aside when the checkpoint came")
     made = {PREFIX + LM_HEAD: "<- the embedding", PREFIX + EXPERT_LM_HEAD: "<- zeros, as no loss reads it"}
     lines = summarize((key, tensor, (made | fate)[key]) for key, tensor in tensors.items())
-    report = [*lines, f"{len(tensors)} keys", *weights.notes, *notes]
+    executed = (
+        f"LeRobot executes {config.n_action_steps} actions of a chunk, and pi05 rollout one: --policy.n_action_steps"
+    )
+    report = [*lines, f"{len(tensors)} keys", *weights.notes, executed, *notes]
     if processor is None or robot is None:
         return [*report, "not compared with the policy: it came without a tokenizer, so it is none"]
     if unfit:

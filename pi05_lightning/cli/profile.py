@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi05_lightning.cli.configuration import is_model, read_configuration
+from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.shipped import find_config, find_model
@@ -24,7 +26,8 @@ from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.profiling.step import StepShape
 from pi05_lightning.profiling.strategies import Strategy, count, strategies
 from pi05_lightning.profiling.workload import Workload
-from pi05_lightning.weights.locate import locate
+from pi05_lightning.training.run_directory import CONFIG
+from pi05_lightning.weights.locate import locate, run_of
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -143,15 +146,20 @@ def first(*values: Any) -> Any:
 def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:
     """A model's dimensions, and the run's settings around them (`RUN_KEYS`), from files merged in order.
 
-    Each is a shipped model size, the YAML of a model or that of a run, or weights (see `locate`) for their dimensions.
+    Each is a shipped model size, the YAML of a model or that of a run, or weights (see `locate`): their dimensions win,
+    and where they lie in a run, its configuration comes first.
     Raises ValueError where none names dimensions.
     """
     weights = [name for name in names if not is_yaml(name) and Path(name).exists()]
-    files = [name if is_yaml(name) else str(find_model(name)) for name in names if name not in weights]
+    runs = [run_of(Path(name)) / CONFIG for name in weights]
+    files = [*(str(file) for file in runs if file.is_file())]
+    files += [name if is_yaml(name) else str(find_model(name)) for name in names if name not in weights]
     settings = read_configuration(files, RUN_KEYS)
-    is_run = not all(is_model(find_config(file)) for file in files)
-    if is_run and settings["trainer.precision"] is None and settings["trainer.accelerator"] != "cpu":
-        settings["trainer.precision"] = "bf16-mixed"  # as `pi05 fit` does on a GPU
+    if not all(is_model(find_config(file)) for file in files):  # what `pi05 fit` takes where a run does not say
+        if settings["trainer.precision"] is None and settings["trainer.accelerator"] != "cpu":
+            settings["trainer.precision"] = "bf16-mixed"
+        if settings["data.batch_size"] is None:
+            settings["data.batch_size"] = signature(Pi05DataModule).parameters["batch_size"].default
     if weights:
         settings["model.config"] = locate(weights[-1]).config()
     if settings["model.config"] is None:

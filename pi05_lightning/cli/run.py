@@ -238,8 +238,8 @@ class Pi05CLI(LightningCLI):
             config.model.config = locate(config.model.init_from).config().to_dict()
         if config.resume and (self.command != "fit" or not config.run):
             self.parser.error(RESUME_NEEDS)
-        if config.resume and config.ckpt_path is None:
-            config.ckpt_path = saved_in(config)
+        if config.resume:
+            config.ckpt_path = saved_in(config) or config.ckpt_path
         if config.ckpt_path is not None:  # of a file too: what the flag says is a path already
             config.ckpt_path = find_resumed(config.ckpt_path, config.run)
         if not config.run:
@@ -249,7 +249,7 @@ class Pi05CLI(LightningCLI):
         check_writable(Path(config.run), "--run")
         if config.ckpt_path is not None:
             check_dimensions(Path(config.ckpt_path), config.as_dict()["model"]["config"])
-        if self.command == "fit" and config.ckpt_path is None and (found := saved_in(config)):
+        if self.command == "fit" and (found := saved_in(config)) and not is_within(config.ckpt_path, found):
             self.parser.error(
                 f"{found} holds a run: resume it with --ckpt_path {found} (or --resume auto, which also starts one),"
                 " or give another --run" + (" and checkpoint.dirpath" if config.checkpoint.dirpath else "")
@@ -297,6 +297,14 @@ def saved_in(config: Namespace) -> str | None:
         return str(config.run)
     folder = config.checkpoint.dirpath
     return folder if folder and any(Path(folder).glob("*.ckpt")) else None
+
+
+def is_within(checkpoint: str | None, folder: str) -> bool:
+    """Whether a checkpoint is one of those that a folder holds, or of the run there."""
+    if checkpoint is None:
+        return False
+    path = Path(checkpoint)
+    return Path(folder).resolve() in (path.parent.resolve(), run_of(path).resolve())
 
 
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ torch.set_flush_denormal(True)
 class Pi05(nn.Module):
     """Backbone, subtask head, FAST head, flow head; and auxiliary heads, which policies do without.
 
-    heads: further auxiliary heads by name.  Raises ValueError where two heads have a term of the same name.
+    heads: further auxiliary heads by name.  Raises ValueError where two heads have a name or a term in common.
     """
 
     def __init__(self, config: ModelConfig, heads: Mapping[str, HeadFactory] | None = None) -> None:
@@ -52,6 +52,9 @@ class Pi05(nn.Module):
         self.fast_head = FastHead(config.shapes)
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
         self.flow_head = FlowHead(config)
+        for name in heads or {}:
+            if name in ("subtask", "fast", "flow", LOCATION) or "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"model.heads.{name}: this name is taken, or is none: give the head another")
         self.auxiliary = nn.ModuleDict({name: make(config) for name, make in (heads or {}).items()})
         if config.backbone_type == "keypoint_gemma":
             self.auxiliary[LOCATION] = LocationHead()

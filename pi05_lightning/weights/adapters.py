@@ -69,17 +69,22 @@ def merge(
 def fill_base(model: Pi05, read: Callable[[Keep], Mapping[str, Tensor]], own: Collection[str]) -> list[str]:
     """Have a model with adapters take over its base's tensors, but for its `own`; the names of what it took, there.
 
+    Each becomes of the type that it has in the model, whatever it was rounded to before.
     read: has a plain model's tensors kept.
     """
     from peft.tuners.lora import LoraLayer
 
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    quantized = quantizing(model)
+    quantized, types = quantizing(model), {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
     def keep(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
         above, _, leaf = name.rpartition(".")
         place = f"{above}.base_layer.{leaf}" if above in adapted else name
-        return {} if place in own else quantized(place, tensor)
+        if place in own:
+            return {}
+        return {
+            part: value.to(types[part]) if part == place else value for part, value in quantized(place, tensor).items()
+        }
 
     tensors = read(keep)
     model.load_state_dict(tensors, strict=False, assign=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -10,10 +11,14 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.keypoints import KeypointStem
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import quantizing
+from pi05_lightning.ranks import is_first_rank
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.adapters import base_parameters
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import fill
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
+
+log = logging.getLogger(__name__)
 
 
 def begin(model: Pi05, weights: Weights | None, processor: Processor | None) -> None:
@@ -28,7 +33,7 @@ def begin(model: Pi05, weights: Weights | None, processor: Processor | None) -> 
         return
     tensors = weights.tensors(torch.get_default_dtype(), quantizing(model))
     auxiliary = model.auxiliary.to_empty(device=device)
-    model.reset_auxiliary()
+    _reset_auxiliary(model, weights)
     fill(model, tensors | auxiliary.state_dict(prefix="auxiliary."), where=weights.path)
 
 
@@ -40,8 +45,15 @@ def begin_slices(model: Pi05, weights: Weights | None, processor: Processor | No
     if weights is None:
         _reset(model, processor)
     else:
-        model.reset_auxiliary()
+        _reset_auxiliary(model, weights)
         weights.fill(base_parameters(model))
+
+
+def _reset_auxiliary(model: Pi05, weights: Weights) -> None:
+    model.reset_auxiliary()
+    learning = [name for name, head in model.auxiliary.items() if any(True for _ in head.parameters())]
+    if learning and isinstance(weights, TrainingCheckpoint) and is_first_rank():
+        log.warning("heads of your own begin by chance, even where %s has them: %s", weights.path, ", ".join(learning))
 
 
 def _reset(model: Pi05, processor: Processor | None) -> None:

@@ -140,6 +140,19 @@ def test_one_command_starts_a_run_and_goes_on_with_it(config: Path, here: Path) 
     assert steps(here / "run") == STEPS + 2
 
 
+def test_a_branch_goes_on_with_itself_and_takes_no_other_runs_folder(config: Path, here: Path) -> None:
+    main(["fit", "-c", str(config), "--run", "begun", "--trainer.max_steps", "2"])
+    branch = ["fit", "--ckpt_path", "begun", "--run", "branch"]
+    main([*branch, "--resume", "auto", "--trainer.max_steps", "3"])
+    kept = find_checkpoint(here / "branch").read_bytes()
+    with pytest.raises(SystemExit):
+        main([*branch, "--trainer.max_steps", "4"])
+    assert find_checkpoint(here / "branch").read_bytes() == kept
+    shutil.rmtree("begun")  # a requeued branch needs nothing of it
+    main([*branch, "--resume", "auto", "--trainer.max_steps", "4"])
+    assert steps(here / "branch") == 4
+
+
 @pytest.mark.slow
 def test_resume_auto_in_yaml_means_what_the_flag_does(config: Path, here: Path) -> None:
     (here / "job.yaml").write_text("run: run\nresume: auto\n")

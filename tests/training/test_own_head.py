@@ -19,6 +19,7 @@ from pi05_lightning.cli.main import main
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import Head, Term, Terms
+from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.types import Batch, Frame, Modality, Prefix
 
@@ -126,9 +127,13 @@ def test_policy_leaves_the_own_head_out(trained: Trainer, tmp_path: Path) -> Non
     assert not list(policy.model.auxiliary)
 
 
-def test_training_with_an_own_head_starts_from_weights_without_it(trained: Trainer, tmp_path: Path) -> None:
+def test_training_with_an_own_head_starts_from_weights_without_it(
+    trained: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     module = Pi05Module(init_from=str(tmp_path / "step=6.ckpt"), **OPTIONS)
     module.configure_model()
+    assert "begin by chance, even where" in caplog.text
+    assert caplog.text.rstrip().endswith(": gripper")
     found, before = module.state_dict(), weights(tmp_path / "step=6.ckpt")
     assert all(value.isfinite().all() for value in found.values())
     assert all(torch.equal(found[name], before[name]) for name in found if "auxiliary" not in name)
@@ -146,6 +151,12 @@ def test_term_that_no_head_has_is_named_with_the_nearest_one() -> None:
 def test_two_heads_with_one_term_are_refused() -> None:
     with pytest.raises(ValueError, match="two heads have the loss gripper"):
         Pi05Module(ModelConfig.preset("debug"), heads={"gripper": GripperHead, "other": GripperHead})
+
+
+@pytest.mark.parametrize("name", ["flow", "location", "forward", "values", "my.head"])
+def test_name_that_a_head_cannot_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.heads\.{name}: this name is taken"):
+        Pi05(ModelConfig.preset("debug"), {name: GripperHead})
 
 
 @pytest.mark.slow

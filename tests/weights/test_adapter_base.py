@@ -53,7 +53,9 @@ def fit(dataset: LeRobotConfig, tmp_path: Path) -> Fit:
     """A run under tmp_path/project, beside weights to begin with."""
     save_start(tmp_path / "project" / "start")
 
-    def run(name: str = "run", ckpt_path: Path | None = None, steps: int = STEPS, **module: Any) -> Trainer:
+    def run(
+        name: str = "run", ckpt_path: Path | None = None, steps: int = STEPS, precision: Any = None, **module: Any
+    ) -> Trainer:
         seed_everything(0)
         losses = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
         options = {"init_from": str(tmp_path / "project" / "start"), "lora": LORA} | module
@@ -63,6 +65,7 @@ def fit(dataset: LeRobotConfig, tmp_path: Path) -> Fit:
             default_root_dir=tmp_path / "project" / name,
             max_epochs=-1,
             max_steps=steps,
+            precision=precision,
             use_distributed_sampler=False,
             limit_val_batches=0,
             logger=False,
@@ -164,6 +167,17 @@ def test_a_base_is_remembered_by_its_own_name_and_not_by_a_links_that_others_get
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_run_computes_in_todays_precision_whatever_its_base_was_read_in(
+    precision: Any, fit: Fit, tmp_path: Path
+) -> None:
+    other = {"32-true": "bf16-true", "bf16-true": "32-true"}[precision]
+    fit(precision=other, steps=2)
+    module = fit(ckpt_path=checkpoint(tmp_path, "step=2"), precision=precision).lightning_module
+    expected = torch.float32 if precision == "32-true" else torch.bfloat16
+    assert {parameter.dtype for parameter in module.parameters()} == {expected}
+
+
 def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path) -> None:
     fit()
     second = fit("second", init_from=str(checkpoint(tmp_path)))
