@@ -74,7 +74,6 @@ def main() -> None:
     table = markdown(rows)
     print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")
     if not args.quick:
-        write_json(rows, RESULTS / "latest.json")
         publish(rows, ROOT / "docs" / "profile-and-benchmark.md", f"```\n{header}\n```")
         by_name = {row.name: row for row in rows}
         publish([by_name[name] for name in HEADLINES], ROOT / "README.md")

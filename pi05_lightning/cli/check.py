@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
@@ -207,7 +208,8 @@ def show(title: str, findings: Sequence[Finding]) -> None:
     table = table_of(title, ["", "", "the policy expects", "it is given"])
     for finding in findings:
         style = STYLES[finding.verdict]
-        table.add_row(finding.what, f"[{style}]{finding.verdict}[/]", finding.expected, finding.given)
+        told = map(escape, (finding.expected, finding.given))
+        table.add_row(finding.what, f"[{style}]{finding.verdict}[/]", *told)
     console.print(table)
     for finding in findings:
         if finding.verdict == "differs":

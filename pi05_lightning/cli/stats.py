@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pi05_lightning.data.errors import OnBadSample
@@ -51,8 +52,8 @@ def stats(
         val_fraction: share of episodes held out, as in training.
         episodes: only these, as [0,3], or those that meet an SQL condition on their metadata, as "length >= 50".
         subtask_key: column of subtasks, as in training, which decides too which episodes are held out.
-        relative_dims: dims of the action to take relative to observation.state at the chunk's first step, or where
-            there is none to the states among the keys.
+        relative_dims: dims of the action to take relative to the states among the keys at the chunk's first step, where
+            none is named to observation.state.
         relative_state_dims: dims of the state that these are relative to, where they are other numbers.
         horizon: steps of a chunk: the source's horizon_steps, or else the model's horizon.
         min_range: range that dims of less are widened to, as in training, for the notes and what is too far out.
@@ -70,8 +71,8 @@ def stats(
             raise ValueError(f"keys: {dataset} has no {key!r}{suggestion(key, known)}; it has {', '.join(known)}")
     action_keys = [key for key in dict.fromkeys(keys) if key.startswith(ACTION)]
     state_keys = [key for key in dict.fromkeys(keys) if key not in action_keys]
-    if relative_dims and STATE in files.features and STATE not in state_keys:
-        state_keys = [STATE, *state_keys]
+    if relative_dims and STATE in files.features and not state_keys:
+        state_keys = [STATE]
     if relative_dims and not state_keys:
         others = [key for key in known if not key.startswith((ACTION, NEXT))]
         raise ValueError(
@@ -118,7 +119,7 @@ def feature_table(key: str, feature: FeatureStats, names: Sequence[str], min_ran
         numbers = [getattr(feature, part)[dim] for part in parts]
         share = f"{feature.outside[dim]} ({feature.outside[dim] / feature.count[dim]:.1%})"
         note = remark(feature, dim, furthest[dim], min_range)
-        table.add_row(f"{dim} {name}", *(f"{number:.4g}" for number in numbers), share, note)
+        table.add_row(escape(f"{dim} {name}"), *(f"{number:.4g}" for number in numbers), share, note)
     return table
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Column, Table
 
@@ -218,7 +219,7 @@ def quality_table(results: Sequence[Quality]) -> Table:
     for result in results:
         rmse = np.array(result.rmse)
         table.add_row(
-            result.dataset,
+            escape(result.dataset),
             str(result.chunks),
             str(result.naive_tokens),
             f"{result.mean_tokens:.1f}",

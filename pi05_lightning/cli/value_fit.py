@@ -130,6 +130,7 @@ def configuration(
         },
         "data": {
             "sources": sources,
+            "cameras": list(reading.cameras),
             "tokenizer": reading.tokenizer,
             "language": reading.language | {"condition_on": "task", "task_only_share": 0.0, "fast_share": 0.0},
             "batch_size": batch_size,

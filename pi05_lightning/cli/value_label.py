@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.evaluation.report.tables import table_of
@@ -82,7 +83,9 @@ def value_label(
     for one, path in zip(judged, paths, strict=True):
         one.labels(about).write(path, one.dataset.files)
         written[one.dataset.path] = str(path)
-        table.add_row(one.dataset.path, str(path), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %")
+        table.add_row(
+            escape(one.dataset.path), escape(str(path)), str(len(one.positive)), f"{100 * one.positive.mean():.0f} %"
+        )
     page = (out or Path(next(iter(written.values()))).parent) / "labels.html"
     sections = [histogram_section(judged, thresholds), *film_sections(judge_of, judged, reading)]
     write_page(page, f"Labels of the value {value}", sections)

@@ -69,6 +69,8 @@ class Pi05DataModule(LightningDataModule):
         val_samples: at most this many validation (or test) samples per `source/modality`, evenly spaced.
         augmentation: what happens to training images, on the device; none for nothing.
         shapes: sizes that samples are made to; by default those of the module being trained.
+        cameras: names in the order in which the model numbers them, also of some that no source has; by default that of
+            the sources. A model that keeps something for each camera needs that of the weights that it begins with.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Pi05DataModule(LightningDataModule):
         val_samples: int = 256,
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 - frozen
         shapes: Shapes | None = None,
+        cameras: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation samples than ranks
@@ -100,6 +103,7 @@ class Pi05DataModule(LightningDataModule):
         self.configs, self.batch_size, self.tokenizer_name = sources, batch_size, tokenizer
         self.fast_path, self.language, self.num_workers, self.seed = fast, language, num_workers, seed
         self.val_samples, self.augmentation, self._shapes = val_samples, augmentation, shapes
+        self.cameras = cameras
         self.length_window, self.bad_samples = length_window, BadSampleCount(max_bad_share)
         self.recipe: Recipe | None = None
         self.opened: dict[Split, dict[str, Source]] = {}
@@ -170,7 +174,7 @@ class Pi05DataModule(LightningDataModule):
     @cached_property
     def own_processor(self) -> Processor:
         """That of the data: its statistics are the training parts', its text and tokenizers those of the options."""
-        cameras = dict.fromkeys(camera for s in self.sources("train").values() for camera in s.camera_names)
+        found = [camera for source in self.sources("train").values() for camera in source.camera_names]
         robots: dict[str, Robot] = {}
         shared: dict[str, tuple[str, Source]] = {}
         for name, source in self.sources("train").items():
@@ -200,7 +204,7 @@ class Pi05DataModule(LightningDataModule):
         return Processor(
             shapes=self.shapes,
             tokenizer=self._tokenizer,
-            cameras=list(cameras),
+            cameras=list(dict.fromkeys([*self.cameras, *found])),
             robots=robots,
             language=self.language,
             fast=self._fast,

@@ -219,8 +219,10 @@ class FastTokenizer:
             ),
             length=sum(map(len, parts)),
         )
-        (horizon, dim), *others = {part.shape[1:] for part in parts}
-        return cls(bpe, scale, low, vocab_size, *((None, None) if others else (horizon, dim)))
+        common = (
+            sizes.pop() if len(sizes) == 1 else None for sizes in ({p.shape[axis] for p in parts} for axis in (1, 2))
+        )
+        return cls(bpe, scale, low, vocab_size, *common)
 
     def save(self, folder: Path | str) -> None:
         """Write the public processor's folder: `AutoProcessor` reads it (its code comes from the hub), and so do we."""
@@ -254,7 +256,7 @@ class FastTokenizer:
 
         Raises ValueError that names the file which is missing or incomplete.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         for name in _FILES:
             if not (folder / name).is_file():
                 raise ValueError(

@@ -16,7 +16,7 @@ from pi05_lightning.data.mixture import Entry, Mixture
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.run import PROVENANCE
-from pi05_lightning.files.hub import is_hub_id
+from pi05_lightning.files.hub import is_on_hub
 from pi05_lightning.files.local import read_json
 from pi05_lightning.models.heads.base import Head
 from pi05_lightning.models.heads.fast import FastHead
@@ -52,7 +52,8 @@ _OF_THE_STAGE = ("losses", "mixture", "flow_alpha")
 class Reading:
     """How a policy's datasets are read, and how it was last trained, as its run's configuration says.
 
-    fast: FAST tokenizer.  sources: of the run, by name.  model, trainer: options that trainings from it go on with.
+    fast: FAST tokenizer.  sources: of the run, by name.  cameras: as the policy numbers them.
+    model, trainer: options that trainings from it go on with.
     stage: losses, mixture, flow_alpha and freezing of the last one that trained the flow.
     lr: learning rate of trainings from it, if no other is given: its own, and at most 1e-3.
     """
@@ -65,6 +66,7 @@ class Reading:
     trainer: dict[str, Any] = field(default_factory=dict)
     stage: dict[str, Any] = field(default_factory=dict)
     lr: float = MOST_LR
+    cameras: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, policy: Path) -> Reading:
@@ -91,6 +93,7 @@ class Reading:
                 config["stages"], model.get("heads") or {}, run.get("samples", {}), weights.processor().language
             ),
             min(MOST_LR, options.get("lr", DEFAULT_LR)),
+            weights.processor().cameras,
         )
 
     def adamw(self, lr: float | None, **options: Any) -> dict[str, Any]:
@@ -156,20 +159,24 @@ class Reading:
 
     def name_of(self, path: str) -> str | None:
         """What the run called the dataset at a path."""
-        asked = Path(path).resolve()
-        return next((name for name, read in self._robots.items() if Path(read["path"]).resolve() == asked), None)
+        asked = _resolved(path)
+        return next((name for name, read in self._robots.items() if _resolved(read["path"]) == asked), None)
 
     @property
     def others(self) -> dict[str, dict[str, Any]]:
         """The run's sources that are no robot's, as far as their data is there."""
         found = {name: source for name, source in self.sources.items() if source["class_path"] != CLASS_PATH}
         paths = {name: str(source.get("init_args", {}).get("path", ".")) for name, source in found.items()}
-        return {name: found[name] for name, path in paths.items() if Path(path).exists() or is_hub_id(path)}
+        return {name: found[name] for name, path in paths.items() if _resolved(path).exists() or is_on_hub(path)}
 
     @property
     def _robots(self) -> dict[str, dict[str, Any]]:
         """Options of the run's LeRobot datasets, by the sources' names."""
         return {name: s["init_args"] for name, s in self.sources.items() if s["class_path"] == CLASS_PATH}
+
+
+def _resolved(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 def last_stage(

@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pi05_lightning.data.attempts import Attempts, of_a_policy
+from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.labels import POSITIVE, Labels, Sign
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.types import Modality
 
@@ -44,8 +46,8 @@ class AttemptSummary:
     """A dataset of attempts, and what there is in it to learn from.
 
     labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
-    any.  successes: numbers of the episodes that succeeded without; None as long as it is not recorded.  collected:
-    whether `pi05 collect` wrote it, which names things in its own way.
+    any.  successes: numbers of the training episodes that succeeded without; None as long as it is not recorded.
+    collected: whether `pi05 collect` wrote it, which names things in its own way.
     """
 
     path: str
@@ -64,8 +66,8 @@ class AttemptSummary:
             positive = Labels.read(labels, files).columns[POSITIVE]
             signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
-        successes = np.unique(attempts.episode[attempts.success & alone]).tolist()
-        return cls(path, labels, signs, bool(attempts.intervention.any()), successes, of_a_policy(files))
+        successes = np.intersect1d(attempts.episode[attempts.success & alone], files.choose("train", 0.0, None))
+        return cls(path, labels, signs, bool(attempts.intervention.any()), successes.tolist(), of_a_policy(files))
 
 
 def check_datasets(
@@ -76,10 +78,13 @@ def check_datasets(
     attempts: Sequence[str],
     robot: str | None = None,
 ) -> None:
-    """ValueError for a dataset that cannot be opened, or that is of another robot than the policy.
+    """ValueError for a dataset or a tokenizer that cannot be opened, or a dataset of another robot than the policy's.
 
     policy, processor: what is to learn from them.  robot: source whose robot it acts as.
     """
+    TextTokenizer.load(reading.tokenizer)
+    if reading.fast is not None:
+        FastTokenizer.load(reading.fast)
     names, actor = named(reading, demonstrations, robot)
     shown = demonstrations[names.index(actor)]
     for path in (*demonstrations, *attempts):
@@ -146,6 +151,7 @@ def configuration(
         },
         "data": {
             "sources": sources,
+            "cameras": list(reading.cameras),
             "tokenizer": reading.tokenizer,
             "fast": reading.fast,
             "language": {**reading.language, "advantage_omission": training.omission},

@@ -47,7 +47,7 @@ def local_folder(name: str | Path, files: Sequence[str] = FILES) -> Path:
     ValueError when the Hub cannot be reached, has no such repository or does not give it to this account.
     """
     if not is_on_hub(name):
-        return Path(name)
+        return Path(name).expanduser()
     from huggingface_hub import snapshot_download
 
     repo, revision = split_revision(name)

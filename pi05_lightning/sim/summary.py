@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Column, Table
 
 from pi05_lightning.acting import Acting
@@ -192,7 +193,7 @@ def success_table(success: Success, per_minute: Mapping[str, float], held_out: b
         if task == ALL:
             table.add_section()
         of_modes = [by_task[task] for by_task in found.values()]
-        table.add_row(task, *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
+        table.add_row(escape(task), *(f"{r.successes}/{r.trials}\n[dim]{r.low:.2f}–{r.high:.2f}[/]" for r in of_modes))
     if per_minute:
         table.add_row("successes per simulated minute", *(f"{per_minute[mode]:.1f}" for mode in found))
     return table
@@ -222,7 +223,7 @@ def swapped_table(swapped: Mapping[str, Mapping[str, Mapping[str, Any]]], succes
         for task, result in by_task.items():
             own, other = success[mode][task], result["success"]
             counts = (f"{own[0]}/{own[1]}", f"{other[0]}/{other[1]}" if other else "not judged in this scene")
-            table.add_row(mode.partition(",")[0], task, result["told"], *counts)
+            table.add_row(mode.partition(",")[0], escape(task), escape(result["told"]), *counts)
     return table
 
 
@@ -233,7 +234,9 @@ def chains_table(chains: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table
     table = table_of("episodes with so many instructions done in a row", ["mode", "task", "episodes"], headings)
     for mode, by_task in chains.items():
         for task, result in by_task.items():
-            table.add_row(mode, task, *map(str, (result["episodes"], *result["in_a_row"])), f"{result['mean']:.2f}")
+            table.add_row(
+                mode, escape(task), *map(str, (result["episodes"], *result["in_a_row"])), f"{result['mean']:.2f}"
+            )
     return table
 
 
@@ -244,7 +247,7 @@ def acting_table(acting: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in default:
         values = [options[name] for options in acting.values()]
         if any(value != default[name] for value in values):
-            table.add_row(name, *map(shown_option, values))
+            table.add_row(name, *(escape(shown_option(value)) for value in values))
     table.caption, table.caption_justify = "all other options are the defaults", "left"
     return table
 
@@ -254,7 +257,7 @@ def _failures(failures: Mapping[str, Mapping[str, Mapping[str, int]]]) -> Table:
     rows = {(task, reason) for by_task in failures.values() for task, r in by_task.items() for reason in r}
     for task, reason in sorted(rows):
         counts = [by_task.get(task, {}).get(reason, 0) for by_task in failures.values()]
-        table.add_row(task, reason, *(str(count or "·") for count in counts))
+        table.add_row(escape(task), escape(reason), *(str(count or "·") for count in counts))
     return table
 
 

@@ -1,4 +1,4 @@
-"""A model's first values: those of weights on disk, or chance."""
+"""A model's first values: those of weights on disk, or random ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 def begin(model: Pi05, weights: Weights | None, processor: Processor | None) -> None:
     """Give a model on the meta device memory and values, quantised where it keeps them so.
 
-    Auxiliary heads begin by chance.  ValueError that lists every key that does not fit.
+    Auxiliary heads are random, whatever a checkpoint had.  ValueError that lists every key that does not fit.
     """
     device = torch.get_default_device()
     if weights is None:
@@ -51,9 +51,9 @@ def begin_slices(model: Pi05, weights: Weights | None, processor: Processor | No
 
 def _reset_auxiliary(model: Pi05, weights: Weights) -> None:
     model.reset_auxiliary()
-    learning = [name for name, head in model.auxiliary.items() if any(True for _ in head.parameters())]
-    if learning and isinstance(weights, TrainingCheckpoint) and is_first_rank():
-        log.warning("heads of your own begin by chance, even where %s has them: %s", weights.path, ", ".join(learning))
+    theirs = weights.own_heads if isinstance(weights, TrainingCheckpoint) else set[str]()
+    if (left_out := sorted(theirs.intersection(model.auxiliary))) and is_first_rank():
+        log.warning("%s: its heads %s are left out, and are random again", weights.path, ", ".join(left_out))
 
 
 def _reset(model: Pi05, processor: Processor | None) -> None:
@@ -70,8 +70,8 @@ def moved_cameras(model: Pi05, weights: Weights, processor: Processor | None) ->
         return None
     return (
         f"{weights.path}: it was trained with the cameras {', '.join(known)}, in this order, and the data has"
-        f" {', '.join(processor.cameras)}: what it knows of {', '.join(moved)} is lost. Name data.sources, or their"
-        " cameras, in its order"
+        f" {', '.join(processor.cameras)}: what it knows of {', '.join(moved)} is lost. Give data.cameras its order, as"
+        f" [{', '.join(known)}]"
     )
 
 

@@ -100,6 +100,11 @@ class TrainingCheckpoint(Weights):
         keys = keys_of(self.content, self.averaged)
         return {name: key for name, key in keys.items() if not name.startswith(ONLY_TRAINED)}
 
+    @property
+    def own_heads(self) -> set[str]:
+        """The auxiliary heads that it was trained with, which no policy has."""
+        return {name.split(".")[1] for name in keys_of(self.content, averaged=False) if name.startswith(ONLY_TRAINED)}
+
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         if self.content["pi05"].get("lora") is not None:
             return self._fill_merged(targets)

@@ -83,6 +83,16 @@ def test_stats_takes_actions_relative_to_the_state(pictures: Path, capsys: pytes
     assert found["0 dx"][3:5] == pytest.approx([action.q01[0], action.q99[0]], rel=1e-3)
 
 
+def test_stats_takes_actions_relative_to_the_state_that_is_named(
+    pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = ["observation.gripper", "action"]
+    main(["stats", str(pictures), "--keys", f"[{','.join(keys)}]", "--relative_dims", "[0]", "--horizon", "3"])
+    chosen = {"state_keys": keys[:1], "relative_dims": [0], "horizon_steps": 3}
+    _, action = open_source(pictures, val_fraction=0.1, **chosen).statistics()
+    assert shown(capsys)["0 dx"][3:5] == pytest.approx([action.q01[0], action.q99[0]], rel=1e-3)
+
+
 def with_other_keys(root: Path) -> Path:
     """The same dataset, whose state and action have names of their own."""
     names = {"observation.state": "observation.joint_positions", "action": "action.joints"}

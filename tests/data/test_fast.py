@@ -239,6 +239,9 @@ def test_datasets_of_different_sizes_share_a_tokenizer() -> None:
     parts = [make_chunks(100, 16, 5), make_chunks(100, 10, 7)]
     fast = FastTokenizer.fit(parts, vocab_size=512)
     assert (fast.horizon, fast.dim) == (None, None)
+    arms = FastTokenizer.fit([make_chunks(100, 16, 5), make_chunks(100, 16, 7)], vocab_size=512)
+    assert (arms.horizon, arms.dim) == (16, None)
+    assert "16" in arms.misfit(8, 7)
     for part in parts:
         decoded, ok = fast.decode_batch(fast.encode(part), *part.shape[1:])
         assert ok.all()

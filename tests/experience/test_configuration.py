@@ -58,7 +58,7 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
     gone = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "gone")}}
     mixture = {"arm/continuous_robot_actions": 0.8, "arm/qa": 0.1, "web/qa": 0.04, "gone/qa": 0.04, "other/qa": 0.02}
     stage = {"losses": {"text": 1.0, "flow": 1.0}, "mixture": mixture, "flow_alpha": 3.0}
-    reading = Reading(fast="fast", stage=stage, sources={"web": words, "gone": gone})
+    reading = Reading(fast="fast", stage=stage, sources={"web": words, "gone": gone}, cameras=("wrist", "top"))
     reading.sources["arm"] = reading.source("runs/demo/data/robot", "")
     found = configuration(
         "recap",
@@ -68,6 +68,7 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
         [AttemptSummary("tries", tmp_path / "labels", corrected=False)],
         TRAINING,
     )
+    assert found["data"]["cameras"] == ["wrist", "top"]  # whatever the order of the sources
     (made,) = found["stages"]["then"]
     assert (made["losses"], made["flow_alpha"], made["steps"]) == (stage["losses"], 3.0, 7)
     assert made["mixture"] == pytest.approx(
@@ -114,6 +115,16 @@ def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(t
     episodes = {name: options.get("episodes") for name, options in read_as.items()}
     own = {"other": "length > 9", "arm": "length > 9", "demonstrations_2": None}
     assert episodes == {**own, "successes_0": SUCCESSES}
+
+
+def test_paths_below_home_are_those_of_the_policys_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "web").mkdir()
+    words = {name: {"class_path": "VisionTextConfig", "init_args": {"path": f"~/{name}"}} for name in ("web", "gone")}
+    reading = Reading(sources=words)
+    reading.sources["arm"] = reading.source("~/arm", "")
+    assert reading.name_of(str(tmp_path / "arm")) == "arm"
+    assert [*reading.others] == ["web"]
 
 
 def test_attempts_are_read_with_all_episodes_whichever_the_policy_was_trained_on(tmp_path: Path) -> None:

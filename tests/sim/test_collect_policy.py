@@ -144,6 +144,8 @@ def test_interrupted_collection_goes_on_with_the_attempts_that_were_not_over(
     with pytest.raises(KeyboardInterrupt):
         collect(config(tmp_path / "data", **small, lanes=1, num_workers=1))
     monkeypatch.undo()
+    with pytest.raises(ValueError, match="neither a checkpoint"):
+        collect(config(tmp_path / "data", **{**small, "policy": tmp_path}))  # as where a disk is not there
     film = next((tmp_path / ".data.partial").rglob("*.mp4"))
     first = film.read_bytes(), film.stat().st_mtime_ns
     root = collect(config(tmp_path / "data", **small, lanes=2)) / "robot"

@@ -321,7 +321,7 @@ class LeRobotSource(Source):
             normalize=self._normalize() if shared is None else shared.normalize,
             fps=self.files.fps,
             tasks=tuple(tasks),
-            dataset=self.config.path,
+            dataset=self.config.path if self.hub_id else str(Path(self.config.path).expanduser()),
             is_on_hub=self.hub_id is not None,
             state_keys=tuple(self.config.state_keys),
             action_keys=tuple(self.config.action_keys),
@@ -387,7 +387,7 @@ class LeRobotSource(Source):
             return None, None
         if self.config.labels == "positive":
             return np.ones(len(self.columns.episode), dtype=bool), None
-        path = Path(self.config.labels)
+        path = Path(self.config.labels).expanduser()
         try:
             found = Labels.read(path, self.files).at(self.columns.episode, self.columns.frame, path)
         except ValueError as error:

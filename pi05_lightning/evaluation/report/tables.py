@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Column, Table
 
 from pi05_lightning.evaluation.report.metrics import (
@@ -23,7 +24,7 @@ def table_of(title: str, labels: Iterable[str | Column], figures: Iterable[str] 
     """An empty table: columns of labels, then columns of figures; options as `rich.table.Table` has them."""
     columns = [*labels, *(Column(heading, justify="right", no_wrap=True) for heading in figures)]
     options = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), **options}
-    return Table(*columns, title=title, title_justify="left", **options)
+    return Table(*columns, title=escape(title), title_justify="left", **options)
 
 
 def shown_option(value: Any) -> str:
@@ -62,5 +63,5 @@ def questions_table(subset: str, rows: Mapping[str, Mapping[str, float]]) -> Tab
     """A row for each question that was asked of a subset."""
     table = table_of(f"{subset}, by question", ["question"], QUESTIONS.values())
     for question, values in rows.items():
-        table.add_row(question, *(number(values[metric]) if metric in values else "–" for metric in QUESTIONS))
+        table.add_row(escape(question), *(number(values[metric]) if metric in values else "–" for metric in QUESTIONS))
     return table

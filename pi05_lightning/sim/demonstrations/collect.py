@@ -62,10 +62,7 @@ def collect(config: CollectConfig) -> Path:
                 out.rename(replaced)
             partial.rename(out)
             shutil.rmtree(out / KEPT)
-        except ValueError:  # the same would end the same, and with other options nothing of it could be used
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        except BaseException:
+        except BaseException:  # a mistake too: what was recorded before it was made is no part of it
             if any((partial / KEPT).glob("*.pickle")):
                 logger.warning("what was recorded is kept in %s: the same command goes on from there", partial)
             else:
