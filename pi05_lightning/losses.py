@@ -83,6 +83,11 @@ def mean_terms(
     return dict(zip(counts, means, strict=True)), dict(zip(counts, count, strict=True))
 
 
+def weighted_sums(terms: Terms, weights: Mapping[str, float]) -> list[Tensor]:
+    """Of each term of a batch, its weight times the sum over its elements."""
+    return [weights[name] * (term.values * term.mask).sum() for name, term in terms.items()]
+
+
 def total_loss(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Σ weight · mean over the terms that have a weight. Raises ValueError where there are none of them."""
     used = [weights[name] * mean for name, mean in means.items() if name in weights]

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LOSS, GRADIENT, TOTAL = "the loss ", "the gradient norm of ", "total"
 
 
-class NotFinite(ValueError):
+class StepNotFinite(ValueError):
     """Training stops, since losses, gradients or weights are not finite.
 
     intact: the state is the one from before the step, so it can be saved and gone on from.
@@ -108,8 +108,8 @@ class FiniteSteps:
     ) -> dict[str, Tensor]:
         """Whether the step may be taken; the gradient norms of the model's parts, on the device.
 
-        scaled: a gradient scaler watches the gradients, which are not looked at.  Raises NotFinite, and ValueError for
-        a step without anything to learn.
+        scaled: a gradient scaler watches the gradients, which are not looked at.  Raises StepNotFinite, and ValueError
+        for a step without anything to learn.
         """
         self.look(model)
         norms = gradient_norms(model.named_parameters())
@@ -155,7 +155,7 @@ class FiniteSteps:
         cause = (
             f" The weights were not before it ({some(earlier)}): the steps before were too large." if earlier else ""
         )
-        raise NotFinite(
+        raise StepNotFinite(
             f"{what}. The step was not taken.{cause} Lower the learning rate, clip gradients"
             " (trainer.gradient_clip_val), mend the data, or have such steps skipped with model.max_skipped_steps (now"
             f" {self.max_skipped}). Samples: {samples}",
@@ -187,9 +187,9 @@ def _has_bad_value(tensor: Tensor) -> Tensor:
 
 
 def check_savable(weights: Iterable[tuple[str, Tensor]], step: int) -> None:
-    """Raises NotFinite for weights, by name, that are to be saved after so many steps and are not finite."""
+    """Raises StepNotFinite for weights, by name, that are to be saved after so many steps and are not finite."""
     if bad := not_finite(weights):
-        raise NotFinite(
+        raise StepNotFinite(
             f"after step {step - 1} the weights are not finite, and are not saved ({some(bad)}): lower the learning"
             " rate, and go on from an earlier checkpoint",
             intact=False,

@@ -330,7 +330,7 @@ class Pi05Module(LightningModule):
         """Take no step that is not finite; at logging intervals log losses and gradient norms (before clipping).
 
         A term that had no element in the step is not logged. What the optimizer draws, as to round at random, is the
-        same on every rank. Raises ValueError where no term had an element, and NotFinite.
+        same on every rank. Raises ValueError where no term had an element, and StepNotFinite.
         """
         step, self._step = self._step, StepLosses()
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -444,7 +444,7 @@ class Pi05Module(LightningModule):
         """What a policy needs beside the weights, see `Checkpoints.entry`.
 
         The average and the configuration too, which callbacks could not add with `checkpoint.save_weights_only`.
-        Raises NotFinite for weights that are not.
+        Raises StepNotFinite for weights that are not.
         """
         assert self.processor is not None
         self.finite.look(self.model)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from pi05_lightning.losses import weighted_sums
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import MakeOptimizer, param_groups
 from pi05_lightning.profiling.memory import bytes_of, make_fake, optimizer_memory, step_memory
@@ -128,7 +129,7 @@ def forecast(
             with setting.autocast():
                 without_numbers = replace(batch, **tree_map_only(Tensor, fake.from_tensor, vars(batch)))
                 terms = model(without_numbers.to(setting.device), stage.weights, insulate=insulate)
-                return torch.stack([stage.weights[n] * (t.values * t.mask).sum() for n, t in terms.items()]).sum()
+                return torch.stack(weighted_sums(terms, stage.weights)).sum()
 
         steps[stage.name] = step_memory(model, forward, fake, accumulates=setting.accumulates)
         trained |= {name: value for name, value in model.named_parameters() if name in steps[stage.name].gradients}

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
 from pi05_lightning.data.errors import BadSample
 from pi05_lightning.data.samples import Samples
+from pi05_lightning.losses import weighted_sums
 from pi05_lightning.models.heads.base import Head, Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Pi05Module
@@ -223,8 +224,7 @@ class Rehearsal:
 def step(model: Pi05 | Callable[..., Terms], batch: Batch, stage: Stage, insulate: bool) -> Terms:
     """A training step's forward and backward pass on one rank, without an optimizer: the loss terms."""
     terms = model(batch, stage.weights, insulate=insulate)
-    sums = [stage.weights[name] * (term.values * term.mask).sum() for name, term in terms.items()]
-    learning = [value for value in sums if value.requires_grad]
+    learning = [value for value in weighted_sums(terms, stage.weights) if value.requires_grad]
     if learning:
         torch.stack(learning).sum().backward()
     return terms

@@ -56,8 +56,7 @@ def test_more_cameras_than_the_model_has_parameters_for_are_refused(tmp_path: Pa
     }
     shapes = ModelConfig.preset("tiny").shapes
     assert Pi05DataModule(views, shapes=shapes).processor.cameras == ("top", "wrist")
-    numbered = Pi05DataModule(views, shapes=shapes, cameras=["front", "wrist"]).processor
-    assert numbered.cameras == ("front", "wrist", "top")
+    assert Pi05DataModule(views, shapes=shapes, cameras=["wrist"]).processor.cameras == ("wrist", "top")
     with pytest.raises(ValueError, match=r"\['top', 'wrist'\] but the model was made for 1 at most: .*max_cameras"):
         _ = Pi05DataModule(views, shapes=replace(shapes, max_cameras=1)).processor
 

@@ -21,7 +21,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_ends_all_before_the_step_which_ca
     ranks: list[dict[str, Any]],
 ) -> None:
     for found in ranks:
-        assert found["sick"].startswith(f"NotFinite: step {SICK} (stage posttrain): the loss flow is nan")
+        assert found["sick"].startswith(f"StepNotFinite: step {SICK} (stage posttrain): the loss flow is nan")
         assert found["saved"] == SICK
 
 

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.module import default_optimizer
-from pi05_lightning.module.finite import FiniteSteps, NotFinite
+from pi05_lightning.module.finite import FiniteSteps, StepNotFinite
 from pi05_lightning.module.step import StepLosses
 from pi05_lightning.recipe import LossWeights, Stage
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
@@ -76,7 +76,7 @@ def test_a_run_stops_before_the_step_and_its_last_checkpoint_goes_on_as_if_nothi
     train(WeightAverage(0.9), own(tmp_path / "whole"), **options)
     sick = Sick(SICK * accumulate + accumulate - 1, float("nan"), gradient_only)
     what = "the gradient norm of" if gradient_only else "the loss flow is nan"
-    with pytest.raises(NotFinite, match=rf"step {SICK} \(stage posttrain\): {what}") as error:
+    with pytest.raises(StepNotFinite, match=rf"step {SICK} \(stage posttrain\): {what}") as error:
         train(WeightAverage(0.9), sick, own(tmp_path / "run"), **options)
     assert "Samples: dataset 'robot', episode" in str(error.value)
     last = tmp_path / "run" / "last.ckpt"
@@ -102,13 +102,13 @@ def test_a_step_that_is_skipped_leaves_weights_and_optimizer_as_they_were(
 def test_skipped_steps_are_counted_over_the_whole_run(train: Train, tmp_path: Path) -> None:
     train(Sick(SICK, float("nan")), max_steps=SICK + 1, module_options={"max_skipped_steps": 1})
     last = tmp_path / f"step={SICK + 1}.ckpt"
-    with pytest.raises(NotFinite, match=f"step {SICK + 1} "):
+    with pytest.raises(StepNotFinite, match=f"step {SICK + 1} "):
         train(Sick(SICK + 1, float("nan")), ckpt_path=last, module_options={"max_skipped_steps": 1})
 
 
 @pytest.mark.parametrize("rate", [1e6, 1e38])
 def test_no_poisoned_weights_are_saved_whatever_the_learning_rate(train: Train, tmp_path: Path, rate: float) -> None:
-    with pytest.raises(NotFinite, match="learning rate"):
+    with pytest.raises(StepNotFinite, match="learning rate"):
         train(module_options={"optimizer": partial(torch.optim.SGD, lr=rate)})
     for path in tmp_path.glob("*.ckpt"):
         assert all(bool(value.isfinite().all()) for value in tensors(saved(path)).values()), path
@@ -139,7 +139,7 @@ def test_ranks_stop_together_where_one_has_a_loss_that_is_not_finite(videos: Pat
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode
-    assert done.stderr.count("NotFinite: step 3 (stage posttrain): the loss flow is nan") == 2
+    assert done.stderr.count("StepNotFinite: step 3 (stage posttrain): the loss flow is nan") == 2
     assert saved(tmp_path / "last.ckpt")["global_step"] == 3
 
 
@@ -149,6 +149,6 @@ def test_a_validation_that_was_over_is_not_due_again_where_the_first_step_after_
     each_second: dict[str, Any] = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
     train(Restart(), max_steps=SICK, **each_second)
     on_stop = RunCheckpoint(tmp_path / "stopped", "{step}", every_n_train_steps=100, save_on_exception=True)
-    with pytest.raises(NotFinite):
+    with pytest.raises(StepNotFinite):
         train(Restart(), Sick(SICK, torch.nan), on_stop, ckpt_path=tmp_path / f"step={SICK}.ckpt", **each_second)
     assert saved(tmp_path / "stopped" / f"step={SICK}.ckpt")[PENDING] is False

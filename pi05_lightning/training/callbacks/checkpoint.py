@@ -24,7 +24,7 @@ from pi05_lightning.data.clock import most_batches
 from pi05_lightning.evaluation.metrics import SHARES
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.module.finite import NotFinite
+from pi05_lightning.module.finite import StepNotFinite
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.training.callbacks.ema import validates_average
@@ -188,13 +188,13 @@ class RunCheckpoint(ModelCheckpoint):
         is_resumed = trainer.global_step == self._loaded_step and not isinstance(exception, Stopped)
         if trainer.train_dataloader is None or is_resumed:  # its state may be restored in part, or refused
             is_whole = False
-        elif isinstance(exception, NotFinite):
+        elif isinstance(exception, StepNotFinite):
             is_whole = exception.intact
         else:  # it may have come while the optimizer updates the weights, as where a loader's process is killed
             is_updating = self._is_updating or isinstance(exception, KeyboardInterrupt)
             is_whole = not (is_updating and within_batch(trainer))
         # a signal stops all ranks after the same step; of another error nobody knows whether all have it
-        is_everywhere = trainer.world_size == 1 or isinstance(exception, Stopped | NotFinite)
+        is_everywhere = trainer.world_size == 1 or isinstance(exception, Stopped | StepNotFinite)
         if is_whole and is_everywhere and self._should_save_on_exception(trainer):
             if within_batch(trainer) or within_step(trainer):
                 take_back_batches(trainer)

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.recipe import Recipe
-from pi05_lightning.training.callbacks.interrupt import within_step
 from pi05_lightning.types import Modality
 
 Layout = dict[str, dict[str, list[Any]]]
@@ -31,8 +30,8 @@ METRICS = {
 class Dashboard(Callback):
     """Lays out the CUSTOM SCALARS page of TensorBoard and writes the run's configuration under TEXT.
 
-    `stage` (0 pretrain, 1 posttrain, and so on) is logged at every logging interval and is the first chart of every
-    category, so that the boundaries are where they are in the curves below it.
+    `stage`, see `StageSwitch`, is the first chart of every category, so that the boundaries are where they are in the
+    curves below it.
     """
 
     @rank_zero_only
@@ -44,15 +43,6 @@ class Dashboard(Callback):
                 if pl_module.run_config is not None:
                     # four spaces make it code in Markdown
                     logger.experiment.add_text("config", indent(pl_module.run_config, "    "), 0)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        assert isinstance(pl_module, Pi05Module)
-        done = trainer.global_step
-        if pl_module.logs_after(done) and not within_step(trainer):
-            step = done - 1  # the one that was trained
-            stage = float(pl_module.recipe.number(step))
-            for logger in trainer.loggers:
-                logger.log_metrics({"stage": stage}, step)
 
 
 def layout(recipe: Recipe) -> Layout:

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from pi05_lightning.module.finite import NotFinite
+from pi05_lightning.module.finite import StepNotFinite
 from pi05_lightning.training.callbacks.interrupt import Stopped
 
 GRACE = 10.0
@@ -56,7 +56,7 @@ class EndTogether(Callback):
         if self._listener is None:
             return
         self._listener.stop()
-        if isinstance(exception, Stopped | NotFinite):
+        if isinstance(exception, Stopped | StepNotFinite):
             return  # all ranks have it, and save
         started = getattr(trainer.strategy.launcher, "procs", ())
         if lost_connection(exception):

@@ -18,7 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from pi05_lightning.data.clock import check_clock
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.trainer import leaves_nothing
 from pi05_lightning.recipe import Recipe, Stage
+from pi05_lightning.training.callbacks.interrupt import within_step
 from pi05_lightning.training.precision import check_scaled, replaced
 from pi05_lightning.training.rehearsal import rehearse
 from pi05_lightning.weights.resumed import check_steps
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 class StageSwitch(Callback):
     """Gives module and data their recipe and their precision, freezes what a stage freezes, marks where a stage begins.
 
-    Before the first step it tries what every stage draws and trains, see `rehearse`.
+    Before the first step it tries what every stage draws and trains, see `rehearse`. It logs `stage` (0 pretrain, 1
+    posttrain, and so on) where a stage begins and at every logging interval.
     All that a stage decides is a pure function of the step, so a run that is stopped and resumed on either side of a
     switch continues as it would have. Without `max_steps` the trainer stops after the last stage.
     Its arguments are those of `Recipe.of`.
@@ -69,7 +72,7 @@ class StageSwitch(Callback):
         if not self._is_resumed:
             pl_module.check_new()
             said = check_steps(0, trainer.max_steps, self.recipe.total_steps)
-            if said and not getattr(trainer, "fast_dev_run", False):
+            if said and not leaves_nothing(trainer):
                 rank_zero_warn(said)
         self._is_resumed = False
 
@@ -82,6 +85,12 @@ class StageSwitch(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         self._enter(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, Pi05Module)
+        done = trainer.global_step
+        if pl_module.logs_after(done) and not within_step(trainer):
+            self._log(trainer, done - 1)  # the step that was trained
 
     def _enter(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pi05Module)
@@ -98,11 +107,15 @@ class StageSwitch(Callback):
             wrap(trainer.strategy, pl_module, self._reached.get(stage.name))
         self._announce(trainer, stage, step)
 
+    def _log(self, trainer: Trainer, step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({"stage": float(self.recipe.number(step))}, step)
+
     @rank_zero_only
     def _announce(self, trainer: Trainer, stage: Stage, step: int) -> None:
         log.info("step %d: %s stage, loss weights %s", step, stage.name, stage.weights)
+        self._log(trainer, step)
         for logger in trainer.loggers:
-            logger.log_metrics({"stage": float(self.recipe.number(step))}, step)
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("stage", f"{stage.name} from step {step}: {stage.weights}", step)
 
