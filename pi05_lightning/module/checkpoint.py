@@ -16,21 +16,19 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.hub import is_on_hub
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
+from pi05_lightning.module.callback_states import arguments, find_states, reapply
 from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.left_out import LeftOut
 from pi05_lightning.weights.resumed import (
-    arguments,
     check_data,
     check_model,
     check_origin,
     check_resumable,
     check_steps,
-    find_states,
     has_options,
-    reapply,
 )
 from pi05_lightning.weights.safetensors import shapes_of
 from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT

@@ -24,6 +24,7 @@ from pi05_lightning.data.clock import most_batches
 from pi05_lightning.evaluation.metrics import SHARES
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
+from pi05_lightning.module.callback_states import keep_best
 from pi05_lightning.module.finite import StepNotFinite
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
 from pi05_lightning.ranks import by_first_rank
@@ -32,7 +33,6 @@ from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
 from pi05_lightning.weights.readable import check_readable, free_bytes
-from pi05_lightning.weights.resumed import keep_best
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, is_checkpoint
 
 log = logging.getLogger(__name__)
