@@ -28,6 +28,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.files.yaml_files import is_yaml
 from pi05_lightning.models.config import ModelConfig
 
+REFUSED = "refused"
 console = Console()
 
 
@@ -70,7 +71,8 @@ def tokenizer(
         val_fraction: share of episodes held out, as in training; by default 0.1.
         on_bad_sample: whether bad frames are an error, the default, or left out, as in training.
         max_chunks: of each dataset, evenly spaced.
-        max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger.
+        max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger; the report is
+            then in `out`/refused.
         overwrite: replace a tokenizer that `out` holds; policies act with the one that they were trained with.
 
     Raises ValueError when `out` holds a tokenizer and may not be overwritten, when an error exceeds max_rmse, and for
@@ -119,10 +121,13 @@ def tokenizer(
                 soft_wrap=True,
             )
     report = {"horizon": horizon, "scale": scale, "datasets": [asdict(result) for result in results]}
-    write_json(out / "report.json", report)
-    draw(fast, held_out, results, out / "reconstruction.png")
-    if max_rmse is not None:
-        check_error(results, max_rmse, scale, out)
+    problem = None if max_rmse is None else too_coarse(results, max_rmse, scale)
+    told = out if problem is None else out / REFUSED  # what is in `out` may be of the tokenizer that stays there
+    told.mkdir(parents=True, exist_ok=True)
+    write_json(told / "report.json", report)
+    draw(fast, held_out, results, told / "reconstruction.png")
+    if problem is not None:
+        raise ValueError(f"{problem} (see {told / 'reconstruction.png'})")
     fast.save(out)
     console.print(f"{fast.bpe.get_vocab_size()} tokens. Written to {out}", soft_wrap=True, highlight=False)
 
@@ -198,17 +203,17 @@ def _of_actions(config: LeRobotConfig) -> LeRobotConfig:
     return replace(config, cameras={}, task="any", state_keys=config.state_keys if config.relative_dims else [])
 
 
-def check_error(results: Sequence[Quality], max_rmse: float, scale: float, out: Path) -> None:
-    """ValueError where a dimension's error is above max_rmse, with what to do."""
+def too_coarse(results: Sequence[Quality], max_rmse: float, scale: float) -> str | None:
+    """What to say where a dimension's error is above max_rmse, with what to do."""
     worst = max(results, key=lambda result: max(result.rmse))
     error = max(worst.rmse)
-    if error > max_rmse:
-        raise ValueError(
-            f"the largest reconstruction error is {error:.4f} ({worst.dataset}, dim {worst.rmse.index(error)}), above"
-            f" max_rmse {max_rmse:g} (see"
-            f" {out / 'reconstruction.png'}): raise scale, which is {scale:g}, or fit on more episodes"
-            " where coverage is below 100 %. No tokenizer was written"
-        )
+    if error <= max_rmse:
+        return None
+    return (
+        f"the largest reconstruction error is {error:.4f} ({worst.dataset}, dim {worst.rmse.index(error)}), above"
+        f" max_rmse {max_rmse:g}: raise scale, which is {scale:g}, or fit on more episodes where coverage is below"
+        " 100 %. No tokenizer was written"
+    )
 
 
 def quality_table(results: Sequence[Quality]) -> Table:

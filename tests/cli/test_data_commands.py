@@ -289,7 +289,7 @@ def test_too_large_an_error_fails_and_writes_no_tokenizer(
     with pytest.raises(SystemExit, match=r"above max_rmse 0\.0001"):
         main(["tokenizer", str(pictures), "--out", str(tmp_path), *SMALL, "--max_rmse", "1e-4"])
     assert not (tmp_path / "tokenizer.json").exists()
-    assert (tmp_path / "report.json").exists()
+    assert (tmp_path / "refused" / "report.json").exists()
 
 
 def test_a_finer_scale_meets_the_bound(pictures: Path, tmp_path: Path) -> None:
