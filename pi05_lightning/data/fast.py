@@ -219,10 +219,9 @@ class FastTokenizer:
             ),
             length=sum(map(len, parts)),
         )
-        common = (
-            sizes.pop() if len(sizes) == 1 else None for sizes in ({p.shape[axis] for p in parts} for axis in (1, 2))
-        )
-        return cls(bpe, scale, low, vocab_size, *common)
+        horizons, dims = ({part.shape[axis] for part in parts} for axis in (1, 2))
+        horizon, dim = (sizes.pop() if len(sizes) == 1 else None for sizes in (horizons, dims))
+        return cls(bpe, scale, low, vocab_size, horizon, dim)
 
     def save(self, folder: Path | str) -> None:
         """Write the public processor's folder: `AutoProcessor` reads it (its code comes from the hub), and so do we."""
