@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -12,21 +11,15 @@ from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from pi05_lightning.acting.options import Acting
 from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.cli.value_label import frames_ahead
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
-from pi05_lightning.evaluation.report.plots import COLORS, as_svg
-from pi05_lightning.evaluation.report.tables import shown_option
-from pi05_lightning.evaluation.statistics import ALL, Rate, rates
 from pi05_lightning.experience.labelling import check_shares, labels_path, labels_paths
-from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.reading import Reading
+from pi05_lightning.experience.results import write_results
 from pi05_lightning.experience.rounds import (
-    METHODS,
     AttemptSummary,
     Method,
     Training,
@@ -34,7 +27,7 @@ from pi05_lightning.experience.rounds import (
     configuration,
 )
 from pi05_lightning.experience.value import datasets_of
-from pi05_lightning.files.local import check_writable, read_json, write_json, write_once, write_text
+from pi05_lightning.files.local import check_writable, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.simulators import MetaWorld  # noqa: F401 - what --env knows by name
@@ -44,7 +37,6 @@ CONFIG = "experience.yaml"  # of a round: what its policy was trained on
 HASH = "policy.sha256"  # of the weights that every round begins with
 PLAN = "plan.yaml"  # of all rounds: the options that methods which are compared have in common
 _OF_ADVANTAGES = {"advantage", "guidance"}  # options of acting
-logger = logging.getLogger(__name__)
 PATIENCE = 15  # actions without progress after which DAgger's expert takes over, where nothing else is said
 
 
@@ -137,7 +129,7 @@ def experience(
         "acting": {"noise_scale": noise_scale},
         "max_seconds": max_seconds if attempt_seconds is None else attempt_seconds,
     }
-    plan = Rounds(
+    plan = Plan(
         out,
         policy,
         demonstrations,
@@ -157,7 +149,7 @@ def experience(
         robot=robot,
         device=device,
     )
-    check(plan, methods)
+    check_plan(plan, methods)
     weights, reading = locate(policy), Reading.of(policy)
     check_datasets(policy, reading, weights.processor(), demonstrations, plan.made_before, robot)
     plan = replace(plan, sha256=weights.content_hash())
@@ -166,7 +158,7 @@ def experience(
 
 
 @dataclass(frozen=True)
-class Rounds:
+class Plan:
     """What `parts` are made of, beside the methods; see `experience`.
 
     acting: how policies act.  attempts, tests: options of `pi05 collect` and of `pi05 rollout`, which also takes
@@ -225,7 +217,7 @@ class Rounds:
 
     def test(self, name: str, acting: Path, to: Path, knows_advantage: bool) -> Part:
         """Success of a policy."""
-        how = {name: "null" if value is None else value for name, value in self.acting_of(knows_advantage).items()}
+        how = {option: "null" if value is None else value for option, value in self.acting_of(knows_advantage).items()}
         options = flags({**self.tests, **how, **self.simulator})
         return Part(name, ("rollout", str(acting), *options, "--out", str(to)))
 
@@ -252,7 +244,7 @@ class Rounds:
         return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt", write)
 
 
-def check(plan: Rounds, methods: Sequence[Method]) -> None:
+def check_plan(plan: Plan, methods: Sequence[Method]) -> None:
     """ValueError for options that would show as wrong when hours have been spent."""
     counts: dict[str, int | None] = {
         "rounds": plan.rounds,
@@ -327,7 +319,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Part]:
+def parts(plan: Plan, reading: Reading, methods: Sequence[Method]) -> list[Part]:
     """All commands, in order.
 
     ValueError where a training was begun with other options than these give it, or with other weights.
@@ -365,7 +357,7 @@ def parts(plan: Rounds, reading: Reading, methods: Sequence[Method]) -> list[Par
     return todo
 
 
-def check_weights(plan: Rounds) -> None:
+def check_weights(plan: Plan) -> None:
     """Note the policy's weights, with which the rounds begin. ValueError where they began with others."""
     file = plan.out / HASH
     if file.is_file() and file.read_text(encoding="utf-8").strip() != plan.sha256:
@@ -376,7 +368,7 @@ def check_weights(plan: Rounds) -> None:
     write_text(file, f"{plan.sha256}\n")
 
 
-def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]) -> None:
+def write_configuration(plan: Plan, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]) -> None:
     """What a round's training takes of the attempts that were made.
 
     ValueError where it takes other things than when it was begun, or there is nothing for the method to learn from.
@@ -388,63 +380,10 @@ def write_configuration(plan: Rounds, reading: Reading, method: Method, folder: 
     write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, summaries), sort_keys=False))
 
 
-def planned(plan: Rounds, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:
+def planned(plan: Plan, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:
     return configuration(method, plan.policy, reading, plan.demonstrations, summaries, plan.training, plan.robot)
 
 
 def rounds_of(method: Method, rounds: int) -> int:
     """How many differ: demonstrations stay the same."""
     return 1 if method == "demonstrations" else rounds
-
-
-def write_results(out: Path) -> None:
-    """results.json and index.html: what there is so far, of all methods that were ever asked for."""
-    base = read_json(out / "base" / "rollout.json", default={})
-    if not base:
-        return
-    found: dict[str, list[Rate]] = {}
-    numbers: dict[str, list[dict[str, float | None]]] = {}
-    held_out = base.get("held_out", False)
-    for method in METHODS:
-        rounds = sorted((out / method).glob("round_*"), key=lambda folder: int(folder.name.removeprefix("round_")))
-        files = [folder / "rollout" / "rollout.json" for folder in rounds]
-        tests = {file: rollout for file in files if (rollout := read_json(file, default={}))}
-        for file, tested in tests.items():
-            held_out &= tested.get("held_out", False)
-            if crashed := tested.get("crashed"):
-                logger.warning("%s: %d episodes were ended by the policy's fault: %s", file, len(crashed), crashed[0])
-        rollouts = [base, *tests.values()]
-        if rounds:
-            found[method] = [rates(rollout["success"])["policy"][ALL] for rollout in rollouts]
-            speeds = [rollout.get("per_minute", {}).get("policy") for rollout in rollouts]  # since 0.2.0
-            numbers[method] = [r._asdict() | {"per_minute": s} for r, s in zip(found[method], speeds, strict=True)]
-    write_json(out / "results.json", numbers)
-    rows = [["method", "round", "success", "95 % interval", "successes a minute"]]
-    for name, of_rounds in found.items():
-        for number, rate in enumerate(of_rounds):
-            speed = numbers[name][number]["per_minute"]
-            shown = [f"{rate.successes}/{rate.trials}", f"{rate.low:.2f} to {rate.high:.2f}", shown_option(speed)]
-            rows.append([name, str(number), *shown])
-    states = ", in initial states that nobody was trained on" if held_out else ""
-    text = (
-        f"Success at all tasks{states}; every round begins with the weights of 0."
-        " A minute is one of simulated time, in which failures count too."
-    )
-    write_page(out / "index.html", f"Experience {out}", [Section("Success over rounds", [text], rows, [plot(found)])])
-
-
-def plot(found: dict[str, list[Rate]]) -> str:
-    """Success over rounds with 95 % Wilson intervals, a line per method. SVG."""
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for place, (method, of_rounds) in enumerate(found.items()):
-        heights = [rate.value for rate in of_rounds]
-        below = [rate.value - rate.low for rate in of_rounds]
-        above = [rate.high - rate.value for rate in of_rounds]
-        color = COLORS[place]
-        shifted = [number + 0.03 * place for number in range(len(of_rounds))]
-        axes.errorbar(shifted, heights, [below, above], marker="o", capsize=3, color=color, label=method)
-    axes.set(xlabel="round", ylabel="success rate", ylim=(0, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize=8)
-    return as_svg(figure)

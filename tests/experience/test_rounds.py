@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pi05_lightning.cli.experience import Rounds, check, experience, parts, rounds_of, write_results
+from pi05_lightning.cli.experience import Plan, check_plan, experience, parts, rounds_of
 from pi05_lightning.cli.parts import Part, Progress
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
@@ -27,6 +27,7 @@ from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
+from pi05_lightning.experience.results import write_results
 from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, check_datasets, configuration
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
@@ -34,8 +35,8 @@ from tests.experience.attempts import LENGTHS, SUCCESSES, TRAINING, recorded_att
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Rounds:
-    return Rounds(
+def plan(tmp_path: Path) -> Plan:
+    return Plan(
         tmp_path / "out",
         tmp_path / "policy",
         ["demos"],
@@ -59,7 +60,7 @@ def all_kinds_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttemptSummary, "read", partial(AttemptSummary, successes=SUCCESSES))
 
 
-def written(plan: Rounds, methods: Sequence[Method]) -> list[Part]:
+def written(plan: Plan, methods: Sequence[Method]) -> list[Part]:
     """The parts, once all that they write down is written."""
     todo = parts(plan, Reading(), methods)
     for part in todo:
@@ -83,22 +84,20 @@ def named(todo: list[Part], name: str) -> tuple[str, ...]:
         ({"simulator": {"env": "MetaWorld", "num_workers": None, "lanes": 0}}, "lanes is 0"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused_before_the_first_part(
-    plan: Rounds, wrong: dict[str, Any], said: str
-) -> None:
+def test_numbers_that_cannot_be_are_refused_before_the_first_part(plan: Plan, wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        check(replace(plan, **wrong), ["recap"])
+        check_plan(replace(plan, **wrong), ["recap"])
 
 
 def option(command: tuple[str, ...], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
-def trained(plan: Rounds, method: str, number: int) -> dict:
+def trained(plan: Plan, method: str, number: int) -> dict:
     return yaml.safe_load((plan.out / method / f"round_{number}" / "experience.yaml").read_text())
 
 
-def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(plan: Rounds) -> None:
+def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(plan: Plan) -> None:
     names = [part.name for part in parts(plan, Reading(), METHODS)]
     assert len(names) == len(set(names))
     assert [name for name in names if "collect" in name] == [
@@ -110,7 +109,7 @@ def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(
     ]
 
 
-def test_attempts_that_are_all_corrected_are_daggers_too(plan: Rounds) -> None:
+def test_attempts_that_are_all_corrected_are_daggers_too(plan: Plan) -> None:
     corrected = replace(plan, corrections=8)
     todo = parts(corrected, Reading(), ["recap", "dagger"])
     names = [part.name for part in todo if "collect" in part.name]
@@ -119,7 +118,7 @@ def test_attempts_that_are_all_corrected_are_daggers_too(plan: Rounds) -> None:
     assert option(named(parts(plan, Reading(), ["recap"]), "collect-1"), "--corrections") is None
 
 
-def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_methods(plan: Rounds) -> None:
+def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_methods(plan: Plan) -> None:
     """As a robot's recordings, or the attempts of another method."""
     plan = replace(plan, made_before=["recorded/monday", "recorded/tuesday"], corrections=8)
     todo = written(plan, METHODS)
@@ -134,7 +133,7 @@ def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_meth
     assert taken == ["demos", *plan.made_before, str(plan.out / "dagger" / "attempts_2" / "robot")]
 
 
-def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Rounds) -> None:
+def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Plan) -> None:
     todo = written(plan, ["recap"])
     last = plan.out / "recap" / "round_1" / "fit"
     assert option(named(todo, "collect-1"), "--policy") == str(plan.policy)
@@ -146,7 +145,7 @@ def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights
         assert trained(plan, "recap", number)["model"]["init_from"] == str(plan.policy)
 
 
-def test_only_a_policy_of_advantages_is_led_towards_one(plan: Rounds) -> None:
+def test_only_a_policy_of_advantages_is_led_towards_one(plan: Plan) -> None:
     todo = parts(plan, Reading(), ["recap", "successes"])
     led = {part.name for part in todo if "guidance" in " ".join(part.command)}
     assert led == {"recap-1-rollout", "recap-2-collect", "recap-2-rollout"}
@@ -231,7 +230,7 @@ def test_attempts_are_read_as_those_of_the_robot_that_acts(pictures: Path, video
 
 
 def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_runs(
-    plan: Rounds, tmp_path: Path, videos: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, tmp_path: Path, videos: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     recorded, policy = (str(videos),), tmp_path / "none"
@@ -296,7 +295,7 @@ def test_attempts_of_a_policy_without_a_state_have_none(tmp_path: Path, pictures
     assert source[0].actions is not None
 
 
-def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Rounds) -> None:
+def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Plan) -> None:
     todo = written(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
     both = [str(plan.out / "attempts_1" / "robot"), str(plan.out / "recap" / "attempts_2" / "robot")]
@@ -317,7 +316,7 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Round
             assert taken == (both[number], str(labels), sign, 0)
 
 
-def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Rounds) -> None:
+def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Plan) -> None:
     written(plan, METHODS)
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
@@ -333,12 +332,12 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
     assert found["recap"]["stages"]["then"][0]["mixture"]["demonstrations_0/continuous_robot_actions"] == 0.4
 
 
-def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: Rounds) -> None:
+def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: Plan) -> None:
     names = [part.name for part in parts(plan, Reading(), ["demonstrations"])]
     assert names == ["base-rollout", "demonstrations-1-fit", "demonstrations-1-rollout"]
 
 
-def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Rounds) -> None:
+def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Plan) -> None:
     written(plan, ["recap"])
     written(plan, ["recap"])
     file = plan.out / "recap" / "round_1" / "experience.yaml"
@@ -357,7 +356,7 @@ def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Round
     ],
 )
 def test_methods_of_one_page_have_the_same_options_and_begin_with_the_same_weights(
-    plan: Rounds, other: dict[str, Any], said: str
+    plan: Plan, other: dict[str, Any], said: str
 ) -> None:
     written(plan, ["recap"])
     write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
@@ -377,13 +376,13 @@ def test_a_part_that_is_done_is_the_same_on_another_device(tmp_path: Path) -> No
         Progress(tmp_path / "part.json", part("--videos", "0"))
 
 
-def test_what_failed_may_be_tried_with_other_options(plan: Rounds) -> None:
+def test_what_failed_may_be_tried_with_other_options(plan: Plan) -> None:
     written(plan, ["recap"])
     written(replace(plan, training=replace(TRAINING, batch_size=2)), ["recap"])
     assert trained(plan, "recap", 1)["data"]["batch_size"] == 2
 
 
-def test_value_is_fitted_on_the_robot_that_acts(plan: Rounds, tmp_path: Path) -> None:
+def test_value_is_fitted_on_the_robot_that_acts(plan: Plan, tmp_path: Path) -> None:
     sources = {
         name: {"class_path": CLASS_PATH, "init_args": {"path": str(tmp_path / name), "same_robot_as": same}}
         for name, same in (("arm", None), ("more", "arm"), ("hand", None))
@@ -397,7 +396,7 @@ def test_value_is_fitted_on_the_robot_that_acts(plan: Rounds, tmp_path: Path) ->
         parts(replace(named_all, robot="leg"), Reading(sources=sources), ["recap"])
 
 
-def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succeeded(plan: Rounds) -> None:
+def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succeeded(plan: Plan) -> None:
     paths = {"demos": {"path": "demos"}, "driven": {"path": "driven", "frames": "corrections"}}
     reading = Reading(sources={name: {"class_path": CLASS_PATH, "init_args": read} for name, read in paths.items()})
     todo = parts(replace(plan, demonstrations=["demos", "driven"]), reading, ["recap"])
