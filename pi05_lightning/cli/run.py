@@ -10,12 +10,10 @@ configuration it was trained with, so that its path alone is enough to validate 
 
 from __future__ import annotations
 
-import logging
 import re
 import signal
 import sys
 import tempfile
-import warnings
 from contextlib import ExitStack
 from enum import Enum
 from functools import cached_property
@@ -31,18 +29,17 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
-from rich.console import Console
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.cli.arguments import RESUME_NEEDS, complete_arguments, find_resumed
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
+from pi05_lightning.cli.noise import silence_noise
 from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer, keep_written
-from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
-from pi05_lightning.evaluation.report.metrics import write_metrics
-from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
-from pi05_lightning.files.local import check_writable, held, write_json
+from pi05_lightning.cli.results import MEASURING, show_results
+from pi05_lightning.data.datamodule import Pi05DataModule
+from pi05_lightning.files.local import check_writable, held
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
@@ -54,7 +51,7 @@ from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.forecast import MemoryForecast
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps
 from pi05_lightning.training.callbacks.mixture import MixtureLog
-from pi05_lightning.training.callbacks.predictions import PredictionsFile, measured_hash, measured_weights
+from pi05_lightning.training.callbacks.predictions import PredictionsFile, measured_hash
 from pi05_lightning.training.callbacks.progress import ProgressLines
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.training.callbacks.restart import Restart
@@ -73,17 +70,6 @@ from pi05_lightning.training.trackio import TrackioLogger  # noqa: F401 - what t
 from pi05_lightning.weights.locate import locate, locate_run, run_of
 from pi05_lightning.weights.resumed import REMEDY, differing, flat
 
-# Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of.
-NOISE = (
-    "💡 Tip",
-    "TPU available: False",
-    r"`isinstance\(treespec, LeafSpec\)`",
-    "skip_none parameter was deprecated",
-    "The dirpath has changed from",  # a run's directory may be moved
-    r"Checkpoint directory .* exists and is not empty",  # a resumed run's does
-    "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
-    ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
-)
 FEW = 3  # dimensions of another model that are listed
 KILLED_LOADER = re.compile(r"DataLoader worker \(pid[^.;]*")
 # defaults of Lightning's callbacks, such as Timer's, which a saved configuration holds too
@@ -314,50 +300,6 @@ def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:
         raise ValueError(f"{checkpoint} is of another model. {REMEDY}. {'; '.join(found[:FEW])}{more}")
 
 
-def silence_noise() -> None:
-    """Keep NOISE from the terminal."""
-    pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
-    warnings.filterwarnings("ignore", pattern.pattern)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: not pattern.match(record.getMessage())
-    )
-
-
-def show_results(trainer: Trainer, module: Pi05Module, run: Path, command: str) -> None:
-    """Write what `validate` or `test` measured into a run, and of which weights, and print it.
-
-    ValueError where nothing was measured: what is there stays.
-    """
-    part, name = {"validate": ("validation", ""), "test": ("test", "test_")}[command]
-    if not module.results:
-        limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}[command]
-        mend = {"validate": "its val_fraction, or the dataset's splits", "test": "the dataset's splits"}[command]
-        raise ValueError(
-            f"there is nothing to measure: set --trainer.{limit} 1.0 if it is 0, or give a source {part} samples"
-            f" ({mend})"
-        )
-    tables = [metrics_table(write_metrics(module.results, run, f"{name}metrics"), part)]
-    write_json(run / f"{name}questions.json", module.questions)
-    write_json(
-        run / f"{name}measured.json", measured_weights(trainer, module) | measured_with(trainer, module, command)
-    )
-    Console().print(*tables, *(questions_table(subset, rows) for subset, rows in module.questions.items()))
-
-
-def measured_with(trainer: Trainer, module: Pi05Module, command: str) -> dict[str, Any]:
-    """What results depend on beside the weights: options by their keys in a configuration, and paths by source."""
-    data = datamodule_of(trainer)
-    limit = {"validate": "limit_val_batches", "test": "limit_test_batches"}[command]
-    options = {
-        "model.accuracy_threshold": module.accuracy_threshold,
-        "model.num_steps": module.num_steps,
-        "data.val_samples": data.val_samples,
-        f"trainer.{limit}": getattr(trainer, limit),
-    }
-    paths = {name: getattr(config, "path", None) for name, config in data.configs.items()}
-    return {"options": options, "paths": {name: str(path) for name, path in paths.items() if path is not None}}
-
-
 def run(command: str, args: list[str]) -> None:
     """Do what `pi05 fit | validate | test | predict` with these arguments says."""
     silence_noise()
@@ -393,7 +335,7 @@ def run(command: str, args: list[str]) -> None:
             getattr(cli.trainer, command)(
                 cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
             )
-        if command in ("validate", "test") and cli.trainer.is_global_zero:
+        if command in MEASURING and cli.trainer.is_global_zero:
             show_results(cli.trainer, cli.model, target, command)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # for which the trainer says 1

@@ -1,0 +1,27 @@
+"""Messages that are not for the user of this command line: advertising, and warnings whose cause is taken care of."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+NOISE = (
+    "💡 Tip",
+    "TPU available: False",
+    r"`isinstance\(treespec, LeafSpec\)`",
+    "skip_none parameter was deprecated",
+    "The dirpath has changed from",  # a run's directory may be moved
+    r"Checkpoint directory .* exists and is not empty",  # a resumed run's does
+    "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
+    ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
+)
+
+
+def silence_noise() -> None:
+    """Keep NOISE from the terminal."""
+    pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
+    warnings.filterwarnings("ignore", pattern.pattern)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: not pattern.match(record.getMessage())
+    )
