@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.cli.rollout import differences
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy
 from pi05_lightning.serving.access import Access
@@ -18,6 +17,7 @@ from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.play import PlayServer
 from pi05_lightning.serving.until_signal import serve_until_signal
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
+from pi05_lightning.sim.glimpse import differences
 from pi05_lightning.sim.player import Player, Start
 from pi05_lightning.sim.session import Session
 from pi05_lightning.sim.simulators import MetaWorld

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tqdm import tqdm
 
-from pi05_lightning.acting import ROLLOUT, Acting, weights_of
-from pi05_lightning.data.labels import fingerprint
-from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.robot import Robot
-from pi05_lightning.evaluation.agreement import Finding
+from pi05_lightning.acting import ROLLOUT, Acting
 from pi05_lightning.evaluation.report.run import films_of
-from pi05_lightning.files.local import shown, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.policy import Dtype, Pi05Policy, check_device, check_dtype
-from pi05_lightning.sim import video
-from pi05_lightning.sim.baselines import Demonstrations, check_replay
+from pi05_lightning.sim.available_modes import demonstrations_of, modes_of
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
-from pi05_lightning.sim.glimpse import beside_simulator
-from pi05_lightning.sim.instructions import (
-    PARAPHRASES,
-    Instruction,
-    check_unheard,
-    paraphrase,
-    read_paraphrases,
-    swapped_tasks,
-)
-from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode, acting_in
-from pi05_lightning.sim.rollout import Plan, Worker, available_modes, run_in_processes, view_of
+from pi05_lightning.sim.glimpse import differences
+from pi05_lightning.sim.instructions import PARAPHRASES, Instruction, paraphrases_of, swapped_of
+from pi05_lightning.sim.measured_rollout import deciding, replace_result, run_all, summary_of
+from pi05_lightning.sim.modes import POLICY_MODES, Mode, acting_in
+from pi05_lightning.sim.rollout import Plan, Worker, view_of
 from pi05_lightning.sim.simulators import MetaWorld
-from pi05_lightning.sim.summary import by_group, summarise, tables
-from pi05_lightning.sim.trials import Clock, Result
-from pi05_lightning.sim.unfinished import Films, Unfinished, key_of, versions
+from pi05_lightning.sim.summary import tables
+from pi05_lightning.sim.unfinished import Unfinished, versions
 from pi05_lightning.weights.locate import home_of, locate, pinned
 
 logger = logging.getLogger(__name__)
@@ -151,192 +135,7 @@ def rollout(
     return result
 
 
-def deciding(worker: Worker) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What decides how all episodes go, and what does in some of the modes and instructions alone, by name."""
-    of_some = {"actings", "demonstrations", "paraphrases"}
-    parts = {f"acting of {mode}": str(acting) for mode, acting in worker.actings.items()}
-    if worker.demonstrations is not None:
-        parts["demonstrations"] = str(worker.demonstrations)
-        parts["replayed"] = fingerprint(LeRobotFiles.open(Path(worker.demonstrations.path)))
-    if worker.paraphrases:
-        parts["paraphrases"] = str(worker.paraphrases)
-    return {name: str(value) for name, value in vars(worker).items() if name not in of_some}, parts
-
-
-def modes_of(
-    policy: Pi05Policy,
-    env: EnvironmentConfig,
-    tasks: Sequence[str],
-    wanted: Sequence[Mode] | None,
-    delays: tuple[int, ...],
-    demonstrations: Demonstrations | None,
-) -> tuple[Mode, ...]:
-    """The modes to run. ValueError for wanted ones that cannot be, and for delays that none has or a chunk is short of.
-
-    demonstrations: what mean_replay replays, if it is here.
-    """
-    no_replay, how = None, policy.acting
-    if demonstrations is None:
-        no_replay = "the demonstrations are not here: say where with --dataset"
-    elif wanted is None or "mean_replay" in wanted:
-        robot = policy.processor.robots[policy.robot]
-        try:
-            check_replay(demonstrations, robot, {task: env.sentences(task) for task in tasks})
-        except ValueError as error:
-            no_replay = str(error)
-            if wanted is None:
-                logger.warning("the mode mean_replay is left out: %s", error)
-    fast = policy.abilities.fast and how.actions == "flow"
-    modes = available_modes(env, no_replay, wanted, policy.hierarchical, fast, delayed_modes(policy, how, delays))
-    if {*modes} & {*DELAYED}:
-        acting_in("async", how, delays).executed(policy.horizon)  # chunks last as long as any delay
-    elif delays:
-        raise ValueError(f"delays: of the modes {' and '.join(DELAYED)} alone: add one to --modes, or leave them out")
-    return modes
-
-
-def sentence_of(env: EnvironmentConfig, task: str) -> str | None:
-    """A task's instruction; None where only its environment can tell."""
-    return next(iter(env.sentences(task)), None)
-
-
-def swapped_of(env: EnvironmentConfig, tasks: Sequence[str], swaps: Mapping[str, str]) -> dict[str, str]:
-    """task -> the one whose instruction is given. ValueError where there is none."""
-    check_tasks(env, swaps.values())
-    return swapped_tasks(tasks, swaps, env.partners(tasks), partial(sentence_of, env))
-
-
-def paraphrases_of(
-    env: EnvironmentConfig, tasks: Sequence[str], file: Path, heard: Sequence[str]
-) -> dict[str, list[str]]:
-    """instruction -> the same in other words, for every task whose instruction is known before it is opened.
-
-    heard: the instructions that the policy was trained on.  ValueError for a task without other words, and for heard
-    ones.
-    """
-    words = read_paraphrases(file)
-    for sentence in filter(None, map(partial(sentence_of, env), tasks)):
-        paraphrase(words, sentence, 0)
-    check_unheard(words, heard, file)
-    return words
-
-
 def check_told(name: str, given: object, kind: Instruction, instructions: Sequence[Instruction]) -> None:
     """ValueError for an option that is given, and is for a kind of instruction that is not."""
     if given is not None and kind not in instructions:
         raise ValueError(f"{name}: of the instruction {kind} alone: add it to --instructions, or leave {name} out")
-
-
-def demonstrations_of(robot: Robot, dataset: Path | None) -> Demonstrations | None:
-    """What a robot was trained on, if it is here. ValueError for a `dataset` that is no LeRobot v3 dataset."""
-    path = dataset or Path(robot.dataset)
-    if (path / "meta" / "tasks.parquet").is_file():
-        return Demonstrations(str(path), robot.action_keys)
-    if dataset is not None:
-        raise ValueError(f"dataset: {shown(dataset)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
-    return None
-
-
-def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str]) -> list[Finding]:
-    """What the simulator gives otherwise than the policy expects, by a look at the beginning of a few episodes."""
-    view = view_of(policy)
-    expected = replace(policy.processor.robots[policy.robot], cameras=view.cameras)
-    found = beside_simulator(expected, policy.abilities, policy.horizon, env, tasks, view, expert=False)
-    return [finding for finding in found if finding.verdict == "differs"]
-
-
-def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> list[Mode]:
-    """Modes with a delay that the policy is able to: none without `delays`, and rtc only where it was trained to."""
-    if not delays:
-        return []
-    most, asked = policy.abilities.max_delay, acting_in("rtc", how, delays).inference_delay
-    if policy.abilities.flow and (most is None or asked <= most):
-        return list(DELAYED)
-    logger.warning(
-        "the mode rtc is left out: the policy was not trained to go on from %d actions (model.rtc_max_delay)", asked
-    )
-    return ["async"]
-
-
-def run_all(
-    plan: Plan, worker: Worker, num_workers: int | None, unfinished: Unfinished
-) -> tuple[list[Result], dict[str, Clock], Films]:
-    """The results of the plan's trials, what those of each column took, and the films.
-
-    What was over before an interruption is not run again.
-    """
-    trials = {key_of(trial): trial for job in plan.jobs() for trial in job.trials}
-    known = {(trial.column, trial.task, trial.seed) for trial in trials.values()}
-    clocks, filmed, results = {trial.column: Clock() for trial in trials.values()}, Films(), dict[str, Result]()
-    for kept, clock, films in unfinished.jobs():
-        if taken := kept.keys() & trials.keys() - results.keys():  # else it is of another plan
-            results |= {key: Result(trials[key], **kept[key]) for key in taken}
-            clocks[trials[min(taken)].column].add(clock)
-            filmed |= {
-                name: film for name, film in films.items() if (film["mode"], film["task"], film["seed"]) in known
-            }
-    if results:
-        logger.warning("%d of %d episodes were over when it was interrupted, and are kept", len(results), len(trials))
-    todo = list(plan.jobs(without=lambda trial: key_of(trial) in results))
-    with (
-        closing(run_in_processes(worker, todo, num_workers)) as jobs,
-        tqdm(total=len(trials), initial=len(results), unit="episode", desc="rollout") as bar,
-    ):
-        for _, done in jobs:
-            films = write_films(unfinished.folder, done.results, filmed)
-            unfinished.keep(done, films)
-            results |= {key_of(result.trial): result for result in done.results}
-            clocks[done.results[0].trial.column].add(done.clock)
-            filmed |= films
-            bar.update(len(done.results))
-    return [results[key] for key in trials], clocks, dict(sorted(filmed.items()))
-
-
-def summary_of(results: Sequence[Result], clocks: Mapping[str, Clock], plan: Plan, worker: Worker) -> dict[str, Any]:
-    """What the trials came to, and all that is needed to run them again."""
-    result = summarise(results, clocks)
-    return (
-        result
-        | by_group(result["success"], plan.env.groups())
-        | {
-            "process_seconds": {mode: round(clock.seconds, 1) for mode, clock in clocks.items()},
-            "delays": list(plan.delays),
-            "dtype": worker.dtype,
-            "acting": {mode: asdict(acting) for mode, acting in worker.actings.items()},
-            "env": str(plan.env),
-            "held_out": plan.env.held_out,
-            "seed": plan.seed,
-            "weights": weights_of(Path(worker.checkpoint)),
-        }
-    )
-
-
-def replace_result(out: Path, before: Iterable[Path], unfinished: Path, result: dict[str, Any]) -> None:
-    """Put a rollout's films and result into `out` in place of the ones before; what else is there stays."""
-    (out / ROLLOUT.name).unlink(missing_ok=True)
-    for film in before:
-        film.unlink(missing_ok=True)
-        film.with_suffix(".png").unlink(missing_ok=True)
-    for name in result["films"]:
-        for file in (unfinished / name, (unfinished / name).with_suffix(".png")):
-            if file.exists():  # else it was moved before the command was interrupted here
-                file.replace(out / file.name)
-    write_json(out / ROLLOUT.name, result)
-
-
-def write_films(folder: Path, results: Iterable[Result], before: Films) -> Films:
-    """An mp4 and a PNG of each trial that was filmed; its result then forgets the film.
-
-    Of a mode and task, a failure that is filmed for that alone is written where there is none in `before`.
-    """
-    written = Films()
-    for result in results:
-        trial, known = result.trial, (before | written).values()
-        failed = {(film["mode"], film["task"]) for film in known if film["outcome"] != "success"}
-        if result.film and (trial.films == "all" or (trial.column, trial.task) not in failed):
-            column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")
-            name = f"{column}-{task}-{trial.seed}.mp4"
-            video.write(folder / name, result)
-            written[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": result.outcome}
-        result.film.clear()
-    return written

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -13,7 +14,9 @@ from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.evaluation.agreement import Finding, Given, agreement
+from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.environment import Demonstrator, EnvironmentConfig, NoSuchEnvironment, View, act_as_expert
+from pi05_lightning.sim.rollout import view_of
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.abilities import Abilities
 
@@ -37,6 +40,14 @@ def beside_simulator(
     except NoSuchEnvironment as error:
         return [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
     return agreement(policy, abilities, horizon, given)
+
+
+def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str]) -> list[Finding]:
+    """What the simulator gives otherwise than the policy expects, by a look at the beginning of a few episodes."""
+    view = view_of(policy)
+    expected = replace(policy.processor.robots[policy.robot], cameras=view.cameras)
+    found = beside_simulator(expected, policy.abilities, policy.horizon, env, tasks, view, expert=False)
+    return [finding for finding in found if finding.verdict == "differs"]
 
 
 def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert: bool = True) -> Given:

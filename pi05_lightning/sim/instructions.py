@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.files.yaml_files import read_yaml
+from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks
 
 Instruction = Literal["right", "swapped", "paraphrased", "empty"]
 INSTRUCTIONS: tuple[Instruction, ...] = get_args(Instruction)
@@ -80,3 +82,32 @@ def paraphrase(paraphrases: Mapping[str, Sequence[str]], sentence: str, number: 
             f" as `{sentence}: [...]`, with --paraphrases"
         )
     return paraphrases[sentence][number % len(paraphrases[sentence])]
+
+
+# --- of a simulator's tasks
+
+
+def sentence_of(env: EnvironmentConfig, task: str) -> str | None:
+    """A task's instruction; None where only its environment can tell."""
+    return next(iter(env.sentences(task)), None)
+
+
+def swapped_of(env: EnvironmentConfig, tasks: Sequence[str], swaps: Mapping[str, str]) -> dict[str, str]:
+    """task -> the one whose instruction is given. ValueError where there is none."""
+    check_tasks(env, swaps.values())
+    return swapped_tasks(tasks, swaps, env.partners(tasks), partial(sentence_of, env))
+
+
+def paraphrases_of(
+    env: EnvironmentConfig, tasks: Sequence[str], file: Path, heard: Sequence[str]
+) -> dict[str, list[str]]:
+    """instruction -> the same in other words, for every task whose instruction is known before it is opened.
+
+    heard: the instructions that the policy was trained on.  ValueError for a task without other words, and for heard
+    ones.
+    """
+    words = read_paraphrases(file)
+    for sentence in filter(None, map(partial(sentence_of, env), tasks)):
+        paraphrase(words, sentence, 0)
+    check_unheard(words, heard, file)
+    return words

@@ -28,7 +28,7 @@ from pi05_lightning.sim.environment import (
     same_rate,
 )
 from pi05_lightning.sim.instructions import Instruction, paraphrase
-from pi05_lightning.sim.modes import DELAYED, MODES, POLICY_MODES, Mode
+from pi05_lightning.sim.modes import DELAYED, POLICY_MODES, Mode
 from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.processes import simulator_processes
 from pi05_lightning.sim.trials import Clock, Result, Trial
@@ -164,35 +164,6 @@ def view_of(policy: Inference) -> View:
     """What a policy was trained to see."""
     processor = policy.processor
     return View(policy.inputs.needed_cameras, processor.shapes.image_size, processor.robots[policy.robot].fps)
-
-
-def available_modes(
-    env: EnvironmentConfig,
-    no_replay: str | None,
-    wanted: Sequence[Mode] | None,
-    subtasks: bool = True,
-    fast: bool = True,
-    delayed: Sequence[Mode] = (),
-) -> tuple[Mode, ...]:
-    """The wanted modes; by default all but those whose expert or demonstrations are not there.
-
-    no_replay: why the mode mean_replay cannot be, if it cannot.
-    By default `flat` is left out too where the policy predicts no subtasks, as it acts on the task anyhow; `fast` where
-    it says no FAST tokens, or says them anyhow; and of the modes with a delay all that are not in `delayed`.
-
-    Raises ValueError when such a one is wanted.
-    """
-    missing = {}
-    if not env.has_expert:
-        missing["expert"] = f"{type(env).__name__} has no scripted expert"
-    if no_replay is not None:
-        missing["mean_replay"] = no_replay
-    for mode in wanted or ():
-        if mode in missing:
-            raise ValueError(f"mode {mode}: {missing[mode]}, or leave the mode out")
-    left_out = {*missing} | ({*DELAYED} - {*delayed})
-    left_out |= {mode for mode, able in (("flat", subtasks), ("fast", fast)) if not able}
-    return tuple(wanted or (mode for mode in MODES if mode not in left_out))
 
 
 def run_policy_job(

@@ -10,9 +10,9 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.page import render
 from pi05_lightning.evaluation.report.run import read_run
+from pi05_lightning.sim.available_modes import available_modes
 from pi05_lightning.sim.environment import View
 from pi05_lightning.sim.modes import acting_in
-from pi05_lightning.sim.rollout import available_modes
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.summary import jumps, summarise
 from pi05_lightning.sim.trials import Result, Trial

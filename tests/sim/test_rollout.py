@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.evaluation.report.run import read_run
+from pi05_lightning.sim.available_modes import available_modes
 from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.glimpse import glimpse
 from pi05_lightning.sim.motion import run_policy
-from pi05_lightning.sim.rollout import Lanes, Plan, Worker, available_modes, run_in_processes
+from pi05_lightning.sim.rollout import Lanes, Plan, Worker, run_in_processes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial
 from pi05_lightning.weights.locate import locate

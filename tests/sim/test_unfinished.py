@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.cli.rollout import deciding, replace_result, rollout
+from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.sim.environment import View
+from pi05_lightning.sim.measured_rollout import deciding, replace_result
 from pi05_lightning.sim.modes import Mode
 from pi05_lightning.sim.rollout import Done, Worker
 from pi05_lightning.sim.simulators import MetaWorld
