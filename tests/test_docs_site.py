@@ -19,7 +19,8 @@ from urllib.request import urlopen
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
-from pi05_lightning.cli.help import GROUPS, function_of, group_options
+from pi05_lightning.cli.help import function_of, group_options
+from pi05_lightning.cli.layers import GROUPS
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
 from pi05_lightning.cli.signatures import options_of
 

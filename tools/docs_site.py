@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
 
 from pi05_lightning.cli import help as of_commands
+from pi05_lightning.cli.layers import GROUPS
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
 from pi05_lightning.cli.signatures import Found, Option, options_of, sentence, subclasses
 
@@ -148,19 +149,19 @@ def command_file(command: str) -> str:
 def run_page(command: str) -> Iterator[str]:
     """The options of `pi05 fit`; of the others of its kind, what they have beside them."""
     yield from (f"{capital(TRAINER_COMMANDS[command])}.", "", "```sh", *of_commands.EXAMPLES[command], "```", "")
-    groups = {name: title for name, title in of_commands.TITLES.items() if name != "acting"}
+    groups = {name: group for name, group in GROUPS.items() if name != "acting"}
     if command != "fit":
         yield "It takes the options of [pi05 fit](fit.md), where a checkpoint's own configuration is the default."
-        groups = {"acting": of_commands.TITLES["acting"]} if command == "predict" else {}
+        groups = {"acting": GROUPS["acting"]} if command == "predict" else {}
     else:
         yield from ("Every option may stand in a file or be a flag.", "", "## Run", "")
         for name, text in of_commands.OF_THE_PARSER.items():
             yield from definition(name, "", text)
         for name, (_, text) in of_commands.RUN_OPTIONS.items():
             yield from definition(f"--{name}", "", text)
-    for group, title in groups.items():
-        yield from ("", f"## {title}", "")
-        yield from described(group, of_commands.group_options(group))
+    for name, group in groups.items():
+        yield from ("", f"## {group.title}", "")
+        yield from described(name, of_commands.group_options(name))
 
 
 def command_page(command: str) -> Iterator[str]:

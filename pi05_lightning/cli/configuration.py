@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, Namespace
 
-from pi05_lightning.cli.layers import LayeredParser
+from pi05_lightning.cli.layers import GROUPS, LayeredParser
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.models.config import ModelConfig
@@ -48,7 +48,7 @@ def check_layer(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} is no configuration: expected the YAML of a run or of a model")
-    for group in ("model", "data", "stages", "ema", "checkpoint", "trainer"):
+    for group in GROUPS:
         if group in values and values[group] in (None, []):
             raise ValueError(f"{path}: {group} is empty: give its keys below it, or remove the line")
     return values

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
+from pi05_lightning.cli.layers import GROUPS, Group
 from pi05_lightning.cli.signatures import Found, Option, find, options_of, sentence, subclasses
 from pi05_lightning.files.suggestion import suggestion
 
@@ -29,25 +30,6 @@ OF_THE_PARSER = {
     "-c, --config FILE": "a configuration, or a shipped one's name; several are merged in order, flags win",
     "--print_config": "print the resolved configuration and stop",
     "--seed_everything": "seed of everything that is drawn [0]",
-}
-GROUPS = {
-    "data": "pi05_lightning.data.datamodule.Pi05DataModule",
-    "model": "pi05_lightning.module.Pi05Module",
-    "stages": "pi05_lightning.training.callbacks.stages.StageSwitch",
-    "ema": "pi05_lightning.training.callbacks.ema.WeightAverage",
-    "checkpoint": "pi05_lightning.training.callbacks.checkpoint.RunCheckpoint",
-    "acting": "pi05_lightning.acting.Acting",
-    "trainer": "lightning.pytorch.trainer.trainer.Trainer",
-}
-"""What the options of a run are arguments of."""
-TITLES = {
-    "data": "Data",
-    "model": "Model",
-    "stages": "Stages: what is trained when, on which data",
-    "ema": "Average of the weights",
-    "checkpoint": "Checkpoints",
-    "acting": "How the policy acts",
-    "trainer": "Trainer (Lightning's)",
 }
 TRAINER_DEFAULTS: dict[str, Any] = {
     # the data is an endless stream indexed by step, which each rank reads its own part of
@@ -102,23 +84,23 @@ def run_help(command: str, about: str, topic: str) -> str:
 
     Raises ValueError for what is no topic, and OfTheParser for a class that is not ours.
     """
-    groups = {name: path for name, path in GROUPS.items() if name != "acting" or command == "predict"}
+    groups = {name: group for name, group in GROUPS.items() if name != "acting" or command == "predict"}
     if not topic:
         return overview(command, about, groups)
-    group, _, rest = topic.partition(".")
-    if group not in groups:
+    name, _, rest = topic.partition(".")
+    if name not in groups:
         raise ValueError(f"there is no --help.{topic}{suggestion(topic, groups)}: {', '.join(groups)}")
-    return topic_help(group, group, find(groups[group]), group_options(group), rest)
+    return topic_help(name, name, find(groups[name].of), group_options(name), rest)
 
 
 def group_options(group: str) -> list[Option]:
     """The options of a group, with the defaults that they have in a run."""
     defaults = {"trainer": TRAINER_DEFAULTS, "checkpoint": CHECKPOINT_DEFAULTS}.get(group, {})
-    options = options_of(find(GROUPS[group]))
+    options = options_of(find(GROUPS[group].of))
     return [option.with_default(defaults) for option in options if option.name not in LEFT_OUT.get(group, ())]
 
 
-def overview(command: str, about: str, groups: Mapping[str, str]) -> str:
+def overview(command: str, about: str, groups: Mapping[str, Group]) -> str:
     usage = f"pi05 {command}{'' if command == 'fit' else ' [CHECKPOINT]'} [-c FILE …] [--KEY VALUE …]"
     lines = [f"usage: {usage}", "", about[0].upper() + about[1:] + ".", ""]
     lines += [f"  {example}" for example in EXAMPLES[command]]
@@ -126,12 +108,12 @@ def overview(command: str, about: str, groups: Mapping[str, str]) -> str:
     lines += ["Run", *(row(name, text) for name, text in OF_THE_PARSER.items())]
     shown_here = (name for name in RUN_OPTIONS if command == "fit" or name not in OF_FIT)
     lines += [row(f"--{name}", RUN_OPTIONS[name][1]) for name in shown_here]
-    for group in groups:
-        options = {option.name: option for option in group_options(group)}
-        shown = MOST_USED.get(group, options)
+    for name, group in groups.items():
+        options = {option.name: option for option in group_options(name)}
+        shown = MOST_USED.get(name, options)
         left = len(options) - len(shown)
-        lines += ["", f"{TITLES[group]} (--help.{group}{f': {left} more' if left else ''})"]
-        lines += [row(f"--{group}.{name}", sentence(options[name].text), options[name].shown_default) for name in shown]
+        lines += ["", f"{group.title} (--help.{name}{f': {left} more' if left else ''})"]
+        lines += [row(f"--{name}.{key}", sentence(options[key].text), options[key].shown_default) for key in shown]
     lines += [
         "",
         "More about a group, an option, a class:",

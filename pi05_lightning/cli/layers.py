@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
@@ -18,7 +18,26 @@ from jsonargparse import ArgumentParser, Namespace
 from pi05_lightning.files.shipped import find_config, find_model
 from pi05_lightning.files.yaml_files import compose_yaml
 
-GROUPS = ("model", "data", "stages", "ema", "checkpoint", "trainer", "acting")
+
+class Group(NamedTuple):
+    """A group of a run's options."""
+
+    title: str
+    of: str
+    """What the options are arguments of."""
+
+
+GROUPS = {
+    "data": Group("Data", "pi05_lightning.data.datamodule.Pi05DataModule"),
+    "model": Group("Model", "pi05_lightning.module.Pi05Module"),
+    "stages": Group(
+        "Stages: what is trained when, on which data", "pi05_lightning.training.callbacks.stages.StageSwitch"
+    ),
+    "ema": Group("Average of the weights", "pi05_lightning.training.callbacks.ema.WeightAverage"),
+    "checkpoint": Group("Checkpoints", "pi05_lightning.training.callbacks.checkpoint.RunCheckpoint"),
+    "acting": Group("How the policy acts", "pi05_lightning.acting.Acting"),
+    "trainer": Group("Trainer (Lightning's)", "lightning.pytorch.trainer.trainer.Trainer"),
+}
 """A run's options come in these groups; each may stand in a file of its own, as may model.config."""
 MODEL = "model.config"
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pi05_lightning.cli.help import GROUPS, LEFT_OUT, RUN_OPTIONS, TRAINER_DEFAULTS, group_options
+from pi05_lightning.cli.help import LEFT_OUT, RUN_OPTIONS, TRAINER_DEFAULTS, group_options
+from pi05_lightning.cli.layers import GROUPS
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS, call, load, main
 from pi05_lightning.cli.signatures import find, in_yaml, options_of
 

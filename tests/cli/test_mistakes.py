@@ -346,6 +346,7 @@ def test_an_optimizer_that_cannot_be_is_refused_before_data_is_read(
     [
         ("", "is no configuration"),
         ("stages:\n", "stages is empty"),
+        ("acting:\n", "acting is empty"),
         ("stages: {}\nmodel: [\n", "not valid YAML"),
         ("ema: {decay: 0.9}\nstages: {flow_alpha: 1}\nema: {decay: 0.8}\n", r"ema stands twice, in lines 1 and 3"),
         ("stages:\n  pretrain:\n    losses:\n      text: 1\n      text: 2\n", "pretrain.losses.text stands twice"),
