@@ -23,6 +23,7 @@ from benchmarks.gpu_figures import Figure, Place
 from benchmarks.gpu_parts import ROOT, ceilings, chunks, peer, tests
 from benchmarks.gpu_training import Training, sharded, training
 from benchmarks.harness import environment, verdict, write_json
+from pi05_lightning.evaluation.report.tables import markdown_table
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 LIMIT = 300  # seconds of a part
@@ -108,12 +109,9 @@ def in_its_own_process(part: str, beside: Path, quick: bool, limit: float) -> li
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| work | measured | goal |", "|---|---|---|"]
-    for figures in results["parts"].values():
-        for figure in (Figure(**values) for values in figures):
-            goal = verdict(figure.goal, figure.value)
-            lines.append(f"| {figure.name} | {figure.value:.3g} {figure.unit} | {goal} |")
-    return "\n".join(lines)
+    figures = [Figure(**values) for part in results["parts"].values() for values in part]
+    rows = [(f.name, f"{f.value:.3g} {f.unit}", verdict(f.goal, f.value)) for f in figures]
+    return markdown_table(("work", "measured", "goal"), rows)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from pi05_lightning.evaluation.report.tables import markdown_table
+
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 """Outputs of both sides may differ by this much, relative to the largest; more is an error, and nothing is timed."""
 INT8_TOLERANCE = 0.1
@@ -169,13 +171,13 @@ def environment() -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a table; where a row compares ours with ours, or with a plain product, its name says so."""
-    lines = ["| work | LeRobot | ours | ratio | spread | goal |", "|---|---|---|---|---|---|"]
+    shown = list[tuple[str, ...]]()
     for row in rows:
         peer, ours = (_with_unit(value, row.unit) for value in (row.peer, row.ours))
         spread = f"{row.low:.3g}–{row.high:.3g}" if row.low < row.high else "–"
         goal = verdict(row.goal, row.ratio)
-        lines.append(f"| {row.name} | {peer} | {ours} | **{row.ratio:.3g}** | {spread} | {goal} |")
-    return "\n".join(lines)
+        shown.append((row.name, peer, ours, f"**{row.ratio:.3g}**", spread, goal))
+    return markdown_table(("work", "LeRobot", "ours", "ratio", "spread", "goal"), shown)
 
 
 def verdict(goal: str, value: float) -> str:

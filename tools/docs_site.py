@@ -23,6 +23,7 @@ from pi05_lightning.cli import help as of_commands
 from pi05_lightning.cli.layers import GROUPS
 from pi05_lightning.cli.main import COMMANDS, TRAINER_COMMANDS
 from pi05_lightning.cli.signatures import Found, Option, options_of, sentence, subclasses
+from pi05_lightning.evaluation.report.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.md", "experiments/*/*.md")
@@ -103,7 +104,7 @@ def made_pages() -> Iterator[tuple[str, str | bytes]]:
     yield from tutorial()
     commands = TRAINER_COMMANDS | COMMANDS
     rows = [(f"[`pi05 {command}`]({Path(command_file(command)).name})", about) for command, about in commands.items()]
-    yield f"{COMMAND_PAGES}index.md", "\n".join(["# Commands", "", *table("command", "what it does", rows)])
+    yield f"{COMMAND_PAGES}index.md", f"# Commands\n\n{markdown_table(('command', 'what it does'), rows)}"
     for command in commands:
         lines = run_page(command) if command in TRAINER_COMMANDS else command_page(command)
         yield command_file(command), "\n".join([f"# pi05 {command}", "", *lines])
@@ -111,14 +112,10 @@ def made_pages() -> Iterator[tuple[str, str | bytes]]:
         (f"[{title}]({title.lower()}.md)", ", ".join(f"`{name}`" for name in names)) for title, names in API.items()
     ]
     about = "Modules of `pi05_lightning`, by what they are for."
-    yield f"{PYTHON_PAGES}index.md", "\n".join(["# Python", "", about, "", *table("page", "modules", rows)])
+    yield f"{PYTHON_PAGES}index.md", f"# Python\n\n{about}\n\n{markdown_table(('page', 'modules'), rows)}"
     for title, modules in API.items():
         lines = [f"::: pi05_lightning.{name}\n" for name in modules]
         yield f"{PYTHON_PAGES}{title.lower()}.md", "\n".join([f"# {title}", "", *lines])
-
-
-def table(first: str, second: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    yield from (f"| {first} | {second} |", "|---|---|", *(f"| {one} | {other} |" for one, other in rows))
 
 
 def tutorial() -> Iterator[tuple[str, str | bytes]]:

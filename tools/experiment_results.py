@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pi05_lightning.evaluation.report.plots import COLORS
+from pi05_lightning.evaluation.report.tables import markdown_table
 from pi05_lightning.files.local import read_json, write_json, write_text
 from tools import experiment_recipes
 from tools.experiment_recipes import Measure, Recipe, Result, recipe_of
@@ -33,8 +34,7 @@ def gather(name: str, out: Path) -> None:
     names = dict.fromkeys((recipe.name, name, *variants))
     arms = {arm: found for arm in names if (found := read_json(folder / arm / "results.json", default={}))}
     plot(arms, recipe).savefig(folder / name / "plot.png", dpi=120)
-    lines = mean_table(arms, recipe) if variants else (*seed_table(arms, recipe), "", *task_table(arms, recipe))
-    tables = "\n".join(lines)
+    tables = mean_table(arms, recipe) if variants else f"{seed_table(arms, recipe)}\n\n{task_table(arms, recipe)}"
     print(tables)
     fill(folder / name / "README.md", f"{tables}\n\n![What was measured, per seed](plot.png)")
 
@@ -65,31 +65,29 @@ def columns_of(recipe: Recipe) -> dict[str, tuple[Measure, int]]:
     return {**{heading: (measure, 3) for heading, measure in recipe.shares.items()}, **recipe.numbers}
 
 
-def mean_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
+def mean_table(arms: Arms, recipe: Recipe) -> str:
     """A row per experiment: means ± standard deviations of its seeds."""
-    columns = columns_of(recipe)
-    yield f"| experiment | training seeds | {' | '.join(columns)} |"
-    yield f"|---|---|{'---|' * len(columns)}"
+    columns, rows = columns_of(recipe), list[tuple[object, ...]]()
     for arm, results in arms.items():
         cells = (shown([value(r) for r in results.values()], digits) for value, digits in columns.values())
-        yield f"| {arm.replace('_', ' ')} | {len(results)} | {' | '.join(cells)} |"
+        rows.append((arm.replace("_", " "), len(results), *cells))
+    return markdown_table(("experiment", "training seeds", *columns), rows)
 
 
-def seed_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
+def seed_table(arms: Arms, recipe: Recipe) -> str:
     """A row per experiment and seed, and one of each experiment's means ± standard deviations."""
-    columns = columns_of(recipe)
-    yield f"| experiment | training seed | {' | '.join(columns)} |"
-    yield f"|---|---|{'---|' * len(columns)}"
+    columns, rows = columns_of(recipe), list[tuple[object, ...]]()
     for arm, results in arms.items():
         values = {heading: [value(result) for result in results.values()] for heading, (value, _) in columns.items()}
         for place, seed in enumerate(results):
             cells = (shown(values[heading][place : place + 1], digits) for heading, (_, digits) in columns.items())
-            yield f"| {number(arm)} | {seed} | {' | '.join(cells)} |"
+            rows.append((number(arm), seed, *cells))
         cells = (f"**{shown(values[heading], digits)}**" for heading, (_, digits) in columns.items())
-        yield f"| **{number(arm)}** | **mean** | {' | '.join(cells)} |"
+        rows.append((f"**{number(arm)}**", "**mean**", *cells))
+    return markdown_table(("experiment", "training seed", *columns), rows)
 
 
-def task_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
+def task_table(arms: Arms, recipe: Recipe) -> str:
     """Successes of all seeds together, per task, experiment and mode; of those that have it."""
     columns = {
         f"{number(arm)}, {heading}": found
@@ -101,12 +99,12 @@ def task_table(arms: Arms, recipe: Recipe) -> Iterator[str]:
             ]
         )
     }
-    yield f"| task | {' | '.join(columns)} |"
-    yield f"|---|{'---|' * len(columns)}"
+    rows = list[tuple[object, ...]]()
     for task in dict.fromkeys(task for seeds in columns.values() for by_task in seeds for task in by_task):
         counts = [[by_task[task] for by_task in seeds if task in by_task] for seeds in columns.values()]
         cells = (f"{sum(s for s, _ in column)}/{sum(n for _, n in column)}" if column else "–" for column in counts)
-        yield f"| {task} | {' | '.join(cells)} |"
+        rows.append((task, *cells))
+    return markdown_table(("task", *columns), rows)
 
 
 def number(arm: str) -> str:

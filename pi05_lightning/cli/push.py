@@ -18,6 +18,7 @@ from pi05_lightning.data.attempts import PROVENANCE
 from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
 from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, poster, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
+from pi05_lightning.evaluation.report.tables import markdown_table
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import check_writable, read_json, write_json, write_text
@@ -204,7 +205,7 @@ def data(run: Run) -> str:
     since = f" from step {step} on" if (step := run.provenance.get("from step")) else ""
     made = f"Made with {versions}{since}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
     heads = ("source and modality", "dataset", "samples to train on", "to validate on")
-    return made + table(heads, rows) if rows else made
+    return made + markdown_table(heads, rows) if rows else made
 
 
 def success(run: Run) -> str:
@@ -219,9 +220,9 @@ def success(run: Run) -> str:
     ]
     states = ", on initial states not trained on" if run.rollout.get("held_out") else ""
     about = f"Episodes that succeeded, and the 95 % Wilson interval of the rate{states}.\n\n"
-    counted = table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
+    counted = markdown_table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
     how = [(name, Path(value).name if name == "checkpoint" else value) for name, value in protocol(run).items()]
-    return f"{about}{counted}\n\nHow it was measured:\n\n{table(('', ''), how)}"
+    return f"{about}{counted}\n\nHow it was measured:\n\n{markdown_table(('', ''), how)}"
 
 
 def metrics(run: Run) -> str:
@@ -231,11 +232,11 @@ def metrics(run: Run) -> str:
         used = [metric for metric in columns if any(metric in run.metrics[row] for row in rows)]
         cells = [(row, *(number(run.metrics[row][m]) if m in run.metrics[row] else "" for m in used)) for row in rows]
         if cells:
-            parts.append(table(("modality", *(columns[metric] for metric in used)), cells))
+            parts.append(markdown_table(("modality", *(columns[metric] for metric in used)), cells))
     shown = {key: [named_alone(value) for value in both] for key, both in measured_otherwise(run).items()}
     otherwise = [(key, measured, own) for key, (measured, own) in shown.items() if measured != own]
     if parts and otherwise:
-        parts.append(table(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
+        parts.append(markdown_table(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
     return "\n\n".join(parts)
 
 
@@ -262,11 +263,6 @@ def results_of(run: Run) -> list[EvalResult]:
         for mode, by_task in rates(run.success).items()
         if mode in run.acting or mode == "policy"
     ]
-
-
-def table(heads: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 # --- datasets

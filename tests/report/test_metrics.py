@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pi05_lightning.evaluation.report.metrics import number, ordered, write_metrics
-from pi05_lightning.evaluation.report.tables import metrics_table
+from pi05_lightning.evaluation.report.tables import markdown_table, metrics_table
 
 RESULTS = {
     "web/qa": {"samples": 4, "exact_match": 0.5},
@@ -72,3 +72,8 @@ def test_csv_has_a_row_per_modality_and_dataset_and_a_column_per_metric(tmp_path
 )
 def test_number_takes_five_characters(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+def test_cells_of_a_markdown_table_may_have_bars_and_line_breaks() -> None:
+    table = markdown_table(["name", "value"], [("a|b", 1), ("one\ntwo", None)])
+    assert table == "| name | value |\n|---|---|\n| a\\|b | 1 |\n| one two | None |"

@@ -1,8 +1,8 @@
-"""Tables for the terminal."""
+"""Tables for the terminal, and in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -25,6 +25,16 @@ def table_of(title: str, labels: Iterable[str | Column], figures: Iterable[str] 
     columns = [*labels, *(Column(heading, justify="right", no_wrap=True) for heading in figures)]
     options = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), **options}
     return Table(*columns, title=escape(title), title_justify="left", **options)
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown. Texts of cells may have bars and line breaks."""
+    return "\n".join([_markdown_row(heads), f"|{'---|' * len(heads)}", *map(_markdown_row, rows)])
+
+
+def _markdown_row(cells: Iterable[Any]) -> str:
+    texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return f"| {' | '.join(texts)} |"
 
 
 def shown_option(value: Any) -> str:

@@ -18,6 +18,7 @@ from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.report.examples import draw_example, readable
 from pi05_lightning.evaluation.report.plots import draw_horizon
 from pi05_lightning.evaluation.report.run import EXAMPLES, ExampleFile, Group
+from pi05_lightning.evaluation.report.tables import markdown_table
 from pi05_lightning.files.local import write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.module import Pi05Module
@@ -130,9 +131,5 @@ class ValidationExamples(Callback):
 
 def text_table(examples: Sequence[Example]) -> str:
     """Prompt, prediction and truth, as Markdown."""
-    rows = [f"| {cell(e.prompt)} | {cell(e.predicted)} | {cell(e.truth)} |" for e in examples]
-    return "\n".join(["| prompt | predicted | true |", "|---|---|---|", *rows])
-
-
-def cell(text: str) -> str:
-    return readable(text).replace("|", "\\|").replace("\n", " ")
+    rows = [[readable(text) for text in (e.prompt, e.predicted, e.truth)] for e in examples]
+    return markdown_table(("prompt", "predicted", "true"), rows)
