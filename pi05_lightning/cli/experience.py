@@ -311,7 +311,7 @@ def simulator_of(env: str) -> EnvironmentConfig:
 
 
 def listed(words: Sequence[str]) -> str:
-    return f"[{','.join(words)}]"
+    return json.dumps(list(words))
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

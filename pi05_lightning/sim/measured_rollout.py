@@ -33,7 +33,8 @@ def deciding(worker: Worker) -> tuple[dict[str, Any], dict[str, Any]]:
         parts["replayed"] = fingerprint(LeRobotFiles.open(Path(worker.demonstrations.path)))
     if worker.paraphrases:
         parts["paraphrases"] = str(worker.paraphrases)
-    return {name: str(value) for name, value in vars(worker).items() if name not in of_some}, parts
+    of_all = vars(worker) | {"checkpoint": Path(worker.checkpoint).resolve()}  # however it is spelled
+    return {name: str(value) for name, value in of_all.items() if name not in of_some}, parts
 
 
 def run_all(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -124,7 +125,7 @@ def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_meth
     todo = written(plan, METHODS)
     names = [part.name for part in todo if "collect" in part.name]
     assert names == ["recap-2-collect", "successes-2-collect", "dagger-2-collect"]
-    assert option(named(todo, "recap-1-value"), "--rollouts") == "[recorded/monday,recorded/tuesday]"
+    assert option(named(todo, "recap-1-value"), "--rollouts") == '["recorded/monday", "recorded/tuesday"]'
     read = {name: source["init_args"] for name, source in trained(plan, "recap", 1)["data"]["sources"].items()}
     assert read["positive_1"]["path"] == "recorded/tuesday"
     labels = plan.out / "recap" / "round_1" / "labels" / "recorded-tuesday.labels.parquet"
@@ -305,7 +306,7 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Plan)
     of_tasks = replace(plan, shares_of_tasks={"open the drawer": 0.2})
     command = named(parts(of_tasks, Reading(), ["recap"]), "recap-1-label")
     assert option(command, "--positive_shares") == '{"open the drawer": 0.2}'
-    assert option(second, "--rollouts") == f"[{','.join(both)}]"
+    assert option(second, "--rollouts") == json.dumps(both)
     sources = trained(plan, "recap", 2)["data"]["sources"]
     assert sources["demonstrations_0"]["init_args"]["labels"] == "positive"
     for number, name in enumerate(("attempts_1", "attempts_2")):
@@ -391,7 +392,7 @@ def test_value_is_fitted_on_the_robot_that_acts(plan: Plan, tmp_path: Path) -> N
     named_all = replace(plan, demonstrations=list(paths.values()))
     for robot, own in ((None, ["arm", "more", "unknown"]), ("more", ["arm", "more", "unknown"]), ("hand", ["hand"])):
         todo = parts(replace(named_all, robot=robot), Reading(sources=sources), ["recap"])
-        assert option(named(todo, "recap-1-value"), "--demonstrations") == f"[{','.join(paths[name] for name in own)}]"
+        assert option(named(todo, "recap-1-value"), "--demonstrations") == json.dumps([paths[name] for name in own])
     with pytest.raises(ValueError, match="robot 'leg'"):
         parts(replace(named_all, robot="leg"), Reading(sources=sources), ["recap"])
 
@@ -400,7 +401,7 @@ def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succ
     paths = {"demos": {"path": "demos"}, "driven": {"path": "driven", "frames": "corrections"}}
     reading = Reading(sources={name: {"class_path": CLASS_PATH, "init_args": read} for name, read in paths.items()})
     todo = parts(replace(plan, demonstrations=["demos", "driven"]), reading, ["recap"])
-    assert option(named(todo, "recap-1-value"), "--demonstrations") == "[demos]"
+    assert option(named(todo, "recap-1-value"), "--demonstrations") == '["demos"]'
 
 
 def test_states_of_libero_that_would_be_tried_and_tested_are_refused(tmp_path: Path) -> None:
