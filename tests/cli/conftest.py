@@ -33,7 +33,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, captions: Path) -> Path:
         "init_args": {"path": str(captions), "val_fraction": 0.3},
     }
     content = {
-        "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+        "model": {"config": "debug"},
         "data": {"sources": {"web": source}, "batch_size": 2, "num_workers": 0},
         "stages": {"pretrain_steps": STEPS, "posttrain_steps": 0},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},

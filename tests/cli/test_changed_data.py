@@ -29,7 +29,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(pictures, folder / "data", ignore=shutil.ignore_patterns("pi05_*"))
     content = {
-        "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+        "model": {"config": "debug"},
         "data": {"sources": {"robot": source(folder / "data")}, "batch_size": 3, "num_workers": 0},
         "stages": {"pretrain_steps": 0, "posttrain_steps": STEPS, "posttrain": {"losses": {"flow": 1, "subtask": 0}}},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0},

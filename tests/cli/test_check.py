@@ -29,7 +29,7 @@ def trained(folder: Path, data: Path, **options: Any) -> Path:
         "init_args": {"path": str(data), "val_fraction": 0, **options},
     }
     content = {
-        "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+        "model": {"config": "debug"},
         "data": {"sources": {"robot": source}, "batch_size": 3, "num_workers": 0},
         "stages": {"pretrain_steps": 0, "posttrain_steps": 2, "posttrain": {"losses": {"flow": 1, "subtask": 0}}},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0},

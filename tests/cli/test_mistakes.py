@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from pi05_lightning.cli.main import main
 from pi05_lightning.cli.run import check_dimensions
@@ -370,7 +369,7 @@ def test_a_checkpoint_of_another_model_is_told_by_the_dimensions_that_differ(
 ) -> None:
     wider = ["--model.config.language.mlp_dim", "256", "--run", str(tmp_path / "run")]
     said = refused(["fit", "-c", str(config), "--ckpt_path", str(finished_run), *wider], capsys)
-    was = yaml.safe_load(config.read_text())["model"]["config"]["language"]["mlp_dim"]
+    was = ModelConfig.preset("debug").language.mlp_dim
     assert f"model.config.language.mlp_dim is 256, and {was} in the checkpoint" in said
 
 

@@ -60,7 +60,7 @@ def run(videos: Path, captions: Path, tmp_path_factory: pytest.TempPathFactory) 
         for name, options in ARMS.items()
     }
     content = {
-        "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+        "model": {"config": "debug"},
         "data": {"sources": {"web": web, **robots}, "batch_size": 3, "num_workers": 0},
         "stages": {"pretrain_steps": 0, "posttrain_steps": STEPS},
         "trainer": {

@@ -33,7 +33,7 @@ def fit(tmp_path: Path) -> Fit:
             "init_args": {"path": str(dataset), "on_bad_sample": on_bad_sample, "val_fraction": 0},
         }
         content = {
-            "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+            "model": {"config": "debug"},
             "data": {"sources": {"robot": source}, "batch_size": 4, "num_workers": 2, "max_bad_share": max_bad_share},
             "stages": {
                 "pretrain_steps": 0,

@@ -31,7 +31,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("module")
 def test_the_example_trains_and_is_measured(tmp_path: Path) -> None:
     debug = {
-        "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+        "model": {"config": "debug"},
         "data": {"batch_size": 2, "num_workers": 0, "val_samples": 2},
         "stages": {"pretrain_steps": 2, "posttrain_steps": 0},
         "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},

@@ -40,7 +40,7 @@ def value(attempts: Path, demonstrations: Path, tmp_path_factory: pytest.TempPat
     """Of a policy that was trained for one step."""
     folder = tmp_path_factory.mktemp("value")
     content = {
-        "model": {"config": yaml.safe_load(Path("configs/model/debug.yaml").read_text())},
+        "model": {"config": "debug"},
         "data": {
             "sources": {"robot": {"class_path": CLASS_PATH, "init_args": {"path": str(demonstrations)}}},
             "language": {"prompts": {"clip_state": False}, "no_task_share": 0.1},

@@ -24,7 +24,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
     }
     content = {
         "model": {
-            "config": yaml.safe_load(Path("configs/model/debug.yaml").read_text()),
+            "config": "debug",
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
             "flow_draws": 2,
         },

@@ -19,7 +19,7 @@ def two_stages(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
     }
     content = {
         "model": {
-            "config": yaml.safe_load(Path("configs/model/debug.yaml").read_text()),
+            "config": "debug",
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
         },
         "data": {"sources": {"robot": robot}, "batch_size": 2, "length_window": 1, "num_workers": 0},
