@@ -183,12 +183,11 @@ def three_cameras(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A FAST tokenizer for chunks of the debug model's horizon and the datasets' two dims."""
-    from pi05_lightning.data.fast import FastTokenizer
     from pi05_lightning.models.config import ModelConfig
+    from tests.random_fast import random_fast
 
     sizes, folder = ModelConfig.preset("debug"), tmp_path_factory.mktemp("fast")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, sizes.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=sizes.fast_vocab_size, scale=3).save(folder)
+    random_fast(sizes, scale=3).save(folder)
     return folder
 
 

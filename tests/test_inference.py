@@ -17,7 +17,6 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.cli.serve import serve
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
@@ -29,14 +28,14 @@ from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.types import Modality, Subset
 from pi05_lightning.weights.abilities import Trained
+from tests.random_fast import random_fast
 
 CONFIG = ModelConfig.preset("debug")
 
 
 @pytest.fixture
 def data(videos: Path, tmp_path: Path) -> Pi05DataModule:
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size).save(tmp_path)
+    random_fast(CONFIG).save(tmp_path)
     robot = LeRobotConfig(str(videos), val_fraction=0.2)
     return Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=tmp_path, shapes=CONFIG.shapes)
 

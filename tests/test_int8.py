@@ -15,7 +15,6 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import made_up_frames, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.acting.int8 import MAX_ACTION_ERROR, MAX_LAYER_ERROR, choose
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.int8 import UNEMBEDDING, Int8Product, linear_layers
@@ -25,6 +24,7 @@ from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.int8 import Choice
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import WEIGHTS, save_tensors
+from tests.random_fast import random_fast
 
 LAYER = "flow_head.layers.0.mlp.down_proj"
 
@@ -50,8 +50,7 @@ def folder(videos: Path, tmp_path: Path) -> Path:
 def speaking(videos: Path, folder: Path, acting: Acting) -> Inference:
     """An untrained policy of the size `debug`, which says subtasks and acts with both heads."""
     config = ModelConfig.preset("debug")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, config.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=config.fast_vocab_size, scale=3).save(folder)
+    random_fast(config, scale=3).save(folder)
     data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, fast=folder, shapes=config.shapes)
     torch.manual_seed(0)
     model = Pi05(config)

@@ -11,13 +11,14 @@ import torch
 from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
-from pi05_lightning.data.fast import FastDecodeError, FastTokenizer
+from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.weights.folder import save
+from tests.random_fast import random_fast
 
 
 @pytest.fixture(scope="module")
@@ -268,8 +269,7 @@ def test_weights_are_cast_on_loading(trained) -> None:
 def with_fast(trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained policy with a FAST tokenizer, which it never saw."""
     policy = Pi05Policy.from_pretrained(trained[2])
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, policy.model.config.horizon, 2)).astype(np.float32)
-    policy.processor.fast = FastTokenizer.fit(chunks, vocab_size=256)
+    policy.processor.fast = random_fast(policy.processor.shapes, vocab_size=256)
     folder = tmp_path_factory.mktemp("fast")
     save(folder, policy.model, policy.processor)  # with no record of its training
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.differences import differences
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
 from tests.data.recorded import data_file, edit_info, rewrite
+from tests.robot_run import STEPS, robot_source, trained_run
 
-STEPS = 2
+source = partial(robot_source, val_fraction=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,7 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run, its configuration and a dataset."""
     folder = tmp_path_factory.mktemp("changed")
     shutil.copytree(pictures, folder / "data", ignore=shutil.ignore_patterns("pi05_*"))
-    content = {
-        "model": {"config": "debug"},
-        "data": {"sources": {"robot": source(folder / "data")}, "batch_size": 3, "num_workers": 0},
-        "stages": {"pretrain_steps": 0, "posttrain_steps": STEPS, "posttrain": {"losses": {"flow": 1, "subtask": 0}}},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    main(["fit", "-c", str(folder / "config.yaml"), "--run", str(folder / "run")])
+    trained_run(folder, folder / "data", val_fraction=0.4)
     return folder
 
 
@@ -43,11 +37,6 @@ def trained(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def place(trained: Path, tmp_path: Path) -> Path:
     """A copy of it; the run's data are still at the first place until a flag names others."""
     return Path(shutil.copytree(trained, tmp_path / "copy", symlinks=True))
-
-
-def source(path: Path, **options: object) -> dict:
-    kind = "pi05_lightning.data.sources.lerobot.LeRobotConfig"
-    return {"class_path": kind, "init_args": {"path": str(path), "val_fraction": 0.4, **options}}
 
 
 def at(data: Path) -> list[str]:

@@ -6,37 +6,20 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from PIL import Image, ImageOps
 
 from pi05_lightning.cli.main import main
 from tests.data.recorded import data_file, edit_info, rewrite
+from tests.robot_run import trained_run
 
 
 @pytest.fixture(scope="module")
 def run(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained(tmp_path_factory.mktemp("checked"), pictures)
-
-
-def trained(folder: Path, data: Path, **options: Any) -> Path:
-    source = {
-        "class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig",
-        "init_args": {"path": str(data), "val_fraction": 0, **options},
-    }
-    content = {
-        "model": {"config": "debug"},
-        "data": {"sources": {"robot": source}, "batch_size": 3, "num_workers": 0},
-        "stages": {"pretrain_steps": 0, "posttrain_steps": 2, "posttrain": {"losses": {"flow": 1, "subtask": 0}}},
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
-    main(["fit", "-c", str(folder / "config.yaml"), "--run", str(folder / "run")])
-    return folder / "run"
+    return trained_run(tmp_path_factory.mktemp("checked"), pictures)
 
 
 def check(capsys: pytest.CaptureFixture[str], run: Path, *args: str) -> tuple[int, str]:
@@ -61,7 +44,7 @@ def test_its_own_demonstrations_agree(run: Path, capsys: pytest.CaptureFixture[s
 def test_its_own_demonstrations_are_read_as_in_training(
     pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    renamed = trained(tmp_path, pictures, cameras={"observation.images.top": "front"})
+    renamed = trained_run(tmp_path, pictures, cameras={"observation.images.top": "front"})
     status, said = check(capsys, renamed, "--frames", "2")
     assert status == 0, said
     assert "image front ok" in said
@@ -70,7 +53,7 @@ def test_its_own_demonstrations_are_read_as_in_training(
 def test_its_own_demonstrations_are_of_the_episodes_that_it_was_trained_on(
     pictures_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = trained(tmp_path, pictures_copy, episodes=[0, 1])
+    chosen = trained_run(tmp_path, pictures_copy, episodes=[0, 1])
     values = pq.read_table(data_file(pictures_copy))["action"].to_pylist()
     values[-1] = [float("nan"), 0.0]  # of an episode that was left out for it
     rewrite(data_file(pictures_copy), action=values)

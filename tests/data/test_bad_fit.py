@@ -9,17 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pi05_lightning.types import Modality
+from tests.robot_run import write_config
 
 from .test_bad_data import TOP, replace_image, short_video, video_file
 from .test_lerobot_source import LENGTHS, truncate
 
 PATIENCE = 300  # seconds, on a busy machine; none of these hangs
-STEPS = 10
-
-
+ENOUGH_TO_SEE = ("--stages.posttrain_steps", "10", "--data.batch_size", "4")  # to meet bad ones
 Fit = Callable[..., tuple[int, str, Path]]
 
 
@@ -28,32 +25,9 @@ def fit(tmp_path: Path) -> Fit:
     """`pi05 fit` on a dataset, in a process: exit code, what it printed, the run's directory."""
 
     def train(dataset: Path, on_bad_sample: str, max_bad_share: float = 1.0) -> tuple[int, str, Path]:
-        source = {
-            "class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig",
-            "init_args": {"path": str(dataset), "on_bad_sample": on_bad_sample, "val_fraction": 0},
-        }
-        content = {
-            "model": {"config": "debug"},
-            "data": {"sources": {"robot": source}, "batch_size": 4, "num_workers": 2, "max_bad_share": max_bad_share},
-            "stages": {
-                "pretrain_steps": 0,
-                "posttrain_steps": STEPS,
-                "posttrain": {"losses": {"flow": 1.0}, "mixture": {f"robot/{Modality.CONTINUOUS}": 1.0}},
-            },
-            "trainer": {"accelerator": "cpu", "limit_val_batches": 0, "enable_progress_bar": False},
-        }
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
-        run = tmp_path / "run"
-        command = [
-            sys.executable,
-            "-m",
-            "pi05_lightning",
-            "fit",
-            "-c",
-            str(tmp_path / "config.yaml"),
-            "--run",
-            str(run),
-        ]
+        config, run = write_config(tmp_path, dataset, on_bad_sample=on_bad_sample), tmp_path / "run"
+        command = [sys.executable, "-m", "pi05_lightning", "fit", "-c", str(config), "--run", str(run)]
+        command += ["--data.num_workers", "2", "--data.max_bad_share", str(max_bad_share), *ENOUGH_TO_SEE]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         return done.returncode, done.stderr, run
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from pi05_lightning import Pi05DataModule
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
+from tests.random_fast import random_fast
 
 STATE = ["observation.state", "observation.gripper"]
 TASK = "open the drawer"
@@ -47,17 +47,16 @@ signal.raise_signal(signal.SIGINT)  # ends a process that is left without its st
 
 
 @pytest.fixture(scope="session")
-def untrained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def untrained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of an untrained policy of a size, which says subtasks, and acts with both heads."""
 
-    def made(size: str) -> Path:
+    def made(size: str, **language: Any) -> Path:
         config = ModelConfig.preset(size)
         fast, folder = tmp_path_factory.mktemp("fast"), tmp_path_factory.mktemp(size)
-        chunks = np.random.default_rng(0).uniform(-1, 1, (200, config.horizon, 2)).astype(np.float32)
-        FastTokenizer.fit(chunks, vocab_size=300, scale=3).save(fast)
+        random_fast(config, vocab_size=300, scale=3).save(fast)
         robot = LeRobotConfig(str(videos), state_keys=STATE)
-        language = Language(condition_on="both")
-        data = Pi05DataModule({"robot": robot}, fast=fast, language=language, shapes=config.shapes)
+        told = Language(condition_on="both", **language)
+        data = Pi05DataModule({"robot": robot}, fast=fast, language=told, shapes=config.shapes)
         model = Pi05(config)
         torch.manual_seed(0)
         model.reset_parameters()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -10,47 +10,31 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from pi05_lightning import Pi05DataModule
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import made_up_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.main import main
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.places import misplaced
-from pi05_lightning.data.processor import Language
 from pi05_lightning.data.prompt import Prompts
-from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export import runner
 from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import described, write
-from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.subtask import MAX_WORDS
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
+from pi05_lightning.weights.locate import locate
 
-from .conftest import STATE, TASK
+from .conftest import TASK
 
 ACTING = Acting(temperature=1.0, constrain_fast=False, max_action_distance=1e-6)
 """Of which nothing can be compared as it is."""
 
 
 @pytest.fixture(scope="module")
-def policy(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Inference:
+def policy(untrained: Callable[..., Path]) -> Inference:
     """An untrained policy whose FAST tokens open with nothing."""
-    config, fast = ModelConfig.preset("debug"), tmp_path_factory.mktemp("fast")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, config.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=300, scale=3).save(fast)
-    robot = LeRobotConfig(str(videos), state_keys=STATE)
-    language = Language(condition_on="both", prompts=Prompts(fast_opening=""), max_tokens=120)
-    data = Pi05DataModule({"robot": robot}, fast=fast, language=language, shapes=config.shapes)
-    torch.manual_seed(0)
-    model = Pi05(config)
-    model.reset_parameters()
-    for parameter in model.flow_head.parameters():  # at first its norms let nothing through
-        torch.nn.init.normal_(parameter, std=0.05)
-    return Inference(model, data.processor, ACTING)
+    weights = locate(untrained("debug", prompts=Prompts(fast_opening=""), max_tokens=120))
+    return Inference(weights.model(), weights.processor(), ACTING)
 
 
 @pytest.fixture(scope="module")

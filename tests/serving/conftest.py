@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
+from tests.random_fast import random_fast
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +36,7 @@ def policy(served: Path) -> Pi05Policy:
 @pytest.fixture(scope="session")
 def with_fast(policy: Pi05Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The served policy with a FAST tokenizer, and no record of its training."""
-    shapes, values = policy.processor.shapes, policy.processor.to_dict()
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, shapes.horizon, 2)).astype(np.float32)
-    fast = FastTokenizer.fit(chunks, vocab_size=shapes.fast_vocab_size)
+    fast = random_fast(policy.processor.shapes).to_dict()
     folder = tmp_path_factory.mktemp("with_fast")
-    save(folder, policy.model, Processor.from_dict(values | {"fast": fast.to_dict()}))
+    save(folder, policy.model, Processor.from_dict(policy.processor.to_dict() | {"fast": fast}))
     return folder

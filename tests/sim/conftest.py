@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pi05_lightning.sim.demonstrations.collect import collect
@@ -49,14 +48,13 @@ def fast_policy(collected, tmp_path_factory) -> Path:
     from lightning.pytorch import Trainer
 
     from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
-    from pi05_lightning.data.fast import FastTokenizer
     from pi05_lightning.data.sources.lerobot import LeRobotConfig
     from pi05_lightning.models.config import ModelConfig
     from pi05_lightning.recipe import LossWeights, StageOptions
+    from tests.random_fast import random_fast
 
     sizes, folder = ModelConfig.preset("tiny"), tmp_path_factory.mktemp("fast_policy")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, sizes.horizon, 4)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=sizes.fast_vocab_size).save(folder / "fast")
+    random_fast(sizes, dims=4).save(folder / "fast")
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         accelerator="cpu",

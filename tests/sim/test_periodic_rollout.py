@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -15,7 +14,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
@@ -28,6 +26,7 @@ from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps, S
 from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.weights.abilities import ADVANTAGE, Trained
+from tests.random_fast import random_fast
 
 STAGES = {
     "pretrain": StageOptions(LossWeights(subtask=1), {"robot/hl_subtask": 1.0}),
@@ -150,8 +149,7 @@ def test_two_of_them_need_names_and_keep_apart_what_they_log_and_film(collected,
 def train_on_fast(collected: Path, folder: Path, *callbacks) -> Trainer:
     """One step of each stage: FAST tokens, then flow."""
     sizes = ModelConfig.preset("debug")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, sizes.horizon, 4)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=sizes.fast_vocab_size).save(folder / "fast")
+    random_fast(sizes, dims=4).save(folder / "fast")
     stages = {"pretrain": StageOptions(LossWeights(fast=1)), "posttrain": StageOptions(LossWeights(flow=1))}
     trainer = Trainer(
         accelerator="cpu",

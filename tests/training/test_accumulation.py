@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Language
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
+from tests.random_fast import random_fast
 
 from . import one_step
 
@@ -27,9 +26,8 @@ TERMS = ("text", "subtask", "fast", "location", "flow", "quiet")
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, config = tmp_path_factory.mktemp("fast"), ModelConfig.preset("tiny")
-    chunks = np.random.default_rng(0).uniform(-1, 1, (200, config.horizon, 2)).astype(np.float32)
-    FastTokenizer.fit(chunks, vocab_size=config.fast_vocab_size, scale=3).save(folder)
+    folder = tmp_path_factory.mktemp("fast")
+    random_fast(ModelConfig.preset("tiny"), scale=3).save(folder)
     return folder
 
 

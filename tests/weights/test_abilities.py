@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.cli.convert import convert
-from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
@@ -26,6 +25,7 @@ from pi05_lightning.weights.abilities import ADVANTAGE, Trained
 from pi05_lightning.weights.beginning import moved_cameras
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.locate import locate
+from tests.random_fast import random_fast
 
 CONFIG = ModelConfig.preset("debug")
 CONTINUOUS = {"robot/continuous_robot_actions": 1.0}
@@ -39,9 +39,7 @@ def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
     def run(losses: dict[str, float], mixture: dict[str, float] | None = None, *callbacks: Any, **options: Any) -> Path:
         stage = StageOptions(LossWeights(**losses), mixture or {}, freeze=options.pop("freeze", ()))
         folder = tmp_path_factory.mktemp("run")
-        rng = np.random.default_rng(options.pop("fast_seed", 0))
-        chunks = rng.uniform(-1, 1, (200, CONFIG.horizon, 2)).astype(np.float32)
-        FastTokenizer.fit(chunks, vocab_size=CONFIG.fast_vocab_size).save(folder / "fast")
+        random_fast(CONFIG, seed=options.pop("fast_seed", 0)).save(folder / "fast")
         trainer = Trainer(
             accelerator="cpu",
             max_epochs=-1,
