@@ -126,7 +126,7 @@ class LeRobotFiles:
         if not parts:
             raise ValueError(f"{root} has no meta/episodes: it was not finalised, record it again or restore it")
         try:
-            episodes = pa.concat_tables([_read_episodes(part) for part in parts], promote_options="permissive")
+            episodes = pa.concat_tables([read_episodes(part) for part in parts], promote_options="permissive")
         except pa.ArrowException as error:
             raise ValueError(f"{root}/meta/episodes: its files have columns of different types ({error})") from error
         files = cls(root, info, episodes.sort_by("episode_index"))
@@ -419,7 +419,8 @@ def dim_names(feature: dict[str, Any]) -> list[str] | None:
     return found if len(found) == feature["shape"][0] else None
 
 
-def _read_episodes(path: Path) -> pa.Table:
+def read_episodes(path: Path) -> pa.Table:
+    """The episodes of a file of meta/episodes, without their statistics. ValueError where it is damaged."""
     with reading_parquet(path, remedy="restore it from its origin"):
         names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
         return pq.read_table(path, columns=names)

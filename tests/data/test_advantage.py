@@ -12,19 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from lightning.pytorch import Trainer
 
-from pi05_lightning import Pi05DataModule
+from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
-from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.processor import Language, Processor
 from pi05_lightning.data.prompt import ConditionOn, Prompts
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, Stage
+from pi05_lightning.recipe import LossWeights, Recipe, Stage
 from pi05_lightning.types import Frame, Modality, Subset, Target
 from tests.data.recorded import data_file, edit_info, rewrite
 
@@ -232,17 +232,24 @@ def test_source_in_other_units_than_the_robot_is_warned_of_once(
     assert "statistics they are normalised: state[2] like degrees where radians are expected. Convert" in told[0]
 
 
-def test_stage_with_and_without_labels_is_refused(data: Pi05DataModule) -> None:
-    data._mixture = Mixture(data.train_samples.entries, {"flow": {Modality.CONTINUOUS}}, 4)
+def begin(data: Pi05DataModule, stage: Stage) -> None:
+    """As training does before its first step."""
+    data.recipe = Recipe((stage,))
+    data.trainer = Trainer(max_steps=stage.steps, accelerator="cpu", logger=False, enable_progress_bar=False)
+    data.trainer.strategy.connect(Pi05Module(CONFIG))
+    data.train_dataloader()
 
+
+def test_stage_with_and_without_labels_is_refused(data: Pi05DataModule) -> None:
     def stage(*sources: str) -> Stage:
         mixture = {f"{name}/{Modality.CONTINUOUS}": 1.0 for name in sources}
         return Stage(name="experience", steps=1, losses=LossWeights(flow=1), mixture=mixture)
 
+    begin(data, stage("robot"))
     assert data.tells_advantage(stage("robot"))
     assert not data.tells_advantage(stage("silent"))
     with pytest.raises(ValueError, match=r"stage experience: .*robot, whose labels .* silent, which has no labels"):
-        data.tells_advantage(stage("robot", "silent"))
+        begin(data, stage("robot", "silent"))
 
 
 def test_returns_alone_are_refused_where_no_value_learns_them(pictures_copy: Path) -> None:
@@ -253,9 +260,7 @@ def test_returns_alone_are_refused_where_no_value_learns_them(pictures_copy: Pat
     Labels(attempts.episode, attempts.frame, {"return": returns}, {}).write(path, files)
     source = LeRobotConfig(str(pictures_copy), labels=str(path))
     data = Pi05DataModule({"robot": source}, shapes=CONFIG.shapes, batch_size=4)
-    data.setup("fit")
-    data._mixture = Mixture(data.train_samples.entries, {"flow": {Modality.CONTINUOUS}}, 4)
     acting = Stage(name="experience", steps=1, losses=LossWeights(flow=1))
     with pytest.raises(ValueError, match=r"stage experience: .*robot are returns, which only a value learns"):
-        data.tells_advantage(acting)
+        begin(data, acting)
     assert not data.tells_advantage(replace(acting, losses=LossWeights(flow=1, others={"value": 1.0})))

@@ -22,7 +22,7 @@ from pi05_lightning.data.errors import BadImage, BadSample
 from pi05_lightning.data.frames import VideoDecoder, VideoFrames
 from pi05_lightning.data.images import read_image, resize_image
 from pi05_lightning.data.labels import Labels
-from pi05_lightning.data.lerobot_files import LeRobotFiles, _read_episodes
+from pi05_lightning.data.lerobot_files import LeRobotFiles, read_episodes
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.types import Shapes
 
@@ -362,7 +362,7 @@ def test_too_many_open_files_are_no_damaged_image(pictures_copy: Path) -> None:
 def test_too_many_open_files_are_no_damaged_dataset(pictures: Path) -> None:
     files = LeRobotFiles.open(pictures)
     for read in (
-        lambda: _read_episodes(pictures / "meta/episodes/chunk-000/file-000.parquet"),
+        lambda: read_episodes(pictures / "meta/episodes/chunk-000/file-000.parquet"),
         lambda: files.sentences("tasks", "task"),
         lambda: Labels.read(pictures / "meta/tasks.parquet", files),
     ):

@@ -14,12 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
-from tests.data.recorded import SHAPES
 
 LENGTHS = (12, 9, 15, 7, 11)  # of the recorded episodes
 
@@ -221,10 +219,8 @@ def test_an_incomplete_episode_counts_by_the_part_that_is_chosen(pictures_copy: 
     (path,) = (pictures_copy / "data").glob("*/*.parquet")
     rewrite(path, lambda table: pa.concat_tables([table.slice(0, 30), table.slice(31)]))  # of episode 2's 15 frames
     config = LeRobotConfig(str(pictures_copy), val_fraction=0, frames="corrections", on_bad_sample="skip")
-    data = Pi05DataModule({"robot": config}, max_bad_share=0.4, shapes=SHAPES)
-    (source,) = data.sources("train").values()
-    assert source.rejects.frames == round(15 * 4 / 39)
-    data._check_rejects()
+    source = LeRobotSource(config, "robot", "train", 3, (14, 14))
+    assert (source.rejects.frames, len(source)) == (round(15 * 4 / 39), 4)
 
 
 def with_nan_state_at(row: int) -> Callable[[pa.Table], pa.Table]:

@@ -163,7 +163,7 @@ def test_a_validation_that_is_interrupted_leaves_no_examples_of_other_pictures(
     callback = ValidationExamples()
     callback.worse, callback.fixed = {"robot/qa": cast("Any", [None])}, {}
     with pytest.raises(KeyboardInterrupt):
-        callback._write(run)
+        callback.write(run)
     assert read_run(run).examples == {}
     assert not (run / EXAMPLES).exists()
 

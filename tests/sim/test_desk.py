@@ -57,11 +57,11 @@ def test_there_are_at_least_twelve_instructions_and_no_two_are_the_same():
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_each_instruction_is_possible_in_the_same_state_and_does_no_other(desk, name):
     begin(desk, name, HELD_OUT[0])
-    assert not any(TASKS[task].solved(desk._episode) for task in TASKS)
+    assert not any(TASKS[task].solved(desk.episode) for task in TASKS)
     assert actions_to_success(desk) is not None
     for _ in range(2):
         act_as_expert(desk)
-    assert [other for other in INSTRUCTIONS if TASKS[other].solved(desk._episode)] == [name]
+    assert [other for other in INSTRUCTIONS if TASKS[other].solved(desk.episode)] == [name]
 
 
 @pytest.mark.slow
@@ -150,8 +150,8 @@ def test_other_task_is_watched_whichever_it_is(desk):
     begin(desk, "button-red", HELD_OUT[2])
     assert desk.watch("faucet-left")
     while not desk.solved_other:
-        desk.control_step(TASKS["faucet-left"].expert(desk._episode).action(desk._episode.now.hand))
-    assert not TASKS["button-red"].solved(desk._episode)
+        desk.control_step(TASKS["faucet-left"].expert(desk.episode).action(desk.episode.now.hand))
+    assert not TASKS["button-red"].solved(desk.episode)
     assert not desk.watch("faucet-left")
 
 
@@ -201,36 +201,40 @@ def test_expert_does_a_whole_chain_without_a_reset():
 
 
 def test_instruction_of_a_chain_that_holds_already_is_done_once_it_is_done_anew():
+    def do(env: ChainEnvironment, name: str) -> None:
+        while not env.ended and not INSTRUCTIONS[name].solved(env.episode):
+            env.control_step(INSTRUCTIONS[name].expert(env.episode).action(env.episode.now.hand))
+
     with Desk().open(CHAIN, VIEW) as env:
-        env.reset(HELD_OUT[0])
-        env._chain = ["drawer-open", *env._chain[1:]]
-        env._given, expert = INSTRUCTIONS["drawer-open"], INSTRUCTIONS["drawer-open"].expert
-        while not env._given.solved(env._episode):
-            DeskEnvironment.control_step(env, expert(env._episode).action(env._episode.now.hand))
-        env._give()
+        env.reset(HELD_OUT[8])
+        first = env.sentence
+        do(env, "drawer-open")
+        assert (env.done, env.sentence) == (0, first)
+        assert first == INSTRUCTIONS["block-purple-right"].sentence
+        while env.done == 0 and not env.ended:
+            act_as_expert(env)
         for _ in range(10):
             env.control_step(np.zeros(4))
-        assert env.done == 0
-        for name in ("drawer-close", "drawer-open"):
-            while not INSTRUCTIONS[name].solved(env._episode):
-                env.control_step(INSTRUCTIONS[name].expert(env._episode).action(env._episode.now.hand))
-        assert env.done == 1
+        assert (env.done, env.sentence) == (1, INSTRUCTIONS["drawer-open"].sentence)
+        do(env, "drawer-close")
+        do(env, "drawer-open")
+        assert env.done == 2
 
 
 def test_button_that_is_down_when_its_instruction_is_given_is_to_be_pressed_anew():
     with Desk().open("button-red", VIEW) as env:
         env.reset(HELD_OUT[0])
         solved, expert = TASKS["button-red"].solved, TASKS["button-red"].expert
-        while not solved(env._episode):
-            env.control_step(expert(env._episode).action(env._episode.now.hand))
+        while not solved(env.episode):
+            env.control_step(expert(env.episode).action(env.episode.now.hand))
         env.instruct("button-red")
         env.control_step(np.zeros(4))
-        assert not solved(env._episode)
-        while env._episode.held:  # it springs back
+        assert not solved(env.episode)
+        while env.episode.held:  # it springs back
             env.control_step(np.array([0.0, 0.0, 1.0, 0.0]))
-        assert not solved(env._episode)
-        while not solved(env._episode):
-            env.control_step(expert(env._episode).action(env._episode.now.hand))
+        assert not solved(env.episode)
+        while not solved(env.episode):
+            env.control_step(expert(env.episode).action(env.episode.now.hand))
 
 
 @pytest.mark.parametrize("name", ["store-green", pytest.param("tidy-up", marks=pytest.mark.slow)])
@@ -244,7 +248,7 @@ def test_several_steps_are_done_once_all_of_them_are(name):
                 break
         else:
             pytest.fail("the expert ran out of time")
-        assert env._episode.now.in_drawer("green")
+        assert env.episode.now.in_drawer("green")
         assert subtasks[-1].startswith("push the drawer shut at the back ")
         assert SEVERAL_STEPS[name].sentence == env.sentence
 
@@ -259,7 +263,7 @@ def test_task_is_possible_where_others_have_ended(name):
             env.reset_after_others(seed)
             starts.append(env.state[:3])
             assert env.sentence == TASKS[name].sentence
-            assert not TASKS[name].solved(env._episode)
+            assert not TASKS[name].solved(env.episode)
             assert actions_to_success(env) is not None
         env.reset(HELD_OUT[0])
         assert min(np.linalg.norm(start - env.state[:3]) for start in starts) > 0.02
@@ -282,7 +286,7 @@ def test_no_task_of_the_blocks_follows_what_put_them_away():
 def test_subtask_says_where_the_thing_is_that_it_names_last(desk):
     begin(desk, "block-green-drawer", HELD_OUT[0])
     said = []
-    while not TASKS["block-green-drawer"].solved(desk._episode):
+    while not TASKS["block-green-drawer"].solved(desk.episode):
         said.append(desk.subtask())
         act_as_expert(desk)
     places = {

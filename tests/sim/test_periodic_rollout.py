@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -19,7 +20,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
-from pi05_lightning.sim.trials import Result, Trial
+from pi05_lightning.sim.trials import FilmFrame, Result, Trial
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps, Stopped
@@ -123,11 +124,11 @@ def test_policy_has_the_averaged_weights_and_training_keeps_its_own(collected, t
 
 
 def test_policy_that_learned_to_follow_an_advantage_is_told_one(collected, tmp_path, monkeypatch):
-    told, result = [], Result(Trial("policy", "reach-v3", 0))
+    film = [FilmFrame(np.zeros((32, 64, 3), np.uint8), caption="")]
+    told, result = [], Result(Trial("policy", "reach-v3", 0), fps=10.0, film=film)
     monkeypatch.setattr(
         PeriodicRollout, "run", lambda self, policy, between: told.append(policy.advantage) or {"reach-v3": [result]}
     )
-    monkeypatch.setattr(PeriodicRollout, "_show", lambda *_: None)
     train(collected, tmp_path, rollout(every_n_steps=1), steps=(0, 1))
     record = Trained(terms={"flow": 1, ADVANTAGE: 1}, complete=True)
     monkeypatch.setattr(Pi05Module, "trained", property(lambda _: record))

@@ -139,7 +139,8 @@ class DeskEnvironment(Sawyer):
         """Put the robot and all things where `seed` says; the same for the same seed, whatever came before."""
         self._desk.reset(draw_places(np.random.default_rng([seed, *self._key])))
         self._given = TASKS.get(self.task, self._given)
-        self._episode = Episode.beginning(self._desk.state())
+        self.episode = Episode.beginning(self._desk.state())
+        """What happened since the instruction was given."""
         self._other, self.solved_other = None, False
 
     def reset_after_others(self, seed: int) -> None:
@@ -149,12 +150,12 @@ class DeskEnvironment(Sawyer):
         own = self._given
         for name in draw_before(rng, own):
             self._given = INSTRUCTIONS[name]
-            self._episode = Episode.beginning(self._desk.state())
+            self.episode = Episode.beginning(self._desk.state())
             for _ in range(round(self._given.seconds * self.fps)):
                 if act_as_expert(self):
                     break
         self._given = own
-        self._episode = Episode.beginning(self._desk.state())
+        self.episode = Episode.beginning(self._desk.state())
 
     def watch(self, task: str) -> bool:
         """Watch until the next reset whether another task is solved.
@@ -162,7 +163,7 @@ class DeskEnvironment(Sawyer):
         Returns whether that tells anything: it is not solved already, and neither is done by doing the other.
         """
         Desk().check_task(task)
-        known = holds(task, self.task) or TASKS[task].solved(self._episode)
+        known = holds(task, self.task) or TASKS[task].solved(self.episode)
         self._other = None if known else TASKS[task]
         return self._other is not None
 
@@ -170,18 +171,18 @@ class DeskEnvironment(Sawyer):
         """Give another task's instruction until the next reset, and judge what is done from now on."""
         Desk().check_task(task)
         self._given = TASKS[task]
-        self._episode = Episode.beginning(self._episode.now)
+        self.episode = Episode.beginning(self.episode.now)
         return True
 
     def control_step(self, action: np.ndarray) -> bool:
         self._desk.act(np.clip(action, -1.0, 1.0))
-        self._episode = self._episode.after(self._desk.state())
+        self.episode = self.episode.after(self._desk.state())
         if self._other is not None and not self.solved_other:
-            self.solved_other = self._other.solved(self._episode)
-        return self._given.solved(self._episode)
+            self.solved_other = self._other.solved(self.episode)
+        return self._given.solved(self.episode)
 
     def expert_action(self) -> np.ndarray:
-        return self._move().action(self._episode.now.hand)
+        return self._move().action(self.episode.now.hand)
 
     def subtask(self) -> str:
         """What the expert is doing at the moment, in words, and where what it is about stands."""
@@ -189,7 +190,7 @@ class DeskEnvironment(Sawyer):
         return f"{words} {place_words(self.positions()[named(words)])}"
 
     def _move(self) -> Move:
-        return self._given.expert(self._episode)
+        return self._given.expert(self.episode)
 
     @property
     def sentence(self) -> str:
@@ -224,11 +225,11 @@ class DeskEnvironment(Sawyer):
 
     @property
     def state(self) -> np.ndarray:
-        return np.array([*self._episode.now.hand, self._episode.now.gripper], np.float32)
+        return np.array([*self.episode.now.hand, self.episode.now.gripper], np.float32)
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Questions about the state of things, and their answers."""
-        now = self._episode.now
+        now = self.episode.now
         drawer = "yes" if now.drawer_open > OPEN else "no" if now.drawer_open < SHUT else "half"
         yield "is the drawer open?", drawer
         angle = now.faucet_angle
@@ -238,7 +239,7 @@ class DeskEnvironment(Sawyer):
 
     def place_hand(self, position: np.ndarray, effort: float) -> None:
         self._desk.place_hand(position, effort)
-        self._episode = self._episode.after(self._desk.state())
+        self.episode = self.episode.after(self._desk.state())
 
 
 class ChainEnvironment(DeskEnvironment):
@@ -259,9 +260,9 @@ class ChainEnvironment(DeskEnvironment):
 
     def _give(self) -> None:
         self._given = INSTRUCTIONS[self._chain[self.done]]
-        self._episode = Episode.beginning(self._episode.now)
+        self.episode = Episode.beginning(self.episode.now)
         self._steps_left = round(self._given.seconds * Desk.control_hz)
-        self._was_open = not self._given.solved(self._episode)
+        self._was_open = not self._given.solved(self.episode)
 
     def watch(self, task: str) -> bool:
         """Nothing else is judged while instructions change."""

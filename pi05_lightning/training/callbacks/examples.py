@@ -90,7 +90,7 @@ class ValidationExamples(Callback):
             if isinstance(logger, TensorBoardLogger):
                 self._log(logger.experiment, pl_module, pl_module.measured_step)
         if validating:
-            self._write(Path(trainer.default_root_dir))
+            self.write(Path(trainer.default_root_dir))
 
     def _gather(self) -> None:
         """The worst of all ranks, on every rank."""
@@ -109,7 +109,8 @@ class ValidationExamples(Callback):
             if any(metric.startswith("action_mae/step_") for metric in values):
                 writer.add_figure(f"{name}/error_over_horizon", draw_horizon(values), step)
 
-    def _write(self, run: Path) -> None:
+    def write(self, run: Path) -> None:
+        """The examples into a run's directory: their pictures and texts, in place of those of an earlier validation."""
         folder = run / EXAMPLES.parent
         folder.mkdir(parents=True, exist_ok=True)
         (run / EXAMPLES).unlink(missing_ok=True)  # whoever is interrupted here leaves none that are of other pictures
