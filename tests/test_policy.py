@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.data.fast import FastDecodeError
@@ -18,6 +17,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.weights.folder import save
+from tests.quiet_trainer import quiet_trainer
 from tests.random_fast import random_fast
 
 
@@ -28,16 +28,8 @@ def trained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pi0
     data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
     drawn = {"robot/continuous_robot_actions": 0.5, "robot/hl_subtask": 0.5}
     act = StageOptions(LossWeights(subtask=1, flow=1), drawn)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[StageSwitch(0, 2, posttrain=act)],
-        default_root_dir=tmp_path_factory.mktemp("run"),
-    )
+    switch = StageSwitch(0, 2, posttrain=act)
+    trainer = quiet_trainer(switch, default_root_dir=tmp_path_factory.mktemp("run"))
     trainer.fit(module, data)
     path = Path(trainer.default_root_dir, "last.ckpt")
     trainer.save_checkpoint(path)

@@ -18,6 +18,7 @@ from pi05_lightning.training.callbacks import step_time, throughput
 from pi05_lightning.training.callbacks.interrupt import Stopped
 from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput, duration
+from tests.quiet_trainer import quiet_trainer
 
 MIXTURE = {"robot/continuous_robot_actions": 1.0}
 
@@ -37,18 +38,7 @@ def said(
     seed_everything(0)
     stages = StageSwitch(0, 6, posttrain=StageOptions(LossWeights(subtask=1, flow=1), MIXTURE))
     robot = LeRobotConfig(path=str(videos), val_fraction=0.2, **source)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        max_steps=max_steps,
-        use_distributed_sampler=False,
-        logger=False,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[stages, Throughput(), StepTime(), *callbacks],
-    )
+    trainer = quiet_trainer(stages, Throughput(), StepTime(), *callbacks, max_steps=max_steps)
     with caplog.at_level(logging.INFO):
         data = Pi05DataModule({"robot": robot}, batch_size=8, num_workers=0)
         trainer.fit(Pi05Module(ModelConfig.preset("debug")), data)

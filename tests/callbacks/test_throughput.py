@@ -19,6 +19,7 @@ from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.profiling.rate import matmul_rate, peak_rate
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.throughput import Throughput, Work, count_flops, training_dtypes
+from tests.quiet_trainer import quiet_trainer
 
 # batches of one modality each, so that samples of two cameras follow on samples of one
 MIXTURE = {"robot/continuous_robot_actions": 0.4, "robot/qa": 0.4, "robot/hl_subtask": 0.2}
@@ -50,18 +51,8 @@ def train(videos: Path, folder: Path, *callbacks: Callback, size: str = "debug",
     seed_everything(0)
     stages = StageSwitch(0, 12, posttrain=StageOptions(LossWeights(text=1, subtask=1, flow=1), MIXTURE))
     data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        use_distributed_sampler=False,
-        logger=CSVLogger(folder, name="", version=""),
-        log_every_n_steps=2,
-        limit_val_batches=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[stages, *callbacks],
-    )
+    logger = CSVLogger(folder, name="", version="")
+    trainer = quiet_trainer(stages, *callbacks, logger=logger, log_every_n_steps=2)
     trainer.fit(Pi05Module(ModelConfig.preset(size), flow_draws=2, **module_options), data)
     return trainer
 

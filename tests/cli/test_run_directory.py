@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.datamodule import Pi05DataModule
@@ -27,6 +27,7 @@ from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.run_directory import MARK, new_run
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
+from tests.quiet_trainer import quiet_trainer
 
 from .conftest import STEPS
 
@@ -234,16 +235,8 @@ def test_a_model_that_waits_for_a_checkpoint_is_never_stepped(command: str, capt
     module = Pi05Module(ModelConfig.preset("debug"))
     module.will_be_restored = True
     data = Pi05DataModule({"web": VisionTextConfig(str(captions), val_fraction=0.3)}, batch_size=2, num_workers=0)
-    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    steps = {"max_steps": 1, "max_epochs": -1, "limit_val_batches": int(command != "fit"), "num_sanity_val_steps": 0}
-    trainer = Trainer(
-        accelerator="cpu",
-        callbacks=[StageSwitch(1, 0)],
-        default_root_dir=tmp_path,
-        enable_checkpointing=False,
-        **steps,
-        **quiet,
-    )
+    steps = {"max_steps": 1, "limit_val_batches": int(command != "fit"), "num_sanity_val_steps": 0}
+    trainer = quiet_trainer(StageSwitch(1, 0), default_root_dir=tmp_path, **steps)
     with pytest.raises(RuntimeError, match="the model has no weights"):
         getattr(trainer, command)(module, data)
 

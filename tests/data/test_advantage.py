@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.attempts import Attempts
@@ -27,6 +26,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Recipe, Stage
 from pi05_lightning.types import Frame, Modality, Subset, Target
 from tests.data.recorded import data_file, edit_info, rewrite
+from tests.quiet_trainer import quiet_trainer
 
 CONFIG = ModelConfig.preset("debug")
 FRAME = Frame(task="open the drawer", state=np.zeros(2, np.float32))
@@ -235,7 +235,7 @@ def test_source_in_other_units_than_the_robot_is_warned_of_once(
 def begin(data: Pi05DataModule, stage: Stage) -> None:
     """As training does before its first step."""
     data.recipe = Recipe((stage,))
-    data.trainer = Trainer(max_steps=stage.steps, accelerator="cpu", logger=False, enable_progress_bar=False)
+    data.trainer = quiet_trainer(max_steps=stage.steps)
     data.trainer.strategy.connect(Pi05Module(CONFIG))
     data.train_dataloader()
 

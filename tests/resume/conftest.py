@@ -7,56 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
 sys.path.append(str(Path(__file__).parent))  # the processes import it too, whatever else is called `tests` there
 
 from killable_fit import fit
-
-PRETRAIN_STEPS, POSTTRAIN_STEPS, ACCUMULATE = 3, 4, 2
+from two_stages import write_config
 
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory, videos: Path) -> Path:
-    robot = {
-        "class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig",
-        "init_args": {"path": str(videos), "val_fraction": 0.2},
-    }
-    content = {
-        "model": {
-            "config": "debug",
-            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1.0e-3}},
-            "flow_draws": 2,
-        },
-        "data": {"sources": {"robot": robot}, "batch_size": 4, "length_window": 2},
-        "stages": {
-            "pretrain_steps": PRETRAIN_STEPS,
-            "posttrain_steps": POSTTRAIN_STEPS,
-            "pretrain": {
-                "losses": {"text": 1, "subtask": 1},
-                "mixture": {"robot/qa": 0.5, "robot/hl_subtask": 0.5},
-                "warmup_steps": 2,
-            },
-            "posttrain": {
-                "losses": {"subtask": 1, "flow": 1},
-                "mixture": {"robot/continuous_robot_actions": 0.7, "robot/hl_subtask": 0.3},
-            },
-        },
-        "ema": {"decay": 0.9},
-        "checkpoint": {"every_n_train_steps": 1},
-        "trainer": {
-            "accelerator": "cpu",
-            "accumulate_grad_batches": ACCUMULATE,
-            "gradient_clip_val": 1.0,
-            "limit_val_batches": 0,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "callbacks": [{"class_path": "killable_fit.Record"}],
-        },
-    }
-    file = tmp_path_factory.mktemp("config") / "config.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
+    return write_config(
+        tmp_path_factory.mktemp("config"),
+        videos,
+        model={"flow_draws": 2},
+        data={"batch_size": 4, "length_window": 2},
+        pretrain={"warmup_steps": 2},
+        callbacks=["killable_fit.Record"],
+    )
 
 
 @pytest.fixture(scope="session")

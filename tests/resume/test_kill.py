@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from killable_fit import KILL_AT_BATCH, digest, fit, lines
+from two_stages import ACCUMULATE, POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 from pi05_lightning.weights.sharded_checkpoint import read
-
-from .conftest import ACCUMULATE, POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 BATCHES = ACCUMULATE * (PRETRAIN_STEPS + POSTTRAIN_STEPS)
 SWITCH = ACCUMULATE * PRETRAIN_STEPS

@@ -13,8 +13,7 @@ import pytest
 import torch
 from killable_fit import KILL_AT_BATCH, SIGNAL_AT_BATCH, digest, fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+from two_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 STEPS = PRETRAIN_STEPS + POSTTRAIN_STEPS
 

@@ -20,8 +20,7 @@ from killable_fit import (
     digest,
     fit,
 )
-
-from .conftest import ACCUMULATE
+from two_stages import ACCUMULATE
 
 OPENING = 2  # the file event that is the first checkpoint's
 INSIDE = 2 * ACCUMULATE  # the first batch of step 2: its gradients wait for the second

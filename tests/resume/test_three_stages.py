@@ -11,8 +11,7 @@ import yaml
 from killable_fit import KILL_AT_BATCH, digest, fit, lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
-
-from .conftest import ACCUMULATE, POSTTRAIN_STEPS, PRETRAIN_STEPS
+from two_stages import ACCUMULATE, POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 EXPERIENCE_STEPS = 3
 SECOND, THIRD = PRETRAIN_STEPS, PRETRAIN_STEPS + POSTTRAIN_STEPS  # their first steps

@@ -10,8 +10,7 @@ import pytest
 import torch
 from killable_fit import SIGNAL_AT_BATCH, SIGNAL_IN_VALIDATION, digest, fit
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from .conftest import ACCUMULATE
+from two_stages import ACCUMULATE
 
 MONITOR = "val/robot/continuous_robot_actions/flow_loss"
 STEPS, EVERY = 6, 2

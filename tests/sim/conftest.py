@@ -45,27 +45,17 @@ def as_chance_made_it(dataset: Path, folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def fast_policy(collected, tmp_path_factory) -> Path:
     """A checkpoint of the demo's size that was trained for a step, on FAST tokens alone."""
-    from lightning.pytorch import Trainer
-
     from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
     from pi05_lightning.data.sources.lerobot import LeRobotConfig
     from pi05_lightning.models.config import ModelConfig
     from pi05_lightning.recipe import LossWeights, StageOptions
+    from tests.quiet_trainer import quiet_trainer
     from tests.random_fast import random_fast
 
     sizes, folder = ModelConfig.preset("tiny"), tmp_path_factory.mktemp("fast_policy")
     random_fast(sizes, dims=4).save(folder / "fast")
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        callbacks=[StageSwitch(1, 0, pretrain=StageOptions(LossWeights(fast=1)))],
-        default_root_dir=folder,
-        **quiet,
-    )
+    switch = StageSwitch(1, 0, pretrain=StageOptions(LossWeights(fast=1)))
+    trainer = quiet_trainer(switch, default_root_dir=folder)
     sources = {"robot": LeRobotConfig(str(collected / "robot"))}
     trainer.fit(Pi05Module(sizes), Pi05DataModule(sources, batch_size=2, num_workers=0, fast=folder / "fast"))
     trainer.save_checkpoint(folder / "last.ckpt")

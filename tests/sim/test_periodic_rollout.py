@@ -27,6 +27,7 @@ from pi05_lightning.training.callbacks.interrupt import InterruptBetweenSteps, S
 from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.weights.abilities import ADVANTAGE, Trained
+from tests.quiet_trainer import quiet_trainer
 from tests.random_fast import random_fast
 
 STAGES = {
@@ -37,18 +38,8 @@ STAGES = {
 
 def train(collected: Path, folder: Path, *callbacks, steps=(1, 3), ckpt_path: Path | None = None) -> Trainer:
     seed_everything(0)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, RunCheckpoint) for callback in callbacks),
-        logger=TensorBoardLogger(folder, name="", version=""),
-        default_root_dir=folder,
-        callbacks=[StageSwitch(*steps, **STAGES), *callbacks],
-    )
+    switch, logger = StageSwitch(*steps, **STAGES), TensorBoardLogger(folder, name="", version="")
+    trainer = quiet_trainer(switch, *callbacks, logger=logger, default_root_dir=folder)
     module = Pi05Module(ModelConfig.preset("debug"), lambda groups: torch.optim.AdamW(groups, lr=1e-3))
     data = Pi05DataModule({"robot": LeRobotConfig(str(collected / "robot"))}, batch_size=4, num_workers=0)
     trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -152,18 +143,7 @@ def train_on_fast(collected: Path, folder: Path, *callbacks) -> Trainer:
     sizes = ModelConfig.preset("debug")
     random_fast(sizes, dims=4).save(folder / "fast")
     stages = {"pretrain": StageOptions(LossWeights(fast=1)), "posttrain": StageOptions(LossWeights(flow=1))}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        limit_val_batches=0,
-        use_distributed_sampler=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        logger=False,
-        default_root_dir=folder,
-        callbacks=[StageSwitch(1, 1, **stages), *callbacks],
-    )
+    trainer = quiet_trainer(StageSwitch(1, 1, **stages), *callbacks, default_root_dir=folder)
     sources = {"robot": LeRobotConfig(str(collected / "robot"))}
     trainer.fit(Pi05Module(sizes), Pi05DataModule(sources, batch_size=2, num_workers=0, fast=folder / "fast"))
     return trainer

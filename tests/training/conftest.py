@@ -16,6 +16,7 @@ from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, StageOptions
+from tests.quiet_trainer import quiet_trainer
 
 PRETRAIN_STEPS, POSTTRAIN_STEPS = 3, 3
 STAGES = {
@@ -48,15 +49,7 @@ def train(robot: LeRobotConfig, tmp_path: Path) -> Callable[..., Trainer]:
         module = Pi05Module(**(given | (module_options or {})))
         data = Pi05DataModule({"robot": robot}, **({"batch_size": 4, "num_workers": 0} | (data_options or {})))
         each_step = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_exception=True)
-        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        quiet["limit_val_batches"] = 0
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            use_distributed_sampler=False,
-            callbacks=[switch, each_step, *callbacks],
-            **({"max_epochs": -1} | quiet | options),
-        )
+        trainer = quiet_trainer(switch, each_step, *callbacks, default_root_dir=tmp_path, **options)
         trainer.fit(module, data, ckpt_path=ckpt_path)
         return trainer
 

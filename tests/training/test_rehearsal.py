@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from torch import Tensor
 
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
@@ -25,6 +25,7 @@ from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, Stage, StageOptions
 from pi05_lightning.training import rehearsal
 from pi05_lightning.types import Answer, Batch, Frame, Modality, Prefix
+from tests.quiet_trainer import quiet_trainer
 
 from ..data.recorded import STARTS
 from ..data.test_bad_data import replace_image
@@ -69,18 +70,8 @@ def start(videos: Path, tmp_path: Path) -> Callable[..., Pi05Module]:
     ) -> Pi05Module:
         seed_everything(0)
         count = Count(steps)
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            max_epochs=-1,
-            use_distributed_sampler=False,
-            callbacks=[StageSwitch(*stages, pretrain=pretrain, posttrain=posttrain, then=then), count],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            **{"limit_val_batches": 0} | options,
-        )
+        switch = StageSwitch(*stages, pretrain=pretrain, posttrain=posttrain, then=then)
+        trainer = quiet_trainer(switch, count, default_root_dir=tmp_path, **options)
         robot = {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}
         policy = Pi05Module(**{"config": ModelConfig.preset("debug")} | (module or {}))
         loaders = Pi05DataModule(robot | (sources or {}), **{"batch_size": 4, "num_workers": 0} | (data or {}))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.cli.convert import convert
@@ -25,6 +24,7 @@ from pi05_lightning.weights.abilities import ADVANTAGE, Trained
 from pi05_lightning.weights.beginning import moved_cameras
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.locate import locate
+from tests.quiet_trainer import quiet_trainer
 from tests.random_fast import random_fast
 
 CONFIG = ModelConfig.preset("debug")
@@ -40,18 +40,7 @@ def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
         stage = StageOptions(LossWeights(**losses), mixture or {}, freeze=options.pop("freeze", ()))
         folder = tmp_path_factory.mktemp("run")
         random_fast(CONFIG, seed=options.pop("fast_seed", 0)).save(folder / "fast")
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            limit_val_batches=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            use_distributed_sampler=False,
-            callbacks=[StageSwitch(0, 2, posttrain=stage), *callbacks],
-            default_root_dir=folder,
-        )
+        trainer = quiet_trainer(StageSwitch(0, 2, posttrain=stage), *callbacks, default_root_dir=folder)
         robot = LeRobotConfig(path=str(videos), val_fraction=0.2)
         language = options.pop("language", Language())
         data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, fast=folder / "fast", language=language)
@@ -123,20 +112,17 @@ def test_export_knows_what_its_checkpoint_can(flow_with_delays: Path, tmp_path: 
 
 def test_predicted_chunks_of_an_untrained_flow_head_are_refused(text_and_fast: Path, videos: Path) -> None:
     data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos))}, batch_size=2, num_workers=0)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match="`actions: flow`"):
-        trainer.predict(Pi05Module(CONFIG), data, ckpt_path=text_and_fast)
+        quiet_trainer().predict(Pi05Module(CONFIG), data, ckpt_path=text_and_fast)
 
 
 def test_module_that_was_trained_in_this_process_predicts_with_another_trainer(videos: Path, tmp_path: Path) -> None:
     module, robot = Pi05Module(CONFIG), LeRobotConfig(path=str(videos), val_fraction=0.2)
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
-    options |= {"default_root_dir": tmp_path, "limit_val_batches": 0, "use_distributed_sampler": False}
     flow = StageOptions(LossWeights(flow=1), CONTINUOUS)
     for _ in range(2):
         data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0)
-        Trainer(max_epochs=-1, callbacks=[StageSwitch(0, 2, posttrain=flow)], **options).fit(module, data)
-    Trainer(limit_predict_batches=1, **options).predict(module, data)
+        quiet_trainer(StageSwitch(0, 2, posttrain=flow), default_root_dir=tmp_path).fit(module, data)
+    quiet_trainer(limit_predict_batches=1, default_root_dir=tmp_path).predict(module, data)
     assert module.trained.terms == {"flow": 4}
 
 

@@ -28,6 +28,7 @@ from pi05_lightning.weights.adapter_base import AdapterBase, place_of
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from tests.quiet_trainer import quiet_trainer
 from tests.weights.hub_cache import COMMIT, hold_in_cache
 
 LORA = Lora(rank=2)
@@ -60,22 +61,13 @@ def fit(dataset: LeRobotConfig, tmp_path: Path) -> Fit:
         losses = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
         options = {"init_from": str(tmp_path / "project" / "start"), "lora": LORA} | module
         adamw = partial(torch.optim.AdamW, lr=1e-3)
-        trainer = Trainer(
-            accelerator="cpu",
-            default_root_dir=tmp_path / "project" / name,
-            max_epochs=-1,
+        trainer = quiet_trainer(
+            StageSwitch(0, STEPS, posttrain=losses),
+            RunCheckpoint(filename="{step}", every_n_train_steps=2, save_top_k=-1),
+            WeightAverage(0.5),
             max_steps=steps,
             precision=precision,
-            use_distributed_sampler=False,
-            limit_val_batches=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[
-                StageSwitch(0, STEPS, posttrain=losses),
-                RunCheckpoint(filename="{step}", every_n_train_steps=2, save_top_k=-1),
-                WeightAverage(0.5),
-            ],
+            default_root_dir=tmp_path / "project" / name,
         )
         data = Pi05DataModule({"robot": dataset}, batch_size=4, num_workers=0)
         trainer.fit(Pi05Module(optimizer=adamw, **options), data, ckpt_path=ckpt_path)

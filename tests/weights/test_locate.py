@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.cli.convert import convert
@@ -26,6 +25,7 @@ from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
+from tests.quiet_trainer import quiet_trainer
 
 PRETRAIN = StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5})
 POSTTRAIN = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
@@ -39,19 +39,8 @@ def fit(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Fit:
 
     def run(pretrain_steps: int, posttrain_steps: int, ckpt_path: Path | None = None, **options: Any) -> Path:
         folder = tmp_path_factory.mktemp("run")
-        trainer = Trainer(
-            accelerator="cpu",
-            max_epochs=-1,
-            max_steps=options.pop("max_steps", -1),
-            limit_val_batches=0,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            enable_checkpointing=False,
-            use_distributed_sampler=False,
-            callbacks=[StageSwitch(pretrain_steps, posttrain_steps, pretrain=PRETRAIN, posttrain=POSTTRAIN)],
-            default_root_dir=folder,
-        )
+        stages = StageSwitch(pretrain_steps, posttrain_steps, pretrain=PRETRAIN, posttrain=POSTTRAIN)
+        trainer = quiet_trainer(stages, max_steps=options.pop("max_steps", -1), default_root_dir=folder)
         robot = LeRobotConfig(path=str(videos), val_fraction=0.2)
         data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0)
         trainer.fit(Pi05Module(**({"config": CONFIG} | options)), data, ckpt_path=ckpt_path)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy, StageSwitch
 from pi05_lightning.cli.convert import convert
@@ -21,6 +20,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from tests.quiet_trainer import quiet_trainer
 
 CONFIG = ModelConfig.preset("debug")
 LISTED = r"several robots, arm, giant: name one of them as `robot`"
@@ -77,16 +77,7 @@ def test_served_and_rolled_out_policy_names_its_robot(two_robots: Path, tmp_path
 
 def test_rollout_during_training_names_its_robot_before_the_first_step(pictures: Path, tmp_path: Path) -> None:
     sources = {"arm": LeRobotConfig(str(pictures)), "giant": LeRobotConfig(str(pictures))}
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        callbacks=[StageSwitch(0, 1), PeriodicRollout(every_n_steps=1000)],
-        default_root_dir=tmp_path,
-    )
+    trainer = quiet_trainer(StageSwitch(0, 1), PeriodicRollout(every_n_steps=1000), default_root_dir=tmp_path)
     with pytest.raises(ValueError, match=LISTED):
         trainer.fit(Pi05Module(CONFIG), Pi05DataModule(sources, batch_size=2, num_workers=0))
     assert trainer.global_step == 0
