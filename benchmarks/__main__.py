@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import environment, markdown, publish, read_json, write_json
+from benchmarks.harness import environment, markdown, publish, read_json
 
 PARTS = (
     "train",
