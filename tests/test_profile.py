@@ -15,6 +15,7 @@ from pi05_lightning.profiling.rate import matmul_rate
 from pi05_lightning.profiling.step import StepShape, training_loss
 from pi05_lightning.profiling.strategies import Strategy, count
 from pi05_lightning.profiling.workload import Workload
+from pi05_lightning.training.run_directory import write_config
 from pi05_lightning.weights.folder import save
 from tests.models.small import small_config, small_model
 
@@ -122,9 +123,11 @@ def test_weights_give_their_dimensions(tmp_path: Path) -> None:
 def test_a_run_is_counted_by_its_configuration(tmp_path: Path) -> None:
     save(tmp_path / "run", small_model())
     for content, batch_size in (("data: {batch_size: 5}\n", 5), ("model: {flow_draws: 2}\n", 32)):
-        (tmp_path / "run" / "config.yaml").write_text(content)
+        write_config(tmp_path / "run", content)
         config, settings = read_run([str(tmp_path / "run")])
         assert (config, settings["data.batch_size"]) == (small_config(), batch_size)
+    (tmp_path / "run" / "config.yaml").write_text("data: {batch_size: 5}\n")  # of something else
+    assert read_run([str(tmp_path / "run")])[1]["data.batch_size"] is None
 
 
 def test_later_files_win(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def recorded_frames(policy: Inference, data: LeRobotConfig | None, number: int =
     if data is not None:
         return _frames_of(policy, data, number)
     robot = policy.processor.robots[policy.robot]
-    own = robot.dataset
+    own = str(Path(robot.dataset).expanduser())
     if not Path(own, "meta", "info.json").is_file():
         return []
     try:

@@ -27,6 +27,14 @@ def find_resumed(path: str, run: str | None) -> str:
     return str(locate_run(Path(run) if run else last_run()).path if path == "last" else locate_run(Path(path)).path)
 
 
+def is_within(checkpoint: str | None, folder: str) -> bool:
+    """Whether a checkpoint is one of those that a folder holds, or of the run there."""
+    if checkpoint is None:
+        return False
+    path = Path(checkpoint)
+    return Path(folder).resolve() in (path.parent.resolve(), run_of(path).resolve())
+
+
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
     """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
 
@@ -40,7 +48,7 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
     known, rest = given.parse_known_args(args)
     if known.resume and (known.run is None or command != "fit"):
         raise ValueError(RESUME_NEEDS)
-    if known.resume and has_checkpoints(Path(known.run)):  # whatever it was begun from
+    if known.resume and has_checkpoints(Path(known.run)) and not is_within(known.ckpt_path, known.run):
         known.ckpt_path, known.resume = "last", None
     if command != "fit" and rest and not rest[0].startswith("-"):
         known.ckpt_path = rest.pop(0)

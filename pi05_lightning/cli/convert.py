@@ -235,7 +235,7 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     made = {PREFIX + LM_HEAD: "<- the embedding", PREFIX + EXPERT_LM_HEAD: "<- zeros, as no loss reads it"}
     lines = summarize((key, tensor, (made | fate)[key]) for key, tensor in tensors.items())
     executed = (
-        f"LeRobot executes {config.n_action_steps} actions of a chunk, and `pi05 rollout` one if not told otherwise:"
+        f"LeRobot executes {config.n_action_steps} actions of a chunk, and `pi05 rollout` by default one:"
         " --policy.n_action_steps=1 makes them alike"
     )
     report = [*lines, f"{len(tensors)} keys", *weights.notes, executed, *notes]

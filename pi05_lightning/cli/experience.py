@@ -231,7 +231,11 @@ class Plan:
         ahead = () if number == 1 else ("--n_seconds", str(self.n_seconds))
         device = ("--device", self.device)
         marks = ("--positive_share", str(self.shares[min(number, 2) - 1]), *ahead, "--out", str(folder / "labels"))
-        of_tasks = ("--positive_shares", json.dumps(dict(self.shares_of_tasks))) if self.shares_of_tasks else ()
+        of_tasks = (
+            ("--positive_shares", json.dumps(dict(self.shares_of_tasks), ensure_ascii=False))
+            if self.shares_of_tasks
+            else ()
+        )
         return [
             Part(f"{name}-value", ("value", "fit", str(value), *begun, *tried, *known, *device)),
             Part(f"{name}-label", ("value", "label", str(value), *tried, *marks, *of_tasks, *device)),
@@ -311,7 +315,7 @@ def simulator_of(env: str) -> EnvironmentConfig:
 
 
 def listed(words: Sequence[str]) -> str:
-    return json.dumps(list(words))
+    return json.dumps(list(words), ensure_ascii=False)
 
 
 def flags(options: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ from pi05_lightning.profiling.rate import peak_rate
 from pi05_lightning.profiling.step import StepShape
 from pi05_lightning.profiling.strategies import Strategy, count, strategies
 from pi05_lightning.profiling.workload import Workload
-from pi05_lightning.training.run_directory import CONFIG
+from pi05_lightning.training.run_directory import configuration_in
 from pi05_lightning.weights.locate import locate, run_of
 
 Precision = Literal["fp32", "bf16"]
@@ -151,8 +151,7 @@ def read_run(names: Sequence[str]) -> tuple[ModelConfig, Namespace]:
     Raises ValueError where none names dimensions.
     """
     weights = [name for name in names if not is_yaml(name) and Path(name).exists()]
-    runs = [run_of(Path(name)) / CONFIG for name in weights]
-    files = [*(str(file) for file in runs if file.is_file())]
+    files = [str(file) for name in weights if (file := configuration_in(run_of(Path(name))))]
     files += [name if is_yaml(name) else str(find_model(name)) for name in names if name not in weights]
     settings = read_configuration(files, RUN_KEYS)
     if not all(is_model(find_config(file)) for file in files):  # what `pi05 fit` takes where a run does not say

@@ -31,7 +31,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.cli.arguments import RESUME_NEEDS, complete_arguments, find_resumed
+from pi05_lightning.cli.arguments import RESUME_NEEDS, complete_arguments, find_resumed, is_within
 from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
@@ -224,8 +224,8 @@ class Pi05CLI(LightningCLI):
             config.model.config = locate(config.model.init_from).config().to_dict()
         if config.resume and (self.command != "fit" or not config.run):
             self.parser.error(RESUME_NEEDS)
-        if config.resume:
-            config.ckpt_path = saved_in(config) or config.ckpt_path
+        if config.resume and (found := saved_in(config)) and not is_within(config.ckpt_path, found):
+            config.ckpt_path = found  # whatever it was begun from
         if config.ckpt_path is not None:  # of a file too: what the flag says is a path already
             config.ckpt_path = find_resumed(config.ckpt_path, config.run)
         if not config.run:
@@ -283,14 +283,6 @@ def saved_in(config: Namespace) -> str | None:
         return str(config.run)
     folder = config.checkpoint.dirpath
     return folder if folder and any(Path(folder).glob("*.ckpt")) else None
-
-
-def is_within(checkpoint: str | None, folder: str) -> bool:
-    """Whether a checkpoint is one of those that a folder holds, or of the run there."""
-    if checkpoint is None:
-        return False
-    path = Path(checkpoint)
-    return Path(folder).resolve() in (path.parent.resolve(), run_of(path).resolve())
 
 
 def check_dimensions(checkpoint: Path, here: dict[str, Any]) -> None:

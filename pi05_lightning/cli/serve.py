@@ -107,7 +107,8 @@ def serve(
     access = Access.of(host, token, token_file, allowed_hosts or ())
     options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}
     policy = Pi05Policy.from_pretrained(weights, cuda_graph=cuda_graph, **options, **asdict(how))
-    read = Reader(policy.inputs.cameras, cameras or {}, state_keys, ignored_keys or (), how.missing_cameras)
+    states = state_keys if policy.inputs.robot.state_dim else []
+    read = Reader(policy.inputs.cameras, cameras or {}, states, ignored_keys or (), how.missing_cameras)
     logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
     server = PolicyServer(policy, read, seed, str(checkpoint), batching, limits, access)
     server.warm_up()

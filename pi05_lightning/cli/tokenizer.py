@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -128,6 +129,7 @@ def tokenizer(
     draw(fast, held_out, results, told / "reconstruction.png")
     if problem is not None:
         raise ValueError(f"{problem} (see {told / 'reconstruction.png'})")
+    shutil.rmtree(out / REFUSED, ignore_errors=True)
     fast.save(out)
     console.print(f"{fast.bpe.get_vocab_size()} tokens. Written to {out}", soft_wrap=True, highlight=False)
 

@@ -87,9 +87,9 @@ def differences(saved: Mapping[str, Any], today: Processor) -> list[Difference]:
             )
     cameras, known = now["cameras"], saved["cameras"]
     if cameras[: len(known)] != known:
-        found.append(Difference("data.sources: cameras", _values(cameras, known) + ", in the order of their tokens"))
+        found.append(Difference("data.cameras", _values(cameras, known) + ", in the order of their tokens"))
     elif cameras != known:
-        found.append(Difference("data.sources: cameras", _values(cameras, known), harmless=True))
+        found.append(Difference("data.cameras", _values(cameras, known), harmless=True))
     return found
 
 

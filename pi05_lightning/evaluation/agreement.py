@@ -141,7 +141,9 @@ def compare_looks(policy: Robot, looks: Mapping[str, Look]) -> Iterator[Finding]
 def _vector(what: str, ours: Quantiles, theirs: Quantiles, given: Given) -> Iterator[Finding]:
     """Dims, units, signs and ranges of a state or an action, by both quantiles."""
     if what == "state" and not len(ours):
-        yield Finding(what, "ok", "none", f"{len(theirs)} dims, which it does not read" if len(theirs) else "none")
+        yield Finding(
+            what, "ok", "none", f"{len(theirs)} dims, which it refuses: leave them out" if len(theirs) else "none"
+        )
         return
     if len(ours) != len(theirs):
         then = "every observation is refused" if what == "state" else "its actions cannot be executed"

@@ -16,7 +16,7 @@ from pi05_lightning.data.mixture import Entry, Mixture
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.report.run import PROVENANCE
-from pi05_lightning.files.hub import is_on_hub
+from pi05_lightning.files.hub import is_hub_id
 from pi05_lightning.files.local import read_json
 from pi05_lightning.models.heads.base import Head
 from pi05_lightning.models.heads.fast import FastHead
@@ -167,7 +167,7 @@ class Reading:
         """The run's sources that are no robot's, as far as their data is there."""
         found = {name: source for name, source in self.sources.items() if source["class_path"] != CLASS_PATH}
         paths = {name: str(source.get("init_args", {}).get("path", ".")) for name, source in found.items()}
-        return {name: found[name] for name, path in paths.items() if _resolved(path).exists() or is_on_hub(path)}
+        return {name: found[name] for name, path in paths.items() if _resolved(path).exists() or is_hub_id(path)}
 
     @property
     def _robots(self) -> dict[str, dict[str, Any]]:

@@ -15,6 +15,7 @@ from pi05_lightning.data.labels import POSITIVE, Labels, Sign
 from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.types import Modality
@@ -24,6 +25,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 """Signs of advantages in the prompt (π*0.6); the policy's successes alone (filtered behaviour cloning); the expert's
 corrections alone (DAgger); more steps on the demonstrations."""
 STAGE = "experience"
+VISION_TEXT = f"{VisionTextConfig.__module__}.{VisionTextConfig.__name__}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,12 @@ def check_datasets(
     TextTokenizer.load(reading.tokenizer)
     if reading.fast is not None:
         FastTokenizer.load(reading.fast)
+    for name, source in reading.others.items():
+        if source["class_path"] == VISION_TEXT and not Path(source["init_args"]["path"]).expanduser().exists():
+            try:
+                VisionTextConfig(**source["init_args"]).open(name, "train", processor.shapes)
+            except ValueError as error:
+                raise ValueError(f"{policy} was trained on {name}, and goes on with it: {error}") from error
     names, actor = named(reading, demonstrations, robot)
     shown = demonstrations[names.index(actor)]
     for path in (*demonstrations, *attempts):

@@ -52,9 +52,12 @@ class Pi05(nn.Module):
         self.fast_head = FastHead(config.shapes)
         self.subtask_head = SubtaskHead(config.vocab_size, self.fast_head.ids)
         self.flow_head = FlowHead(config)
+        own = {"subtask", "fast", "flow"} | ({LOCATION} if config.backbone_type == "keypoint_gemma" else set())
         for name in heads or {}:
-            if name in ("subtask", "fast", "flow", LOCATION) or "." in name or hasattr(nn.ModuleDict(), name):
-                raise ValueError(f"model.heads.{name}: this name is taken, or is none: give the head another")
+            if name in own:
+                raise ValueError(f"model.heads.{name}: the model has a head of this name: give yours another")
+            if "." in name or hasattr(nn.ModuleDict(), name):
+                raise ValueError(f"model.heads.{name}: PyTorch takes no part of this name: give the head another")
         self.auxiliary = nn.ModuleDict({name: make(config) for name, make in (heads or {}).items()})
         if config.backbone_type == "keypoint_gemma":
             self.auxiliary[LOCATION] = LocationHead()

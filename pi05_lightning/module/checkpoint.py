@@ -45,8 +45,8 @@ class Checkpoints:
         self.hub_id: str | None = None
         """The Hub's name of the weights that the run began with, where they came from there."""
         self._left_out = None if blueprint.lora is None else LeftOut(blueprint.lora)
-        self._resumed_at = 0.0
-        """When the checkpoint was saved that this run goes on from: no later one is older, whatever a clock says."""
+        self._saved_at = 0.0
+        """When this run was saved last, also before it was resumed: no checkpoint is older, whatever a clock says."""
         self._given_arguments: dict[str, dict[str, Any]] = {}
         """Of the trainer's callbacks, before a checkpoint's state, see `reapply`."""
         self._saved_arguments: dict[str, dict[str, Any]] = {}
@@ -77,7 +77,7 @@ class Checkpoints:
 
         skipped: steps that were left out, as they were not finite.
         """
-        lora = self.blueprint.lora
+        lora, self._saved_at = self.blueprint.lora, max(time.time(), self._saved_at)
         return {
             "model": self.blueprint.config.to_dict(),
             "processor": processor.to_dict(),
@@ -86,7 +86,7 @@ class Checkpoints:
             "base": self.blueprint.base,
             "adapter_base": self._left_out and self._left_out.to_dict(),
             "trained": asdict(trained),
-            "saved_at": max(time.time(), self._resumed_at),
+            "saved_at": self._saved_at,
             "skipped_steps": skipped,
             "init_from": None if self.init_from is None else str(self.init_from),
             "hub_id": self.hub_id,
@@ -121,7 +121,7 @@ class Checkpoints:
         ValueError for what a resumed run cannot go on with.
         """
         saved = checkpoint["pi05"]
-        self._resumed_at = saved.get("saved_at", 0.0)
+        self._saved_at = saved.get("saved_at", 0.0)
         check_resumable(checkpoint)
         self.hub_id = saved.get("hub_id")
         said = [check_steps(checkpoint["global_step"], trainer.max_steps, recipe.total_steps)]

@@ -93,7 +93,7 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
 
 def demonstrations_of(robot: Robot, dataset: Path | None) -> Demonstrations | None:
     """What a robot was trained on, if it is here. ValueError for a `dataset` that is no LeRobot v3 dataset."""
-    path = dataset or Path(robot.dataset)
+    path = dataset or Path(robot.dataset).expanduser()
     if (path / "meta" / "tasks.parquet").is_file():
         return Demonstrations(str(path), robot.action_keys)
     if dataset is not None:

@@ -31,11 +31,16 @@ def has_checkpoints(folder: Path) -> bool:
     return any((folder / "checkpoints").glob("*.ckpt"))
 
 
+def configuration_in(folder: Path) -> Path | None:
+    """The file in which a run wrote its configuration, if a folder has one."""
+    file = folder / CONFIG
+    marked = file.is_file() and file.open(encoding="utf-8", errors="replace").readline().strip() == MARK
+    return file if marked else None
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's directory."""
-    config = folder / CONFIG
-    marked = config.is_file() and config.open(encoding="utf-8", errors="replace").readline().strip() == MARK
-    return marked or has_checkpoints(folder)
+    return configuration_in(folder) is not None or has_checkpoints(folder)
 
 
 def check_free(folder: Path) -> None:

@@ -44,9 +44,8 @@ def merge(
         return layer.dequantize(parts, layer.weight.shape)
 
     def take(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        # mapped from a file that may be replaced, they would be read from it page by page while training
-        copy = dtype is not None or add.places[name] != name  # what an adapter is added to
-        return keep(name, add(name, tensor.to(dtype or tensor.dtype, copy=copy)))
+        # mapped ones would change with a file that another is written over, and are added to in place
+        return keep(name, add(name, tensor.to(dtype or tensor.dtype, copy=True)))
 
     def take_missing(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
         place = add.places[name]

@@ -108,4 +108,4 @@ def run_of(checkpoint: Path) -> Path:
 
 def home_of(checkpoint: Path) -> Path:
     """Where what is measured of a checkpoint is written: its run; of a Hub id, a folder of its name under `RUNS`."""
-    return RUNS / checkpoint.name if is_on_hub(checkpoint) else run_of(checkpoint)
+    return RUNS / checkpoint.name if is_on_hub(checkpoint) else run_of(checkpoint.expanduser())

@@ -200,4 +200,4 @@ def test_another_tokenizer_another_fast_tokenizer_and_other_cameras_are_differen
         "cameras": ["wrist", *saved["cameras"]],
     }
     places = [d.place for d in differences(changed, processor) if not d.harmless]
-    assert places == ["data.tokenizer", "data.fast", "data.sources: cameras"]
+    assert places == ["data.tokenizer", "data.fast", "data.cameras"]

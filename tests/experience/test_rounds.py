@@ -19,8 +19,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 
-from pi05_lightning.cli.experience import Plan, check_plan, experience, parts, rounds_of
+from pi05_lightning.cli.experience import Plan, check_plan, experience, listed, parts, rounds_of
 from pi05_lightning.cli.parts import Part, Progress
 from pi05_lightning.data.attempts import Attempts
 from pi05_lightning.data.labels import POSITIVE, Labels
@@ -117,6 +118,13 @@ def test_attempts_that_are_all_corrected_are_daggers_too(plan: Plan) -> None:
     assert names == ["collect-1", "recap-2-collect", "dagger-2-collect"]
     assert {option(named(todo, name), "--corrections") for name in names} == {"8"}
     assert option(named(parts(plan, Reading(), ["recap"]), "collect-1"), "--corrections") is None
+
+
+def test_words_with_commas_and_brackets_stay_whole() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--rollouts", type=tuple[str, ...])
+    words = ("tries, may/robot", "[old] tries", "büro/🤖", "plain")
+    assert parser.parse_args(["--rollouts", listed(words)]).rollouts == words
 
 
 def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_methods(plan: Plan) -> None:

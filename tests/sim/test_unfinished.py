@@ -86,9 +86,11 @@ def test_only_what_was_kept_of_the_same_rollout_is_taken(seed: int, kept: bool, 
 def test_episodes_of_a_mode_are_kept_whatever_other_modes_there_are(
     modes: list[Mode], steps: int, kept: bool, tmp_path: Path
 ) -> None:
+    spelled = iter(["policy.ckpt", f"{Path.cwd()}/policy.ckpt", "./policy.ckpt", "policy.ckpt"])
+
     def begun(modes: list[Mode], steps: int) -> AbstractContextManager[Unfinished]:
         actings = {mode: Acting(num_steps=steps, hierarchical=mode == "policy") for mode in modes}
-        return Unfinished.within(tmp_path, *deciding(Worker(MetaWorld(), View((), 64, 10.0), "policy.ckpt", actings)))
+        return Unfinished.within(tmp_path, *deciding(Worker(MetaWorld(), View((), 64, 10.0), next(spelled), actings)))
 
     with suppress(KeyboardInterrupt), begun(["policy", "rtc"], 10) as unfinished:
         unfinished.keep(Done([Result(Trial("policy", "reach-v3", 1), success=True)], Clock()), {})

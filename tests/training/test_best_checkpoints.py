@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
+from pi05_lightning.weights.training_checkpoint import find_checkpoint
 
 VALIDATE = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 1}
 FEW = {"data_options": {"val_samples": 2}, "module_options": {"num_steps": 1}}
@@ -175,6 +178,17 @@ def test_best_ones_survive_a_resume_and_a_moved_directory(
         "2-1.000.ckpt": 1.0,
         "6-2.000.ckpt": 2.0,
     }
+
+
+def test_newest_is_the_last_one_though_the_clock_was_set_back(
+    train: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count(2_000_000_000, -60)
+    monkeypatch.setattr("pi05_lightning.module.checkpoint.time", SimpleNamespace(time=lambda: next(clock)))
+    train(max_steps=3)
+    assert find_checkpoint(tmp_path) == tmp_path / "step=3.ckpt"
+    train(max_steps=5, ckpt_path=tmp_path / "step=3.ckpt")
+    assert find_checkpoint(tmp_path) == tmp_path / "step=5.ckpt"
 
 
 def test_two_of_them_keep_their_own_files(train: Callable[..., Trainer], tmp_path: Path) -> None:

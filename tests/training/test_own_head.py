@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
+from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.types import Batch, Frame, Modality, Prefix
 
 from .conftest import PRETRAIN_STEPS, STAGES
@@ -147,15 +149,27 @@ def test_term_that_no_head_has_is_named_with_the_nearest_one() -> None:
         module.follow(Recipe.of(posttrain=StageOptions(LossWeights(location=1.0))))
 
 
+@pytest.mark.parametrize(("metric", "is_known"), [("gripper_accuracy", False), ("action_mae", True)])
+def test_either_mode_may_be_the_best_of_an_own_heads_metric(
+    metric: str, is_known: bool, train: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    best = RunCheckpoint(tmp_path / "best", monitor=f"val/robot/continuous_robot_actions/{metric}", mode="max")
+    with pytest.raises(ValueError, match="less is better, and its mode is max") if is_known else nullcontext():
+        train(best, stages=WITH_GRIPPER, module_options=OPTIONS, limit_val_batches=1)
+    assert best.best_model_score is None if is_known else 0 <= best.best_model_score <= 1
+
+
 def test_two_heads_with_one_term_are_refused() -> None:
     with pytest.raises(ValueError, match="two heads have the loss gripper"):
         Pi05Module(ModelConfig.preset("debug"), heads={"gripper": GripperHead, "other": GripperHead})
 
 
-@pytest.mark.parametrize("name", ["flow", "location", "forward", "values", "my.head"])
-def test_name_that_a_head_cannot_have_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"model\.heads\.{name}: this name is taken"):
-        Pi05(ModelConfig.preset("debug"), {name: GripperHead})
+@pytest.mark.parametrize(
+    ("size", "name"), [("debug", "flow"), ("tiny", "location"), ("debug", "values"), ("debug", "my.head")]
+)
+def test_name_that_a_head_cannot_have_is_refused(size: str, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model\.heads\.{name}: .*: give (yours|the head) another"):
+        Pi05.without_memory(ModelConfig.preset(size), {name: GripperHead})
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def test_a_base_is_remembered_by_its_own_name_and_not_by_a_links_that_others_get
     assert not base.is_at(name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_run_computes_in_todays_precision_whatever_its_base_was_read_in(
     precision: Any, fit: Fit, tmp_path: Path
@@ -170,6 +170,7 @@ def test_a_run_computes_in_todays_precision_whatever_its_base_was_read_in(
     assert {parameter.dtype for parameter in module.parameters()} == {expected}
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path) -> None:
     fit()
     second = fit("second", init_from=str(checkpoint(tmp_path)))

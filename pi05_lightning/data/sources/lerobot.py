@@ -321,7 +321,7 @@ class LeRobotSource(Source):
             normalize=self._normalize() if shared is None else shared.normalize,
             fps=self.files.fps,
             tasks=tuple(tasks),
-            dataset=self.config.path if self.hub_id else str(Path(self.config.path).expanduser()),
+            dataset=self.config.path,
             is_on_hub=self.hub_id is not None,
             state_keys=tuple(self.config.state_keys),
             action_keys=tuple(self.config.action_keys),

@@ -34,8 +34,8 @@ def collect(config: CollectConfig) -> Path:
     `out/robot` is a LeRobot v3 dataset: training episodes first, then validation episodes (`splits` in its
     `meta/info.json`). `out/web` holds single frames with captions and questions, for `datasets.load_from_disk`.
 
-    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there. Interrupted,
-    it stays there, and the same collection goes on from it.
+    All is written to `.<name>.partial` beside `out` and moved at the end, so `out` is whole or not there. Where it ends
+    before, what was recorded stays there, and the same collection goes on from it.
     Raises FileExistsError when `out` exists and `overwrite` is off or it is something else, ValueError on unknown
     tasks or cameras, when an expert fails too often, and while another process makes the same `out`.
     """

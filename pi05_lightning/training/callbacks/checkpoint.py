@@ -313,11 +313,15 @@ class RunCheckpoint(ModelCheckpoint):
                 " (trainer.limit_val_batches, data.sources with no validation part, or a trainer.val_check_interval"
                 f" beyond its {most_batches(trainer)} batches): leave it out, or validate"
             )
-        own = set(pl_module.validation_metrics()) if isinstance(pl_module, Pi05Module) else set()
+        own, judged = set[str](), set[str]()
+        if isinstance(pl_module, Pi05Module):
+            own = set(pl_module.validation_metrics())
+            of_heads = {metric for head in pl_module.model.auxiliary.values() for metric in head.metrics}
+            judged = {name for name in own if of_heads.isdisjoint(name.split("/"))}
         known = self._validation_metrics | (own if validates else set())  # the first are of the sanity check
         if self.monitor is not None and not self._goes_on:
             check_logged("checkpoint.monitor", self.monitor, known)
-            check_mode("checkpoint.monitor", self.monitor, self.mode, own)
+            check_mode("checkpoint.monitor", self.monitor, self.mode, judged)
         if not logs_of_others(trainer, pl_module):
             for name in re.findall(r"\{([^:}]+)", self.filename or ""):
                 check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
@@ -325,10 +329,10 @@ class RunCheckpoint(ModelCheckpoint):
                 if isinstance(callback, EarlyStopping):
                     if callback.strict:
                         check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
-                    check_mode("monitor of EarlyStopping", callback.monitor, callback.mode, own)
+                    check_mode("monitor of EarlyStopping", callback.monitor, callback.mode, judged)
                 elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
                     check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})
-                    check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode, own)
+                    check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode, judged)
 
     # --- going on
 
@@ -402,11 +406,14 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
     )
 
 
-def check_mode(option: str, name: str, mode: str, own: Collection[str]) -> None:
-    """Raises ValueError where the worst of a metric is asked for.  own: names of what validation logs by itself."""
+def check_mode(option: str, name: str, mode: str, judged: Collection[str]) -> None:
+    """Raises ValueError where the worst of a metric is asked for.
+
+    judged: what validation logs but for the metrics of a user's heads, of which nobody knows whether more is better.
+    """
     is_share = not SHARES.isdisjoint(name.split("/"))
     more, best = ("more", "max") if is_share else ("less", "min")
-    if mode != best and (is_share or name in own):
+    if mode != best and (is_share or name in judged):
         raise ValueError(f"{option} is {name}, of which {more} is better, and its mode is {mode}: give `mode: {best}`")
 
 
