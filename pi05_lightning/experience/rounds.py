@@ -18,7 +18,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.experience.reading import TRAINER, Reading
-from pi05_lightning.types import Modality
+from pi05_lightning.types import Modality, Shapes
 
 Method = Literal["recap", "successes", "dagger", "demonstrations"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -84,15 +84,7 @@ def check_datasets(
 
     policy, processor: what is to learn from them.  robot: source whose robot it acts as.
     """
-    TextTokenizer.load(reading.tokenizer)
-    if reading.fast is not None:
-        FastTokenizer.load(reading.fast)
-    for name, source in reading.others.items():
-        if source["class_path"] == VISION_TEXT and not Path(source["init_args"]["path"]).expanduser().exists():
-            try:
-                VisionTextConfig(**source["init_args"]).open(name, "train", processor.shapes)
-            except ValueError as error:
-                raise ValueError(f"{policy} was trained on {name}, and goes on with it: {error}") from error
+    _check_rehearsed(policy, reading, processor.shapes)
     names, actor = named(reading, demonstrations, robot)
     shown = demonstrations[names.index(actor)]
     for path in (*demonstrations, *attempts):
@@ -120,6 +112,20 @@ def check_datasets(
         if other := {what: both for what, both in found.items() if both[1] and both[0] != both[1]}:
             told = "; ".join(f"its {what} are {its}, and the policy's {own}" for what, (its, own) in other.items())
             raise ValueError(f"{path} is not of the robot of {policy}: {told}")
+
+
+def _check_rehearsed(policy: Path, reading: Reading, shapes: Shapes) -> None:
+    """ValueError for tokenizers, and for images with texts of the Hub's, that are gone since the policy was trained."""
+    TextTokenizer.load(reading.tokenizer)
+    if reading.fast is not None:
+        FastTokenizer.load(reading.fast)
+    for name, source in reading.others.items():
+        options = source["init_args"]
+        if source["class_path"] == VISION_TEXT and not Path(options["path"]).expanduser().exists():
+            try:
+                VisionTextConfig(**options).open(name, "train", shapes)
+            except ValueError as error:
+                raise ValueError(f"{policy} was trained on {name}, and goes on with it: {error}") from error
 
 
 def configuration(

@@ -316,8 +316,11 @@ class RunCheckpoint(ModelCheckpoint):
         own, judged = set[str](), set[str]()
         if isinstance(pl_module, Pi05Module):
             own = set(pl_module.validation_metrics())
-            of_heads = {metric for head in pl_module.model.auxiliary.values() for metric in head.metrics}
-            judged = {name for name in own if of_heads.isdisjoint(name.split("/"))}
+            model = pl_module.model
+            theirs = {
+                metric for name, head in model.heads.items() if name in model.auxiliary for metric in head.metrics
+            }
+            judged = {name for name in own if theirs.isdisjoint(name.split("/"))}
         known = self._validation_metrics | (own if validates else set())  # the first are of the sanity check
         if self.monitor is not None and not self._goes_on:
             check_logged("checkpoint.monitor", self.monitor, known)
