@@ -68,7 +68,7 @@ class Pi05Policy(Inference):
             `int8`, linear layers compute in 8 bits on a CPU, as far as actions stay what they are (acting/int8.py).
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         averaged: use a training checkpoint's averaged weights (`ema.decay`, or openpi's) if it has them.
-        base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         cuda_graph: on a CUDA device, sample chunks by CUDA graphs: several times as fast for one robot. `plain` takes
             a second where a prompt has a new length, `compiled` is faster still and takes the first two half a minute.
 

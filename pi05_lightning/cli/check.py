@@ -71,7 +71,7 @@ def check(
         seed: of the noise.
         device: where the policy runs.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
-        base: of a checkpoint of adapters: where its base is, if not where it was.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
     """
     check_range("frames", frames, 0)
     check_range("seed", seed, 0)

@@ -86,8 +86,7 @@ def convert(
         robot: keep this one of the policy's robots alone. LeRobot knows of one, so of several one must be named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
             own, if it is still where it was. Made-up frames are always compared too.
-        base: of a checkpoint of adapters: where the weights are that they stand beside, a path or Hub id, if not where
-            they were.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         force: write for LeRobot also what it will do otherwise than the policy, and say what that is.
 
     Raises ValueError for what cannot be converted, and for what LeRobot would do otherwise.

@@ -65,7 +65,7 @@ def export(
         max_error: of an action, normalised to -1..1, beyond which nothing is written; also where a subtask differs. By
             default 0.001, with int8 0.05, with int4 0.3.
         averaged: of a training checkpoint, take the averaged weights if it has them.
-        base: of a checkpoint of adapters: where its base is, if not where it was.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         acting: how the policy acts, see `Acting`; num_steps and robot are fixed by the export. What is executed of a
             chunk, and when the next is computed, is up to the program that calls the runner: execution_horizon,

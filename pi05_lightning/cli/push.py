@@ -60,8 +60,8 @@ def push(
         out: keep what is published in this folder too; it must not exist.
         robot: publish the policy as this one of its robots alone.
         averaged: of a training checkpoint, take the averaged weights if it has them.
-        base: of a checkpoint of adapters: where the weights are that they stand beside, if not where they were.
-        tokenizer: of LeRobot's and openpi's weights: the folder of PaliGemma's tokenizer.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
+        tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
 
     Raises ValueError for what cannot be published, and where the Hub refuses or cannot be reached: readers see all of
     a push or nothing of it.

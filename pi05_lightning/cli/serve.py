@@ -69,7 +69,7 @@ def serve(
         device: where the model runs.
         dtype: what the weights are cast to; by default none. With int8, layers compute in 8 bits where actions allow.
         cuda_graph: chunks are CUDA graphs: `plain`, or `compiled`, which is faster and starts slowly.
-        base: of a checkpoint of adapters: where its base is, a path or Hub id, if not where it was.
+        base: of a checkpoint of adapters: a path or Hub id of the weights that they stand beside, if they moved.
         tokenizer: of a LeRobot or openpi folder: the local folder of PaliGemma's tokenizer.
         seed: of every client's noise.
         max_batch: requests computed together; by default 32, with cuda_graph 1.
