@@ -221,6 +221,18 @@ def test_every_dataset_that_the_policy_cannot_learn_from_is_refused(
             check_datasets(Path("policy"), reading, cast("Processor", processor), *data)
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [({"fast": "gone"}, r"gone.* is no FAST tokenizer"), ({"tokenizer": "./gone"}, "no tokenizer at .*gone")],
+)
+def test_tokenizers_that_are_gone_are_refused_before_attempts_are_made(
+    pictures: Path, gone: dict[str, str], said: str
+) -> None:
+    processor = SimpleNamespace(shapes=ModelConfig.preset("debug").shapes)
+    with pytest.raises(ValueError, match=said):
+        check_datasets(Path("policy"), Reading(**gone), cast("Processor", processor), [str(pictures)], [])
+
+
 def test_attempts_are_read_as_those_of_the_robot_that_acts(pictures: Path, videos: Path, tmp_path: Path) -> None:
     of_arm = LeRobotConfig(str(pictures)).open("arm", "train", ModelConfig.preset("debug").shapes).robot()
     assert of_arm is not None

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from pi05_lightning.evaluation.report.metrics import number, ordered, write_metrics
-from pi05_lightning.evaluation.report.tables import markdown_table, metrics_table
+from pi05_lightning.evaluation.report.tables import markdown_table, metrics_table, questions_table
 
 RESULTS = {
     "web/qa": {"samples": 4, "exact_match": 0.5},
@@ -43,6 +43,14 @@ def test_table_says_which_modality_has_no_samples() -> None:
     row = next(line for line in printed(80).splitlines() if line.strip().startswith("web_caption"))
     assert "none" in row
     assert "0" not in row
+
+
+def test_questions_with_brackets_are_shown_as_they_were_asked() -> None:
+    questions = ["<image> [INST] what is this? [/INST]", "point to the [red] cube"]
+    file = io.StringIO()
+    rows = {question: {"samples": 1.0} for question in questions}
+    Console(file=file, width=200).print(questions_table("robot/qa [new]", rows))
+    assert all(shown in file.getvalue() for shown in (*questions, "robot/qa [new]"))
 
 
 def test_what_was_not_measured_is_not_zero() -> None:
