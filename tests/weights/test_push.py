@@ -151,6 +151,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub, tmp_path: Path) 
         "films/one.mp4",
         "policy, subtask first · open-drawer · initial state 3: failed: out of time",
         "| time limit | 4 s |",
+        "action of 2, chunks of 8, 10 actions per second |",
         "| noise | × 0.5 |",
         'Pi05Policy.from_pretrained("lab/arm")',
         "--policy.path=lab/arm",
