@@ -14,8 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+import pytest
+from huggingface_hub import constants
 
 
 @dataclass
@@ -158,3 +162,16 @@ def serving() -> Iterator[Hub]:
             yield hub
         finally:
             server.shutdown()
+
+
+@contextmanager
+def reached(cache: Path) -> Iterator[Hub]:
+    """An empty hub, which huggingface_hub takes for the only one; what it downloads lies in `cache`."""
+    with serving() as hub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield hub

@@ -1,21 +1,18 @@
-"""Policies and datasets on the Hub, which is a server on this machine here: whole or not at all, and loaded from it."""
+"""Policies on the Hub, which is a server on this machine here: whole or not at all, and loaded from it."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, constants
-from PIL import Image
+from huggingface_hub import ModelCard
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.cli.main import main
@@ -29,28 +26,9 @@ from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 
-from .loopback_hub import Hub, serving
+from .loopback_hub import Hub, reached
 
 MODEL, DATA = "models/lab/arm", "datasets/lab/drawers"
-
-
-@contextmanager
-def reached(cache: Path) -> Iterator[Hub]:
-    """An empty hub, which huggingface_hub takes for the only one; what it downloads lies in `cache`."""
-    with serving() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", hub.address)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
-        patch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        yield hub
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[Hub]:
-    with reached(tmp_path / "cache") as hub:
-        yield hub
 
 
 @pytest.fixture(scope="module")
@@ -341,33 +319,6 @@ def test_all_that_the_hub_says_of_a_card_is_told(hub: Hub, run: Path) -> None:
         main(["push", str(run), "lab/arm", "--license", "apache2"])
 
 
-def test_dataset_whose_tag_failed_is_said_to_be_there(hub: Hub, pictures: Path) -> None:
-    hub.refuse_tags = True
-    with pytest.raises(SystemExit, match=r"the files are at .*, but the tag v3\.0, .* is not"):
-        main(["push", str(pictures), "lab/drawers"])
-    hub.refuse_tags = False
-    main(["push", str(pictures), "lab/drawers"])
-    assert hub.tags[DATA] == {"v3.0"}
-
-
-def test_licence_is_put_into_a_datasets_own_card(
-    hub: Hub, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = Path(shutil.copytree(pictures, tmp_path / "robot"))
-    theirs = "---\nlicense: mit\n---\n\n# Drawers\n"
-    (source / "README.md").write_text(theirs)
-    main(["push", str(source), "lab/drawers"])
-    assert hub.repositories[DATA]["README.md"].decode() == theirs
-    main(["push", str(source), "lab/drawers", "--license", "cc-by-4.0"])
-    assert "No licence is stated" not in capsys.readouterr().out
-    pushed = hub.repositories[DATA]["README.md"].decode()
-    assert "license: cc-by-4.0" in pushed
-    assert "# Drawers" in pushed
-    assert (source / "README.md").read_text() == theirs
-    with pytest.raises(SystemExit, match="--robot is for policies"):
-        main(["push", str(source), "lab/drawers", "--robot", "arm"])
-
-
 def test_policy_pushes_itself(hub: Hub, policy: Pi05Policy, tmp_path: Path) -> None:
     address = policy.push_to_hub("lab/arm", license="mit")
     assert address.startswith(hub.address)
@@ -407,39 +358,6 @@ def test_policy_of_two_robots_is_ours_alone_until_one_is_named(hub: Hub, policy:
         del processor.robots["other"]
 
 
-def test_recorded_dataset_goes_whole_under_lerobots_tag(hub: Hub, pictures: Path, tmp_path: Path) -> None:
-    source = Path(shutil.copytree(pictures, tmp_path / "robot"))
-    (source / ".cache").mkdir()
-    (source / ".cache" / "frames").write_text("a cache")
-    write_json(source / "meta" / "pi05_outcomes.json", {"0": {"success": True, "frames": 12}})
-    write_json(source / "meta" / "pi05_collect.json", {"policy": "/secret/place/fit", "sha256": "a"})
-    for _ in range(2):
-        main(["push", str(source), "lab/drawers", "--license", "cc-by-4.0"])
-    files = hub.repositories[DATA]
-    names = {str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.is_file()}
-    said = {"meta/pi05_outcomes.json", "meta/pi05_collect.json"}
-    assert set(files) == names | said | {"README.md"}
-    assert json.loads(files["meta/pi05_collect.json"])["policy"] == "fit"
-    assert json.loads((source / "meta" / "pi05_collect.json").read_text())["policy"] == "/secret/place/fit"
-    assert all(files[name] == (pictures / name).read_bytes() for name in names)
-    assert hub.tags[DATA] == {"v3.0"}
-    card = files["README.md"].decode()
-    assert "license: cc-by-4.0" in card
-    assert "**License:** cc-by-4.0" in card
-
-
-def test_images_with_text_go_as_parquet(hub: Hub, tmp_path: Path) -> None:
-    rows = {"image": [Image.new("RGB", (8, 8))] * 3, "caption": ["one", "two", "three"]}
-    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
-    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features)).save_to_disk(tmp_path / "web")
-    main(["push", str(tmp_path / "web"), "lab/drawers"])
-    file = tmp_path / "back.parquet"
-    file.write_bytes(hub.repositories[DATA]["data/train-00000-of-00001.parquet"])
-    back = datasets.load_dataset("parquet", data_files=str(file), cache_dir=str(tmp_path / "read"))["train"]
-    assert back["caption"][:] == rows["caption"]
-    assert back[0]["image"].size == (8, 8)
-
-
 @pytest.mark.parametrize(
     ("source", "repo", "said"),
     [
@@ -452,9 +370,3 @@ def test_what_cannot_be_pushed_is_refused(hub: Hub, tmp_path: Path, source: str,
     with pytest.raises(SystemExit, match=said):
         main(["push", str(tmp_path / source), repo])
     assert hub.repositories == {}
-
-
-def test_collects_folder_of_two_datasets_is_refused(hub: Hub, pictures: Path, tmp_path: Path) -> None:
-    shutil.copytree(pictures, tmp_path / "data" / "robot")
-    with pytest.raises(SystemExit, match="holds two datasets"):
-        main(["push", str(tmp_path / "data"), "lab/drawers"])
