@@ -107,5 +107,8 @@ def run_of(checkpoint: Path) -> Path:
 
 
 def home_of(checkpoint: Path) -> Path:
-    """Where what is measured of a checkpoint is written: its run; of a Hub id, a folder of its name under `RUNS`."""
-    return RUNS / checkpoint.name if is_on_hub(checkpoint) else run_of(checkpoint.expanduser())
+    """Where what is measured of a checkpoint is written: its run; of the Hub's `user/name`, `RUNS/user--name`.
+
+    A run that was pushed as `user/name` may be called `name` here, and keeps what was measured of it.
+    """
+    return RUNS / "--".join(checkpoint.parts) if is_on_hub(checkpoint) else run_of(checkpoint.expanduser())

@@ -121,7 +121,7 @@ def test_a_hub_ids_rollout_is_under_runs_and_leaves_the_id_what_it_is(untrained,
     snapshots = hold_in_cache(untrained, tmp_path / "hub", monkeypatch)
     monkeypatch.chdir(tmp_path)
     rollout(Path("lab/arm"), ["reach-v3"], episodes=1, modes=("policy",), max_seconds=0.2, num_workers=1, videos=0)
-    assert (tmp_path / "runs" / "arm" / "rollout" / "rollout.json").is_file()
+    assert (tmp_path / "runs" / "lab--arm" / "rollout" / "rollout.json").is_file()
     assert not (tmp_path / "lab").exists()
     assert len([*snapshots.iterdir()]) == 1
     assert measured(Path("lab/arm"))[1] == "policy"
