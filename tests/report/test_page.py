@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from torch.utils.tensorboard import SummaryWriter
 
 from pi05_lightning.cli.report import report
 from pi05_lightning.evaluation.report.page import poster
@@ -283,6 +284,21 @@ def test_curves_hold_every_logged_step(run: Path) -> None:
     curve = read_curves(run)["loss/total"]
     assert curve.steps == list(range(10))
     assert curve.values == pytest.approx([1 / (step + 1) for step in range(10)])
+
+
+def test_curves_leave_out_what_a_later_start_took_back(run: Path) -> None:
+    with SummaryWriter(str(run), filename_suffix=".before") as writer:
+        for total in (3, 6, 9):
+            writer.add_scalar("val/x", 1.0, total)
+        writer.add_scalar("stage", 1.0, 9)
+    with SummaryWriter(str(run), filename_suffix=".later") as writer:
+        writer.add_scalar("stage", 1.0, 6)  # it goes on with the checkpoint of six steps
+        writer.add_scalar("loss/total", 2.0, 7)
+    curves = read_curves(run)
+    assert curves["loss/total"].steps == [0, 1, 2, 3, 4, 5, 7]
+    assert curves["loss/total"].values[-1] == 2
+    assert curves["val/x"].steps == [3, 6]
+    assert switch_steps(curves) == [SWITCH]
 
 
 def test_stage_switch_is_found_in_the_curves(run: Path) -> None:

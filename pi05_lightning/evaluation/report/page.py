@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pi05_lightning import __version__
 from pi05_lightning.evaluation.report import plots
 from pi05_lightning.evaluation.report.metrics import QUESTIONS, SECTIONS, is_empty, number, ordered, section_rows
-from pi05_lightning.evaluation.report.run import EXAMPLES, Run
+from pi05_lightning.evaluation.report.run import EXAMPLES, Run, is_of_training
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, rates
 
@@ -99,8 +99,7 @@ def render(run: Run, seconds: dict[str, float]) -> str:
 def facts(run: Run, switches: Sequence[int]) -> dict[str, Any]:
     """What was trained, in a few words each."""
     source = run.provenance
-    # of training, which counts its steps from 0: validation's and rollouts' say how many there were
-    trained = (curve for tag, curve in run.curves.items() if not tag.startswith(("val", "test", "rollout")))
+    trained = (curve for tag, curve in run.curves.items() if is_of_training(tag))
     last = max((curve.steps[-1] for curve in trained if curve.steps), default=None)
     parameters = source.get("parameters")
     commit = source.get("commit")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,13 +125,28 @@ def films_of(rollout: Path) -> list[Path]:
     return [film for film in named if film.is_file()]
 
 
+def is_of_training(tag: str) -> bool:
+    """Whether a scalar's steps count from 0, as training's do: validation's and rollouts' say how many there were."""
+    return not tag.startswith(("val", "test", "rollout"))
+
+
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Every scalar in the folder's TensorBoard event files; of steps that a resumed run repeated, the later ones."""
+    """Every scalar in the folder's TensorBoard event files, without what a later start of the run took back.
+
+    A run that goes on with an earlier checkpoint logs its first `stage` at a step that it had passed before.
+    """
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
     events.Reload()
+    logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
+    starts = [later for before, later in pairwise(logged.get("stage", ())) if later.step < before.step]
     curves = {}
-    for tag in events.Tags()["scalars"]:
-        points = {event.step: event.value for event in events.Scalars(tag)}
-        steps = sorted(points)
-        curves[tag] = Curve(steps, [points[step] for step in steps])
+    for tag, points in logged.items():
+        first = 0 if is_of_training(tag) else 1
+        kept = {
+            point.step: point.value
+            for point in points
+            if all(point.wall_time >= start.wall_time or point.step < start.step + first for start in starts)
+        }
+        steps = sorted(kept)
+        curves[tag] = Curve(steps, [kept[step] for step in steps])
     return curves
