@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -52,6 +54,12 @@ def gif(result: Result) -> bytes:
     return buffer.getvalue()
 
 
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: Pillow's own font knows no letter beyond ASCII."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 14)
+
+
 def _frame(result: Result, shown: FilmFrame, bounds: Bounds | None, over: bool) -> np.ndarray:
     scale = CAMERA_HEIGHT / shown.image.shape[0]
     width = 2 * round(shown.image.shape[1] * scale / 2)
@@ -62,7 +70,7 @@ def _frame(result: Result, shown: FilmFrame, bounds: Bounds | None, over: bool) 
     draw = ImageDraw.Draw(canvas)
     title = f"{result.trial.title}  {result.outcome}".rstrip() if over else result.trial.title
     for number, line in enumerate((title, shown.caption)):
-        draw.text((8, CAMERA_HEIGHT + 4 + 20 * number), line, fill="white", font=ImageFont.load_default(15))
+        draw.text((8, CAMERA_HEIGHT + 4 + 20 * number), line, fill="white", font=_font())
     if bounds is not None and shown.chunk is not None:
         _draw_chunk(draw, shown.chunk, shown.place, bounds, top=CAMERA_HEIGHT + CAPTION_HEIGHT, width=width)
     return np.asarray(canvas)

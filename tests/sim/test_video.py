@@ -29,6 +29,11 @@ def test_caption_and_chunk_are_drawn():
     assert not np.array_equal(plain, video.frames(episode(chunk=CHUNK[::-1]))[0])
 
 
+def test_letters_of_other_scripts_are_drawn():
+    first, second = (video.frames(episode(caption=caption))[0] for caption in ("öffne", "äffne"))
+    assert not np.array_equal(first, second)
+
+
 def test_line_moves_along_the_chunk():
     first, second, _ = video.frames(episode())
     changed = (first != second).any(2)

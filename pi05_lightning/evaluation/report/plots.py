@@ -21,6 +21,7 @@ from pi05_lightning.evaluation.statistics import Success, rates
 # Okabe and Ito's palette, told apart with any colour vision
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 HATCHES = ("", "///", "...", "xxx")  # of bars, each time that the colours begin again
+MOST_BESIDE = 8  # groups of bars that stand side by side; their names would overlap, or be too small on the page
 Acting = Mapping[str, Mapping[str, Any]]
 """How a rollout's policy acted, by mode."""
 MODE_LABELS = {
@@ -43,11 +44,14 @@ def mode_label(mode: str, acting: Acting) -> str:
 
 
 def success_bars(success: Success, acting: Acting) -> str:
-    """Success rate per task and mode with its 95 % Wilson interval, and over all tasks."""
+    """Success rate per task and mode with its 95 % Wilson interval, and over all tasks; many are one below another."""
     found = rates(success)
     groups = list(next(iter(found.values())))
-    figure = Figure(figsize=(max(7.0, 1.6 * len(groups)), 3.4), layout="constrained")
+    below = len(groups) > MOST_BESIDE
+    size = (9.0, 1 + len(groups) * (0.1 + 0.12 * len(success))) if below else (max(7.0, 1.6 * len(groups)), 3.4)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
+    draw, along, across = (axes.barh, axes.xaxis, axes.yaxis) if below else (axes.bar, axes.yaxis, axes.xaxis)
     width = 0.8 / len(success)
     for number, (mode, by_task) in enumerate(found.items()):
         heights = np.array([by_task[group].value for group in groups])
@@ -55,20 +59,23 @@ def success_bars(success: Success, acting: Acting) -> str:
         error = np.abs(bounds.T - heights)
         place = np.arange(len(groups)) + (number - (len(success) - 1) / 2) * width
         cycle, color = divmod(number, len(COLORS))
-        axes.bar(
+        draw(
             place,
             heights,
             0.9 * width,
-            yerr=error,
+            **{"xerr" if below else "yerr": error},
             color=COLORS[color],
             hatch=HATCHES[cycle % len(HATCHES)],
             label=mode_label(mode, acting),
             ecolor="#444444",
         )
-    axes.axvline(len(groups) - 1.5, color="#cccccc", linewidth=1)
-    axes.set_xticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
-    axes.set_ylim(0, 1.05)
-    axes.set_ylabel("success rate")
+    (axes.axhline if below else axes.axvline)(len(groups) - 1.5, color="#cccccc", linewidth=1)
+    across.set_ticks(range(len(groups)), [task.removesuffix("-v3") for task in groups])
+    across.set_inverted(below)  # the first on top
+    if below:
+        axes.margins(y=0.005)
+    along.set_view_interval(0, 1.05, ignore=True)
+    along.set_label_text("success rate")
     figure.legend(loc="outside upper center", ncols=min(len(success), 4), frameon=False, fontsize=8)
     return as_svg(figure)
 
