@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import count
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,12 @@ def check_loggers(loggers: Any) -> None:
         check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
 
 
-def keep_written(folder: Path, run: Path) -> None:
-    """Rename the metrics.csv that a CSVLogger left in its folder before: another one would begin with deleting it.
+@contextmanager
+def keeping_metrics(folder: Path, run: Path, trains: bool) -> Iterator[None]:
+    """Keep the metrics.csv that a CSVLogger left in its folder before, which another one would begin with deleting.
 
+    trains: whether this start is a training. If so, the earlier file is renamed for good, unless nothing is logged, as
+        where a resume is refused; else it has its name again in the end, and what is logged now has another one.
     ValueError for the run's own directory, in which `pi05 validate` writes a metrics.csv.
     """
     if folder.resolve() == run.resolve():
@@ -72,10 +77,23 @@ def keep_written(folder: Path, run: Path) -> None:
             " it a name (trainer.logger.init_args.name csv)"
         )
     file = folder / CSVWriter.NAME_METRICS_FILE
-    if file.exists():
-        free = next(n for n in count(1) if not file.with_suffix(f".{n}.csv").exists())
-        file.rename(file.with_suffix(f".{free}.csv"))
-        rank_zero_info(f"{file} of an earlier start is {file.with_suffix(f'.{free}.csv')} now")
+    if not file.exists():
+        yield
+        return
+    free = (path for n in count(1) if not (path := file.with_suffix(f".{n}.csv")).exists())
+    earlier, other = islice(free, 2)
+    file.rename(earlier)
+    try:
+        yield
+    finally:
+        if not file.exists():
+            earlier.rename(file)
+        elif trains:
+            rank_zero_info(f"{file} of an earlier start is {earlier} now")
+        else:
+            file.rename(other)
+            earlier.rename(file)
+            rank_zero_info(f"{other} is what was logged now, {file} that of an earlier start")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -36,7 +36,7 @@ from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.cli.noise import silence_noise
-from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer, keep_written
+from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer, keeping_metrics
 from pi05_lightning.cli.results import MEASURING, show_results
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.files.local import check_writable, held
@@ -323,7 +323,7 @@ def run(command: str, args: list[str]) -> None:
         with stack:
             for logger in cli.trainer.loggers if cli.trainer.is_global_zero else ():
                 if isinstance(logger, CSVLogger):
-                    keep_written(Path(logger.log_dir), target)
+                    stack.enter_context(keeping_metrics(Path(logger.log_dir), target, command == "fit"))
             getattr(cli.trainer, command)(
                 cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
             )

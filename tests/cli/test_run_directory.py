@@ -64,8 +64,12 @@ def test_what_a_csv_logger_wrote_is_kept_when_its_run_goes_on(config: Path, here
     loggers = "[{class_path: CSVLogger, init_args: {save_dir: logs, name: csv, version: ''}}]"
     main(["fit", "-c", str(config), "--run", "run", "--trainer.logger", loggers, "--trainer.log_every_n_steps", "1"])
     written = (here / "logs/csv/metrics.csv").read_text()
-    main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1)])
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1), "--model.lora.rank", "2"])
     main(["validate", "run"])
+    assert (here / "logs/csv/metrics.csv").read_text() == written
+    assert "val/" in (here / "logs/csv/metrics.2.csv").read_text()
+    main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1)])
     assert (here / "logs/csv/metrics.1.csv").read_text() == written
     assert len(list((here / "logs/csv").glob("metrics*.csv"))) == 3
 
