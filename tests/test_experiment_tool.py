@@ -97,14 +97,14 @@ def test_part_that_is_done_is_not_run_again(tmp_path: Path) -> None:
     script, marker = tmp_path / "append.py", tmp_path / "parts" / "fit.json"
     script.write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('ran ')")
     for _ in range(2):
-        experiment.run_part(marker, (str(script),))
+        experiment.run_part(marker, (str(script),), "a")
     assert (tmp_path / "log").read_text() == "ran "
 
 
 def test_cpu_seconds_of_a_part_are_those_of_its_process(tmp_path: Path) -> None:
     script, marker = tmp_path / "busy.py", tmp_path / "parts" / "fit.json"
     script.write_text("import time\ntime.sleep(1)\nwhile time.process_time() < 0.5: pass")
-    experiment.run_part(marker, (str(script),))
+    experiment.run_part(marker, (str(script),), "a")
     assert 0.5 <= json.loads(marker.read_text())["cpu_seconds"] < 0.9
 
 
@@ -113,19 +113,51 @@ def test_part_that_failed_is_run_again_and_its_cpu_seconds_count(tmp_path: Path)
     script.write_text("import time\nwhile time.process_time() < 0.2: pass\nraise SystemExit(1)")
     for _ in range(2):
         with pytest.raises(SystemExit):
-            experiment.run_part(marker, (str(script),))
+            experiment.run_part(marker, (str(script),), "a")
     state = json.loads(marker.read_text())
     assert not state["done"]
     assert state["cpu_seconds"] >= 0.4
 
 
-def test_training_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What ran an experiment whose parts say what they were given; a demo's data beside it, as empty folders."""
+    monkeypatch.setattr(experiment, "EXPERIMENTS", tmp_path / "experiments")
+    monkeypatch.setattr(experiment_recipes, "EXPERIMENTS", tmp_path / "experiments")
+    folder = tmp_path / "experiments" / "002_other"
+    folder.mkdir(parents=True)
+    (folder / "README.md").touch()
+    (folder / "config.yaml").write_text("a: 1\n")
     (tmp_path / "demo" / "data" / "robot").mkdir(parents=True)
-    run = tmp_path / "run"
-    assert "--seed_everything" in experiment.commands("001_metaworld", 3, tmp_path / "demo", run)["fit"]
-    (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "last.ckpt").touch()
-    assert experiment.commands("001_metaworld", 3, tmp_path / "demo", run)["fit"] == ("fit", "--ckpt_path", str(run))
+    for base in METAWORLD.base:
+        (tmp_path / base).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / base).touch()
+    (tmp_path / "ran").touch()
+    monkeypatch.setattr(experiment, "gather", lambda name, out: None)
+    monkeypatch.setattr(experiment, "run_command", lambda command: (tmp_path / "ran").open("a").write(f"{command[0]} "))
+    return tmp_path
+
+
+def test_an_edited_experiment_does_not_keep_the_numbers_of_before(made: Path) -> None:
+    options = ("002_other", (0,), made / "demo", made / "runs")
+    for _ in range(2):
+        experiment.experiment(*options)
+    assert (made / "ran").read_text().count("fit") == 1
+    (made / "experiments" / "002_other" / "config.yaml").write_text("a: 2\n")
+    for seeds in ((0,), (1,)):  # tables are of all seeds that are there
+        with pytest.raises(SystemExit, match=r"fit.json is of another command or configuration.*delete .*seed0"):
+            experiment.experiment("002_other", seeds, *options[2:])
+    assert (made / "ran").read_text().count("fit") == 1
+
+
+def test_training_that_was_interrupted_goes_on(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = made / "runs" / "002_other" / "seed3" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.ckpt").touch()
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(experiment, "run_command", ran.append)
+    experiment.experiment("002_other", (3,), made / "demo", made / "runs")
+    assert ran[0] == ("fit", "--ckpt_path", str(checkpoints.parent))
 
 
 def test_unknown_experiment_is_told_the_known_ones() -> None:

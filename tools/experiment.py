@@ -8,6 +8,7 @@ is not done again: an interrupted experiment goes on where it was, and one that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import subprocess
@@ -35,7 +36,8 @@ def experiment(
         demo: directory of a demo, for its data and its tokenizer; by default runs/demo, or runs/desk at the desk.
         out: where the runs go, as NAME/seedN.
 
-    Raises SystemExit for an unknown name, where there is no demo, and when a part fails.
+    Raises SystemExit for an unknown name, where there is no demo, where a seed was made with another configuration, and
+    when a part fails.
     """
     names = sorted(folder.name for folder in EXPERIMENTS.iterdir() if folder.is_dir())
     if name not in names:
@@ -43,10 +45,37 @@ def experiment(
     if name in BY_HAND:
         raise SystemExit(f"{name} asks another question than success: run the commands in experiments/{name}/README.md")
     demo = demo or recipe_of(name).demo
-    for seed in seeds:
-        for part, command in commands(name, seed, demo, out / name / f"seed{seed}").items():
-            run_part(out / name / f"seed{seed}" / "parts" / f"{part}.json", command)
+    runs = {seed: out / name / f"seed{seed}" for seed in seeds}
+    gathered = {int(run.name.removeprefix("seed")): run for run in (out / name).glob("seed*") if run.is_dir()}
+    for seed, run in (gathered | runs).items():
+        for part, command in commands(name, seed, demo, run).items():
+            check_made_by(marker_of(run, part), identity(name, command))
+    for seed, run in runs.items():
+        for part, command in commands(name, seed, demo, run).items():
+            goes_on = part == "fit" and (run / "checkpoints" / "last.ckpt").exists()
+            now = ("fit", "--ckpt_path", str(run)) if goes_on else command
+            run_part(marker_of(run, part), now, identity(name, command))
     gather(name, out)
+
+
+def marker_of(run: Path, part: str) -> Path:
+    """The file that says what a part of a run was made by, how long it took, and whether it is done."""
+    return run / "parts" / f"{part}.json"
+
+
+def identity(name: str, command: tuple[str, ...]) -> str:
+    """SHA-256 of a part's command and of what the experiment's configurations say."""
+    layers = ((EXPERIMENTS.parent / layer).read_text(encoding="utf-8") for layer in configs(name))
+    return hashlib.sha256("\0".join([*command, *layers]).encode()).hexdigest()
+
+
+def check_made_by(marker: Path, made_by: str) -> None:
+    """SystemExit where a part was made, or begun, by another command or configuration."""
+    if read_json(marker, default={}).get("made_by", made_by) != made_by:
+        raise SystemExit(
+            f"{marker} is of another command or configuration than today's: delete {marker.parent.parent}, or give"
+            " another --out"
+        )
 
 
 def configs(name: str) -> list[str]:
@@ -74,17 +103,16 @@ def commands(name: str, seed: int, demo: Path, run: Path) -> dict[str, tuple[str
     layers = [word for config in configs(name) for word in ("-c", config)]
     paths = ("--data.sources.robot.path", f"{data}/robot", "--data.sources.web.path", f"{data}/web")
     fit = ("fit", *layers, "--run", str(run), "--seed_everything", str(seed), *paths, "--data.fast", f"{demo}/fast")
-    if (run / "checkpoints" / "last.ckpt").exists():
-        fit = ("fit", "--ckpt_path", str(run))
     known = {"run": run, "data": data, "seed": seed}
     parts = {name: tuple(word.format_map(known) for word in words) for name, words in recipe.parts.items()}
     return {"fit": fit, "validate": ("validate", str(run)), **parts}
 
 
-def run_part(marker: Path, command: tuple[str, ...]) -> None:
+def run_part(marker: Path, command: tuple[str, ...], made_by: str) -> None:
     """Run a command with one thread unless its marker says that it is done; the marker holds its CPU seconds."""
     before = read_json(marker, default={})
     if before.get("done"):
+        print(f"{marker}: done before")
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other would count as work
     print("$", *command, flush=True)
@@ -99,7 +127,7 @@ def run_part(marker: Path, command: tuple[str, ...]) -> None:
         done = True
     finally:
         seconds = before.get("cpu_seconds", 0.0) + cpu_seconds() - start
-        write_json(marker, {"cpu_seconds": round(seconds, 1), "done": done})
+        write_json(marker, {"cpu_seconds": round(seconds, 1), "done": done, "made_by": made_by})
 
 
 def cpu_seconds() -> float:
