@@ -9,7 +9,7 @@ from typing import Literal
 
 from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.evaluation.report.metrics import Metrics
-from pi05_lightning.evaluation.report.tables import metrics_table
+from pi05_lightning.evaluation.report.tables import metrics_tables
 from pi05_lightning.files.local import check_writable, read_json, write_json
 from pi05_lightning.sim.summary import success_table
 from pi05_lightning.types import Subset
@@ -44,7 +44,7 @@ def demo(out: Path | None = None, seed: int = 0, quick: bool = False, scene: Sce
     summary = read_json(out / "summary.json")
     metrics = read_json(out / "fit" / "metrics.json", default={})
     success = success_table(summary["success"], summary.get("per_minute", {}), summary.get("held_out", False))
-    console.print(metrics_table(metrics), success)
+    console.print(*metrics_tables(metrics), success)
     console.print(f"page         {out / 'index.html'}", highlight=False, soft_wrap=True)
     console.print(f"TensorBoard  tensorboard --logdir {out / 'fit'}", highlight=False, soft_wrap=True)
 

@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
 from pi05_lightning.data.attempts import PROVENANCE
-from pi05_lightning.evaluation.report.metrics import SECTIONS, number, section_rows
+from pi05_lightning.evaluation.report.metrics import number, sections
 from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, poster, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.report.tables import markdown_table
@@ -227,12 +227,13 @@ def success(run: Run) -> str:
 
 def metrics(run: Run) -> str:
     parts = []
-    for section, columns in SECTIONS.items():
-        rows = section_rows(run.metrics, section)
-        used = [metric for metric in columns if any(metric in run.metrics[row] for row in rows)]
-        cells = [(row, *(number(run.metrics[row][m]) if m in run.metrics[row] else "" for m in used)) for row in rows]
-        if cells:
-            parts.append(markdown_table(("modality", *(columns[metric] for metric in used)), cells))
+    for section in sections(run.metrics).values():
+        used = [metric for metric in section.columns if any(metric in run.metrics[row] for row in section.rows)]
+        cells = [
+            (row, *(number(run.metrics[row][metric]) if metric in run.metrics[row] else "" for metric in used))
+            for row in section.rows
+        ]
+        parts.append(markdown_table(("modality", *(section.columns[metric] for metric in used)), cells))
     shown = {key: [named_alone(value) for value in both] for key, both in measured_otherwise(run).items()}
     otherwise = [(key, measured, own) for key, (measured, own) in shown.items() if measured != own]
     if parts and otherwise:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.evaluation.report.metrics import write_metrics
-from pi05_lightning.evaluation.report.tables import metrics_table, questions_table
+from pi05_lightning.evaluation.report.tables import metrics_tables, questions_table
 from pi05_lightning.files.local import write_json
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.predictions import measured_weights
@@ -47,7 +47,7 @@ def show_results(trainer: Trainer, module: Pi05Module, run: Path, command: str) 
             f"there is nothing to measure: set --trainer.{limit} 1.0 if it is 0, or give a source {part} samples"
             f" ({mend})"
         )
-    tables = [metrics_table(write_metrics(module.results, run, f"{prefix}metrics"), part)]
+    tables = metrics_tables(write_metrics(module.results, run, f"{prefix}metrics"), part)
     write_json(run / f"{prefix}questions.json", module.questions)
     write_json(
         run / f"{prefix}measured.json", measured_weights(trainer, module) | measured_with(trainer, module, limit)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pi05_lightning.evaluation.report.metrics import number, ordered, write_metrics
-from pi05_lightning.evaluation.report.tables import markdown_table, metrics_table, questions_table
+from pi05_lightning.evaluation.report.metrics import number, ordered, sections, write_metrics
+from pi05_lightning.evaluation.report.tables import markdown_table, metrics_tables, questions_table
 
 RESULTS = {
     "web/qa": {"samples": 4, "exact_match": 0.5},
@@ -23,7 +23,7 @@ RESULTS = {
 def printed(width: int) -> str:
     file = io.StringIO()
     metrics = {name: {k: None if v != v else v for k, v in values.items()} for name, values in RESULTS.items()}
-    Console(file=file, width=width).print(metrics_table(metrics))
+    Console(file=file, width=width).print(*metrics_tables(metrics))
     return file.getvalue()
 
 
@@ -37,6 +37,19 @@ def test_table_shows_every_row_and_nothing_cut_off(width: int) -> None:
     assert all(name in table for name in RESULTS)
     assert "…" not in table
     assert "valid" in table  # the last column
+
+
+def test_metrics_of_heads_of_ones_own_have_a_part_of_the_table() -> None:
+    metrics = {"robot/continuous_robot_actions": {"samples": 9, "action_mae": 0.1, "gripper_accuracy": 0.75}}
+    assert [(title, section.rows) for title, section in sections(metrics).items()] == [
+        ("actions", ["robot/continuous_robot_actions"]),
+        ("other heads", ["robot/continuous_robot_actions"]),
+    ]
+    file = io.StringIO()
+    Console(file=file, width=80).print(*metrics_tables(metrics))
+    assert "gripper accuracy" in file.getvalue()
+    assert "0.75" in file.getvalue()
+    assert "other heads" not in printed(80)
 
 
 def test_table_says_which_modality_has_no_samples() -> None:

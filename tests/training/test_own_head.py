@@ -23,7 +23,7 @@ from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
-from pi05_lightning.types import Batch, Frame, Modality, Prefix
+from pi05_lightning.types import Batch, Frame, Modality, Prefix, Target
 
 from .conftest import PRETRAIN_STEPS, STAGES
 
@@ -65,7 +65,8 @@ class GripperHead(Head):
     def logits(self, batch: Batch, prefix: Prefix) -> Tensor:
         assert prefix.hidden is not None
         row = batch.auxiliary["gripper"]["row"]
-        last = batch.token_mask[row].sum(1) - 1
+        given = batch.token_mask & (batch.target_kind != Target.FAST)  # FAST tokens say the action itself
+        last = given[row].sum(1) - 1
         return self.layers(prefix.hidden[row, last])[:, 0]
 
     def loss(self, batch: Batch, prefix: Prefix, backbone: Backbone) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pi05_lightning.files.local import replacing, write_json
@@ -37,7 +38,10 @@ SECTIONS: dict[str, dict[str, str]] = {
         "pointing_error": "point error",
     },
 }
-"""Part of the table -> metric -> heading; FAST tokens, which are actions and tokens, stand in both."""
+"""Part of the table -> metric of π0.5's heads -> heading; FAST tokens, which are actions and tokens, stand in both."""
+
+OTHER_HEADS = "other heads"
+"""The part of the table for metrics that π0.5's heads do not have."""
 
 QUESTIONS = {metric: SECTIONS["tokens and text"][metric] for metric in ("samples", "exact_match", "box_iou")}
 """The same of the table by question."""
@@ -53,15 +57,36 @@ def ordered(names: Iterable[str]) -> list[str]:
     return sorted(names, key=place)
 
 
-def section_rows(metrics: Mapping[str, Mapping[str, float | None]], section: str) -> list[str]:
-    """The rows of a part of the table; what has no samples stands in both parts that it could be in."""
-    columns = set(SECTIONS[section]) - {"samples"}
-    return [
-        name
-        for name in ordered(metrics)
-        if columns & set(metrics[name])
-        or (is_empty(metrics[name]) and (Subset.parse(name).modality in ROBOT_ACTIONS) == (section == "actions"))
-    ]
+@dataclass(frozen=True)
+class Section:
+    """A part of the table. columns: metric -> heading;  rows: names, in order."""
+
+    columns: dict[str, str]
+    rows: list[str]
+
+
+def sections(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, Section]:
+    """The parts of the table that have rows; the last one is of the metrics of heads beside π0.5's own.
+
+    What has no samples stands in both parts that it could be in.
+    """
+    known = {"cross_entropy"}.union(*SECTIONS.values())  # perplexity says what cross entropy does
+    own = {name for values in metrics.values() for name in values if name not in known and "/" not in name}
+    headings = SECTIONS | {OTHER_HEADS: {"samples": "n"} | {name: name.replace("_", " ") for name in sorted(own)}}
+    found = {}
+    for section, columns in headings.items():
+        measured = set(columns) - {"samples"}
+        empty = {
+            name
+            for name, values in metrics.items()
+            if is_empty(values)
+            and section in SECTIONS
+            and (Subset.parse(name).modality in ROBOT_ACTIONS) == (section == "actions")
+        }
+        rows = [name for name in ordered(metrics) if name in empty or measured & set(metrics[name])]
+        if rows:
+            found[section] = Section(columns, rows)
+    return found
 
 
 def is_empty(values: Mapping[str, float | None]) -> bool:

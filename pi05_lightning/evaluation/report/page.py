@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pi05_lightning import __version__
 from pi05_lightning.evaluation.report import plots
-from pi05_lightning.evaluation.report.metrics import QUESTIONS, SECTIONS, is_empty, number, ordered, section_rows
+from pi05_lightning.evaluation.report.metrics import QUESTIONS, is_empty, number, ordered, sections
 from pi05_lightning.evaluation.report.run import EXAMPLES, Run, is_of_training
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, rates
@@ -75,8 +75,8 @@ def render(run: Run, seconds: dict[str, float]) -> str:
         latency=run.rollout.get("milliseconds", {}),
         failures=failure_rows(run.rollout.get("failures", {})),
         sections={
-            section: (columns, {name: run.metrics[name] for name in section_rows(run.metrics, section)})
-            for section, columns in SECTIONS.items()
+            title: (section.columns, {name: run.metrics[name] for name in section.rows})
+            for title, section in sections(run.metrics).items()
         },
         question_columns=QUESTIONS,
         threshold=run.measured.get("options", {}).get("model.accuracy_threshold")

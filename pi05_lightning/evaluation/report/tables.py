@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from pi05_lightning.evaluation.report.metrics import (
+    OTHER_HEADS,
     QUESTIONS,
-    SECTIONS,
     Metrics,
     is_empty,
     number,
     ordered,
-    section_rows,
+    sections,
 )
 
 
@@ -46,32 +46,42 @@ def shown_option(value: Any) -> str:
     return str(value)
 
 
-def metrics_table(metrics: Metrics, part: str = "validation") -> Table:
-    """Rows are modalities and datasets; 80 columns wide. part: what was measured."""
-    width = max(len(columns) for columns in SECTIONS.values())
+def metrics_tables(metrics: Metrics, part: str = "validation") -> list[Table]:
+    """Rows are modalities and datasets; 80 columns wide; a second table for heads beside π0.5's own, if there are any.
+
+    part: what was measured.
+    """
+    parts = sections(metrics)
+    others = parts.pop(OTHER_HEADS, None)
+    width = max((len(section.columns) for section in parts.values()), default=0)
     figures = [Column(justify="right", min_width=5) for _ in range(width)]
     # a box's edges are what makes 80 columns too few
     table = table_of(part, [Column(no_wrap=True), *figures], show_header=False, box=None, pad_edge=False)
-    for section, columns in SECTIONS.items():
-        names = section_rows(metrics, section)
-        if not names:
-            continue
-        table.add_row(section, *columns.values(), style="bold")
-        for name in names:
-            values = metrics[name]
-            cells = [number(values[metric]) if metric in values else "–" for metric in columns]
-            table.add_row(name, *(["none", *cells[1:]] if is_empty(values) else cells))
+    for title, section in parts.items():
+        table.add_row(title, *section.columns.values(), style="bold")
+        for name in section.rows:
+            cells = _cells(metrics[name], section.columns)
+            table.add_row(name, *(["none", *cells[1:]] if is_empty(metrics[name]) else cells))
         table.add_row()
     empty = [name for name in ordered(metrics) if is_empty(metrics[name])]
     if empty:
         table.caption = f"none: there are no {part} samples of {', '.join(empty)}"
         table.caption_justify = "left"
-    return table
+    if others is None:
+        return [table]
+    second = table_of(OTHER_HEADS, [""], others.columns.values())
+    for name in others.rows:
+        second.add_row(name, *_cells(metrics[name], others.columns))
+    return [table, second]
 
 
 def questions_table(subset: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
     """A row for each question that was asked of a subset."""
     table = table_of(f"{subset}, by question", ["question"], QUESTIONS.values())
     for question, values in rows.items():
-        table.add_row(escape(question), *(number(values[metric]) if metric in values else "–" for metric in QUESTIONS))
+        table.add_row(escape(question), *_cells(values, QUESTIONS))
     return table
+
+
+def _cells(values: Mapping[str, float | None], columns: Iterable[str]) -> list[str]:
+    return [number(values[metric]) if metric in values else "–" for metric in columns]
