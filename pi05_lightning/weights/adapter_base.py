@@ -56,7 +56,7 @@ class AdapterBase:
         raise ValueError(
             "\n  ".join([f"the adapters' base is not found, weights with the SHA-256 {self.sha256}:", *seen])
             + "\n  Say where it is now: --model.init_from (fit, validate, test, predict), --base (check, convert,"
-            " export, play, push, rollout, serve), base= (Pi05Policy)"
+            " export, play, push, rollout, serve), base= (Pi05Policy); or put it back where it was"
         )
 
     def is_at(self, name: str | None) -> bool:
