@@ -2,7 +2,7 @@
 
 Every part is a process of its own, and its figures are written as soon as it ends, under the device's name: the command
 goes on where it was stopped, and --again measures anew. It stops by itself after ten minutes. Where there is no CUDA
-device, it says so.
+device, it says so. With --quick, results/ is left alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
     parser.add_argument("--again", action="store_true", help="measure also what is in the results already")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the results are (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help=f"where the results are (default: {RESULTS}, none with --quick)")
     parser.add_argument("--quick", action="store_true", help="debug sizes, on the CPU too: only to see that it runs")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="to stop after (default: %(default)g)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
@@ -65,7 +66,13 @@ def main() -> None:
     if not torch.cuda.is_available() and not args.quick:
         print("There is no CUDA device here: nothing to measure.")
         return
-    devices = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, args.json or (Path(folder) / RESULTS.name if args.quick else RESULTS))
+
+
+def measure(args: argparse.Namespace, file: Path) -> None:
+    """Run the parts that a file of results lacks of this device, add their figures to it, and print all of them."""
+    devices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     results = devices.setdefault(device, {"parts": {}})
     results["environment"] = environment()
@@ -80,15 +87,15 @@ def main() -> None:
             left.append(part)
         else:
             print(f"--- {part}", flush=True)
-            figures = in_its_own_process(part, args.json, args.quick, min(LIMIT, seconds))
+            figures = in_its_own_process(part, file, args.quick, min(LIMIT, seconds))
             if figures is None:
                 (failed if time.monotonic() < end else left).append(part)
                 continue
             results["parts"][part] = figures
-            write_json(devices, args.json)
+            write_json(devices, file)
     print(f"\n{device}\n{results['environment']}\n\n{table(results)}")
     if left:
-        print(f"\nAfter {args.minutes:g} minutes these are left; the same command goes on with them: {', '.join(left)}")
+        print(f"\nAfter {args.minutes:g} minutes some parts are left: go on with --only {' '.join(left)}")
     if failed:
         sys.exit(f"these parts failed: {', '.join(failed)}")
 

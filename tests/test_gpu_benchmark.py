@@ -38,7 +38,34 @@ def test_parts_that_are_measured_or_do_not_fit_into_the_time_are_left(
     said = capsys.readouterr().out
     assert "ceilings: measured before" in said
     assert "| copy | 3 TB/s |" in said
-    assert "goes on with them: train-nf4, train-sharded" in said
+    assert "go on with --only train-nf4 train-sharded\n" in said
+
+
+def test_what_is_left_when_measuring_again_is_named_without_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "gpu.json"
+    results.write_text(json.dumps({"CPU": {"parts": {"ceilings": []}}}))
+    words = ["--quick", "--again", "--minutes", "0", "--json", str(results), "--only", "ceilings", "train-nf4"]
+    monkeypatch.setattr(sys, "argv", ["gpu", *words])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    assert "go on with --only ceilings train-nf4\n" in capsys.readouterr().out
+
+
+def test_quick_figures_neither_come_from_the_kept_results_nor_get_among_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "gpu.json"
+    kept.write_text(before := json.dumps({"CPU": {"parts": {"ceilings": []}}}))
+    monkeypatch.setattr(gpu, "RESULTS", kept)
+    figures = [{"name": "copy", "value": 3.0, "unit": "TB/s"}]
+    monkeypatch.setattr(gpu, "in_its_own_process", lambda *_: figures)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--quick", "--only", "ceilings"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main()
+    assert "| copy | 3 TB/s |" in capsys.readouterr().out
+    assert kept.read_text() == before
 
 
 @pytest.mark.slow_cases
