@@ -94,17 +94,17 @@ def serve(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     how = Acting(**acting)
-    weights = checkpoint
-    if as_measured:
-        weights = pinned(checkpoint)  # a run that trains may have others in a moment
-        how, dtype = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how, dtype)
     check_range("drain_timeout", drain_timeout, 0)
     batching = Batching((1 if cuda_graph else 32) if max_batch is None else max_batch, batch_wait, max_waiting)
     limits = Limits(
         max_message_bytes, max_image_bytes, max_values, max_clients=max_clients, client_timeout=client_timeout
     )
-    asyncio.run(check_address(host, port))  # loading a policy may take minutes
+    asyncio.run(check_address(host, port))  # reading a checkpoint may take minutes
     access = Access.of(host, token, token_file, allowed_hosts or ())
+    weights = checkpoint
+    if as_measured:
+        weights = pinned(checkpoint)  # a run that trains may have others in a moment
+        how, dtype = acting_as_measured(checkpoint, None if as_measured is True else as_measured, how, dtype)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "base": base, "tokenizer": tokenizer}
     policy = Pi05Policy.from_pretrained(weights, cuda_graph=cuda_graph, **options, **asdict(how))
     states = state_keys if policy.inputs.robot.state_dim else []

@@ -311,11 +311,12 @@ def test_instruction_may_be_left_out_where_the_policy_has_one_task(served):
     ("port", "message"),
     [(None, "port {} is in use: choose another with --port"), (-1, "port is -1"), (70000, "port is 70000")],
 )
-def test_port_that_cannot_be_had_is_said_before_a_checkpoint_is_read(port, message, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--as_measured"]])
+def test_port_that_cannot_be_had_is_said_before_a_checkpoint_is_read(port, message, options, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = port or other.getsockname()[1]
         with pytest.raises(SystemExit, match=message.format(port)):
-            main(["serve", str(tmp_path / "none"), f"--port={port}"])
+            main(["serve", str(tmp_path / "none"), f"--port={port}", *options])
 
 
 def test_host_that_is_not_this_machine_is_said(tmp_path):
