@@ -73,13 +73,28 @@ def test_page_shows_the_worst_examples(page: str) -> None:
 def test_glance_has_a_bar_for_every_task_and_measured_row(page: str) -> None:
     glance = page.partition('id="glance"')[2].partition("</table>")[0]
     assert glance.count("<svg") == 6  # two tasks, actions, words of two, boxes of one
-    assert glance.count("box IoU") == 1
+    assert glance.count("box IoU") == 2
+    assert glance.count("<td>nan</td>") == 1
 
 
 def test_page_of_a_run_without_any_measurement_can_be_made(run: Path) -> None:
     for file in ("metrics.json", "rollout/rollout.json", "validation/examples.json", "provenance.json"):
         (run / file).unlink()
     assert "Nothing was measured yet" in report(run).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [({"exact_match": None}, "words exactly right"), ({"pointing_error": 0.1}, "Nothing that was measured is a share")],
+)
+def test_what_was_measured_is_no_share_or_no_number_and_was_measured(
+    run: Path, values: dict[str, float | None], said: str
+) -> None:
+    (run / "rollout" / "rollout.json").unlink()
+    (run / "metrics.json").write_text(json.dumps({"robot/qa": {"samples": 8} | values}))
+    page = report(run).read_text(encoding="utf-8")
+    assert "Nothing was measured yet" not in page
+    assert said in page
 
 
 def test_page_plays_the_videos(page: str) -> None:

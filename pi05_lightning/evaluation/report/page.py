@@ -32,11 +32,11 @@ HEADLINES = (
 
 @dataclass(frozen=True)
 class Glance:
-    """A share of what could be right."""
+    """A share of what could be right; None where it is no number."""
 
     name: str
     label: str
-    value: float
+    value: float | None
     interval: tuple[float, float] | None = None
 
 
@@ -208,7 +208,7 @@ def glance(run: Run) -> list[Glance]:
         label = f"success, {plots.mode_label(mode, run.acting)}"
         rows = [Glance(task, label, r.value, (r.low, r.high)) for task, r in by_task.items() if task != ALL]
     for name in ordered(run.metrics):
-        values = {metric: value for metric, value in run.metrics[name].items() if value is not None}
+        values = run.metrics[name]
         shown = next((labels for labels in HEADLINES if not values.keys().isdisjoint(labels)), {})
         rows += [Glance(name, label, values[metric]) for metric, label in shown.items() if metric in values]
     return rows
@@ -242,8 +242,8 @@ def svg_uri(svg: str) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
-def percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
+def percent(value: float | None) -> str:
+    return number(value) if value is None else f"{100 * value:.0f} %"
 
 
 def film_caption(file: Path, run: Run) -> str:
