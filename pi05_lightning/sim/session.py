@@ -132,6 +132,9 @@ class Session:
                 player.ask(text.strip())
             except ValueError as error:
                 wrong.append(f"{player.name}: {error}")
+            except Exception as error:  # as out of memory: the others are asked all the same
+                logger.warning("%s cannot answer", player.name, exc_info=error)
+                wrong.append(f"{player.name}: {type(error).__name__}: {error}")
         self._measure_anew()
         if wrong:
             raise ValueError("; ".join(wrong))

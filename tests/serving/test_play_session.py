@@ -262,17 +262,29 @@ def test_where_something_is_is_asked_in_words_and_for_boxes_in_every_camera(
     assert [(said.text, len(said.boxes)) for said in player.answers] == [("left, ahead", 1), ("", 1)]
 
 
-def test_who_cannot_answer_is_named_and_the_other_is_asked(pair: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError("the policy was not trained to answer questions"),
+            "the policy was not trained to answer questions",
+        ),
+        (RuntimeError("CUDA error"), "RuntimeError: CUDA error"),
+    ],
+)
+def test_who_cannot_answer_is_named_and_the_other_is_asked(
+    pair: Session, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     first, second = pair.players
     pair.ask("is it closed?")
 
     def answer(*_: object) -> str:
-        raise ValueError("the policy was not trained to answer questions")
+        raise error
 
     monkeypatch.setattr(first.policy, "answer", answer)
-    with pytest.raises(ValueError, match="it: the policy was not trained to answer questions"):
+    with pytest.raises(ValueError, match=f"it: {said}"):
         pair.ask("is it open?")
-    assert ([said.asked for said in first.answers], [said.asked for said in second.answers]) == ([], ["is it open?"])
+    assert ([one.asked for one in first.answers], [one.asked for one in second.answers]) == ([], ["is it open?"])
 
 
 def test_the_policy_answers_in_words_that_it_knows(player: Player) -> None:
