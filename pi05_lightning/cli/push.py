@@ -31,6 +31,7 @@ RUN_CONFIG = "run.yaml"
 """The configuration of the run, in what is published."""
 LEROBOT, IMAGES = Path("meta", "info.json"), Path("dataset_dict.json")
 """What a folder has that is a LeRobot dataset, and one of `datasets`."""
+_FROM_HOME_OR_ABOVE = re.compile(r"(~([a-z_][\w.-]*)?|\.\.)/", re.IGNORECASE)
 
 
 def push(
@@ -143,7 +144,7 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
             (folder / FILMS).mkdir()
         for film in run.videos:
             shutil.copyfile(film, folder / FILMS / film.name)
-        write_text(folder / RUN_CONFIG, yaml.safe_dump(named_alone(run.config), sort_keys=False))
+        write_text(folder / RUN_CONFIG, yaml.safe_dump(published_config(run), sort_keys=False))
         sections, results = sections_of(run, repo), results_of(run)
         begun = run.provenance.get("hub", {}).get("init_from")  # the name alone may be a folder's elsewhere
     save_published(folder, repo, weights.model(), processor, weights.trained, licence, sections, results, begun)
@@ -161,9 +162,25 @@ def of_the_robot(run: Run, robot: str, others: set[str]) -> Run:
     return replace(run, metrics={name: of for name, of in of_sources.items() if name.partition("/")[0] not in others})
 
 
-def named_alone(value: Any) -> Any:
-    """A configuration whose absolute paths are their last names: where things lay here is nobody else's business.
+def published_config(run: Run) -> dict[str, Any]:
+    """A run's configuration as `named_alone` has it, and of data that did not come from the Hub its name alone."""
+    config = named_alone(run.config)
+    for name, source in config.get("data", {}).get("sources", {}).items():
+        options = source.get("init_args", {})
+        if "path" in options:
+            options["path"] = data_name(run, name, options["path"])
+    return config
 
+
+def data_name(run: Run, source: str, path: str) -> str:
+    """What a source's data is called: the Hub's name, if the run took it from there, or the last part of its path."""
+    return path if path == run.provenance.get("hub", {}).get("data", {}).get(source) else Path(path).name
+
+
+def named_alone(value: Any) -> Any:
+    """A configuration with the last part alone of paths that begin with `/`, `~` or `..`.
+
+    Where things lay here is nobody else's business.
     And whose addresses have no user's name, password and query.
     """
     if isinstance(value, dict):
@@ -179,7 +196,8 @@ def named_alone(value: Any) -> Any:
             return f"{scheme}:{Path(place).name}"
         host, slash, path = place.removeprefix("//").partition("/")
         return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-    return Path(value).name if value.startswith("~/") or Path(value).is_absolute() else value
+    is_place = Path(value).is_absolute() or _FROM_HOME_OR_ABOVE.match(value)
+    return Path(value).name if is_place else value
 
 
 def sections_of(run: Run, repo: str) -> dict[str, str]:
@@ -196,7 +214,7 @@ def sections_of(run: Run, repo: str) -> dict[str, str]:
 def data(run: Run) -> str:
     samples, sources = run.provenance.get("samples", {}), run.config.get("data", {}).get("sources", {})
     paths = {name: str(source.get("init_args", {}).get("path", "")) for name, source in sources.items()}
-    known = {name: Path(path).name for name, path in paths.items()} | run.provenance.get("hub", {}).get("data", {})
+    known = {name: data_name(run, name, path) for name, path in paths.items()}
     rows = [
         (name, known.get(name.partition("/")[0], ""), of.get("train", ""), of.get("val", ""))
         for name, of in samples.items()
@@ -234,7 +252,11 @@ def metrics(run: Run) -> str:
             for row in section.rows
         ]
         parts.append(markdown_table(("modality", *(section.columns[metric] for metric in used)), cells))
-    shown = {key: [named_alone(value) for value in both] for key, both in measured_otherwise(run).items()}
+    sources = {f"data.sources.{name}.path": name for name in run.config.get("data", {}).get("sources", {})}
+    shown = {
+        key: [data_name(run, sources[key], str(value)) if key in sources else named_alone(value) for value in both]
+        for key, both in measured_otherwise(run).items()
+    }
     otherwise = [(key, measured, own) for key, (measured, own) in shown.items() if measured != own]
     if parts and otherwise:
         parts.append(markdown_table(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))

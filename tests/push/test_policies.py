@@ -29,6 +29,7 @@ from pi05_lightning.weights.locate import locate
 from .loopback_hub import Hub, reached
 
 MODEL, DATA = "models/lab/arm", "datasets/lab/drawers"
+PATHS = {"robot": "/secret/place/kitchen", "above": "../secret/bathroom", "below": "secret/place/cellar"}
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,10 @@ def write_film(file: Path, grey: int) -> bytes:
 def make_run(run: Path, policy: Pi05Policy) -> None:
     """A run's directory that holds weights, a rollout with a film, metrics, and paths of this machine."""
     save(run, policy.model, policy.processor, policy.trained)
-    sources = {"robot": {"init_args": {"path": "/secret/place/kitchen"}}}
+    sources = {name: {"init_args": {"path": path}} for name, path in PATHS.items()}
+    language = {"prompts": {"action": "... ~{task} /"}}
     config = {
-        "data": {"fast": "/secret/place/fast", "sources": sources},
+        "data": {"fast": "/secret/place/fast", "tokenizer": "~secret/words", "sources": sources, "language": language},
         "seed_everything": 0,
         "model": {"init_from": "lab/before"},
         "trainer": {"logger": {"tracking_uri": "http://me:secret@flow.lab/x", "save_dir": "file:/secret/runs"}},
@@ -151,7 +153,10 @@ def test_card_calls_initial_states_held_out_where_that_is_known(hub: Hub, run: P
 def test_no_path_of_this_machine_is_published(pushed: Hub, pictures: Path) -> None:
     files = pushed.repositories[MODEL]
     published = yaml.safe_load(files["run.yaml"])
-    assert published["data"]["fast"] == "fast"
+    assert [published["data"][name] for name in ("fast", "tokenizer")] == ["fast", "words"]
+    assert published["data"]["language"]["prompts"]["action"] == "... ~{task} /"
+    paths = {name: source["init_args"]["path"] for name, source in published["data"]["sources"].items()}
+    assert paths == {"robot": "kitchen", "above": "bathroom", "below": "cellar"}
     assert published["trainer"]["logger"] == {"tracking_uri": "http://flow.lab/x", "save_dir": "file:runs"}
     told = [name for name, content in files.items() if str(pictures.parent).encode() in content or b"secret" in content]
     assert told == []
@@ -223,7 +228,10 @@ def test_names_are_the_hubs_only_where_the_run_took_them_from_there(
         card = ModelCard(hub.repositories[MODEL]["README.md"].decode())
         assert card.data.base_model == ("runs/base" if is_known else None)
         assert card.data.datasets == (["data/drawers"] if is_known else None)
-        assert f"| robot/qa | {'data/' if is_known else ''}drawers | 7 | 2 |" in card.text
+        dataset = "data/drawers" if is_known else "drawers"
+        assert f"| robot/qa | {dataset} | 7 | 2 |" in card.text
+        published = yaml.safe_load(hub.repositories[MODEL]["run.yaml"])
+        assert published["data"]["sources"]["robot"]["init_args"]["path"] == dataset
 
 
 def test_what_a_later_push_does_not_write_leaves_with_it(hub: Hub, run: Path) -> None:
@@ -279,7 +287,7 @@ def test_metrics_of_other_weights_are_left_out(hub: Hub, run: Path, capsys: pyte
 
 def test_card_says_with_which_other_options_metrics_were_measured(hub: Hub, run: Path) -> None:
     measured = json.loads((run / "measured.json").read_text())
-    other = {"options": {"trainer.limit_val_batches": 2}, "paths": {"robot": "/secret/place/bathroom"}}
+    other = {"options": {"trainer.limit_val_batches": 2}, "paths": {"robot": "secret/place/bathroom"}}
     write_json(run / "measured.json", measured | other)
     main(["push", str(run), "lab/arm"])
     card = hub.repositories[MODEL]["README.md"].decode()
