@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +24,7 @@ from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import check_writable, read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
-from pi05_lightning.weights.published import CARD, Licence, publish_policy, save_published
+from pi05_lightning.weights.published import CARD, Licence, as_it_is, publish_policy, save_published
 
 FILMS = "films"
 RUN_CONFIG = "run.yaml"
@@ -223,7 +223,7 @@ def data(run: Run) -> str:
     since = f" from step {step} on" if (step := run.provenance.get("from step")) else ""
     made = f"Made with {versions}{since}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
     heads = ("source and modality", "dataset", "samples to train on", "to validate on")
-    return made + markdown_table(heads, rows) if rows else made
+    return made + table_of_texts(heads, rows) if rows else made
 
 
 def success(run: Run) -> str:
@@ -238,9 +238,9 @@ def success(run: Run) -> str:
     ]
     states = ", on initial states not trained on" if run.rollout.get("held_out") else ""
     about = f"Episodes that succeeded, and the 95 % Wilson interval of the rate{states}.\n\n"
-    counted = markdown_table(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
+    counted = table_of_texts(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
     how = [(name, Path(value).name if name == "checkpoint" else value) for name, value in protocol(run).items()]
-    return f"{about}{counted}\n\nHow it was measured:\n\n{markdown_table(('', ''), how)}"
+    return f"{about}{counted}\n\nHow it was measured:\n\n{table_of_texts(('', ''), how)}"
 
 
 def metrics(run: Run) -> str:
@@ -251,7 +251,7 @@ def metrics(run: Run) -> str:
             (row, *(number(run.metrics[row][metric]) if metric in run.metrics[row] else "" for metric in used))
             for row in section.rows
         ]
-        parts.append(markdown_table(("modality", *(section.columns[metric] for metric in used)), cells))
+        parts.append(table_of_texts(("modality", *(section.columns[metric] for metric in used)), cells))
     sources = {f"data.sources.{name}.path": name for name in run.config.get("data", {}).get("sources", {})}
     shown = {
         key: [data_name(run, sources[key], str(value)) if key in sources else named_alone(value) for value in both]
@@ -259,7 +259,7 @@ def metrics(run: Run) -> str:
     }
     otherwise = [(key, measured, own) for key, (measured, own) in shown.items() if measured != own]
     if parts and otherwise:
-        parts.append(markdown_table(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
+        parts.append(table_of_texts(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
     return "\n\n".join(parts)
 
 
@@ -267,9 +267,14 @@ def films(run: Run, repo: str) -> str:
     """Each with what it shows and how its episode ended."""
     return "\n\n".join(
         f'<video controls width="320" src="{hf_hub_url(repo, film.name, subfolder=FILMS)}"></video>\n\n'
-        f"{film_caption(film, run)}"
+        f"{as_it_is(film_caption(film, run))}"
         for film in run.videos
     )
+
+
+def table_of_texts(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown that shows its cells as they are."""
+    return markdown_table([*map(as_it_is, heads)], [[as_it_is(str(cell)) for cell in row] for row in rows])
 
 
 def results_of(run: Run) -> list[EvalResult]:

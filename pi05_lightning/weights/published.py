@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,6 +92,7 @@ def save_published(
     )
     tasks = list(dict.fromkeys(task for robot in robots.values() for task in robot.tasks))
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined)
+    templates.filters["as_it_is"] = as_it_is
     text = templates.get_template("card.md.j2").render(
         metadata=metadata.to_yaml(),
         name=repo.partition("/")[2],
@@ -107,6 +109,11 @@ def save_published(
         licence=licence,
     )
     write_text(folder / CARD, text + "\n")
+
+
+def as_it_is(text: str) -> str:
+    """Markdown that shows a text as it is, in a paragraph, a list or a table: line breaks are spaces."""
+    return re.sub(r"([\\`*_<>\[\]|~&#])", r"\\\1", " ".join(text.split()))
 
 
 def publish_policy(folder: Path, repo: str, private: bool) -> str:

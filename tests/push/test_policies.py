@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.cli.main import main
@@ -127,7 +129,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub, tmp_path: Path) 
         "| posttrain | 5 |",
         "| robot/qa | kitchen | 7 | 2 |",
         "| open-drawer | 9/10 (0.60–0.98) | 0/10 (0.00–0.28) |",
-        "| robot/continuous_robot_actions | 4 | 0.250 |",
+        r"| robot/continuous\_robot\_actions | 4 | 0.250 |",
         "films/one.mp4",
         "policy, subtask first · open-drawer · initial state 3: failed: out of time",
         "| time limit | 4 s |",
@@ -138,6 +140,39 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub, tmp_path: Path) 
     ):
         assert said in card.text, said
     assert files["films/one.mp4"] == write_film(tmp_path / "one.mp4", 0)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "put the <red> block into *bin 2*",
+        "a|b\\|c",
+        "# one\ntwo",
+        "`go` to __it__ & wait",
+        "~~no~~ [see](it) &lt;",
+        "> 5",
+    ],
+)
+def test_card_shows_instructions_cells_and_captions_as_they_are(
+    hub: Hub, policy: Pi05Policy, tmp_path: Path, text: str
+) -> None:
+    robots = policy.processor.robots
+    kept = robots["robot"]
+    robots["robot"] = replace(kept, tasks=(text,))
+    try:
+        make_run(tmp_path / "run", policy)
+    finally:
+        robots["robot"] = kept
+    file = tmp_path / "run" / "rollout" / "rollout.json"
+    result = json.loads(file.read_text())
+    film = result["films"]["one.mp4"] | {"outcome": text}
+    write_json(file, result | {"success": {"policy": {text: [9, 10]}}, "films": {"one.mp4": film}})
+    main(["push", str(tmp_path / "run"), "lab/arm"])
+    card = ModelCard(hub.repositories[MODEL]["README.md"].decode())
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card.text)
+    shown = html.escape(text.replace("\n", " "))
+    for place in (f"<li>{shown}</li>", f"<td>{shown}</td>", f"initial state 3: {shown}</p>"):
+        assert place in page, place
 
 
 @pytest.mark.parametrize("held_out", [True, False])
@@ -282,7 +317,7 @@ def test_metrics_of_other_weights_are_left_out(hub: Hub, run: Path, capsys: pyte
     write_json(run / "measured.json", {"sha256": "of others"})
     main(["push", str(run), "lab/arm", "--license", "mit"])
     assert "metrics.json is not known to be of these weights" in capsys.readouterr().out
-    assert "| robot/continuous_robot_actions |" not in hub.repositories[MODEL]["README.md"].decode()
+    assert "## Metrics on validation data" not in hub.repositories[MODEL]["README.md"].decode()
 
 
 def test_card_says_with_which_other_options_metrics_were_measured(hub: Hub, run: Path) -> None:
@@ -292,7 +327,7 @@ def test_card_says_with_which_other_options_metrics_were_measured(hub: Hub, run:
     main(["push", str(run), "lab/arm"])
     card = hub.repositories[MODEL]["README.md"].decode()
     assert "| data.sources.robot.path | bathroom | kitchen |" in card
-    assert "trainer.limit_val_batches" not in card  # the configuration says nothing else
+    assert "trainer.limit" not in card  # the configuration says nothing else
     assert "secret" not in card
     write_json(run / "measured.json", measured | {"paths": {"robot": "/secret/copy/kitchen"}})
     main(["push", str(run), "lab/arm"])

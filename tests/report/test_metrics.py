@@ -96,5 +96,5 @@ def test_number_takes_five_characters(value: float | None, text: str) -> None:
 
 
 def test_cells_of_a_markdown_table_may_have_bars_and_line_breaks() -> None:
-    table = markdown_table(["name", "value"], [("a|b", 1), ("one\ntwo", None)])
-    assert table == "| name | value |\n|---|---|\n| a\\|b | 1 |\n| one two | None |"
+    table = markdown_table(["name", "value"], [("a|b", 1), ("a\\|b", 2), ("one\ntwo", None)])
+    assert table == "| name | value |\n|---|---|\n| a\\|b | 1 |\n| a\\|b | 2 |\n| one two | None |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,12 @@ def table_of(title: str, labels: Iterable[str | Column], figures: Iterable[str] 
 
 
 def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown. Texts of cells may have bars and line breaks."""
+    """A table in Markdown. Its cells are in Markdown too; they may have bars and line breaks."""
     return "\n".join([_markdown_row(heads), f"|{'---|' * len(heads)}", *map(_markdown_row, rows)])
 
 
 def _markdown_row(cells: Iterable[Any]) -> str:
-    texts = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)
+    texts = (re.sub(r"(?<!\\)\|", r"\\|", str(cell)).replace("\n", " ") for cell in cells)
     return f"| {' | '.join(texts)} |"
 
 
