@@ -36,7 +36,7 @@ def rollout(
     episodes: int = 25,
     modes: tuple[Mode, ...] | None = None,
     out: Path | None = None,
-    dataset: Path | None = None,
+    dataset: str | None = None,
     max_seconds: float | None = None,
     videos: int = 1,
     lanes: int = 8,
@@ -69,7 +69,8 @@ def rollout(
             default all that policy, simulator and data allow.
         out: folder for results, in place of earlier ones; by default `rollout` beside the checkpoint, of a Hub id in
             runs/NAME.
-        dataset: the demonstrations, for mean_replay; by default those named in the checkpoint.
+        dataset: the demonstrations, for mean_replay: a folder or Hub id; by default those named in the checkpoint, if
+            they are on this machine.
         max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, 5 in MT50,
             LeRobot's in others.
         videos: episodes per task and policy mode that are filmed, and beside them one that fails, if any does.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.files.local import shown
 from pi05_lightning.policy import Pi05Policy
@@ -38,8 +38,8 @@ def modes_of(
             check_replay(demonstrations, robot, {task: env.sentences(task) for task in tasks})
         except ValueError as error:
             no_replay = str(error)
-            if wanted is None:
-                logger.warning("the mode mean_replay is left out: %s", error)
+    if no_replay is not None and wanted is None:
+        logger.warning("the mode mean_replay is left out: %s", no_replay)
     fast = policy.abilities.fast and how.actions == "flow"
     modes = available_modes(env, no_replay, wanted, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
@@ -91,11 +91,20 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     return ["async"]
 
 
-def demonstrations_of(robot: Robot, dataset: Path | None) -> Demonstrations | None:
-    """What a robot was trained on, if it is here. ValueError for a `dataset` that is no LeRobot v3 dataset."""
-    path = dataset or Path(robot.dataset).expanduser()
+def demonstrations_of(robot: Robot, dataset: str | None) -> Demonstrations | None:
+    """What a robot was trained on, if it is on this machine.
+
+    dataset: a folder or Hub id to take instead, which is downloaded where it is not here.
+    Raises ValueError for one that is no LeRobot v3 dataset.
+    """
+    try:
+        path = find_dataset(robot.dataset, local_only=True) if dataset is None else find_dataset(dataset)
+    except ValueError as error:
+        if dataset is None:
+            return None
+        raise ValueError(f"dataset: {error}") from error
     if (path / "meta" / "tasks.parquet").is_file():
         return Demonstrations(str(path), robot.action_keys)
     if dataset is not None:
-        raise ValueError(f"dataset: {shown(dataset)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
+        raise ValueError(f"dataset: {shown(path)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
     return None

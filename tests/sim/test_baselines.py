@@ -8,7 +8,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from pi05_lightning import Pi05Policy
+from pi05_lightning.sim.available_modes import demonstrations_of, modes_of
 from pi05_lightning.sim.baselines import Demonstrations, check_replay, mean_trajectory
+from pi05_lightning.sim.simulators import MetaWorld
 
 
 def of(folder, *keys):
@@ -65,3 +68,26 @@ def test_what_cannot_be_replayed_is_said_before_anything_is(collected, keys, fps
         SimpleNamespace(fps=10.0, action_dim=4),
         {"open": ("open the drawer",), "told by it": ()},
     )
+
+
+def test_demonstrations_from_the_hub_are_those_that_lerobot_has_here_and_the_hub_is_not_asked(
+    collected, tmp_path, monkeypatch
+):
+    def asked(*_, **__):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("lerobot.datasets.utils.get_repo_versions", asked)
+    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", tmp_path)
+    monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HUB_CACHE", tmp_path / "hub")
+    robot = SimpleNamespace(dataset="lab/demonstrations", action_keys=("action",))
+    assert demonstrations_of(robot, None) is None
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "demonstrations").symlink_to(collected / "robot")
+    found = of(tmp_path / "lab" / "demonstrations")
+    assert demonstrations_of(robot, None) == found
+    assert demonstrations_of(SimpleNamespace(dataset="", action_keys=("action",)), "lab/demonstrations") == found
+
+
+def test_default_without_demonstrations_says_that_their_mode_is_left_out(untrained, caplog):
+    assert "mean_replay" not in modes_of(Pi05Policy(untrained), MetaWorld(), ["reach-v3"], None, (), None)
+    assert "the mode mean_replay is left out: the demonstrations are not here" in caplog.text
