@@ -13,6 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+LOCK = ".lock"
+"""The file in a folder that is locked by the process which holds the folder, and stays there."""
+
 
 @contextmanager
 def replacing(path: Path, *, one_writer: bool = False) -> Iterator[Path]:
@@ -42,8 +45,9 @@ def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[N
     """A folder that no other process holds meanwhile; it is made if there is none.
 
     Raises ValueError while another one does, which is said to be held `by` it, with what to give `instead`. A killed
-    process holds nothing, even while processes that it forked live on. A file system without locks, as Windows', keeps
-    nobody out.
+    process holds nothing, even while processes that it forked live on. NFS keeps other machines' processes out too: it
+    tells its server of locks on files that are open for writing, and of none on folders. A file system without locks,
+    as Windows', keeps nobody out.
     """
     make_folder(folder)
     try:
@@ -51,7 +55,7 @@ def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[N
     except ImportError:
         yield
         return
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     _LOCKS.add(lock)
     try:
         try:
@@ -69,7 +73,7 @@ def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[N
 
 
 _LOCKS: set[int] = set()
-"""Descriptors of the folders that this process holds."""
+"""Descriptors of the locks that this process holds."""
 
 
 def _let_go() -> None:
@@ -80,6 +84,13 @@ def _let_go() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
+
+
+def empty(folder: Path) -> None:
+    """Delete all that is in a folder, but for the lock of the process that holds it."""
+    for entry in folder.iterdir():
+        if entry.name != LOCK:
+            delete(entry)
 
 
 def make_folder(folder: Path) -> None:

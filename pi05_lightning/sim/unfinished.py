@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pi05_lightning import __version__
-from pi05_lightning.files.local import held, read_json, sha256, write_json
+from pi05_lightning.files.local import empty, held, read_json, sha256, write_json
 from pi05_lightning.files.shipped import PACKAGE
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.rollout import Done
@@ -56,7 +56,8 @@ class Unfinished:
         folder = out / ".unfinished"
         with held(folder, f"rollout writes to {out}"):
             yield cls(folder, what, parts)
-            shutil.rmtree(folder)
+            empty(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # NFS keeps a locked file under another name until it is let go
 
     def keep(self, done: Done, films: Films) -> None:
         """Keep a job that is over, and which films of it there are."""
@@ -99,8 +100,7 @@ def claim(folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = Mapping
         return True
     if before:
         logger.warning("%s: beginning anew, as what was interrupted had other %s", folder, ", ".join(sorted(changed)))
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    empty(folder)
     write_json(folder / WHAT, {**what, **parts})
     return False
 

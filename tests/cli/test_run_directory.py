@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from lightning.pytorch import Callback
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
+from pi05_lightning.files.local import LOCK, empty, held
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.stages import StageSwitch
@@ -105,7 +107,7 @@ def test_a_run_that_trains_is_not_trained_by_another_process(config: Path, here:
         other.stdout.readline()
         with pytest.raises(SystemExit, match="another pi05 fit writes to run: wait for it, or give another --run"):
             main(command)
-        assert not any((here / "run").iterdir())
+        assert [path.name for path in (here / "run").iterdir()] == [LOCK]
         other.kill()  # what it forked, as a run does its loaders, lives on
         other.wait()
         main(command)
@@ -113,6 +115,17 @@ def test_a_run_that_trains_is_not_trained_by_another_process(config: Path, here:
     finally:
         os.killpg(other.pid, signal.SIGKILL)
         other.communicate()
+
+
+def test_the_lock_of_a_folder_is_a_file_open_for_writing_which_alone_nfs_tells_its_server_of(tmp_path: Path) -> None:
+    with held(tmp_path / "run", "x"):
+        empty(tmp_path / "run")
+        another = "import fcntl; fcntl.flock(open('run/.lock', 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        ended = subprocess.run([sys.executable, "-c", another], cwd=tmp_path, capture_output=True, text=True)
+        assert "BlockingIOError" in ended.stderr
+        lock = next(fd for fd in os.listdir("/dev/fd") if os.path.realpath(f"/dev/fd/{fd}").endswith("run/.lock"))
+        assert fcntl.fcntl(int(lock), fcntl.F_GETFL) & os.O_RDWR
+    subprocess.run([sys.executable, "-c", another], cwd=tmp_path, check=True)
 
 
 def test_runs_started_in_one_second_have_directories_of_their_own(here: Path) -> None:

@@ -7,14 +7,13 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from pi05_lightning.files.cores import available_cores
-from pi05_lightning.files.local import held
+from pi05_lightning.files.local import LOCK, held
 from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
 from pi05_lightning.sim.demonstrations.episodes import Block, Episode, record_block
 from pi05_lightning.sim.demonstrations.kept import KEPT, Kept
@@ -47,8 +46,8 @@ def collect(config: CollectConfig) -> Path:
         try:
             _check_free(out, config.overwrite)
         except FileExistsError:
-            with suppress(OSError):  # where an interrupted one waits
-                partial.rmdir()
+            if [entry.name for entry in partial.iterdir()] == [LOCK]:  # no interrupted one waits there
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         shutil.rmtree(replaced, ignore_errors=True)  # of a collect that was killed at its very end
         try:
@@ -62,6 +61,7 @@ def collect(config: CollectConfig) -> Path:
                 out.rename(replaced)
             partial.rename(out)
             shutil.rmtree(out / KEPT)
+            (out / LOCK).unlink(missing_ok=True)
         except BaseException:  # a mistake too: what was recorded before it was made is no part of it
             if any((partial / KEPT).glob("*.pickle")):
                 logger.warning("what was recorded is kept in %s: the same command goes on from there", partial)

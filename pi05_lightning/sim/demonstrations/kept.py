@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from pi05_lightning.files.local import replacing
+from pi05_lightning.files.local import LOCK, replacing
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.unfinished import claim, versions
 
@@ -34,7 +34,7 @@ class Kept:
                 (root / _FILMS).rename(self.folder / _FILMS)
             logger.info("going on with what is in %s", self.folder)
         for left in root.parent.iterdir():
-            if left != self.folder:
+            if left != self.folder and left.name != LOCK:
                 shutil.rmtree(left)
 
     def continued[Result](self, name: str, make: Callable[[int], Iterable[Result]]) -> Iterator[Result]:
