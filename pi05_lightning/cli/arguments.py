@@ -9,6 +9,7 @@ from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.main import refuse
 from pi05_lightning.files.shipped import find_config
 from pi05_lightning.training.run_directory import has_checkpoints
+from pi05_lightning.weights.adapter_base import unlinked
 from pi05_lightning.weights.locate import RUNS, locate_run, run_of
 
 RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
@@ -23,8 +24,12 @@ def last_run() -> Path:
 
 
 def find_resumed(path: str, run: str | None) -> str:
-    """The file that `ckpt_path` means: itself, a run's newest checkpoint, or for `last` that of the run, or of any."""
-    return str(locate_run(Path(run) if run else last_run()).path if path == "last" else locate_run(Path(path)).path)
+    """The file that `ckpt_path` means: itself, a run's newest checkpoint, or for `last` that of the run, or of any.
+
+    It is no link, which a run that trains has name another one meanwhile.
+    """
+    given = (Path(run) if run else last_run()) if path == "last" else Path(path)
+    return str(unlinked(locate_run(given).path))
 
 
 def is_within(checkpoint: str | None, folder: str) -> bool:

@@ -55,6 +55,11 @@ def readable(value: Any) -> bool:
     return True
 
 
+def gone(path: Path) -> str:
+    """What is said of a checkpoint that was there when it was chosen, and is not when it is read."""
+    return f"{path} is not there any more: the run that trains has replaced it since. Run the command again"
+
+
 def free_bytes(path: Path) -> int:
     """Of the disk that a path is, or will be, on."""
     there = path.absolute()

@@ -19,6 +19,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from pi05_lightning.files.local import first_line
 from pi05_lightning.models.shards import own_part, rows_of
 from pi05_lightning.ranks import of_all_ranks, together
+from pi05_lightning.weights.readable import gone
 from pi05_lightning.weights.shards import Layout, MappedReader, ShardReader, read_layout
 
 META = "meta.pt"
@@ -124,10 +125,15 @@ def read_rest(folder: Path) -> dict[str, Any]:
 def unpickle(file: Path, *, mapped: bool = True) -> Any:
     """What `torch.save` wrote, tensors mapped from the file or not; executes nothing that it may contain.
 
-    torchao's types, of an optimizer's state in 8 bits or less, are allowed by importing them.
+    torchao's types, of an optimizer's state in 8 bits or less, are allowed by importing them.  ValueError where the
+    file is gone.
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError) as error:
+        if file.exists():
+            raise
+        raise ValueError(gone(file)) from error
     except pickle.UnpicklingError:
         if not any(name.startswith("torchao.optim.") for name in get_unsafe_globals_in_checkpoint(file)):
             raise
@@ -139,7 +145,7 @@ def unpickle(file: Path, *, mapped: bool = True) -> Any:
 def load(file: Path) -> dict[str, Any]:
     """A checkpoint of ours, as `unpickle`, tensors mapped from the file.
 
-    ValueError for a file that is truncated, holds more than tensors and plain types, or is something else's.
+    ValueError for a file that is gone, truncated, holds more than tensors and plain types, or is something else's.
     """
     try:
         content = unpickle(file)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pi05_lightning.files.local import first_line
 from pi05_lightning.models.shards import own_part, slice_of
+from pi05_lightning.weights.readable import gone
 
 METADATA = ".metadata"
 """The file with names, shapes and places of a directory's tensors."""
@@ -62,6 +63,8 @@ def read_metadata(folder: Path) -> Metadata:
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
         short = [name for name, end in sorted(ends.items()) if (folder / name).stat().st_size < end]
     except (OSError, EOFError, AttributeError, TypeError, pickle.UnpicklingError) as error:
+        if not folder.exists():
+            raise ValueError(gone(folder)) from error
         raise ValueError(f"{folder} is damaged, and cannot be read ({error}): use another checkpoint") from error
     if short:
         raise ValueError(f"{folder} is damaged: {', '.join(short)} is truncated. Use another checkpoint")
@@ -94,13 +97,15 @@ class ShardReader(FileSystemReader):
     def fill(self, targets: Mapping[str, Tensor]) -> None:
         """Read tensors into those of the same names, which may have another dtype; of a DTensor this rank's slice.
 
-        Each rank reads by itself.  ValueError for one that is damaged.
+        Each rank reads by itself.  ValueError for one that is damaged or gone.
         """
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable")
                 dcp.load(dict(targets), storage_reader=self, no_dist=True)
         except dcp.CheckpointException as error:
+            if not Path(self.path).exists():
+                raise ValueError(gone(Path(self.path))) from error
             raise ValueError(first_failure(error)) from error
 
 

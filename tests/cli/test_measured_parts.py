@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -43,6 +44,28 @@ class Forgetful(Callback):
         pl_module.restored_hash = None
 
 
+class TrainsOn(Callback):
+    """Does what a run that trains does, between the hash of a checkpoint's weights and their reading: it saves.
+
+    weights: what a name in `checkpoints` stands for then; None removes the file that it stands for.
+    """
+
+    def __init__(self, last: str, weights: str | None = None) -> None:
+        self.last, self.weights = Path(last), weights
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        (self.last.resolve() if self.weights is None else self.last).unlink()
+        if self.weights is not None:
+            self.last.symlink_to(self.weights)
+
+
+def training_on(run: Path, **arguments: str) -> list[str]:
+    """The arguments that measure what `last.ckpt` is, while the run trains on."""
+    last = run / "checkpoints" / "last.ckpt"
+    callback = {"class_path": f"{__name__}.TrainsOn", "init_args": {"last": str(last), **arguments}}
+    return [str(last), "--trainer.callbacks", json.dumps([callback])]
+
+
 def measure(command: str, run: Path, data: Path) -> None:
     main([command, str(run), "--data.sources.web.init_args.path", str(data)])
 
@@ -75,6 +98,24 @@ def test_hash_is_of_the_weights_that_were_measured_though_there_is_an_average(co
         found = json.loads((run / "measured.json").read_text())["sha256"]
         assert found == locate(run, averaged=False).content_hash()
         assert found != locate(run).content_hash()
+
+
+def test_a_run_that_trains_on_is_measured_by_the_weights_whose_hash_is_told(run: Path) -> None:
+    last = run / "checkpoints" / "last.ckpt"
+    content = torch.load(last, weights_only=True)
+    later = {name: tensor + 1 for name, tensor in content["state_dict"].items()}
+    torch.save(content | {"global_step": STEPS + 1, "state_dict": later}, run / "checkpoints" / "later.ckpt")
+    sha256 = locate(last).content_hash()
+    main(["validate", *training_on(run, weights="later.ckpt")])
+    measured = json.loads((run / "measured.json").read_text())
+    assert last.readlink() == Path("later.ckpt")
+    assert (measured["sha256"], measured["step"]) == (sha256, STEPS)
+    assert locate(measured["checkpoint"]).content_hash() == sha256
+
+
+def test_a_checkpoint_that_a_run_replaces_before_it_is_read_is_said_to_be_replaced(run: Path) -> None:
+    with pytest.raises(SystemExit, match=r"\.ckpt is not there any more: the run that trains has replaced it .*again"):
+        main(["validate", *training_on(run)])
 
 
 def test_data_without_a_test_part_is_refused(run: Path) -> None:

@@ -18,7 +18,7 @@ from pi05_lightning.data.samples import Observed
 from pi05_lightning.files.local import write_json
 from pi05_lightning.module import Pi05Module, Predicted
 from pi05_lightning.training.callbacks.ema import validates_average
-from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 FOLDER = "predictions"
 ABOUT = "predictions.json"
@@ -143,4 +143,4 @@ def measured_weights(trainer: Trainer, module: Pi05Module) -> dict[str, Any]:
 
 def measured_hash(trainer: Trainer, path: str | Path) -> str:
     """`Weights.content_hash` of what a checkpoint is validated and predicted with: its average, if that is used."""
-    return locate(path, averaged=validates_average(trainer)).content_hash()
+    return TrainingCheckpoint(Path(path), averaged=validates_average(trainer)).content_hash()
