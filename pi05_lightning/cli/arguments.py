@@ -8,11 +8,13 @@ from pathlib import Path
 from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.main import refuse
 from pi05_lightning.files.shipped import find_config
-from pi05_lightning.training.run_directory import has_checkpoints
+from pi05_lightning.training.run_directory import has_checkpoints, tell_ranks, told_by_first_rank
 from pi05_lightning.weights.adapter_base import unlinked
 from pi05_lightning.weights.locate import RUNS, locate_run, run_of
 
 RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
+_SHARED = "PI05_CKPT_PATH"
+"""Environment variable that tells the checkpoint's file to the ranks that Lightning starts."""
 
 
 def last_run() -> Path:
@@ -26,10 +28,15 @@ def last_run() -> Path:
 def find_resumed(path: str, run: str | None) -> str:
     """The file that `ckpt_path` means: itself, a run's newest checkpoint, or for `last` that of the run, or of any.
 
-    It is no link, which a run that trains has name another one meanwhile.
+    It is no link, which a run that trains has name another one meanwhile. The ranks that Lightning starts take the
+    first one's.
     """
+    if (told := told_by_first_rank(_SHARED)) is not None:
+        return told
     given = (Path(run) if run else last_run()) if path == "last" else Path(path)
-    return str(unlinked(locate_run(given).path))
+    found = str(unlinked(locate_run(given).path))
+    tell_ranks(_SHARED, found)
+    return found
 
 
 def is_within(checkpoint: str | None, folder: str) -> bool:

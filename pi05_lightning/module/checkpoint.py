@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
 from pi05_lightning.module.callback_states import arguments, find_states, reapply
 from pi05_lightning.module.trainer import callbacks_of
+from pi05_lightning.ranks import of_all_ranks
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.base import Weights
@@ -140,3 +141,15 @@ class Checkpoints:
         self._saved_arguments = saved.get("callbacks", {})
         checkpoint["callbacks"] = find_states(callbacks_of(trainer, Callback), checkpoint["callbacks"])
         return [message for message in said if message]
+
+
+def check_ranks_opened_one(checkpoint: Mapping[str, Any]) -> None:
+    """ValueError on all ranks where they opened different checkpoints; collective."""
+    saved_at = checkpoint.get("pi05", {}).get("saved_at")
+    found = of_all_ranks((checkpoint.get("global_step"), saved_at))
+    if len(set(found)) > 1:
+        steps = ", ".join(str(step) for step, _ in found)
+        raise ValueError(
+            f"the ranks opened different checkpoints (of the steps {steps}), as the run that was named saved another"
+            " one meanwhile: name one file by --ckpt_path FILE"
+        )

@@ -29,7 +29,7 @@ from pi05_lightning.models.parallelize import Lora, Sharding, gather
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind
 from pi05_lightning.module.blueprint import Blueprint, check_division, division_under
-from pi05_lightning.module.checkpoint import Checkpoints
+from pi05_lightning.module.checkpoint import Checkpoints, check_ranks_opened_one
 from pi05_lightning.module.finite import FiniteSteps, check_savable
 from pi05_lightning.module.history import History, learned
 from pi05_lightning.module.prediction import Predicted, Predictor
@@ -457,8 +457,13 @@ class Pi05Module(LightningModule):
             checkpoint["config"] = self.run_config
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises ValueError for a checkpoint of another model, and for what a resumed run cannot go on with."""
+        """Raises ValueError for a checkpoint of another model, and for what a resumed run cannot go on with.
+
+        Collective under a trainer, all of whose ranks have to open the same one.
+        """
         path = None if self._trainer is None else self.trainer.ckpt_path
+        if self._trainer is not None:
+            check_ranks_opened_one(checkpoint)
         self._checkpoints.complete(checkpoint, self.model, path, self._run_directory)
         self._history = History.of_checkpoint(checkpoint)
         self.finite.skipped = checkpoint["pi05"].get("skipped_steps", 0)

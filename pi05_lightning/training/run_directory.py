@@ -54,6 +54,17 @@ def check_free(folder: Path) -> None:
         )
 
 
+def tell_ranks(variable: str, value: str) -> None:
+    """Tell something, by an environment variable, to the ranks that Lightning starts from this process."""
+    os.environ[variable] = f"{os.getpid()} {value}"
+
+
+def told_by_first_rank(variable: str) -> str | None:
+    """What `tell_ranks` told this process, if the first rank started it as another rank."""
+    first, _, value = os.environ.get(variable, "").partition(" ")
+    return value if first == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0" else None
+
+
 def new_run() -> Path:
     """A directory under runs/ that did not exist, called after the time; the same for the ranks that Lightning starts.
 
@@ -62,8 +73,8 @@ def new_run() -> Path:
     several = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1
     if several and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect()):
         raise ValueError("each process of this job would make a run of its own: give them one name with --run")
-    if os.environ.get("LOCAL_RANK", "0") != "0" and _SHARED in os.environ:
-        return Path(os.environ[_SHARED])
+    if (told := told_by_first_rank(_SHARED)) is not None:
+        return Path(told)
     started, number = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), 1
     while True:
         folder = RUNS / (started if number == 1 else f"{started}-{number}")
@@ -72,5 +83,5 @@ def new_run() -> Path:
         except FileExistsError:
             number += 1
         else:
-            os.environ[_SHARED] = str(folder)
+            tell_ranks(_SHARED, str(folder))
             return folder

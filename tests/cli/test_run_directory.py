@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
+from pi05_lightning.cli.arguments import find_resumed
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
@@ -130,6 +132,20 @@ def test_the_lock_of_a_folder_is_a_file_open_for_writing_which_alone_nfs_tells_i
 
 def test_runs_started_in_one_second_have_directories_of_their_own(here: Path) -> None:
     assert len({new_run() for _ in range(5)}) == 5
+
+
+def test_ranks_that_lightning_starts_take_the_first_ones_checkpoint_though_the_run_saves_another_one(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run", symlinks=True))
+    first = find_resumed(str(run), None)
+    content = torch.load(first, weights_only=True)
+    later = content["pi05"] | {"saved_at": content["pi05"]["saved_at"] + 1}
+    torch.save(content | {"pi05": later}, run / "checkpoints" / "later.ckpt")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with multiprocessing.get_context("fork").Pool(1) as started:
+        assert started.apply(find_resumed, (str(run), None)) == first
+    assert find_resumed(str(run), None) == str(run / "checkpoints" / "later.ckpt")  # nobody that was told started this
 
 
 @pytest.mark.slow

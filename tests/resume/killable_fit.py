@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -164,10 +164,14 @@ def fit(
     ranks: int = 1,
     strategy: str = "ddp",
     command: str = "fit",
+    each: Sequence[Sequence[str]] = ((), ()),
     kill_others: bool = True,
     **environment: int | str,
 ) -> list[int | None]:
-    """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would, or are not."""
+    """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would, or are not.
+
+    each: the arguments that one rank alone has.
+    """
     common = {name: str(int(value)) if isinstance(value, int) else value for name, value in environment.items()}
     if ranks > 1:
         with socket.socket() as free:
@@ -178,7 +182,7 @@ def fit(
     processes = []
     for rank in range(ranks):
         own = common | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})
-        processes.append(server().Process(target=_fit, args=([command, *args], own, log)))
+        processes.append(server().Process(target=_fit, args=([command, *args, *each[rank]], own, log)))
         processes[-1].start()
     running = list(processes)
     while running:

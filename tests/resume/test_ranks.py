@@ -23,6 +23,19 @@ def two_ranks(whole: Any) -> list[dict[int, dict[str, Any]]]:
 
 
 @pytest.mark.slow
+def test_ranks_that_opened_different_checkpoints_end_together(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    args = ["-c", str(config), "--run", str(run), "--data.num_workers", "0", "--trainer.max_steps", "2"]
+    assert fit([*args, "--checkpoint.save_top_k", "-1"], log) == [0], log.read_text()
+    first, second = sorted(path for path in (run / "checkpoints").glob("*.ckpt") if not path.is_symlink())
+    each = [["--ckpt_path", str(first)], ["--ckpt_path", str(second)]]
+    codes = fit(["--trainer.limit_val_batches", "1"], log, 2, command="validate", each=each, kill_others=False)
+    assert codes == [1, 1]
+    assert log.read_text().count("the ranks opened different checkpoints (of the steps 1, 2)") == 2
+    assert not (run / "metrics.json").exists()
+
+
+@pytest.mark.slow
 def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(one_rank: dict, two_ranks: list[dict]) -> None:
     for batch, whole_line in one_rank.items():
         parts = [rank[batch]["keys"] for rank in two_ranks]
