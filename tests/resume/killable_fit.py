@@ -181,7 +181,8 @@ def fit(
         args = [*args, "--trainer.devices", str(ranks), "--trainer.strategy", strategy]
     processes = []
     for rank in range(ranks):
-        own = common | ({"LOCAL_RANK": str(rank)} if ranks > 1 else {})
+        places = ("LOCAL_RANK", "SLURM_LOCALID", "SLURM_PROCID") if ranks > 1 else ()
+        own = common | dict.fromkeys(places, str(rank))
         processes.append(server().Process(target=_fit, args=([command, *args, *each[rank]], own, log)))
         processes[-1].start()
     running = list(processes)

@@ -118,6 +118,18 @@ def test_slurms_signal_saves_requeues_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+def test_no_rank_ends_before_the_job_is_requeued(config: Path, tmp_path: Path, slurm: dict[str, str]) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"  # where srun ends the rank that started it, it is gone too
+    scontrol.write_text(f'#!/bin/sh\nsleep 5\nkill -0 $PPID && echo "$@" >> {tmp_path}/requeued\n')
+    ranks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    start = ["-c", str(config), "--run", str(tmp_path / "run"), "--data.num_workers", "0"]
+    signalled = {SIGNAL_AT_START: True, "SIGNAL": signal.SIGUSR1}
+    codes = fit(start, tmp_path / "log", 2, **slurm | ranks, **signalled)
+    assert 128 + signal.SIGUSR1 in codes, (tmp_path / "log").read_text()
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+
+
+@pytest.mark.slow
 def test_signal_while_a_run_starts_ends_it_before_its_first_step_and_the_same_command_starts_it_again(
     config: Path, whole: Any, tmp_path: Path, slurm: dict[str, str]
 ) -> None:

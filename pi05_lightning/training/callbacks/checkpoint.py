@@ -204,8 +204,10 @@ class RunCheckpoint(ModelCheckpoint):
                 self._save_checkpoint(trainer, path)
             wait(trainer)
             rank_zero_info(f"{type(exception).__name__}: step {trainer.global_step} is saved in {self.dirpath}")
-        if isinstance(exception, Stopped) and exception.requeued and trainer.is_global_zero:
-            requeue()
+        if isinstance(exception, Stopped) and exception.requeued:
+            if trainer.is_global_zero:
+                requeue()
+            trainer.strategy.barrier()  # once one rank ends srun ends the others, and scontrol with them
 
     # --- what it saves
 
