@@ -68,7 +68,7 @@ from pi05_lightning.training.run_directory import (
 )
 from pi05_lightning.training.trackio import TrackioLogger  # noqa: F401 - what trainer.logger knows by name
 from pi05_lightning.weights.locate import locate, locate_run, run_of
-from pi05_lightning.weights.resumed import REMEDY, differing, flat
+from pi05_lightning.weights.resumed import REMEDY, changed_options, differing
 
 FEW = 3  # dimensions of another model that are listed
 KILLED_LOADER = re.compile(r"DataLoader worker \(pid[^.;]*")
@@ -165,8 +165,7 @@ class RunConfig(SaveConfigCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say what is not as in the configuration that the checkpoint was written with."""
-        before, now = (flat(yaml.safe_load(text)) for text in (checkpoint.get("config", self.text), self.text))
-        changed = [f"{key}: {before.get(key)!r} → {value!r}" for key, value in now.items() if before.get(key) != value]
+        changed = changed_options(checkpoint.get("config", self.text), self.text)
         if changed and trainer.state.fn == "fit":
             step = checkpoint["global_step"]
             rank_zero_info("\n  ".join([f"Other options than the checkpoint's, from step {step} on:", *changed]))

@@ -79,6 +79,17 @@ def flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def changed_options(then: str, now: str) -> list[str]:
+    """Where two configurations, as YAML, differ, with both values; not where one alone has a key, of nothing."""
+    sides = [flat(yaml.safe_load(text)) for text in (then, now)]
+    found = []
+    for key in {**sides[1], **sides[0]}:
+        values = [side[key] for side in sides if key in side]
+        if values[0] != values[-1] or (len(values) == 1 and values[0] not in (None, {})):
+            found.append(f"{key}: {' → '.join(repr(side[key]) if key in side else 'absent' for side in sides)}")
+    return found
+
+
 def has_options(then: str | None, now: str | None, *groups: str) -> bool:
     """Whether two configurations, as YAML, agree in groups of options; what one does not say is no disagreement."""
     before, today = (flat(yaml.safe_load(text)) if text else {} for text in (then, now))

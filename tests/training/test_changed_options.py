@@ -21,6 +21,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, Stage, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.weights.resumed import changed_options
 from pi05_lightning.weights.sharded_checkpoint import read_into
 
 from .conftest import STAGES
@@ -325,3 +326,14 @@ def test_weights_to_begin_with_are_said_to_be_left_out_of_a_resumed_run(
     file = tmp_path / f"step={DONE}.ckpt"
     train(ckpt_path=file, max_steps=DONE + 1, module_options={"init_from": str(file)})
     assert "is not used: the weights are the checkpoint's" in caplog.text
+
+
+def test_options_that_one_configuration_alone_has_are_told_as_absent_from_the_other() -> None:
+    then = "{mixture: {web: 0.5, robot: 0.5}, lr_factors: {vision: 0.1}, lr: 1.0, decay: 0.9, old: null}"
+    now = "{mixture: {robot: 0.5}, lr_factors: {}, lr: 1.0, decay: null, seed: 0, new: null}"
+    assert sorted(changed_options(then, now)) == [
+        "decay: 0.9 → None",
+        "lr_factors.vision: 0.1 → absent",
+        "mixture.web: 0.5 → absent",
+        "seed: absent → 0",
+    ]
