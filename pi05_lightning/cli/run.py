@@ -346,5 +346,6 @@ def run(command: str, args: list[str]) -> None:
         raise ValueError(str(error)) from error
     finally:
         begun = command == "fit" and cli.trainer.train_dataloader is not None
-        if begun and cli.trainer.interrupted and has_checkpoints(target):
-            print(f"Go on with: pi05 fit --ckpt_path {target}", file=sys.stderr)
+        if begun and cli.trainer.interrupted and (found := saved_in(cli.config)):
+            named = "" if Path(found) == target else f" --run {target}"
+            print(f"Go on with: pi05 fit --ckpt_path {found}{named}", file=sys.stderr)

@@ -207,6 +207,21 @@ def test_checkpoints_in_a_folder_of_their_own_are_guarded_and_gone_on_with(confi
     assert steps(here / "scratch") == 2
 
 
+class Interrupted(Callback):
+    def on_train_batch_end(self, *args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_names_the_folder_that_its_checkpoints_have_of_their_own(
+    config: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--checkpoint.dirpath", "scratch", "--trainer.callbacks", f"[{__name__}.Interrupted]"]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", str(config), "--run", "run", *flags])
+    assert steps(here / "scratch") == 1
+    assert "Go on with: pi05 fit --ckpt_path scratch --run run\n" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_resumed_with_the_options_it_has_goes_on_though_a_new_one_is_refused(
     config: Path, here: Path, caplog: pytest.LogCaptureFixture
