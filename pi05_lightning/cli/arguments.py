@@ -5,6 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import yaml
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.utilities import rank_zero_info
+
 from pi05_lightning.cli.configuration import check_layer
 from pi05_lightning.cli.main import refuse
 from pi05_lightning.files.shipped import find_config
@@ -47,6 +57,22 @@ def is_within(checkpoint: str | None, folder: str) -> bool:
     return Path(folder).resolve() in (path.parent.resolve(), run_of(path).resolve())
 
 
+def one_machine(text: str, flags: list[str]) -> list[str]:
+    """The flag for a checkpoint's configuration, as YAML, of several machines where nothing starts a command on them.
+
+    Lightning would wait for the others. It is said, unless the command's own flags name a number, which then counts.
+    """
+    nodes = (yaml.safe_load(text).get("trainer") or {}).get("num_nodes") or 1
+    starters = TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment
+    is_given = any(flag.partition("=")[0] == "--trainer.num_nodes" for flag in flags)
+    if nodes == 1 or is_given or any(starter.detect() for starter in starters):
+        return []
+    if LightningEnvironment().main_address != "127.0.0.1":  # processes started by hand meet there
+        return []
+    rank_zero_info(f"trainer.num_nodes is 1 here, and {nodes} in the checkpoint: nothing started several machines")
+    return ["--trainer.num_nodes", "1"]
+
+
 def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]:
     """The arguments with every file found, and the checkpoint's own configuration (put in `folder`) where no other is.
 
@@ -80,6 +106,8 @@ def complete_arguments(command: str, args: list[str], folder: Path) -> list[str]
         checkpoint = find_resumed(known.ckpt_path, known.run)
         complete += ["--ckpt_path", checkpoint]
         if not configs:
-            (folder / "config.yaml").write_text(locate_run(Path(checkpoint)).run_config())
+            text = locate_run(Path(checkpoint)).run_config()
+            (folder / "config.yaml").write_text(text)
             configs = [str(folder / "config.yaml")]
+            complete += one_machine(text, rest)
     return [*(word for config in configs for word in ("--config", config)), *complete, *rest]

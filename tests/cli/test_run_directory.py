@@ -20,7 +20,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from pi05_lightning.cli.arguments import find_resumed
+from pi05_lightning.cli.arguments import complete_arguments, find_resumed
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
@@ -257,6 +257,28 @@ def test_a_refused_resume_leaves_the_runs_checkpoint_as_it_was(config: Path, her
         assert [(here / "run" / name).read_text() for name in names] == texts
     main(["fit", "--ckpt_path", "run", "--trainer.max_steps", "2"])
     assert all((here / "run" / name).read_text() != text for name, text in zip(names, texts, strict=True))
+
+
+def test_a_run_of_several_machines_is_measured_on_one_unless_several_were_started(
+    finished_run: Path, here: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = torch.load(find_checkpoint(finished_run), weights_only=True)
+    options = yaml.safe_load(content["config"])
+    options["trainer"]["num_nodes"] = 4
+    torch.save(content | {"config": yaml.safe_dump(options)}, "big.ckpt")
+    config = str(here / "config.yaml")
+    taken = ["--config", config, "--ckpt_path", "big.ckpt", "--trainer.num_nodes", "1"]
+    assert complete_arguments("validate", ["big.ckpt"], here) == taken
+    assert "trainer.num_nodes is 1 here, and 4 in the checkpoint" in caplog.text
+    caplog.clear()
+    given = ["--trainer.num_nodes=4"]
+    assert complete_arguments("validate", ["big.ckpt", *given], here) == [*taken[:-2], *given]
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    assert complete_arguments("validate", ["big.ckpt"], here) == taken[:-2]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert complete_arguments("validate", ["big.ckpt"], here) == taken
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert complete_arguments("validate", ["big.ckpt"], here) == taken[:-2]
 
 
 def test_resume_auto_needs_the_runs_name(config: Path, here: Path) -> None:
