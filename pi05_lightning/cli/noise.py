@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from typing import Any, cast
+
+from lightning.pytorch.utilities import rank_zero_only
 
 NOISE = (
     "💡 Tip",
@@ -16,12 +19,16 @@ NOISE = (
     "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
+OPENING = ("datamodule", "errors", "lerobot_files", "sources")
+"""Modules of `data` whose warnings are of data that are opened, which all ranks do alike: the first one's is enough."""
 
 
 def silence_noise() -> None:
-    """Keep NOISE from the terminal."""
+    """Keep NOISE from the terminal, and OPENING of the ranks after the first."""
     pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
     warnings.filterwarnings("ignore", pattern.pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not pattern.match(record.getMessage())
     )
+    for name in OPENING if cast("Any", rank_zero_only).rank else ():
+        logging.getLogger(f"pi05_lightning.data.{name}").setLevel(logging.ERROR)

@@ -48,6 +48,27 @@ def test_ctrl_c_is_one_line_and_the_status_of_a_killed_process() -> None:
     assert told.strip() == "pi05 profile: interrupted"
 
 
+WARNING = """
+from pi05_lightning.cli.noise import silence_noise
+from pi05_lightning.data.errors import Rejects
+from pi05_lightning.data.samples import BadSampleCount
+from pi05_lightning.types import Drawn
+silence_noise()
+Rejects("robot", "skip").add("episode 1", "found when opened", "", 1)
+BadSampleCount(1.0).add(Drawn(names={}, text_tokens=0, frames=(), skipped=("found when drawn",)))
+"""
+
+
+@pytest.mark.parametrize(("rank", "opened"), [("0", 1), ("1", 0)])
+def test_data_are_warned_of_by_the_first_rank_and_what_a_rank_draws_by_itself(
+    rank: str, opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    said = subprocess.run([sys.executable, "-c", WARNING], capture_output=True, text=True, check=True).stderr
+    assert said.count("found when opened") == opened
+    assert said.count("found when drawn") == 1
+
+
 def test_help_does_not_wait_for_torch() -> None:
     script = "import sys; from pi05_lightning.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 0
