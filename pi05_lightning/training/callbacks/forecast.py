@@ -26,7 +26,7 @@ from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.profiling.forecast import MARGIN, Batches, Memory, Setting, at_most, forecast, gib, largest, table
 from pi05_lightning.profiling.free import free_memory
-from pi05_lightning.ranks import by_first_rank
+from pi05_lightning.ranks import by_first_rank, of_all_ranks
 from pi05_lightning.recipe import Recipe, Stage
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.stages import StageSwitch
@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 class MemoryForecast(Callback):
     """Prints what a run will need and what is free, and stops what cannot fit with the cheapest change that would.
 
-    What is free is the device's, or the machine's for all of its ranks. A run is stopped only where it would need more
-    even if the forecast were 15 % too high.
+    What is free is the device's, or the machine's for all of its ranks; the least of all ranks. A run is stopped only
+    where it would need more even if the forecast were 15 % too high.
 
     Args:
         force: go on all the same.
@@ -56,7 +56,10 @@ class MemoryForecast(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Pi05Module)
         if stage == "fit":
-            by_first_rank(Forecaster(trainer, pl_module, self.force).run)
+            forecaster = Forecaster(trainer, pl_module, self.force)
+            # each asks its own device: the first would take memory on all of them to ask, and does not see other nodes'
+            least = min(of_all_ranks(forecaster.free()))
+            by_first_rank(partial(forecaster.run, least))
 
 
 class Forecaster:
@@ -79,9 +82,8 @@ class Forecaster:
             validates=trainer.enable_validation,
         )
 
-    def run(self) -> None:
-        """Raises ValueError for what cannot fit."""
-        free = self.free()
+    def run(self, free: int) -> None:
+        """Raises ValueError for what cannot fit.  free: bytes, for each rank."""
         if (bound := self.bound()) < SMALL * free:
             rank_zero_info(f"Memory: less than {gib(bound)} GiB; {gib(free)} GiB are free")
             return
@@ -122,11 +124,9 @@ class Forecaster:
         return at_most(self.module.model, columns, width * heads, logits)
 
     def free(self) -> int:
-        """Bytes for one rank."""
-        if self.device.type == "cuda":
-            devices = getattr(self.trainer.strategy, "parallel_devices", None) or [self.device]
-            return min(free_memory(device) for device in devices)
-        return free_memory(self.device) // self.trainer.num_devices
+        """Bytes for this rank."""
+        found = free_memory(self.device)
+        return found if self.device.type == "cuda" else found // self.trainer.num_devices
 
     def stages(self, changes: Mapping[str, Any], size: int | None = None) -> dict[str, Memory]:
         """What each stage needs, with other arguments of the module, and batches of another size."""
