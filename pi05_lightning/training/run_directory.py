@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from datetime import datetime
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from pi05_lightning.files.local import write_text
+from pi05_lightning.ranks import by_first_rank, is_first_rank, of_all_ranks, together
 from pi05_lightning.weights.left_out import KEPT
 from pi05_lightning.weights.locate import RUNS
 
@@ -64,6 +69,29 @@ def told_by_first_rank(variable: str) -> str | None:
     """What `tell_ranks` told this process, if the first rank started it as another rank."""
     first, _, value = os.environ.get(variable, "").partition(" ")
     return value if first == str(os.getppid()) and os.environ.get("LOCAL_RANK", "0") != "0" else None
+
+
+def check_shared(folder: Path, patience: float = 60) -> None:
+    """ValueError on all ranks where one does not see what the first one writes to a folder; collective.
+
+    patience: seconds, as file systems of several machines may show a folder for a while as it was.
+    """
+    token = folder / of_all_ranks(f".{uuid4()}.seen-by-all")[0]
+    by_first_rank(partial(write_text, token, ""))
+    end = time.monotonic() + patience
+    try:
+        with together():
+            while not token.exists():
+                if time.monotonic() > end:
+                    raise ValueError(
+                        f"{folder}, where the run is saved, is not the same folder on all machines:"
+                        f" {socket.gethostname()} does not see what the first rank writes there. Choose a --run (or"
+                        " checkpoint.dirpath) on a disk that all of them share"
+                    )
+                time.sleep(0.1)
+    finally:
+        if is_first_rank():
+            token.unlink(missing_ok=True)
 
 
 def new_run() -> Path:

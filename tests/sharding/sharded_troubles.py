@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +16,9 @@ from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import Head
 from pi05_lightning.recipe import LossWeights, StageOptions
+from pi05_lightning.training.callbacks import checkpoint, forecast
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
+from pi05_lightning.training.callbacks.forecast import MemoryForecast
 from pi05_lightning.types import Batch, Modality, Prefix
 from pi05_lightning.weights.sharded_checkpoint import read
 
@@ -66,6 +70,19 @@ def message(*args: Any, **options: Any) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def apart(dataset: str, folder: str) -> dict[str, Any]:
+    """The forecast, and what is refused, where the second rank has less memory and a disk of its own."""
+    memory, is_second, shared = list[str](), os.environ["LOCAL_RANK"] == "1", checkpoint.check_shared
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: memory.append(record.getMessage()) or True)
+    if is_second:
+        forecast.free_memory = lambda device: 6 * 2**30
+    checkpoint.check_shared = lambda path: shared(path / "second" if is_second else path, patience=1)
+    callbacks = [MemoryForecast(), RunCheckpoint(dirpath=folder)]
+    refused = message(dataset, None, 2, strategy="ddp", callbacks=callbacks, enable_checkpointing=True)
+    return {"refused": refused, "memory": [line for line in memory if line.startswith("Memory")]}
 
 
 def troubles(dataset: str, fast: str, folder: str) -> dict[str, Any]:

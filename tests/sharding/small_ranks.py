@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from pi05_lightning.training.run_directory import check_shared
 from pi05_lightning.weights.sharded_checkpoint import is_sharded, read
 from pi05_lightning.weights.sharded_writer import BackgroundWriter, write
 
@@ -235,6 +236,17 @@ def fail_to_write(folder: Path) -> None:
     with pytest.raises(ValueError, match="callbacks/mine"):
         write(run.checkpoint() | {"callbacks": {"mine": Path("a")}}, folder / "unreadable.ckpt")
     assert not list(folder.glob("*.ckpt"))
+
+
+def look_elsewhere(folder: Path) -> None:
+    """Where one rank sees another folder, all of them say so; nothing is left in the folder."""
+    check_shared(folder / "shared")
+    assert not list((folder / "shared").iterdir())
+    own = folder / str(dist.get_rank())
+    with pytest.raises(ValueError, match=f"{folder}/1, where the run is saved, is not the same folder on all machines"):
+        check_shared(own, patience=1)
+    assert not (folder / "1").exists()
+    assert not list((folder / "0").iterdir())
 
 
 def be_killed(folder: Path, rank: int, event: int) -> None:

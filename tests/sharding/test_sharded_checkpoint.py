@@ -13,6 +13,7 @@ from small_ranks import (
     check_same,
     end,
     fail_to_write,
+    look_elsewhere,
     read_and_write,
     start,
     train_and_write,
@@ -47,6 +48,11 @@ def test_what_is_written_in_the_background_is_as_it_was_when_it_began(tmp_path: 
 def test_where_one_rank_cannot_write_all_say_so_and_leave_nothing(tmp_path: Path) -> None:
     log = tmp_path / "log"
     assert end(start(2, log, fail_to_write, tmp_path), log) == [0] * 2, log.read_text()
+
+
+def test_a_folder_that_is_another_one_to_a_rank_is_refused_by_all(tmp_path: Path) -> None:
+    log, folder = tmp_path / "log", tmp_path / "run"
+    assert end(start(2, log, look_elsewhere, folder), log) == [0] * 2, log.read_text()
 
 
 @pytest.mark.slow

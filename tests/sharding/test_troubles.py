@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from sharded_ranks import on_ranks
-from sharded_troubles import SICK, troubles
+from sharded_troubles import SICK, apart, troubles
 
 pytestmark = pytest.mark.slow
 
@@ -39,3 +39,11 @@ def test_a_head_that_looks_at_values_is_tried_with_the_gathered_weights(ranks: l
         assert found["values"] == ""
         assert found["small values"].startswith("ValueError: stage posttrain, robot/continuous")
         assert found["small values"].endswith("actions are too small")
+
+
+def test_ranks_on_two_machines_need_the_memory_of_the_lesser_and_one_folder(videos: Path, tmp_path: Path) -> None:
+    first, second = on_ranks(2, apart, str(videos), str(tmp_path / "run"))
+    assert len(first["memory"]) == 1
+    assert first["memory"][0].endswith("; 3 GiB are free")  # half of it
+    for found in (first, second):
+        assert f"ValueError: {tmp_path}/run/second, where the run is saved, is not the same" in found["refused"]

@@ -32,6 +32,7 @@ from pi05_lightning.training.callbacks.ema import validates_average
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
+from pi05_lightning.training.run_directory import check_shared
 from pi05_lightning.weights.readable import check_readable, free_bytes
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint, checkpoints_in, is_checkpoint
 
@@ -130,6 +131,8 @@ class RunCheckpoint(ModelCheckpoint):
             warn_of_little_room(Path(self.dirpath), checkpoint, pl_module)
         self._check_files(trainer)
         self._check_logged(trainer, pl_module)
+        if trainer.world_size > 1 and not leaves_nothing(trainer) and is_local(self.dirpath):
+            check_shared(Path(str(self.dirpath)))
         if self._was_pending and not self._should_skip_saving_checkpoint(trainer):
             self._save_newest(trainer)  # it is made up, which no later start is to do again
 
