@@ -229,13 +229,14 @@ class Inference:
                 generator=generator,
             )
         device = self.model.device
+        start = start[:, : self.horizon]  # no later step was trained
         actions, count = (None, None) if not any(given) else (x.to(device) for x in self._stacked(given))
         chunk = self._chunk if len(batch) == 1 else self.model.chunk
         return list(chunk(batch, start.to(device), self.acting.num_steps, actions, count, **guided).cpu().numpy())
 
     def _stacked(self, given: Sequence[Given | None]) -> tuple[Tensor, Tensor]:
-        """Given actions as `FlowHead.sample` takes them: f32[B horizon D], and how many of each row, i64[B]."""
-        actions = torch.zeros(len(given), self.model.config.horizon, self.model.config.action_dim)
+        """Given actions as `FlowHead.sample` takes them: f32[B T D], and how many of each row, i64[B]."""
+        actions = torch.zeros(len(given), self.horizon, self.model.config.action_dim)
         rows = [np.zeros((0, self.action_dim), np.float32) if row is None else row.normalized for row in given]
         for place, row in zip(actions, rows, strict=True):
             place[: len(row), : self.action_dim] = torch.from_numpy(row)

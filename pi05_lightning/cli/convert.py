@@ -258,9 +258,8 @@ def answers_of(policy: Inference, data: str | None) -> Answers:
     noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)
     prompts = [policy.processor.prompt(frame, policy.robot).tokens.tolist() for frame in frames]
     chunks = [policy.predict_chunks([frame], [None], noise[[i]])[0] for i, frame in enumerate(frames)]
-    return Answers(
-        frames, prompts, noise, np.stack(chunks), policy.processor.robots[policy.robot].normalize.action.span
-    )
+    span = policy.processor.robots[policy.robot].normalize.action.span
+    return Answers(frames, prompts, noise[:, : policy.horizon], np.stack(chunks), span)
 
 
 def compare(folder: Path, processor: Processor, expected: Answers, tolerance: float, export: Export) -> list[str]:

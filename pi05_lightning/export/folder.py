@@ -30,7 +30,7 @@ def write(folder: Path, policy: Inference, format: Format, stored: Stored = "flo
         parameter.requires_grad_(False)  # ONNX's exporter fails on those that do
     graphs: dict[str, Any] = {}
     with quietly():
-        for name, graph in graphs_of(model).items():
+        for name, graph in graphs_of(model, policy.horizon).items():
             path = folder / f"{name}{ENDINGS[format]}"
             SAVE[format](graph, path, stored)
             graphs[name] = {"file": path.name, "inputs": graph.inputs, "outputs": graph.outputs}

@@ -107,8 +107,8 @@ class Graph:
     outputs: tuple[str, ...]
 
 
-def graphs_of(model: Pi05) -> dict[str, Graph]:
-    """The graphs of a model in float32, by name."""
+def graphs_of(model: Pi05, steps: int) -> dict[str, Graph]:
+    """The graphs of a model in float32, by name. steps: of a chunk."""
     config, vision = model.config, model.backbone.vision
     size, width = config.vision.image_size, config.language.width
     lm = config.language
@@ -133,8 +133,8 @@ def graphs_of(model: Pi05) -> dict[str, Graph]:
         "flow": (
             Flow(model.flow_head),
             {
-                "actions": torch.zeros(config.horizon, config.action_dim),
-                "modulations": flow_table(model.flow_head, 1)[0, :, None].repeat(1, config.horizon, 1),
+                "actions": torch.zeros(steps, config.action_dim),
+                "modulations": flow_table(model.flow_head, 1)[0, :, None].repeat(1, steps, 1),
                 "keys": past[0],
                 "values": past[1],
             },

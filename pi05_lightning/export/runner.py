@@ -237,11 +237,12 @@ class Policy:
         x = np.array(noise, np.float32)
         if x.shape != shape:
             raise ValueError(f"noise has shape {x.shape}: expected [horizon D] = {shape}")
+        x = x[: self.robot["horizon"]]  # no later step was trained
         given = np.zeros((0, shape[1]), np.float32) if prefix_actions is None else self._given(prefix_actions, seen)
         x[: len(given)] = given
         steps = len(self.modulations) - 1
         for step in range(steps):
-            modulations = np.repeat(self.modulations[step][:, None], shape[0], axis=1)
+            modulations = np.repeat(self.modulations[step][:, None], len(x), axis=1)
             modulations[:, : len(given)] = self.modulations[-1][:, None]  # what is given has time 0
             inputs = {"actions": x, "modulations": modulations}
             led, *free = (self.graphs["flow"](**inputs, keys=s.keys, values=s.values)[0] for s in sequences)

@@ -308,6 +308,7 @@ def write_lerobot(
     }
     relative = processor.robots[robot].relative
     names_of_dims = [f"dim_{dim:03}" for dim in range(len(normalize.action))]
+    steps = processor.robots[robot].horizon or config.horizon
     lerobot_config = PI05Config(
         use_relative_actions=relative is not None,
         relative_exclude_joints=[n for dim, n in enumerate(names_of_dims) if relative and dim not in relative.dims],
@@ -317,8 +318,8 @@ def write_lerobot(
         action_expert_variant=min(experts, default=PI05Config.action_expert_variant),
         device="cpu",
         dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
-        chunk_size=config.horizon,
-        n_action_steps=processor.robots[robot].horizon or config.horizon,
+        chunk_size=steps,
+        n_action_steps=steps,
         max_action_dim=config.action_dim,
         image_resolution=(size, size),
         tokenizer_max_length=max(PI05Config.tokenizer_max_length, longest_prompt(processor, robot)),

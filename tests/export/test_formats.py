@@ -21,7 +21,7 @@ def test_fewer_bits_take_less_space_and_cost_exactness(tmp_path: Path) -> None:
     model = Pi05(ModelConfig.preset("debug"))
     model.reset_parameters()
     model.requires_grad_(False)
-    graph, outputs, sizes = graphs_of(model)["language"], {}, {}
+    graph, outputs, sizes = graphs_of(model, model.config.horizon)["language"], {}, {}
     inputs = {
         name: example.numpy() for name, example in zip(graph.inputs, graph.program.example_inputs[0], strict=True)
     }

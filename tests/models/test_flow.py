@@ -53,6 +53,35 @@ def test_dims_beyond_the_robots_are_trained_and_steps_past_the_end_are_not(model
     assert counted[1].all()
 
 
+def test_steps_that_are_padding_are_seen_by_no_other(model: Pi05) -> None:
+    batch = make_batch(model.config, ["iipps", "ip"], acting=2, draws=2)
+    assert batch.noise is not None
+    mask = batch.action_mask.clone()
+    mask[0, 2:] = False
+
+    def error(actions: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        values = model(replace(batch, actions=actions, noise=noise, action_mask=mask), ["flow"])["flow"].values
+        assert values is not None
+        return values
+
+    expected, actions, noise = error(batch.actions, batch.noise), batch.actions.clone(), batch.noise.clone()
+    actions[0, 2:], noise[0, :, 2:] = 3, -2
+    found = error(actions, noise)
+    torch.testing.assert_close(found[0, :, :2], expected[0, :, :2])
+    torch.testing.assert_close(found[1], expected[1])
+    assert not torch.allclose(found[0, :, 2:], expected[0, :, 2:])
+
+
+def test_a_shorter_chunk_is_computed_as_it_was_trained(model: Pi05) -> None:
+    batch = make_batch(model.config, ["iipps"], acting=1)
+    assert batch.noise is not None
+    head, prefix = model.flow_head, model.backbone(batch)
+    steps = torch.arange(batch.noise.shape[2]) < 2
+    whole = head(batch.noise, head.modulate(torch.full((1, 1), 0.7)), prefix, steps[None])
+    short = head(batch.noise[:, :, :2], head.modulate(torch.full((1, 1), 0.7)), prefix)
+    torch.testing.assert_close(short, whole[:, :, :2])
+
+
 def test_k_draws_are_the_mean_of_k_passes(model: Pi05) -> None:
     batch = make_batch(model.config, ["iipps", "ip", "pptt"], acting=2, draws=3)
     assert batch.noise is not None

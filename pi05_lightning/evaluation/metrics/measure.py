@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pi05_lightning.acting.inference import generate_fast, generate_texts
@@ -22,8 +23,8 @@ from pi05_lightning.types import Batch, Letterbox, Modality, Prefix, Subset, Tar
 
 NOISE_SEED = 0  # not the run's: runs of any seed are measured with the same noise
 FLOW_TIMES = tuple(flow_time_quantile((k + 0.5) / 8) for k in range(8))
-"""Flow times of the flow loss: middles of eight equally likely parts of what training draws, so that its mean estimates
-the loss that is trained."""
+"""Flow times of the flow loss: middles of eight equally likely parts of what training draws. The loss that is trained
+also counts the dims that the robot has not, which are soon learned."""
 SHOWN_DRAWS = 8
 EXTRA_TOKENS = 4  # that a generated text may be longer than the true one
 
@@ -177,8 +178,10 @@ class Evaluator:
         prefix = self.model.backbone(batch, need_hidden=any(head.reads_hidden for head in measuring))
         noise = self._noise(batch, len(FLOW_TIMES))
         times = torch.tensor(FLOW_TIMES, device=noise.device).expand(len(noise), -1)
-        flow = self.model.flow_head.squared_error(prefix, batch.actions, noise, times).permute(0, 2, 3, 1)
-        chunk = self.model.flow_head.sample(prefix, noise[:, :1], self.num_steps)[:, 0]
+        flow_head = self.model.flow_head
+        flow = flow_head.squared_error(prefix, batch.actions, noise, times, mask.any(-1)).permute(0, 2, 3, 1)
+        steps = self._steps(subset.source)
+        chunk = self._sampled(prefix, noise[:, :1], steps)[:, 0]
         values = self._of_heads(batch, subset, prefix) | {
             "flow_loss": Term(flow, mask[..., None].expand_as(flow)),
             "chunk": self._chunk_errors(chunk, batch.actions, mask, subset.source),
@@ -187,13 +190,18 @@ class Evaluator:
 
         def examples(rows: Sequence[int]) -> list[Example]:
             chosen = torch.tensor(rows, dtype=torch.long, device=noise.device)
-            draws = self.model.flow_head.sample(prefix.rows(chosen), noise[chosen, :SHOWN_DRAWS], self.num_steps)
+            draws = self._sampled(prefix.rows(chosen), noise[chosen, :SHOWN_DRAWS], steps)
             return [
                 self._chunk_example(batch, row, subset, error, batch.actions, mask, draws[i])
                 for i, row in enumerate(rows)
             ]
 
         return Measured(values, error, examples)
+
+    def _sampled(self, prefix: Prefix, noise: Tensor, steps: int) -> Tensor:
+        """Chunks f32[R K T D] from noise f32[R K T D], as a policy computes them; 0 behind its steps."""
+        chunks = self.model.flow_head.sample(prefix, noise[:, :, :steps], self.num_steps)
+        return F.pad(chunks, (0, 0, 0, noise.shape[2] - steps))
 
     def _noise(self, batch: Batch, draws: int) -> Tensor:
         """Noise f32[R K T D] that depends on each sample's key alone."""
@@ -205,6 +213,9 @@ class Evaluator:
 
     def _dims(self, source: str) -> int:
         return self.processor.robots[source].action_dim
+
+    def _steps(self, source: str) -> int:
+        return self.processor.robots[source].horizon or self.processor.shapes.horizon
 
     def _chunk_errors(self, chunk: Tensor, truth: Tensor, mask: Tensor, source: str) -> Term:
         quantiles = self.processor.robots[source].normalize.action

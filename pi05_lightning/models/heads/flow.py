@@ -56,7 +56,7 @@ class FlowHead(Head):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.expert.width
-        self.horizon, self.action_dim = config.horizon, config.action_dim
+        self.action_dim = config.action_dim
         self.width, self.head_dim = width, config.expert.head_dim
         self.action_in_proj = nn.Linear(config.action_dim, width)
         self.action_out_proj = nn.Linear(width, config.action_dim)
@@ -74,22 +74,28 @@ class FlowHead(Head):
         norms = [norm for layer in self.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         return [norm.modulate(cond) for norm in (*norms, self.norm)]
 
-    def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix) -> Tensor:
-        """Velocity f32[R K T D] at x_t f32[R K T D]; each of K draws sees the prefix and itself."""
-        return self.velocity(x_t, modulations, self.context(prefix, x_t.shape[1]))
+    def forward(self, x_t: Tensor, modulations: Modulations, prefix: Prefix, mask: Tensor | None = None) -> Tensor:
+        """Velocity f32[R K T D] at x_t f32[R K T D]; each of K draws sees the prefix and itself, see `context`."""
+        return self.velocity(x_t, modulations, self.context(prefix, x_t, mask))
 
-    def context(self, prefix: Prefix, draws: int, has_room: bool = False) -> Context:
-        """Of a prefix, for K draws; `has_room` copies its keys and values, so that later calls need not."""
+    def context(self, prefix: Prefix, x_t: Tensor, mask: Tensor | None = None, has_room: bool = False) -> Context:
+        """Of a prefix, for x_t [R K T D].
+
+        mask: the steps that are no padding, bool[R T], by default all: no step sees the others, which are copies of the
+        last action.  has_room: copy keys and values, so that later calls need not.
+        """
+        _, draws, steps, _ = x_t.shape
         # after the last token that it sees, however many hidden ones follow
         start = ((prefix.mask.cumsum(1) - 1) * prefix.flow_mask).amax(1) + 1
-        start, seen = (repeat(x, "r ... -> (r k) ...", k=draws) for x in (start, prefix.flow_mask))
-        seen = F.pad(seen, (0, self.horizon), value=True)[:, None, None]
+        mask = prefix.flow_mask.new_ones(len(prefix.flow_mask), steps) if mask is None else mask
+        seen = torch.cat([prefix.flow_mask, mask], dim=1)
+        start, seen = (repeat(x, "r ... -> (r k) ...", k=draws) for x in (start, seen))
         kv = prefix.kv
         if has_room:
             dtype = compute_dtype(self.layers[0].self_attn.k_proj.weight)
-            kv = [(with_room(k, self.horizon, dtype, draws), with_room(v, self.horizon, dtype, draws)) for k, v in kv]
-        step = torch.arange(self.horizon, device=start.device)
-        return Context(kv, draws, has_room, seen, rope_table(start[:, None] + step, self.head_dim))
+            kv = [(with_room(k, steps, dtype, draws), with_room(v, steps, dtype, draws)) for k, v in kv]
+        place = start[:, None] + torch.arange(steps, device=start.device)
+        return Context(kv, draws, has_room, seen[:, None, None], rope_table(place, self.head_dim))
 
     def velocity(self, x_t: Tensor, modulations: Modulations, context: Context) -> Tensor:
         """As `forward`, in a context that serves many calls."""
@@ -117,17 +123,19 @@ class FlowHead(Head):
         """The batch needs its noise and time."""
         assert batch.noise is not None
         assert batch.time is not None
-        return {
-            "flow": self.squared_error(prefix.rows(slice(len(batch.actions))), batch.actions, batch.noise, batch.time)
-        }
+        steps, prefix = batch.action_mask.any(-1), prefix.rows(slice(len(batch.actions)))
+        return {"flow": self.squared_error(prefix, batch.actions, batch.noise, batch.time, steps)}
 
-    def squared_error(self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def squared_error(
+        self, prefix: Prefix, actions: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """Squared error of the velocity per element, f32[R K T D] (flow matching, π0 eq. 1).
 
-        prefix of the R rows that have actions f32[R T D]; noise f32[R K T D]; t f32[R K] or f32[R K T].
+        prefix of the R rows that have actions f32[R T D]; noise f32[R K T D]; t f32[R K] or f32[R K T]; mask bool[R T],
+        see `context`.
         """
         x_t, u = interpolate(noise, actions, t)
-        return (self(x_t, self.modulate(t), prefix) - u).square()
+        return (self(x_t, self.modulate(t), prefix, mask) - u).square()
 
     @torch.no_grad()
     def sample(
@@ -141,6 +149,7 @@ class FlowHead(Head):
     ) -> Tensor:
         """Integrate noise f32[R K T D] to actions with `num_steps` Euler steps from t = 1 to 0.
 
+        T may be less than the horizon: the chunks of some data are shorter.
         given f32[R T D], num_given i64[R]: row r's first num_given[r] actions are given, and come back as they are.
         guidance: β of v_u + β (v_c - v_u) (classifier-free guidance, arXiv 2207.12598). Where it is not 1 the prefix
         has 2 R rows: the first R give v_c, the others v_u.
@@ -148,8 +157,7 @@ class FlowHead(Head):
         dt = -1.0 / num_steps
         # summed in float64, as LeRobot does: the shortest time period is 4e-3, so float32 errors of t would show
         grid = (1 + torch.arange(num_steps, dtype=torch.float64, device=noise.device) * dt).float()
-        draws = noise.shape[1]
-        context = self.context(prefix, draws, has_room=True)
+        context = self.context(prefix, noise, has_room=True)
 
         def velocity(x: Tensor, modulations: Modulations) -> Tensor:
             if guidance == 1:
@@ -164,8 +172,8 @@ class FlowHead(Head):
             for step in range(num_steps):
                 x = x + dt * velocity(x, [m[:, step, None] for m in table])
             return x
-        is_given = torch.arange(self.horizon, device=noise.device) < num_given[:, None]
-        is_given = repeat(is_given, "r t -> r k t 1", k=draws)
+        is_given = torch.arange(noise.shape[2], device=noise.device) < num_given[:, None]
+        is_given = repeat(is_given, "r t -> r k t 1", k=noise.shape[1])
         clean = self.modulate(grid.new_zeros(1, 1))
         x = torch.where(is_given, given[:, None], noise)
         for step in range(num_steps):
