@@ -114,7 +114,7 @@ class Backbone(nn.Module):
             return text, batch.token_mask, batch.causal, {}
         # all present images of all cameras in one call
         dtype = next(self.vision.parameters()).dtype  # LeRobot's bf16 checkpoints keep it in fp32
-        pixels = batch.pixels.to(dtype) / 127.5 - 1
+        pixels = (batch.pixels.float() / 127.5 - 1).to(dtype)  # rounded once
         if isinstance(self.vision, KeypointStem) and self.vision.pointed is not None:
             asked = (batch.token_mask & ~batch.causal)[..., None]
             prompt = (text * asked).sum(1) / asked.sum(1).clamp(min=1)

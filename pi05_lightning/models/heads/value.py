@@ -45,7 +45,9 @@ class Returns:
 
 
 class ValueHead(Head):
-    """Loss term `value`: cross-entropy of the return's bin, from the last token's hidden state.
+    """Loss term `value`: cross-entropy of the return's bin, from the hidden state of the prompt's last token.
+
+    What follows the prompt it does not see: the policy's words, and the actions themselves as FAST tokens.
 
     bins: of which the first is -1 and the last 0.
     """
@@ -68,7 +70,7 @@ class ValueHead(Head):
     def logits(self, batch: Batch, prefix: Prefix, row: Tensor) -> Tensor:
         """f32[N bins] of the batch's rows i64[N]."""
         assert prefix.hidden is not None
-        last = batch.token_mask[row].sum(1) - 1
+        last = (batch.token_mask & ~batch.causal)[row].sum(1) - 1
         return self.out(F.silu(self.hidden(prefix.hidden[row, last]))).float()
 
     def expected(self, logits: Tensor) -> Tensor:
