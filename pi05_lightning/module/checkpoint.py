@@ -52,10 +52,6 @@ class Checkpoints:
         """Of the trainer's callbacks, before a checkpoint's state, see `reapply`."""
         self._saved_arguments: dict[str, dict[str, Any]] = {}
 
-    def keep(self, weights: Weights, run: str) -> Weights:
-        """The weights to begin with, kept in a run's directory if its checkpoints are to leave them out; collective."""
-        return weights if self._left_out is None else self._left_out.keep(weights, run)
-
     def began(self, weights: Weights, run: str) -> None:
         """Take note of the weights that `init_from` found. run: its directory, absolute."""
         self.hub_id = self.init_from if is_on_hub(str(self.init_from)) else None
@@ -98,17 +94,16 @@ class Checkpoints:
             "callbacks": self._given_arguments,
         }
 
-    def complete(self, checkpoint: dict[str, Any], model: Pi05, path: Any, run: str, keeps: bool) -> None:
+    def complete(self, checkpoint: dict[str, Any], model: Pi05, path: Any, run: str) -> None:
         """Give the checkpoint what it leaves out; collective. Raises ValueError for one of another model.
 
-        path: the checkpoint's, where it is known.  run: the directory of the run that goes on, absolute.  keeps: what
-        is left out is kept there.
+        path: the checkpoint's, where it is known.  run: the directory of the run that goes on, absolute.
         """
         if "pi05" not in checkpoint:
             raise ValueError("the checkpoint is of something else: it has no `pi05` entry")
         saved = checkpoint["pi05"]
         if saved.get("adapter_base") is not None and self._left_out is not None:
-            self._left_out.complete(checkpoint, model, path, self.init_from, run, keeps)
+            self._left_out.complete(checkpoint, model, path, self.init_from, run)
         tensors: dict[str, Tensor] = {k.removeprefix(PREFIX): value for k, value in checkpoint[STATE_DICT].items()}
         own, expected = self.blueprint, shapes_of(model.state_dict())
         check_model(saved, own.config, own.lora, own.base, shapes_of(tensors), expected)

@@ -34,7 +34,7 @@ from pi05_lightning.module.finite import FiniteSteps, check_savable
 from pi05_lightning.module.history import History, learned
 from pi05_lightning.module.prediction import Predicted, Predictor
 from pi05_lightning.module.step import StepLosses
-from pi05_lightning.module.trainer import callbacks_of, leaves_nothing, logs_every
+from pi05_lightning.module.trainer import callbacks_of, logs_every
 from pi05_lightning.module.validation import Validation, by_tag, tags
 from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
 from pi05_lightning.recipe import Recipe
@@ -187,8 +187,6 @@ class Pi05Module(LightningModule):
         self._configured = True
         blank = self.model.device.type == "meta"
         weights = locate(self.init_from) if self.init_from and blank and not self.will_be_restored else None
-        if weights is not None and self._leaves_checkpoints and self.trainer.ckpt_path is None:
-            weights = self._checkpoints.keep(weights, self._run_directory)
         given = self.model, weights, self.processor, self.will_be_restored
         if self.sharding is None:
             self.blueprint.make(*given)
@@ -206,11 +204,6 @@ class Pi05Module(LightningModule):
     @property
     def _run_directory(self) -> str:
         return os.path.abspath("." if self._trainer is None else self.trainer.default_root_dir)
-
-    @property
-    def _leaves_checkpoints(self) -> bool:
-        """Whether this is training, of which checkpoints may be left."""
-        return self._trainer is not None and self.trainer.state.fn == "fit" and not leaves_nothing(self.trainer)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         loaded = super().load_state_dict(*args, **kwargs)
@@ -471,7 +464,7 @@ class Pi05Module(LightningModule):
         path = None if self._trainer is None else self.trainer.ckpt_path
         if self._trainer is not None:
             check_ranks_opened_one(checkpoint)
-        self._checkpoints.complete(checkpoint, self.model, path, self._run_directory, self._leaves_checkpoints)
+        self._checkpoints.complete(checkpoint, self.model, path, self._run_directory)
         self._history = History.of_checkpoint(checkpoint)
         self.finite.skipped = checkpoint["pi05"].get("skipped_steps", 0)
         if self._trainer is None:  # `load_from_checkpoint`

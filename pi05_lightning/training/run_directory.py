@@ -14,14 +14,13 @@ from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElastic
 
 from pi05_lightning.files.local import write_text
 from pi05_lightning.ranks import by_first_rank, is_first_rank, of_all_ranks, together
-from pi05_lightning.weights.left_out import KEPT
 from pi05_lightning.weights.locate import RUNS
 
 CONFIG = "config.yaml"
 MARK = "# The whole configuration of this run, as pi05 resolved it."
 """First line of a run's config.yaml: no file without it is a run's."""
 MEASURED = ("metrics.json", "metrics.csv", "questions.json", "measured.json")
-WRITTEN = (CONFIG, "checkpoints", KEPT, "validation", "provenance.json", *MEASURED, "report.html")
+WRITTEN = (CONFIG, "checkpoints", "validation", "provenance.json", *MEASURED, "report.html")
 """What a run may write into its directory, beside the logger's files."""
 _SHARED = "PI05_RUN"
 """Environment variable that tells the run's directory to the ranks that Lightning starts."""

@@ -29,14 +29,12 @@ class AdapterBase:
     def places(self, run: Path, given: str | Path | None = None) -> list[str]:
         """Where it may be: where a user says; where it was; beside the run's directory of today, if both were moved.
 
-        A repository of the Hub's without a revision says no more than where it was, which is a commit. What the run
-        keeps in its own directory is there first, wherever that is today.
+        A repository of the Hub's without a revision says no more than where it was, which is a commit.
         """
         is_vague = given is None or str(given) == split_revision(self.place)[0]
         found = [self.place] if is_vague else [str(given), self.place]
         if Path(self.place).is_absolute():
-            today = os.path.normpath(run.absolute() / os.path.relpath(self.place, self.run))
-            found.insert(0 if Path(self.place).is_relative_to(self.run) else len(found), today)
+            found.append(os.path.normpath(run.absolute() / os.path.relpath(self.place, self.run)))
         return list(dict.fromkeys(found))
 
     def find(self, places: Iterable[str], locate: Callable[[str], Weights]) -> tuple[AdapterBase, Weights]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,53 +14,17 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from pi05_lightning.files.local import delete, replacing
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.ranks import by_first_rank
-from pi05_lightning.weights.adapter_base import AdapterBase, place_of, unlinked
+from pi05_lightning.ranks import by_first_rank, is_first_rank
+from pi05_lightning.weights.adapter_base import AdapterBase, place_of
 from pi05_lightning.weights.adapters import fill_base, fill_base_slices
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate, run_of
-from pi05_lightning.weights.readable import gone
 from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
 from pi05_lightning.weights.training_checkpoint import ONLY_TRAINED, TrainingCheckpoint
 
-KEPT = "adapter_base"
-"""The folder of a run's directory in which it keeps a base that another run may remove."""
-
-
-def kept(weights: Weights, run: Path) -> Path:
-    """Where weights stay while a run needs them: where they are; a checkpoint of another run's, linked into this one's.
-
-    That run removes it once it has saved a later one. Where nothing can be linked, as on another file system, it is
-    copied.  run: its directory.  ValueError where the checkpoint is gone.
-    """
-    path = unlinked(weights.path)
-    is_of_run = isinstance(weights, TrainingCheckpoint) and path.parent.name == "checkpoints"
-    if not is_of_run or run_of(path).resolve() == run.resolve():
-        return path
-    place = run / KEPT / path.name
-    delete(place)  # of a start that failed
-    try:
-        with replacing(place, one_writer=True) as part:
-            if path.is_dir():
-                shutil.copytree(path, part, copy_function=_link)
-            else:
-                _link(path.resolve(), part)
-    except OSError as error:
-        if path.exists():
-            raise
-        raise ValueError(gone(path)) from error
-    return place
-
-
-def _link(file: str | Path, place: str | Path) -> None:
-    """Give a file a second name, or where that cannot be a copy."""
-    try:
-        os.link(file, place)
-    except OSError:
-        shutil.copyfile(file, place)
+log = logging.getLogger(__name__)
 
 
 class LeftOut:
@@ -76,21 +39,19 @@ class LeftOut:
         self._own: set[str] = set()
         """Frozen parameters that are not the base's, as they were trained before."""
 
-    def keep(self, weights: Weights, run: str) -> Weights:
-        """The weights as the first rank keeps them in a run's directory, see `kept`; collective.
-
-        Where a rank does not see that directory, they are its own.
-        """
-        place = by_first_rank(lambda: kept(weights, Path(run)))
-        return weights if place == unlinked(weights.path) or not place.exists() else locate(place)
-
     def begin(self, name: str, weights: Weights, run: str) -> None:
         """Leave out weights that were found by a name, and read in the default type; collective.
 
-        run: its directory, absolute.
+        run: its directory, absolute.  Warns of a checkpoint of a run, which may remove it.
         """
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         self.base = AdapterBase(by_first_rank(weights.content_hash), place_of(name, weights), run, dtype)
+        if isinstance(weights, TrainingCheckpoint) and is_first_rank():
+            log.warning(
+                "the checkpoints of this run leave out their base, %s, and cannot be opened without it: its run removes"
+                " it as it saves later ones. Keep it, or begin with a folder that `pi05 convert` made of it",
+                self.base.place,
+            )
 
     def to_dict(self) -> dict[str, Any] | None:
         """What a checkpoint says of the base; `complete` reads it."""
@@ -105,27 +66,17 @@ class LeftOut:
         return {name: tensor for name, tensor in tensors.items() if self.base is None or not self._is_of_base(name)}
 
     def complete(
-        self,
-        checkpoint: dict[str, Any],
-        model: Pi05,
-        path: str | Path | None,
-        given: str | None,
-        run: str,
-        keeps: bool,
+        self, checkpoint: dict[str, Any], model: Pi05, path: str | Path | None, given: str | None, run: str
     ) -> None:
         """Give a model the base that a checkpoint leaves out, and the checkpoint what the model has then; collective.
 
         path: the checkpoint's, where it is known.  given: where a user says that the base is.  run: the directory of
-        the run that goes on, absolute.  keeps: the base too, see `keep`.  ValueError where the base is not found.
+        the run that goes on, absolute.  ValueError where the base is not found.
         """
         saved = AdapterBase(**checkpoint["pi05"]["adapter_base"])
         written_in = Path(saved.run) if path is None else run_of(Path(path))
         found = by_first_rank(lambda: saved.find(saved.places(written_in, given), locate)[0])
-        weights = locate(found.place)
-        if keeps:
-            weights = self.keep(weights, run)
-            found = replace(found, place=place_of(found.place, weights))
-        dtype = getattr(torch, saved.dtype)
+        weights, dtype = locate(found.place), getattr(torch, saved.dtype)
         own = [name.removeprefix(PREFIX) for name in checkpoint[STATE_DICT]]
         if isinstance(model, FSDPModule):
             filled = fill_base_slices(model, weights, dtype, own)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -28,10 +27,7 @@ from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.weights.adapter_base import AdapterBase, place_of
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.folder import save
-from pi05_lightning.weights.left_out import KEPT, kept
 from pi05_lightning.weights.locate import locate
-from pi05_lightning.weights.sharded_checkpoint import META
-from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 from tests.quiet_trainer import quiet_trainer
 from tests.weights.hub_cache import COMMIT, hold_in_cache
 
@@ -162,38 +158,6 @@ def test_a_base_is_remembered_by_its_own_name_and_not_by_a_links_that_others_get
     assert not base.is_at(name)
 
 
-def test_a_base_that_its_own_run_removes_is_kept_once_for_the_run_that_leaves_it_out(fit: Fit, tmp_path: Path) -> None:
-    fit("first", lora=None, steps=2)
-    base = checkpoint(tmp_path, "step=2", run="first")
-    second = fit("second", init_from=str(base.parents[1]), steps=2)
-    place = tmp_path / "project" / "second" / KEPT / base.name
-    assert place.samefile(base)
-    base.unlink()  # as the next checkpoint of the first run would
-    resumed = checkpoint(tmp_path, "step=2", run="second")
-    assert_equal(locate(resumed, averaged=False).tensors(), merged(second))
-
-    fit("second", ckpt_path=resumed, init_from=None, config=ModelConfig.preset("debug"))
-    assert [*place.parent.iterdir()] == [place]
-    content = torch.load(checkpoint(tmp_path, run="second"), weights_only=True)
-    assert content["pi05"]["adapter_base"]["place"] == str(place)
-    (tmp_path / "project" / "second").rename(tmp_path / "moved")
-    convert(source=tmp_path / "moved", target=tmp_path / "whole")
-
-
-def test_a_base_is_kept_of_several_files_and_on_another_file_system(tmp_path: Path) -> None:
-    base = tmp_path / "first" / "checkpoints" / "1.ckpt"
-    base.mkdir(parents=True)
-    for name in (META, "0.distcp"):
-        (base / name).write_text(name)
-    linked = kept(TrainingCheckpoint(base), tmp_path / "second")
-    assert (linked / META).samefile(base / META)
-    with TemporaryDirectory(dir="/dev/shm") as elsewhere:  # memory, which no disk's files can be linked into
-        copied = kept(TrainingCheckpoint(base), Path(elsewhere))
-        assert {file.name: file.read_text() for file in copied.iterdir()} == {name: name for name in (META, "0.distcp")}
-        assert [*copied.parent.iterdir()] == [copied]
-    assert kept(TrainingCheckpoint(base), tmp_path / "first") == base
-
-
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_run_computes_in_todays_precision_whatever_its_base_was_read_in(
@@ -207,9 +171,11 @@ def test_a_run_computes_in_todays_precision_whatever_its_base_was_read_in(
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path) -> None:
+def test_a_run_begins_with_a_checkpoint_of_adapters(fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit()
+    assert "leave out their base" not in caplog.text
     second = fit("second", init_from=str(checkpoint(tmp_path)))
+    assert f"leave out their base, {checkpoint(tmp_path)}, and cannot be opened without it" in caplog.text
     assert_equal(locate(checkpoint(tmp_path, run="second"), averaged=False).tensors(), merged(second))
     whole = fit("whole", init_from=str(checkpoint(tmp_path)), lora=None, steps=1)
     assert whole.global_step == 1
