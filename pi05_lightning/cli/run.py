@@ -36,7 +36,15 @@ from pi05_lightning.cli.building import mistakes_named
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.cli.noise import silence_noise
-from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer, keeping_metrics
+from pi05_lightning.cli.refused import (
+    as_list,
+    beside_training,
+    check_log_dir,
+    check_loggers,
+    check_saved,
+    check_trainer,
+    keeping_metrics,
+)
 from pi05_lightning.cli.results import MEASURING, show_results
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.files.local import check_writable, held
@@ -316,13 +324,19 @@ def run(command: str, args: list[str]) -> None:
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
     target, stack = Path(cli.config.run), ExitStack()
+    csv_loggers = [logger for logger in cli.trainer.loggers if isinstance(logger, CSVLogger)]
+    for logger in csv_loggers:
+        check_log_dir(logger, target)
+    if command != "fit":
+        cli.trainer.loggers = [
+            beside_training(logger, command) if logger in csv_loggers else logger for logger in cli.trainer.loggers
+        ]
     if command == "fit" and cli.trainer.is_global_zero and not leaves_nothing(cli.trainer):
         stack.enter_context(held(target, f"pi05 fit writes to {target}", instead="another --run"))
     try:
         with stack:
-            for logger in cli.trainer.loggers if cli.trainer.is_global_zero else ():
-                if isinstance(logger, CSVLogger):
-                    stack.enter_context(keeping_metrics(Path(logger.log_dir), target, command == "fit"))
+            for logger in csv_loggers if command == "fit" and cli.trainer.is_global_zero else ():
+                stack.enter_context(keeping_metrics(Path(logger.log_dir)))
             getattr(cli.trainer, command)(
                 cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
             )

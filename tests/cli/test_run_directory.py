@@ -72,10 +72,10 @@ def test_what_a_csv_logger_wrote_is_kept_when_its_run_goes_on(config: Path, here
         main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1), "--model.lora.rank", "2"])
     main(["validate", "run"])
     assert (here / "logs/csv/metrics.csv").read_text() == written
-    assert "val/" in (here / "logs/csv/metrics.2.csv").read_text()
+    assert "val/" in (here / "logs/csv/validate/version_1/metrics.csv").read_text()
     main(["fit", "--ckpt_path", "run", "--trainer.max_steps", str(STEPS + 1)])
     assert (here / "logs/csv/metrics.1.csv").read_text() == written
-    assert len(list((here / "logs/csv").glob("metrics*.csv"))) == 3
+    assert len(list((here / "logs/csv").glob("metrics*.csv"))) == 2
 
 
 def test_a_csv_logger_in_the_runs_own_directory_is_refused(config: Path, here: Path) -> None:
