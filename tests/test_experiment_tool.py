@@ -150,6 +150,28 @@ def test_an_edited_experiment_does_not_keep_the_numbers_of_before(made: Path) ->
     assert (made / "ran").read_text().count("fit") == 1
 
 
+def test_a_training_that_was_killed_does_not_go_on_with_what_it_was_before_an_edit(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("002_other", (0,), made / "demo", made / "runs")
+
+    def killed(command: tuple[str, ...]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run_command", killed)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.experiment(*options)
+    marker = made / "runs" / "002_other" / "seed0" / "parts" / "fit.json"
+    assert "made_by" in marker.read_text()
+    (made / "experiments" / "002_other" / "config.yaml").write_text("a: 2\n")
+    with pytest.raises(KeyboardInterrupt):  # nothing was left to go on with
+        experiment.experiment(*options)
+    (marker.parents[1] / "checkpoints").mkdir()
+    (made / "experiments" / "002_other" / "config.yaml").write_text("a: 3\n")
+    with pytest.raises(SystemExit, match="of another command or configuration"):
+        experiment.experiment(*options)
+
+
 def test_training_that_was_interrupted_goes_on(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = made / "runs" / "002_other" / "seed3" / "checkpoints"
     checkpoints.mkdir(parents=True)

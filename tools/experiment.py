@@ -46,7 +46,8 @@ def experiment(
         raise SystemExit(f"{name} asks another question than success: run the commands in experiments/{name}/README.md")
     demo = demo or recipe_of(name).demo
     runs = {seed: out / name / f"seed{seed}" for seed in seeds}
-    gathered = {int(run.name.removeprefix("seed")): run for run in (out / name).glob("seed*") if run.is_dir()}
+    there = {run.name.removeprefix("seed"): run for run in (out / name).glob("seed*")}
+    gathered = {int(seed): run for seed, run in there.items() if seed.isdigit()}
     for seed, run in (gathered | runs).items():
         for part, command in commands(name, seed, demo, run).items():
             check_made_by(marker_of(run, part), identity(name, command))
@@ -64,14 +65,18 @@ def marker_of(run: Path, part: str) -> Path:
 
 
 def identity(name: str, command: tuple[str, ...]) -> str:
-    """SHA-256 of a part's command and of what the experiment's configurations say."""
-    layers = ((EXPERIMENTS.parent / layer).read_text(encoding="utf-8") for layer in configs(name))
-    return hashlib.sha256("\0".join([*command, *layers]).encode()).hexdigest()
+    """SHA-256 of a part's command, and of what the experiment's configurations or its script say."""
+    script = EXPERIMENTS / name / "run.py"
+    files = [script] if script.is_file() else [EXPERIMENTS.parent / layer for layer in configs(name)]
+    texts = (file.read_text(encoding="utf-8") for file in files)
+    return hashlib.sha256("\0".join([*command, *texts]).encode()).hexdigest()
 
 
 def check_made_by(marker: Path, made_by: str) -> None:
-    """SystemExit where a part was made, or begun, by another command or configuration."""
-    if read_json(marker, default={}).get("made_by", made_by) != made_by:
+    """SystemExit where a part was made by another command or configuration, or its training would go on with it."""
+    before = read_json(marker, default={})
+    counts = before.get("done") or (marker.parents[1] / "checkpoints").exists()
+    if counts and before.get("made_by", made_by) != made_by:
         raise SystemExit(
             f"{marker} is of another command or configuration than today's: delete {marker.parent.parent}, or give"
             " another --out"
@@ -117,6 +122,7 @@ def run_part(marker: Path, command: tuple[str, ...], made_by: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other would count as work
     print("$", *command, flush=True)
     start, done = cpu_seconds(), False
+    write_json(marker, {"cpu_seconds": before.get("cpu_seconds", 0.0), "done": False, "made_by": made_by})
     try:
         if command[0].endswith(".py"):
             status = subprocess.run([sys.executable, *command]).returncode
