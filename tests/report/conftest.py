@@ -87,9 +87,9 @@ def run(tmp_path: Path) -> Path:
     (folder / "rollout").mkdir(parents=True)
     with SummaryWriter(str(folder)) as writer:
         for step in range(10):
+            if step in (0, SWITCH):
+                writer.add_scalar("stage", float(step == SWITCH), step)
             writer.add_scalar("loss/total", 1 / (step + 1), step)
-        for step in (0, SWITCH):
-            writer.add_scalar("stage", float(step == SWITCH), step)
     (folder / "config.yaml").write_text("seed_everything: 3\ndata: {sources: {robot: {}}, batch_size: 16}\n")
     (folder / "metrics.json").write_text(json.dumps(METRICS))
     (folder / "questions.json").write_text(json.dumps(QUESTIONS))

@@ -305,7 +305,6 @@ def test_curves_leave_out_what_a_later_start_took_back(run: Path) -> None:
     with SummaryWriter(str(run), filename_suffix=".before") as writer:
         for total in (3, 6, 9):
             writer.add_scalar("val/x", 1.0, total)
-        writer.add_scalar("stage", 1.0, 9)
     with SummaryWriter(str(run), filename_suffix=".later") as writer:
         writer.add_scalar("stage", 1.0, 6)  # it goes on with the checkpoint of six steps
         writer.add_scalar("loss/total", 2.0, 7)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,19 +132,25 @@ def is_of_training(tag: str) -> bool:
 def read_curves(folder: Path) -> dict[str, Curve]:
     """Every scalar in the folder's TensorBoard event files, without what a later start of the run took back.
 
-    A run that goes on with an earlier checkpoint logs its first `stage` at a step that it had passed before.
+    A run that goes on with an earlier checkpoint logs its `stage` at a step that it had passed before.
     """
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
     events.Reload()
     logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
-    starts = [later for before, later in pairwise(logged.get("stage", ())) if later.step < before.step]
+    known = {tag: points for tag, points in logged.items() if tag.startswith(("stage", "loss/", "val/"))}
+    starts, reached = [], 0
+    for time, step, tag in sorted((p.wall_time, p.step, name) for name in known for p in known[name]):
+        if tag == "stage" and step + 1 < reached:  # validation says one more than training
+            starts.append((time, step))
+            reached = step
+        reached = max(reached, step)
     curves = {}
     for tag, points in logged.items():
         first = 0 if is_of_training(tag) else 1
         kept = {
             point.step: point.value
             for point in points
-            if all(point.wall_time >= start.wall_time or point.step < start.step + first for start in starts)
+            if all(point.wall_time >= time or point.step < step + first for time, step in starts)
         }
         steps = sorted(kept)
         curves[tag] = Curve(steps, [kept[step] for step in steps])
