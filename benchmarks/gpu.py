@@ -95,7 +95,8 @@ def measure(args: argparse.Namespace, file: Path) -> None:
             write_json(devices, file)
     print(f"\n{device}\n{results['environment']}\n\n{table(results)}")
     if left:
-        print(f"\nAfter {args.minutes:g} minutes some parts are left: go on with --only {' '.join(left)}")
+        again = "--again " if args.again else ""
+        print(f"\nAfter {args.minutes:g} minutes some parts are left: go on with {again}--only {' '.join(left)}")
     if failed:
         sys.exit(f"these parts failed: {', '.join(failed)}")
 

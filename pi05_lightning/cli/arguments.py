@@ -38,8 +38,8 @@ def last_run() -> Path:
 def find_resumed(path: str, run: str | None) -> str:
     """The file that `ckpt_path` means: itself, a run's newest checkpoint, or for `last` that of the run, or of any.
 
-    It is no link, which a run that trains has name another one meanwhile. The ranks that Lightning starts take the
-    first one's.
+    Never a link, as a run that trains points its own to another file meanwhile. The ranks that Lightning starts take
+    the first one's.
     """
     if (told := told_by_first_rank(_SHARED)) is not None:
         return told
@@ -62,10 +62,11 @@ def one_machine(text: str, flags: list[str]) -> list[str]:
 
     Lightning would wait for the others. It is said, unless the command's own flags name a number, which then counts.
     """
-    nodes = (yaml.safe_load(text).get("trainer") or {}).get("num_nodes") or 1
+    trainer = yaml.safe_load(text).get("trainer") or {}
+    nodes = trainer.get("num_nodes") or 1
     starters = TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment
     is_given = any(flag.partition("=")[0] == "--trainer.num_nodes" for flag in flags)
-    if nodes == 1 or is_given or any(starter.detect() for starter in starters):
+    if nodes == 1 or is_given or trainer.get("plugins") or any(starter.detect() for starter in starters):
         return []
     if LightningEnvironment().main_address != "127.0.0.1":  # processes started by hand meet there
         return []

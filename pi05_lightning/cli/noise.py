@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
-from typing import Any, cast
-
-from lightning.pytorch.utilities import rank_zero_only
 
 NOISE = (
     "💡 Tip",
@@ -20,15 +18,16 @@ NOISE = (
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
 OPENING = ("datamodule", "errors", "lerobot_files", "sources")
-"""Modules of `data` whose warnings are of data that are opened, which all ranks do alike: the first one's is enough."""
+"""Modules of `data` whose warnings are of data that are opened: all ranks of a machine open the same."""
 
 
 def silence_noise() -> None:
-    """Keep NOISE from the terminal, and OPENING of the ranks after the first."""
+    """Keep NOISE from the terminal, and OPENING of all ranks of a machine but the first."""
     pattern = re.compile(f"\\s*({'|'.join(NOISE)})")
     warnings.filterwarnings("ignore", pattern.pattern)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: not pattern.match(record.getMessage())
     )
-    for name in OPENING if cast("Any", rank_zero_only).rank else ():
+    local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    for name in OPENING if local_rank != "0" else ():
         logging.getLogger(f"pi05_lightning.data.{name}").setLevel(logging.ERROR)

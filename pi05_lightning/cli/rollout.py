@@ -68,7 +68,7 @@ def rollout(
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
             default all that policy, simulator and data allow.
         out: folder for results, in place of earlier ones; by default `rollout` beside the checkpoint, of a Hub id in
-            runs/NAME.
+            runs/USER--NAME.
         dataset: the demonstrations, for mean_replay: a folder or Hub id; by default those named in the checkpoint, if
             they are on this machine.
         max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, 5 in MT50,

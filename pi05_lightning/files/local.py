@@ -58,8 +58,12 @@ def held(folder: Path, by: str, *, instead: str = "another --out") -> Iterator[N
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     _LOCKS.add(lock)
     try:
+        if os.fstat(lock).st_uid == os.geteuid():
+            os.fchmod(lock, 0o666)  # whatever the umask: others who share the folder lock it too
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(lock).st_nlink:  # who held it has just removed it
+                raise BlockingIOError
         except BlockingIOError:
             raise ValueError(f"another {by}: wait for it, or give {instead}") from None
         except OSError as error:

@@ -103,8 +103,11 @@ def demonstrations_of(robot: Robot, dataset: str | None) -> Demonstrations | Non
         if dataset is None:
             return None
         raise ValueError(f"dataset: {error}") from error
-    if (path / "meta" / "tasks.parquet").is_file():
+    # LeRobot may have downloaded its meta/ alone
+    if (path / "meta" / "tasks.parquet").is_file() and any((path / "data").rglob("*.parquet")):
         return Demonstrations(str(path), robot.action_keys)
     if dataset is not None:
-        raise ValueError(f"dataset: {shown(path)} is no LeRobot v3 dataset, as it has no meta/tasks.parquet")
+        raise ValueError(
+            f"dataset: {shown(path)} is no LeRobot v3 dataset, as it has not both meta/tasks.parquet and data/"
+        )
     return None

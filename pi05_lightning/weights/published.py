@@ -113,7 +113,8 @@ def save_published(
 
 def as_it_is(text: str) -> str:
     """Markdown that shows a text as it is, in a paragraph, a list or a table: line breaks are spaces."""
-    return re.sub(r"([\\`*_<>\[\]|~&#])", r"\\\1", " ".join(text.split()))
+    escaped = re.sub(r"([\\`*_<>\[\]|~&#])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d*)([-+=.)])(?=[\s=-]|$)", r"\1\\\2", escaped)  # else it begins a list, a rule or a heading
 
 
 def publish_policy(folder: Path, repo: str, private: bool) -> str:

@@ -56,8 +56,10 @@ def readable(value: Any) -> bool:
 
 
 def gone(path: Path) -> str:
-    """What is said of a checkpoint that was there when it was chosen, and is not when it is read."""
-    return f"{path} is not there any more: the run that trains has replaced it since. Run the command again"
+    """What is said of a checkpoint that is not there when it is read."""
+    return (
+        f"{path} is not there: where its run trains, it has replaced it meanwhile, and the same command takes another"
+    )
 
 
 def free_bytes(path: Path) -> int:
