@@ -25,7 +25,7 @@ from pi05_lightning.types import Frame
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.int8 import Choice, Fingerprint, Way, int8_model
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_LAYER_ERROR = 0.1
 """Of a layer's output. Rounding alone gives 0.015; more is a matter of a few values that are far from all others."""
@@ -49,11 +49,11 @@ def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     model = _as_chosen(weights, choice) if choice is not None else None
     if model is not None:
         return model
-    logger.info("measuring which layers can compute in 8 bits")
+    log.info("measuring which layers can compute in 8 bits")
     how = Acting(**way._asdict(), max_state_distance=None)
     policy = Inference(weights.model(REST), processor, how, trained=weights.trained)
     choice = choose(policy, [*recorded_frames(policy, None, RECORDED), *made_up_frames(policy)])
-    logger.info(
+    log.info(
         "%d of %d layers that run compute in 8 bits; actions differ by %.2g of their range at most",
         len(choice.errors.keys() - set(choice.kept)),
         len(choice.errors),
@@ -62,7 +62,7 @@ def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     try:
         choice.write(file)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): the next start measures anew", file, error)
+        log.warning("%s cannot be written (%s): the next start measures anew", file, error)
     return policy.model
 
 

@@ -23,7 +23,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.locate import locate
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 MAX_ERROR: dict[Stored, float] = {"float32": 1e-3, "int8": 0.05, "int4": 0.3}
 """Of an action, normalised to -1..1: some more than the demo's policy has."""

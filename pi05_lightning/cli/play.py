@@ -24,7 +24,7 @@ from pi05_lightning.sim.simulators import MetaWorld
 
 HOST = "127.0.0.1"
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def play(
@@ -80,7 +80,7 @@ def play(
     start = Start(env, {task: env.seeds(n, episodes, seed) for n, task in enumerate(tasks)}, max_seconds, seed)
     for name, policy in zip(names, policies, strict=True):
         for finding in differences(policy, env, tasks):
-            logger.warning("%s: %s (`pi05 check` tells more)", name, finding)
+            log.warning("%s: %s (`pi05 check` tells more)", name, finding)
 
     def players() -> Sequence[Player]:
         return [Player(name, policy, start) for name, policy in zip(names, policies, strict=True)]

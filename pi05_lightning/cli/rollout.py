@@ -26,7 +26,7 @@ from pi05_lightning.sim.summary import tables
 from pi05_lightning.sim.unfinished import Unfinished, versions
 from pi05_lightning.weights.locate import home_of, locate, pinned
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def rollout(
@@ -117,7 +117,7 @@ def rollout(
         mode: policy.acting_as(acting_in(mode, how, delays)).resolved for mode in modes if mode in POLICY_MODES
     }
     for finding in differences(policy, env, tasks):
-        logger.warning("%s (`pi05 check` tells more)", finding)
+        log.warning("%s (`pi05 check` tells more)", finding)
     replayed = demonstrations if "mean_replay" in modes else None
     worker = Worker(env, view_of(policy), str(checkpoint), actings, device, replayed, base, words, tokenizer, dtype)
     del policy  # maybe gigabytes: every process loads its own

@@ -21,7 +21,7 @@ from pi05_lightning.serving.until_signal import serve_until_signal
 from pi05_lightning.sim.modes import PolicyMode
 from pi05_lightning.weights.locate import pinned
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def serve(
@@ -109,7 +109,7 @@ def serve(
     policy = Pi05Policy.from_pretrained(weights, cuda_graph=cuda_graph, **options, **asdict(how))
     states = state_keys if policy.inputs.robot.state_dim else []
     read = Reader(policy.inputs.cameras, cameras or {}, states, ignored_keys or (), how.missing_cameras)
-    logger.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
+    log.info("acting with %s", ", ".join(f"{name} {value}" for name, value in asdict(policy.resolved).items()))
     server = PolicyServer(policy, read, seed, str(checkpoint), batching, limits, access)
     server.warm_up()
     asyncio.run(serve_until_signal(server, host, port, drain_timeout))

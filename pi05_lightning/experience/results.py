@@ -15,7 +15,7 @@ from pi05_lightning.experience.page import Section, write_page
 from pi05_lightning.experience.rounds import METHODS
 from pi05_lightning.files.local import read_json, write_json
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def write_results(out: Path) -> None:
@@ -33,7 +33,7 @@ def write_results(out: Path) -> None:
         for file, tested in tests.items():
             held_out &= tested.get("held_out", False)
             if crashed := tested.get("crashed"):
-                logger.warning("%s: %d episodes were ended by the policy's fault: %s", file, len(crashed), crashed[0])
+                log.warning("%s: %d episodes were ended by the policy's fault: %s", file, len(crashed), crashed[0])
         rollouts = [base, *tests.values()]
         if rounds:
             found[method] = [rates(rollout["success"])["policy"][ALL] for rollout in rollouts]

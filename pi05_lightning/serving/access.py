@@ -20,7 +20,7 @@ from pi05_lightning.serving.wire import TOKEN_VARIABLE
 SCHEME = "Api-Key"
 """Of the header `Authorization`, as openpi's client sends its `api_key`."""
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Access:
         try:
             self._check(request)
         except web.HTTPException as error:
-            logger.warning("%s: %s", request.remote, printable((error.text or error.reason).strip()))
+            log.warning("%s: %s", request.remote, printable((error.text or error.reason).strip()))
             raise
 
     def _check(self, request: web.BaseRequest) -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from aiohttp import web
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 async def check_address(host: str, port: int) -> None:
@@ -34,7 +34,7 @@ async def listen(app: web.Application, host: str, port: int, patience: float, sc
         with explained(host, port):
             await web.TCPSite(runner, host, port).start()
         address, bound = runner.addresses[0][:2]
-        logger.info("serving at %s://%s:%d", scheme, f"[{address}]" if ":" in address else address, bound)
+        log.info("serving at %s://%s:%d", scheme, f"[{address}]" if ":" in address else address, bound)
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()

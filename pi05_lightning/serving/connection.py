@@ -16,7 +16,7 @@ MAX_WAITING = 64
 """Requests of one client that may wait for those before them; together they are no larger than one message may be."""
 CLOSING = 2.0  # seconds for a client to read why the connection is closed, and to say that it did
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class SlowClient(Exception):
@@ -104,7 +104,7 @@ class Connection:
             if self._leaving and not self.socket.closed:
                 await self._in_time(self.socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops"))
         except SlowClient as error:
-            logger.warning("%s: %s: its connection is ended", self.request.remote, error)
+            log.warning("%s: %s: its connection is ended", self.request.remote, error)
             self.metrics.failed("slow")
             abort(self.request)
         except ConnectionError:
@@ -118,7 +118,7 @@ class Connection:
             elif message.type is WSMsgType.PONG:
                 self._heard = True
             elif message.type is WSMsgType.ERROR:
-                logger.warning("%s: %s: its connection is ended", self.request.remote, message.data)
+                log.warning("%s: %s: its connection is ended", self.request.remote, message.data)
                 self.metrics.failed("protocol")
             elif not self._leaving:
                 await self._room.acquire()

@@ -44,7 +44,7 @@ COMMANDS: dict[str, dict[str, type]] = {
 }
 """Methods of `Session`, and the types of their arguments."""
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def command(session: Session, text: str) -> tuple[str, Callable[[], None]]:
@@ -179,10 +179,10 @@ class PlayServer:
                 async with asyncio.timeout(self.limits.client_timeout):
                     await socket.send_str(self._state)
         except (TimeoutError, ConnectionError):
-            logger.warning("%s: takes no messages: its connection is ended", request.remote)
+            log.warning("%s: takes no messages: its connection is ended", request.remote)
             abort(request)
         except Exception as error:  # a page that hears nothing more must not seem to be connected
-            logger.exception("what happens in the simulator cannot be told")
+            log.exception("what happens in the simulator cannot be told")
             said = f"{type(error).__name__}: {error}".encode()[:MAX_REASON]
             await socket.close(code=WSCloseCode.INTERNAL_ERROR, message=said)
 
@@ -196,7 +196,7 @@ class PlayServer:
             return {"done": name}
         except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
             if not isinstance(error, ValueError):
-                logger.warning("a command failed", exc_info=error)
+                log.warning("a command failed", exc_info=error)
             return {
                 "error": printable(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
             }

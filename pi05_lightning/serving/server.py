@@ -32,7 +32,7 @@ from pi05_lightning.serving.metrics import Metrics
 from pi05_lightning.serving.reader import TASK_KEYS, Reader
 from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY, pack, unpack
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class PolicyServer:
@@ -159,7 +159,7 @@ class PolicyServer:
         socket = Socket(self.limits)
         await socket.prepare(request)
         if full := self._full():
-            logger.warning("%s: not served, %s", request.remote, full)
+            log.warning("%s: not served, %s", request.remote, full)
             self.metrics.failed("clients")
             await socket.close(code=WSCloseCode.TRY_AGAIN_LATER, message=full.encode())
             return socket
@@ -169,12 +169,12 @@ class PolicyServer:
             task = asyncio.current_task()
             assert task is not None
             self._connections[connection] = task
-            logger.info("%s connected", request.remote)
+            log.info("%s connected", request.remote)
             try:
                 await connection.run()
             finally:
                 del self._connections[connection]
-                logger.info("%s disconnected", request.remote)
+                log.info("%s disconnected", request.remote)
         return socket
 
     async def _reply(self, client: Client, remote: str | None, data: bytes, previous: float | None) -> bytes | str:
@@ -183,7 +183,7 @@ class PolicyServer:
             answer = self._message(await self.batches.answer(client, data))
         except Exception as error:  # whatever is wrong is this client's answer, and the server goes on
             told = told_of(error)
-            logger.warning("%s: %s", remote, told, exc_info=not isinstance(error, ValueError | Busy))
+            log.warning("%s: %s", remote, told, exc_info=not isinstance(error, ValueError | Busy))
             self.metrics.failed(kind_of(error))
             return told
         if previous is not None:

@@ -11,7 +11,7 @@ from typing import NoReturn, Protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Server(Protocol):
@@ -30,9 +30,9 @@ async def serve_until_signal(server: Server, host: str, port: int, drain_timeout
     await asyncio.wait([serving, stop], return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         serving.result()
-    logger.info("stopping within %g s, when all that is asked is answered; a second signal ends it", drain_timeout)
+    log.info("stopping within %g s, when all that is asked is answered; a second signal ends it", drain_timeout)
     if not await server.drain(drain_timeout):
-        logger.warning("stopped after %g s (--drain_timeout), before all was answered", drain_timeout)
+        log.warning("stopped after %g s (--drain_timeout), before all was answered", drain_timeout)
     serving.cancel()
     with suppress(asyncio.CancelledError):
         await serving

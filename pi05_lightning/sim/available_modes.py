@@ -14,7 +14,7 @@ from pi05_lightning.sim.baselines import Demonstrations, check_replay
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.modes import DELAYED, MODES, Mode, acting_in
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def modes_of(
@@ -39,7 +39,7 @@ def modes_of(
         except ValueError as error:
             no_replay = str(error)
     if no_replay is not None and wanted is None:
-        logger.warning("the mode mean_replay is left out: %s", no_replay)
+        log.warning("the mode mean_replay is left out: %s", no_replay)
     fast = policy.abilities.fast and how.actions == "flow"
     modes = available_modes(env, no_replay, wanted, policy.hierarchical, fast, delayed_modes(policy, how, delays))
     if {*modes} & {*DELAYED}:
@@ -85,7 +85,7 @@ def delayed_modes(policy: Pi05Policy, how: Acting, delays: tuple[int, ...]) -> l
     most, asked = policy.abilities.max_delay, acting_in("rtc", how, delays).inference_delay
     if policy.abilities.flow and (most is None or asked <= most):
         return list(DELAYED)
-    logger.warning(
+    log.warning(
         "the mode rtc is left out: the policy was not trained to go on from %d actions (model.rtc_max_delay)", asked
     )
     return ["async"]

@@ -21,7 +21,7 @@ from pi05_lightning.sim.summary import by_group, summarise
 from pi05_lightning.sim.trials import Clock, Result
 from pi05_lightning.sim.unfinished import Films, Unfinished, key_of
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def deciding(worker: Worker) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -55,7 +55,7 @@ def run_all(
                 name: film for name, film in films.items() if (film["mode"], film["task"], film["seed"]) in known
             }
     if results:
-        logger.warning("%d of %d episodes were over when it was interrupted, and are kept", len(results), len(trials))
+        log.warning("%d of %d episodes were over when it was interrupted, and are kept", len(results), len(trials))
     todo = list(plan.jobs(without=lambda trial: key_of(trial) in results))
     with (
         closing(run_in_processes(worker, todo, num_workers)) as jobs,

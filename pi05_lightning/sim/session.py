@@ -18,7 +18,7 @@ from PIL import Image
 
 from pi05_lightning.sim.player import WAYS, Player
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SPEEDS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Of simulated time; beyond them as fast as it can."""
@@ -133,7 +133,7 @@ class Session:
             except ValueError as error:
                 wrong.append(f"{player.name}: {error}")
             except Exception as error:  # as out of memory: the others are asked all the same
-                logger.warning("%s cannot answer", player.name, exc_info=error)
+                log.warning("%s cannot answer", player.name, exc_info=error)
                 wrong.append(f"{player.name}: {type(error).__name__}: {error}")
         self._measure_anew()
         if wrong:
@@ -170,7 +170,7 @@ class Session:
         except Exception as error:  # a renderer's: the next state may be drawn again, and who asks is to be answered
             if (unshown := f"{type(error).__name__}: {error}") != self._unshown:
                 self._unshown = unshown
-                logger.exception("the state cannot be shown")
+                log.exception("the state cannot be shown")
                 self._changed(error)
 
     def _is_still(self) -> bool:

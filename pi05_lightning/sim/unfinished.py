@@ -24,7 +24,7 @@ from pi05_lightning.sim.trials import Clock, Result, Trial
 WHAT = "what.json"
 _NOT_KEPT = {"trial", "film", "steps"}  # the plan has the trial, a film is a file by then, a rollout keeps no steps
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Films = dict[str, dict[str, Any]]
 """A film's name: mode, task, seed, and how the episode ended."""
@@ -99,7 +99,7 @@ def claim(folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = Mapping
         write_json(folder / WHAT, {**before, **parts})
         return True
     if before:
-        logger.warning("%s: beginning anew, as what was interrupted had other %s", folder, ", ".join(sorted(changed)))
+        log.warning("%s: beginning anew, as what was interrupted had other %s", folder, ", ".join(sorted(changed)))
     empty(folder)
     write_json(folder / WHAT, {**what, **parts})
     return False

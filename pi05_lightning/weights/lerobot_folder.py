@@ -33,7 +33,7 @@ from pi05_lightning.weights.lerobot import (
 from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name
 from pi05_lightning.weights.safetensors import CONFIG, Keep, check_keys, map_weights, read_weights, shapes_of, whole
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class LeRobotFolder(Weights):
 
     def model(self, dtype: torch.dtype | None = None) -> Pi05:
         for note in self.notes:
-            logger.warning("%s: %s", self.path, note)
+            log.warning("%s: %s", self.path, note)
         return super().model(dtype)
 
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
@@ -156,5 +156,5 @@ class LeRobotFolder(Weights):
         text = self.text_tokenizer()  # first: it is what may be missing
         processor, notes = read_processor(self.path, self.config(), text, self.fps)
         for note in notes:
-            logger.warning("%s: %s", self.path, note)
+            log.warning("%s: %s", self.path, note)
         return processor

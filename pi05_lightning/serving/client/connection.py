@@ -24,7 +24,7 @@ PING_INTERVAL, PING_TIMEOUT = 10.0, 20.0
 TRY_AGAIN = (408, 425, 429)  # HTTP statuses from 400 to 499 that are no refusal
 TOO_BIG = 1009  # the websocket's code for a message that is larger than the server takes
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class ServerError(RuntimeError):
@@ -155,7 +155,7 @@ class Connection:
             close_timeout=1.0,
         ) as socket:
             metadata = _unpacked(await asyncio.wait_for(socket.recv(), OPEN_TIMEOUT))
-            logger.info("connected to %s", self.url)
+            log.info("connected to %s", self.url)
             self.metadata = metadata
             self.news.set()
             incoming = asyncio.ensure_future(socket.recv())
@@ -164,7 +164,7 @@ class Connection:
                 while True:
                     await asyncio.wait({incoming, waiting}, return_when=asyncio.FIRST_COMPLETED)
                     if incoming.done():  # unasked for, or the connection is closed, which raises
-                        logger.warning("%s says, unasked: %.500r", self.url, incoming.result())
+                        log.warning("%s says, unasked: %.500r", self.url, incoming.result())
                         incoming = asyncio.ensure_future(socket.recv())
                         continue
                     message, future = waiting.result()
@@ -207,7 +207,7 @@ class Connection:
 
     def _failed(self, problem: str, exc_info: bool = False) -> None:
         if problem != self.problem:
-            logger.warning("no connection to %s, trying again: %s", self.url, problem, exc_info=exc_info)
+            log.warning("no connection to %s, trying again: %s", self.url, problem, exc_info=exc_info)
         self.problem = problem
 
     def _disconnected(self) -> None:

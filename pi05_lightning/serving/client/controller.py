@@ -28,7 +28,7 @@ Fallback = Callable[[Seen, np.ndarray | None], Any]
 REMEMBERED = 20  # the newest delays, of which the longest is expected next
 RETRY = 0.2  # seconds after an error of the server before it is asked again
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def hold_last(first: Any) -> Fallback:
@@ -356,7 +356,7 @@ class Controller:
             self._warn("%s serves another policy than before: its actions are new ones", self._connection.url)
             self._begin()
         self._metadata, self._served = metadata, served
-        logger.info("%s: mode %s, of %s", self._connection.url, self.mode, served)
+        log.info("%s: mode %s, of %s", self._connection.url, self.mode, served)
 
     def _receive(self) -> None:
         asked = self._asked
@@ -448,4 +448,4 @@ class Controller:
         """Say it once."""
         if message not in self._warned:
             self._warned.add(message)
-            logger.warning(message, *values)
+            log.warning(message, *values)

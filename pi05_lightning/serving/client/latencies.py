@@ -16,7 +16,7 @@ COUNTS = ("answers", "steps", "fallback_steps", "late", "errors", "lost", "busy"
 """Answers that came, control steps, those of the fallback, answers that came later than the server was told, errors of
 the server, answers that a lost connection took along, and requests that the server was too busy for."""
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Latencies:
@@ -52,7 +52,7 @@ class Latencies:
     def log(self) -> None:
         counts, latency = self.counts, _spread(1e3 * seconds for seconds in self._seconds)
         server, delay = _spread(self._server), _spread(self._delays)
-        logger.info(
+        log.info(
             "%d answers: latency %s ms, of which the server %s ms; delay %s steps; %d late; %d of %d steps were the"
             " fallback's; %d errors, %d answers lost, the server busy %d times",
             counts["answers"],

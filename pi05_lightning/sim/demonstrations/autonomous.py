@@ -33,7 +33,7 @@ from pi05_lightning.sim.splits import EXPERIENCE
 from pi05_lightning.sim.trials import Result, Trial
 from pi05_lightning.weights.locate import locate, pinned
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def record_policy(root: Path, config: CollectConfig) -> None:
@@ -58,7 +58,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     trials = _trials(config, tasks)
     if (states := config.env.num_states) is not None:
         left = states - config.episodes - config.val_episodes
-        logger.warning("a task has %d initial states: a rollout of at most %d episodes begins in others", states, left)
+        log.warning("a task has %d initial states: a rollout of at most %d episodes begins in others", states, left)
     worker = Worker(config.env, view, str(checkpoint), {"policy": acting}, config.device)
     arm = config.env if isinstance(config.env, DemonstratorConfig) else None
     if arm is not None and robot.state_dim != len(arm.state_names):
@@ -129,7 +129,7 @@ def _blocks(
         said = f"the policy did nothing at {refused[0]}"
         if len(refused) == len(trials):
             raise ValueError(said)
-        logger.warning("%d of %d attempts are left out: %s", len(refused), len(trials), said)
+        log.warning("%d of %d attempts are left out: %s", len(refused), len(trials), said)
 
 
 def _in_order(over: Iterable[tuple[int, Done]]) -> Iterator[list[Result]]:

@@ -24,7 +24,7 @@ from pi05_lightning.sim.processes import simulator_processes
 ROBOT, WEB = "robot", "web"
 _BLOCK_SIZE = 25  # initial states in a piece of work: some seconds
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def collect(config: CollectConfig) -> Path:
@@ -64,7 +64,7 @@ def collect(config: CollectConfig) -> Path:
             (out / LOCK).unlink(missing_ok=True)
         except BaseException:  # a mistake too: what was recorded before it was made is no part of it
             if any((partial / KEPT).glob("*.pickle")):
-                logger.warning("what was recorded is kept in %s: the same command goes on from there", partial)
+                log.warning("what was recorded is kept in %s: the same command goes on from there", partial)
             else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -133,7 +133,7 @@ def _make(root: Path, config: CollectConfig) -> None:
     if failed.total():
         wanted = config.episodes + config.val_episodes
         said = ", ".join(f"{task} {count} of {wanted + count}" for task, count in failed.most_common() if count)
-        logger.warning("episodes in which the expert failed, replaced by other initial states: %s", said)
+        log.warning("episodes in which the expert failed, replaced by other initial states: %s", said)
 
 
 def _pieces(tasks: Iterable[str], counts: dict[str, int]) -> Iterator[tuple[str, str, int, int]]:

@@ -16,7 +16,7 @@ KEPT = ".kept"
 _FILMS = "videos"
 _CHANGE_NOTHING = {"num_workers", "lanes", "overwrite"}  # of what is recorded
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Kept:
@@ -32,7 +32,7 @@ class Kept:
         if claim(self.folder, {**options, "weights": policy_hash, **versions(config.env)}):
             if (root / _FILMS).exists():
                 (root / _FILMS).rename(self.folder / _FILMS)
-            logger.info("going on with what is in %s", self.folder)
+            log.info("going on with what is in %s", self.folder)
         for left in root.parent.iterdir():
             if left != self.folder and left.name != LOCK:
                 shutil.rmtree(left)
