@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pi05_lightning.acting import Acting, check
-from pi05_lightning.acting.inference import Computed, Given, Inference
+from pi05_lightning.acting.inference import Computed, Inference, PrefixActions
 from pi05_lightning.acting.int8 import int8_weights
 from pi05_lightning.data.fast import NO_CHUNK, FastDecodeError
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
@@ -282,7 +282,7 @@ class Pi05Policy(Inference):
         frame = self.processor.as_seen(self.frame(observation))
         self.processor.prompt(frame, self.robot, high_level=self.hierarchical)  # which may be too long
         start = None if noise is None else self.start(as_numbers("noise", noise)[None], 1)
-        given = None if prefix_actions is None else self.given(frame, prefix_actions)
+        given = None if prefix_actions is None else self.prefix_actions_of(frame, prefix_actions)
         return Request(self, frame, start, given)
 
     def predict_subtask(self, observation: Observation | Frame) -> str:
@@ -342,11 +342,11 @@ class Request:
     policy: Pi05Policy
     frame: Frame
     start: Tensor | None = None
-    given: Given | None = None
+    given: PrefixActions | None = None
 
 
 @dataclass
-class Answers:
+class ChunkResults:
     """For each request its chunk f32[T A] in the robot's units, or why there is none; and how long computing took."""
 
     chunks: list[np.ndarray | Exception]
@@ -361,7 +361,7 @@ class Answers:
         return chunk
 
 
-def predict_together(requests: Sequence[Request]) -> Answers:
+def predict_together(requests: Sequence[Request]) -> ChunkResults:
     """Chunks of sessions of one policy, each asked once: each answer is what it would be alone, up to rounding.
 
     A mistake is its own session's. If computing together fails, each is computed by itself.
@@ -382,7 +382,7 @@ def predict_together(requests: Sequence[Request]) -> Answers:
         request.policy._chunks += 1
     said_at = perf_counter()
     chunks = dict(zip(map(id, going_on), _of_each(_chunks, going_on), strict=True)) | failed
-    return Answers([chunks[id(request)] for request in requests], said_at - begun, perf_counter() - said_at)
+    return ChunkResults([chunks[id(request)] for request in requests], said_at - begun, perf_counter() - said_at)
 
 
 def _of_each[T](compute: Callable[[Sequence[Request]], list[T]], requests: Sequence[Request]) -> list[T | Exception]:

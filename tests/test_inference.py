@@ -94,7 +94,7 @@ def test_a_chunk_is_as_long_as_those_of_the_data(policy: Pi05Policy, data: Pi05D
     short = policy.acting_as(policy.acting)
     np.testing.assert_array_equal(short.predict_chunks([frame], [None], noise)[0], whole[:4])
     with pytest.raises(ValueError, match=r"below the chunk's 4 steps"):
-        short.given(short.inputs(frame), whole[:4])
+        short.prefix_actions_of(short.inputs(frame), whole[:4])
 
 
 def test_actions_of_the_delay_are_given_unless_rtc_is_off() -> None:

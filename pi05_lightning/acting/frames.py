@@ -18,7 +18,7 @@ from pi05_lightning.types import Frame
 
 log = logging.getLogger(__name__)
 
-RECORDED, MADE_UP = 3, 2
+RECORDED_FRAMES, MADE_UP_FRAMES = 3, 2
 """Frames of each kind."""
 
 
@@ -47,7 +47,7 @@ def reading(
     )
 
 
-def recorded_frames(policy: Inference, data: LeRobotConfig | None, number: int = RECORDED) -> list[Frame]:
+def recorded_frames(policy: Inference, data: LeRobotConfig | None, number: int = RECORDED_FRAMES) -> list[Frame]:
     """Frames of a LeRobot dataset, evenly spaced: of `data`, or of the robot's own where that can still be read.
 
     ValueError for a dataset given as `data` that cannot be read, or is not of this robot.
@@ -95,5 +95,5 @@ def made_up_frames(policy: Inference) -> list[Frame]:
             task=tasks[number % len(tasks)],
             state=(state.q01 + state.span * rng.uniform(-0.2, 1.2, len(state))).astype(np.float32),
         )
-        for number in range(MADE_UP)
+        for number in range(MADE_UP_FRAMES)
     ]

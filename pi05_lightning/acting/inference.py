@@ -27,7 +27,7 @@ Computed = Any
 """Of one frame what the model computes: normalised actions f32[T D], or a list of FAST tokens."""
 
 
-class Given(NamedTuple):
+class PrefixActions(NamedTuple):
     """Actions that a chunk goes on from, f32[d A]: in the robot's units, and normalised."""
 
     actions: np.ndarray
@@ -151,9 +151,11 @@ class Inference:
         holds an action beyond `max_action_distance`.
         """
         frames = [self.inputs(frame) for frame in frames]
-        given: list[Given | None] = [None] * len(frames)
+        given: list[PrefixActions | None] = [None] * len(frames)
         if prefix_actions is not None:
-            given = [self.given(frame, actions) for frame, actions in zip(frames, prefix_actions, strict=True)]
+            given = [
+                self.prefix_actions_of(frame, actions) for frame, actions in zip(frames, prefix_actions, strict=True)
+            ]
         start = self.start(noise, len(frames))
         computed = self.compute(frames, subtasks, start, given, generator or self.generator)
         return np.stack([self.finish(*row) for row in zip(computed, frames, given, strict=True)])
@@ -169,7 +171,7 @@ class Inference:
         said = map(self.processor.language.prompts.said, texts)
         return [to_picture(text, prompt.letterboxes.values()) for text, prompt in zip(said, prompts, strict=True)]
 
-    def given(self, frame: Frame, prefix_actions: Tensor | np.ndarray) -> Given:
+    def prefix_actions_of(self, frame: Frame, prefix_actions: Tensor | np.ndarray) -> PrefixActions:
         """Actions f32[d A] in the robot's units that a chunk goes on from. ValueError where it cannot."""
         if self.acting.actions == "fast":
             raise ValueError("prefix_actions need the flow head: leave them out, or set `actions: flow`")
@@ -183,7 +185,7 @@ class Inference:
         self.abilities.check_delay(len(actions), "prefix_actions")
         normalized = self.processor.normalize(replace(frame, actions=actions), self.robot).actions
         assert normalized is not None
-        return Given(actions, normalized)
+        return PrefixActions(actions, normalized)
 
     def start(self, noise: Tensor | np.ndarray | None, rows: int) -> Tensor | None:
         """What the flow starts from, f32[B horizon D]: the noise, or else a draw; None where no flow is sampled.
@@ -206,7 +208,7 @@ class Inference:
         frames: Sequence[Frame],
         subtasks: Sequence[str | None],
         start: Tensor | None,
-        given: Sequence[Given | None],
+        given: Sequence[PrefixActions | None],
         generator: Generators,
     ) -> list[Computed]:
         """For each frame what the model computes, of which `finish` makes a chunk."""
@@ -234,7 +236,7 @@ class Inference:
         chunk = self._chunk if len(batch) == 1 else self.model.chunk
         return list(chunk(batch, start.to(device), self.acting.num_steps, actions, count, **guided).cpu().numpy())
 
-    def _stacked(self, given: Sequence[Given | None]) -> tuple[Tensor, Tensor]:
+    def _stacked(self, given: Sequence[PrefixActions | None]) -> tuple[Tensor, Tensor]:
         """Given actions as `FlowHead.sample` takes them: f32[B T D], and how many of each row, i64[B]."""
         actions = torch.zeros(len(given), self.horizon, self.model.config.action_dim)
         rows = [np.zeros((0, self.action_dim), np.float32) if row is None else row.normalized for row in given]
@@ -242,7 +244,7 @@ class Inference:
             place[: len(row), : self.action_dim] = torch.from_numpy(row)
         return actions, torch.tensor([len(row) for row in rows])
 
-    def finish(self, computed: Computed, frame: Frame, given: Given | None) -> np.ndarray:
+    def finish(self, computed: Computed, frame: Frame, given: PrefixActions | None) -> np.ndarray:
         """The chunk f32[T A] in the robot's units.
 
         Raises ValueError as `predict_chunks`. FAST tokens that are no chunk raise FastDecodeError, or are NaN and

@@ -32,7 +32,7 @@ MAX_LAYER_ERROR = 0.1
 MAX_ACTION_ERROR = 0.02
 """Of the range q99 - q01 of an action's dimension."""
 STEPS = 16  # in so many steps all layers would be taken back
-RECORDED = 8  # frames
+FRAMES = 8  # recorded ones
 
 
 def int8_weights(weights: Weights, acting: Acting) -> Pi05:
@@ -52,7 +52,7 @@ def int8_weights(weights: Weights, acting: Acting) -> Pi05:
     log.info("measuring which layers can compute in 8 bits")
     how = Acting(**way._asdict(), max_state_distance=None)
     policy = Inference(weights.model(REST), processor, how, trained=weights.trained)
-    choice = choose(policy, [*recorded_frames(policy, None, RECORDED), *made_up_frames(policy)])
+    choice = choose(policy, [*recorded_frames(policy, None, FRAMES), *made_up_frames(policy)])
     log.info(
         "%d of %d layers that run compute in 8 bits; actions differ by %.2g of their range at most",
         len(choice.errors.keys() - set(choice.kept)),

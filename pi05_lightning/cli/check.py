@@ -22,7 +22,7 @@ from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
-from pi05_lightning.evaluation.agreement import Finding, Given, agreement, compare_predictions, differs
+from pi05_lightning.evaluation.agreement import Counterpart, Finding, agreement, compare_predictions, differs
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.files.ranges import check_range
@@ -150,8 +150,10 @@ def beside_dataset(
     assert here is not None
     here = replace(here, looks=source.looks(), cameras=tuple(source.camera_names))
     episodes = np.unique(source.episode, return_counts=True)[1]
-    given = Given(here, chosen.path, episode_seconds=float(episodes.max()) / here.fps, features=source.cameras)
-    said = agreement(policy, abilities, policy.horizon or horizon, given)
+    counterpart = Counterpart(
+        here, chosen.path, episode_seconds=float(episodes.max()) / here.fps, features=source.cameras
+    )
+    said = agreement(policy, abilities, policy.horizon or horizon, counterpart)
     if frames and abilities.robots and not any(f.verdict == "differs" and f.what in REFUSED for f in said):
         said += predictions(weights, processor, name, abilities, source, frames, seed, device)
     return said

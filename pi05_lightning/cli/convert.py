@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.acting.frames import MADE_UP, made_up_frames, reading, recorded_frames
+from pi05_lightning.acting.frames import MADE_UP_FRAMES, made_up_frames, reading, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.processor import Processor
@@ -24,7 +24,7 @@ from pi05_lightning.weights.lerobot import EMBEDDING, EXPERT_LM_HEAD, LM_HEAD, P
 from pi05_lightning.weights.lerobot import to_lerobot as to_lerobot_key
 from pi05_lightning.weights.lerobot_check import (
     TOLERANCE,
-    Answers,
+    ExpectedAnswers,
     as_lerobot_uses_it,
     differences,
     lerobot_tokenizer,
@@ -250,7 +250,7 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     return [*report, *compare(folder, processor, expected, TOLERANCE[dtype], export)]
 
 
-def answers_of(policy: Inference, data: str | None) -> Answers:
+def answers_of(policy: Inference, data: str | None) -> ExpectedAnswers:
     """What a policy answers to frames of a dataset and to made-up ones, from fixed noise."""
     read = None if data is None else reading(policy.processor.robots[policy.robot], data)
     frames = [*recorded_frames(policy, read), *made_up_frames(policy)]
@@ -259,10 +259,12 @@ def answers_of(policy: Inference, data: str | None) -> Answers:
     prompts = [policy.processor.prompt(frame, policy.robot).tokens.tolist() for frame in frames]
     chunks = [policy.predict_chunks([frame], [None], noise[[i]])[0] for i, frame in enumerate(frames)]
     span = policy.processor.robots[policy.robot].normalize.action.span
-    return Answers(frames, prompts, noise[:, : policy.horizon], np.stack(chunks), span)
+    return ExpectedAnswers(frames, prompts, noise[:, : policy.horizon], np.stack(chunks), span)
 
 
-def compare(folder: Path, processor: Processor, expected: Answers, tolerance: float, export: Export) -> list[str]:
+def compare(
+    folder: Path, processor: Processor, expected: ExpectedAnswers, tolerance: float, export: Export
+) -> list[str]:
     """Open an export with stock LeRobot and compare its answers with the policy's; returns what was found."""
     unverified = []
     try:
@@ -278,8 +280,8 @@ def compare(folder: Path, processor: Processor, expected: Answers, tolerance: fl
     problems, worst = differences(*open_lerobot(folder, tokenizer), expected, tolerance)
     notes = export.refuse(problems)
     compared = (
-        f"compared with stock LeRobot on {len(expected.frames) - MADE_UP} recorded and {MADE_UP} made-up frames:"
-        f" actions differ by {worst:.1g} of their range at most"
+        f"compared with stock LeRobot on {len(expected.frames) - MADE_UP_FRAMES} recorded and {MADE_UP_FRAMES} made-up"
+        f" frames: actions differ by {worst:.1g} of their range at most"
     )
     return [compared, *notes, *unverified]
 

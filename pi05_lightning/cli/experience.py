@@ -33,7 +33,7 @@ from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.simulators import MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.weights.locate import locate
 
-CONFIG = "experience.yaml"  # of a round: what its policy was trained on
+ROUND_CONFIG = "experience.yaml"  # of a round: what its policy was trained on
 HASH = "policy.sha256"  # of the weights that every round begins with
 PLAN = "plan.yaml"  # of all rounds: the options that methods which are compared have in common
 _OF_ADVANTAGES = {"advantage", "guidance"}  # options of acting
@@ -243,7 +243,7 @@ class Plan:
 
     def fit(self, name: str, folder: Path, write: Callable[[], None]) -> Part:
         """A round's policy.  write: its experience.yaml, once its attempts are there."""
-        run, config = folder / "fit", folder / CONFIG
+        run, config = folder / "fit", folder / ROUND_CONFIG
         begin = ("fit", "-c", str(config), "--run", str(run), "--seed_everything", str(self.seed))
         return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt", write)
 
@@ -381,7 +381,7 @@ def write_configuration(plan: Plan, reading: Reading, method: Method, folder: Pa
     summaries = [AttemptSummary.read(path, labels[path] if method == "recap" else None) for path in attempts]
     (write_once if plan.is_begun else write_text)(plan.out / PLAN, plan.common)
     write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
-    write(folder / CONFIG, yaml.safe_dump(planned(plan, reading, method, summaries), sort_keys=False))
+    write(folder / ROUND_CONFIG, yaml.safe_dump(planned(plan, reading, method, summaries), sort_keys=False))
 
 
 def planned(plan: Plan, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import EvalResult, RepoCard, hf_hub_url
 
-from pi05_lightning.data.attempts import PROVENANCE
+from pi05_lightning.data.attempts import COLLECTED
 from pi05_lightning.evaluation.report.metrics import number, sections
 from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, poster, protocol
 from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
@@ -304,10 +304,10 @@ def lerobot_dataset(source: Path, folder: Path, repo: str, licence: Licence) -> 
     # caches are left out; files are not copied, as they may be many gigabytes
     hidden = shutil.ignore_patterns(".*")
     shutil.copytree(source.resolve(), folder, copy_function=os.symlink, ignore=hidden, dirs_exist_ok=True)
-    if (folder / PROVENANCE).exists():
-        about = named_alone(read_json(folder / PROVENANCE))
-        (folder / PROVENANCE).unlink()  # a link to the dataset's own
-        write_json(folder / PROVENANCE, about)
+    if (folder / COLLECTED).exists():
+        about = named_alone(read_json(folder / COLLECTED))
+        (folder / COLLECTED).unlink()  # a link to the dataset's own
+        write_json(folder / COLLECTED, about)
     is_new = not (folder / CARD).exists()
     if is_new:
         shown = licence.name or licence.id

@@ -13,7 +13,7 @@ from pi05_lightning.data.columns import runs_of, whole_numbers
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.outcomes import known_outcomes, truths
 
-PROVENANCE = Path("meta", "pi05_collect.json")
+COLLECTED = Path("meta", "pi05_collect.json")
 """Of the policy, in a dataset of its attempts: their subtasks are its own words, but for those of corrections."""
 INTERVENTIONS = ("intervention", "is_intervention", "complementary_info.is_intervention")
 """Columns of frames in which somebody corrected the policy: LeRobot 0.6.1 records the first (rollout/context.py), and
@@ -22,7 +22,7 @@ its teleoperators call it the second."""
 
 def of_a_policy(files: LeRobotFiles) -> bool:
     """Whether `pi05 collect --policy` recorded a dataset."""
-    return (files.root / PROVENANCE).is_file()
+    return (files.root / COLLECTED).is_file()
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Given:
+class Counterpart:
     """What a policy would be given: as a robot, as if it had been trained on that.
 
     bounds: its actions' quantiles are the least and the greatest that are taken, as of a simulator.
@@ -61,18 +61,18 @@ class Given:
     """A dataset's image features, each with its camera name."""
 
 
-def agreement(policy: Robot, abilities: Abilities, horizon: int, given: Given) -> list[Finding]:
+def agreement(policy: Robot, abilities: Abilities, horizon: int, counterpart: Counterpart) -> list[Finding]:
     """What there is to say of a policy and what it is given; horizon: actions of a chunk."""
     return [
         *_heads(abilities),
-        *_cameras(policy, given),
-        *compare_looks(policy, given.robot.looks),
-        *_vector("state", policy.normalize.state, given.robot.normalize.state, given),
-        *_actions(policy, given),
-        *_rate(policy, given),
-        *_horizon(policy, horizon, given),
-        *_instructions(policy, given),
-        _statistics(policy, given),
+        *_cameras(policy, counterpart),
+        *compare_looks(policy, counterpart.robot.looks),
+        *_vector("state", policy.normalize.state, counterpart.robot.normalize.state, counterpart),
+        *_actions(policy, counterpart),
+        *_rate(policy, counterpart),
+        *_horizon(policy, horizon, counterpart),
+        *_instructions(policy, counterpart),
+        _statistics(policy, counterpart),
     ]
 
 
@@ -89,19 +89,19 @@ def _heads(abilities: Abilities) -> Iterator[Finding]:
         )
 
 
-def _cameras(policy: Robot, given: Given) -> Iterator[Finding]:
+def _cameras(policy: Robot, counterpart: Counterpart) -> Iterator[Finding]:
     if policy.cameras is None:
-        yield Finding("cameras", "unknown", "an older checkpoint does not say", _listed(given.robot.cameras))
+        yield Finding("cameras", "unknown", "an older checkpoint does not say", _listed(counterpart.robot.cameras))
         return
-    here = given.robot.cameras or ()
+    here = counterpart.robot.cameras or ()
     missing = [camera for camera in policy.cameras if camera not in here]
     if not missing:
         yield Finding("cameras", "ok", _listed(policy.cameras), _listed(here))
         return
     spare = [camera for camera in here if camera not in policy.cameras]
-    if spare and given.features is not None:
+    if spare and counterpart.features is not None:
         renamed = dict(zip(spare, missing, strict=False))
-        named = {key: renamed.get(camera, camera) for key, camera in given.features.items()}
+        named = {key: renamed.get(camera, camera) for key, camera in counterpart.features.items()}
         listed = ", ".join(f"{key}: {camera}" for key, camera in named.items() if camera in policy.cameras)
         mend = f"name them as the policy does, if they see the same: --cameras '{{{listed}}}'"
     elif spare:
@@ -138,7 +138,7 @@ def compare_looks(policy: Robot, looks: Mapping[str, Look]) -> Iterator[Finding]
             yield Finding(what, "ok", expected, size)
 
 
-def _vector(what: str, ours: Quantiles, theirs: Quantiles, given: Given) -> Iterator[Finding]:
+def _vector(what: str, ours: Quantiles, theirs: Quantiles, counterpart: Counterpart) -> Iterator[Finding]:
     """Dims, units, signs and ranges of a state or an action, by both quantiles."""
     if what == "state" and not len(ours):
         yield Finding(
@@ -150,25 +150,25 @@ def _vector(what: str, ours: Quantiles, theirs: Quantiles, given: Given) -> Iter
         mend = f"choose the features that it was trained on, with {what}_keys"
         yield Finding(what, "differs", f"{len(ours)} dims", f"{len(theirs)} dims", then, mend)
         return
-    problems = unit_problems(ours, theirs, given.resting)
+    problems = unit_problems(ours, theirs, counterpart.resting)
     if not problems:
         yield Finding(what, "ok", f"{len(ours)} dims", f"{len(theirs)} dims, in the same range")
     for problem, dims in problems.items():
         then = "it takes them for others" if what == "state" else "its actions do other things here than there"
         shown = f"{problem}: {_quantiles(theirs, dims)}"
-        mend = f"convert {what}[{', '.join(map(str, dims))}] of {given.name} before the policy sees it"
+        mend = f"convert {what}[{', '.join(map(str, dims))}] of {counterpart.name} before the policy sees it"
         yield Finding(f"{what}, dims {_span(dims)}", "differs", _quantiles(ours, dims), shown, then, mend)
 
 
-def _actions(policy: Robot, given: Given) -> Iterator[Finding]:
-    ours, theirs = policy.normalize.action, given.robot.normalize.action
-    if given.bounds:
-        yield from _bounds(policy, theirs, given.name)
+def _actions(policy: Robot, counterpart: Counterpart) -> Iterator[Finding]:
+    ours, theirs = policy.normalize.action, counterpart.robot.normalize.action
+    if counterpart.bounds:
+        yield from _bounds(policy, theirs, counterpart.name)
         return
-    yield from _vector("action", ours, theirs, given)
+    yield from _vector("action", ours, theirs, counterpart)
     then = policy.relative
     kind = "none: trained on as recorded" if then is None else f"dims {_span(then.dims)}, from the state"
-    now = given.robot.relative
+    now = counterpart.robot.relative
     if then == now:
         yield Finding("relative actions", "ok", kind, "read in the same way")
     else:
@@ -216,60 +216,60 @@ def _bounds(policy: Robot, bounds: Quantiles, where: str) -> Iterator[Finding]:
         yield Finding("action", "ok", f"{len(ours)} dims", "within the bounds")
 
 
-def _rate(policy: Robot, given: Given) -> Iterator[Finding]:
-    expected, rate = f"{policy.fps:g} Hz", f"{given.robot.fps:g} Hz"
+def _rate(policy: Robot, counterpart: Counterpart) -> Iterator[Finding]:
+    expected, rate = f"{policy.fps:g} Hz", f"{counterpart.robot.fps:g} Hz"
     if not policy.fps_is_known:
         yield Finding("rate", "unknown", "not said: pi05 convert --fps", rate)
-    elif abs(policy.fps - given.robot.fps) <= 1e-6 * policy.fps:
+    elif abs(policy.fps - counterpart.robot.fps) <= 1e-6 * policy.fps:
         yield Finding("rate", "ok", expected, rate)
-    elif given.sets_rate:
+    elif counterpart.sets_rate:
         yield Finding("rate", "unknown", expected, f"{rate}, as action_repeat says")
     else:
-        times = given.robot.fps / policy.fps
+        times = counterpart.robot.fps / policy.fps
         then = f"a chunk is executed {times:.3g} times as fast as it was shown"
         yield Finding("rate", "differs", expected, rate, then, f"ask it, and act, {policy.fps:g} times a second")
 
 
-def _horizon(policy: Robot, horizon: int, given: Given) -> Iterator[Finding]:
+def _horizon(policy: Robot, horizon: int, counterpart: Counterpart) -> Iterator[Finding]:
     if not policy.fps_is_known:
         yield Finding("horizon", "unknown", f"chunks of {horizon} actions, of a rate that is not said")
         return
     seconds = horizon / policy.fps
     expected = f"chunks of {horizon} actions, {seconds:.3g} s"
-    if given.episode_seconds is None:
+    if counterpart.episode_seconds is None:
         yield Finding("horizon", "ok", expected)
-    elif given.episode_seconds < seconds:
+    elif counterpart.episode_seconds < seconds:
         then = "the end of every chunk is beyond what was ever shown"
-        shown = f"the longest episode is {given.episode_seconds:.3g} s"
+        shown = f"the longest episode is {counterpart.episode_seconds:.3g} s"
         yield Finding(
             "horizon", "differs", expected, shown, then, "execute fewer actions of a chunk, or train on others"
         )
     else:
-        yield Finding("horizon", "ok", expected, f"episodes of up to {given.episode_seconds:.3g} s")
+        yield Finding("horizon", "ok", expected, f"episodes of up to {counterpart.episode_seconds:.3g} s")
 
 
-def _instructions(policy: Robot, given: Given) -> Iterator[Finding]:
+def _instructions(policy: Robot, counterpart: Counterpart) -> Iterator[Finding]:
     known = {clean_task(task) for task in policy.tasks}
     if not known:
-        yield Finding("instructions", "unknown", "the checkpoint does not say", _listed(given.robot.tasks))
+        yield Finding("instructions", "unknown", "the checkpoint does not say", _listed(counterpart.robot.tasks))
         return
-    foreign = [task for task in given.robot.tasks if clean_task(task) not in known]
+    foreign = [task for task in counterpart.robot.tasks if clean_task(task) not in known]
     if not foreign:
-        yield Finding("instructions", "ok", f"{len(known)}", f"{len(given.robot.tasks)}, all of them known")
+        yield Finding("instructions", "ok", f"{len(known)}", f"{len(counterpart.robot.tasks)}, all of them known")
         return
     meant = suggestion(clean_task(foreign[0]), known)
     yield Finding(
         "instructions",
         "differs",
         _listed(policy.tasks[:1]) + (", …" if len(known) > 1 else ""),
-        f"{len(foreign)} of {len(given.robot.tasks)} that it was never trained on, as {foreign[0]!r}{meant}",
+        f"{len(foreign)} of {len(counterpart.robot.tasks)} that it was never trained on, as {foreign[0]!r}{meant}",
         "it follows them as far as it generalises",
         "word them as in training" if meant else "",
     )
 
 
-def _statistics(policy: Robot, given: Given) -> Finding:
-    ours, theirs = policy.normalize.state, given.robot.normalize.state
+def _statistics(policy: Robot, counterpart: Counterpart) -> Finding:
+    ours, theirs = policy.normalize.state, counterpart.robot.normalize.state
     expected = f"those in the checkpoint, of {policy.dataset or 'the training data'}"
     if not len(ours) or len(ours) != len(theirs):
         return Finding("statistics", "ok", expected, "its own are not needed")

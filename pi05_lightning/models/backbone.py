@@ -25,7 +25,7 @@ from pi05_lightning.models.gemma import KV, AdaRMSNorm, Block, RMSNorm, rope_tab
 from pi05_lightning.models.kernels import Embedding, linear
 from pi05_lightning.models.keypoints import KeypointStem, fourier_features
 from pi05_lightning.models.quantized import set_weight
-from pi05_lightning.models.shards import own_part, whole
+from pi05_lightning.models.shards import own_part, unsharded
 from pi05_lightning.models.siglip import Siglip
 from pi05_lightning.types import Batch, Prefix, Target
 
@@ -172,10 +172,10 @@ class Backbone(nn.Module):
         """
         initialize(self)
         if isinstance(self.vision, KeypointStem):
-            with whole(self.vision, gather=True):
+            with unsharded(self.vision, gather=True):
                 self.vision.reset_parameters()
         if ordinal_ids:
-            with whole(self.embed_tokens, gather=True):
+            with unsharded(self.embed_tokens, gather=True):
                 for ids in ordinal_ids:
                     place_on_curve(self.embed_tokens.weight, ids)
 
@@ -199,7 +199,7 @@ def initialize(module: nn.Module) -> None:
     """
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.Embedding | nn.LayerNorm | RMSNorm) and ".lora_" not in name:
-            with whole(layer):
+            with unsharded(layer):
                 _initialize_layer(layer)
     for norm in module.modules():
         if isinstance(norm, AdaRMSNorm):

@@ -36,7 +36,7 @@ from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import CLASSES, Kind
-from pi05_lightning.models.shards import whole
+from pi05_lightning.models.shards import unsharded
 from pi05_lightning.models.siglip import SiglipBlock
 
 
@@ -127,7 +127,7 @@ def reset_adapters(model: Pi05) -> None:
                 for part in pair:
                     # PEFT makes the layers before it fills them, which takes random numbers too
                     nn.Linear(part.in_features, part.out_features, bias=part.bias is not None)
-                with whole(pair[0]), whole(pair[1]):
+                with unsharded(pair[0]), unsharded(pair[1]):
                     layer.reset_lora_parameters(name, init_lora_weights=True)
 
 

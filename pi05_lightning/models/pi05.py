@@ -29,7 +29,7 @@ from pi05_lightning.models.heads.flow import FlowHead
 from pi05_lightning.models.heads.location import NAME as LOCATION
 from pi05_lightning.models.heads.location import LocationHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
-from pi05_lightning.models.shards import whole
+from pi05_lightning.models.shards import unsharded
 from pi05_lightning.types import Batch, TargetMaker
 
 # Below 1e-38 a CPU takes several times as long for a product, and a training on keypoints makes many such numbers: they
@@ -186,7 +186,7 @@ class Pi05(nn.Module):
         """Random initialisation of the auxiliary heads, which no weights on disk have."""
         for name, head in self.heads.items():
             if name in self.auxiliary:
-                with whole(head):
+                with unsharded(head):
                     head.reset_parameters()
 
     @property

@@ -38,7 +38,7 @@ def rows_of(tensor: Tensor) -> range:
 
 
 @contextmanager
-def whole(module: nn.Module, *, gather: bool = False) -> Iterator[None]:
+def unsharded(module: nn.Module, *, gather: bool = False) -> Iterator[None]:
     """Within it the parameters of a module are whole, on every rank; of what they are then, each keeps its slice.
 
     gather: they begin with their values, and every rank must enter it; else with anything. Does nothing to parameters

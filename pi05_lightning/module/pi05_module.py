@@ -228,7 +228,7 @@ class Pi05Module(LightningModule):
         return gather(self.model, self.blueprint.blank(), self.sharding, keep).eval()
 
     @property
-    def whole(self) -> Pi05:
+    def gathered_model(self) -> Pi05:
         """What validation and prediction compute with: calls of parts of it, as many as each rank has a use for."""
         return self._whole[0] if self._whole else self.model
 
@@ -367,7 +367,7 @@ class Pi05Module(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
         assert self.processor is not None
         assert self._validation is not None
-        evaluator = Evaluator(self.whole, self.processor, self.num_steps, self.accuracy_threshold)
+        evaluator = Evaluator(self.gathered_model, self.processor, self.num_steps, self.accuracy_threshold)
         return {"measured": self._validation.add(batch, dataloader_idx, evaluator)}
 
     def on_validation_epoch_end(self) -> None:
@@ -398,7 +398,7 @@ class Pi05Module(LightningModule):
         cameras = {name: source.camera_names for name, source in data.predicted_sources.items()}
         self._compare(list(cameras))
         self._whole = [self.gathered()]
-        self._predictor = Predictor(cameras, self.whole, data.processor, self.acting, self.seed, self.trained)
+        self._predictor = Predictor(cameras, self.gathered_model, data.processor, self.acting, self.seed, self.trained)
 
     def predict_step(self, batch: Observed, batch_idx: int, dataloader_idx: int = 0) -> Predicted:
         assert self._predictor is not None

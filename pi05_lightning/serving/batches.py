@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import Answers, Pi05Policy, Request, predict_together
+from pi05_lightning.policy import ChunkResults, Pi05Policy, Request, predict_together
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ class Batches:
             start = loop.time()
             requests = [waiting.request for waiting in batch]
             try:
-                answers = await loop.run_in_executor(self._model, predict_together, requests)
+                results = await loop.run_in_executor(self._model, predict_together, requests)
             except Exception as error:
-                answers = Answers([error] * len(batch), 0.0, 0.0)
+                results = ChunkResults([error] * len(batch), 0.0, 0.0)
             now = loop.time()
             self._took = now - start
-            done = Batch(tuple(start - w.since for w in batch), answers.subtask_seconds, answers.chunk_seconds)
-            for waiting, chunk in zip(batch, answers.chunks, strict=True):
+            done = Batch(tuple(start - w.since for w in batch), results.subtask_seconds, results.chunk_seconds)
+            for waiting, chunk in zip(batch, results.chunks, strict=True):
                 waiting.client.answered_at = now
                 if waiting.answer.done():
                     continue

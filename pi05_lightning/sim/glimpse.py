@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Normalize, Quantiles
-from pi05_lightning.evaluation.agreement import Finding, Given, agreement
+from pi05_lightning.evaluation.agreement import Counterpart, Finding, agreement
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.environment import Demonstrator, EnvironmentConfig, NoSuchEnvironment, View, act_as_expert
 from pi05_lightning.sim.rollout import view_of
@@ -36,10 +36,10 @@ def beside_simulator(
 ) -> list[Finding]:
     """What there is to say of a policy and a simulator; horizon: actions of a chunk.  The others as `glimpse`."""
     try:
-        given = glimpse(env, tasks, view, expert)
+        counterpart = glimpse(env, tasks, view, expert)
     except NoSuchEnvironment as error:
         return [Finding("simulator", "differs", given=str(error), then="no rollout can be run")]
-    return agreement(policy, abilities, horizon, given)
+    return agreement(policy, abilities, horizon, counterpart)
 
 
 def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str]) -> list[Finding]:
@@ -50,7 +50,7 @@ def differences(policy: Pi05Policy, env: EnvironmentConfig, tasks: Sequence[str]
     return [finding for finding in found if finding.verdict == "differs"]
 
 
-def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert: bool = True) -> Given:
+def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert: bool = True) -> Counterpart:
     """Observations of some tasks' initial states, and of what an expert makes of them; no policy acts.
 
     expert: whether one, if there is any, shows some of each episode, which takes seconds.
@@ -82,7 +82,7 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
         cameras=tuple(frames[0].images),
         looks={camera: look for camera, look in looks.items() if look is not None},
     )
-    return Given(robot, type(config).__name__, bounds=True, resting=not expert, sets_rate=config.sets_rate)
+    return Counterpart(robot, type(config).__name__, bounds=True, resting=not expert, sets_rate=config.sets_rate)
 
 
 def shown_by_expert(env: Demonstrator) -> Iterator[Frame]:

@@ -12,7 +12,7 @@ from pi05_lightning.models.parallelize import Lora, with_adapters
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import Kind, QuantizedLinear, quantized_layers, quantizing
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import Keep, check_keys, shapes_of, whole
+from pi05_lightning.weights.safetensors import Keep, check_keys, keep_all, shapes_of
 
 
 def merge(
@@ -22,7 +22,7 @@ def merge(
     base: Kind | None = None,
     frozen: Callable[[Keep], dict[str, Tensor]] | None = None,
     dtype: torch.dtype | None = None,
-    keep: Keep = whole,
+    keep: Keep = keep_all,
     errors: list[float] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of the plain model that those of a model with adapters amount to; one layer is merged at a time.

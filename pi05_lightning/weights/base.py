@@ -13,7 +13,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Abilities, Trained
-from pi05_lightning.weights.safetensors import ContentHash, Keep, build, check_keys, shapes_of, whole
+from pi05_lightning.weights.safetensors import ContentHash, Keep, build, check_keys, keep_all, shapes_of
 from pi05_lightning.weights.shards import MappedReader
 
 
@@ -28,7 +28,7 @@ class Weights(ABC):
         """The model's dimensions."""
 
     @abstractmethod
-    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = keep_all) -> dict[str, Tensor]:
         """The model's tensors under our names, of a model without adapters.
 
         They are in memory of their own: a policy keeps its weights, whatever becomes of the file. With a dtype, each is

@@ -22,11 +22,11 @@ from pi05_lightning.weights.safetensors import (
     WEIGHTS,
     Keep,
     check_keys,
+    keep_all,
     map_weights,
     read_weights,
     save_tensors,
     shapes_of,
-    whole,
 )
 
 PROCESSOR, TRAINED = "processor.json", "trained.json"
@@ -49,7 +49,7 @@ class ExportedFolder(Weights):
         except (TypeError, KeyError) as error:
             raise ValueError(f"{self.path / CONFIG} does not describe a model of pi05_lightning ({error})") from error
 
-    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = keep_all) -> dict[str, Tensor]:
         return read_weights(self.path, dtype=dtype, keep=keep)
 
     def mapped_tensors(self) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
-class Answers:
+class ExpectedAnswers:
     """What a policy makes of observations."""
 
     frames: Sequence[Frame]
@@ -97,7 +97,7 @@ def differences(
     policy: PI05Policy,
     before: PolicyProcessorPipeline[Any, Any],
     after: PolicyProcessorPipeline[Any, Any],
-    expected: Answers,
+    expected: ExpectedAnswers,
     tolerance: float,
 ) -> tuple[list[str], float]:
     """In what LeRobot's policy answers otherwise, by frame; and how far its actions are off at most, of their range."""

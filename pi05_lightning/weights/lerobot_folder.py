@@ -31,7 +31,7 @@ from pi05_lightning.weights.lerobot import (
     to_ours,
 )
 from pi05_lightning.weights.lerobot_processor import read_processor, tokenizer_name
-from pi05_lightning.weights.safetensors import CONFIG, Keep, check_keys, map_weights, read_weights, shapes_of, whole
+from pi05_lightning.weights.safetensors import CONFIG, Keep, check_keys, keep_all, map_weights, read_weights, shapes_of
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class LeRobotFolder(Weights):
             log.warning("%s: %s", self.path, note)
         return super().model(dtype)
 
-    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = keep_all) -> dict[str, Tensor]:
         """Each is read once, into memory of its own; the heads that no loss reads are left out."""
         ours = {theirs: name for name, theirs in self.mapped.source.items()}
         return read_weights(self.path, ours, dtype, lambda theirs, tensor: keep(ours[theirs], tensor))

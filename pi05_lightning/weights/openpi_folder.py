@@ -15,7 +15,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import config_of
 from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder
 from pi05_lightning.weights.orbax import LORA_A, TRAIN_STATE, OrbaxParams, checkpoint_folder, ours, vision_heads
-from pi05_lightning.weights.safetensors import CONFIG, READERS, Keep, check_keys, shapes_of, whole
+from pi05_lightning.weights.safetensors import CONFIG, READERS, Keep, check_keys, keep_all, shapes_of
 
 
 class OpenpiFolder(LeRobotFolder):
@@ -48,7 +48,7 @@ class OpenpiFolder(LeRobotFolder):
             notes.append(f"{TRAIN_STATE} is not there: these are the average, if training kept one")
         return Foreign(config, tensors, {}, {}, source, tuple(notes))
 
-    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = keep_all) -> dict[str, Tensor]:
         _ = self.mapped  # what does not fit shows before gigabytes are read
         found, _ = ours(self.params.tensors(), self.params.place)
 

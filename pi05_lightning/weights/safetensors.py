@@ -20,14 +20,14 @@ from pi05_lightning.models.pi05 import Pi05
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 INDEX = f"{WEIGHTS}.index.json"
 """Of weights in several files; what large checkpoints are split into."""
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 Keep = Callable[[str, Tensor], Mapping[str, Tensor]]
 """What is kept of a tensor, and under which names, as soon as it is read; several threads ask at once."""
 READERS = 4
 """Threads that read a file: one alone waits for the disk or copies, where several do both at once."""
 
 
-def whole(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def keep_all(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Keep a tensor as it is."""
     return {name: tensor}
 
@@ -76,7 +76,7 @@ def map_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_weights(
-    folder: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = whole
+    folder: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = keep_all
 ) -> dict[str, Tensor]:
     """The tensors of a folder's weights (all, or those named), as `read_tensors`."""
     tensors: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(
-    path: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = whole
+    path: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = keep_all
 ) -> dict[str, Tensor]:
     """What is kept of the tensors of a safetensors file (all, or those named), each cast to `dtype` as it is read.
 
@@ -168,7 +168,10 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def check_keys(
-    found: Shapes, expected: Shapes, names: Mapping[str, str] | None = None, where: Path | str = "the weights"
+    found: TensorShapes,
+    expected: TensorShapes,
+    names: Mapping[str, str] | None = None,
+    where: Path | str = "the weights",
 ) -> None:
     """ValueError that lists all keys in which two sets of tensors differ.
 

@@ -25,7 +25,7 @@ from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.adapter_base import AdapterBase
 from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.base import Weights
-from pi05_lightning.weights.safetensors import WEIGHTS, ContentHash, Keep, check_keys, shapes_of, whole
+from pi05_lightning.weights.safetensors import WEIGHTS, ContentHash, Keep, check_keys, keep_all, shapes_of
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT, is_sharded, keys_of, load, read_rest
 from pi05_lightning.weights.shards import ShardReader, read_layout
 
@@ -61,7 +61,7 @@ class TrainingCheckpoint(Weights):
     def config(self) -> ModelConfig:
         return ModelConfig.from_dict(self.content["pi05"]["model"])
 
-    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = whole) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, keep: Keep = keep_all) -> dict[str, Tensor]:
         saved, own = self.content["pi05"], self._own(dtype)
         if saved.get("lora") is not None:
             frozen = None

@@ -10,7 +10,7 @@ import pytest
 
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Normalize, Quantiles, RelativeActions
-from pi05_lightning.evaluation.agreement import Given, agreement, compare_predictions
+from pi05_lightning.evaluation.agreement import Counterpart, agreement, compare_predictions
 from pi05_lightning.weights.abilities import Abilities
 
 ABLE = Abilities(("robot",), {"posttrain": 100}, flow=True, fast=False, subtasks=False)
@@ -24,7 +24,7 @@ def robot(state: tuple[Any, Any] = (LOW, HIGH), action: tuple[Any, Any] = (LOW, 
 
 
 def different(given: Robot, policy: Robot | None = None, **options: Any) -> dict[str, str]:
-    found = agreement(policy or robot(), ABLE, HORIZON, Given(given, "theirs", **options))
+    found = agreement(policy or robot(), ABLE, HORIZON, Counterpart(given, "theirs", **options))
     assert all(f.then for f in found if f.verdict == "differs")
     return {f.what: f.given for f in found if f.verdict == "differs"}
 
@@ -85,11 +85,11 @@ def test_dims_rate_cameras_wording_and_short_episodes() -> None:
 def test_cameras_of_other_names_are_mended_by_an_option_that_names_all_of_them() -> None:
     policy, given = robot(cameras=("topview", "gripperPOV")), robot(cameras=("front_cam", "wrist_cam"))
     features = {f"observation.images.{camera}": camera for camera in given.cameras or ()}
-    found = agreement(policy, ABLE, HORIZON, Given(given, "theirs", features=features))
+    found = agreement(policy, ABLE, HORIZON, Counterpart(given, "theirs", features=features))
     (mend,) = [f.mend for f in found if f.what == "cameras"]
     named = "{observation.images.front_cam: topview, observation.images.wrist_cam: gripperPOV}"
     assert mend.endswith(f"--cameras '{named}'")
-    (mend,) = [f.mend for f in agreement(policy, ABLE, HORIZON, Given(given, "theirs")) if f.what == "cameras"]
+    (mend,) = [f.mend for f in agreement(policy, ABLE, HORIZON, Counterpart(given, "theirs")) if f.what == "cameras"]
     assert "--cameras" not in mend  # a simulator's
 
 
@@ -111,7 +111,7 @@ def test_a_simulators_bounds_are_compared_with_what_the_policy_does() -> None:
 
 def test_a_policy_without_a_trained_head_for_actions_is_found() -> None:
     unable = replace(ABLE, flow=False)
-    (head,) = [f for f in agreement(robot(), unable, HORIZON, Given(robot(), "theirs")) if f.what == "heads"]
+    (head,) = [f for f in agreement(robot(), unable, HORIZON, Counterpart(robot(), "theirs")) if f.what == "heads"]
     assert head.verdict == "differs"
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from pi05_lightning.cli.value_fit import value_fit
 from pi05_lightning.cli.value_label import histogram_section
-from pi05_lightning.data.attempts import PROVENANCE, Attempts
+from pi05_lightning.data.attempts import COLLECTED, Attempts
 from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
@@ -174,7 +174,7 @@ def test_an_attempt_with_words_of_its_own_can_be_held_out(dataset: AttemptDatase
     pq.write_table(table.append_column("subtask_index", table.column("episode_index")), path)
     config, shapes = LeRobotConfig(str(root), val_fraction=0.4), ModelConfig.preset("debug").shapes
     assert len(config.open("tries", "val", shapes)) == 0
-    write_json(root / PROVENANCE, {})
+    write_json(root / COLLECTED, {})
     assert len(config.open("tries", "val", shapes)) > 0
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.data.attempts import PROVENANCE
+from pi05_lightning.data.attempts import COLLECTED
 from pi05_lightning.files.local import write_json
 from pi05_lightning.policy import Pi05Policy, check_device
 from pi05_lightning.sim.demonstrations.config import CollectConfig
@@ -40,7 +40,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
     """Make the dataset `root`: training episodes first, then validation episodes.
 
     Beside what demonstrations have: `intervention` per frame, whether the expert acted; in meta/episodes `success`,
-    `end_reason` (success, or why not), `corrected` and `seed`; in `PROVENANCE` the policy, the hash of its weights, and
+    `end_reason` (success, or why not), `corrected` and `seed`; in `COLLECTED` the policy, the hash of its weights, and
     how it acted.  Raises ValueError for tasks and cameras that the simulator does not have, and for a policy that does
     not act at all.
     """
@@ -83,7 +83,7 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         "corrections": config.corrections,
         "seed": config.seed,
     }
-    write_json(root / PROVENANCE, provenance)
+    write_json(root / COLLECTED, provenance)
 
 
 def _trials(config: CollectConfig, tasks: Sequence[str]) -> list[Trial]:
