@@ -20,7 +20,7 @@ from jsonargparse import auto_cli, set_parsing_settings
 
 from pi05_lightning.cli.help import OfTheParser, asked, command_help, run_help
 from pi05_lightning.cli.layers import LayeredParser
-from pi05_lightning.cli.mistakes import elsewhere, explained, placed, unknown_key
+from pi05_lightning.cli.mistakes import explained, hint_of_other_files, place_of, unknown_key
 from pi05_lightning.files.shipped import PACKAGE
 from pi05_lightning.files.suggestion import suggestion
 
@@ -76,7 +76,7 @@ class Parser(LayeredParser):
             message += suggestion(key, {action.dest for action in self._actions})
         if not self.exit_on_error:  # of a class inside: whatever it is a part of may take another one
             super().error(message, ex)
-        told = explained(message, self.given) + elsewhere(message, self.given)
+        told = explained(message, self.given) + hint_of_other_files(message, self.given)
         print(f"{self.prog}: {told}\nEvery option: {self.prog} --help", file=sys.stderr)
         sys.exit(2)
 
@@ -223,4 +223,4 @@ def main(args: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if not is_for_the_user(error):
             raise
-        sys.exit(f"pi05 {command}: {placed(str(error), rest)}{error}{elsewhere(str(error), rest)}")
+        sys.exit(f"pi05 {command}: {place_of(str(error), rest)}{error}{hint_of_other_files(str(error), rest)}")

@@ -107,7 +107,7 @@ def no_source(message: str, args: Sequence[str]) -> str:
     return f"{where}there is no source {missing!r}{suggestion(missing, known)}{told}: a new one needs its class_path"
 
 
-def elsewhere(message: str, args: Sequence[str]) -> str:
+def hint_of_other_files(message: str, args: Sequence[str]) -> str:
     """What to write instead, where a path that a message names is there from a file's directory alone; else nothing."""
     for file in {arg.rpartition("=")[2] for arg in args}:
         for said in said_in_file(file) if is_yaml(file) else ():
@@ -121,7 +121,7 @@ def elsewhere(message: str, args: Sequence[str]) -> str:
     return ""
 
 
-def placed(message: str, args: Sequence[str]) -> str:
+def place_of(message: str, args: Sequence[str]) -> str:
     """Where files and flags last say the number that a message is about, with its whole key; else nothing."""
     found = re.search(r"(\S+) is (\S+): it must be", message)
     if found is None:

@@ -66,7 +66,7 @@ from pi05_lightning.training.callbacks.restart import Restart
 from pi05_lightning.training.callbacks.stages import StageSwitch
 from pi05_lightning.training.callbacks.step_time import StepTime
 from pi05_lightning.training.callbacks.throughput import Throughput
-from pi05_lightning.training.precision import replaced
+from pi05_lightning.training.precision import check_precision
 from pi05_lightning.training.run_directory import (
     check_free,
     has_checkpoints,
@@ -271,7 +271,7 @@ class Pi05CLI(LightningCLI):
                 "trainer.accelerator is mps, or auto, which takes it. It has no float64, and flow time needs that:"
                 " set it to cpu"
             )
-        replaced(made.precision_plugin)  # refuses what is not trained in
+        check_precision(made.precision_plugin)
         # what a user adds, as rollouts, comes after what takes a batch's time, and before what stops or saves the run
         last = (InterruptBetweenSteps, Restart, Checkpoint)
         cast("Any", made).callbacks.sort(

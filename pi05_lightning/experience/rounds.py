@@ -85,7 +85,7 @@ def check_datasets(
     policy, processor: what is to learn from them.  robot: source whose robot it acts as.
     """
     _check_rehearsed(policy, reading, processor.shapes)
-    names, actor = named(reading, demonstrations, robot)
+    names, actor = source_names(reading, demonstrations, robot)
     shown = demonstrations[names.index(actor)]
     for path in (*demonstrations, *attempts):
         is_attempt, files = path in attempts, LeRobotFiles.open(find_dataset(path))
@@ -146,7 +146,9 @@ def configuration(
     demonstrations.
     Raises ValueError where there is nothing in the attempts for the method to learn from.
     """
-    sources, mixture = drawn(method, reading, demonstrations, attempts, training.demonstrations_share, robot)
+    sources, mixture = sources_and_shares(
+        method, reading, demonstrations, attempts, training.demonstrations_share, robot
+    )
     says_subtasks = reading.language.get("condition_on") == "both"
     stage = {
         "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
@@ -179,18 +181,18 @@ def configuration(
     }
 
 
-def named(reading: Reading, demonstrations: Sequence[str], robot: str | None) -> tuple[list[str], str]:
+def source_names(reading: Reading, demonstrations: Sequence[str], robot: str | None) -> tuple[list[str], str]:
     """The sources' names of some demonstrations, and the one that the policy acts as. ValueError where it is none."""
     names: list[str] = []
     for number, path in enumerate(demonstrations):
-        names.append(reading.name_of(path) or free(f"demonstrations_{number}", {*reading.sources, *names}))
+        names.append(reading.name_of(path) or unused_name(f"demonstrations_{number}", {*reading.sources, *names}))
     actor = robot or names[0]
     if actor not in names:
         raise ValueError(f"robot {actor!r}: name its dataset among the demonstrations, which are {', '.join(names)}")
     return names, actor
 
 
-def drawn(
+def sources_and_shares(
     method: Method,
     reading: Reading,
     demonstrations: Sequence[str],
@@ -201,7 +203,7 @@ def drawn(
     """The data sources of a run by name, and the share of the draws of each subset."""
     is_recap = method == "recap"
     told: dict[str, Any] = {"labels": "positive"} if is_recap else {}
-    names, actor = named(reading, demonstrations, robot)
+    names, actor = source_names(reading, demonstrations, robot)
     sources = {}
     for name, path in zip(names, demonstrations, strict=True):
         known = reading.name_of(path) is not None
@@ -211,7 +213,11 @@ def drawn(
         chosen = reading.frames_of(path)
         sources[name] = reading.source(path, demonstrations[0], same_robot_as=same, **told, **chosen)
     shown, same = demonstrations[names.index(actor)], sources[actor]["init_args"]["same_robot_as"] or actor
-    own = {} if method == "demonstrations" else {n: taken(method, summary) for n, summary in enumerate(attempts)}
+    own = (
+        {}
+        if method == "demonstrations"
+        else {n: sources_of_attempts(method, summary) for n, summary in enumerate(attempts)}
+    )
     having = {number: found for number, found in own.items() if found}
     if own and not having:
         raise ValueError(
@@ -222,10 +228,10 @@ def drawn(
         for kind, (share, options) in found.items():
             # every attempt that is not held out counts: what is left of a filter must not be held out too
             options |= {"same_robot_as": same, "val_fraction": 0.0}
-            summary, name = attempts[number], free(f"{kind}_{number}", {*sources, *reading.others})
+            summary, name = attempts[number], unused_name(f"{kind}_{number}", {*sources, *reading.others})
             sources[name] = reading.source(summary.path, shown, summary.collected, attempts=True, **options)
             shares[name] = (1 - demonstrations_share) / len(having) * share
-    rest = rehearsed(reading, names)
+    rest = rehearsed_shares(reading, names)
     others = sorted({subset.partition("/")[0] for subset in rest} - sources.keys())
     acted = f"/{Modality.CONTINUOUS}"
     acting = sum(share for subset, share in reading.stage.get("mixture", {}).items() if subset.endswith(acted)) or 1.0
@@ -233,12 +239,12 @@ def drawn(
     return sources | {name: reading.others[name] for name in others}, mixture | rest
 
 
-def free(name: str, taken: Collection[str]) -> str:
+def unused_name(name: str, taken: Collection[str]) -> str:
     """The name, with a number behind it where something else has it."""
     return next(n for n in (name, *(f"{name}_{number}" for number in range(2, len(taken) + 3))) if n not in taken)
 
 
-def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, float]:
+def rehearsed_shares(reading: Reading, demonstrations: Sequence[str]) -> dict[str, float]:
     """What the policy was last trained on beside the flow of actions: the shares of the subsets that are there now."""
     there = {*demonstrations, *reading.others}
     return {
@@ -248,7 +254,7 @@ def rehearsed(reading: Reading, demonstrations: Sequence[str]) -> dict[str, floa
     }
 
 
-def taken(method: Method, summary: AttemptSummary) -> dict[str, tuple[float, dict[str, Any]]]:
+def sources_of_attempts(method: Method, summary: AttemptSummary) -> dict[str, tuple[float, dict[str, Any]]]:
     """What a method takes of a dataset of attempts, by the sources' names: share of its draws, and options.
 
     Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many

@@ -12,16 +12,21 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch.optim import Optimizer
 
 
-def replaced(plugin: Precision) -> Precision:
-    """What `Pi05Module` trains with in the place of Lightning's plugin; the plugin itself where that is right.
-
-    Raises ValueError for weights in 64 bits, and in 16 whose gradients nothing scales.
-    """
+def check_precision(plugin: Precision) -> None:
+    """ValueError for weights in 64 bits, and in 16 whose gradients nothing scales."""
     if type(plugin) is DoublePrecision or (type(plugin) is HalfPrecision and plugin.precision == "16-true"):
         raise ValueError(
             f"trainer.precision {plugin.precision} is not trained in: use 32-true, bf16-mixed or bf16-true, or on a GPU"
             " 16-mixed"
         )
+
+
+def replaced(plugin: Precision) -> Precision:
+    """What `Pi05Module` trains with in the place of Lightning's plugin; the plugin itself where that is right.
+
+    Raises ValueError where `check_precision` does.
+    """
+    check_precision(plugin)
     if type(plugin) is HalfPrecision:
         return PureHalf(plugin.precision)
     if type(plugin) is MixedPrecision and plugin.precision == "bf16-mixed":
