@@ -190,7 +190,7 @@ def stopped_in_the_end(command: Sequence[str], log: IO[str] | None = None) -> It
 
 
 def make(policy: Served, folder: Path) -> None:
-    """Export a policy as chance makes it; one with subtasks is taught those of the demo."""
+    """Export a policy of random weights; one with subtasks is taught those of the demo."""
     torch.manual_seed(0)
     ones = np.ones(DIMS, np.float32)
     quantiles = Quantiles(-ones, ones)

@@ -106,7 +106,7 @@ class Blueprint:
         shard(model, sharding)
         model.to_empty(device=torch.get_default_device())
         if not hollow:
-            agree_on_chance(broadcast)
+            share_random_state(broadcast)
             begin_slices(model, weights, processor)
             if self.lora is not None:
                 reset_adapters(model)
@@ -120,7 +120,7 @@ class Blueprint:
             checkpoint_blocks(model)
 
 
-def agree_on_chance(broadcast: Callable[[Any], Any]) -> None:
+def share_random_state(broadcast: Callable[[Any], Any]) -> None:
     """Have every rank draw the same random numbers: of what they make, each keeps a slice."""
     generators: list[Any] = [torch.random, *([torch.cuda] if torch.get_default_device().type == "cuda" else [])]
     for generator in generators:

@@ -1,4 +1,4 @@
-"""A served policy, as chance made it, of a robot with two cameras, four state and two action dimensions."""
+"""A served policy of random weights, of a robot with two cameras, four state and two action dimensions."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A policy as chance made it, for MetaWorld's arm."""
+    """A policy of random weights, for MetaWorld's arm."""
     from pi05_lightning.sim.demonstrations.collect import collect
 
     folder = tmp_path_factory.mktemp("played")

@@ -113,7 +113,7 @@ def test_another_goal_is_seen_when_it_is_reached():
 
 
 def recorded(root: Path, image: Callable[[np.ndarray], np.ndarray], gripper: Callable[[float], float]) -> Path:
-    """A policy, as chance made it, of demonstrations in LIBERO that were written in some way."""
+    """A policy of random weights, of demonstrations in LIBERO that were written in some way."""
     from lerobot.datasets import LeRobotDataset
 
     features = {

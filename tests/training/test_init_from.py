@@ -1,4 +1,4 @@
-"""What a training begins with: 1. the checkpoint that is resumed, 2. `init_from`, 3. chance."""
+"""What a training begins with: 1. the checkpoint that is resumed, 2. `init_from`, 3. random weights."""
 
 from __future__ import annotations
 

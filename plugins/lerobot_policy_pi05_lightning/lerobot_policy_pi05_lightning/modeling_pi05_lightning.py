@@ -49,7 +49,7 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         config: the options.
         dataset_meta: the dataset to train on, whose statistics count; without one, as where a policy is evaluated,
             they are those of the weights.
-        weights: to begin with; by default those of `config.init_from`, or chance.
+        weights: to begin with; by default those of `config.init_from`, or random ones.
 
     Raises ValueError for data and options that do not go together.
     """
