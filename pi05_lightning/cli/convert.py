@@ -15,7 +15,7 @@ from pi05_lightning.acting.frames import MADE_UP_FRAMES, made_up_frames, reading
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.lerobot_files import find_dataset
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.files.local import check_writable, read_json, replacing
+from pi05_lightning.files.local import check_new, read_json, replacing
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.weights.base import Weights
@@ -91,9 +91,7 @@ def convert(
 
     Raises ValueError for what cannot be converted, and for what LeRobot would do otherwise.
     """
-    if target.exists():
-        raise ValueError(f"{target} already exists: delete it or name another target")
-    check_writable(target, "--target")
+    check_new(target, "--target")
     if format != "lerobot" and (given := [name for name, value in {"data": data, "force": force}.items() if value]):
         raise ValueError(f"{', '.join(given)}: of --format lerobot alone, which is compared with LeRobot: leave it out")
     check_range("fps", fps, 0, above=True)

@@ -18,7 +18,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
 from pi05_lightning.export.folder import CALLERS, MANIFEST, write
 from pi05_lightning.export.formats import Format, Stored, needed
-from pi05_lightning.files.local import check_writable, replacing, write_json
+from pi05_lightning.files.local import check_new, replacing, write_json
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.types import Frame
 from pi05_lightning.weights.locate import locate
@@ -81,9 +81,7 @@ def export(
                 " and execute as much of a chunk as you want where you call it (`prefix_actions` go on from the last)"
             )
     of_data = {"--cameras": cameras, "--state_keys": state_keys, "--action_keys": action_keys}
-    if out.exists():
-        raise ValueError(f"--out {out} already exists: delete it or name another folder")
-    check_writable(out, "--out")
+    check_new(out, "--out")
     if data is None and (given := [name for name, value in of_data.items() if value is not None]):
         raise ValueError(f"{given[0]} says how --data is read: give that too, or leave it out")
     check_range("--frames", frames, 1)

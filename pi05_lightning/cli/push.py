@@ -21,7 +21,7 @@ from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
 from pi05_lightning.evaluation.report.tables import markdown_table
 from pi05_lightning.evaluation.statistics import ALL, rates
 from pi05_lightning.files.hub import check_repo, publish
-from pi05_lightning.files.local import check_writable, read_json, write_json, write_text
+from pi05_lightning.files.local import check_new, read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
 from pi05_lightning.weights.published import CARD, Licence, as_it_is, publish_policy, save_published
@@ -71,10 +71,8 @@ def push(
         raise ValueError(f"there is no {source}, and {repo} is here: name what is pushed first, and then user/name")
     check_repo(repo)
     licence = Licence(license, license_name, license_link)
-    if out is not None and out.exists():
-        raise ValueError(f"{out} already exists: delete it or name another folder")
     if out is not None:
-        check_writable(out, "--out")
+        check_new(out, "--out")
     tag = None
     of_a_policy = {"--robot": robot, "--base": base, "--tokenizer": tokenizer, "--averaged false": not averaged}
     with TemporaryDirectory() as made:

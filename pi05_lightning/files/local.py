@@ -118,6 +118,16 @@ def check_writable(folder: Path, option: str) -> None:
         raise ValueError(f"cannot write to {folder} ({error.strerror}): name another {option}") from error
 
 
+def check_new(folder: Path, option: str) -> None:
+    """ValueError where a folder is there already, or where it could not be made.
+
+    option: which one names it.
+    """
+    if folder.exists():
+        raise ValueError(f"{option} {folder} already exists: delete it or name another")
+    check_writable(folder, option)
+
+
 def shown(path: Path | str) -> str:
     """A path for a message, with the folder that it is relative to: `data/robot (in /home/me)`."""
     return str(path) if Path(path).expanduser().is_absolute() else f"{path} (in {Path.cwd()})"
