@@ -93,7 +93,7 @@ class Inference:
         other._set(acting)
         return other
 
-    def capture(self, compile: bool = False) -> None:
+    def capture(self, compile: bool) -> None:
         """From now on the chunk of one frame is a CUDA graph, see `CapturedChunk`; those of several are not.
 
         Raises ValueError where the model is on no CUDA device.

@@ -35,7 +35,7 @@ UNUSED_DAYS = 30  # the same for frames that it decoded: its copy of a dataset m
 _BATCH = 16  # frames resized and written at once; few, so that they stay in the processor's cache
 
 
-def cache_folder(dataset: Path, cache_dir: Path | None = None) -> Path:
+def cache_folder(dataset: Path, cache_dir: Path | None) -> Path:
     """Where a dataset's frames are cached: beside it, or in the user's cache when its folder is read-only.
 
     `cache_dir` replaces both.

@@ -255,9 +255,7 @@ def _version(path: Path) -> str:
 class VideoFrames(FrameStore):
     """Frames of video files; position is the time in seconds."""
 
-    def __init__(
-        self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float, convert: bool = False
-    ):
+    def __init__(self, files: list[Path], file: np.ndarray, position: np.ndarray, tolerance: float, convert: bool):
         super().__init__(files, file, position, tolerance, convert)
         self._decoders: OpenFiles[int, VideoDecoder] = OpenFiles(
             lambda i: VideoDecoder(files[i], convert), capacity=32, close=VideoDecoder.close
@@ -306,7 +304,7 @@ class ParquetFrames(FrameStore):
         position: np.ndarray,
         column: str,
         root: Path,
-        convert: bool = False,
+        convert: bool,
     ):
         super().__init__(files, file, position, 0.25, convert)
         self._column, self._root = column, root

@@ -80,7 +80,7 @@ def find_stored(path: str, folders: Sequence[Path]) -> Path | None:
     return next((folder / path for folder in folders if (folder / path).exists()), None)
 
 
-def read_stored(stored: Any, folders: Sequence[Path], convert: bool = False) -> np.ndarray:
+def read_stored(stored: Any, folders: Sequence[Path], convert: bool) -> np.ndarray:
     """An image as `datasets` stores it, encoded or as a path from one of the folders; raises BadImage."""
     path = None
     if isinstance(stored, dict):

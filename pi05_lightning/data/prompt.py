@@ -18,7 +18,7 @@ ConditionOn = Literal["subtask", "task", "both"]
 STATE_BINS = np.linspace(-1, 1, 257)[:-1]
 
 
-def discretize_state(state: np.ndarray, *, clip: bool = True) -> np.ndarray:
+def discretize_state(state: np.ndarray, *, clip: bool) -> np.ndarray:
     """Normalised state f32[S] to bins i64[S] in 0..255 (-1..255 when not clipped, as in openpi and LeRobot)."""
     bins = np.digitize(state, STATE_BINS) - 1
     return bins.clip(0, 255) if clip else bins

@@ -20,11 +20,13 @@ from pi05_lightning.models.kernels import Linear, attend, geglu
 
 KV = tuple[Tensor, Tensor]
 Rope = tuple[Tensor, Tensor]
+ROPE_BASE = 10_000.0
+RMS_EPSILON = 1e-6
 
 
-def rope_table(positions: Tensor, head_dim: int, base: float = 10_000.0) -> Rope:
+def rope_table(positions: Tensor, head_dim: int) -> Rope:
     """cos and sin for integer positions i64[B S], f32[B 1 S head_dim] each; built once per batch, not per layer."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    frequency = ROPE_BASE ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[:, None, :, None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos(), angle.sin()
@@ -46,10 +48,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_normalize(x: Tensor) -> Tensor:
     """x [... W] over the root mean square of its last axis, in fp32."""
     x = x.float()
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPSILON)
 
 
 def with_room(x: Tensor, columns: int, dtype: torch.dtype | None = None, copies: int = 1) -> Tensor:

@@ -181,7 +181,7 @@ def tables(result: Mapping[str, Any]) -> Iterable[Table]:
     yield _times(result["milliseconds"])
 
 
-def success_table(success: Success, per_minute: Mapping[str, float], held_out: bool = False) -> Table:
+def success_table(success: Success, per_minute: Mapping[str, float], held_out: bool) -> Table:
     """Successes of trials, with the interval, per task and of all tasks; how many in a minute, where that is known.
 
     held_out: whether it is known that no training episode began in these initial states.

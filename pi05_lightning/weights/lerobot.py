@@ -101,7 +101,7 @@ def config_of(
     shapes: Mapping[str, tuple[int, ...]],
     values: Mapping[str, Any],
     vision_heads: int | None,
-    horizon: int | None = None,
+    horizon: int | None,
 ) -> tuple[ModelConfig, list[str]]:
     """Dimensions from the tensors' shapes (our names); of config.json (`values`) only what the tensors do not tell.
 

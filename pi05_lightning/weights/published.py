@@ -62,7 +62,7 @@ def save_published(
     model: Pi05,
     processor: Processor,
     trained: Trained,
-    licence: Licence = Licence(),
+    licence: Licence,
     sections: Mapping[str, str] | None = None,
     results: Sequence[EvalResult] = (),
     begun_with: str | None = None,

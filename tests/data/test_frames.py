@@ -309,7 +309,7 @@ def test_few_files_are_open_however_many_videos_are_read(videos_copy: Path) -> N
     files = [original.with_name(f"{number}.mp4") for number in range(40)]
     for file in files:
         shutil.copy(original, file)
-    store = VideoFrames(files, np.arange(40, dtype=np.int32), np.zeros(40), tolerance=1e-3)
+    store = VideoFrames(files, np.arange(40, dtype=np.int32), np.zeros(40), tolerance=1e-3, convert=False)
     gc.disable()
     try:
         before = len(os.listdir("/proc/self/fd"))

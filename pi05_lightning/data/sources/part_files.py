@@ -15,7 +15,7 @@ _FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json":
 log = logging.getLogger(__name__)
 
 
-def files_by_part(local: Path, where: str, tell: bool, are_given: bool = False) -> tuple[dict[str, list[Path]], str]:
+def files_by_part(local: Path, where: str, tell: bool, are_given: bool) -> tuple[dict[str, list[Path]], str]:
     """The files by part, as far as their names say which, and the builder in `datasets` that reads them.
 
     where: the dataset, in words.  tell: warn of files that are not read, or that may be kept from training by mistake.

@@ -22,6 +22,7 @@ from pi05_lightning.evaluation.statistics import Success, rates
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
 HATCHES = ("", "///", "...", "xxx")  # of bars, each time that the colours begin again
 MOST_BESIDE = 8  # groups of bars that stand side by side; their names would overlap, or be too small on the page
+SMOOTHING = 0.8  # of curves: what the average keeps of itself at a step
 Acting = Mapping[str, Mapping[str, Any]]
 """How a rollout's policy acted, by mode."""
 MODE_LABELS = {
@@ -131,7 +132,7 @@ TOPICS: dict[str, str | tuple[str, ...]] = {
 """Topic -> what its tags begin with, in the order of the page."""
 
 
-def topic_panels(curves: Mapping[str, Curve], switches: Sequence[int] = ()) -> dict[str, str]:
+def topic_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> dict[str, str]:
     """Topic -> figure of all its curves that have more than one point."""
     figures = {}
     for topic, start in TOPICS.items():
@@ -194,12 +195,12 @@ def readable(tag: str) -> str:
     return NAMES.get(words, words.replace("_", " ").replace("/", " · "))
 
 
-def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
+def smoothed(values: Sequence[float]) -> list[float]:
     """Exponential moving average without bias at its start; gaps where values are no numbers."""
     out, total, norm = [], 0.0, 0.0
     for value in values:
         if math.isfinite(value):
-            total, norm = weight * total + value, weight * norm + 1
+            total, norm = SMOOTHING * total + value, SMOOTHING * norm + 1
         out.append(total / norm if norm and math.isfinite(value) else math.nan)
     return out
 

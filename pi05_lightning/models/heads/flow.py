@@ -22,6 +22,7 @@ from pi05_lightning.models.gemma import AdaRMSNorm, Context, ExpertBlock, comput
 from pi05_lightning.models.heads.base import Head
 from pi05_lightning.types import Batch, Modality, Prefix
 
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time features: openpi
 Modulations = list[Tensor]
 """What adaRMS needs of the flow time: one [R K t 3W] per norm, two a layer and the last."""
 
@@ -36,10 +37,10 @@ def interpolate(noise: Tensor, actions: Tensor, t: Tensor) -> tuple[Tensor, Tens
     return t * noise + (1 - t) * actions, noise - actions
 
 
-def time_features(t: Tensor, width: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:
+def time_features(t: Tensor, width: int) -> Tensor:
     """sin and cos of 2πt / period, log-spaced, in float64 as the shortest period is 4e-3: t [...] -> f32[... width]."""
     fraction = torch.linspace(0, 1, width // 2, dtype=torch.float64, device=t.device)
-    period = min_period * (max_period / min_period) ** fraction
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
     angle = t.double()[..., None] * (2 * math.pi / period)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
