@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub import EvalResult, RepoCard, hf_hub_url
+from huggingface_hub import EvalResult, RepoCard
 
 from pi05_lightning.data.attempts import COLLECTED
-from pi05_lightning.evaluation.report.metrics import number, sections
-from pi05_lightning.evaluation.report.page import film_caption, measured_otherwise, poster, protocol
-from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, Run, read_run
-from pi05_lightning.evaluation.report.tables import markdown_table
-from pi05_lightning.evaluation.statistics import ALL, rates
+from pi05_lightning.evaluation.report.card import (
+    FILMS,
+    RUN_CONFIG,
+    card_sections,
+    published_config,
+    results_of,
+    run_of_robot,
+    with_names_alone,
+)
+from pi05_lightning.evaluation.report.page import poster
+from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, read_run
 from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import check_new, read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
 from pi05_lightning.weights.locate import locate, run_of
-from pi05_lightning.weights.published import CARD, Licence, as_it_is, publish_policy, save_published
+from pi05_lightning.weights.published import CARD, Licence, publish_policy, save_published
 
-FILMS = "films"
-RUN_CONFIG = "run.yaml"
-"""The configuration of the run, in what is published."""
 LEROBOT, IMAGES = Path("meta", "info.json"), Path("dataset_dict.json")
 """What a folder has that is a LeRobot dataset, and one of `datasets`."""
-_FROM_HOME_OR_ABOVE = re.compile(r"(~([a-z_][\w.-]*)?|\.\.)/", re.IGNORECASE)
 
 
 def push(
@@ -134,7 +135,7 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
             run = replace(run, videos=[], rollout={})
         if robot is not None:
-            run = of_the_robot(run, robot, {name for name, of in robots.items() if (of.same_as or name) != robot})
+            run = run_of_robot(run, robot, {name for name, of in robots.items() if (of.same_as or name) != robot})
         if damaged := [film for film in run.videos if not poster(film)]:
             print(f"left out, as they cannot be read: {', '.join(map(str, damaged))}: `pi05 rollout` makes them anew")
             run = replace(run, videos=[film for film in run.videos if film not in damaged])
@@ -143,152 +144,9 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
         for film in run.videos:
             shutil.copyfile(film, folder / FILMS / film.name)
         write_text(folder / RUN_CONFIG, yaml.safe_dump(published_config(run), sort_keys=False))
-        sections, results = sections_of(run, repo), results_of(run)
+        sections, results = card_sections(run, repo), results_of(run)
         begun = run.provenance.get("hub", {}).get("init_from")  # the name alone may be a folder's elsewhere
     save_published(folder, repo, weights.model(), processor, weights.trained, licence, sections, results, begun)
-
-
-def of_the_robot(run: Run, robot: str, others: set[str]) -> Run:
-    """What a run measured of one of its robots.  others: sources that are other robots; means over all are left out."""
-    if not others:
-        return run
-    acted = {acting.get("robot") for acting in run.acting.values()}
-    if run.success and not acted <= {robot, None}:
-        print(f"{ROLLOUT} is of the robot {', '.join(map(str, acted))}, so success and films are left out")
-        run = replace(run, videos=[], rollout={})
-    of_sources = {name: of for name, of in run.metrics.items() if "/" in name}
-    return replace(run, metrics={name: of for name, of in of_sources.items() if name.partition("/")[0] not in others})
-
-
-def published_config(run: Run) -> dict[str, Any]:
-    """A run's configuration as `named_alone` has it, and of data that did not come from the Hub its name alone."""
-    config = named_alone(run.config)
-    for name, source in config.get("data", {}).get("sources", {}).items():
-        options = source.get("init_args", {})
-        if "path" in options:
-            options["path"] = data_name(run, name, options["path"])
-    return config
-
-
-def data_name(run: Run, source: str, path: str) -> str:
-    """What a source's data is called: the Hub's name, if the run took it from there, or the last part of its path."""
-    return path if path == run.provenance.get("hub", {}).get("data", {}).get(source) else Path(path).name
-
-
-def named_alone(value: Any) -> Any:
-    """A configuration with the last part alone of paths that begin with `/`, `~` or `..`.
-
-    Where things lay here is nobody else's business.
-    And whose addresses have no user's name, password and query.
-    """
-    if isinstance(value, dict):
-        return {key: named_alone(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [named_alone(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    if re.fullmatch(r"[a-z][a-z0-9+.-]*:(//|/)\S*", value):
-        scheme, _, rest = value.partition(":")
-        place = rest.partition("?")[0]
-        if scheme == "file" or not place.removeprefix("//").partition("/")[0]:  # of this machine
-            return f"{scheme}:{Path(place).name}"
-        host, slash, path = place.removeprefix("//").partition("/")
-        return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-    is_place = Path(value).is_absolute() or _FROM_HOME_OR_ABOVE.match(value)
-    return Path(value).name if is_place else value
-
-
-def sections_of(run: Run, repo: str) -> dict[str, str]:
-    """What a card says of a run, by heading."""
-    found = {
-        "### Data": data(run),
-        "## Success in closed loop": success(run),
-        "## Metrics on validation data": metrics(run),
-        "## Films": films(run, repo),
-    }
-    return {heading: text for heading, text in found.items() if text}
-
-
-def data(run: Run) -> str:
-    samples, sources = run.provenance.get("samples", {}), run.config.get("data", {}).get("sources", {})
-    paths = {name: str(source.get("init_args", {}).get("path", "")) for name, source in sources.items()}
-    known = {name: data_name(run, name, path) for name, path in paths.items()}
-    rows = [
-        (name, known.get(name.partition("/")[0], ""), of.get("train", ""), of.get("val", ""))
-        for name, of in samples.items()
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in run.provenance.get("versions", {}).items())
-    since = f" from step {step} on" if (step := run.provenance.get("from step")) else ""
-    made = f"Made with {versions}{since}; [{RUN_CONFIG}]({RUN_CONFIG}) is the configuration.\n\n" if versions else ""
-    heads = ("source and modality", "dataset", "samples to train on", "to validate on")
-    return made + table_of_texts(heads, rows) if rows else made
-
-
-def success(run: Run) -> str:
-    """A row per task: successes of trials and the interval in every mode."""
-    if not run.success:
-        return ""
-    found = rates(run.success)
-    tasks = list(next(iter(found.values())))
-    cells = [
-        [f"{(r := by_task[task]).successes}/{r.trials} ({r.low:.2f}–{r.high:.2f})" for by_task in found.values()]
-        for task in tasks
-    ]
-    states = ", on initial states not trained on" if run.rollout.get("held_out") else ""
-    about = f"Episodes that succeeded, and the 95 % Wilson interval of the rate{states}.\n\n"
-    counted = table_of_texts(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
-    how = [(name, Path(value).name if name == "checkpoint" else value) for name, value in protocol(run).items()]
-    return f"{about}{counted}\n\nHow it was measured:\n\n{table_of_texts(('', ''), how)}"
-
-
-def metrics(run: Run) -> str:
-    parts = []
-    for section in sections(run.metrics).values():
-        used = [metric for metric in section.columns if any(metric in run.metrics[row] for row in section.rows)]
-        cells = [
-            (row, *(number(run.metrics[row][metric]) if metric in run.metrics[row] else "" for metric in used))
-            for row in section.rows
-        ]
-        parts.append(table_of_texts(("modality", *(section.columns[metric] for metric in used)), cells))
-    sources = {f"data.sources.{name}.path": name for name in run.config.get("data", {}).get("sources", {})}
-    shown = {
-        key: [data_name(run, sources[key], str(value)) if key in sources else named_alone(value) for value in both]
-        for key, both in measured_otherwise(run).items()
-    }
-    otherwise = [(key, measured, own) for key, (measured, own) in shown.items() if measured != own]
-    if parts and otherwise:
-        parts.append(table_of_texts(("measured with other options", "in validation", f"in {RUN_CONFIG}"), otherwise))
-    return "\n\n".join(parts)
-
-
-def films(run: Run, repo: str) -> str:
-    """Each with what it shows and how its episode ended."""
-    return "\n\n".join(
-        f'<video controls width="320" src="{hf_hub_url(repo, film.name, subfolder=FILMS)}"></video>\n\n'
-        f"{as_it_is(film_caption(film, run))}"
-        for film in run.videos
-    )
-
-
-def table_of_texts(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown that shows its cells as they are."""
-    return markdown_table([*map(as_it_is, heads)], [[as_it_is(str(cell)) for cell in row] for row in rows])
-
-
-def results_of(run: Run) -> list[EvalResult]:
-    """Success in every mode of the policy over all tasks, as the Hub lists results."""
-    return [
-        EvalResult(
-            task_type="robotics",
-            dataset_type="simulation",
-            dataset_name=f"{by_task[ALL].trials} {'held-out ' if run.rollout.get('held_out') else ''}initial states",
-            metric_type="success_rate",
-            metric_name=f"success ({mode})",
-            metric_value=round(by_task[ALL].value, 4),
-        )
-        for mode, by_task in rates(run.success).items()
-        if mode in run.acting or mode == "policy"
-    ]
 
 
 # --- datasets
@@ -303,7 +161,7 @@ def lerobot_dataset(source: Path, folder: Path, repo: str, licence: Licence) -> 
     hidden = shutil.ignore_patterns(".*")
     shutil.copytree(source.resolve(), folder, copy_function=os.symlink, ignore=hidden, dirs_exist_ok=True)
     if (folder / COLLECTED).exists():
-        about = named_alone(read_json(folder / COLLECTED))
+        about = with_names_alone(read_json(folder / COLLECTED))
         (folder / COLLECTED).unlink()  # a link to the dataset's own
         write_json(folder / COLLECTED, about)
     is_new = not (folder / CARD).exists()
