@@ -22,13 +22,13 @@ from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.types import Modality, Subset
 from pi05_lightning.weights.abilities import Trained
 from tests.random_fast import random_fast
+from tests.untrained import untrained_model
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -42,9 +42,7 @@ def data(videos: Path, tmp_path: Path) -> Pi05DataModule:
 
 @pytest.fixture
 def policy(data: Pi05DataModule) -> Pi05Policy:
-    model = Pi05(CONFIG)
-    model.reset_parameters()
-    return Pi05Policy((model, data.processor))
+    return Pi05Policy((untrained_model(), data.processor))
 
 
 # --- defaults
@@ -78,8 +76,7 @@ def test_only_actions_of_a_chunk_that_the_data_has_are_executed(videos: Path) ->
     short = LeRobotConfig(str(videos), horizon_steps=4)
     processor = Pi05DataModule({"robot": short}, shapes=CONFIG.shapes).processor
     processor = Processor.from_dict(processor.to_dict())
-    model = Pi05(CONFIG)
-    model.reset_parameters()
+    model = untrained_model()
     assert Pi05Policy((model, processor), execution_horizon=4).execution_horizon == 4
     with pytest.raises(ValueError, match=r"execution_horizon: 5 .* within 1 and 4: a chunk's 4 actions"):
         Pi05Policy((model, processor), execution_horizon=5)
@@ -157,9 +154,7 @@ def test_free_fast_tokens_end_where_they_do_in_training(
 
 def told(data: Pi05DataModule, **acting: Any) -> Inference:
     """A policy that was trained on actions with their advantage, with weights that are always the same."""
-    torch.manual_seed(0)
-    model = Pi05(CONFIG)
-    model.reset_parameters()
+    model = untrained_model()
     for parameter in model.flow_head.parameters():  # adaRMS begins at 0, and the flow would see nothing
         parameter.data += 0.05 * torch.randn_like(parameter)
     trained = Trained(terms={"flow": 3, "advantage": 3}, complete=True)

@@ -20,31 +20,18 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.int8 import UNEMBEDDING, Int8Product, linear_layers
 from pi05_lightning.models.kernels import Linear
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.int8 import Choice
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import WEIGHTS, save_tensors
 from tests.random_fast import random_fast
+from tests.untrained import untrained_policy
 
 LAYER = "flow_head.layers.0.mlp.down_proj"
 
 
-def save_policy(videos: Path, folder: Path, seed: int) -> None:
-    """An untrained policy of the size `tiny`, whose flow head does something."""
-    config = ModelConfig.preset("tiny")
-    data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, shapes=config.shapes)
-    model = Pi05(config)
-    torch.manual_seed(seed)
-    model.reset_parameters()
-    for parameter in model.flow_head.parameters():  # at first its norms let nothing through
-        torch.nn.init.normal_(parameter, std=0.05)
-    save(folder, model, data.processor)
-
-
 @pytest.fixture
 def folder(videos: Path, tmp_path: Path) -> Path:
-    save_policy(videos, tmp_path / "policy", seed=0)
-    return tmp_path / "policy"
+    return untrained_policy(tmp_path / "policy", videos, "tiny", flow_acts=True)
 
 
 def speaking(videos: Path, folder: Path, acting: Acting) -> Inference:
@@ -224,7 +211,7 @@ def test_without_frames_nothing_is_chosen(videos: Path, tmp_path: Path) -> None:
 def test_a_choice_of_other_weights_is_made_anew(videos: Path, folder: Path) -> None:
     Pi05Policy(folder, dtype="int8")
     (first,) = choices_of(folder)
-    save_policy(videos, folder, seed=1)
+    untrained_policy(folder, videos, "tiny", seed=1, flow_acts=True)
     Pi05Policy(folder, dtype="int8")
     (second,) = choices_of(folder)
     assert second["fingerprint"] != first["fingerprint"]

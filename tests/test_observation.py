@@ -21,6 +21,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.rollout import view_of
 from pi05_lightning.types import Frame
+from tests.untrained import untrained_model
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -32,9 +33,7 @@ def data(videos: Path) -> Pi05DataModule:
 
 @pytest.fixture(scope="module")
 def model() -> Pi05:
-    model = Pi05(CONFIG)
-    model.reset_parameters()
-    return model
+    return untrained_model()
 
 
 @pytest.fixture
@@ -214,9 +213,7 @@ def test_state_that_is_none_is_refused(policy, seen, change, message: str) -> No
 
 def test_state_for_a_policy_without_one_is_refused(videos, seen) -> None:
     robot = LeRobotConfig(str(videos), val_fraction=0.2, state_keys=[])
-    model = Pi05(CONFIG)
-    model.reset_parameters()
-    policy = acting(model, Pi05DataModule({"robot": robot}, shapes=CONFIG.shapes))
+    policy = acting(untrained_model(), Pi05DataModule({"robot": robot}, shapes=CONFIG.shapes))
     with pytest.raises(ValueError, match="a state is given, and the policy was trained without one"):
         policy.predict(seen)
     assert np.isfinite(policy.predict({**seen, "state": None})).all()
@@ -414,8 +411,7 @@ def test_bad_observation_is_refused_when_it_comes_and_the_queue_goes_on(model, d
 @pytest.fixture
 def broken(data, seen) -> Pi05Policy:
     """A policy with a weight that is not finite."""
-    model = Pi05(CONFIG)
-    model.reset_parameters()
+    model = untrained_model()
     policy = acting(model, data, inference_delay=1, pred_horizon=2, hierarchical=False)
     policy.predict(seen)
     with torch.no_grad():

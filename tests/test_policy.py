@@ -14,11 +14,11 @@ from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.weights.folder import save
 from tests.quiet_trainer import quiet_trainer
 from tests.random_fast import random_fast
+from tests.untrained import untrained_model
 
 
 @pytest.fixture(scope="module")
@@ -381,11 +381,9 @@ def test_path_without_a_policy_says_what_was_expected(tmp_path: Path) -> None:
 
 
 def test_policy_whose_data_has_no_subtasks_acts_on_the_task(pictures: Path) -> None:
-    config = ModelConfig.preset("debug")
+    model = untrained_model()
     robot = LeRobotConfig(path=str(pictures), val_fraction=0.2)
-    data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, shapes=config.shapes)
-    model = Pi05(config)
-    model.reset_parameters()
+    data = Pi05DataModule({"robot": robot}, batch_size=2, num_workers=0, shapes=model.config.shapes)
     processor = Processor.from_dict(data.processor.to_dict())
     policy = Pi05Policy((model, processor), seed=3)
     policy.predict(observation(data))

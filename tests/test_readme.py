@@ -23,13 +23,14 @@ from pi05_lightning.data.processor import Language
 from pi05_lightning.data.prompt import Prompts
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module import Predicted
 from pi05_lightning.training.callbacks.predictions import table
-from pi05_lightning.weights.folder import save
+from tests.untrained import untrained_policy
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/README.md")])
+KEYS = ["observation.state", "observation.gripper"]
+ROBOT: dict[str, Any] = {"state_keys": KEYS, "action_keys": KEYS}
 EXPERIMENT = ["configs/tiny.yaml", "experiments/001_metaworld/config.yaml"]
 
 
@@ -67,28 +68,17 @@ def checkpoint_like_the_demos(dataset: Path, tmp_path_factory: pytest.TempPathFa
     chunks = np.random.default_rng(0).uniform(-1, 1, (20, config.horizon, 4)).astype(np.float32)
     fast = tmp_path_factory.mktemp("fast")
     FastTokenizer.fit([chunks]).save(fast)
-    keys = ["observation.state", "observation.gripper"]
-    robot = LeRobotConfig(str(dataset), state_keys=keys, action_keys=keys)
-    data = Pi05DataModule({"robot": robot}, fast=fast, shapes=config.shapes)
-    model = Pi05(config)
-    model.reset_parameters()
-    folder = tmp_path_factory.mktemp("policy")
-    save(folder, model, data.processor)
-    return folder
+    return untrained_policy(tmp_path_factory.mktemp("policy"), dataset, config, data={"fast": fast}, **ROBOT)
 
 
 @pytest.fixture(scope="module")
 def lerobots_folder(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A π0.5 as LeRobot writes it, small and not trained, of the same robot."""
     folder = tmp_path_factory.mktemp("lerobot")
-    keys = ["observation.state", "observation.gripper"]
-    robot = LeRobotConfig(str(dataset), state_keys=keys, action_keys=keys)
     language = Language(prompts=Prompts(clip_state=False), condition_on="task")
-    model = Pi05(DEBUG)
-    model.reset_parameters()
-    save(folder / "ours", model, Pi05DataModule({"robot": robot}, language=language, shapes=DEBUG.shapes).processor)
+    ours = untrained_policy(folder / "ours", dataset, DEBUG, data={"language": language}, **ROBOT)
     with lerobot_sizes(DEBUG):
-        convert(source=folder / "ours", target=folder / "pi05_base", format="lerobot")
+        convert(source=ours, target=folder / "pi05_base", format="lerobot")
     return folder / "pi05_base"
 
 
@@ -98,8 +88,7 @@ def predictions_like_the_demos(
 ) -> Path:
     """What `pi05 predict` writes of a source, of one batch."""
     policy, folder = Pi05Policy(checkpoint_like_the_demos), tmp_path_factory.mktemp("predictions")
-    keys = ["observation.state", "observation.gripper"]
-    robot = LeRobotConfig(str(dataset), state_keys=keys, action_keys=keys)
+    robot = LeRobotConfig(str(dataset), **ROBOT)
     data = Pi05DataModule({"robot": robot}, batch_size=4, num_workers=0, shapes=policy.processor.shapes)
     batch = next(iter(data.predict_dataloader()[0]))
     subtasks = [None] * len(batch.frames)

@@ -22,11 +22,11 @@ from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.losses import draw_noise
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.prediction import Predictor
 from pi05_lightning.weights.abilities import UNKNOWN
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
+from tests.untrained import untrained_model
 
 STEPS = 2
 SHAPES = ModelConfig.preset("debug").shapes
@@ -202,11 +202,9 @@ def test_source_of_the_same_robot_is_seen_by_its_own_cameras(videos: Path) -> No
         "more": LeRobotConfig(path=str(videos), val_fraction=0.4, same_robot_as="arm"),
     }
     data = Pi05DataModule(sources, batch_size=2, num_workers=0, val_samples=2, shapes=SHAPES)
-    model = Pi05(ModelConfig.preset("debug"))
-    model.reset_parameters()
     cameras = {name: source.camera_names for name, source in data.predicted_sources.items()}
     assert cameras["more"] != cameras["arm"]
-    predictor = Predictor(cameras, model, data.processor, Acting(hierarchical=False), 0, UNKNOWN)
+    predictor = Predictor(cameras, untrained_model(), data.processor, Acting(hierarchical=False), 0, UNKNOWN)
     for (batch,) in data.predict_dataloader():
         assert np.isfinite(predictor.predict(batch).actions).all()
 

@@ -9,12 +9,11 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.cli.main import main
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.trainer import callbacks_of
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.training_checkpoint import find_checkpoint
+from tests.untrained import untrained_model, untrained_weights
 
 from .conftest import STEPS
 
@@ -52,20 +51,15 @@ def test_run_that_begins_with_weights_goes_on_with_its_own_configuration_given_a
     without_model: Path, tmp_path: Path
 ) -> None:
     """As a requeued job does; the weights say the dimensions."""
-    start = Pi05(ModelConfig.preset("debug"))
-    start.reset_parameters()
-    save(tmp_path / "start", start)
-    run = tmp_path / "run"
-    begin = ["fit", "-c", str(without_model), "--model.init_from", str(tmp_path / "start"), "--run", str(run)]
+    start, run = untrained_weights(tmp_path / "start"), tmp_path / "run"
+    begin = ["fit", "-c", str(without_model), "--model.init_from", str(start), "--run", str(run)]
     main([*begin, "--resume", "auto"])
     main([*begin, "--resume", "auto", "--stages.pretrain_steps", str(STEPS + 1)])
     assert torch.load(find_checkpoint(run), weights_only=False)["global_step"] == STEPS + 1
 
 
 def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(0)
-    start = Pi05(ModelConfig.preset("debug"))
-    start.reset_parameters()
+    start = untrained_model()
     save(tmp_path / "start", start)
     run = tmp_path / "run"
     flags = {
@@ -99,8 +93,7 @@ def test_all_features_from_flags(without_model: Path, tmp_path: Path, capsys: py
 def test_shipped_fine_tuning_trains_given_weights_on_a_given_dataset(
     precision: str, videos: Path, tmp_path: Path
 ) -> None:
-    start = Pi05(ModelConfig.preset("debug"))
-    start.reset_parameters()
+    start = untrained_model()
     save(tmp_path / "start", start)
     flags = {
         "model.init_from": str(tmp_path / "start"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
@@ -24,9 +23,9 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.evaluation.metrics import Evaluator
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.location import Points
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Answer, Frame, Letterbox, Modality, Sample, Subset, box_to_text, text_to_boxes
 from tests.data.recorded import data_file, edit_info, rewrite
+from tests.untrained import untrained_model
 
 PICTURES = [(480, 640), (640, 480), (96, 128), (64, 64), (50, 333), (720, 405)]
 SIZES = [28, 64, 224]
@@ -212,11 +211,9 @@ def test_what_a_person_reads_is_in_the_pictures_coordinates(tmp_path: Path) -> N
         shapes=config.shapes,
         num_workers=0,
     )
-    torch.manual_seed(0)
-    model = Pi05(config)
-    model.reset_parameters()
     (batch,) = data.val_dataloader()[0]
-    (example,) = Evaluator(model, data.processor).measure(batch, Subset("it", Modality.QA)).examples([0])
+    evaluator = Evaluator(untrained_model(config), data.processor)
+    (example,) = evaluator.measure(batch, Subset("it", Modality.QA)).examples([0])
     (image,) = example.images.values()
     assert image.shape == (config.vision.image_size * 3 // 4, config.vision.image_size, 3)
     (box,) = text_to_boxes(example.truth)

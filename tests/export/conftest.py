@@ -10,15 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.processor import Language
-from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.folder import save
 from tests.random_fast import random_fast
+from tests.untrained import untrained_policy
 
 STATE = ["observation.state", "observation.gripper"]
 TASK = "open the drawer"
@@ -51,19 +47,10 @@ def untrained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     """The folder of an untrained policy of a size, which says subtasks, and acts with both heads."""
 
     def made(size: str, **language: Any) -> Path:
-        config = ModelConfig.preset(size)
         fast, folder = tmp_path_factory.mktemp("fast"), tmp_path_factory.mktemp(size)
-        random_fast(config, vocab_size=300, scale=3).save(fast)
-        robot = LeRobotConfig(str(videos), state_keys=STATE)
-        told = Language(condition_on="both", **language)
-        data = Pi05DataModule({"robot": robot}, fast=fast, language=told, shapes=config.shapes)
-        model = Pi05(config)
-        torch.manual_seed(0)
-        model.reset_parameters()
-        for parameter in model.flow_head.parameters():  # at first its norms let nothing through
-            torch.nn.init.normal_(parameter, std=0.05)
-        save(folder, model, data.processor)
-        return folder
+        random_fast(ModelConfig.preset(size), vocab_size=300, scale=3).save(fast)
+        data = {"fast": fast, "language": Language(condition_on="both", **language)}
+        return untrained_policy(folder, videos, size, flow_acts=True, data=data, state_keys=STATE)
 
     return made
 

@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from pi05_lightning.export.formats import needed, quietly, save_openvino
 from pi05_lightning.export.graphs import graphs_of
 from pi05_lightning.export.runner import open_openvino
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
+from tests.untrained import untrained_model
 
 
 def test_fewer_bits_take_less_space_and_cost_exactness(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = Pi05(ModelConfig.preset("debug"))
-    model.reset_parameters()
-    model.requires_grad_(False)
+    model = untrained_model().requires_grad_(False)
     graph, outputs, sizes = graphs_of(model, model.config.horizon)["language"], {}, {}
     inputs = {
         name: example.numpy() for name, example in zip(graph.inputs, graph.program.example_inputs[0], strict=True)

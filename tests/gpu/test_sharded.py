@@ -11,10 +11,8 @@ import torch
 from sharded_ranks import on_ranks
 from sharded_runs import train
 
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.sharding import FSDP2
-from pi05_lightning.weights.folder import save
+from tests.untrained import untrained_weights
 
 from .conftest import STAGES
 
@@ -23,11 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 def run(dataset: Path, folder: Path, accelerator: str, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What one device, and the first of `count` that divide the model, come to from the same weights."""
-    model = Pi05(ModelConfig.preset("debug"))
-    model.reset_parameters()
-    save(folder, model)
     # what is 0 but for rounding is no gradient to Adam, see tests/sharding/test_equal.py
-    module = {"init_from": str(folder), "optimizer": partial(torch.optim.AdamW, lr=1e-3, eps=1e-5)}
+    module = {"init_from": str(untrained_weights(folder)), "optimizer": partial(torch.optim.AdamW, lr=1e-3, eps=1e-5)}
     options = {"stages": STAGES, "steps": (3, 3), "module": module, "accelerator": accelerator}
     (one,) = on_ranks(1, partial(train, str(dataset), None, 1, batch_size=2 * count, **options))
     found = on_ranks(count, partial(train, str(dataset), None, count, FSDP2(), batch_size=2, **options))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator, SubsetMetrics, compute_all
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Subset
+from tests.untrained import untrained_model
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -27,10 +26,7 @@ def data(videos: Path, fast: Path) -> Pi05DataModule:
 
 @pytest.fixture
 def evaluator(data: Pi05DataModule) -> Evaluator:
-    model = Pi05(CONFIG)
-    torch.manual_seed(0)
-    model.reset_parameters()
-    return Evaluator(model, data.processor, num_steps=2)
+    return Evaluator(untrained_model(), data.processor, num_steps=2)
 
 
 def batches(data: Pi05DataModule, name: str) -> list[Batch]:

@@ -20,13 +20,12 @@ from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.files.local import write_json
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.training.run_directory import write_config
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from tests.untrained import untrained_model
 
 from .loopback_hub import Hub, reached
 
@@ -47,10 +46,8 @@ def pushed(policy: Pi05Policy, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def policy(pictures: Path) -> Pi05Policy:
     """Untrained, of a dataset that has a place on this machine."""
-    sizes = ModelConfig.preset("debug")
-    data = Pi05DataModule({"robot": LeRobotConfig(str(pictures))}, shapes=sizes.shapes)
-    model = Pi05(sizes)
-    model.reset_parameters()
+    model = untrained_model()
+    data = Pi05DataModule({"robot": LeRobotConfig(str(pictures))}, shapes=model.config.shapes)
     made = Pi05Policy((model, data.processor))
     made.trained = Trained({"pretrain": 3, "posttrain": 5}, {"flow": 5}, complete=True)
     return made

@@ -6,26 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from pi05_lightning import Pi05DataModule, Pi05Policy
+from pi05_lightning import Pi05Policy
 from pi05_lightning.data.processor import Processor
-from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
 from tests.random_fast import random_fast
+from tests.untrained import untrained_policy
 
 
 @pytest.fixture(scope="session")
 def served(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The exported policy."""
-    sizes = ModelConfig.preset("debug")
-    robot = LeRobotConfig(str(videos), state_keys=["observation.state", "observation.gripper"])
-    data = Pi05DataModule({"robot": robot}, shapes=sizes.shapes)
-    model = Pi05(sizes)
-    model.reset_parameters()
-    folder = tmp_path_factory.mktemp("served")
-    save(folder, model, data.processor)
-    return folder
+    keys = ["observation.state", "observation.gripper"]
+    return untrained_policy(tmp_path_factory.mktemp("served"), videos, state_keys=keys)
 
 
 @pytest.fixture(scope="session")

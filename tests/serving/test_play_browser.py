@@ -16,7 +16,8 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
 
 from tests.serving.processes import PATIENCE, Process, served_by_process
-from tests.sim.conftest import as_chance_made_it, config
+from tests.sim.conftest import config
+from tests.untrained import untrained_policy
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("played")
     collect(config(folder / "data"))
-    return as_chance_made_it(folder / "data" / "robot", folder)
+    return untrained_policy(folder, folder / "data" / "robot")
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ from sharded_ranks import on_ranks
 from sharded_runs import FSDP2, several, train, two_stages
 from torch import Tensor
 
-from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.safetensors import save_tensors
+from tests.untrained import untrained_model
 
 # Adam's division blows up the rounding of a gradient that is 0 but for rounding, as those of keys' biases are
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, eps=1e-5)
@@ -80,9 +79,7 @@ def check(ranks: list[dict[str, Any]], expected: dict[str, Any], tolerance: floa
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Options by the name of the run; those of STARTS take a step from weights on disk."""
     folder = tmp_path_factory.mktemp("weights")
-    model = Pi05(ModelConfig.preset("debug"))
-    torch.manual_seed(7)
-    model.reset_parameters()
+    model = untrained_model(seed=7)
     save(folder / "ours", model)
     (folder / "lerobot").mkdir()
     save_tensors(lerobot_tensors(model.state_dict(), {}), folder / "lerobot" / "model.safetensors")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from killable_fit import fit
 from sharded_memory import LARGE, taken, taken_to_open
@@ -13,15 +12,14 @@ from sharded_ranks import on_ranks
 
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.folder import save
+from tests.untrained import untrained_model
 
 RANKS = 4
 
 
 @pytest.mark.slow
 def test_a_rank_makes_its_part_in_less_memory_than_the_whole_takes(videos: Path, fast: Path, tmp_path: Path) -> None:
-    model = Pi05(LARGE)
-    torch.manual_seed(0)
-    model.reset_parameters()
+    model = untrained_model(LARGE)
     save(tmp_path / "weights", model)
     whole = sum(tensor.nbytes for tensor in model.state_dict().values())
     data = str(videos), str(fast), RANKS

@@ -15,12 +15,10 @@ from sharded_ranks import on_ranks
 from sharded_runs import validate
 
 from pi05_lightning import Pi05Policy
-from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
-from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.sharded_checkpoint import AVERAGE, STATE_DICT, STATES, is_sharded, read
+from tests.untrained import untrained_weights
 
 STEPS = 4
 
@@ -28,12 +26,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights to put adapters beside."""
-    folder = tmp_path_factory.mktemp("start") / "weights"
-    model = Pi05(ModelConfig.preset("debug"))
-    torch.manual_seed(5)
-    model.reset_parameters()
-    save(folder, model)
-    return folder
+    return untrained_weights(tmp_path_factory.mktemp("start") / "weights", seed=5)
 
 
 @pytest.fixture(scope="module")

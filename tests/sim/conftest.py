@@ -23,23 +23,9 @@ def collected(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def untrained(collected, tmp_path_factory) -> Path:
-    return as_chance_made_it(collected / "robot", tmp_path_factory.mktemp("untrained"))
+    from tests.untrained import untrained_policy
 
-
-def as_chance_made_it(dataset: Path, folder: Path) -> Path:
-    """An exported policy for a dataset, untrained, in `folder`."""
-    from pi05_lightning import Pi05DataModule
-    from pi05_lightning.data.sources.lerobot import LeRobotConfig
-    from pi05_lightning.models.config import ModelConfig
-    from pi05_lightning.models.pi05 import Pi05
-    from pi05_lightning.weights.folder import save
-
-    sizes = ModelConfig.preset("debug")
-    data = Pi05DataModule({"robot": LeRobotConfig(str(dataset))}, shapes=sizes.shapes)
-    model = Pi05(sizes)
-    model.reset_parameters()
-    save(folder, model, data.processor)
-    return folder
+    return untrained_policy(tmp_path_factory.mktemp("untrained"), collected / "robot")
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,9 @@ from pi05_lightning.sim.desk.tasks import CHAIN, INSTRUCTIONS
 from pi05_lightning.sim.rollout import Plan
 from pi05_lightning.sim.summary import summarise
 from pi05_lightning.sim.trials import Clock, Result, Trial
-from tests.sim.conftest import as_chance_made_it, config
+from tests.sim.conftest import config
 from tests.sim.walk import Walk
+from tests.untrained import untrained_policy
 
 NAMES = ("button-red", "drawer-open")
 SENTENCES = [INSTRUCTIONS[name].sentence for name in NAMES]
@@ -35,7 +36,7 @@ def recorded(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def policy(recorded, tmp_path_factory) -> Path:
-    return as_chance_made_it(recorded, tmp_path_factory.mktemp("policy"))
+    return untrained_policy(tmp_path_factory.mktemp("policy"), recorded)
 
 
 @pytest.mark.slow

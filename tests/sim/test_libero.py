@@ -11,16 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from pi05_lightning import Pi05DataModule
 from pi05_lightning.cli.main import main
-from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim import libero
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, SharedScene, View
 from pi05_lightning.sim.simulators import LeRobotEnv, Libero
 from pi05_lightning.sim.splits import EXPERIENCE
-from pi05_lightning.weights.folder import save
+from tests.untrained import untrained_policy
 
 VIEW = View(("image", "image2"), 64, 20.0)
 needs_libero = pytest.mark.skipif(
@@ -142,11 +139,7 @@ def recorded(root: Path, image: Callable[[np.ndarray], np.ndarray], gripper: Cal
     env.close()
     dataset.finalize()
     sizes = replace(ModelConfig.preset("debug"), action_dim=7)
-    data = Pi05DataModule({"robot": LeRobotConfig(str(root / "data"), val_fraction=0)}, shapes=sizes.shapes)
-    model = Pi05(sizes)
-    model.reset_parameters()
-    save(root / "policy", model, data.processor)
-    return root / "policy"
+    return untrained_policy(root / "policy", root / "data", sizes, val_fraction=0)
 
 
 @pytest.mark.slow

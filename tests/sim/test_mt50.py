@@ -20,8 +20,9 @@ from pi05_lightning.sim.metaworld.tasks import LANGUAGE
 from pi05_lightning.sim.simulators import MT50, LeRobotEnv
 from pi05_lightning.sim.splits import split_seeds
 from pi05_lightning.sim.summary import by_group, groups_table
+from tests.untrained import untrained_policy
 
-from .conftest import as_chance_made_it, config
+from .conftest import config
 
 QUICK = ("peg-insert-side-v3",)
 ALL_TASKS = [task if task in QUICK else pytest.param(task, marks=pytest.mark.slow) for task in MT50.demonstrated]
@@ -145,7 +146,7 @@ def test_tasks_are_collected_and_rolled_out_with_the_mean_of_each_group(tmp_path
     tasks = ("drawer-open-v3", "soccer-v3", "push-v3", "stick-push-v3")
     small = {"tasks": tasks, "episodes": 1, "scenes": 1, "image_size": 96}
     data = collect(config(tmp_path / "data", env=MT50(), **small))
-    policy = as_chance_made_it(data / "robot", tmp_path / "policy")
+    policy = untrained_policy(tmp_path / "policy", data / "robot")
     how = ["--env", "MT50", "--episodes", "1", "--modes", "[policy,expert]", "--videos", "0", "--num_workers", "1"]
     main(["rollout", str(policy), "--out", str(tmp_path), *how])
     result = json.loads((tmp_path / "rollout.json").read_text())

@@ -14,13 +14,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning import Pi05Module, Pi05Policy
-from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.safetensors import save_tensors
+from tests.untrained import untrained_model
 from tests.weights.hub_cache import hold_in_cache
 
 from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
@@ -43,10 +43,7 @@ class Begin(Callback):
 
 @pytest.fixture
 def model() -> Pi05:
-    model = Pi05(ModelConfig.preset("debug"))
-    torch.manual_seed(7)
-    model.reset_parameters()
-    return model
+    return untrained_model(seed=7)
 
 
 @pytest.mark.parametrize("kind", ["ours", "lerobot", "openpi"])

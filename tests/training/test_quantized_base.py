@@ -19,8 +19,8 @@ from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.models.quantized import quantized_layers
 from pi05_lightning.training.callbacks.ema import WeightAverage
-from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
+from tests.untrained import untrained_weights
 
 LORA = Lora(rank=2)
 CASES = pytest.mark.parametrize(("base", "precision"), [("nf4", "bf16-true"), ("int8", "32-true")])
@@ -30,12 +30,7 @@ Train = Callable[..., Trainer]
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights to begin with."""
-    torch.manual_seed(0)
-    model = Pi05(ModelConfig.preset("debug"))
-    model.reset_parameters()
-    folder = tmp_path_factory.mktemp("start")
-    save(folder, model)
-    return folder
+    return untrained_weights(tmp_path_factory.mktemp("start"))
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
@@ -29,19 +28,12 @@ from pi05_lightning.weights.adapters import merge
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 from tests.quiet_trainer import quiet_trainer
+from tests.untrained import untrained_weights
 from tests.weights.hub_cache import COMMIT, hold_in_cache
 
 LORA = Lora(rank=2)
 STEPS = 4
 Fit = Callable[..., Trainer]
-
-
-def save_start(folder: Path, seed: int = 0) -> Path:
-    torch.manual_seed(seed)
-    model = Pi05(ModelConfig.preset("debug"))
-    model.reset_parameters()
-    save(folder, model)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +44,7 @@ def dataset(videos: Path) -> LeRobotConfig:
 @pytest.fixture
 def fit(dataset: LeRobotConfig, tmp_path: Path) -> Fit:
     """A run under tmp_path/project, beside weights to begin with."""
-    save_start(tmp_path / "project" / "start")
+    untrained_weights(tmp_path / "project" / "start")
 
     def run(
         name: str = "run", ckpt_path: Path | None = None, steps: int = STEPS, precision: Any = None, **module: Any
@@ -124,7 +116,7 @@ def test_a_base_that_was_moved_with_the_run_is_found_and_another_place_can_be_sa
     assert_equal(locate(path, averaged=False, base=tmp_path / "elsewhere").tensors(), expected)
     fit("other", ckpt_path=path, init_from=str(tmp_path / "elsewhere"), steps=STEPS)
 
-    save_start(tmp_path / "moved" / "start", seed=1)
+    untrained_weights(tmp_path / "moved" / "start", seed=1)
     with pytest.raises(ValueError, match=r"moved/start has other weights: [0-9a-f]{64}"):
         locate(path).tensors()
     convert(source=path, target=tmp_path / "whole", base=str(tmp_path / "elsewhere"), averaged=False)
@@ -135,24 +127,24 @@ def test_a_base_of_the_hub_is_found_again_though_its_repository_has_other_weight
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    hub = hold_in_cache(save_start(tmp_path / "base"), tmp_path / "hub", monkeypatch)
+    hub = hold_in_cache(untrained_weights(tmp_path / "base"), tmp_path / "hub", monkeypatch)
     expected = merged(fit(init_from="lab/arm"))
     saved = torch.load(checkpoint(tmp_path), weights_only=True)["pi05"]["adapter_base"]
     assert saved["place"] == f"lab/arm@{COMMIT}"
-    save_start(hub / COMMIT[::-1], seed=1)
+    untrained_weights(hub / COMMIT[::-1], seed=1)
     (hub.parent / "refs" / "main").write_text(COMMIT[::-1])
     for given in (None, "lab/arm"):
         assert_equal(locate(checkpoint(tmp_path), averaged=False, base=given).tensors(), expected)
 
 
 def test_a_base_is_remembered_by_its_own_name_and_not_by_a_links_that_others_get(tmp_path: Path) -> None:
-    folder = save_start(tmp_path / "step=1.ckpt")  # as a sharded checkpoint is a folder
+    folder = untrained_weights(tmp_path / "step=1.ckpt")  # as a sharded checkpoint is a folder
     (tmp_path / "last.ckpt").symlink_to("step=1.ckpt")
     name = str(tmp_path / "last.ckpt")
     base = AdapterBase("sha", place_of(name, locate(name)), str(tmp_path), "float32")
     assert base.place == str(folder)
     assert base.is_at(name)
-    save_start(tmp_path / "step=2.ckpt")
+    untrained_weights(tmp_path / "step=2.ckpt")
     (tmp_path / "last.ckpt").unlink()
     (tmp_path / "last.ckpt").symlink_to("step=2.ckpt")
     assert not base.is_at(name)
@@ -198,7 +190,7 @@ def test_adapters_beside_random_weights_are_saved_with_them(fit: Fit, tmp_path: 
 
 
 def test_the_content_of_weights_is_their_names_types_shapes_and_values(tmp_path: Path) -> None:
-    start = locate(save_start(tmp_path / "start"))
+    start = locate(untrained_weights(tmp_path / "start"))
     shutil.copytree(tmp_path / "start", tmp_path / "copy")
     assert re.fullmatch("[0-9a-f]{64}", start.content_hash())
     assert locate(tmp_path / "copy").content_hash() == start.content_hash()

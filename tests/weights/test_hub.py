@@ -11,21 +11,18 @@ from pi05_lightning import Pi05Module, Pi05Policy
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.files.hub import local_folder
-from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
+from tests.untrained import untrained_model
 from tests.weights.hub_cache import COMMIT, hold_in_cache
 
 
 @pytest.fixture(scope="module")
 def lerobot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with LeRobot's weights and nothing else."""
-    model = Pi05(ModelConfig.preset("debug"))
-    model.reset_parameters()
     folder = tmp_path_factory.mktemp("lerobot")
-    save_tensors(lerobot_tensors(model.state_dict(), {}), folder / "model.safetensors")
+    save_tensors(lerobot_tensors(untrained_model().state_dict(), {}), folder / "model.safetensors")
     return folder
 
 

@@ -26,6 +26,7 @@ from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import save_tensors
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 from tests.quiet_trainer import quiet_trainer
+from tests.untrained import untrained_model
 
 PRETRAIN = StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5})
 POSTTRAIN = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0})
@@ -63,9 +64,7 @@ def stage_1(fit: Fit) -> Path:
 
 @pytest.fixture
 def model() -> Pi05:
-    model = Pi05(CONFIG)
-    model.reset_parameters()
-    return model
+    return untrained_model()
 
 
 def answers(weights: Weights, expected: dict[str, torch.Tensor]) -> None:

@@ -16,11 +16,11 @@ from pi05_lightning.cli.serve import serve
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.locate import locate
 from tests.quiet_trainer import quiet_trainer
+from tests.untrained import untrained_model
 
 CONFIG = ModelConfig.preset("debug")
 LISTED = r"several robots, arm, giant: name one of them as `robot`"
@@ -35,10 +35,8 @@ def two_robots(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     arm = processor.robots["arm"]
     action = Quantiles(100 * arm.normalize.action.q01, 100 * arm.normalize.action.q99)
     processor.robots["giant"] = replace(arm, normalize=Normalize(arm.normalize.state, action))
-    model = Pi05(CONFIG)
-    model.reset_parameters()
     folder = tmp_path_factory.mktemp("policies") / "two"
-    save(folder, model, processor)
+    save(folder, untrained_model(), processor)
     return folder
 
 
