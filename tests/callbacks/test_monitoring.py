@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -16,11 +16,13 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
+from pi05_lightning.recipe import Recipe
 from pi05_lightning.training.callbacks.dashboard import Dashboard, layout
 from pi05_lightning.training.callbacks.examples import ValidationExamples
 from pi05_lightning.training.callbacks.provenance import Provenance, commit
 from pi05_lightning.training.callbacks.throughput import Throughput
+from tests.both_stages import STAGES
+from tests.quiet_trainer import quiet_trainer
 
 SWITCH, STEPS = 3, 8
 
@@ -29,29 +31,20 @@ SWITCH, STEPS = 3, 8
 def run(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     seed_everything(0)
-    stages = StageSwitch(
-        SWITCH,
-        STEPS - SWITCH,
-        pretrain=StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}),
-        posttrain=StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
-    )
+    stages = StageSwitch(SWITCH, STEPS - SWITCH, **STAGES)
     data = Pi05DataModule(
         {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0, val_samples=4
     )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=-1,
-        use_distributed_sampler=False,
+    trainer = quiet_trainer(
+        stages,
+        *(Provenance(), Dashboard(), Throughput(), ValidationExamples(first=1, worst=1)),
         logger=TensorBoardLogger(folder, name="", version=""),
         default_root_dir=folder,
         log_every_n_steps=1,
         accumulate_grad_batches=2,
+        limit_val_batches=1.0,
         val_check_interval=STEPS,
         num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[stages, Provenance(), Dashboard(), Throughput(), ValidationExamples(first=1, worst=1)],
     )
     module = Pi05Module(ModelConfig.preset("debug"), num_steps=2)
     module.run_config = "seed_everything: 7\n"

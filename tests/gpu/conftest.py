@@ -17,17 +17,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, StageOptions
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
+from tests.quiet_trainer import quiet_trainer
 
 # the processes of a sharded run import what is there too, see tests/sharding/conftest.py
 sys.path.append(str(Path(__file__).parents[1] / "sharding"))
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts: what deterministic products need
-
-PRETRAIN_STEPS, POSTTRAIN_STEPS = 3, 3
-STAGES = {
-    "pretrain": StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}),
-    "posttrain": StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
-}
 
 
 @pytest.fixture
@@ -49,20 +44,9 @@ def fit(videos: Path, tmp_path: Path) -> Callable[..., Trainer]:
             **(module_options or {}),
         )
         data = Pi05DataModule({"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}, batch_size=4, num_workers=0)
-        trainer = Trainer(
-            accelerator=accelerator,
-            devices=1,
-            default_root_dir=tmp_path,
-            max_epochs=-1,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            gradient_clip_val=1.0,
-            callbacks=[StageSwitch(PRETRAIN_STEPS, POSTTRAIN_STEPS, **STAGES), *callbacks],
-            **options,
-        )
+        switch = StageSwitch(PRETRAIN_STEPS, POSTTRAIN_STEPS, **STAGES)
+        device = {"accelerator": accelerator, "devices": 1, "gradient_clip_val": 1.0}
+        trainer = quiet_trainer(switch, *callbacks, default_root_dir=tmp_path, **device, **options)
         trainer.fit(module, data, ckpt_path=ckpt_path)
         return trainer
 

@@ -12,9 +12,8 @@ from sharded_ranks import on_ranks
 from sharded_runs import train
 
 from pi05_lightning.training.sharding import FSDP2
+from tests.both_stages import STAGES
 from tests.untrained import untrained_weights
-
-from .conftest import STAGES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 

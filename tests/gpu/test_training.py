@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.types import Batch
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
@@ -77,7 +76,7 @@ class NothingWaits(Callback):
 def test_a_training_step_does_not_wait_for_the_device(fit: Fit, precision: str, checkpointing: bool) -> None:
     try:
         options = {"activation_checkpointing": checkpointing}
-        trainer = fit("cuda", NothingWaits(), precision=precision, module_options=options, enable_checkpointing=False)
+        trainer = fit("cuda", NothingWaits(), precision=precision, module_options=options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert trainer.global_step == TOTAL

@@ -15,14 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from pi05_lightning import Pi05DataModule, Pi05Module, StageSwitch
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
-from pi05_lightning.recipe import LossWeights, StageOptions
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 from tests.quiet_trainer import quiet_trainer
-
-PRETRAIN_STEPS, POSTTRAIN_STEPS = 3, 3
-STAGES = {
-    "pretrain": StageOptions(LossWeights(text=1, subtask=1), {"robot/qa": 0.5, "robot/hl_subtask": 0.5}),
-    "posttrain": StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_actions": 1.0}),
-}
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from pi05_lightning.recipe import LossWeights, Stage, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.weights.resumed import changed_options
 from pi05_lightning.weights.sharded_checkpoint import read_into
+from tests.both_stages import STAGES
 
-from .conftest import STAGES
 from .test_own_head import GripperHead
 
 Train = Callable[..., Trainer]

@@ -14,8 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.types import Batch
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]

@@ -16,8 +16,8 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 from .test_own_head import GripperHead
 from .two_ranks import Rounding
 

@@ -15,8 +15,7 @@ from pi05_lightning import Pi05Policy
 from pi05_lightning.cli.convert import convert
 from pi05_lightning.recipe import LossWeights, StageOptions
 from pi05_lightning.training.callbacks.ema import WeightAverage
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]

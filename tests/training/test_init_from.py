@@ -20,10 +20,9 @@ from pi05_lightning.training.callbacks.provenance import Provenance
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot import lerobot_tensors
 from pi05_lightning.weights.safetensors import save_tensors
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 from tests.untrained import untrained_model
 from tests.weights.hub_cache import hold_in_cache
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]

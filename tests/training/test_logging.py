@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pi05_lightning.cli.run import default_callbacks
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.training.callbacks.ema import WeightAverage
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]

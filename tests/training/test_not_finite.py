@@ -23,8 +23,7 @@ from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.training.callbacks.ema import WeightAverage
 from pi05_lightning.training.callbacks.restart import PENDING, Restart
 from pi05_lightning.types import Drawn
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 Train = Callable[..., Trainer]
 TOTAL, SICK = PRETRAIN_STEPS + POSTTRAIN_STEPS, 4

@@ -24,8 +24,7 @@ from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
 from pi05_lightning.types import Batch, Frame, Modality, Prefix, Target
-
-from .conftest import PRETRAIN_STEPS, STAGES
+from tests.both_stages import PRETRAIN_STEPS, STAGES
 
 ACTIONS = frozenset({Modality.CONTINUOUS})
 

@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 
 from pi05_lightning.module import default_optimizer
 from pi05_lightning.training.precision import check_scaled
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]

@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from pi05_lightning.recipe import LossWeights, StageOptions
-
-from .conftest import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
+from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS, STAGES
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
 Train = Callable[..., Trainer]
