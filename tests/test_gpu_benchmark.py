@@ -50,7 +50,7 @@ def test_what_is_left_when_measuring_again_is_named_without_what_was_measured(
     monkeypatch.setattr(sys, "argv", ["gpu", *words])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main()
-    assert "go on with --only ceilings train-nf4\n" in capsys.readouterr().out
+    assert "go on with --again --only ceilings train-nf4\n" in capsys.readouterr().out
 
 
 def test_quick_figures_neither_come_from_the_kept_results_nor_get_among_them(

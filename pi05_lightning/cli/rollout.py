@@ -67,10 +67,9 @@ def rollout(
             FAST tokens), rtc and async (with `delays`: real-time chunking, and without it), and the baselines
             mean_replay (mean training trajectory), random (uniform actions), expert (scripted; it sees the goal); by
             default all that policy, simulator and data allow.
-        out: folder for results, in place of earlier ones; by default `rollout` beside the checkpoint, of a Hub id in
+        out: folder for results, in place of earlier ones; by default `rollout` in its run, of a Hub id in
             runs/USER--NAME.
-        dataset: the demonstrations, for mean_replay: a folder or Hub id; by default those named in the checkpoint, if
-            they are on this machine.
+        dataset: folder or Hub id of demonstrations, for mean_replay; by default those named in the checkpoint.
         max_seconds: simulated time after which an episode has failed; by default 6 per step of a task, 5 in MT50,
             LeRobot's in others.
         videos: episodes per task and policy mode that are filmed, and beside them one that fails, if any does.

@@ -241,10 +241,12 @@ def fail_to_write(folder: Path) -> None:
 def look_elsewhere(folder: Path) -> None:
     """Where one rank sees another folder, all of them say so; nothing is left in the folder."""
     check_shared(folder / "shared")
+    dist.barrier()  # the first rank takes its file away last
     assert not list((folder / "shared").iterdir())
     own = folder / str(dist.get_rank())
     with pytest.raises(ValueError, match=f"{folder}/1, where the run is saved, is not the same folder on all machines"):
         check_shared(own, patience=1)
+    dist.barrier()
     assert not (folder / "1").exists()
     assert not list((folder / "0").iterdir())
 
