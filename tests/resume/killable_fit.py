@@ -164,13 +164,13 @@ def fit(
     ranks: int = 1,
     strategy: str = "ddp",
     command: str = "fit",
-    each: Sequence[Sequence[str]] = ((), ()),
+    each: Sequence[Sequence[str]] = (),
     kill_others: bool = True,
     **environment: int | str,
 ) -> list[int | None]:
     """Exit codes of the ranks; when one ends badly the others are killed, as a scheduler would, or are not.
 
-    each: the arguments that one rank alone has.
+    each: of every rank, the arguments that it alone has.
     """
     common = {name: str(int(value)) if isinstance(value, int) else value for name, value in environment.items()}
     if ranks > 1:
@@ -183,7 +183,9 @@ def fit(
     for rank in range(ranks):
         places = ("LOCAL_RANK", "SLURM_LOCALID", "SLURM_PROCID") if ranks > 1 else ()
         own = common | dict.fromkeys(places, str(rank))
-        processes.append(server().Process(target=_fit, args=([command, *args, *each[rank]], own, log)))
+        processes.append(
+            server().Process(target=_fit, args=([command, *args, *(each[rank] if each else ())], own, log))
+        )
         processes[-1].start()
     running = list(processes)
     while running:
