@@ -23,7 +23,7 @@ from pi05_lightning.weights.adapter_base import unlinked
 from pi05_lightning.weights.locate import RUNS, locate_run, run_of
 
 RESUME_NEEDS = "--resume auto goes on with a run of `pi05 fit`, or starts it: name it with --run"
-_SHARED = "PI05_CKPT_PATH"
+_CKPT_PATH = "PI05_CKPT_PATH"
 """Environment variable that tells the checkpoint's file to the ranks that Lightning starts."""
 
 
@@ -41,11 +41,11 @@ def find_resumed(path: str, run: str | None) -> str:
     Never a link, as a run that trains points its own to another file meanwhile. The ranks that Lightning starts take
     the first one's.
     """
-    if (told := told_by_first_rank(_SHARED)) is not None:
+    if (told := told_by_first_rank(_CKPT_PATH)) is not None:
         return told
     given = (Path(run) if run else last_run()) if path == "last" else Path(path)
     found = str(unlinked(locate_run(given).path))
-    tell_ranks(_SHARED, found)
+    tell_ranks(_CKPT_PATH, found)
     return found
 
 

@@ -22,7 +22,7 @@ MARK = "# The whole configuration of this run, as pi05 resolved it."
 MEASURED = ("metrics.json", "metrics.csv", "questions.json", "measured.json")
 WRITTEN = (CONFIG, "checkpoints", "validation", "provenance.json", *MEASURED, "report.html")
 """What a run may write into its directory, beside the logger's files."""
-_SHARED = "PI05_RUN"
+_RUN = "PI05_RUN"
 """Environment variable that tells the run's directory to the ranks that Lightning starts."""
 
 
@@ -101,7 +101,7 @@ def new_run() -> Path:
     several = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) > 1
     if several and (TorchElasticEnvironment.detect() or SLURMEnvironment.detect()):
         raise ValueError("each process of this job would make a run of its own: give them one name with --run")
-    if (told := told_by_first_rank(_SHARED)) is not None:
+    if (told := told_by_first_rank(_RUN)) is not None:
         return Path(told)
     started, number = datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), 1
     while True:
@@ -111,5 +111,5 @@ def new_run() -> Path:
         except FileExistsError:
             number += 1
         else:
-            tell_ranks(_SHARED, str(folder))
+            tell_ranks(_RUN, str(folder))
             return folder

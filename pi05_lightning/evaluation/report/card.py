@@ -51,10 +51,9 @@ def data_name(run: Run, source: str, path: str) -> str:
 
 
 def with_names_alone(value: Any) -> Any:
-    """A configuration with the last part alone of paths that begin with `/`, `~` or `..`.
+    """A configuration without what is of this machine or its user alone.
 
-    Where things lay here is nobody else's business.
-    And whose addresses have no user's name, password and query.
+    Of paths that begin with `/`, `~` or `..` the last part is left, of addresses no user's name, password and query.
     """
     if isinstance(value, dict):
         return {key: with_names_alone(inner) for key, inner in value.items()}
