@@ -148,6 +148,8 @@ def test_a_file_without_dimensions_says_what_to_do(tmp_path: Path) -> None:
         ("model: {config: {vision: {widht: 3}}}", "bad.yaml: .*model.config.*widht"),
         ("model: {config: {vision: {width: 30}}}", "bad.yaml: .*width 30 is not a multiple of num_heads"),
         ("model: {flow_draws: many}", "bad.yaml: .*model.flow_draws"),
+        ("model: {config: {horizon: null}}", "horizon is null"),
+        ("{horizn: 8, action_dim: 3}", "bad.yaml: .*horizn"),
         ("model: {config: absent.yaml}", "bad.yaml: .*model.config.*absent.yaml"),
         ("- 3", "bad.yaml is no configuration"),
         ("model: {config", "bad.yaml"),

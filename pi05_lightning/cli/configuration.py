@@ -39,8 +39,7 @@ def read_configuration(files: Sequence[str], keys: Mapping[str, Any]) -> Namespa
 
 def is_model(path: Path) -> bool:
     """Whether a YAML file has a model's dimensions at its top, and not a run's settings."""
-    values = check_layer(path)
-    return bool(values) and values.keys() <= {field.name for field in fields(ModelConfig)}
+    return not check_layer(path).keys().isdisjoint(field.name for field in fields(ModelConfig))
 
 
 def check_layer(path: Path) -> dict[str, Any]:

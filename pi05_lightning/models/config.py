@@ -11,6 +11,13 @@ from pi05_lightning.files.yaml_files import read_yaml
 from pi05_lightning.types import Shapes
 
 
+def check_size(name: str, value: int | None, least: int = 1) -> None:
+    """ValueError, by name, unless a number is at least `least`; YAML's null, which a parser lets through, is none."""
+    if value is None:
+        raise ValueError(f"{name} is null: give a number of {least} at least, or leave it out for the default")
+    check_range(name, value, least)
+
+
 @dataclass(frozen=True)
 class GemmaConfig:
     """A Gemma transformer (PaliGemma's language model or the action expert)."""
@@ -24,7 +31,7 @@ class GemmaConfig:
 
     def __post_init__(self) -> None:
         for name in fields(self):
-            check_range(name.name, getattr(self, name.name), 1)
+            check_size(name.name, getattr(self, name.name))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
@@ -57,10 +64,10 @@ class VisionConfig:
     for none. With them a place is known by 73 pixels around it, without by 25."""
 
     def __post_init__(self) -> None:
-        check_range("vision.named_maps", self.named_maps, 0)
+        check_size("vision.named_maps", self.named_maps, 0)
         for name in fields(self):
             if name.name not in ("points_at_prompt", "named_maps"):
-                check_range(f"vision.{name.name}", getattr(self, name.name), 1)
+                check_size(f"vision.{name.name}", getattr(self, name.name))
         if self.width % self.num_heads:
             raise ValueError(f"vision width {self.width} is not a multiple of num_heads {self.num_heads}")
         if self.num_keypoints % self.keypoints_per_token:
@@ -92,8 +99,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "fast_vocab_size", "horizon", "action_dim"):
-            check_range(name, getattr(self, name), 1)
-        check_range("fast_skip_tokens", self.fast_skip_tokens, 0)
+            check_size(name, getattr(self, name))
+        check_size("fast_skip_tokens", self.fast_skip_tokens, 0)
         side, patch = self.vision.image_size, self.vision.patch_size
         if self.backbone_type == "siglip_gemma" and side % patch:
             raise ValueError(f"vision.image_size {side} is not a multiple of vision.patch_size {patch}")
