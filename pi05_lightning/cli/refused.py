@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import count
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter as CSVWriter
-from lightning.pytorch.utilities import rank_zero_info
 
 from pi05_lightning.files.ranges import check_range
 
@@ -62,45 +55,6 @@ def check_loggers(loggers: Any) -> None:
         given = logger.get("init_args") if isinstance(logger, Namespace) else None  # some classes have none
         every = given.get("flush_logs_every_n_steps") if given else None
         check_range("trainer.logger.init_args.flush_logs_every_n_steps", every, 1)
-
-
-def check_log_dir(logger: CSVLogger, run: Path) -> None:
-    """ValueError for the run's own directory, in which `pi05 validate` writes a metrics.csv."""
-    if Path(logger.log_dir).resolve() == run.resolve():
-        raise ValueError(
-            f"trainer.logger: a CSVLogger would write its metrics.csv into {run}, where that of pi05 validate is: give"
-            " it a name (trainer.logger.init_args.name csv)"
-        )
-
-
-@contextmanager
-def keeping_metrics(folder: Path) -> Iterator[None]:
-    """Rename the metrics.csv that a CSVLogger left in its folder before: another one begins with deleting it.
-
-    It has its name again in the end where nothing was logged, as when a resume is refused.
-    """
-    file = folder / CSVWriter.NAME_METRICS_FILE
-    if not file.exists():
-        yield
-        return
-    earlier = next(path for n in count(1) if not (path := file.with_suffix(f".{n}.csv")).exists())
-    file.rename(earlier)
-    try:
-        yield
-    finally:
-        if file.exists():
-            rank_zero_info(f"{file} of an earlier start is {earlier} now")
-        else:
-            earlier.rename(file)
-
-
-def beside_training(logger: CSVLogger, command: str) -> CSVLogger:
-    """A CSVLogger for what a command measures, where the one that is given has the metrics.csv of a training."""
-    if not Path(logger.log_dir, CSVWriter.NAME_METRICS_FILE).exists():
-        return logger
-    folder = Path(logger.log_dir, command)
-    version = next(n for n in count(1) if not (folder / f"version_{n}").exists())
-    return CSVLogger(folder.parent, folder.name, version)
 
 
 def as_list(value: Any) -> list[Any]:

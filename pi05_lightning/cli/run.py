@@ -14,7 +14,8 @@ import re
 import signal
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -27,24 +28,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.cli.arguments import RESUME_NEEDS, complete_arguments, find_resumed, is_within
 from pi05_lightning.cli.building import mistakes_named
+from pi05_lightning.cli.csv_metrics import no_metrics_lost
 from pi05_lightning.cli.help import CHECKPOINT_DEFAULTS, NOT_OF_A_CHUNK, RUN_OPTIONS, TRAINER_DEFAULTS
 from pi05_lightning.cli.main import TRAINER_COMMANDS, Parser, said_fully
 from pi05_lightning.cli.noise import silence_noise
-from pi05_lightning.cli.refused import (
-    as_list,
-    beside_training,
-    check_log_dir,
-    check_loggers,
-    check_saved,
-    check_trainer,
-    keeping_metrics,
-)
+from pi05_lightning.cli.refused import as_list, check_loggers, check_saved, check_trainer
 from pi05_lightning.cli.results import MEASURING, show_results
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.files.local import check_writable, held
@@ -305,61 +299,71 @@ def run(command: str, args: list[str]) -> None:
     switches = {name for name, (kind, _) in RUN_OPTIONS.items() if kind is bool}
     with tempfile.TemporaryDirectory() as folder:
         cli = Pi05CLI(command, complete_arguments(command, said_fully(args, switches), Path(folder)))
-    for forecast in callbacks_of(cli.trainer, MemoryForecast):
-        forecast.force = cli.config.force
-    for switch in callbacks_of(cli.trainer, StageSwitch):  # here, as preparing the data may take long
-        switch.apply(cli.trainer, cli.model, command)
-        if command == "fit":
-            cli.datamodule.check_mixtures(switch.recipe)
-            if cli.config.ckpt_path is None:
-                cli.model.check_new()
-                if cli.model.init_from is not None:
-                    locate(cli.model.init_from)
-    if command == "predict":
-        cli.model.acting = cli.config_init.acting
-    cli.model.will_be_restored = cli.config.ckpt_path is not None
-    if command != "fit" and cli.model.will_be_restored and cli.trainer.is_global_zero:
-        # it takes memory, of which the model has none yet
-        cli.model.restored_hash = measured_hash(cli.trainer, cli.config.ckpt_path)
+    prepare(cli)
+    run_directory = Path(cli.config.run)
     # what Lightning prints by itself has a column per loader, all of them full
     quiet = {"predict": {"return_predictions": False}, "validate": {"verbose": False}, "test": {"verbose": False}}
-    target, stack = Path(cli.config.run), ExitStack()
-    csv_loggers = [logger for logger in cli.trainer.loggers if isinstance(logger, CSVLogger)]
-    for logger in csv_loggers:
-        check_log_dir(logger, target)
-    if command != "fit":
-        cli.trainer.loggers = [
-            beside_training(logger, command) if logger in csv_loggers else logger for logger in cli.trainer.loggers
-        ]
-    if command == "fit" and cli.trainer.is_global_zero and not leaves_nothing(cli.trainer):
-        stack.enter_context(held(target, f"pi05 fit writes to {target}", instead="another --run"))
     try:
-        with stack:
-            for logger in csv_loggers if command == "fit" and cli.trainer.is_global_zero else ():
-                stack.enter_context(keeping_metrics(Path(logger.log_dir)))
+        with ends_named(), only_writer(cli), no_metrics_lost(cli.trainer, run_directory, command):
             getattr(cli.trainer, command)(
                 cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path, **quiet.get(command, {})
             )
         if command in MEASURING and cli.trainer.is_global_zero:
-            show_results(cli.trainer, cli.model, target, command)
+            show_results(cli.trainer, cli.model, run_directory, command)
+    finally:
+        begun = command == "fit" and cli.trainer.train_dataloader is not None
+        if begun and cli.trainer.interrupted and (found := saved_in(cli.config)):
+            named = "" if Path(found) == run_directory else f" --run {run_directory}"
+            print(f"Go on with: pi05 fit --ckpt_path {found}{named}", file=sys.stderr)
+
+
+def prepare(cli: Pi05CLI) -> None:
+    """Tell callbacks and model what the command needs of them; refuse early what would fail late.
+
+    Raises ValueError for a mixture that serves a stage nothing, and for weights that are not there.
+    """
+    trainer, model, config = cli.trainer, cli.model, cli.config
+    for forecast in callbacks_of(trainer, MemoryForecast):
+        forecast.force = config.force
+    for switch in callbacks_of(trainer, StageSwitch):
+        switch.apply(trainer, model, cli.command)
+        if cli.command == "fit":
+            cli.datamodule.check_mixtures(switch.recipe)
+    if cli.command == "fit" and config.ckpt_path is None:
+        model.check_new()
+        if model.init_from is not None:
+            locate(model.init_from)
+    if cli.command == "predict":
+        model.acting = cli.config_init.acting
+    model.will_be_restored = config.ckpt_path is not None
+    if cli.command != "fit" and model.will_be_restored and trainer.is_global_zero:
+        # it takes memory, of which the model has none yet
+        model.restored_hash = measured_hash(trainer, config.ckpt_path)
+
+
+def only_writer(cli: Pi05CLI) -> AbstractContextManager[None]:
+    """While it trains, no other `pi05 fit` writes to the run."""
+    if cli.command != "fit" or not cli.trainer.is_global_zero or leaves_nothing(cli.trainer):
+        return nullcontext()
+    return held(Path(cli.config.run), f"pi05 fit writes to {cli.config.run}", instead="another --run")
+
+
+@contextmanager
+def ends_named() -> Iterator[None]:
+    """What Lightning and PyTorch raise as a run ends, as an error that says how to mend it, or as the exit status."""
+    try:
+        yield
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):  # for which the trainer says 1
             raise SystemExit(128 + signal.SIGINT) from None
         raise
-    except (
-        RuntimeError,
-        ValueError,
-    ) as error:  # PyTorch raises it wherever the run is, in what tells its own errors too
+    except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
+        raise ValueError(str(error)) from error
+    # PyTorch raises it wherever the run is, in what tells its own errors too
+    except (RuntimeError, ValueError) as error:
         if not (killed := KILLED_LOADER.search(str(error))):
             raise
         raise ChildProcessError(
             f"a process that loads data was killed ({killed[0]}), most likely for want of memory: use fewer with"
             " --data.num_workers, or give a container more of /dev/shm"
         ) from error
-    except MisconfigurationException as error:  # of a callback of Lightning's, which its options do not fit
-        raise ValueError(str(error)) from error
-    finally:
-        begun = command == "fit" and cli.trainer.train_dataloader is not None
-        if begun and cli.trainer.interrupted and (found := saved_in(cli.config)):
-            named = "" if Path(found) == target else f" --run {target}"
-            print(f"Go on with: pi05 fit --ckpt_path {found}{named}", file=sys.stderr)
