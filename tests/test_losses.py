@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from pi05_lightning.losses import draw_noise
+from pi05_lightning.losses import draw_noise, total_loss
 
 
 def test_noise_of_a_sample_does_not_depend_on_its_batch() -> None:
@@ -23,3 +23,8 @@ def test_flow_time_has_the_moments_of_its_beta_distribution() -> None:
     # Beta(1.5, 1) has mean 0.6 and variance 0.6 · 0.4 / 3.5
     np.testing.assert_allclose(time.mean(), 0.999 * 0.6 + 0.001, atol=0.01)
     np.testing.assert_allclose(time.var(), 0.999**2 * 0.6 * 0.4 / 3.5, atol=0.005)
+
+
+def test_total_is_of_the_terms_that_have_a_weight_each_times_its_own() -> None:
+    means = {"subtask": torch.tensor(2.0), "flow": torch.tensor(3.0), "text": torch.tensor(9.0)}
+    assert total_loss(means, {"subtask": 1.0, "flow": 10.0}) == 32

@@ -59,7 +59,6 @@ def events(run: Path) -> EventAccumulator:
     return found
 
 
-@pytest.mark.slow
 def test_every_chart_for_what_was_logged_finds_its_tags(events: EventAccumulator) -> None:
     tags = events.Tags()["scalars"]
     found = {

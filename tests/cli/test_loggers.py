@@ -58,7 +58,6 @@ def test_guide_has_a_line_for_each() -> None:
     assert list(documented()) == ["TensorBoard", "CSV", "Weights & Biases", "MLflow", "Trackio"]
 
 
-@pytest.mark.slow
 def test_csv_has_the_losses(logged: Path) -> None:
     with (logged / "runs/csv/version_0/metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row.get(LOSS)]

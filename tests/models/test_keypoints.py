@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pi05_lightning.models.config import VisionConfig
 from pi05_lightning.models.heads.location import NAME, LocationHead, Points
-from pi05_lightning.models.keypoints import KeypointStem
+from pi05_lightning.models.keypoints import KeypointStem, places
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Answer, Batch, Frame, box_to_text
 
@@ -31,6 +31,28 @@ def tokens(model: Pi05, batch: Batch) -> Tensor:
     with torch.no_grad():
         columns = model.backbone.embed(batch)[0][:, : 2 * batch.image_mask.shape[1]]
     return columns.unflatten(1, (-1, 2))
+
+
+def test_places_are_down_and_across() -> None:
+    heat = torch.full((1, 5, 9), -50.0)
+    heat[0, 1, 6] = 50.0
+    torch.testing.assert_close(places(heat), torch.tensor([[1 / 4, 6 / 8]]))
+
+
+def test_every_camera_has_maps_and_projections_of_its_own(model: Pi05) -> None:
+    stem = model.backbone.vision
+    assert isinstance(stem, KeypointStem)
+    image, cameras = torch.rand(1, 3, 16, 16).expand(2, -1, -1, -1) * 2 - 1, torch.tensor([0, 1])
+    with torch.no_grad():
+        keypoints = stem.look(image, cameras)["keypoints"]
+        assert (keypoints[0] != keypoints[1]).any()
+        before = stem(image, cameras)[0] - stem.identity[cameras]
+        projection = stem.projection[1].clone()
+        stem.projection[1] *= 2
+        after = stem(image, cameras)[0] - stem.identity[cameras]
+        stem.projection[1] = projection
+    torch.testing.assert_close(after[0], before[0])
+    torch.testing.assert_close(after[1, 0], 2 * before[1, 0])
 
 
 def test_last_token_of_an_image_says_where_the_prompt_points(model: Pi05) -> None:

@@ -35,8 +35,8 @@ def outputs(model: Pi05, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return token_nll(out), out["flow"].values
 
 
-def trained_adapters(model: Pi05) -> Pi05:
-    add_adapters(model, Lora(rank=2, alpha=4))
+def trained_adapters(model: Pi05, dropout: float = 0.0) -> Pi05:
+    add_adapters(model, Lora(rank=2, alpha=4, dropout=dropout))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -93,3 +93,9 @@ def test_targets_without_a_layer_are_refused(model: Pi05) -> None:
 def test_rank_0_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lora\.rank is 0"):
         Lora(rank=0)
+
+
+def test_adapters_drop_out_in_training_alone(model: Pi05, batch: Batch) -> None:
+    trained_adapters(model, dropout=0.5)
+    assert torch.equal(outputs(model.eval(), batch)[0], outputs(model, batch)[0])
+    assert not torch.equal(outputs(model.train(), batch)[0], outputs(model, batch)[0])

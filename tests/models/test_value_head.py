@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pi05_lightning.models.heads.value import Returns, ValueHead
-from pi05_lightning.types import Frame
+from pi05_lightning.types import Batch, Frame
 
-from .small import make_batch, small_config, small_model
+from .small import change_column, make_batch, small_config, small_model
 
 RETURNS = [-1.0, -0.5, 0.0, None, -0.2512]
 
@@ -46,6 +46,18 @@ def test_loss_is_the_cross_entropy_of_the_rows_that_know_their_return(head: Valu
     error = head.measure(batch, prefix, model.backbone)["value_error"].values
     known = torch.tensor([value for value in RETURNS if value is not None])
     torch.testing.assert_close(error, (head.value(batch, prefix)[rows] - known).abs())
+
+
+def test_value_depends_on_the_last_word_of_the_prompt_and_on_nothing_that_is_said(head: ValueHead) -> None:
+    model = small_model()
+    batch = make_batch(model.config, ["ippossff"])
+
+    def value(batch: Batch) -> torch.Tensor:
+        return head.value(batch, model.backbone(batch))
+
+    said = [change_column(batch, column) for column in range(3, 8)]
+    assert all(torch.equal(value(changed), value(batch)) for changed in said)
+    assert value(change_column(batch, 2)) != value(batch)
 
 
 def test_value_of_a_row_depends_on_its_image_and_its_last_word_but_on_no_other_row(head: ValueHead) -> None:

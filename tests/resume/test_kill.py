@@ -26,7 +26,7 @@ def state(run: Path) -> dict[str, Any]:
     return read(run / "checkpoints" / "last.ckpt")
 
 
-pytestmark = pytest.mark.slow  # test_random_steps.py has a kill that is not
+pytestmark = pytest.mark.slow  # test_three_stages.py has kills that are not
 Killed = tuple[Path, int, str]
 CASES = [
     pytest.param((0, 1, "ddp"), id="0-workers-1-rank"),

@@ -51,10 +51,7 @@ ALL = [
     Case(*values)
     for values in product(("32-true", "bf16-mixed", "bf16-true"), *[(True, False)] * 2, (1, 2), (0, 2), (True, False))
 ]
-CASES = [
-    pytest.param(case, id=str(case), marks=[] if case == FAST else pytest.mark.slow)
-    for case in sorted(ALL, key=lambda case: case != FAST)
-]
+CASES = [pytest.param(case, id=str(case)) for case in sorted(ALL, key=lambda case: case != FAST)]
 
 
 def losses(run: Path) -> dict[tuple[str, int], set[float]]:

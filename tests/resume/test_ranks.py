@@ -35,7 +35,6 @@ def test_ranks_that_opened_different_checkpoints_end_together(config: Path, tmp_
     assert not (run / "metrics.json").exists()
 
 
-@pytest.mark.slow
 def test_two_ranks_see_what_one_rank_with_twice_the_batch_sees(one_rank: dict, two_ranks: list[dict]) -> None:
     for batch, whole_line in one_rank.items():
         parts = [rank[batch]["keys"] for rank in two_ranks]

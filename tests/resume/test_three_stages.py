@@ -57,7 +57,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory, config: Path, third: Path) ->
     return folder / "whole", folder / "killed"
 
 
-@pytest.mark.slow
 def test_run_killed_in_each_of_three_stages_ends_as_the_whole_one(runs: tuple[Path, Path]) -> None:
     whole, killed = (torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs)
     assert whole["global_step"] == STEPS
@@ -68,7 +67,6 @@ def test_run_killed_in_each_of_three_stages_ends_as_the_whole_one(runs: tuple[Pa
     assert all(line == batches[batch][0] for batch, attempts in again.items() for line in attempts)
 
 
-@pytest.mark.slow
 def test_checkpoint_says_that_the_third_stage_was_told_the_advantage(runs: tuple[Path, Path]) -> None:
     for run in runs:
         saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["pi05"]

@@ -44,7 +44,6 @@ def single(tmp_path_factory: pytest.TempPathFactory, sharded: Path) -> Path:
     return file
 
 
-@pytest.mark.slow
 def test_it_is_found_by_run_and_by_name(sharded: Path) -> None:
     last = sharded / "checkpoints" / "last.ckpt"
     assert last.is_symlink()

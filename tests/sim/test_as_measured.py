@@ -37,7 +37,6 @@ def run(untrained, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_rollout_stores_every_option_with_what_the_defaults_came_to(run):
     stored = json.loads((run / "rollout" / "rollout.json").read_text())["acting"]
     how = Acting(robot="robot", hierarchical=True, **GIVEN)

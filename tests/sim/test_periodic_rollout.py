@@ -65,7 +65,6 @@ def events(run) -> EventAccumulator:
     return accumulator
 
 
-@pytest.mark.slow
 def test_success_and_cost_are_logged_at_every_step_that_is_due_once_actions_train(events):
     for tag in ("rollout/success", "rollout/success/reach-v3", "rollout/seconds"):
         assert [event.step for event in events.Scalars(tag)] == [2, 3, 4]

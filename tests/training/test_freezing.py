@@ -1,17 +1,20 @@
-"""Optimizer groups of the real model, and that frozen parts cost no backward pass."""
+"""Optimizer groups of the real model, that frozen parts cost no backward pass, and what insulation keeps away."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.optim import PARTS, gradient_norms, param_groups
-from pi05_lightning.recipe import Recipe, StageOptions
+from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from tests.models.small import make_batch, small_config, small_model, token_nll
 
 RECIPE = Recipe.of(
@@ -96,3 +99,28 @@ def test_frozen_vision_costs_no_backward() -> None:
 def test_frozen_lowest_layers_cost_no_backward_below_the_first_that_is_trained() -> None:
     lower = "backbone.vision.", "backbone.embed_tokens.", "backbone.layers.0."
     assert backward_flops(*lower) < backward_flops(*lower[:2]) < backward_flops()
+
+
+class FlowGradients(Callback):
+    """Whether the backbone has a gradient, in each step."""
+
+    def __init__(self) -> None:
+        self.reach_backbone: list[bool] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        gradients = [p.grad for name, p in pl_module.named_parameters() if ".backbone." in name and p.grad is not None]
+        self.reach_backbone.append(any(bool(gradient.any()) for gradient in gradients))
+
+
+@pytest.mark.parametrize("insulated", [True, False])
+def test_knowledge_insulation_is_what_the_module_is_told(train: Callable[..., Trainer], insulated: bool) -> None:
+    flow_alone = StageOptions(LossWeights(flow=1), {"robot/continuous_robot_actions": 1.0})
+    gradients = FlowGradients()
+    train(
+        gradients,
+        stages={"pretrain": flow_alone, "posttrain": flow_alone},
+        module_options={"knowledge_insulation": insulated},
+        limit_val_batches=0,
+    )
+    # a new expert looks at the backbone from its second step on
+    assert any(gradients.reach_backbone) is not insulated

@@ -34,7 +34,6 @@ def ranks(request: pytest.FixtureRequest, videos: Path, tmp_path_factory: pytest
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_all_stages_are_trained(ranks: list[Any]) -> None:
     assert [rank["step"] for rank in ranks] == [6, 6]
 
