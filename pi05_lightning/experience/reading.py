@@ -131,6 +131,16 @@ class Reading:
             taken |= {"state_keys"}
         return {option: value for option, value in robots[name].items() if option in taken}
 
+    def fed(self, losses: dict[str, Any], mixture: dict[str, float]) -> dict[str, Any]:
+        """A stage's losses, as options, without those that nothing of its mixture can train."""
+        trained_by = Language(**self.language).trained_by(_terms(self.model.get("heads") or {}))
+        drawn = {Subset.parse(name).modality for name, share in mixture.items() if share}
+        unfed = {term for term in LossWeights(**losses).used if drawn.isdisjoint(trained_by[term])}
+        found = {term: weight for term, weight in losses.items() if term not in unfed}
+        if "others" in found:
+            found["others"] = {term: weight for term, weight in found["others"].items() if term not in unfed}
+        return found
+
     def robot_of(self, path: str) -> str | None:
         """The source whose robot the run said that a dataset is of; None for one of its own, or that it had not."""
         name = self.name_of(path)

@@ -139,8 +139,8 @@ def configuration(
 ) -> dict[str, Any]:
     """A run of `pi05 fit` of one stage, from the weights of `policy`, on all data so far.
 
-    The stage goes on with what the policy was last trained on, so that it forgets nothing; of its draws of actions,
-    attempts have their share.
+    The stage goes on with what the policy was last trained on, so that it forgets nothing, as far as that is there; of
+    its draws of actions, attempts have their share.
 
     attempts: datasets, of all rounds so far.  robot: source whose robot they were made as, by default that of the first
     demonstrations.
@@ -150,9 +150,10 @@ def configuration(
         method, reading, demonstrations, attempts, training.demonstrations_share, robot
     )
     says_subtasks = reading.language.get("condition_on") == "both"
+    losses = reading.stage.get("losses", {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})})
     stage = {
-        "losses": {"flow": 1.0, **({"subtask": 1.0} if says_subtasks else {})},
         **reading.stage,
+        "losses": reading.fed(losses, mixture),
         "name": STAGE,
         "steps": training.steps,
         "mixture": mixture,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
@@ -13,7 +14,9 @@ from pi05_lightning.data.processor import Language
 from pi05_lightning.experience.reading import CLASS_PATH, Reading, last_stage
 from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method, configuration
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.heads.value import ValueHead
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.types import Modality
 from pi05_lightning.weights.folder import save
 from tests.experience.attempts import SUCCESSES, TRAINING
 
@@ -82,6 +85,34 @@ def test_stage_goes_on_with_what_the_policy_was_last_trained_on(tmp_path: Path) 
     )
     assert list(found["data"]["sources"]) == ["arm", "positive_0", "negative_0", "web"]
     assert (found["data"]["sources"]["web"], found["data"]["fast"]) == (words, "fast")
+
+
+class HeadOfAnswers(ValueHead):
+    """Learns from questions alone."""
+
+    terms: ClassVar = {"answers": frozenset({Modality.QA})}
+
+
+@pytest.mark.parametrize(
+    ("rest", "losses"),
+    [
+        ({"web/qa": 0.2}, {"subtask": 1.0, "fast": 0.0, "flow": 1.0, "others": {}}),
+        ({"arm/qa": 0.2}, {"text": 1.0, "subtask": 1.0, "fast": 0.0, "flow": 1.0, "others": {"answers": 0.5}}),
+    ],
+)
+def test_a_loss_of_which_all_data_is_gone_is_left_out(
+    rest: dict[str, float], losses: dict[str, Any], tmp_path: Path
+) -> None:
+    own = {"text": 1.0, "subtask": 1.0, "fast": 0.0, "flow": 1.0, "others": {"answers": 0.5}}
+    stage = {"losses": own, "mixture": {"arm/continuous_robot_actions": 0.8} | rest}
+    head = {"class_path": f"{__name__}.{HeadOfAnswers.__name__}"}
+    gone = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "gone")}}
+    reading = Reading(
+        stage=stage, sources={"web": gone}, model={"heads": {"answers": head}}, language={"condition_on": "both"}
+    )
+    reading.sources["arm"] = reading.source("demos", "")
+    found = configuration("recap", tmp_path, reading, ["demos"], [AttemptSummary("tries", Path("labels"))], TRAINING)
+    assert found["stages"]["then"][0]["losses"] == losses
 
 
 def test_each_dataset_is_read_as_the_policy_read_it_and_attempts_as_its_robots(tmp_path: Path) -> None:
