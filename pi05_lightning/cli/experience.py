@@ -31,6 +31,7 @@ from pi05_lightning.files.local import check_writable, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig
 from pi05_lightning.sim.simulators import MetaWorld  # noqa: F401 - what --env knows by name
+from pi05_lightning.training.run_directory import has_checkpoints
 from pi05_lightning.weights.locate import locate
 
 ROUND_CONFIG = "experience.yaml"  # of a round: what its policy was trained on
@@ -199,8 +200,8 @@ class Plan:
 
     @property
     def is_begun(self) -> bool:
-        """Whether some method is being trained, or was."""
-        return any(self.out.glob("*/round_*/fit/config.yaml"))
+        """Whether some method's training has saved anything."""
+        return any(map(has_checkpoints, self.out.glob("*/round_*/fit")))
 
     def acting_of(self, knows_advantage: bool) -> dict[str, Any]:
         """How a policy acts, without what only one is told that was trained on advantages."""
@@ -353,7 +354,7 @@ def parts(plan: Plan, reading: Reading, methods: Sequence[Method]) -> list[Part]
             # what is wrong with the options shows before hours are spent
             planned(plan, reading, method, [known.get(path, AttemptSummary(path)) for path in attempts])
             write = partial(write_configuration, plan, reading, method, folder, tuple(attempts))
-            if (folder / "fit" / "config.yaml").exists():
+            if has_checkpoints(folder / "fit"):
                 write()
             test = plan.test(f"{name}-rollout", folder / "fit", folder / "rollout", is_told)
             todo += [plan.fit(name, folder, write), test]
@@ -380,7 +381,7 @@ def write_configuration(plan: Plan, reading: Reading, method: Method, folder: Pa
     labels = {path: labels_path(Path(path), folder / "labels") for path in attempts}
     summaries = [AttemptSummary.read(path, labels[path] if method == "recap" else None) for path in attempts]
     (write_once if plan.is_begun else write_text)(plan.out / PLAN, plan.common)
-    write = write_once if (folder / "fit" / "config.yaml").exists() else write_text
+    write = write_once if has_checkpoints(folder / "fit") else write_text
     write(folder / ROUND_CONFIG, yaml.safe_dump(planned(plan, reading, method, summaries), sort_keys=False))
 
 

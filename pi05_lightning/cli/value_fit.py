@@ -21,6 +21,7 @@ from pi05_lightning.files.local import check_writable, write_json, write_once, w
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.policy import check_device
+from pi05_lightning.training.run_directory import has_checkpoints
 from pi05_lightning.weights.locate import locate
 
 CALIBRATION = "calibration.json"
@@ -84,7 +85,7 @@ def value_fit(
         sources[name] = reading.source(one.path, datasets[0].path, one.collected, not one.demonstrations, **told)
     contents = "".join(f"# {one.path}: {fingerprint(one.files)}\n" for one in datasets)
     config = {"seed_everything": seed, **configuration(policy, reading, sources, steps, batch_size, lr)}
-    begun = (run / "config.yaml").exists()
+    begun = has_checkpoints(run)
     text = contents + yaml.safe_dump(config, sort_keys=False)
     write = partial(write_once if begun else write_text, run / "value.yaml", text)
     if begun:

@@ -85,6 +85,11 @@ def option(command: tuple[str, ...], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
+def begin(plan: Plan) -> None:
+    """What RECAP's first training has written once it has saved something."""
+    write_json(plan.out / "recap" / "round_1" / "fit" / "checkpoints" / "last.ckpt", {})
+
+
 def trained(plan: Plan, method: str, number: int) -> dict:
     return yaml.safe_load((plan.out / method / f"round_{number}" / "experience.yaml").read_text())
 
@@ -236,7 +241,7 @@ def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Plan)
     written(plan, ["recap"])
     written(plan, ["recap"])
     file = plan.out / "recap" / "round_1" / "experience.yaml"
-    write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
+    begin(plan)
     file.write_text(file.read_text().replace("steps: 7", "steps: 8"))
     with pytest.raises(ValueError, match="with other options"):
         parts(plan, Reading(), ["recap"])
@@ -254,7 +259,7 @@ def test_methods_of_one_page_have_the_same_options_and_begin_with_the_same_weigh
     plan: Plan, other: dict[str, Any], said: str
 ) -> None:
     written(plan, ["recap"])
-    write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
+    begin(plan)
     written(replace(plan, rounds=3, device="cuda"), ["successes"])
     with pytest.raises(ValueError, match=said):
         parts(replace(plan, **other), Reading(), ["successes"])
@@ -272,7 +277,9 @@ def test_a_part_that_is_done_is_the_same_on_another_device(tmp_path: Path) -> No
 
 
 def test_what_failed_may_be_tried_with_other_options(plan: Plan) -> None:
+    """As where memory is too small for the first step, before which a run writes its configuration."""
     written(plan, ["recap"])
+    write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
     written(replace(plan, training=replace(TRAINING, batch_size=2)), ["recap"])
     assert trained(plan, "recap", 1)["data"]["batch_size"] == 2
 
