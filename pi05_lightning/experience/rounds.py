@@ -47,9 +47,9 @@ class Training:
 class AttemptSummary:
     """A dataset of attempts, and what there is in it to learn from.
 
-    labels: of the method recap.  signs: those of its frames' advantages.  corrected: whether the expert took over in
-    any.  successes: numbers of the training episodes that succeeded without; None as long as it is not recorded.
-    collected: whether `pi05 collect` wrote it, which names things in its own way.
+    labels: of the method recap.  signs: those of the advantages of what the policy did.  corrected: whether the expert
+    took over in any.  successes: numbers of the training episodes that succeeded without; None as long as it is not
+    recorded.  collected: whether `pi05 collect` wrote it, which names things in its own way.
     """
 
     path: str
@@ -65,7 +65,7 @@ class AttemptSummary:
         files = LeRobotFiles.open(find_dataset(path))
         attempts, signs = Attempts.read(files), get_args(Sign)
         if labels is not None:
-            positive = Labels.read(labels, files).columns[POSITIVE]
+            positive = Labels.read(labels, files).columns[POSITIVE][~attempts.intervention]
             signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
         alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
         successes = np.intersect1d(attempts.episode[attempts.success & alone], files.choose("train", 0.0, None))
@@ -260,8 +260,9 @@ def sources_of_attempts(method: Method, summary: AttemptSummary) -> dict[str, tu
 
     Frames of either sign are drawn as often as those of the other: a failure that goes on until time is up has so many
     frames that what went well would hardly be drawn. Corrections are drawn as often as both: they are few, and positive
-    frames are mostly what the policy does already. Which episodes succeeded is said by their numbers: recordings tell
-    that in different columns, and of corrections it is enough to name the frames.
+    frames are mostly what the policy does already. They are positive too, and so among the positive frames again. Which
+    episodes succeeded is said by their numbers: recordings tell that in different columns, and of corrections it is
+    enough to name the frames.
     """
     corrections = {"frames": "corrections"}
     match method:
@@ -269,7 +270,8 @@ def sources_of_attempts(method: Method, summary: AttemptSummary) -> dict[str, tu
             told = {"labels": str(summary.labels)}
             rest = 0.5 if summary.corrected else 1.0
             signs = {sign: (rest / len(summary.signs), told | {"frames": sign}) for sign in summary.signs}
-            return signs | ({"corrections": (0.5, told | corrections)} if summary.corrected else {})
+            share = 0.5 if signs else 1.0
+            return signs | ({"corrections": (share, told | corrections)} if summary.corrected else {})
         case "dagger":
             return {"corrections": (1.0, corrections)} if summary.corrected else {}
         case _:

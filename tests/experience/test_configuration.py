@@ -45,6 +45,8 @@ def test_rounds_without_corrections_or_successes_are_left_out_and_refused_where_
         shares("dagger", [bad])
     only_negative = AttemptSummary("failed", Path("labels"), ("negative",), corrected=False)
     assert shares("recap", [only_negative]) == pytest.approx({"demonstrations_0": 0.4, "negative_0": 0.6})
+    all_corrected = AttemptSummary("driven", Path("labels"), ())
+    assert shares("recap", [all_corrected]) == pytest.approx({"demonstrations_0": 0.4, "corrections_0": 0.6})
     with pytest.raises(ValueError, match="successes has nothing to learn from: no attempt succeeded without"):
         shares("successes", [bad, bad])
 

@@ -73,6 +73,8 @@ def test_attempts_say_whether_there_are_corrections_and_successes_without(
     signs = {"positive": np.zeros(len(attempts.episode), dtype=bool)}
     Labels(attempts.episode, attempts.frame, signs, {}).write(labels, dataset.files)
     assert AttemptSummary.read(dataset.path, labels).signs == ("negative",)
+    Labels(attempts.episode, attempts.frame, {"positive": attempts.intervention}, {}).write(labels, dataset.files)
+    assert AttemptSummary.read(dataset.path, labels).signs == ("negative",)  # corrections are no frames of the policy
     of_all = pq.read_table(path := next(Path(dataset.path, "data").glob("*/*.parquet")))
     never = pa.array([False] * len(of_all), pa.bool_())
     place = of_all.column_names.index("next.success")

@@ -100,7 +100,7 @@ class LeRobotConfig(SourceConfig):
     `positive` for demonstrations, which all are. Labels that do not fit the dataset, or the value, are an error."""
     frames: Frames = "all"
     """Only those in which somebody corrected the policy, as their column `intervention` says (DAgger), or those whose
-    advantage has this sign in `labels`."""
+    advantage has this sign in `labels`; corrections are positive."""
     same_robot_as: str | None = None
     """Another source of the same robot, whose statistics normalise this one's frames: a policy acts as that one."""
     on_bad_sample: OnBadSample = "error"
