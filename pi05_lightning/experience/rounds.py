@@ -45,11 +45,11 @@ class Training:
 
 @dataclass(frozen=True)
 class AttemptSummary:
-    """A dataset of attempts, and what there is in it to learn from.
+    """A dataset of attempts, and what there is to learn from in the episodes that it declares for training.
 
     labels: of the method recap.  signs: those of the advantages of what the policy did.  corrected: whether the expert
-    took over in any.  successes: numbers of the training episodes that succeeded without; None as long as it is not
-    recorded.  collected: whether `pi05 collect` wrote it, which names things in its own way.
+    took over in any.  successes: numbers of those that succeeded without; None as long as it is not recorded.
+    collected: whether `pi05 collect` wrote it, which names things in its own way.
     """
 
     path: str
@@ -64,12 +64,14 @@ class AttemptSummary:
         """ValueError where a dataset does not say how an attempt ended, and for labels that do not fit it."""
         files = LeRobotFiles.open(find_dataset(path))
         attempts, signs = Attempts.read(files), get_args(Sign)
+        trained = np.isin(attempts.episode, files.choose("train", 0.0, None))
+        corrected, own = trained & attempts.intervention, trained & ~attempts.intervention
         if labels is not None:
-            positive = Labels.read(labels, files).columns[POSITIVE][~attempts.intervention]
-            signs = tuple(sign for sign in signs if (positive == (sign == "positive")).any())
-        alone = ~np.isin(attempts.episode, attempts.episode[attempts.intervention])
-        successes = np.intersect1d(attempts.episode[attempts.success & alone], files.choose("train", 0.0, None))
-        return cls(path, labels, signs, bool(attempts.intervention.any()), successes.tolist(), of_a_policy(files))
+            found = Labels.read(labels, files).at(attempts.episode[own], attempts.frame[own], labels)
+            signs = tuple(sign for sign in signs if (found[POSITIVE] == (sign == "positive")).any())
+        alone = trained & ~np.isin(attempts.episode, attempts.episode[corrected])
+        successes = np.unique(attempts.episode[alone & attempts.success])
+        return cls(path, labels, signs, bool(corrected.any()), successes.tolist(), of_a_policy(files))
 
 
 def check_datasets(

@@ -89,6 +89,16 @@ def test_attempts_say_whether_there_are_corrections_and_successes_without(
     )
 
 
+def test_attempts_that_are_held_out_have_nothing_to_learn_from(dataset: AttemptDataset) -> None:
+    attempts, labels = dataset.attempts, Path(dataset.path, "labels.parquet")
+    first_alone = {"positive": attempts.episode == 0}
+    Labels(attempts.episode, attempts.frame, first_alone, {}).write(labels, dataset.files)
+    file = Path(dataset.path, "meta", "info.json")
+    write_json(file, read_json(file) | {"splits": {"train": "2:5", "val": "0:2"}})
+    found = AttemptSummary.read(dataset.path, labels)
+    assert (found.signs, found.corrected, found.successes) == (("negative",), False, [3, 4])
+
+
 def test_signs_are_by_task_and_corrections_positive_whatever_their_advantage(dataset: AttemptDataset) -> None:
     rng = np.random.default_rng(0)
     value = -rng.uniform(size=sum(LENGTHS))
