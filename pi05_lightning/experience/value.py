@@ -79,7 +79,8 @@ def datasets_of(rollouts: Sequence[str], demonstrations: Sequence[str]) -> list[
     found = [*(AttemptDataset(path, demonstrations=True) for path in demonstrations), *map(AttemptDataset, rollouts)]
     if not rollouts:
         raise ValueError("rollouts: name at least one dataset of attempts, as `pi05 collect --policy` makes them")
-    if twice := {dataset.path for dataset in found if [d.path for d in found].count(dataset.path) > 1}:
+    roots = [dataset.files.root.resolve() for dataset in found]
+    if twice := {dataset.path for dataset, root in zip(found, roots, strict=True) if roots.count(root) > 1}:
         raise ValueError(f"{min(twice)} is named more than once: name each dataset once")
     rates = {dataset.files.fps: dataset.path for dataset in found}
     if len(rates) > 1:
