@@ -32,6 +32,13 @@ def test_expectation_is_over_the_bins(head: ValueHead) -> None:
     torch.testing.assert_close(head.expected(logits), torch.tensor([-0.5, -0.25]))
 
 
+def test_expectation_of_a_certain_failure_is_not_below_it(head: ValueHead) -> None:
+    logits = torch.randn(4096, 201, generator=torch.Generator().manual_seed(0))
+    logits[:, 0] += 20
+    logits[:, 40:] -= 10
+    assert head.expected(logits).min() >= -1
+
+
 def test_loss_is_the_cross_entropy_of_the_rows_that_know_their_return(head: ValueHead) -> None:
     model = small_model()
     batch = make_batch(model.config, ["ipp", "ip", "ppp", "ip", "ippp"])

@@ -74,8 +74,9 @@ class ValueHead(Head):
         return self.out(F.silu(self.hidden(prefix.hidden[row, last]))).float()
 
     def expected(self, logits: Tensor) -> Tensor:
-        """V, f32[N]."""
-        return logits.softmax(-1) @ torch.linspace(-1, 0, self.bins, device=logits.device)
+        """V, f32[N] in [-1, 0]."""
+        mean = logits.softmax(-1) @ torch.linspace(-1, 0, self.bins, device=logits.device)
+        return mean.clamp(-1, 0)  # probabilities that add up to a little more than 1 would make a failure a gain
 
     def value(self, batch: Batch, prefix: Prefix) -> Tensor:
         """V of every row of a batch, f32[B]."""
