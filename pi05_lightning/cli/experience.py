@@ -29,7 +29,7 @@ from pi05_lightning.experience.rounds import (
 from pi05_lightning.experience.value import datasets_of
 from pi05_lightning.files.local import check_writable, write_once, write_text
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.sim.environment import EnvironmentConfig
+from pi05_lightning.sim.environment import EnvironmentConfig, tasks_to_run
 from pi05_lightning.sim.simulators import MetaWorld  # noqa: F401 - what --env knows by name
 from pi05_lightning.training.run_directory import has_checkpoints
 from pi05_lightning.weights.locate import locate
@@ -122,8 +122,7 @@ def experience(
     states of LIBERO's, and where a method finds nothing to learn from; SystemExit with a part's status when one fails.
     """
     check_writable(out, "out")
-    simulator: dict[str, Any] = {"env": env, "tasks": listed(tasks) if tasks else None, "device": device}
-    simulator |= {"num_workers": num_workers, "lanes": lanes}
+    simulator = {"env": env, "device": device, "num_workers": num_workers, "lanes": lanes}
     collecting = {
         "episodes": episodes,
         "val_episodes": 0,
@@ -152,8 +151,14 @@ def experience(
     )
     check_plan(plan, methods)
     weights, reading = locate(policy), Reading.of(policy)
-    check_datasets(policy, reading, weights.processor(), demonstrations, plan.made_before, robot)
-    plan = replace(plan, sha256=weights.content_hash())
+    processor = weights.processor()
+    check_datasets(policy, reading, processor, demonstrations, plan.made_before, robot)
+    # policies of the rounds may have been trained on fewer, in another order
+    ran = tasks_to_run(simulator_of(env), tasks, processor.robots[processor.acting_as(robot)])
+    told = {"tasks": listed(ran)}
+    plan = replace(
+        plan, sha256=weights.content_hash(), attempts={**plan.attempts, **told}, simulator={**plan.simulator, **told}
+    )
     run_parts(out, parts(plan, reading, methods), lambda: write_results(out))
     console.print(f"page {out / 'index.html'}", highlight=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pi05_lightning.experience.reading import CLASS_PATH, Reading
 from pi05_lightning.experience.results import write_results
 from pi05_lightning.experience.rounds import METHODS, AttemptSummary, Method
 from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.sim.metaworld.mt50 import SENTENCES
 from tests.experience.attempts import SUCCESSES, TRAINING
 
 
@@ -113,6 +115,29 @@ def test_attempts_that_are_all_corrected_are_daggers_too(plan: Plan) -> None:
     assert names == ["collect-1", "recap-2-collect", "dagger-2-collect"]
     assert {option(named(todo, name), "--corrections") for name in names} == {"8"}
     assert option(named(parts(plan, Reading(), ["recap"]), "collect-1"), "--corrections") is None
+
+
+def test_tasks_of_all_parts_are_those_of_the_first_policy(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may have been trained on fewer."""
+    robots = {"arm": SimpleNamespace(tasks=(SENTENCES["drawer-open-v3"],))}
+    processor = SimpleNamespace(robots=robots, acting_as=lambda name: "arm")
+    weights = SimpleNamespace(processor=lambda: processor, content_hash=lambda: "of the policy")
+    made = list[Part]()
+    monkeypatch.setattr(Reading, "of", lambda policy: Reading())
+    for name, instead in {
+        "locate": lambda policy: weights,
+        "check_datasets": lambda *what: None,
+        "run_parts": lambda out, todo, after: made.extend(todo),
+    }.items():
+        monkeypatch.setattr(f"pi05_lightning.cli.experience.{name}", instead)
+    experience(
+        tmp_path / "out", policy=tmp_path, demonstrations=(str(videos),), methods=("recap", "dagger"), env="MT50"
+    )
+    simulated = [part.command for part in made if part.command[0] in ("rollout", "collect")]
+    assert len(simulated) == 9
+    assert {option(command, "--tasks") for command in simulated} == {'["drawer-open-v3"]'}
 
 
 def test_words_with_commas_and_brackets_stay_whole() -> None:
