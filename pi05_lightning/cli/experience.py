@@ -99,7 +99,7 @@ def experience(
         attempts: LeRobot datasets of attempts that were made before: the first round of all methods learns from them,
             and makes none.
         steps: optimizer steps of a round's policy.
-        batch_size: frames of a step.
+        batch_size: frames of a step on each device.
         lr: learning rate; by default that which the policy was trained with, and at most 1e-3.
         demonstrations_share: of the draws; attempts share the rest.
         value_steps: optimizer steps of a round's value.

@@ -30,7 +30,8 @@ VISION_TEXT = f"{VisionTextConfig.__module__}.{VisionTextConfig.__name__}"
 
 @dataclass(frozen=True)
 class Training:
-    """How a round's policy is trained: optimizer steps, frames of a step, learning rate (None: see `Reading.lr`).
+    """How a round's policy is trained: optimizer steps, frames of a step on each device, learning rate (None:
+    see `Reading.lr`).
 
     demonstrations_share: of the draws; the attempts of all rounds share the rest.  omission: share of the samples that
     leave out the advantage.
