@@ -77,7 +77,8 @@ class Progress:
         if goes_on and marker and _what(marker["command"]) != _what(self.command):
             raise ValueError(
                 f"{file} is from `pi05 {shlex.join(marker['command'])}`, not from `pi05 {shlex.join(self.command)}`:"
-                " give another --out, or delete the directory of the earlier one"
+                " give another --out, or delete the directory of the earlier one; where no later part is done, it is"
+                " enough to delete this file, and what the earlier command made"
             )
         self.finished: bool = marker.get("done", False)
         self.seconds: float = marker.get("seconds", 0.0)
