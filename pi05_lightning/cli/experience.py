@@ -381,13 +381,21 @@ def check_weights(plan: Plan) -> None:
 def write_configuration(plan: Plan, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]) -> None:
     """What a round's training takes of the attempts that were made.
 
-    ValueError where it takes other things than when it was begun, or there is nothing for the method to learn from.
+    ValueError where it takes other things than when it was begun, or what it took is not there, or there is nothing for
+    the method to learn from.
     """
     labels = {path: labels_path(Path(path), folder / "labels") for path in attempts}
     summaries = [AttemptSummary.read(path, labels[path] if method == "recap" else None) for path in attempts]
     (write_once if plan.is_begun else write_text)(plan.out / PLAN, plan.common)
-    write = write_once if has_checkpoints(folder / "fit") else write_text
-    write(folder / ROUND_CONFIG, yaml.safe_dump(planned(plan, reading, method, summaries), sort_keys=False))
+    config, file = planned(plan, reading, method, summaries), folder / ROUND_CONFIG
+    begun = has_checkpoints(folder / "fit")
+    if begun and file.is_file():
+        sources = yaml.safe_load(file.read_text(encoding="utf-8"))["data"]["sources"]
+        for name in sources.keys() - config["data"]["sources"].keys():
+            path = sources[name].get("init_args", {}).get("path", ".")
+            if not Path(path).expanduser().exists():
+                raise ValueError(f"{file} was begun with the source {name}, and {path} is not there now: bring it back")
+    (write_once if begun else write_text)(file, yaml.safe_dump(config, sort_keys=False))
 
 
 def planned(plan: Plan, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:

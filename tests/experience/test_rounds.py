@@ -272,6 +272,21 @@ def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Plan)
         parts(plan, Reading(), ["recap"])
 
 
+def test_data_that_is_not_there_where_a_round_goes_on_is_named(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "web").mkdir()
+    words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "web")}}
+    stage = {"losses": {"text": 1.0, "flow": 1.0}, "mixture": {"arm/continuous_robot_actions": 0.8, "web/qa": 0.2}}
+    reading = Reading(stage=stage, sources={"web": words})
+    for part in parts(plan, reading, ["demonstrations"]):
+        if part.before is not None:
+            part.before()
+    write_json(plan.out / "demonstrations" / "round_1" / "fit" / "checkpoints" / "last.ckpt", {})
+    parts(plan, reading, ["demonstrations"])
+    (tmp_path / "web").rmdir()
+    with pytest.raises(ValueError, match=r"begun with the source web, and .*web is not there now"):
+        parts(plan, reading, ["demonstrations"])
+
+
 @pytest.mark.parametrize(
     ("other", "said"),
     [
