@@ -96,7 +96,8 @@ def run_baseline(course: Course, clock: Clock, replay: Callable[[str], np.ndarra
 
     replay: instruction -> the trajectory f32[N A].
     """
-    course.begin()
+    with course.simulating():
+        course.begin()
     env, trial = course.env, course.trial
     rng = np.random.default_rng([trial.noise_seed, trial.seed])
     sentence, since = env.sentence, 0
@@ -105,12 +106,14 @@ def run_baseline(course: Course, clock: Clock, replay: Callable[[str], np.ndarra
         if env.sentence != sentence:
             sentence, since = env.sentence, taken
         if trial.mode == "expert":
-            course.take(partial(act_as_expert, cast("Demonstrator", env)), clock)
+            step = partial(act_as_expert, cast("Demonstrator", env))
         elif replay is None:
-            course.take(partial(env.step, _random_action(env, trial, rng)), clock)
+            step = partial(env.step, _random_action(env, trial, rng))
         else:
             trajectory = replay(sentence)
-            course.take(partial(env.step, trajectory[min(taken - since, len(trajectory) - 1)]), clock)
+            step = partial(env.step, trajectory[min(taken - since, len(trajectory) - 1)])
+        with course.simulating():
+            course.take(step, clock)
 
 
 def _random_action(env: Environment, trial: Trial, rng: np.random.Generator) -> np.ndarray:

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import cast
 
 import numpy as np
+import torch
 from PIL import Image
 
 from pi05_lightning.sim.environment import (
     Chained,
     Demonstrator,
     Environment,
+    NoSuchEnvironment,
     SharedScene,
     act_as_expert,
 )
 from pi05_lightning.sim.trials import ENDED, OUT_OF_TIME, SOLVED_OTHER, Clock, FilmFrame, Result, Step, Trial
 from pi05_lightning.types import Frame
 
+log = logging.getLogger(__name__)
+
+REASON_LENGTH = 160  # of the message of whatever a policy or a simulator raised
+LACKS_MEMORY = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 MOST_DECISIONS = 96
 """Frames of a film decision by decision; a longer one leaves out every second."""
 
@@ -85,6 +95,32 @@ class Course:
             image, caption = side_by_side(env.observation()), result.subtask or self.told
             result.film.append(FilmFrame(image, caption, chunk, place))
 
+    # --- the simulator fails
+
+    @contextmanager
+    def simulating(self) -> Iterator[None]:
+        """What the simulator raises here ends the episode, but for what it does not have, and want of memory."""
+        try:
+            yield
+        except (NoSuchEnvironment, *LACKS_MEMORY):
+            raise
+        except Exception as error:  # a simulator's own, of which there is no end
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the episode, unless it is over, by what its simulator raised: none of its steps is kept.
+
+        The first time that something is raised in a place, its traceback is logged.
+        """
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        if (file, line) not in _LOGGED:
+            _LOGGED.add((file, line))
+            log.warning("%s: the simulator raised", self.trial.title, exc_info=error)
+        if not self.result.over:
+            said = f"the simulator raised {type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]
+            self.result.reason = f"{said} ({Path(file).name}:{line})"
+            self.result.steps.clear()
+
     # --- the expert takes over
 
     def is_stuck(self) -> bool:
@@ -132,6 +168,10 @@ class Course:
             result.film.clear()
         else:
             result.film.append(FilmFrame(side_by_side(self.env.observation()), result.subtask or self.told))
+
+
+_LOGGED = set[tuple[str, int | None]]()
+"""Files and lines in which simulators raised, in this process."""
 
 
 def side_by_side(frame: Frame) -> np.ndarray:

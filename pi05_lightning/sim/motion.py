@@ -1,7 +1,8 @@
 """A policy's episodes, stepped together so that it sees a batch: from one chunk of actions to the next.
 
 An episode depends on its task, its seed and the policy alone, not on what runs beside it, the batch or the process. A
-policy that raises, or whose actions cannot be executed, ends the episode; the reason is the episode's result.
+policy or a simulator that raises ends the episode, and so do actions that cannot be executed; the reason is the
+episode's result.
 """
 
 from __future__ import annotations
@@ -15,15 +16,13 @@ import numpy as np
 import torch
 
 from pi05_lightning.data.observation import NotFinite
-from pi05_lightning.sim.course import Course
+from pi05_lightning.sim.course import LACKS_MEMORY, REASON_LENGTH, Course
 from pi05_lightning.sim.environment import Environment
 from pi05_lightning.sim.trials import NOT_FINITE, Clock, Step
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
     from pi05_lightning.acting.inference import Inference
-
-_REASON_LENGTH = 160  # of the message of whatever a policy raised
 
 
 class Motion:
@@ -103,10 +102,17 @@ def jumps(actions: np.ndarray, env: Environment) -> list[float]:
 def run_policy(policy: Inference, courses: Sequence[Course], clock: Clock) -> None:
     """Begin the episodes and step them together until each succeeds, fails or runs out of time."""
     for course in courses:
-        course.begin()
-    running, number = [Motion(policy, course) for course in courses], 0
+        with course.simulating():
+            course.begin()
+    running, number = [Motion(policy, course) for course in courses if not course.result.over], 0
     while running:
-        frames = [motion.course.seen() for motion in running]
+        frames = list[Frame]()
+        for motion in running:
+            with motion.course.simulating():
+                frames.append(motion.course.seen())
+        running = [motion for motion in running if not motion.course.result.over]
+        if not running:
+            break
         for motion in running:
             motion.hear(number)
         start = perf_counter()
@@ -119,14 +125,17 @@ def run_policy(policy: Inference, courses: Sequence[Course], clock: Clock) -> No
                 course.result.reason = chunk
             else:
                 course.film_decision(frame, chunk, number, motion.executed)
-                motion.follow(frame, chunk, number, clock)
+                with course.simulating():
+                    motion.follow(frame, chunk, number, clock)
             if course.result.over:
-                course.end_film()
+                with course.simulating():
+                    course.end_film()
         running = [m for m in running if not m.course.result.over and not m.course.result.corrected]
         number += 1
     for course in courses:
         if course.result.corrected:
-            course.correct(clock)
+            with course.simulating():
+                course.correct(clock)
 
 
 def decide(
@@ -149,11 +158,10 @@ def decide(
     except Exception as error:  # whatever a policy raises is the episode's result, and the run goes on
         if len(motions) > 1:
             return [decide(policy, [motion], [frame], number)[0] for motion, frame in zip(motions, frames, strict=True)]
-        lacked = isinstance(error, MemoryError | torch.OutOfMemoryError | torch.AcceleratorError)
-        courses[0].result.lacked_memory = lacked
+        courses[0].result.lacked_memory = isinstance(error, LACKS_MEMORY)
         if isinstance(error, NotFinite):
             return [NOT_FINITE]
-        return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:_REASON_LENGTH]]
+        return [f"the policy raised {type(error).__name__}: {error}".split("\n")[0][:REASON_LENGTH]]
     return [_checked(np.asarray(chunk), course.env) for chunk, course in zip(chunks, courses, strict=True)]
 
 

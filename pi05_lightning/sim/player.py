@@ -179,7 +179,7 @@ class Player:
             self._ends.append(monotonic())
             self._look()
         except Exception as error:  # a simulator's own, of which there is no end
-            self._fail(error)
+            self.course.fail(error)
 
     def _act(self, action: np.ndarray) -> bool:
         """Take one action; returns whether the judged task is solved, and was not since the instruction was told."""
@@ -235,9 +235,6 @@ class Player:
     def _look(self) -> None:
         self.frame = self.course.seen()
         self.version += 1
-
-    def _fail(self, error: Exception) -> None:
-        self.course.result.reason = f"the simulator raised {type(error).__name__}: {error}".split("\n")[0]
 
     @property
     def running(self) -> bool:

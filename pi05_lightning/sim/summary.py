@@ -31,7 +31,7 @@ def summarise(results: Sequence[Result], clocks: Mapping[str, Clock]) -> dict[st
     seconds       {mode: {task: {median, p95}}} of simulated time that successes took; nothing of tasks without any
     per_minute    {mode: successes per minute of simulated time, that of failures included}
     failures      {mode: {task: {reason: episodes}}}
-    crashed       what each episode that ended by the policy's fault says
+    crashed       what each episode says that ended by a fault of the policy or the simulator
     jumps         {mode: {seams, inside: {mean, p95}, ratio: {mean, p95}}}: from an action to the next one, where chunks
                   meet and within them, as a share of the actions' range, see `motion.jumps`
     milliseconds  {mode: {decision: {median, p95, lanes}, step: {median, p95}}}: one call of the policy for `lanes`
@@ -63,7 +63,7 @@ def summarise(results: Sequence[Result], clocks: Mapping[str, Clock]) -> dict[st
         "swapped": swapped(results),
         "chains": chains(results),
         "milliseconds": {mode: milliseconds(clock) for mode, clock in clocks.items() if mode in success},
-        "max_seconds": {result.trial.task: result.max_seconds for result in results},
+        "max_seconds": {result.trial.task: result.max_seconds for result in results if result.max_seconds},
     }
 
 

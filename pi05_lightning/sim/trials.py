@@ -120,7 +120,7 @@ class Result:
 
     @property
     def crashed(self) -> bool:
-        """Whether it ended by the policy's fault, of which `reason` tells."""
+        """Whether it ended by a fault of the policy or the simulator, of which `reason` tells."""
         return self.reason not in ("", OUT_OF_TIME, ENDED, SOLVED_OTHER)
 
     @property

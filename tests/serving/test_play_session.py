@@ -298,7 +298,7 @@ def test_a_simulator_that_raises_ends_its_episode_and_the_session_goes_on(play: 
     done(session.do(lambda: session.tell("go to the left")))
     (player,) = session.players
     until(lambda: not player.running)
-    assert player.course.result.outcome == "the simulator raised RuntimeError: the floor gave way"
+    assert player.course.result.outcome.startswith("the simulator raised RuntimeError: the floor gave way (")
     done(session.do(lambda: session.reset(1)))
     assert player.running
 

@@ -175,7 +175,7 @@ def test_attempt_in_which_nothing_was_done_costs_no_other(
     files = LeRobotFiles.open(collect(config(tmp_path / "some", **small)) / "robot")
     assert files.info["splits"] == {"train": "0:1", "val": "1:2"}
     assert len({*files.column("seed")}) == len(files.episodes) == 2
-    assert f"2 of 4 attempts are left out: the policy did nothing at {TASKS[0]}" in caplog.text
+    assert f"2 of 4 attempts are left out: there is nothing of {TASKS[0]}" in caplog.text
     with pytest.raises(ValueError, match="its state is far from the data"):
         collect(config(tmp_path / "none", **small, tasks=TASKS[:1]))
     assert not (tmp_path / "none").exists()

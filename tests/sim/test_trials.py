@@ -10,8 +10,9 @@ import torch
 
 from pi05_lightning.sim.baselines import run_baseline
 from pi05_lightning.sim.course import MOST_DECISIONS, Course
+from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.motion import run_policy
-from pi05_lightning.sim.rollout import check_memory
+from pi05_lightning.sim.rollout import Job, check_memory, run_baseline_job
 from pi05_lightning.sim.summary import milliseconds, summarise
 from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Result, Trial
 from pi05_lightning.types import Frame
@@ -82,6 +83,81 @@ def test_what_the_machine_lacks_is_no_failure_of_the_policy(kind):
     assert all(result.lacked_memory for result in results)
     with pytest.raises(ChildProcessError, match="no memory is left: use fewer"):
         check_memory(results)
+
+
+class Fragile(Walk):
+    """A simulator that raises at one call, in the episode of seed 1."""
+
+    def __init__(self, call: str, error: Exception) -> None:
+        self.call, self.error = call, error
+
+    def _reach(self, call: str) -> None:
+        if self.call == call and self.seed == 1:
+            raise self.error
+
+    def reset(self, seed: int) -> None:
+        super().reset(seed)
+        self._reach("reset")
+
+    def observation(self) -> Frame:
+        self._reach("observation")
+        return super().observation()
+
+    def step(self, action: np.ndarray) -> bool:
+        self._reach("step")
+        return super().step(action)
+
+
+class OneLane:
+    def __init__(self, env: Walk) -> None:
+        self.env = env
+
+    def of(self, task, count):
+        return [self.env]
+
+
+UNSTABLE = "the simulator raised RuntimeError: unstable (test_trials.py:"
+
+
+@pytest.mark.parametrize("films", ["none", "failure", "all"])
+@pytest.mark.parametrize("call", ["reset", "observation", "step"])
+def test_simulator_that_raises_ends_its_own_episode_and_no_other(call, films):
+    courses = [
+        Course(Fragile(call, RuntimeError("unstable\nin detail")), Trial("policy", "walk", seed, films, keeps=True))
+        for seed in (0, 1, 2)
+    ]
+    run_policy(Stub(lambda seed: chunk(0.25)), courses, Clock())
+    results = [course.result for course in courses]
+    assert [result.success for result in results] == [True, False, True]
+    assert results[1].reason.startswith(UNSTABLE)
+    assert results[1].crashed
+    assert not results[1].steps  # it tells nothing of the policy
+    assert summarise(results, {})["max_seconds"] == {"walk": 2.0}
+
+
+def test_baseline_tells_what_the_simulator_raised_from_what_the_mode_lacks():
+    lanes, trials = OneLane(Fragile("step", ValueError("unstable"))), [Trial("random", "walk", seed) for seed in (0, 1)]
+    first, second = run_baseline_job(Job(tuple(trials)), lanes, None).results
+    assert not first.crashed
+    assert second.reason.startswith(UNSTABLE.replace("RuntimeError", "ValueError"))
+    lanes.env.action_high = np.array([np.inf])
+    assert "leave out the mode random" in run_baseline_job(Job(tuple(trials)), lanes, None).results[0].reason
+
+
+def test_what_the_simulator_does_not_have_and_want_of_memory_end_the_rollout():
+    for kind in (NoSuchEnvironment, MemoryError, torch.OutOfMemoryError):
+        with pytest.raises(kind):
+            result_of(Stub(chunk), Fragile("observation", kind("there is none")), Trial("policy", "walk", 1))
+
+
+def test_first_error_of_a_simulator_is_logged_with_its_traceback(caplog):
+    class New(Walk):
+        def step(self, action):
+            raise RuntimeError("the floor gave way")
+
+    for _ in range(2):
+        result_of(Stub(chunk), New(), Trial("policy", "walk", 1))
+    assert caplog.text.count("RuntimeError: the floor gave way") == caplog.text.count("Traceback") == 1
 
 
 def test_too_few_chunks_are_a_failure():

@@ -97,7 +97,10 @@ def _trials(config: CollectConfig, tasks: Sequence[str]) -> list[Trial]:
 def _blocks(
     kept: Kept, what: Recording, worker: Worker, trials: Sequence[Trial], config: CollectConfig
 ) -> Iterator[tuple[str, list[Episode]]]:
-    """The episodes, with their films, in blocks of a task; an attempt in which nothing was done is none."""
+    """The episodes, with their films, in blocks of a task.
+
+    An attempt in which nothing was done is none, nor is one that the simulator broke off.
+    """
     refused: list[str] = []
     begun, films = 0, 0  # of the trials
 
@@ -105,7 +108,7 @@ def _blocks(
         return trial.task, trial.number >= config.episodes
 
     def recorded(_: int) -> Iterator[tuple[list[Episode], list[str]]]:
-        """Of the trials from number `begun` on: thin episodes, and why the policy did nothing in the others."""
+        """Of the trials from number `begun` on: thin episodes, and why there is nothing of the others."""
         jobs = [Job(some) for _, own in groupby(trials[begun:], part) for some in batched(own, config.lanes)]
         with closing(run_in_processes(worker, jobs, config.num_workers)) as over:
             for results in _in_order(over):
@@ -126,7 +129,7 @@ def _blocks(
                 films += 1
             bar.update(len(episodes) + len(reasons))
     if refused:
-        said = f"the policy did nothing at {refused[0]}"
+        said = f"there is nothing of {refused[0]}"
         if len(refused) == len(trials):
             raise ValueError(said)
         log.warning("%d of %d attempts are left out: %s", len(refused), len(trials), said)

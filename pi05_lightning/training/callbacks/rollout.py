@@ -140,7 +140,7 @@ class PeriodicRollout(Callback):
             step = replace(first, films="all", max_seconds=1e-9)  # a single action, as there are no shorter episodes
             (result,) = run_policy_job(Job((step,)), policy, lanes).results
             if not result.success and result.reason not in (OUT_OF_TIME, ENDED):
-                raise ValueError(f"PeriodicRollout: the policy could not act at task {step.task}: {result.reason}")
+                raise ValueError(f"PeriodicRollout: no action could be taken at task {step.task}: {result.reason}")
             video.write(Path(folder, "film.mp4"), result)
             video.gif(result)
             for trial in others:
