@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -124,6 +126,28 @@ def test_policy_that_learned_to_follow_an_advantage_is_told_one(collected, tmp_p
     monkeypatch.setattr(Pi05Module, "trained", property(lambda _: record))
     train(collected, tmp_path, rollout(every_n_steps=1), steps=(0, 1))
     assert told == [None, "positive"]
+
+
+@pytest.mark.parametrize("lacks", [False, True])
+def test_rollout_that_ends_before_its_first_action_has_no_film_and_want_of_memory_is_no_failure(
+    tmp_path, monkeypatch, caplog, lacks
+):
+    results = [Result(Trial("policy", "reach-v3", n), reason="the policy raised", lacked_memory=lacks) for n in (0, 1)]
+    results[1].success = not lacks
+    monkeypatch.setattr(PeriodicRollout, "run", lambda *_: {"reach-v3": results})
+    monkeypatch.setattr(PeriodicRollout, "_policy", lambda *_: nullcontext())
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = SimpleNamespace(loggers=[logger], global_step=2, default_root_dir=tmp_path)
+    rollout()._roll_out_on_one_rank(trainer, None, None)
+    logger.finalize("")
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if "success" in tag} == (
+        {} if lacks else {"rollout/success": 0.5, "rollout/success/reach-v3": 0.5}
+    )
+    assert events.Scalars("rollout/seconds")
+    assert not (tmp_path / "rollouts").exists()
+    assert ("memory ran out" in caplog.text) == lacks
 
 
 def test_two_of_them_need_names_and_keep_apart_what_they_log_and_film(collected, tmp_path):

@@ -182,11 +182,16 @@ class PeriodicRollout(Callback):
         results = [result for of_task in by_task.values() for result in of_task]
         if crashed := [result for result in results if result.crashed]:
             log.warning("%d of %d episodes were ended by: %s", len(crashed), len(results), crashed[0].reason)
-        metrics = {f"{self.tag}/success/{task}": _success(of_task) for task, of_task in by_task.items()}
-        metrics |= {f"{self.tag}/success": _success(results), f"{self.tag}/seconds": perf_counter() - start}
+        metrics = {f"{self.tag}/seconds": perf_counter() - start}
+        if any(result.lacked_memory for result in results):
+            log.warning("no success is logged, as memory ran out, which tells nothing of the policy: use fewer lanes")
+        else:
+            metrics |= {f"{self.tag}/success/{task}": _success(of_task) for task, of_task in by_task.items()}
+            metrics[f"{self.tag}/success"] = _success(results)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
-        self._show(trainer, results[0])
+        if results[0].film:  # else it ended before its first action
+            self._show(trainer, results[0])
 
     def run(self, policy: Inference, between: Callable[[], None] = lambda: None) -> dict[str, list[Result]]:
         """Every task's results; the first episode is filmed.  between: is called before each job, and may raise."""
