@@ -65,6 +65,11 @@ def rgb_array(image: Image.Image, convert: bool = False) -> np.ndarray:
     return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
+def as_bytes(image: np.ndarray) -> np.ndarray:
+    """u8 of an image of bytes, or of floats in 0..255, of any shape."""
+    return image if image.dtype == np.uint8 else image.round().clip(0, 255).astype(np.uint8)
+
+
 def _other_than_rgb(image: Image.Image) -> str | None:
     """What an image is, in a word, that has more or less to it than three channels of 8 bits; None for all others."""
     tiles = getattr(image, "tile", ())  # of a file: Pillow opens RGB of 16 bits as if it had 8

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from pi05_lightning.data.images import as_bytes
 from pi05_lightning.sim.environment import (
     Chained,
     Demonstrator,
@@ -176,7 +177,7 @@ _LOGGED = set[tuple[str, int | None]]()
 
 def side_by_side(frame: Frame) -> np.ndarray:
     """The cameras' images, as high as the highest, u8[H W 3]; black where a policy sees none."""
-    images = [Image.fromarray(image.transpose(1, 2, 0)) for image in frame.images.values()]
+    images = [Image.fromarray(as_bytes(image).transpose(1, 2, 0)) for image in frame.images.values()]
     images = images or [Image.new("RGB", (64, 64))]
     height = max(image.height for image in images)
     same = [image.resize((round(image.width * height / image.height), height)) for image in images]

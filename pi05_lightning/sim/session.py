@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pi05_lightning.data.images import as_bytes
 from pi05_lightning.sim.player import WAYS, Player
 
 log = logging.getLogger(__name__)
@@ -257,9 +258,9 @@ class Session:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """An address that holds an image u8[h w 3]: small ones as they are, large ones as JPEG."""
+    """An address that holds an image [h w 3] of 0..255: small ones as they are, large ones as JPEG."""
     buffer, kind = io.BytesIO(), "PNG" if len(image) <= 128 else "JPEG"
-    Image.fromarray(image).save(buffer, kind, quality=88, compress_level=1)
+    Image.fromarray(as_bytes(image)).save(buffer, kind, quality=88, compress_level=1)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

@@ -13,6 +13,7 @@ from pi05_lightning.sim.course import MOST_DECISIONS, Course
 from pi05_lightning.sim.environment import NoSuchEnvironment
 from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Job, check_memory, run_baseline_job
+from pi05_lightning.sim.session import data_uri
 from pi05_lightning.sim.summary import milliseconds, summarise
 from pi05_lightning.sim.trials import ENDED, NOT_FINITE, OUT_OF_TIME, Clock, Result, Trial
 from pi05_lightning.types import Frame
@@ -308,6 +309,21 @@ def test_cameras_of_other_heights_stand_side_by_side_in_a_film():
     film = result_of(Stub(lambda seed: chunk(0.25)), TwoCameras(), Trial("policy", "walk", 1, films="all")).film
     assert {frame.image.shape for frame in film} == {(8, 8 + 12, 3)}
     assert (film[0].image[:, :8] == 1).all()
+
+
+class Floats(Walk):
+    def observation(self) -> Frame:
+        frame = super().observation()
+        return replace(frame, images={"top": frame.images["top"].astype(np.float32) + 0.4})
+
+
+def test_images_of_floats_are_filmed_and_shown_as_those_of_bytes():
+    floats, plain = (
+        result_of(Stub(lambda seed: chunk(0.25)), env, Trial("policy", "walk", 7, films="all")).film
+        for env in (Floats(), Walk())
+    )
+    np.testing.assert_array_equal(floats[0].image, plain[0].image)
+    assert data_uri(floats[0].image + np.float32(0.4)) == data_uri(plain[0].image)
 
 
 class NoCamera(Walk):
