@@ -92,6 +92,16 @@ def as_pixels(name: str, array: np.ndarray) -> np.ndarray:
     return pixels.clip(0, 1) * 255
 
 
+def check_image(name: str, image: np.ndarray) -> None:
+    """Raises ValueError, with the name, for what is no image of a `Frame`: u8[3 h w], or f32[3 h w] of 0..255."""
+    _check_shape(name, image, "[3 h w]")
+    if image.dtype.kind == "f":
+        outside = ~((image >= -0.5) & (image <= 255.5))
+        _reject(outside, name, image, "a frame's images are in 0..255")
+    elif image.dtype != np.uint8:
+        raise ValueError(f"{name} is {image.dtype}: a frame's images are uint8, or floats in 0..255")
+
+
 class Inputs:
     """What a policy needs of an observation: all that its robot's data always had, within the range of that.
 
@@ -156,13 +166,7 @@ class Inputs:
         for camera, image in images.items():
             if camera not in self.cameras:
                 raise ValueError(f"image: {_unknown_camera(camera, self.cameras)}")
-            name = f"image {camera!r}"
-            _check_shape(name, image, "[3 h w]")
-            if image.dtype.kind == "f":
-                outside = ~((image >= -0.5) & (image <= 255.5))
-                _reject(outside, name, image, "a frame's images are in 0..255")
-            elif image.dtype != np.uint8:
-                raise ValueError(f"{name} is {image.dtype}: a frame's images are uint8, or floats in 0..255")
+            check_image(f"image {camera!r}", image)
         missing = [camera for camera in self.cameras if camera not in images]
         if needed := [camera for camera in missing if camera in self.needed_cameras]:
             raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pi05_lightning.data.looks import Look
+from pi05_lightning.data.observation import check_image
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Normalize, Quantiles
 from pi05_lightning.evaluation.agreement import Counterpart, Finding, agreement
@@ -54,7 +55,7 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
     """Observations of some tasks' initial states, and of what an expert makes of them; no policy acts.
 
     expert: whether one, if there is any, shows some of each episode, which takes seconds.
-    Raises NoSuchEnvironment as `EnvironmentConfig.open` and `Environment.observation`.
+    Raises NoSuchEnvironment as `EnvironmentConfig.open` and `Environment.observation`, ValueError for what is no image.
     """
     frames: list[Frame] = []
     expert = expert and config.has_expert
@@ -72,6 +73,9 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
                     if expert:
                         frames += shown_by_expert(cast("Demonstrator", env))
                     bar.update()
+    for frame in frames:
+        for camera, image in frame.images.items():
+            check_image(f"image {camera!r} of {type(config).__name__}", image)
     states = np.stack([frame.state for frame in frames if frame.state is not None] or [np.zeros(0, np.float32)])
     state = Quantiles(np.quantile(states, 0.01, axis=0), np.quantile(states, 0.99, axis=0))
     looks = {camera: Look.of(frame.images[camera] for frame in frames) for camera in frames[0].images}

@@ -25,7 +25,9 @@ from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Lanes, Plan, Worker, run_in_processes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
 from pi05_lightning.sim.trials import NOT_FINITE, OUT_OF_TIME, Clock, Trial
+from pi05_lightning.types import Frame
 from pi05_lightning.weights.locate import locate
+from tests.sim.walk import Walk
 
 VIEW = View(("topview", "gripperPOV"), 64, 10.0)
 
@@ -266,6 +268,20 @@ def test_steps_that_an_action_is_held_for_can_be_given_and_time_stays_the_simula
         assert (opened.fps, opened.max_seconds) == (20.0, 500 / 80)
     given = glimpse(env, ["reach-v3"], view)
     assert (given.robot.fps, given.sets_rate) == (20.0, True)
+
+
+class ColoursLast(MetaWorld):
+    """A simulator of one's own whose images have their colours last."""
+
+    def open(self, task, view):
+        env = Walk()
+        env.observation = lambda: Frame({"topview": np.zeros((8, 6, 3), np.uint8)}, state=np.zeros(2, np.float32))
+        return env
+
+
+def test_images_of_another_shape_are_named_before_they_are_compared():
+    with pytest.raises(ValueError, match=r"image 'topview' of ColoursLast has shape \[8, 6, 3\]: expected \[3 h w\]"):
+        glimpse(ColoursLast(), ["walk"], VIEW, expert=False)
 
 
 @dataclass(frozen=True)
