@@ -9,6 +9,7 @@ from pi05_lightning.data.transforms import Quantiles
 FAR = 1.0  # ranges (q99 - q01) beyond the training data from which on values are others
 NARROW = 1 / 20  # of the training data's range: less is other units, or a dim that rests
 ENDS = 0.1  # of an interval's width: how near values must come to both its ends to be taken for it
+NOT_FINITE = "not finite"
 UNITS = {
     180 / np.pi: ("degrees", "radians"),
     1000.0: ("millimetres", "metres"),
@@ -23,13 +24,16 @@ INTERVALS = ((0.0, 1.0), (-1.0, 1.0), (0.0, 100.0), (-100.0, 100.0), (0.0, 255.0
 def unit_problems(ours: Quantiles, theirs: Quantiles, resting: bool = False) -> dict[str, list[int]]:
     """In words, what makes dims other than they were: the dims. resting: the ranges of `theirs` tell nothing."""
     far = np.maximum(ours.distance(theirs.q01), ours.distance(theirs.q99))
-    ranges = np.asarray(ours.q99 - ours.q01, float), np.asarray(theirs.q99 - theirs.q01, float)
     with np.errstate(divide="ignore", invalid="ignore"):
+        ranges = np.asarray(ours.q99 - ours.q01, float), np.asarray(theirs.q99 - theirs.q01, float)
         ratio = ranges[1] / ranges[0]
     narrow = (ratio < NARROW) & (ranges[1] > 0) & (not resting)
     found: dict[str, list[int]] = {}
     for dim in range(len(ours)):
         before, now = ((float(q.q01[dim]), float(q.q99[dim])) for q in (ours, theirs))
+        if not np.isfinite(now).all():
+            found.setdefault(NOT_FINITE, []).append(dim)
+            continue
         problem = None if resting else other_interval(before, now) or _opposite(before, now)
         # one dim may rest where the others move
         if problem is None and (far[dim] > FAR or (narrow[dim] and narrow.mean() >= 0.5)):

@@ -12,7 +12,7 @@ from pi05_lightning.data.looks import Look
 from pi05_lightning.data.prompt import clean_task
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.transforms import Quantiles
-from pi05_lightning.data.units import ENDS, other_interval, unit_problems
+from pi05_lightning.data.units import ENDS, NOT_FINITE, other_interval, unit_problems
 from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.weights.abilities import Abilities
 
@@ -155,6 +155,8 @@ def _vector(what: str, ours: Quantiles, theirs: Quantiles, counterpart: Counterp
         yield Finding(what, "ok", f"{len(ours)} dims", f"{len(theirs)} dims, in the same range")
     for problem, dims in problems.items():
         then = "it takes them for others" if what == "state" else "its actions do other things here than there"
+        if problem == NOT_FINITE and what == "state":
+            then = "every observation is refused"
         shown = f"{problem}: {_quantiles(theirs, dims)}"
         mend = f"convert {what}[{', '.join(map(str, dims))}] of {counterpart.name} before the policy sees it"
         yield Finding(f"{what}, dims {_span(dims)}", "differs", _quantiles(ours, dims), shown, then, mend)

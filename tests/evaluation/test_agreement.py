@@ -43,6 +43,15 @@ def test_the_same_robot_in_another_recording_agrees() -> None:
     assert different(robot((low, high), (low, high))) == {}
 
 
+@pytest.mark.parametrize("resting", [False, True])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_differs(value: float, resting: bool) -> None:
+    low, high = changed([])
+    low[2] = high[2] = value
+    found = different(robot((low, high)), resting=resting)
+    assert found["state, dims 2"].startswith("not finite")
+
+
 def test_a_joint_that_rests_is_no_difference() -> None:
     low, high = changed([])
     low[1] = high[1] = 0.1
