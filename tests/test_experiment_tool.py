@@ -47,6 +47,13 @@ def test_results_hold_every_seed_that_was_rolled_out(gathered: Path) -> None:
     assert results["1"]["validation"] == {"action_mae": 0.3}
 
 
+def test_seeds_are_in_the_order_of_numbers_and_a_renamed_one_does_not_count(gathered: Path, tmp_path: Path) -> None:
+    for name in ("seed10", "seed2", "seed0_old"):
+        write_run(tmp_path / "runs" / "002_other" / name, policy=0, flat=6, error=0.1, seconds=100)
+    experiment_results.gather("002_other", tmp_path / "runs")
+    assert list(json.loads((gathered / "results.json").read_text())) == ["0", "1", "2", "10"]
+
+
 def test_table_has_mean_and_standard_deviation_over_seeds(gathered: Path) -> None:
     arms = {"002_other": json.loads((gathered / "results.json").read_text())}
     mean = experiment_results.seed_table(arms, METAWORLD).splitlines()[-1]

@@ -20,7 +20,7 @@ from jsonargparse import auto_cli
 from pi05_lightning.cli.parts import run_command
 from pi05_lightning.files.local import read_json, write_json
 from tools.experiment_recipes import EXPERIMENTS, recipe_of
-from tools.experiment_results import gather
+from tools.experiment_results import gather, seeds_in
 
 BY_HAND = ("007_quantised_base", "008_mt50", "013_fast_vocabulary")
 
@@ -46,9 +46,7 @@ def experiment(
         raise SystemExit(f"{name} asks another question than success: run the commands in experiments/{name}/README.md")
     demo = demo or recipe_of(name).demo
     runs = {seed: out / name / f"seed{seed}" for seed in seeds}
-    there = {run.name.removeprefix("seed"): run for run in (out / name).glob("seed*")}
-    gathered = {int(seed): run for seed, run in there.items() if seed.isdigit()}
-    for seed, run in (gathered | runs).items():
+    for seed, run in (seeds_in(out / name) | runs).items():
         for part, command in commands(name, seed, demo, run).items():
             check_made_by(marker_of(run, part), identity(name, command))
     for seed, run in runs.items():

@@ -27,8 +27,7 @@ Arms = Mapping[str, Mapping[str, Result]]
 def gather(name: str, out: Path) -> None:
     """Write results.json and plot.png of an experiment from its runs, and the tables into its README."""
     recipe, folder = recipe_of(name), experiment_recipes.EXPERIMENTS
-    runs = sorted(run for run in (out / name).glob("seed*") if run.is_dir())
-    results = {run.name.removeprefix("seed"): read_result(run, recipe) for run in runs}
+    results = {str(seed): read_result(run, recipe) for seed, run in seeds_in(out / name).items()}
     write_json(folder / name / "results.json", {seed: result for seed, result in results.items() if result})
     variants = sorted(path.name for path in folder.glob(f"{recipe.name[:3]}[a-z]_*")) if name == recipe.name else []
     names = dict.fromkeys((recipe.name, name, *variants))
@@ -37,6 +36,12 @@ def gather(name: str, out: Path) -> None:
     tables = mean_table(arms, recipe) if variants else f"{seed_table(arms, recipe)}\n\n{task_table(arms, recipe)}"
     print(tables)
     fill(folder / name / "README.md", f"{tables}\n\n![What was measured, per seed](plot.png)")
+
+
+def seeds_in(folder: Path) -> dict[int, Path]:
+    """The runs of an experiment by their seeds; a folder that was renamed, such as seed0_old, is none."""
+    there = {run.name.removeprefix("seed"): run for run in folder.glob("seed*") if run.is_dir()}
+    return dict(sorted((int(seed), run) for seed, run in there.items() if seed.isdigit()))
 
 
 def fill(readme: Path, content: str) -> None:
