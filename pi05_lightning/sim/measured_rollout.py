@@ -112,8 +112,9 @@ def replace_result(out: Path, before: Iterable[Path], unfinished: Path, result: 
     """Put a rollout's films and result into `out` in place of the ones before; what else is there stays."""
     (out / ROLLOUT.name).unlink(missing_ok=True)
     for film in before:
-        film.unlink(missing_ok=True)
-        film.with_suffix(".png").unlink(missing_ok=True)
+        if film.name not in result["films"] or (unfinished / film.name).exists():  # else it was moved, as below
+            film.unlink(missing_ok=True)
+            film.with_suffix(".png").unlink(missing_ok=True)
     for name in result["films"]:
         for file in (unfinished / name, (unfinished / name).with_suffix(".png")):
             if file.exists():  # else it was moved before the command was interrupted here

@@ -162,6 +162,18 @@ def test_films_that_were_moved_before_an_interruption_are_not_missed(tmp_path: P
     assert {file.name for file in tmp_path.glob("*.*")} >= {"one.mp4", "one.png", "two.mp4", "two.png", "rollout.json"}
 
 
+def test_films_stay_when_the_result_was_written_before_an_interruption(tmp_path: Path) -> None:
+    result = {"films": {"one.mp4": {}}}
+    unfinished = tmp_path / ".unfinished"
+    unfinished.mkdir()
+    for name in ("one.mp4", "one.png"):
+        (unfinished / name).write_text("new")
+        (tmp_path / name).write_text("of the rollout before")
+    for _ in range(2):  # the second time as after a kill between the result and the emptying of the folder
+        replace_result(tmp_path, [tmp_path / "one.mp4"], unfinished, result)
+        assert [(tmp_path / name).read_text() for name in ("one.mp4", "one.png")] == ["new", "new"]
+
+
 def test_two_rollouts_do_not_write_to_one_folder(tmp_path: Path) -> None:
     with (
         Unfinished.within(tmp_path, {"seed": 0}),
