@@ -88,6 +88,13 @@ def test_a_recipe_shows_the_means_of_all_that_differ_from_it(gathered: Path, tmp
     assert "012b" not in (gathered.parent / "012_whole" / "README.md").read_text()
 
 
+def test_a_mean_of_fewer_seeds_than_there_are_says_so(gathered: Path) -> None:
+    results = json.loads((gathered / "results.json").read_text())
+    results["1"]["validation"] = {}
+    row = experiment_results.mean_table({"002_other": results}, METAWORLD).splitlines()[-1].split(" | ")
+    assert row[:5] == ["| 002 other", "2", "0.900 ± 0.141", "0.600 ± 0.000", "0.100 (n = 1)"]
+
+
 def test_tables_replace_those_in_the_readme(gathered: Path) -> None:
     text = (gathered / "README.md").read_text()
     assert "| reach-v3 | 18/20 |" in text

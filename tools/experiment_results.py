@@ -71,10 +71,11 @@ def columns_of(recipe: Recipe) -> dict[str, tuple[Measure, int]]:
 
 
 def mean_table(arms: Arms, recipe: Recipe) -> str:
-    """A row per experiment: means ± standard deviations of its seeds."""
+    """A row per experiment: means ± standard deviations of its seeds; of how many, where some were not measured."""
     columns, rows = columns_of(recipe), list[tuple[object, ...]]()
     for arm, results in arms.items():
-        cells = (shown([value(r) for r in results.values()], digits) for value, digits in columns.values())
+        measured = (([value(r) for r in results.values()], digits) for value, digits in columns.values())
+        cells = (f"{shown(values, digits)}{_fewer(values)}" for values, digits in measured)
         rows.append((arm.replace("_", " "), len(results), *cells))
     return markdown_table(("experiment", "training seeds", *columns), rows)
 
@@ -123,6 +124,11 @@ def shown(values: Sequence[float | None], digits: int) -> str:
     if not known:
         return "–"
     return f"{fmean(known):.{digits}f}" + (f" ± {stdev(known):.{digits}f}" if len(known) > 1 else "")
+
+
+def _fewer(values: Sequence[float | None]) -> str:
+    known = len(values) - values.count(None)
+    return f" (n = {known})" if 0 < known < len(values) else ""
 
 
 def plot(arms: Arms, recipe: Recipe) -> Figure:
