@@ -84,7 +84,13 @@ def write_films(folder: Path, results: Iterable[Result], before: Films) -> Films
             column, task = trial.column.replace(", ", "-"), trial.task.replace("/", "-")
             name = f"{column}-{task}-{trial.seed}.mp4"
             video.write(folder / name, result)
-            written[name] = {"mode": trial.column, "task": trial.task, "seed": trial.seed, "outcome": result.outcome}
+            written[name] = {
+                "mode": trial.column,
+                "task": trial.task,
+                "seed": trial.seed,
+                "number": trial.number,
+                "outcome": result.outcome,
+            }
         result.film.clear()
     return written
 

@@ -40,7 +40,7 @@ _NOT_KEPT = {"trial", "film", "steps"}  # the plan has the trial, a film is a fi
 log = logging.getLogger(__name__)
 
 Films = dict[str, dict[str, Any]]
-"""A film's name: mode, task, seed, and how the episode ended."""
+"""A film's name: mode, task, seed, the number of its initial state, and how the episode ended."""
 
 Results = dict[str, dict[str, Any]]
 """`key_of` a trial: its result's fields."""

@@ -16,7 +16,7 @@ SUCCESS = {
 }
 
 
-FILM = {"mode": "policy", "task": "reach-v3", "seed": 2000007, "outcome": "out of time"}
+FILM = {"mode": "policy", "task": "reach-v3", "seed": 2000007, "number": 7, "outcome": "out of time"}
 ROLLOUT = {
     "success": SUCCESS,
     "failures": {"policy": {"reach-v3": {"out of time": 1}, "door-open-v3": {"out of time": 3}}, "random": {}},

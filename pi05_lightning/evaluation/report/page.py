@@ -251,5 +251,7 @@ def film_caption(file: Path, run: Run) -> str:
     if file.name not in run.films:
         return file.stem.replace("_", " ")
     film = run.films[file.name]
-    parts = (plots.mode_label(film["mode"], run.acting), film["task"], f"initial state {film['seed']}")
+    number = f"{film['number']} " if "number" in film else ""  # files of before it was written have none
+    state = f"initial state {number}(seed {film['seed']})"
+    parts = (plots.mode_label(film["mode"], run.acting), film["task"], state)
     return f"{' · '.join(parts)}: {film['outcome']}"
