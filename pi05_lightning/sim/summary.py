@@ -29,7 +29,7 @@ def summarise(results: Sequence[Result], clocks: Mapping[str, Clock]) -> dict[st
                   that were done one after the other
     wilson_95     {mode: {task, and "all tasks": [low, high]}} of the success rate
     seconds       {mode: {task: {median, p95}}} of simulated time that successes took; nothing of tasks without any
-    per_minute    {mode: successes per minute of simulated time, that of failures included}
+    per_minute    {mode: successes per minute of simulated time, that of failures included, and all that a crash had}
     failures      {mode: {task: {reason: episodes}}}
     crashed       what each episode says that ended by a fault of the policy or the simulator
     jumps         {mode: {seams, inside: {mean, p95}, ratio: {mean, p95}}}: from an action to the next one, where chunks
@@ -77,8 +77,11 @@ def seconds(results: Iterable[Result]) -> dict[str, dict[str, float]]:
 
 
 def per_minute(results: Sequence[Result]) -> float:
-    """Successes per minute of simulated time: what a policy gets done, as it is faster or fails less."""
-    total = sum(result.decisions / result.fps for result in results if result.fps)
+    """Successes per minute of simulated time: what a policy gets done, as it is faster or fails less.
+
+    A crash counts with all the time that it had: else it would cost less than to run out of time.
+    """
+    total = sum(r.max_seconds if r.crashed else r.decisions / r.fps for r in results if r.fps)
     return round(60 * sum(result.success for result in results) / total, 2) if total else 0.0
 
 

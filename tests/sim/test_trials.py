@@ -270,6 +270,15 @@ def test_summary_says_how_long_successes_took_and_how_many_there_are_in_a_minute
     assert result["per_minute"] == {"policy": 18.0}  # three in ten seconds
 
 
+def test_a_crash_costs_as_many_successes_in_a_minute_as_running_out_of_time():
+    solved = Result(Trial("policy", "a", 0), success=True, decisions=20, fps=10.0, max_seconds=4.0)
+    crashed, late = (
+        replace(solved, success=False, decisions=n, reason=r) for n, r in ((1, NOT_FINITE), (40, OUT_OF_TIME))
+    )
+    rates = [summarise([solved, failed], {})["per_minute"]["policy"] for failed in (crashed, late)]
+    assert rates == [10.0, 10.0]  # one in six seconds
+
+
 def test_summary_has_wilson_intervals():
     result = summarise([Result(Trial("policy", "a", i), success=i < 9) for i in range(10)], {})
     # by hand, z = 1.96: (0.9 + 0.19208 ± 1.96 √(0.009 + 0.0096040)) / 1.38416
