@@ -114,7 +114,7 @@ class Player:
         ValueError for a task or number that there is not.
         """
         self.start.check(task, number)
-        (self.env,) = self._lanes.of(task, 1)
+        (self.env,) = self._lanes.of(task, 1, self.start.max_seconds)
         self._sentence = self._sentence if task == self.judged and not anew else None
         self.task = self.judged = task
         self._solved, self._counts = False, True

@@ -5,6 +5,7 @@ A job is a policy or a baseline at one task. What runs it keeps policy and envir
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from contextlib import closing
@@ -133,8 +134,11 @@ class Lanes:
         self._task, self._open = "", list[Environment]()
         self._sentences: dict[str, str] = {}
 
-    def of(self, task: str, count: int) -> list[Environment]:
-        """So many environments of a task. NoSuchEnvironment as `EnvironmentConfig.open`, and for another rate."""
+    def of(self, task: str, count: int, max_seconds: float | None = None) -> list[Environment]:
+        """So many environments of a task.  max_seconds: of its trials, None: what the environment says.
+
+        NoSuchEnvironment as `EnvironmentConfig.open`, for another rate, and where nothing says when time is up.
+        """
         if task != self._task:
             self.close()
             self._task = task
@@ -146,6 +150,10 @@ class Lanes:
                     f"{type(self.env).__name__} takes {env.fps:g} actions per second, and the policy was trained at"
                     f" {self.view.fps:g} frames per second"
                 )
+        if max_seconds is None and not all(math.isfinite(env.max_seconds) for env in self._open[:count]):
+            raise NoSuchEnvironment(
+                f"{task} has no simulated time after which an episode has failed: give --max_seconds"
+            )
         return self._open[:count]
 
     def sentence_of(self, task: str) -> str:
@@ -171,7 +179,7 @@ def run_policy_job(
 ) -> Done:
     """Run the trials together, each in a lane of its own. paraphrases: instruction -> the same in other words."""
     start, clock = perf_counter(), Clock()
-    envs = lanes.of(job.task, len(job.trials))
+    envs = lanes.of(job.task, len(job.trials), job.trials[0].max_seconds)
     policy.inputs.takes_any_task = job.trials[0].instruction != "right"
 
     def told(trial: Trial) -> str | None:
@@ -195,7 +203,7 @@ def run_policy_job(
 def run_baseline_job(job: Job, lanes: Lanes, demonstrations: Demonstrations | None) -> Done:
     """Run the trials one after another. demonstrations: for mean_replay."""
     start, clock = perf_counter(), Clock()
-    (env,) = lanes.of(job.task, 1)
+    (env,) = lanes.of(job.task, 1, job.trials[0].max_seconds)
     replay = partial(_mean_trajectory, demonstrations) if job.mode == "mean_replay" else None
     courses = [Course(env, trial) for trial in job.trials]
     for course in courses:

@@ -107,7 +107,7 @@ class OneWalk(Lanes):
 
     def __init__(self) -> None: ...
 
-    def of(self, task, count):
+    def of(self, task, count, max_seconds=None):
         return [Walk()]
 
     def sentence_of(self, task):

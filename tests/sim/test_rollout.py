@@ -297,6 +297,23 @@ def test_simulator_of_ones_own_at_another_rate_is_refused():
         lanes.of("reach-v3", 1)
 
 
+class Endless(MetaWorld):
+    """A simulator of one's own in which time is never up."""
+
+    def open(self, task, view):
+        env = Walk()
+        env.max_seconds = float("inf")
+        return env
+
+
+def test_simulator_without_a_time_limit_asks_for_one():
+    with closing(Lanes(Endless(), VIEW)) as lanes:
+        for _ in range(2):
+            with pytest.raises(NoSuchEnvironment, match="give --max_seconds"):
+                lanes.of("walk", 1)
+        assert len(lanes.of("walk", 1, max_seconds=3.0)) == 1
+
+
 @pytest.mark.slow
 def test_demonstrations_at_another_rate_are_not_replayed(untrained, collected, tmp_path):
     slow = Path(shutil.copytree(collected / "robot", tmp_path / "robot"))

@@ -113,7 +113,7 @@ class OneLane:
     def __init__(self, env: Walk) -> None:
         self.env = env
 
-    def of(self, task, count):
+    def of(self, task, count, max_seconds=None):
         return [self.env]
 
 

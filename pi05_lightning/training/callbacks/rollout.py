@@ -137,6 +137,7 @@ class PeriodicRollout(Callback):
             TemporaryDirectory() as folder,
         ):
             first, *others = {job.task: job.trials[0] for job in self._plan(policy).jobs()}.values()
+            lanes.of(first.task, 1, first.max_seconds)
             step = replace(first, films="all", max_seconds=1e-9)  # a single action, as there are no shorter episodes
             (result,) = run_policy_job(Job((step,)), policy, lanes).results
             if not result.success and result.reason not in (OUT_OF_TIME, ENDED):
@@ -144,7 +145,7 @@ class PeriodicRollout(Callback):
             video.write(Path(folder, "film.mp4"), result)
             video.gif(result)
             for trial in others:
-                for env in lanes.of(trial.task, 1):
+                for env in lanes.of(trial.task, 1, trial.max_seconds):
                     env.reset(trial.seed)
                     env.observation()
 
