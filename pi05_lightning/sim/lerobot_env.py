@@ -21,7 +21,7 @@ from pi05_lightning.files.ranges import check_range
 from pi05_lightning.sim.environment import EnvironmentConfig, NoSuchEnvironment, View, action_repeat
 from pi05_lightning.sim.metaworld.mt50 import MT50, SENTENCES
 from pi05_lightning.sim.rendering import check_rendering, choose_rendering
-from pi05_lightning.sim.splits import LIBERO_STATES, libero_states
+from pi05_lightning.sim.splits import LIBERO_STATES, in_32_bits, libero_states
 from pi05_lightning.types import Frame
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class LeRobotEnvironment:
     def reset(self, seed: int) -> None:
         if hasattr(self._env.unwrapped, "init_state_id"):  # LIBERO's: it goes on to the next one, whatever the seed
             self._env.unwrapped.init_state_id = seed
-        self._seen, _ = self._env.reset(seed=seed)
+        self._seen, _ = self._env.reset(seed=in_32_bits(seed))
         self.ended = False
 
     def observation(self) -> Frame:

@@ -27,6 +27,11 @@ def rng_of(task: str, seed: int, *stream: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(task.encode()), *stream])
 
 
+def in_32_bits(seed: int) -> int:
+    """A seed for generators that take 32 bits: the same where they take it, else one that is drawn from it."""
+    return seed if seed < 2**32 else int(np.random.SeedSequence(seed).generate_state(1)[0])
+
+
 def libero_states(split: str, count: int, seed: int) -> list[int]:
     """The first initial states of a task for seed 0, as LIBERO is evaluated; the next ones for seed 1.
 

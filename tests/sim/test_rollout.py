@@ -8,6 +8,7 @@ import shutil
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from pi05_lightning.sim.available_modes import available_modes
 from pi05_lightning.sim.course import Course
 from pi05_lightning.sim.environment import NoSuchEnvironment, View
 from pi05_lightning.sim.glimpse import glimpse
+from pi05_lightning.sim.lerobot_env import LeRobotEnvironment
 from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Lanes, Plan, Worker, run_in_processes
 from pi05_lightning.sim.simulators import LeRobotEnv, MetaWorld
@@ -237,6 +239,18 @@ def test_lerobots_environment_begins_the_same_for_the_same_seed(lerobot_drawer):
         lerobot_drawer.step(np.ones(4, np.float32))
     np.testing.assert_array_equal(seen[0], seen[2])
     assert not np.array_equal(seen[0], seen[1])
+
+
+def test_lerobots_environment_gets_no_seed_that_its_generator_refuses():
+    env, begun = LeRobotEnvironment.__new__(LeRobotEnvironment), []
+    env._env = SimpleNamespace(
+        unwrapped=None, reset=lambda seed: (begun.append(np.random.RandomState(seed).rand()), {})
+    )
+    for seed in (7, 2**32 - 1, 2**32, 2**32 + 1, 2**32):
+        env.reset(seed)
+    assert begun[:2] == [np.random.RandomState(seed).rand() for seed in (7, 2**32 - 1)]
+    assert len({*begun}) == 4
+    assert begun[2] == begun[4]
 
 
 def test_lerobots_limit_is_taken_over_in_simulated_time(lerobot_drawer):
