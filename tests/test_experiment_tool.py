@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,14 +112,14 @@ def test_part_that_is_done_is_not_run_again(tmp_path: Path) -> None:
     script, marker = tmp_path / "append.py", tmp_path / "parts" / "fit.json"
     script.write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('ran ')")
     for _ in range(2):
-        experiment.run_part(marker, (str(script),), "a")
+        experiment.run_part(marker, (str(script),), {"made_by": "a"})
     assert (tmp_path / "log").read_text() == "ran "
 
 
 def test_cpu_seconds_of_a_part_are_those_of_its_process(tmp_path: Path) -> None:
     script, marker = tmp_path / "busy.py", tmp_path / "parts" / "fit.json"
     script.write_text("import time\ntime.sleep(1)\nwhile time.process_time() < 0.5: pass")
-    experiment.run_part(marker, (str(script),), "a")
+    experiment.run_part(marker, (str(script),), {"made_by": "a"})
     assert 0.5 <= json.loads(marker.read_text())["cpu_seconds"] < 0.9
 
 
@@ -127,7 +128,7 @@ def test_part_that_failed_is_run_again_and_its_cpu_seconds_count(tmp_path: Path)
     script.write_text("import time\nwhile time.process_time() < 0.2: pass\nraise SystemExit(1)")
     for _ in range(2):
         with pytest.raises(SystemExit):
-            experiment.run_part(marker, (str(script),), "a")
+            experiment.run_part(marker, (str(script),), {"made_by": "a"})
     state = json.loads(marker.read_text())
     assert not state["done"]
     assert state["cpu_seconds"] >= 0.4
@@ -148,6 +149,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / base).touch()
     (tmp_path / "ran").touch()
     monkeypatch.setattr(experiment, "gather", lambda name, out: None)
+    monkeypatch.setattr(experiment, "LeRobotFiles", SimpleNamespace(open=Path.iterdir))
+    monkeypatch.setattr(experiment, "fingerprint", lambda files: str([file.name for file in files]))
     monkeypatch.setattr(experiment, "run_command", lambda command: (tmp_path / "ran").open("a").write(f"{command[0]} "))
     return tmp_path
 
@@ -162,6 +165,22 @@ def test_an_edited_experiment_does_not_keep_the_numbers_of_before(made: Path) ->
         with pytest.raises(SystemExit, match=r"fit.json is of another command or configuration.*delete .*seed0"):
             experiment.experiment("002_other", seeds, *options[2:])
     assert (made / "ran").read_text().count("fit") == 1
+
+
+@pytest.mark.parametrize("other", ["data/robot/frame", "fast/tokens"])
+def test_seeds_of_other_data_are_not_mixed_and_those_that_do_not_say_go_on(made: Path, other: str) -> None:
+    (made / "demo" / "fast").mkdir()
+    options = ("002_other", made / "demo", made / "runs")
+    experiment.experiment(options[0], (0,), *options[1:])
+    (made / "demo" / other).touch()
+    with pytest.raises(SystemExit, match=r"\.json is of other data or another tokenizer than today's"):
+        experiment.experiment(options[0], (1,), *options[1:])
+    for marker in (made / "runs" / "002_other" / "seed0" / "parts").iterdir():
+        kept = json.loads(marker.read_text())
+        del kept["data"]  # as it was written before
+        marker.write_text(json.dumps(kept))
+    experiment.experiment(options[0], (1,), *options[1:])
+    assert (made / "ran").read_text().count("fit") == 2
 
 
 def test_a_training_that_was_killed_does_not_go_on_with_what_it_was_before_an_edit(

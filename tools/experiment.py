@@ -13,12 +13,15 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from jsonargparse import auto_cli
 
 from pi05_lightning.cli.parts import run_command
-from pi05_lightning.files.local import read_json, write_json
+from pi05_lightning.data.labels import fingerprint
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.files.local import read_json, sha256, write_json
 from tools.experiment_recipes import EXPERIMENTS, recipe_of
 from tools.experiment_results import gather, seeds_in
 
@@ -36,8 +39,8 @@ def experiment(
         demo: directory of a demo, for its data and its tokenizer; by default runs/demo, or runs/desk at the desk.
         out: where the runs go, as NAME/seedN.
 
-    Raises SystemExit for an unknown name, where there is no demo, where a seed was made with another configuration, and
-    when a part fails.
+    Raises SystemExit for an unknown name, where there is no demo, where a seed was made with another configuration or
+    of other data, and when a part fails.
     """
     names = sorted(folder.name for folder in EXPERIMENTS.iterdir() if folder.is_dir())
     if name not in names:
@@ -46,14 +49,21 @@ def experiment(
         raise SystemExit(f"{name} asks another question than success: run the commands in experiments/{name}/README.md")
     demo = demo or recipe_of(name).demo
     runs = {seed: out / name / f"seed{seed}" for seed in seeds}
-    for seed, run in (seeds_in(out / name) | runs).items():
-        for part, command in commands(name, seed, demo, run).items():
-            check_made_by(marker_of(run, part), identity(name, command))
+    there = seeds_in(out / name) | runs
+    parts = {seed: commands(name, seed, demo, run) for seed, run in there.items()}
+    data = data_of(demo)
+
+    def origin(command: tuple[str, ...]) -> dict[str, str]:
+        return {"made_by": identity(name, command), "data": data}
+
+    for seed, run in there.items():
+        for part, command in parts[seed].items():
+            check_made_by(marker_of(run, part), origin(command))
     for seed, run in runs.items():
-        for part, command in commands(name, seed, demo, run).items():
+        for part, command in parts[seed].items():
             goes_on = part == "fit" and (run / "checkpoints" / "last.ckpt").exists()
             now = ("fit", "--ckpt_path", str(run)) if goes_on else command
-            run_part(marker_of(run, part), now, identity(name, command))
+            run_part(marker_of(run, part), now, origin(command))
     gather(name, out)
 
 
@@ -70,15 +80,25 @@ def identity(name: str, command: tuple[str, ...]) -> str:
     return hashlib.sha256("\0".join([*command, *texts]).encode()).hexdigest()
 
 
-def check_made_by(marker: Path, made_by: str) -> None:
-    """SystemExit where a part was made by another command or configuration, or its training would go on with it."""
+def data_of(demo: Path) -> str:
+    """SHA-256 of a demo's demonstrations and of its FAST tokenizer."""
+    tokenizer = (sha256(file) for file in sorted((demo / "fast").glob("*")))
+    shown = fingerprint(LeRobotFiles.open(demo / "data" / "robot"))
+    return hashlib.sha256("\0".join([shown, *tokenizer]).encode()).hexdigest()
+
+
+def check_made_by(marker: Path, origin: Mapping[str, str]) -> None:
+    """SystemExit where a part was made otherwise, or its training would go on so.
+
+    origin: `identity`, and `data_of` the demo, which markers of before it was written do not have.
+    """
     before = read_json(marker, default={})
     counts = before.get("done") or (marker.parents[1] / "checkpoints").exists()
-    if counts and before.get("made_by", made_by) != made_by:
-        raise SystemExit(
-            f"{marker} is of another command or configuration than today's: delete {marker.parent.parent}, or give"
-            " another --out"
-        )
+    for key, what in {"made_by": "another command or configuration", "data": "other data or another tokenizer"}.items():
+        if counts and before.get(key, origin[key]) != origin[key]:
+            raise SystemExit(
+                f"{marker} is of {what} than today's: delete {marker.parent.parent}, or give another --out"
+            )
 
 
 def configs(name: str) -> list[str]:
@@ -111,7 +131,7 @@ def commands(name: str, seed: int, demo: Path, run: Path) -> dict[str, tuple[str
     return {"fit": fit, "validate": ("validate", str(run)), **parts}
 
 
-def run_part(marker: Path, command: tuple[str, ...], made_by: str) -> None:
+def run_part(marker: Path, command: tuple[str, ...], origin: Mapping[str, str]) -> None:
     """Run a command with one thread unless its marker says that it is done; the marker holds its CPU seconds."""
     before = read_json(marker, default={})
     if before.get("done"):
@@ -120,7 +140,7 @@ def run_part(marker: Path, command: tuple[str, ...], made_by: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads that wait for each other would count as work
     print("$", *command, flush=True)
     start, done = cpu_seconds(), False
-    write_json(marker, {"cpu_seconds": before.get("cpu_seconds", 0.0), "done": False, "made_by": made_by})
+    write_json(marker, {"cpu_seconds": before.get("cpu_seconds", 0.0), "done": False, **origin})
     try:
         if command[0].endswith(".py"):
             status = subprocess.run([sys.executable, *command]).returncode
@@ -131,7 +151,7 @@ def run_part(marker: Path, command: tuple[str, ...], made_by: str) -> None:
         done = True
     finally:
         seconds = before.get("cpu_seconds", 0.0) + cpu_seconds() - start
-        write_json(marker, {"cpu_seconds": round(seconds, 1), "done": done, "made_by": made_by})
+        write_json(marker, {"cpu_seconds": round(seconds, 1), "done": done, **origin})
 
 
 def cpu_seconds() -> float:
