@@ -17,6 +17,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.transforms import Normalize, Quantiles
+from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.sim.rollout import view_of
@@ -183,6 +184,12 @@ def test_task_that_was_never_trained_is_taken_and_said_once(policy, seen, caplog
         policy.predict_chunk({**seen, "task": task})
     said = "the policy was never trained on the task 'open the drawers' (did you mean open the drawer?)"
     assert spoken(caplog) == [said]
+
+
+def test_no_task_is_suggested_where_looking_through_all_of_them_takes_long() -> None:
+    tasks = [f"open the drawer number {number}" for number in range(3000)]
+    assert suggestion("open the drawer numbr 7", tasks[:100])
+    assert not suggestion("open the drawer numbr 7", tasks)
 
 
 # --- numbers
