@@ -29,6 +29,7 @@ from pi05_lightning.data.open_files import OpenFiles, allow_open_files, check_op
 
 _RGB = 0  # AVCOL_SPC_RGB in FFmpeg, which PyAV has no name for
 _FULL_RANGE = ("yuvj", "gray", "ya")  # formats that are of full range whether a frame says so or not
+_GROUP_BYTES = 100_000_000  # of groups of rows that are kept, of each camera in each worker
 
 
 class VideoDecoder:
@@ -313,7 +314,7 @@ class ParquetFrames(FrameStore):
         )
         self._ends = OpenFiles(self._group_ends, capacity=1024)
         self._image_versions: dict[int, str] = {}
-        self._groups = OpenFiles(self._read_group, capacity=8)
+        self._groups = OpenFiles(self._read_group, capacity=_GROUP_BYTES, size=lambda group: group.nbytes)
 
     def read(self, row: int) -> np.ndarray:
         file, position = int(self.file[row]), int(self.position[row])
@@ -326,6 +327,10 @@ class ParquetFrames(FrameStore):
 
     def count(self, file: int) -> int:
         return pq.read_metadata(self.files[file]).num_rows
+
+    def largest_group(self) -> int:
+        """Bytes of the largest group of rows, all of which are read for one of its images."""
+        return max((_largest_group(pq.read_metadata(path), self._column) for path in self.files), default=0)
 
     def scan(self, file: int) -> Iterator[tuple[float, np.ndarray | BadImage]]:
         position = 0
@@ -379,6 +384,14 @@ class ParquetFrames(FrameStore):
 
     def _folders(self, file: int) -> tuple[Path, Path]:
         return self._root, self.files[file].parent
+
+
+def _largest_group(metadata: pq.FileMetaData, name: str) -> int:
+    """Bytes of a column in the group of rows that has most of it."""
+    paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+    leaves = [i for i, path in enumerate(paths) if path == name or path.startswith(f"{name}.")]
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return max((sum(group.column(i).total_uncompressed_size for i in leaves) for group in groups), default=0)
 
 
 def _nulls(metadata: pq.FileMetaData, column: int) -> bool:

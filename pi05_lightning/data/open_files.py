@@ -43,10 +43,19 @@ def reading_parquet(path: Path | str, kind: type[Exception] = ValueError, remedy
 
 
 class OpenFiles[K, T]:
-    """At most `capacity` opened things by key, the least recently used closed first; a forked process starts anew."""
+    """At most `capacity` opened things by key, the least recently used closed first; a forked process starts anew.
 
-    def __init__(self, opener: Callable[[K], T], capacity: int, close: Callable[[T], object] = lambda opened: None):
-        self._opener, self._capacity, self._close = opener, capacity, close
+    size: how much of the capacity one takes. The last one is kept, whatever it takes.
+    """
+
+    def __init__(
+        self,
+        opener: Callable[[K], T],
+        capacity: int,
+        close: Callable[[T], object] = lambda opened: None,
+        size: Callable[[T], int] = lambda opened: 1,
+    ):
+        self._opener, self._capacity, self._close, self._size = opener, capacity, close, size
         self._open: OrderedDict[K, T] = OrderedDict()
         self._inherited: OrderedDict[K, T] = OrderedDict()
         self._pid = os.getpid()
@@ -58,6 +67,6 @@ class OpenFiles[K, T]:
             self._open.move_to_end(key)
         else:
             self._open[key] = self._opener(key)
-            if len(self._open) > self._capacity:
+            while len(self._open) > 1 and sum(map(self._size, self._open.values())) > self._capacity:
                 self._close(self._open.popitem(last=False)[1])
         return self._open[key]

@@ -23,6 +23,8 @@ from pi05_lightning.data.frames import VideoDecoder, VideoFrames
 from pi05_lightning.data.images import read_image, resize_image
 from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles, read_episodes
+from pi05_lightning.data.open_files import OpenFiles
+from pi05_lightning.data.sources import lerobot_images
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.types import Shapes
 
@@ -340,6 +342,29 @@ def no_more_files() -> Iterator[None]:
 
 
 TOO_MANY = "too many files are open: use fewer workers"
+
+
+def test_what_is_kept_open_is_bounded_by_its_size() -> None:
+    closed: list[int] = []
+    opened = OpenFiles(bytes, capacity=10, close=lambda content: closed.append(len(content)), size=len)
+    for size in (4, 5, 4, 6, 20):
+        _ = opened[size]
+    assert closed == [5, 4, 6]
+    assert len(opened[20]) == 20  # more than may be kept, and kept all the same
+    assert closed == [5, 4, 6]
+
+
+@pytest.mark.parametrize(("image_cache", "warnings"), [(False, 1), (True, 0)])
+def test_large_groups_of_rows_are_warned_of_where_images_are_read_from_them(
+    pictures_copy: Path,
+    image_cache: bool,
+    warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(lerobot_images, "LARGE_GROUP", 100)
+    open_source(pictures_copy, image_cache=image_cache).prepare()
+    assert caplog.text.count("set `image_cache: true`") == warnings
 
 
 def test_too_many_open_files_are_no_bad_sample(videos_copy: Path) -> None:

@@ -286,6 +286,8 @@ class LeRobotSource(Source):
 
     def prepare(self) -> None:
         """Decode all frames into the cache, if one is wanted; raises BadSample for frames that do not decode."""
+        if self.split == "train":  # said once
+            self._images.say_what_reading_takes()
         self._images.fill(f"{self.name} ({self.split})")
         self._leave_out()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,9 @@ from pi05_lightning.data.looks import Look
 from pi05_lightning.data.sources.lerobot_rejects import Kept
 
 LOOKED_AT = 16  # frames that tell how a camera's images look
+LARGE_GROUP = 20_000_000  # bytes, from which on reading a group takes longer than decoding an image of it
+
+log = logging.getLogger(__name__)
 
 
 class Images:
@@ -115,6 +119,18 @@ class Images:
         if self.caches:
             fill(list(self.caches.values()), label)
             self.reject_undecoded()
+
+    def say_what_reading_takes(self) -> None:
+        """Warn where each image is read with many others."""
+        stores = [store for store in self._stores.values() if isinstance(store, ParquetFrames)]
+        largest = max((store.largest_group() for store in stores), default=0)
+        if largest > LARGE_GROUP:
+            log.warning(
+                "dataset %r: its images are stored in groups of rows of up to %.0f MB, and all of a group is read for"
+                " one of them: set `image_cache: true`, or write its data files with smaller groups",
+                self.kept.rejects.dataset,
+                largest / 1e6,
+            )
 
     def reject_undecoded(self) -> None:
         """Leave out the rows that were found not to decode."""
