@@ -421,11 +421,21 @@ def _conversion(root: Path, version: str) -> str:
 
 
 def dim_names(feature: dict[str, Any]) -> list[str] | None:
-    """The names of a vector's dims: LeRobot writes a list, or lists by what they name; None where they do not fit."""
-    names = feature.get("names") or ()
-    parts = names.values() if isinstance(names, dict) else [names]
-    found = [str(name) for part in parts for name in (part if isinstance(part, list | tuple) else [part])]
+    """The names of a vector's dims: LeRobot writes a list, lists by what they name or in a list, or each name's number.
+
+    None where they are not as many as the dims.
+    """
+    found = _flat(feature.get("names") or ())
     return found if len(found) == feature["shape"][0] else None
+
+
+def _flat(names: Any) -> list[str]:
+    if isinstance(names, dict):
+        numbers = list(names.values())
+        names = sorted(names, key=names.__getitem__) if all(type(number) is int for number in numbers) else numbers
+    if isinstance(names, list | tuple):
+        return [name for part in names for name in _flat(part)]
+    return [str(names)]
 
 
 def read_episodes(path: Path) -> pa.Table:

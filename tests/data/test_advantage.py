@@ -195,7 +195,14 @@ def test_source_of_another_rate_is_not_of_the_robot(pictures: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("names", "is_refused"),
-    [(["x", "z", "y"], True), ({"arm": ["x", "y", "z"]}, False), (["state_0", "state_1", "state_2"], False)],
+    [
+        (["x", "z", "y"], True),
+        ([["x", "z", "y"]], True),
+        ({"x": 0, "y": 2, "z": 1}, True),
+        ({"z": 2, "x": 0, "y": 1}, False),
+        ({"arm": ["x", "y", "z"]}, False),
+        (["state_0", "state_1", "state_2"], False),
+    ],
 )
 def test_source_whose_dims_have_other_names_is_not_of_the_robot(
     pictures: Path, pictures_copy: Path, names: list | dict, is_refused: bool
