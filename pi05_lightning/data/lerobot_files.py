@@ -186,6 +186,11 @@ class LeRobotFiles:
                 )
         return found
 
+    @property
+    def names_subtasks(self) -> bool:
+        """Whether meta/subtasks.parquet is there. LeRobot's tools that edit datasets leave it out."""
+        return (self.root / "meta" / "subtasks.parquet").exists()
+
     def cameras(self) -> list[str]:
         """Keys of the colour image features, in the dataset's order."""
         return [

@@ -216,10 +216,10 @@ def test_a_data_file_with_flipped_bytes_is_never_read_as_good(pictures_copy: Pat
 # --- language
 
 
-def test_subtasks_that_nothing_names_are_an_error(videos_copy: Path) -> None:
+def test_subtasks_that_nothing_names_are_an_error_where_they_are_asked_for(videos_copy: Path) -> None:
     rewrite(data_file(videos_copy), language_persistent=None, subtask_index=[0] * sum(LENGTHS))
-    with pytest.raises(BadSample, match=r"subtask_index: .*meta/subtasks.parquet.* missing"):
-        open_source(videos_copy)
+    with pytest.raises(BadSample, match=r"subtask_index: .*meta/subtasks.parquet.* missing \(after a merge none fits"):
+        open_source(videos_copy, subtask_key="subtask_index")
 
 
 def test_a_subtask_column_of_another_kind_is_an_error(videos_copy: Path) -> None:

@@ -12,11 +12,14 @@ import pytest
 
 from pi05_lightning import Pi05DataModule
 from pi05_lightning.data.errors import BadSample
+from pi05_lightning.data.lerobot_files import LeRobotFiles
+from pi05_lightning.data.mixture import Mixture
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.recipe import StageOptions
 from pi05_lightning.types import Modality
-from tests.data.recorded import LENGTHS, STARTS, data_file, open_source, rewrite
+from tests.data.recorded import LENGTHS, STARTS, data_file, edit_info, open_source, rewrite
 
 EPISODES = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
 
@@ -98,6 +101,31 @@ def test_a_number_without_a_sentence_matters_in_chosen_episodes_alone(videos_cop
     annotate(videos_copy, without=(0, 1, 2, 3, 4), codes=codes)
     source = open_source(videos_copy, episodes=[1, 2, 3, 4])
     assert source[0].subtask == "wipe"
+
+
+@pytest.mark.parametrize("without", [(0, 1, 2, 3, 4), (1,), ()])
+def test_numbers_without_their_table_are_not_read_unless_named(
+    videos_copy: Path, without: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """LeRobot's tools that edit datasets leave the table out, and LeRobot opens what they write."""
+    annotate(videos_copy, without)
+    (videos_copy / "meta" / "subtasks.parquet").unlink()
+    features = LeRobotFiles.open(videos_copy).features
+    edit_info(videos_copy, features=features | {"subtask_index": {"dtype": "int64", "shape": [1], "names": None}})
+    with caplog.at_level(logging.WARNING):
+        found = subtasks(videos_copy)
+    assert [text is None for text in found] == [episode in without for episode in range(5)]
+    assert caplog.text.count("subtask_index is not read: meta/subtasks.parquet") == bool(without)
+
+
+def test_a_run_that_wants_subtasks_of_numbers_without_their_table_is_refused(videos_copy: Path) -> None:
+    annotate(videos_copy, without=(0, 1, 2, 3, 4))
+    (videos_copy / "meta" / "subtasks.parquet").unlink()
+    source = LeRobotConfig(path=str(videos_copy))
+    data = Pi05DataModule({"robot": source}, shapes=ModelConfig.preset("debug").shapes)
+    mixture = Mixture(data.train_samples.entries, trained_by={}, batch_size=2)
+    with pytest.raises(ValueError, match="mixture: unknown 'robot/hl_subtask'"):
+        mixture.weights(StageOptions(mixture={"robot/hl_subtask": 1.0}))
 
 
 def test_a_blank_subtask_is_none(videos_copy: Path) -> None:

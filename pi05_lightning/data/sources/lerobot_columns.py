@@ -198,6 +198,8 @@ def _open(files: LeRobotFiles, path: Path, wanted: Wanted) -> _File:
         schema = pq.read_schema(path)
         present = schema.names
         either = [name for name in (PERSISTENT, SUBTASK_INDEX) if name in present]
+        if SUBTASK_INDEX in either and not (files.names_subtasks or is_text(schema.field(SUBTASK_INDEX).type)):
+            either.remove(SUBTASK_INDEX)  # `say_how_it_is_read` warns
         subtask_keys = either if wanted.subtask_key is None else [wanted.subtask_key]
         names = {"episode_index", "frame_index", "timestamp", "task_index", *wanted.state, *wanted.action}
         names |= {*subtask_keys} - {PERSISTENT}
@@ -338,7 +340,10 @@ def _subtask_texts(files: LeRobotFiles, column: pa.ChunkedArray, key: str, keep:
         raise ValueError(f"{key}: it holds {column.type}: a subtask is text, or a number as in subtask_index")
     sentences = files.sentences("subtasks", "subtask")
     if not sentences and (numbers >= 0).any():
-        raise ValueError(f"{key}: it numbers subtasks, and meta/subtasks.parquet, which names them, is missing")
+        raise ValueError(
+            f"{key}: it numbers subtasks, and meta/subtasks.parquet, which names them, is missing (after a merge none"
+            " fits: each part had its own numbers)"
+        )
     used = np.unique(numbers[keep & (numbers >= 0)]).astype(int).tolist()
     unknown = [number for number in used if number not in sentences]
     if unknown:

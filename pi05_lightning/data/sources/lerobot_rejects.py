@@ -135,3 +135,11 @@ def say_how_it_is_read(columns: Columns, files: LeRobotFiles, subtask_key: str |
             indexed,
             SUBTASK_INDEX,
         )
+    lacking = timed + indexed < len(np.unique(columns.episode))
+    if lacking and SUBTASK_INDEX in files.features and subtask_key is None and not files.names_subtasks:
+        log.warning(
+            "%s: %s is not read: meta/subtasks.parquet, which names its subtasks, is missing. To train on them, restore"
+            " it from the dataset that this one was made of; after a merge none fits, as each part had its own numbers",
+            where,
+            SUBTASK_INDEX,
+        )
