@@ -21,6 +21,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from pi05_lightning.data.columns import runs_of
 from pi05_lightning.data.errors import BadImage
 from pi05_lightning.data.frames import FrameStore
 from pi05_lightning.data.images import resize_with_pad
@@ -118,12 +119,14 @@ class CachedFrames:
             if self.missing():
                 raise RuntimeError(f"the frame cache {self.folder} is incomplete: call prepare() on the source first")
             self._place = np.full(len(self.origin.file), -1, dtype=np.int64)
+            begins, lengths = runs_of(self.origin.file)  # of a file: all rows are looked through once, not for each
             for file in self._present:
                 with np.load(self._index_path(file)) as index:
                     cached, self._problem[file] = index["position"], str(index["problem"])
                     self._sizes[file] = index["size"]
-                rows = np.flatnonzero(self.origin.file == file)
-                self._place[rows] = _nearest(cached, self.origin.position[rows], self.origin.tolerance)
+                for run in np.flatnonzero(self.origin.file[begins] == file):
+                    rows = slice(begins[run], begins[run] + lengths[run])
+                    self._place[rows] = _nearest(cached, self.origin.position[rows], self.origin.tolerance)
         return self._place
 
     @property

@@ -80,9 +80,14 @@ class Images:
             kept.reject(np.isin(columns.episode, columns.episode[beyond]), key, shown, remedy)
         with ThreadPoolExecutor() as pool:
             headers = list(pool.map(VideoHeader.read, paths))
+        latest = np.full(len(paths), -np.inf)
+        np.maximum.at(latest, file, np.where(np.isnan(start), -np.inf, position))
         for i, header in enumerate(headers):
+            problem = header.problem(files.fps)
+            if not problem and latest[i] <= header.end + self.tolerance_s:
+                continue  # else all rows are looked through for each of hundreds of files
             here = (file == i) & ~np.isnan(start)
-            kept.reject(here & bool(header.problem(files.fps)), key, header.problem(files.fps), remedy)
+            kept.reject(here & bool(problem), key, problem, remedy)
             late = here & (position > header.end + self.tolerance_s) & kept.mask
             if late.any():
                 shown = f"{paths[i]} ends at {header.end:.4f} s, and this frame is at {position[late][0]:.4f} s of it"
