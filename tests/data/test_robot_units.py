@@ -193,6 +193,24 @@ def test_a_dimension_that_rarely_changes_is_an_error_also_where_bad_samples_are_
     assert len(source) == 150
 
 
+def test_no_frame_is_named_for_offsets_without_range(tmp_path: Path) -> None:
+    """They are those of pairs of frames, and the frames' own actions say nothing of them."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    features = {key: {"dtype": "float32", "shape": (2,), "names": None} for key in ("observation.state", "action")}
+    dataset = LeRobotDataset.create("pi05/rare", 10, features, root=tmp_path / "rare", use_videos=False)
+    for frame in range(150):
+        state = np.array([frame, frame], np.float32)
+        action = np.array([-frame, frame + 2 + (frame == 40)], np.float32)
+        dataset.add_frame({"observation.state": state, "action": action, "task": "wait"})
+    dataset.save_episode()
+    dataset.finalize()
+    with pytest.raises(
+        BadSample, match=r"dataset 'robot', action: dimensions \[1\] have no range: .* \[2.0\] to \[3.0\]"
+    ):
+        open_source(tmp_path / "rare", relative_dims=[1], horizon_steps=1).robot()
+
+
 def test_a_dimension_that_never_changes_is_said_where_bad_samples_are_skipped(
     videos_copy: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -376,11 +376,12 @@ class LeRobotSource(Source):
         state, action = self.statistics()
         if config.min_range is not None:
             return Normalize(*(found.quantiles.widened(config.min_range) for found in (state, action)))
-        for keys, values, found in (
-            (config.state_keys, self.columns.state, state),
-            (config.action_keys, self.columns.action, action),
+        for keys, values, found, relative in (
+            (config.state_keys, self.columns.state, state, ()),
+            (config.action_keys, self.columns.action, action, self.relative.dims if self.relative else ()),
         ):
-            reject_zero_range(self._kept, self._rows, keys, values, found, rare_can_skip=not self._is_trained_on)
+            can_skip = not self._is_trained_on
+            reject_zero_range(self._kept, self._rows, keys, values, found, relative, rare_can_skip=can_skip)
         return Normalize(state.quantiles, action.quantiles)
 
     def _read_labels(self) -> tuple[np.ndarray | None, np.ndarray | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -82,19 +83,27 @@ def reject_outliers(kept: Kept, chunks: Chunks, robot: Robot, state_keys: list[s
 
 
 def reject_zero_range(
-    kept: Kept, rows: np.ndarray, keys: list[str], values: np.ndarray, found: FeatureStats, rare_can_skip: bool
+    kept: Kept,
+    rows: np.ndarray,
+    keys: list[str],
+    values: np.ndarray,
+    found: FeatureStats,
+    relative: Sequence[int],
+    rare_can_skip: bool,
 ) -> None:
     """Dims of f32[N D] that do not vary over some rows; no row is left out for it.
 
+    relative: dims of which offsets were found, which are no single frame's: none is named for them.
     rare_can_skip: whether one that does vary, but rarely, may be skipped. Where they are trained on it is an error: all
     chunks with its rare values would be left out, and what they do would never be learned.
     """
     quantiles = found.quantiles
     dims = np.flatnonzero(quantiles.q01 == quantiles.q99)
     if len(dims):
-        some = values[rows][:, dims]
-        odd = rows[(some != quantiles.q01[dims]).any(axis=1)]
-        row = int(odd[0]) if len(odd) else int(rows[0])
+        where, absolute = " + ".join(keys), np.setdiff1d(dims, relative)
+        if len(absolute):
+            odd = rows[(values[rows][:, absolute] != quantiles.q01[absolute]).any(axis=1)]
+            where = f"{kept.columns.address(int(odd[0]) if len(odd) else int(rows[0]))}, {where}"
         remedy = "Set `min_range`, 0.01 say, to give them one, or take other features"
         low, high = found.min[dims].astype(np.float32), found.max[dims].astype(np.float32)
         rare = bool((high > low).any())
@@ -105,7 +114,7 @@ def reject_zero_range(
                 " data, or take other features"
             )
         kept.rejects.add(
-            f"{kept.columns.address(row)}, {' + '.join(keys)}",
+            where,
             f"dimensions {dims.tolist()} have no range: both quantiles are {quantiles.q01[dims].tolist()}",
             remedy,
             0,
