@@ -55,6 +55,9 @@ class CountingServer:
             elif answer == "crash":  # as openpi's server does
                 await socket.send("Traceback (most recent call last): KeyError: 'image'")
                 await socket.close(1011, "Internal server error. Traceback included in previous frame.")
+            elif answer == "freeze":  # it answers this, and reads nothing more
+                socket.transport.pause_reading()
+                await socket.send(pack(self.chunk(observation, number)))
             elif answer != "nothing":
                 answer = answer or self.chunk(observation, number)
                 await socket.send(answer if isinstance(answer, str) else pack(answer))
@@ -74,7 +77,13 @@ class CountingServer:
 
     async def run(self, port: int = 0, ready: Any = None, stop: Any = None) -> None:
         async with serve(
-            self.talk, "127.0.0.1", port, process_request=self.let_in, compression=None, max_size=self.max_bytes
+            self.talk,
+            "127.0.0.1",
+            port,
+            process_request=self.let_in,
+            compression=None,
+            max_size=self.max_bytes,
+            close_timeout=1.0,
         ) as server:
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
 
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from pi05_lightning.serving.wire import BUSY, unpack
@@ -57,7 +57,8 @@ class Connection:
     Args:
         url: ws://host:port, or wss:// behind TLS.
         token: what the server was started with; sent as openpi's clients send their `api_key`.
-        answer_timeout: seconds after which an answer is no longer waited for; the connection is then made anew.
+        answer_timeout: seconds, from when it is asked, after which an answer is no longer waited for; the connection
+            is then made anew.
 
     metadata   what the server said about itself; None while there is no connection
     problem    why it is not connected, or was not when it last failed
@@ -169,11 +170,12 @@ class Connection:
                         continue
                     message, future = waiting.result()
                     start = monotonic()
-                    await socket.send(message)
-                    self._answered(future, await self._awaited(incoming), monotonic() - start)
+                    self._answered(future, await self._answer(socket, message, incoming), monotonic() - start)
                     incoming = asyncio.ensure_future(socket.recv())
                     waiting = asyncio.ensure_future(self._requests.get())
-            except asyncio.CancelledError:
+            except (Lost, asyncio.CancelledError):
+                if socket.transport.get_write_buffer_size():  # to close would wait until the server reads that
+                    socket.transport.abort()
                 await socket.close()
                 raise
             finally:
@@ -181,10 +183,15 @@ class Connection:
                 if not incoming.cancel() and not incoming.cancelled():
                     incoming.exception()  # it is said by what failed first
 
-    async def _awaited(self, incoming: asyncio.Future[str | bytes]) -> str | bytes:
-        done, _ = await asyncio.wait({incoming}, timeout=self.answer_timeout)  # before 3.12 wait_for can lose a cancel
-        if not done:
-            raise Lost(f"no answer within {self.answer_timeout:g} s; answer_timeout allows longer ones")
+    async def _answer(
+        self, socket: ClientConnection, message: bytes, incoming: asyncio.Future[str | bytes]
+    ) -> str | bytes:
+        try:
+            async with asyncio.timeout(self.answer_timeout):
+                await socket.send(message)  # waits while the server reads nothing
+                await asyncio.wait({incoming})
+        except TimeoutError:
+            raise Lost(f"no answer within {self.answer_timeout:g} s; answer_timeout allows longer ones") from None
         return incoming.result()
 
     def _answered(self, future: Future[Answer], data: str | bytes, seconds: float) -> None:
