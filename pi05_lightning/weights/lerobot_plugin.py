@@ -16,15 +16,12 @@ from pi05_lightning.files.local import write_json
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.folder import MODEL, PLUGIN, save
-from pi05_lightning.weights.lerobot_processor import ACTION, IMAGE, STATE
+from pi05_lightning.weights.lerobot_processor import ACTION, STATE, image_keys
 from pi05_lightning.weights.safetensors import CONFIG
 
 if TYPE_CHECKING:
     from lerobot.configs import PolicyFeature
     from lerobot.processor import PolicyProcessorPipeline
-
-LONE_IMAGE = "observation.image"
-"""What LeRobot calls the image of data and environments that have one camera without a name."""
 
 
 def camera_of(key: str) -> str:
@@ -40,7 +37,7 @@ def save_for_plugin(folder: Path, model: Pi05, processor: Processor, robot: str,
     only, size = processor.robots[robot], model.config.vision.image_size
     if dotted := [name for name in processor.cameras_of(robot) if "." in name]:
         raise ValueError(f"LeRobot takes the last part of a key for a camera's name, and {dotted[0]} has a dot")
-    keys = [LONE_IMAGE if name == camera_of(LONE_IMAGE) else IMAGE + name for name in processor.cameras_of(robot)]
+    keys = image_keys(processor.cameras_of(robot))
     inputs = {key: {"type": "VISUAL", "shape": [3, size, size]} for key in keys}
     if only.state_dim:
         inputs[STATE] = {"type": "STATE", "shape": [only.state_dim]}

@@ -5,7 +5,7 @@ Both ask for actions with the prompt `Task: …, State: …;`, and normalise by 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
 IMAGE, STATE, ACTION = "observation.images.", "observation.state", "action"
+LONE_IMAGE = "observation.image"
+"""LeRobot's key of the image of data and environments with one camera that has no name, as PushT and its MetaWorld."""
+
 OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PALIGEMMA = "google/paligemma-3b-pt-224"
@@ -173,6 +176,14 @@ def lerobot_camera(key: str) -> str:
     return key.removeprefix(IMAGE).removeprefix("observation.")
 
 
+def image_keys(names: Sequence[str]) -> list[str]:
+    """LeRobot's keys of the images of a robot's cameras.
+
+    Only alone is `image` the camera without a name: LIBERO's two have the keys observation.images.image and .image2.
+    """
+    return [LONE_IMAGE] if list(names) == [lerobot_camera(LONE_IMAGE)] else [IMAGE + name for name in names]
+
+
 def tokenizer_name(folder: Path) -> str:
     """What the checkpoint's preprocessor tokenizes with; PaliGemma's tokenizer where nothing is said.
 
@@ -299,8 +310,8 @@ def write_lerobot(
     from lerobot.policies.pi05.configuration_pi05 import PI05Config
 
     size, normalize = config.vision.image_size, processor.robots[robot].normalize
-    names = processor.cameras_of(robot)
-    images = {IMAGE + camera: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for camera in names}
+    keys = image_keys(processor.cameras_of(robot))
+    images = {key: PolicyFeature(FeatureType.VISUAL, (3, size, size)) for key in keys}
     experts = {
         variant
         for variant in _VARIANTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pi05_lightning.cli.convert import convert
+from pi05_lightning.data.processor import Processor
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.serving.reader import Reader
 from pi05_lightning.serving.server import PolicyServer
@@ -25,6 +27,8 @@ from pi05_lightning.weights.lerobot import (
     to_ours,
 )
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
+from pi05_lightning.weights.lerobot_plugin import save_for_plugin
+from pi05_lightning.weights.lerobot_processor import write_lerobot
 from pi05_lightning.weights.locate import locate
 
 from .conftest import (
@@ -156,6 +160,29 @@ def test_export_predicts_in_stock_lerobot_what_the_policy_predicts(ours: Path, t
     _, expected = predict(observation, noise)
     found = policy.predict_chunk(observation, noise)
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cameras", "keys"),
+    [
+        (("image",), ["observation.image"]),
+        (("image", "image2"), ["observation.images.image", "observation.images.image2"]),
+        (("top",), ["observation.images.top"]),
+    ],
+    ids=["PushT", "LIBERO", "one with a name"],
+)
+def test_images_are_named_as_in_lerobots_environments(
+    ours: Path, tmp_path: Path, cameras: tuple[str, ...], keys: list[str]
+) -> None:
+    policy = Pi05Policy(ours)
+    before, model = policy.processor, policy.model
+    robot = replace(before.robots[policy.robot], cameras=cameras)
+    processor = Processor(before.shapes, before.tokenizer, cameras, {policy.robot: robot}, before.language)
+    write_lerobot(tmp_path / "stock", model.config, processor, policy.robot, torch.float32)
+    save_for_plugin(tmp_path / "plugin", model, processor, policy.robot, locate(ours).trained)
+    for folder in (tmp_path / "stock", tmp_path / "plugin"):
+        features = json.loads((folder / "config.json").read_text())["input_features"]
+        assert [key for key, feature in features.items() if feature["type"] == "VISUAL"] == keys
 
 
 # --- the whole policy
