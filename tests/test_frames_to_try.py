@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,10 +21,10 @@ from tests.data.recorded import data_file, rewrite
 from tests.data.test_bad_data import replace_image
 
 
-def policy_of(dataset: Path, **config: list[str]) -> Inference:
+def policy_of(dataset: Path, missing_cameras: tuple[str, ...] = (), **config: Any) -> Inference:
     sizes = ModelConfig.preset("debug")
     data = Pi05DataModule({"robot": LeRobotConfig(str(dataset), **config)}, shapes=sizes.shapes)
-    return Inference(Pi05(sizes), data.processor, Acting())
+    return Inference(Pi05(sizes), data.processor, Acting(missing_cameras=missing_cameras))
 
 
 def test_own_data_that_cannot_be_read_gives_no_frames_and_says_why(
@@ -53,3 +54,13 @@ def test_frames_that_training_leaves_out_or_converts_are_no_error(pictures_copy:
 def test_a_policy_without_a_state_reads_its_own_data_without_one(pictures: Path) -> None:
     policy = policy_of(pictures, state_keys=[])
     assert [frame.state for frame in recorded_frames(policy, None)] == [None] * 3
+
+
+def test_frames_may_lack_the_cameras_that_the_policy_acts_without_and_no_others(videos: Path) -> None:
+    one = {"observation.images.top": "top"}
+    policy = policy_of(videos, missing_cameras=("wrist",))
+    robot = policy.processor.robots["robot"]
+    frames = recorded_frames(policy, reading(robot, str(videos), cameras=one))
+    assert [list(frame.images) for frame in frames] == [["top"]] * 3
+    with pytest.raises(ValueError, match=r"is not of robot: it has the cameras \['top'\]"):
+        recorded_frames(policy_of(videos), reading(robot, str(videos), cameras=one))

@@ -75,10 +75,11 @@ def _frames_of(policy: Inference, data: LeRobotConfig, number: int) -> list[Fram
     if not frames:
         raise ValueError(f"{data.path}: none of {number} frames can be read: restore its images")
     dims = [0 if values is None else values.shape[-1] for values in (frames[0].state, frames[0].actions)]
-    if set(source.camera_names) != set(policy.inputs.cameras) or dims != [robot.state_dim, robot.action_dim]:
+    needed, every = set(policy.inputs.needed_cameras), set(policy.inputs.cameras)
+    if not needed <= set(source.camera_names) <= every or dims != [robot.state_dim, robot.action_dim]:
         raise ValueError(
             f"{data.path} is not of {policy.robot}: it has the cameras {sorted(source.camera_names)}, {dims[0]}"
-            f" dimensions of state and {dims[1]} of action; the policy has {sorted(policy.inputs.cameras)},"
+            f" dimensions of state and {dims[1]} of action; the policy has {sorted(every)},"
             f" {robot.state_dim} and {robot.action_dim}"
         )
     return [Frame(images=frame.images, task=frame.task, state=frame.state) for frame in frames]
