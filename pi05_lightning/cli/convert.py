@@ -80,8 +80,8 @@ def convert(
         vision_heads: attention heads of SigLIP, which no file tells; by default 72 dimensions each.
         horizon: actions of a chunk, where no file tells, as of openpi's; by default 50. pi05_droid has 15, pi05_libero
             10.
-        fps: actions per second of LeRobot's and openpi's weights, which no file tells. Without it nothing that asks for
-            their rate is told one, and simulators take 50.
+        fps: actions per second of LeRobot's and openpi's weights, and of those converted without it, which no file
+            tells. Without it nothing that asks for their rate is told one, and simulators take 50.
         averaged: of a training checkpoint, ours or openpi's, take the averaged weights if it has them.
         robot: keep this one of the policy's robots alone. LeRobot knows of one, so of several one must be named.
         data: LeRobot dataset on whose frames LeRobot's answers are compared with the policy's; by default the robot's
@@ -128,6 +128,8 @@ def to_ours(weights: Weights, folder: Path, robot: str | None, *, plugin: bool) 
         save_for_plugin(folder, model, processor, next(iter(processor.robots)), weights.trained)
     else:
         save(folder, model, processor, weights.trained)
+        if (weights.path / ORIGIN).is_dir():
+            shutil.copytree(weights.path / ORIGIN, folder / ORIGIN)
     return [*summarize((key, tensor, "as it is") for key, tensor in model.state_dict().items()), *weights.notes]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,14 @@ def is_exported(values: Mapping[str, Any]) -> bool:
 
 
 class ExportedFolder(Weights):
-    """What `save` wrote."""
+    """What `save` wrote.
+
+    fps: actions per second of the robots whose rate it does not say, as where it came from LeRobot or openpi.
+    """
+
+    def __init__(self, path: Path, fps: float | None = None) -> None:
+        super().__init__(path)
+        self.fps = fps
 
     def config(self) -> ModelConfig:
         values = read_json(self.path / CONFIG)
@@ -61,7 +68,15 @@ class ExportedFolder(Weights):
                 f"{self.path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert what it"
                 " came from, LeRobot's or openpi's folder, again with --tokenizer FOLDER"
             )
-        return Processor.from_dict(read_json(self.path / PROCESSOR))
+        processor = Processor.from_dict(read_json(self.path / PROCESSOR))
+        if self.fps is not None:
+            untold = {name: robot for name, robot in processor.robots.items() if not robot.fps_is_known}
+            if not untold:
+                raise ValueError(f"fps: {self.path} says that itself")
+            processor.robots |= {
+                name: replace(robot, fps=self.fps, fps_is_known=True) for name, robot in untold.items()
+            }
+        return processor
 
     @property
     def trained(self) -> Trained:

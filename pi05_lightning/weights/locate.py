@@ -46,7 +46,7 @@ def locate(
     vision_heads: of LeRobot's and openpi's: attention heads of SigLIP, which no file tells; by default 72 dimensions
         each if the width divides, else 16.
     horizon: of LeRobot's and openpi's: actions of a chunk, where no file tells; by default 50.
-    fps: of LeRobot's and openpi's: actions per second, which no file tells.
+    fps: of LeRobot's and openpi's, and of what was converted from them: actions per second, where no file tells.
     base: of a checkpoint of adapters: where its base is now, if not where it was.
     ValueError when there are no weights, a folder has checkpoints beside them, or ours are given what they say
     themselves.
@@ -66,9 +66,9 @@ def locate(
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     if is_exported(read_json(folder / CONFIG, default={})):
-        _check_ours(folder, foreign)
+        _check_ours(folder, foreign | {"fps": None})
         _check_averaged(folder, averaged)
-        return ExportedFolder(folder)
+        return ExportedFolder(folder, fps)
     _check_averaged(folder, averaged)
     return LeRobotFolder(folder, **foreign)
 

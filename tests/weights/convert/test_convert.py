@@ -80,6 +80,16 @@ def test_rate_is_told_where_it_is_said_and_goes_on_with_the_policy(
         convert(source=tmp_path / "at_30", target=tmp_path / "again", fps=15)
 
 
+def test_rate_can_be_said_once_it_is_ours_and_all_goes_back_as_it_came(
+    source: Path, ours: Path, tmp_path: Path
+) -> None:
+    convert(source=ours, target=tmp_path / "at_30", fps=30)
+    robot = locate(tmp_path / "at_30").processor().robots["robot"]
+    assert (robot.fps, robot.fps_is_known) == (30, True)
+    export(tmp_path / "at_30", tmp_path / "back")
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
 # --- round trip
 
 
