@@ -36,6 +36,7 @@ OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 PALIGEMMA = "google/paligemma-3b-pt-224"
 EULER_STEPS = 10  # what both sample a chunk with, where nothing else is said
+PROMPT_TOKENS = 200  # what LeRobot cuts prompts to, where nothing else is said
 FPS = 50.0  # π0.5's low level
 _VARIANTS = ("gemma_300m", "gemma_2b")
 ROBOT = "robot"  # LeRobot's checkpoints are of one robot and do not name it
@@ -104,6 +105,11 @@ def read_processor(
         )
     if (num_steps := values.get("num_inference_steps", EULER_STEPS)) != EULER_STEPS:
         notes.append(f"LeRobot samples actions in {num_steps} steps: give the policy num_steps {num_steps}")
+    # a processor's own length counts, and the config's where there is none
+    lengths = [step.config["max_length"] for step in steps if "max_length" in step.config]
+    length = min(lengths, default=values.get("tokenizer_max_length", PROMPT_TOKENS))
+    if length < PROMPT_TOKENS:
+        notes.append(f"LeRobot cuts prompts to {length} tokens, and the policy is given longer ones whole")
     if fps is None:
         notes.append(f"the control rate is in no file, and taken as {FPS:g} per second: `pi05 convert --fps` sets it")
     return processor, notes

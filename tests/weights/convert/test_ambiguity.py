@@ -194,6 +194,15 @@ def test_other_number_of_euler_steps_is_said(folder: Path, tmp_path: Path, capsy
     assert "give the policy num_steps 5" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("length", "said"), [(48, True), (200, False)])
+def test_length_that_prompts_are_cut_to_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, length: int, said: bool
+) -> None:
+    change_steps(folder, lambda steps: of(steps, "tokenizer_processor")["config"].update(max_length=length))
+    convert(source=folder, target=tmp_path / "ours")
+    assert (f"LeRobot cuts prompts to {length} tokens" in capsys.readouterr().out) == said
+
+
 def test_two_tokenizers_are_listed(folder: Path) -> None:
     step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "another"}}
     change_steps(folder, lambda steps: steps.append(step))
