@@ -155,3 +155,12 @@ def test_options_that_contradict_are_named(make: Make, saved: Path) -> None:
         make(acting=Acting(inference_delay=1))
     config = json.loads((saved / "config.json").read_text())
     assert {config["type"], *config["normalization_mapping"].values()} == {"pi05_lightning", "IDENTITY"}
+
+
+def test_chunks_may_be_shorter_than_trained_and_not_longer(make: Make, saved: Path) -> None:
+    trained = Pi05Policy(saved).model.config.horizon
+    policy, before, _ = opened(saved, chunk_size=str(trained - 2))
+    assert policy.predict_action_chunk(before(as_lerobot(observations(1)))).shape[1] == trained - 2
+    with pytest.raises(ValueError, match=rf"chunk_size is {trained + 1}, and the weights .* of {trained} actions"):
+        opened(saved, chunk_size=str(trained + 1))
+    assert make(init_from=str(saved), preset=None, chunk_size=trained + 1).config.sizes.horizon == trained + 1

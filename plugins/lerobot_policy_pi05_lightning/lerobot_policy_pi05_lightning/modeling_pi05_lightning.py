@@ -86,6 +86,11 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             )
             self.processor = self._processor_of(self.taught, weights)
         elif weights is not None:
+            if config.sizes.horizon > (horizon := weights.config().horizon):
+                raise ValueError(
+                    f"chunk_size is {config.sizes.horizon}, and the weights were trained on chunks of {horizon}"
+                    " actions: leave it out, or give less"
+                )
             self.processor = weights.processor()
         else:
             raise ValueError("a policy that nobody trained has no statistics: give a dataset, or --policy.path")
