@@ -207,7 +207,8 @@ class PolicyServer:
         request = policy.request(observation, prefix_actions=message.get(PREFIX_KEY))
         given, most = 0 if request.given is None else len(request.given.actions), policy.acting.given
         if given > most:
-            raise ValueError(f"{PREFIX_KEY} has {given} actions, and --inference_delay lets at most {most} be given")
+            option = "--rtc false" if policy.acting.inference_delay and not policy.acting.rtc else "--inference_delay"
+            raise ValueError(f"{PREFIX_KEY} has {given} actions, and {option} lets at most {most} be given")
         self.metrics.took("reading", perf_counter() - start)
         return request
 

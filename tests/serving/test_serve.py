@@ -101,6 +101,13 @@ def test_chunk_goes_on_from_the_actions_that_a_client_still_executes(served):
     assert "prefix_actions has 3 actions, and --inference_delay lets at most 2 be given" in long
 
 
+def test_actions_that_a_server_without_real_time_chunking_is_given_are_refused_by_its_option(served):
+    policy = Pi05Policy(served, inference_delay=2, execution_horizon=3, rtc=False)
+    given = OBSERVATION | {"prefix_actions": np.zeros((2, 2), np.float32)}
+    said = talk(policy, lambda client: client.infer(given))
+    assert "prefix_actions has 2 actions, and --rtc false lets at most 0 be given" in said
+
+
 def test_answer_says_how_long_it_took(policy):
     async def twice(client):
         return [(await client.infer(OBSERVATION))["server_timing"] for _ in range(2)]
