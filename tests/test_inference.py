@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from pi05_lightning import Pi05DataModule, Pi05Policy
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.frames import made_up_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.cli.rollout import rollout
 from pi05_lightning.cli.serve import serve
@@ -122,6 +123,20 @@ def test_policy_acts_as_its_keywords_say(policy: Pi05Policy) -> None:
 def test_unknown_keyword_is_named(policy: Pi05Policy) -> None:
     with pytest.raises(TypeError, match="noise_scales"):
         Pi05Policy((policy.model, policy.processor), noise_scales=0)
+
+
+# --- precision
+
+
+def test_pixels_are_rounded_once_for_weights_in_bf16(data: Pi05DataModule) -> None:
+    seen: list[torch.Tensor] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = Inference(untrained_model().to(dtype), data.processor, Acting())
+        policy.model.backbone.vision.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        policy.predict_chunks(made_up_frames(policy)[:1], [None])
+    exact, rounded = seen
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 # --- FAST tokens
