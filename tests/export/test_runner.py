@@ -23,6 +23,7 @@ from pi05_lightning.export.folder import described, write
 from pi05_lightning.models.heads.subtask import MAX_WORDS
 from pi05_lightning.weights.abilities import Trained
 from pi05_lightning.weights.locate import locate
+from tests.untrained import untrained_policy
 
 from .conftest import TASK
 
@@ -167,3 +168,18 @@ def test_the_manifest_says_nothing_of_what_is_up_to_the_caller(policy: Inference
     acting = described(policy.acting_as(replace(ACTING, execution_horizon=4)))["acting"]
     assert {"num_steps", "temperature", "max_prompt_bytes"} <= acting.keys()
     assert "execution_horizon" not in acting
+
+
+def test_chunks_are_as_long_as_those_of_the_robots_training(videos: Path, tmp_path: Path) -> None:
+    weights = locate(untrained_policy(tmp_path / "policy", videos, flow_acts=True, horizon_steps=5))
+    policy = Inference(weights.model(), weights.processor(), Acting(hierarchical=False))
+    out = tmp_path / "exported"
+    out.mkdir()
+    write(out, policy, "pt2")
+    frame, config = made_up_frames(policy)[0], policy.model.config
+    noise = np.random.default_rng(0).standard_normal((config.horizon, config.action_dim), np.float32)
+    expected = policy.predict_chunks([frame], [None], noise[None])[0]
+    found = runner.Policy(out).act(frame.images, frame.state, frame.task, noise=noise)
+    assert found.shape == expected.shape == (5, policy.action_dim)
+    span = policy.processor.robots[policy.robot].normalize.action.span
+    assert np.abs((found - expected) / span).max() < 1e-4
