@@ -186,13 +186,20 @@ class Connection:
     async def _answer(
         self, socket: ClientConnection, message: bytes, incoming: asyncio.Future[str | bytes]
     ) -> str | bytes:
+        async def asked() -> str | bytes:
+            await socket.send(message)  # waits while the server reads nothing
+            await asyncio.wait({incoming})  # which may be ended here without ending `incoming`
+            return incoming.result()
+
+        answer = asyncio.ensure_future(asked())
         try:
-            async with asyncio.timeout(self.answer_timeout):
-                await socket.send(message)  # waits while the server reads nothing
-                await asyncio.wait({incoming})
-        except TimeoutError:
-            raise Lost(f"no answer within {self.answer_timeout:g} s; answer_timeout allows longer ones") from None
-        return incoming.result()
+            # before 3.12 wait_for can lose a cancel, and 3.10 has no asyncio.timeout
+            done, _ = await asyncio.wait({answer}, timeout=self.answer_timeout)
+            if not done:
+                raise Lost(f"no answer within {self.answer_timeout:g} s; answer_timeout allows longer ones")
+            return answer.result()
+        finally:
+            answer.cancel()
 
     def _answered(self, future: Future[Answer], data: str | bytes, seconds: float) -> None:
         self._open.discard(future)
