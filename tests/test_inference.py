@@ -29,7 +29,7 @@ from pi05_lightning.training.callbacks.rollout import PeriodicRollout
 from pi05_lightning.types import Modality, Subset
 from pi05_lightning.weights.abilities import Trained
 from tests.random_fast import random_fast
-from tests.untrained import untrained_model
+from tests.untrained import seeing, untrained_model
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -43,7 +43,7 @@ def data(videos: Path, tmp_path: Path) -> Pi05DataModule:
 
 @pytest.fixture
 def policy(data: Pi05DataModule) -> Pi05Policy:
-    return Pi05Policy((untrained_model(), data.processor))
+    return Pi05Policy((seeing(untrained_model()), data.processor))
 
 
 # --- defaults
@@ -90,9 +90,27 @@ def test_a_chunk_is_as_long_as_those_of_the_data(policy: Pi05Policy, data: Pi05D
     whole = policy.predict_chunks([frame], [None], noise)[0]
     policy.processor.robots["robot"] = replace(policy.processor.robots["robot"], horizon=4)
     short = policy.acting_as(policy.acting)
-    np.testing.assert_array_equal(short.predict_chunks([frame], [None], noise)[0], whole[:4])
+    alone = short.predict_chunks([frame], [None], noise)[0]
+    prefix = policy.model.backbone(policy.processor.collate([policy.processor.prompt(frame, "robot")]))
+    expected = policy.model.flow_head.sample(prefix, noise[:, None, :4])[0, 0].detach().numpy()
+    np.testing.assert_allclose(alone, policy.processor.real_actions(expected, frame, "robot"), rtol=1e-5, atol=1e-6)
+    assert np.abs(alone - whole[:4]).max() > 1e-4  # no step sees one that nothing had trained
     with pytest.raises(ValueError, match=r"below the chunk's 4 steps"):
         short.prefix_actions_of(short.inputs(frame), whole[:4])
+
+
+def test_a_chunk_goes_on_from_given_actions_in_the_models_units(policy: Pi05Policy, data: Pi05DataModule) -> None:
+    frame = replace(data.sources("val")["robot"][0], actions=None, action_is_pad=None)
+    noise = torch.randn(1, *policy.start(None, 1).shape[1:], generator=torch.Generator().manual_seed(0))
+    past, given = np.array([[0.5, -0.5], [0.2, 0.9], [-0.4, 0.1]], np.float32), torch.zeros(1, *noise.shape[1:])
+    given[0, :3, :2] = torch.from_numpy(past)
+    real = policy.processor.robots["robot"].normalize.action.unnormalize(past)
+    prefix = policy.model.backbone(policy.processor.collate([policy.processor.prompt(frame, "robot")]))
+    sampled = policy.model.flow_head.sample(prefix, noise[:, None], given=given, num_given=torch.tensor([3]))
+    expected = policy.processor.real_actions(sampled[0, 0].detach().numpy(), frame, "robot")
+    found = policy.predict_chunks([frame], [None], noise, [real])[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(found - policy.predict_chunks([frame], [None], noise)[0])[3:].max() > 1e-4
 
 
 def test_actions_of_the_delay_are_given_unless_rtc_is_off() -> None:
@@ -169,11 +187,8 @@ def test_free_fast_tokens_end_where_they_do_in_training(
 
 def told(data: Pi05DataModule, **acting: Any) -> Inference:
     """A policy that was trained on actions with their advantage, with weights that are always the same."""
-    model = untrained_model()
-    for parameter in model.flow_head.parameters():  # adaRMS begins at 0, and the flow would see nothing
-        parameter.data += 0.05 * torch.randn_like(parameter)
     trained = Trained(terms={"flow": 3, "advantage": 3}, complete=True)
-    return Inference(model, data.processor, Acting(**acting), trained=trained)
+    return Inference(seeing(untrained_model()), data.processor, Acting(**acting), trained=trained)
 
 
 def chunk(policy: Inference, data: Pi05DataModule) -> np.ndarray:

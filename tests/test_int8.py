@@ -19,19 +19,18 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.int8 import UNEMBEDDING, Int8Product, linear_layers
 from pi05_lightning.models.kernels import Linear
-from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.int8 import Choice
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import WEIGHTS, save_tensors
 from tests.random_fast import random_fast
-from tests.untrained import untrained_policy
+from tests.untrained import seeing, untrained_model, untrained_policy
 
 LAYER = "flow_head.layers.0.mlp.down_proj"
 
 
 @pytest.fixture
 def folder(videos: Path, tmp_path: Path) -> Path:
-    return untrained_policy(tmp_path / "policy", videos, "tiny", flow_acts=True)
+    return untrained_policy(tmp_path / "policy", videos, "tiny")
 
 
 def speaking(videos: Path, folder: Path, acting: Acting) -> Inference:
@@ -39,12 +38,7 @@ def speaking(videos: Path, folder: Path, acting: Acting) -> Inference:
     config = ModelConfig.preset("debug")
     random_fast(config, scale=3).save(folder)
     data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, fast=folder, shapes=config.shapes)
-    torch.manual_seed(0)
-    model = Pi05(config)
-    model.reset_parameters()
-    with torch.no_grad():
-        model.backbone.embed_tokens.weight.mul_(0.2)  # or it says its last token again, whatever its layers compute
-    return Inference(model, data.processor, acting)
+    return Inference(seeing(untrained_model()), data.processor, acting)
 
 
 def choice_of(folder: Path) -> Path:
@@ -211,7 +205,7 @@ def test_without_frames_nothing_is_chosen(videos: Path, tmp_path: Path) -> None:
 def test_a_choice_of_other_weights_is_made_anew(videos: Path, folder: Path) -> None:
     Pi05Policy(folder, dtype="int8")
     (first,) = choices_of(folder)
-    untrained_policy(folder, videos, "tiny", seed=1, flow_acts=True)
+    untrained_policy(folder, videos, "tiny", seed=1)
     Pi05Policy(folder, dtype="int8")
     (second,) = choices_of(folder)
     assert second["fingerprint"] != first["fingerprint"]

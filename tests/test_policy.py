@@ -41,15 +41,16 @@ def observation(data: Pi05DataModule, index: int = 0) -> dict:
     return {"image": frame.images, "state": frame.state, "task": frame.task}
 
 
-def test_policy_from_checkpoint_predicts_what_the_module_predicts(trained) -> None:
+@pytest.mark.parametrize("num_steps", [3, 10])
+def test_policy_from_checkpoint_predicts_what_the_module_predicts(trained, num_steps: int) -> None:
     module, data, path = trained
     frame = data.sources("val")["robot"][0]
     noise = torch.randn(1, module.config.horizon, module.config.action_dim)
     batch = module.processor.collate([module.processor.prompt(frame, "robot")])
     with torch.no_grad():
         prefix = module.model.backbone(batch, need_hidden=False)
-        expected = module.model.flow_head.sample(prefix, noise[:, None])[0, 0].numpy()
-    policy = Pi05Policy.from_pretrained(path, hierarchical=False)
+        expected = module.model.flow_head.sample(prefix, noise[:, None], num_steps)[0, 0].numpy()
+    policy = Pi05Policy.from_pretrained(path, hierarchical=False, num_steps=num_steps)
     found = policy.predict_chunk(observation(data), noise[0])
     np.testing.assert_allclose(found, module.processor.real_actions(expected, frame, "robot"), rtol=1e-5)
 

@@ -22,6 +22,18 @@ def untrained_model(config: ModelConfig | str = "debug", seed: int = 0) -> Pi05:
     return model
 
 
+def seeing(model: Pi05) -> Pi05:
+    """The model, changed in place: what it does and says depends on what it is given.
+
+    Of a new one, the norms of the flow head let nothing through, and each token is said again.
+    """
+    with torch.no_grad():
+        for parameter in model.flow_head.parameters():
+            parameter.normal_(std=0.05)
+        model.backbone.embed_tokens.weight.mul_(0.2)
+    return model
+
+
 def untrained_weights(folder: Path, seed: int = 0) -> Path:
     """`folder`, with the weights of a debug model and nothing else."""
     save(folder, untrained_model(seed=seed))
@@ -34,18 +46,14 @@ def untrained_policy(
     config: ModelConfig | str = "debug",
     seed: int = 0,
     *,
-    flow_acts: bool = False,
     data: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """`folder`, with an exported policy of a dataset's robot.
 
-    flow_acts: the flow head does something;  data: options of the datamodule;  options: of the source.
+    data: options of the datamodule;  options: of the source.
     """
-    model = untrained_model(config, seed)
-    if flow_acts:
-        for parameter in model.flow_head.parameters():  # at first its norms let nothing through
-            torch.nn.init.normal_(parameter, std=0.05)
+    model = seeing(untrained_model(config, seed))
     robot = LeRobotConfig(str(dataset), **options)
     save(folder, model, Pi05DataModule({"robot": robot}, shapes=model.config.shapes, **(data or {})).processor)
     return folder

@@ -171,7 +171,7 @@ def test_the_manifest_says_nothing_of_what_is_up_to_the_caller(policy: Inference
 
 
 def test_chunks_are_as_long_as_those_of_the_robots_training(videos: Path, tmp_path: Path) -> None:
-    weights = locate(untrained_policy(tmp_path / "policy", videos, flow_acts=True, horizon_steps=5))
+    weights = locate(untrained_policy(tmp_path / "policy", videos, horizon_steps=5))
     policy = Inference(weights.model(), weights.processor(), Acting(hierarchical=False))
     out = tmp_path / "exported"
     out.mkdir()

@@ -11,7 +11,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.evaluation.metrics import Evaluator, SubsetMetrics, compute_all
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Batch, Subset
-from tests.untrained import untrained_model
+from tests.untrained import seeing, untrained_model
 
 CONFIG = ModelConfig.preset("debug")
 
@@ -26,7 +26,7 @@ def data(videos: Path, fast: Path) -> Pi05DataModule:
 
 @pytest.fixture
 def evaluator(data: Pi05DataModule) -> Evaluator:
-    return Evaluator(untrained_model(), data.processor, num_steps=2)
+    return Evaluator(seeing(untrained_model()), data.processor, num_steps=2)
 
 
 def batches(data: Pi05DataModule, name: str) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,34 @@ def test_flow_loss_of_a_time_is_that_of_its_draw(still: Evaluator, data: Pi05Dat
     assert values(still, CONTINUOUS, batch)[f"flow_loss/t_{FLOW_TIMES[2]:.2f}"] == pytest.approx(
         float(expected), rel=1e-5
     )
+
+
+def test_flow_loss_of_a_time_is_at_that_time(evaluator: Evaluator, data: Pi05DataModule) -> None:
+    (batch, *_) = batches(data, CONTINUOUS)
+    time = torch.full((len(batch.actions), 1), FLOW_TIMES[2])
+    prefix, head, mask = evaluator.model.backbone(batch), evaluator.model.flow_head, batch.action_mask
+    squares = head.squared_error(prefix, batch.actions, noise_of(batch)[:, 2:3], time, mask.any(-1))[:, 0]
+    assert values(evaluator, CONTINUOUS, batch)[f"flow_loss/t_{FLOW_TIMES[2]:.2f}"] == pytest.approx(
+        float(squares[mask].detach().mean()), rel=1e-5
+    )
+
+
+def test_chunks_are_sampled_in_as_many_steps_as_is_said(evaluator: Evaluator, data: Pi05DataModule) -> None:
+    (batch, *_) = batches(data, CONTINUOUS)
+    found = [values(replace(evaluator, num_steps=n), CONTINUOUS, batch)["action_mae"] for n in (1, 2)]
+    prefix, noise = evaluator.model.backbone(batch), noise_of(batch)[:, :1]
+    chunks = [evaluator.model.flow_head.sample(prefix, noise, n)[:, 0] for n in (1, 2)]
+    errors = [float((chunk - batch.actions).abs()[batch.action_mask].mean()) for chunk in chunks]
+    assert found == pytest.approx(errors, rel=1e-5)
+    assert abs(errors[0] - errors[1]) > 1e-4
+
+
+def test_actions_are_accurate_within_the_threshold_that_is_said(still: Evaluator, data: Pi05DataModule) -> None:
+    (batch, *_) = batches(data, CONTINUOUS)
+    error = (noise_of(batch)[:, 0] - batch.actions)[batch.action_mask].abs()
+    found = values(replace(still, accuracy_threshold=0.5), CONTINUOUS, batch)["action_accuracy"]
+    assert found == pytest.approx(float((error <= 1.0).float().mean()))  # of a range of 2
+    assert 0 < found < 1
 
 
 def test_action_error_is_that_of_the_first_draw(still: Evaluator, data: Pi05DataModule) -> None:
@@ -217,6 +246,14 @@ def test_subtask_that_actions_follow_is_not_hidden_with_the_actions(evaluator: E
     hidden = batch.token_mask & ~without_targets(batch).token_mask
     assert (batch.target_kind[hidden] == Target.FAST).all()
     assert hidden.sum() == (batch.target_kind == Target.FAST).sum()
+
+
+def test_example_of_a_chunk_is_of_its_own_row(evaluator: Evaluator, data: Pi05DataModule) -> None:
+    (batch, *_) = batches(data, CONTINUOUS)
+    measured = evaluator.measure(batch, Subset.parse(CONTINUOUS))
+    last, alone = len(batch) - 1, measured.examples([len(batch) - 1])[0].draws
+    every = measured.examples([*range(len(batch))])[last].draws
+    assert alone == pytest.approx(every, abs=1e-5)
 
 
 def test_example_of_a_chunk_has_draws_in_real_units_without_padded_steps(

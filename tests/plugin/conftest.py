@@ -17,6 +17,7 @@ from lerobot_policy_pi05_lightning.configuration_pi05_lightning import Pi05Light
 from lerobot_policy_pi05_lightning.modeling_pi05_lightning import Pi05LightningPolicy
 from pi05_lightning.data.fast import FastTokenizer
 from pi05_lightning.models.config import ModelConfig
+from tests.untrained import seeing
 
 Make = Callable[..., Pi05LightningPolicy]
 Batch = dict[str, Any]
@@ -41,6 +42,7 @@ def make(videos: Path) -> Make:
         config = Pi05LightningConfig(**{"preset": "debug", "device": "cpu", "push_to_hub": False} | options)
         policy = make_policy(config, ds_meta=meta)
         assert isinstance(policy, Pi05LightningPolicy)
+        seeing(policy.model)
         return policy
 
     return made

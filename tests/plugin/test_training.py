@@ -54,6 +54,16 @@ def test_loss_is_that_of_the_module_on_the_same_frames(
     torch.testing.assert_close(loss, module.training_step(ours, 0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("insulated", [True, False])
+def test_insulated_actions_teach_the_backbone_nothing(
+    make: Make, batch_of: Callable[..., Batch], insulated: bool
+) -> None:
+    policy = make(losses={"flow": 1.0}, knowledge_insulation=insulated).train()
+    policy.forward(batch_of(policy, FRAMES))[0].backward()
+    gradients = [p.grad for p in policy.model.backbone.parameters() if p.grad is not None]
+    assert any(bool(gradient.any()) for gradient in gradients) is not insulated
+
+
 def test_validation_is_the_same_each_time_and_training_is_not(make: Make, batch_of: Callable[..., Batch]) -> None:
     policy = make(losses={"subtask": 1.0, "flow": 1.0})
     batch = batch_of(policy, FRAMES)

@@ -57,11 +57,11 @@ def assert_same(policy: Pi05Policy, chunk: Any, alone: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("options", "goes_on"),
     [
+        ({"hierarchical": False}, True),
         ({"noise_scale": 0.0}, False),
         ({"replan_subtask_every": 2}, False),
         ({"replan_subtask_every": 3}, True),
         ({"temperature": 1.0}, False),
-        ({"hierarchical": False}, True),
         ({"actions": "fast"}, False),
         ({"actions": "fast", "temperature": 1.0}, False),
     ],

@@ -190,12 +190,20 @@ def test_policy_that_crashes_is_answered_with_text_and_the_server_stays(policy, 
 
 
 def test_client_gets_the_same_whoever_else_asks(policy):
-    async def together(*clients):
-        return await asyncio.gather(*(client.infer(OBSERVATION) for client in clients))
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 48, 64, 3), np.uint8)
+    seen = [OBSERVATION | {"observation/top": picture} for picture in pictures]
 
-    alone = talk(policy, together)[0]
-    for answer in talk(policy, together, clients=3):
-        np.testing.assert_allclose(answer["actions"], alone["actions"], rtol=1e-4, atol=1e-5)
+    async def together(*clients):
+        asked = zip(clients, seen, strict=True)
+        return await asyncio.gather(*(client.infer(observation) for client, observation in asked))
+
+    async def one_after_another(client):
+        return [await client.infer(observation) for observation in seen]
+
+    found = [answer["actions"] for answer in talk(policy, together, clients=3)]
+    alone = [answer["actions"] for answer in talk(policy, one_after_another)]
+    np.testing.assert_allclose(found, alone, rtol=1e-4, atol=1e-5)
+    assert np.ptp(alone, axis=0).max() > 1e-3
 
 
 def test_reset_holds_though_its_observation_is_refused(served):

@@ -140,7 +140,7 @@ def test_modes_with_a_delay_run_where_there_is_one():
 
 
 @pytest.mark.slow_cases
-@pytest.mark.parametrize("acting", [{}, {"inference_delay": 2}, {"inference_delay": 2, "rtc": False}])
+@pytest.mark.parametrize("acting", [{"inference_delay": 2}, {}, {"inference_delay": 2, "rtc": False}])
 def test_robot_that_asks_for_every_action_does_what_the_rollout_did(untrained, acting):
     options = {"execution_horizon": 3, "replan_subtask_every": 2} | acting
     view = View(("topview", "gripperPOV"), 64, 10.0)
