@@ -22,15 +22,16 @@ def untrained_model(config: ModelConfig | str = "debug", seed: int = 0) -> Pi05:
     return model
 
 
-def seeing(model: Pi05) -> Pi05:
-    """The model, changed in place: what it does and says depends on what it is given.
+def seeing(model: Pi05, speaks: bool = True) -> Pi05:
+    """The model, changed in place: what it does, and says if it `speaks`, depends on what it is given.
 
     Of a new one, the norms of the flow head let nothing through, and each token is said again.
     """
     with torch.no_grad():
         for parameter in model.flow_head.parameters():
             parameter.normal_(std=0.05)
-        model.backbone.embed_tokens.weight.mul_(0.2)
+        if speaks:
+            model.backbone.embed_tokens.weight.mul_(0.2)
     return model
 
 
@@ -46,14 +47,15 @@ def untrained_policy(
     config: ModelConfig | str = "debug",
     seed: int = 0,
     *,
+    speaks: bool = True,
     data: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """`folder`, with an exported policy of a dataset's robot.
 
-    data: options of the datamodule;  options: of the source.
+    speaks: see `seeing`;  data: options of the datamodule;  options: of the source.
     """
-    model = seeing(untrained_model(config, seed))
+    model = seeing(untrained_model(config, seed), speaks)
     robot = LeRobotConfig(str(dataset), **options)
     save(folder, model, Pi05DataModule({"robot": robot}, shapes=model.config.shapes, **(data or {})).processor)
     return folder

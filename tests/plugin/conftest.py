@@ -42,7 +42,8 @@ def make(videos: Path) -> Make:
         config = Pi05LightningConfig(**{"preset": "debug", "device": "cpu", "push_to_hub": False} | options)
         policy = make_policy(config, ds_meta=meta)
         assert isinstance(policy, Pi05LightningPolicy)
-        seeing(policy.model)
+        if policy.config.init_from is None:
+            seeing(policy.model)
         return policy
 
     return made

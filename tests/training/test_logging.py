@@ -114,3 +114,13 @@ def test_steps_bring_no_value_to_the_host(train: Train) -> None:
         train(*callbacks, module_options=module_options, gradient_clip_val=1.0, log_every_n_steps=100)
     assert begin.steps == TOTAL
     assert mode.found == []
+
+
+def test_validation_measures_chunks_as_the_module_is_told(train: Train) -> None:
+    def measured(name: str, **module_options: Any) -> float:
+        metrics = train(module_options=module_options, max_steps=1, limit_val_batches=1).callback_metrics
+        (value,) = (float(value) for key, value in metrics.items() if key.endswith(f"/{name}"))
+        return value
+
+    assert measured("action_accuracy") < measured("action_accuracy", accuracy_threshold=9.0) == 1
+    assert measured("action_mae", num_steps=1) != measured("action_mae", num_steps=3)
