@@ -328,6 +328,7 @@ def test_few_files_are_open_however_many_videos_are_read(videos_copy: Path) -> N
 def no_more_files() -> Iterator[None]:
     """No file can be opened any more, as where too many are open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    gc.collect()  # else what earlier tests left is closed meanwhile
     opened = [os.open(os.devnull, os.O_RDONLY)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (opened[0] + 1, hard))
     try:

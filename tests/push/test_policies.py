@@ -72,7 +72,7 @@ def make_run(run: Path, policy: Pi05Policy) -> None:
     }
     write_config(run, yaml.safe_dump(config))
     success = {"policy": {"open-drawer": [9, 10]}, "random": {"open-drawer": [0, 10]}}
-    film = {"mode": "policy", "task": "open-drawer", "seed": 3, "outcome": "failed: out of time"}
+    film = {"mode": "policy", "task": "open-drawer", "seed": 3, "number": 1, "outcome": "failed: out of time"}
     measured = {"sha256": locate(run).content_hash(), "seed": 5, "max_seconds": {"open-drawer": 4.0}}
     result = {"success": success, "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 1}}, **measured}
     write_json(run / "rollout" / "rollout.json", result | {"films": {"one.mp4": film}})
@@ -128,7 +128,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub, tmp_path: Path) 
         "| open-drawer | 9/10 (0.60–0.98) | 0/10 (0.00–0.28) |",
         r"| robot/continuous\_robot\_actions | 4 | 0.250 |",
         "films/one.mp4",
-        "policy, subtask first · open-drawer · initial state 3: failed: out of time",
+        "policy, subtask first · open-drawer · initial state 1 (seed 3): failed: out of time",
         "| time limit | 4 s |",
         "action of 2, chunks of 8, 10 actions per second |",
         "| noise | × 0.5 |",
@@ -168,7 +168,7 @@ def test_card_shows_instructions_cells_and_captions_as_they_are(
     card = ModelCard(hub.repositories[MODEL]["README.md"].decode())
     page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(card.text)
     shown = html.escape(text.replace("\n", " "))
-    for place in (f"<li>{shown}</li>", f"<td>{shown}</td>", f"initial state 3: {shown}</p>"):
+    for place in (f"<li>{shown}</li>", f"<td>{shown}</td>", f"initial state 1 (seed 3): {shown}</p>"):
         assert place in page, place
 
 
