@@ -231,8 +231,9 @@ class Pi05Policy(Inference):
         """The next action f32[A] in the robot's units; runs the chunk queue.
 
         The next chunk starts from the observation at which `inference_delay` actions are left in the queue; what
-        happens does not depend on how long computing it takes.  With another task, queue and subtask of the last one
-        are forgotten.  Raises ValueError for an observation that does not fit, whether or not a chunk is due.
+        happens does not depend on how long computing it takes, and is what a rollout does.  With another task, queue
+        and subtask of the last one are forgotten.  Raises ValueError for an observation that does not fit, whether or
+        not a chunk is due.
         """
         frame = self.frame(observation)
         self._follow(frame)
@@ -240,7 +241,8 @@ class Pi05Policy(Inference):
             pending, given = self._next, self._given
             self._next, self._given = None, 0  # before it may fail: the next call then begins anew
             chunk = pending.result() if pending else self.predict_chunk(frame)
-            self._queue.extend(chunk[given : given + self.execution_horizon])
+            ahead = 0 if pending else self.acting.inference_delay  # a first chunk goes on until the next one has come
+            self._queue.extend(chunk[given : given + self.execution_horizon + ahead])
         if self._worker and self._next is None and len(self._queue) <= self.acting.inference_delay:
             self._given = len(self._queue)
             kept = copy.deepcopy(frame)  # the caller may write into its images meanwhile

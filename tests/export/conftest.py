@@ -50,7 +50,7 @@ def untrained(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         fast, folder = tmp_path_factory.mktemp("fast"), tmp_path_factory.mktemp(size)
         random_fast(ModelConfig.preset(size), vocab_size=300, scale=3).save(fast)
         data = {"fast": fast, "language": Language(condition_on="both", **language)}
-        return untrained_policy(folder, videos, size, data=data, state_keys=STATE)
+        return untrained_policy(folder, videos, size, speaks=False, data=data, state_keys=STATE)
 
     return made
 
