@@ -18,7 +18,8 @@ from pi05_lightning.acting.frames import reading
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadSample
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.find_dataset import find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource

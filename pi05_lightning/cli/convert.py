@@ -13,7 +13,7 @@ import torch
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.frames import MADE_UP_FRAMES, made_up_frames, reading, recorded_frames
 from pi05_lightning.acting.inference import Inference
-from pi05_lightning.data.lerobot_files import find_dataset
+from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.local import check_new, read_json, replacing
 from pi05_lightning.files.ranges import check_range

@@ -15,7 +15,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 from pi05_lightning.acting.options import Acting
 from pi05_lightning.cli.parts import Part, console, run_parts
 from pi05_lightning.cli.value_label import frames_ahead
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.find_dataset import find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.experience.labelling import check_shares, labels_path, labels_paths
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.results import write_results

@@ -17,7 +17,7 @@ NOISE = (
     "You have overridden `(on_before_batch_transfer|transfer_batch_to_device)` in `LightningModule`",
     ".*your dataloader is not resumable",  # the data module knows its place, whoever loads
 )
-OPENING = ("datamodule", "errors", "lerobot_files", "sources")
+OPENING = ("chosen_episodes", "datamodule", "errors", "sources")
 """Modules of `data` whose warnings are of data that are opened: all ranks of a machine open the same."""
 
 

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from pi05_lightning.data.errors import OnBadSample
-from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
+from pi05_lightning.data.find_dataset import find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of

@@ -10,9 +10,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from pi05_lightning.data.attempts import Attempts, of_a_policy
+from pi05_lightning.data.chosen_episodes import choose_episodes
 from pi05_lightning.data.fast import FastTokenizer
+from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.labels import POSITIVE, Labels, Sign
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
@@ -65,7 +67,7 @@ class AttemptSummary:
         """ValueError where a dataset does not say how an attempt ended, and for labels that do not fit it."""
         files = LeRobotFiles.open(find_dataset(path))
         attempts, signs = Attempts.read(files), get_args(Sign)
-        trained = np.isin(attempts.episode, files.choose("train", 0.0, None))
+        trained = np.isin(attempts.episode, choose_episodes(files, "train", 0.0, None))
         corrected, own = trained & attempts.intervention, trained & ~attempts.intervention
         if labels is not None:
             found = Labels.read(labels, files).at(attempts.episode[own], attempts.frame[own], labels)

@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.columns import rows_at
+from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.labels import VALUE_FILE
-from pi05_lightning.data.lerobot_files import LeRobotFiles, find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.returns import monte_carlo
 from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
 from pi05_lightning.data.split import Split

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.data.lerobot_files import find_dataset
+from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.robot import Robot
 from pi05_lightning.files.local import shown
 from pi05_lightning.policy import Pi05Policy

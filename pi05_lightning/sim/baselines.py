@@ -15,6 +15,7 @@ from typing import cast
 import numpy as np
 import pyarrow.dataset as ds
 
+from pi05_lightning.data.chosen_episodes import choose_episodes
 from pi05_lightning.data.columns import vectors
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 from pi05_lightning.data.prompt import clean_task
@@ -71,7 +72,7 @@ def mean_trajectory(shown: Demonstrations, task: str) -> np.ndarray:
     if not numbers:
         known = ", ".join(map(repr, tasks.values()))
         raise ValueError(f"{shown.path} has no task {task!r}: it has {known}")
-    episodes = files.choose("train", 0.0, None)
+    episodes = choose_episodes(files, "train", 0.0, None)
     rows = ds.dataset(files.root / "data").to_table(
         columns=["episode_index", "frame_index", *shown.action_keys],
         filter=ds.field("task_index").isin(numbers) & ds.field("episode_index").isin(episodes),

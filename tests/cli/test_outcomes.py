@@ -14,6 +14,7 @@ import pytest
 from pi05_lightning.cli.main import main
 from pi05_lightning.cli.outcomes import outcomes
 from pi05_lightning.data.attempts import Attempts
+from pi05_lightning.data.chosen_episodes import choose_episodes
 from pi05_lightning.data.labels import fingerprint
 from pi05_lightning.data.lerobot_files import LeRobotFiles
 
@@ -53,8 +54,8 @@ def test_a_verdict_that_changes_is_told(pictures_copy: Path, capsys: pytest.Capt
 def test_episodes_are_chosen_by_what_was_said(pictures_copy: Path) -> None:
     outcomes(pictures_copy, success="0,3", failure="1")
     files = LeRobotFiles.open(pictures_copy)
-    assert files.choose("train", 0, "success").tolist() == [0, 3]
-    assert files.choose("train", 0, "NOT success").tolist() == [1]
+    assert choose_episodes(files, "train", 0, "success").tolist() == [0, 3]
+    assert choose_episodes(files, "train", 0, "NOT success").tolist() == [1]
 
 
 def test_episodes_are_chosen_by_what_their_frames_say_too(pictures_copy: Path) -> None:
@@ -67,8 +68,8 @@ def test_episodes_are_chosen_by_what_their_frames_say_too(pictures_copy: Path) -
         known = outcomes(pictures_copy, **said)
         assert known == {"success": succeeded, "failure": failed, "unknown": [4]}
         files = LeRobotFiles.open(pictures_copy)
-        assert files.choose("train", 0, "Success").tolist() == succeeded
-        assert files.choose("train", 0, "NOT success AND length > 0").tolist() == failed
+        assert choose_episodes(files, "train", 0, "Success").tolist() == succeeded
+        assert choose_episodes(files, "train", 0, "NOT success AND length > 0").tolist() == failed
 
 
 @pytest.mark.parametrize("column", ["success", "next.success"])

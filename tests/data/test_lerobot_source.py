@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from torch.utils.data import DataLoader
 
 from pi05_lightning.data.errors import BadSample
-from pi05_lightning.data.lerobot_files import find_dataset
+from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.types import Answer, Modality
 from tests.data.recorded import HORIZON, LENGTHS, STARTS, data_file, edit_info, open_source, rewrite

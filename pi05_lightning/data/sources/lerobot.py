@@ -16,11 +16,13 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from pi05_lightning.data.attempts import Attempts, of_a_policy
+from pi05_lightning.data.chosen_episodes import choose_episodes
 from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.errors import BadSample, OnBadSample, Rejects
+from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.frame_cache import cache_folder
 from pi05_lightning.data.labels import POSITIVE, RETURN, Labels
-from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names, find_dataset
+from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.robot import Range, Robot
 from pi05_lightning.data.sources.base import Sizes, Source, SourceConfig
@@ -169,7 +171,7 @@ class LeRobotSource(Source):
         taught = sentences_of_episodes(self.files, config.subtask_key)
         if of_a_policy(self.files):  # its own words: an episode with new ones may be held out all the same
             taught = {n: {said for said in sentences if said[0] == "task"} for n, sentences in taught.items()}
-        episodes = self.files.choose(split, config.val_fraction, config.episodes, taught)
+        episodes = choose_episodes(self.files, split, config.val_fraction, config.episodes, taught)
         self.columns = read_columns(self.files, episodes, wanted, self.rejects)
         self._task = self.columns.task if config.task is None else self.columns.task.filled(config.task)
         self._kept = Kept(self.columns, self.rejects)
