@@ -61,13 +61,14 @@ class Images:
     def _video(self, key: str) -> VideoFrames:
         columns, files, kept = self.kept.columns, self.files, self.kept
         place = np.searchsorted(files.column("episode_index"), columns.episode)
-        chunk, number, start = (
-            files.video_column(key, name)[place] for name in ("chunk_index", "file_index", "from_timestamp")
-        )
+        start = files.video_column(key, "from_timestamp")[place]
         remedy = "Restore the video, leave its episodes out with `episodes`, or the camera with `cameras`"
         kept.reject(np.isnan(start), key, "this episode has no video of this camera", remedy)
-        location = np.nan_to_num(np.stack([chunk, number], axis=1), nan=-1).astype(np.int64)
-        numbers, file = np.unique(location.reshape(-1, 2), axis=0, return_inverse=True)
+        episodes, of_row = np.unique(place, return_inverse=True)  # pairs of numbers are slow to sort: not those of rows
+        location = np.stack([files.video_column(key, name)[episodes] for name in ("chunk_index", "file_index")], axis=1)
+        location = np.nan_to_num(location, nan=-1).astype(np.int64)
+        numbers, of_episode = np.unique(location, axis=0, return_inverse=True)
+        file = of_episode[of_row]
         paths = [files.video_path(key, *number) for number in numbers]
         position = start + columns.timestamp
         beyond = self._beyond(key, place, position) & ~np.isnan(start) & kept.mask
