@@ -42,10 +42,11 @@ bench: $(SETUP) ## compare speed and memory with LeRobot here, half an hour, ove
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 .PHONY: lint
-lint: $(SETUP) ## ruff, formatting, type check of the package
+lint: $(SETUP) ## ruff, formatting, type check of the package, the tools and the experiments
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy pi05_lightning plugins/lerobot_policy_pi05_lightning/lerobot_policy_pi05_lightning
+	@$(BIN)/mypy --explicit-package-bases tools experiments/*/*.py
 
 .PHONY: format
 format: $(SETUP) ## apply formatting and what ruff can mend

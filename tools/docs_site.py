@@ -26,8 +26,8 @@ from pi05_lightning.cli.signatures import Found, Option, options_of, sentence, s
 from pi05_lightning.evaluation.report.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/*.md", "experiments/*.md", "experiments/*/*.md")
-PAGES += ("benchmarks/NOTES.md",)
+_SHIPPED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/NOTES.md")
+PAGES = (*_SHIPPED, "docs/*.md", "experiments/*.md", "experiments/*/*.md")
 FILES = ("LICENSE", "docs/images/*", "configs/**/*.*", "examples/*.py", "experiments/*/*.*", "benchmarks/*.py")
 """What pages show or link to."""
 TUTORIAL = "docs/tutorial.ipynb"
@@ -114,8 +114,8 @@ def made_pages() -> Iterator[tuple[str, str | bytes]]:
     about = "Modules of `pi05_lightning`, by what they are for."
     yield f"{PYTHON_PAGES}index.md", f"# Python\n\n{about}\n\n{markdown_table(('page', 'modules'), rows)}"
     for title, modules in API.items():
-        lines = [f"::: pi05_lightning.{name}\n" for name in modules]
-        yield f"{PYTHON_PAGES}{title.lower()}.md", "\n".join([f"# {title}", "", *lines])
+        members = (f"::: pi05_lightning.{name}\n" for name in modules)
+        yield f"{PYTHON_PAGES}{title.lower()}.md", "\n".join([f"# {title}", "", *members])
 
 
 def tutorial() -> Iterator[tuple[str, str | bytes]]:

@@ -10,12 +10,14 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import cache, partial
 from itertools import batched, groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -102,13 +104,14 @@ class Act(Inference):
         checkpoint = run / "lerobot" / "checkpoints" / "last" / "pretrained_model"
         torch.set_num_threads(1)
         self.policy = ACTPolicy.from_pretrained(checkpoint)
-        self.model = SimpleNamespace(config=SimpleNamespace(horizon=self.policy.config.chunk_size, action_dim=1))
+        sizes = SimpleNamespace(horizon=self.policy.config.chunk_size, action_dim=1)
+        self.model = cast("Any", SimpleNamespace(config=sizes))
         self.execution_horizon = self.acting.executed(self.policy.config.chunk_size)
         self.preprocess, self.postprocess = make_pre_post_processors(self.policy.config, str(checkpoint))
 
-    def predict_chunks(self, frames: list[Frame], *_: object) -> np.ndarray:
+    def predict_chunks(self, frames: Sequence[Frame], *_: Any, **__: Any) -> np.ndarray:
         """f32[B T A], one chunk per frame."""
-        batch = {"observation.state": torch.from_numpy(np.stack([f.state for f in frames]))}
+        batch = {"observation.state": torch.from_numpy(np.stack([np.asarray(f.state) for f in frames]))}
         for camera in frames[0].images:
             pixels = torch.from_numpy(np.stack([f.images[camera] for f in frames]))
             batch[f"observation.images.{camera}"] = pixels.float() / 255

@@ -41,7 +41,7 @@ def mean_of_expert(env: MetaWorldEnvironment) -> np.ndarray:
     mujoco.mj_forward(simulator.model, simulator.data)
     vars(simulator).update(kept)
     env._obs = seen
-    return np.mean(taken, 0, dtype=np.float32)
+    return np.stack(taken).mean(0, dtype=np.float32)
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,7 +3,7 @@
 It learns places of things alone, from the frames of `pi05 collect --env MT50 --image_size 120 --answers_every 1`, and
 is measured on the validation episodes.
 
-    python experiments/008_mt50/pointing.py runs/mt50/data/robot --steps 800
+    python experiments/008_mt50/pointing.py runs/mt50_20/data/robot --steps 800
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def frames(path: str, split: Split, number: int) -> list[Frame]:
     """Evenly spaced ones that show what their instruction is about."""
     config, model = LeRobotConfig(path, image_cache=True), replace(ModelConfig.preset("tiny"), vision=vision(0))
     source = config.open("robot", split, model.shapes)
+    if any(look.size != (SIZE, SIZE) for look in source.looks().values()):
+        raise SystemExit(f"{path} has images of other than {SIZE} pixels: collect it with --image_size {SIZE}")
     source.prepare()
     places = source.indices(Modality.QA)
     found = (source[int(places[i])] for i in evenly_spaced(len(places), number))

@@ -45,13 +45,20 @@ class Privileged(MetaWorldEnvironment):
         return np.concatenate([self._obs[:18], self._obs[36:]]).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Told(MT50):
+    """MT50 as a policy is told it."""
+
+    state_names = tuple(f"{number}" for number in range(STATE))
+
+
 def opened(task: str, action_repeat: int) -> Privileged:
     return Privileged(task, 16, ("corner2",), action_repeat, SENTENCES, {}, MAX_SECONDS)
 
 
 def demonstrations(task: str, action_repeat: int) -> tuple[np.ndarray, np.ndarray]:
     """States f32[N STATE] and actions f32[N 4] of `EPISODES` episodes."""
-    config = CollectConfig(Path(), env=MT50(), action_repeat=action_repeat, answers_every=1000)
+    config = CollectConfig(Path(), env=Told(), action_repeat=action_repeat, answers_every=1000)
     with closing(opened(task, action_repeat)) as env:
         tried = (record_episode(env, seed, config) for seed in split_seeds("train", 4 * EPISODES))
         done = list(islice(filter(None, tried), EPISODES))

@@ -76,8 +76,8 @@ def distance(checkpoint: Path, out: Path, frames: int = 64) -> None:
     prompts = [policy.processor.prompt(frame, policy.robot, None) for frame in seen]
     batch = policy.processor.collate(prompts)
     model, config = policy.model, policy.model.config
-    context = model.flow_head.context(model.backbone(batch), draws=1)
     noise = torch.randn(len(seen), 1, config.horizon, config.action_dim, generator=torch.Generator().manual_seed(0))
+    context = model.flow_head.context(model.backbone(batch), noise)
     dims = policy.processor.robots[policy.robot].action_dim
 
     def velocity(x: Tensor, t: float) -> Tensor:
