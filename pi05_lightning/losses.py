@@ -26,12 +26,13 @@ def flow_time_quantile(probability: float) -> float:
 
 
 def draw_noise(
-    key: Tensor, seed: int, draws: int, horizon: int, action_dim: int, max_delay: int = 0
+    key: Tensor, seed: int, draws: int, horizon: int, action_dim: int, max_delay: int = 0, steps: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Noise f32[R K T D] and flow time f32[R K] for keys i64[R] on the CPU; row r depends on seed and key[r] alone.
 
     With max_delay, time is f32[R K T] and 0 for the first d actions of a draw, d uniform in 0..max_delay: these are
     given, as they are to a robot that executes them while the chunk is computed (arXiv 2512.05964).
+    steps: of each row's chunk, i64[R], by default the horizon; the last one is never given, so that every draw teaches.
     """
     noise = np.empty((len(key), draws, horizon, action_dim), dtype=np.float32)
     time = np.empty((len(key), draws, 1), dtype=np.float32)
@@ -44,6 +45,8 @@ def draw_noise(
             delay[row] = rng.integers(max_delay + 1, size=draws)
     if not max_delay:
         return torch.from_numpy(noise), torch.from_numpy(time[..., 0])
+    if steps is not None:
+        delay = np.minimum(delay, steps.numpy()[:, None] - 1)
     is_given = np.arange(horizon) < delay[..., None]
     return torch.from_numpy(noise), torch.from_numpy(np.where(is_given, np.float32(0), time))
 
@@ -51,7 +54,8 @@ def draw_noise(
 def with_noise(batch: Batch, seed: int, draws: int = 1, max_delay: int = 0) -> Batch:
     """A batch on the host with noise and flow time, see `draw_noise`: no device generator, no synchronisation."""
     rows, horizon, dims = batch.actions.shape
-    noise, time = draw_noise(batch.key[:rows], seed, draws, horizon, dims, max_delay)
+    steps = batch.action_mask.any(-1).sum(-1)
+    noise, time = draw_noise(batch.key[:rows], seed, draws, horizon, dims, max_delay, steps)
     return replace(batch, noise=noise, time=time)
 
 

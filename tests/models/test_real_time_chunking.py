@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pi05_lightning.losses import draw_noise, mean_terms
+from pi05_lightning.losses import draw_noise, mean_terms, with_noise
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Prefix
 
@@ -65,6 +65,14 @@ def test_delay_of_a_sample_does_not_depend_on_its_batch() -> None:
     options = {"seed": 1, "draws": 2, "horizon": HORIZON, "action_dim": 3, "max_delay": 5}
     together = draw_noise(torch.tensor([5, 9, 2]), **options)[1]
     assert torch.equal(together[1], draw_noise(torch.tensor([9]), **options)[1][0])
+
+
+def test_of_a_chunk_that_ends_early_not_all_actions_are_given(batch: Batch) -> None:
+    mask = torch.arange(HORIZON)[:, None] < 2
+    short = replace(batch, action_mask=mask.expand(batch.actions.shape))
+    drawn = with_noise(short, seed=0, draws=32, max_delay=HORIZON - 1)
+    delay = (drawn.time == 0).sum(-1)
+    assert set(delay.unique().tolist()) == {0, 1}
 
 
 # --- training
