@@ -76,6 +76,11 @@ class StageOptions:
             check_range(f"lr_factors {pattern}", factor, 0)
         check_expressions("freeze or lr_factors", (*self.freeze, *self.lr_factors))
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights that are not 0, by the name of the term."""
+        return self.losses.used
+
     def freezes(self, name: str) -> bool:
         """Whether a parameter is frozen in this stage."""
         return any(re.search(pattern, name) for pattern in self.freeze)
@@ -108,12 +113,9 @@ class Stage(StageOptions):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weights that are not 0, by the name of the term, flow_alpha applied."""
-        return {
-            name: weight * (self.flow_alpha if name == "flow" else 1.0)
-            for name, weight in self.losses.used.items()
-            if name != "flow" or self.flow_alpha
-        }
+        """As of its options, flow_alpha applied."""
+        factors = {"flow": self.flow_alpha}
+        return {name: weight * factor for name, weight in super().weights.items() if (factor := factors.get(name, 1.0))}
 
 
 PRETRAIN = StageOptions(losses=LossWeights(text=1.0, subtask=1.0, fast=1.0))

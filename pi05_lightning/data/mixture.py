@@ -67,7 +67,7 @@ class Mixture:
         names, for those that nothing is learned from, and when nothing is left to draw.
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
-        used = stage.losses.used
+        used = stage.weights
         terms = [
             {term for term in used if entry.subset.modality in self.trained_by.get(term, ())} for entry in self.entries
         ]
@@ -78,9 +78,7 @@ class Mixture:
             if name not in names:
                 raise ValueError(f"mixture: unknown {name!r}{suggestion(name, names)}; the data has {names}")
             if shares[name] and not learned[names.index(name)]:
-                raise ValueError(
-                    f"mixture: nothing is learned from {name} in this stage, whose losses are {stage.losses.used}"
-                )
+                raise ValueError(f"mixture: nothing is learned from {name} in this stage, whose losses are {used}")
         plain = np.array([shares.get(name, 0.0) for name in names] if shares else always, dtype=np.float64)
         weights = plain * np.array([entry.size for entry in self.entries]) ** stage.mixture_temperature
         if not weights.sum():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pi05_lightning.data.mixture import Draw, Entry, Mixture, MixtureSampler
-from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
+from pi05_lightning.recipe import LossWeights, Recipe, Stage, StageOptions
 from pi05_lightning.types import Modality, Subset
 
 TRAINED_BY = {"text": {Modality.QA}, "flow": {Modality.CONTINUOUS}}
@@ -70,6 +70,11 @@ def test_without_shares_all_are_drawn_that_the_losses_train() -> None:
     mixture = mixture_of(ENTRIES, 8)
     np.testing.assert_allclose(mixture.weights(StageOptions(LossWeights(flow=1))), [0, 1, 0])
     np.testing.assert_allclose(mixture.weights(StageOptions(LossWeights(text=1))), [0.5, 0, 0.5])
+
+
+def test_without_shares_none_is_drawn_for_a_flow_that_does_not_count() -> None:
+    stage = Stage(name="words", steps=1, losses=LossWeights(text=1, flow=1), flow_alpha=0)
+    np.testing.assert_allclose(mixture_of(ENTRIES, 8).weights(stage), [0.5, 0, 0.5])
 
 
 def test_without_shares_none_is_drawn_that_may_teach_nothing() -> None:
