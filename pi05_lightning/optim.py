@@ -86,7 +86,12 @@ def resumable(make: MakeOptimizer, groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in _NO_OPTIONS}
+    """As numbers, where they are tensors that change as it trains, such as torchao's rates."""
+    return {
+        key: value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+        for key, value in group.items()
+        if key not in _NO_OPTIONS
+    }
 
 
 def _carried_on(make: MakeOptimizer, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -345,7 +345,7 @@ class Pi05Module(LightningModule):
 
     def _log(self, scalars: dict[str, float], optimizer: torch.optim.Optimizer) -> None:
         """Log numbers of a step, and the rates that it is taken at."""
-        rates = {f"lr/{group['name']}": group["lr"] for group in optimizer.param_groups}
+        rates = {f"lr/{group['name']}": float(group["lr"]) for group in optimizer.param_groups}
         if self.finite.max_skipped:
             rates["skipped_steps"] = float(self.finite.skipped)
         for logger in self.loggers:
