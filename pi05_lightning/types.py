@@ -218,6 +218,13 @@ class TargetMaker(Protocol):
         ...
 
 
+class HeadTargets(NamedTuple):
+    """What makes a head's targets, and the modalities whose samples have some."""
+
+    maker: TargetMaker
+    modalities: frozenset[Modality]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One training example, ready to collate: images u8[3 H W] of the model's size, normalised actions f32[T D].

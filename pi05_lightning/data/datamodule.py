@@ -166,7 +166,7 @@ class Pi05DataModule(LightningDataModule):
             )
             processor = copy.copy(processor)
             # no checkpoint has the one, and the other's limits and shares are the run's
-            processor.target_makers, processor.language = own.target_makers, ours
+            processor.targets, processor.language = own.targets, ours
         self._given = processor
         for samples in ("validation", "_test"):
             vars(self).pop(samples, None)
@@ -208,7 +208,7 @@ class Pi05DataModule(LightningDataModule):
             robots=robots,
             language=self.language,
             fast=self._fast,
-            target_makers=self._model.target_makers if self._model else {},
+            targets=self._model.targets if self._model else {},
         )
 
     @cached_property

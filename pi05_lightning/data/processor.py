@@ -25,6 +25,7 @@ from pi05_lightning.types import (
     Answer,
     Batch,
     Frame,
+    HeadTargets,
     Letterbox,
     Modality,
     Sample,
@@ -32,7 +33,6 @@ from pi05_lightning.types import (
     Shapes,
     Subset,
     Target,
-    TargetMaker,
     index_targets,
 )
 
@@ -90,7 +90,7 @@ class Processor:
 
     cameras: the names, in the order in which their tokens come.  robots: by the name of the source.
     fast: the FAST tokenizer, needed for `fast_robot_actions` only.
-    target_makers: by the name of the head whose targets they make; for training, and not kept in checkpoints.
+    targets: what makes those of heads, by their names; for training, and not kept in checkpoints.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Processor:
         robots: Mapping[str, Robot],
         language: Language | None = None,
         fast: FastTokenizer | None = None,
-        target_makers: Mapping[str, TargetMaker] | None = None,
+        targets: Mapping[str, HeadTargets] | None = None,
     ) -> None:
         if tokenizer.vocab_size != shapes.vocab_size:
             raise ValueError(
@@ -120,7 +120,7 @@ class Processor:
             )
         self.shapes, self.tokenizer, self.cameras = shapes, tokenizer, tuple(cameras)
         self.robots, self.language, self.fast = dict(robots), language or Language(), fast
-        self.target_makers = dict(target_makers or {})
+        self.targets = dict(targets or {})
 
     # --- frames to samples
 
@@ -172,7 +172,7 @@ class Processor:
                 segments.append(self._fast_segment(frame.actions))
             actions, mask = self._pad(frame.actions, frame.action_is_pad)
         shown = replace(frame, images=images, task=told)
-        made = {name: maker.make(shown) for name, maker in self.target_makers.items()}
+        made = {name: own.maker.make(shown) for name, own in self.targets.items() if modality in own.modalities}
         targets = {name: target for name, target in made.items() if target is not None}
         tokens, kinds = self._encode(segments)
         return Sample(tokens, kinds, subset, self._resize(images), letterboxes, actions, mask, targets, key)
@@ -360,7 +360,7 @@ class Processor:
         numbers: list[dict[str, int]] = []
         for row, sample in enumerate(samples):
             numbers.append({name: len(pixels) + place for place, name in enumerate(sample.images)})
-            places = {c for name, target in sample.targets.items() for c in self.target_makers[name].images(target)}
+            places = {c for name, target in sample.targets.items() for c in self.targets[name].maker.images(target)}
             image_mask[row, : len(sample.images)] = True
             image_index += range(row * slots, row * slots + len(sample.images))
             pixels += sample.images.values()
@@ -386,8 +386,10 @@ class Processor:
             fast_action_mask=fast_action_mask,
             key=torch.tensor([sample.key for sample in samples]),
             auxiliary={
-                name: maker.collate([sample.targets.get(name) for sample in samples], numbers, self.tokenizer.encode)
-                for name, maker in self.target_makers.items()
+                name: own.maker.collate(
+                    [sample.targets.get(name) for sample in samples], numbers, self.tokenizer.encode
+                )
+                for name, own in self.targets.items()
             },
             fixed_image=torch.tensor(fixed, dtype=torch.bool),
             letterboxes=[sample.letterboxes[name] for sample in samples for name in sample.images],

@@ -15,6 +15,7 @@ What differs from the paper (arXiv 2504.16054):
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from operator import attrgetter
 from typing import Self
 
 import numpy as np
@@ -30,7 +31,7 @@ from pi05_lightning.models.heads.location import NAME as LOCATION
 from pi05_lightning.models.heads.location import LocationHead
 from pi05_lightning.models.heads.subtask import SubtaskHead
 from pi05_lightning.models.shards import unsharded
-from pi05_lightning.types import Batch, TargetMaker
+from pi05_lightning.types import Batch, HeadTargets
 
 # Below 1e-38 a CPU takes several times as long for a product, and a training on keypoints makes many such numbers: they
 # count as zero. At import, as a thread of PyTorch's takes it over when it is started. NumPy looks for the smallest such
@@ -58,7 +59,15 @@ class Pi05(nn.Module):
                 raise ValueError(f"model.heads.{name}: the model has a head of this name: give yours another")
             if "." in name or hasattr(nn.ModuleDict(), name):
                 raise ValueError(f"model.heads.{name}: PyTorch takes no part of this name: give the head another")
-        self.auxiliary = nn.ModuleDict({name: make(config) for name, make in (heads or {}).items()})
+        self.made_by = dict(heads or {})
+        self.auxiliary = nn.ModuleDict({name: make(config) for name, make in self.made_by.items()})
+        for name, part in self.auxiliary.named_modules():
+            if loose := [key for key, value in vars(part).items() if isinstance(value, Tensor)]:
+                raise ValueError(
+                    f"model.heads.{name}: the tensors {', '.join(loose)} are neither parameters nor buffers, so they"
+                    " would not move with the model: use `register_buffer`, with `persistent=False` if no checkpoint"
+                    " needs them"
+                )
         if config.backbone_type == "keypoint_gemma":
             self.auxiliary[LOCATION] = LocationHead()
         names = [term for head in self.heads.values() for term in head.terms]
@@ -83,9 +92,13 @@ class Pi05(nn.Module):
         return {term: modalities for head in self.heads.values() for term, modalities in head.terms.items()}
 
     @property
-    def target_makers(self) -> dict[str, TargetMaker]:
+    def targets(self) -> dict[str, HeadTargets]:
         """What makes the heads' targets from frames, by the head's name."""
-        return {name: head.target_maker for name, head in self.heads.items() if head.target_maker is not None}
+        return {
+            name: HeadTargets(head.target_maker, frozenset().union(*head.terms.values(), *head.metrics.values()))
+            for name, head in self.heads.items()
+            if head.target_maker is not None
+        }
 
     def forward(
         self,
@@ -182,12 +195,24 @@ class Pi05(nn.Module):
         self.flow_head.reset_parameters()
         self.reset_auxiliary()
 
+    @torch.no_grad()
     def reset_auxiliary(self) -> None:
-        """Random initialisation of the auxiliary heads, which no weights on disk have."""
-        for name, head in self.heads.items():
-            if name in self.auxiliary:
-                with unsharded(head):
-                    head.reset_parameters()
+        """First values of the auxiliary heads, which no weights on disk have: those that they are made with."""
+        for name, make in self.made_by.items():
+            head, made = self.heads[name], make(self.config)
+            with unsharded(head):
+                for place, values in (*made.named_parameters(), *made.named_buffers()):
+                    attrgetter(place)(head).copy_(values)  # of a layer with adapters, its own weight
+                head.reset_parameters()
+
+    @torch.no_grad()
+    def fill_buffers(self) -> None:
+        """Give the auxiliary heads the buffers that they are made with, of which a checkpoint may lack some."""
+        for name, make in self.made_by.items():
+            with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                made = make(self.config)
+            for place, values in made.named_buffers():
+                attrgetter(place)(self.heads[name]).copy_(values)
 
     @property
     def device(self) -> torch.device:

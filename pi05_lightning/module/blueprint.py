@@ -83,6 +83,7 @@ class Blueprint:
             add_adapters(model, self.lora)
         if blank and hollow:
             model.to_empty(device=torch.get_default_device())
+            model.fill_buffers()
         self._accelerate(model)
 
     def make_shards(
@@ -105,7 +106,9 @@ class Blueprint:
             add_adapters(model, self.lora)
         shard(model, sharding)
         model.to_empty(device=torch.get_default_device())
-        if not hollow:
+        if hollow:
+            model.fill_buffers()
+        else:
             share_random_state(broadcast)
             begin_slices(model, weights, processor)
             if self.lora is not None:

@@ -23,7 +23,17 @@ from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.evaluation.metrics import Evaluator
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.location import Points
-from pi05_lightning.types import Answer, Frame, Letterbox, Modality, Sample, Subset, box_to_text, text_to_boxes
+from pi05_lightning.types import (
+    Answer,
+    Frame,
+    HeadTargets,
+    Letterbox,
+    Modality,
+    Sample,
+    Subset,
+    box_to_text,
+    text_to_boxes,
+)
 from tests.data.recorded import data_file, edit_info, rewrite
 from tests.untrained import untrained_model
 
@@ -82,7 +92,7 @@ def answered(config: SourceConfig, size: int) -> tuple[Sample, Processor]:
     data = Pi05DataModule({"it": config}, shapes=shapes, num_workers=0)
     source = data.sources("train")["it"]
     source.prepare()
-    data.processor.target_makers["location"] = Points()
+    data.processor.targets["location"] = HeadTargets(Points(), frozenset(Modality))
     return data.processor.sample(source[0], Subset("it", Modality.QA)), data.processor
 
 

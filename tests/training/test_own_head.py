@@ -15,16 +15,19 @@ import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from pi05_lightning import Pi05Module, Pi05Policy
+from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy
 from pi05_lightning.cli.main import main
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
+from pi05_lightning.module.blueprint import Blueprint
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from pi05_lightning.training.callbacks.checkpoint import RunCheckpoint
-from pi05_lightning.types import Batch, Frame, Modality, Prefix, Target
+from pi05_lightning.types import Batch, Frame, Modality, Prefix, Subset, Target
 from tests.both_stages import PRETRAIN_STEPS, STAGES
+from tests.random_fast import random_fast
 
 ACTIONS = frozenset({Modality.CONTINUOUS})
 
@@ -76,11 +79,6 @@ class GripperHead(Head):
         right = (self.logits(batch, prefix) > 0) == (batch.auxiliary["gripper"]["closes"] > 0.5)
         return {"gripper_accuracy": Term(right, torch.ones_like(right))}
 
-    def reset_parameters(self) -> None:
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                layer.reset_parameters()
-
 
 WITH_GRIPPER = STAGES | {
     "posttrain": StageOptions(LossWeights(flow=1, others={"gripper": 0.5}), STAGES["posttrain"].mixture)
@@ -102,6 +100,49 @@ def test_own_head_learns_from_the_step_at_which_its_term_has_a_weight(trained: T
     bias = "model.auxiliary.gripper.layers.2.bias"
     assert torch.equal(before[bias], weights(tmp_path / "step=1.ckpt")[bias])
     assert not torch.equal(before[bias], after[bias])
+
+
+class SettledHead(GripperHead):
+    """What its layers and buffers begin with is not what memory holds."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.norm = nn.LayerNorm(3)
+        self.register_buffer("weights", torch.tensor([1.0, 5.0]))
+        self.register_buffer("bins", torch.linspace(0, 1, 4), persistent=False)
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_own_head_begins_with_what_it_was_made_with(is_resumed: bool) -> None:
+    blueprint = Blueprint(ModelConfig.preset("debug"), {"settled": SettledHead})
+    model = blueprint.bare()
+    blueprint.make(model, None, None, hollow=is_resumed)  # a checkpoint gives the rest, all but `bins`
+    found, made = model.heads["settled"], SettledHead(model.config)
+    assert torch.equal(found.get_buffer("bins"), made.get_buffer("bins"))
+    assert torch.equal(found.get_buffer("weights"), made.get_buffer("weights"))
+    if not is_resumed:
+        assert torch.equal(found.norm.weight, torch.ones(3))
+        assert all(0 < value.std() < 1 for value in (found.layers[0].weight, found.layers[2].weight))
+
+
+def test_tensor_that_would_not_move_with_the_model_is_refused() -> None:
+    class Loose(GripperHead):
+        def __init__(self, config: ModelConfig) -> None:
+            super().__init__(config)
+            self.grid = torch.linspace(0, 1, 4)
+
+    with pytest.raises(ValueError, match=r"model\.heads\.loose: the tensors grid .* use `register_buffer`"):
+        Pi05.without_memory(ModelConfig.preset("debug"), {"loose": Loose})
+
+
+@pytest.mark.parametrize("modality", [Modality.FAST, Modality.CONTINUOUS])
+def test_target_is_made_of_the_modalities_that_its_terms_name(modality: Modality, videos: Path) -> None:
+    model = Pi05.without_memory(ModelConfig.preset("debug"), {"gripper": GripperHead})
+    data = Pi05DataModule({"robot": LeRobotConfig(str(videos))}, shapes=model.config.shapes, num_workers=0)
+    data.processor.targets.update(model.targets)
+    data.processor.fast = random_fast(model.config)
+    sample = data.processor.sample(data.sources("train")["robot"][0], Subset("robot", modality))
+    assert ("gripper" in sample.targets) == (modality is Modality.CONTINUOUS)
 
 
 def test_own_head_is_measured_on_its_modality(trained: Trainer) -> None:

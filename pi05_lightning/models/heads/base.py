@@ -83,7 +83,7 @@ class Head(nn.Module, ABC):
         return {}
 
     def reset_parameters(self) -> None:
-        """Random initial values, whatever the parameters' memory held."""
+        """Other first values than those that `__init__` gives; called once they are there."""
 
 
 HeadFactory = Callable[[ModelConfig], Head]

@@ -131,7 +131,7 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             robots={ROBOT: taught.robot},
             language=config.language,
             fast=fast,
-            target_makers=self.model.target_makers,
+            targets=self.model.targets,
         )
 
     def _prepare_training(self) -> None:
