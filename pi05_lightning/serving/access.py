@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from pi05_lightning.serving.failures import printable
-from pi05_lightning.serving.wire import TOKEN_VARIABLE
+from pi05_lightning.serving.wire import TOKEN_VARIABLE, checked_token
 
 SCHEME = "Api-Key"
 """Of the header `Authorization`, as openpi's client sends its `api_key`."""
@@ -108,12 +108,7 @@ def read_token(token: str | None, file: Path | None) -> str | None:
         except (OSError, UnicodeError) as error:
             raise ValueError(f"{where} cannot be read: {error}") from error
     found = os.environ.get(TOKEN_VARIABLE) if token is None else token
-    if found is None:
-        return None
-    found = found.strip()
-    if not found or not found.isascii() or not found.isprintable() or " " in found:
-        raise ValueError(f"{where} holds no token: give letters, digits and signs without spaces")
-    return found
+    return None if found is None else checked_token(found, where)
 
 
 def is_loopback(host: str) -> bool:

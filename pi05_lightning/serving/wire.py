@@ -23,6 +23,17 @@ MAX_DTYPE = 32
 _KINDS = "biufSU"  # booleans, numbers, text: never objects, which would be pickled
 
 
+def checked_token(token: str, where: str) -> str:
+    """A token without the space around it, such as a file's last line ends with.
+
+    Raises ValueError for what is none, which names where it is from and not what it is.
+    """
+    found = token.strip()
+    if not found or not found.isascii() or not found.isprintable() or " " in found:
+        raise ValueError(f"{where} holds no token: give letters, digits and signs without spaces")
+    return found
+
+
 def pack(message: Any) -> bytes:
     """A message of numbers, text, bytes, lists, dictionaries and arrays. Raises ValueError for arrays of objects."""
     return msgpack.packb(message, default=_encode)

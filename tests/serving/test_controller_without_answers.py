@@ -139,6 +139,25 @@ def test_token_is_sent_as_openpis_clients_send_it(monkeypatch):
     assert server.headers == ["Api-Key secret"] * 2
 
 
+def test_space_around_a_token_is_not_sent(monkeypatch):
+    server = CountingServer(token="secret")
+    with driven(server, token="secret\n"):
+        pass
+    monkeypatch.setenv("PI05_TOKEN", " secret\r\n")
+    with driven(server):
+        pass
+    assert server.headers == ["Api-Key secret"] * 2
+
+
+@pytest.mark.parametrize("token", ["se cret", "se\ncret", "secrét", "\n"])
+def test_what_is_no_token_is_refused_and_not_repeated(monkeypatch, token):
+    for where, options in (("token", {"token": token}), ("PI05_TOKEN", {})):
+        monkeypatch.setenv("PI05_TOKEN", token)
+        with pytest.raises(ValueError, match=f"^{where} holds no token: give letters, digits") as refused:
+            Controller("ws://127.0.0.1:1", always(STILL), **options)
+        assert token.strip() == "" or token not in str(refused.value)
+
+
 def test_wrong_token_is_an_error_and_the_fallback_acts():
     errors = []
     with CountingServer(token="secret").running() as url:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
-from pi05_lightning.serving.wire import BUSY, unpack
+from pi05_lightning.serving.wire import BUSY, checked_token, unpack
 
 FIRST_DELAY, MAX_DELAY = 0.1, 5.0  # seconds before it connects anew; each is twice the last one
 OPEN_TIMEOUT = 10.0
@@ -64,7 +64,7 @@ class Connection:
     problem    why it is not connected, or was not when it last failed
     news       set when it connects, fails, or an answer comes
 
-    Raises ValueError for what is no such address. Close it, or use it as a context.
+    Raises ValueError for what is no such address or no token. Close it, or use it as a context.
     """
 
     def __init__(self, url: str, token: str | None = None, answer_timeout: float = 60.0) -> None:
@@ -74,7 +74,7 @@ class Connection:
         self.metadata: dict[str, Any] | None = None
         self.problem = "it has not been tried yet"
         self.news = threading.Event()
-        self._headers = {"Authorization": f"Api-Key {token}"} if token else None
+        self._headers = {"Authorization": f"Api-Key {checked_token(token, 'token')}"} if token else None
         self._refused: Refused | None = None
         self._delay = FIRST_DELAY
         self._requests: asyncio.Queue[tuple[bytes, Future[Answer]]] = asyncio.Queue()

@@ -18,7 +18,7 @@ from pi05_lightning.serving.client.actions import ActionQueue, Due
 from pi05_lightning.serving.client.connection import Answer, Busy, Connection, Lost, Refused, ServerError
 from pi05_lightning.serving.client.latencies import Latencies
 from pi05_lightning.serving.client.served import Served
-from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY, TOKEN_VARIABLE, pack
+from pi05_lightning.serving.wire import PREFIX_KEY, RESET_KEY, TOKEN_VARIABLE, checked_token, pack
 
 Mode = Literal["waiting", "asynchronous", "rtc"]
 Observation = Mapping[str, Any]
@@ -151,7 +151,8 @@ class Controller:
         self._closed = False
         self._last: np.ndarray | None = None  # of the episode, whichever server it is from
         self._begin()
-        token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+        if token is None and (told := os.environ.get(TOKEN_VARIABLE)):
+            token = checked_token(told, TOKEN_VARIABLE)
         self._connection = Connection(url, token, answer_timeout)
 
     def _begin(self) -> None:
