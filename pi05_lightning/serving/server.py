@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from aiohttp import WSCloseCode, web
 
+from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastDecodeError
 from pi05_lightning.policy import Pi05Policy, Request
 from pi05_lightning.serving.access import Access
@@ -91,9 +92,12 @@ class PolicyServer:
                 "state": None if state is None else np.asarray(state, np.float32),
                 "task": max(robot.tasks, key=len, default="warm up"),
             }
-            for first in (None, *given):
-                with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
-                    policy.predict_chunk(observation, prefix_actions=first)
+            try:
+                for first in (None, *given):
+                    with suppress(FastDecodeError):  # what it says to a made-up observation may be no chunk
+                        policy.predict_chunk(observation, prefix_actions=first)
+            except BadFrame as error:  # clients' may be shorter
+                log.warning("prompts as long as a made-up one are not prepared for: %s", error)
 
     async def run(self, host: str, port: int) -> None:
         """Serve until cancelled. Raises OSError as `check_address`."""

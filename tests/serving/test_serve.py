@@ -79,6 +79,15 @@ def test_actions_are_those_of_the_policy(policy, served):
     assert answer["subtask"] == Pi05Policy(served).predict_subtask(OURS)
 
 
+def test_a_made_up_prompt_that_is_too_long_is_said_and_a_shorter_one_is_answered(served, caplog):
+    policy = Pi05Policy(served, hierarchical=False)
+    most = policy.prepare(OURS).tokens.shape[1] - 1
+    policy.processor.language = replace(policy.processor.language, max_tokens=most)
+    answer = talk(policy, lambda client: client.infer(OBSERVATION | {"prompt": "open"}))
+    assert len(answer["actions"]) == policy.execution_horizon
+    assert f"are not prepared for: its text is {most + 1} tokens long" in caplog.text
+
+
 def test_chunk_goes_on_from_the_actions_that_a_client_still_executes(served):
     running = np.full((2, 2), 0.25, np.float32)
 
