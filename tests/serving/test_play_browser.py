@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, ViewportSize, expect, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, WebSocketRoute, expect, sync_playwright
 
+from pi05_lightning.serving.play import PAGE
 from tests.serving.processes import PATIENCE, Process, served_by_process
 from tests.sim.conftest import config
 from tests.untrained import untrained_policy
@@ -24,12 +26,9 @@ CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
 LAPTOP: ViewportSize = {"width": 1280, "height": 800}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        CHROMIUM is None, reason="no Chromium or Chrome on this machine (Debian, Ubuntu: apt install chromium)"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium or Chrome on this machine (Debian, Ubuntu: apt install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,7 @@ def text(page: Page, selector: str) -> str:
     return page.locator(selector).first.inner_text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_typed_and_clicked_is_done_and_seen(checkpoint: Path, visited: Page) -> None:
     with served_by_process(checkpoint, "--max_state_distance=null", command="play") as server:
@@ -128,6 +128,7 @@ def play_in_the_room(policy: Path) -> AbstractContextManager[Process]:
     return served_by_process(policy, *options, command="play", PYTHONPATH=str(Path(__file__).parent))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_again_begins_what_is_shown_and_what_is_wrong_with_it_stays_to_be_read(served: Path, visited: Page) -> None:
     with play_in_the_room(served) as server:
@@ -164,6 +165,7 @@ def test_again_begins_what_is_shown_and_what_is_wrong_with_it_stays_to_be_read(s
         expect(visited.locator("#notice")).to_be_hidden()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_space_bar_pauses_wherever_nothing_is_typed(served: Path, visited: Page) -> None:
     with play_in_the_room(served) as server:
@@ -184,6 +186,7 @@ def test_the_space_bar_pauses_wherever_nothing_is_typed(served: Path, visited: P
         expect(visited.locator(".badge")).to_have_text("acting")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_pictures_keep_their_shape(served: Path, visited: Page) -> None:
     with play_in_the_room(served) as server:
@@ -199,10 +202,40 @@ def test_pictures_keep_their_shape(served: Path, visited: Page) -> None:
         assert shown["width"] / shown["height"] == pytest.approx(64 / 48, rel=0.02)  # boxes are shares of it
 
 
+def test_why_nothing_is_shown_stays_to_be_read_until_it_is_shown_again(visited: Page) -> None:
+    scene = {"tasks": {}, "states": 1, "simulator": "Room", "ways": [], "speeds": [1]}
+    state = {"paused": True, "speed": 1, "players": []}
+    sockets: list[WebSocketRoute] = []
+
+    def hear(said: str | bytes) -> None:
+        sockets[0].send(json.dumps({"error": "no"} if json.loads(said)["do"] == "ask" else {"done": ""}))
+
+    def answer(socket: WebSocketRoute) -> None:
+        sockets.append(socket)
+        socket.on_message(hear)
+        for said in ({"scene": scene}, {"state": state}, {"unshown": "no renderer"}):
+            socket.send(json.dumps(said))
+
+    visited.route("**/page/*", lambda route: route.fulfill(path=PAGE / Path(route.request.url).name))
+    visited.route("http://page/", lambda route: route.fulfill(path=PAGE / "index.html"))
+    visited.route_web_socket("ws://page/play", answer)
+    visited.goto("http://page/")
+    notice = visited.locator("#notice")
+    expect(notice).to_have_text("no renderer")
+    visited.get_by_role("button", name="1×").click()
+    expect(notice).to_have_text("no renderer")
+    visited.locator("#question").fill("where?")
+    visited.locator("#ask button").click()
+    expect(notice).to_have_text("no renderer; no")
+    sockets[0].send(json.dumps({"state": state}))
+    expect(notice).to_have_text("no")
+
+
 def source_of(page: Page) -> str | None:
     return page.locator(".picture").first.get_attribute("src")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_policies_are_shown_side_by_side_at_a_laptops_and_a_phones_width(
     checkpoint: Path, visited: Page, browser: Browser

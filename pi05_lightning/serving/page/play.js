@@ -9,7 +9,7 @@ const one = (selector, within = document) => within.querySelector(selector);
 let socket = null;
 let scene = null;
 let state = null;
-let unshown = false;  // whether the page says why there is no newer state
+const notices = { unshown: "", wrong: "" };  // why there is no newer state, and what is wrong with the last command
 let over = false;  // whether no robot has a next action
 let held = false;  // whether the number is being chosen, and not to be overwritten
 
@@ -17,18 +17,15 @@ let held = false;  // whether the number is being chosen, and not to be overwrit
 
 function connect() {
   socket = new WebSocket(`ws://${location.host}/play`);
-  socket.onopen = () => { link("connected"); notice(""); };
+  socket.onopen = () => { link("connected"); notice("wrong", ""); };
   socket.onmessage = event => {
     const said = JSON.parse(event.data);
     if (said.scene) begin(said.scene);
     else if (said.state) {
-      if (unshown) notice("");
-      unshown = false;
+      notice("unshown", "");
       show(said.state);
-    } else if (said.unshown) {
-      unshown = true;
-      notice(said.unshown);
-    } else if (said.error) notice(said.error);
+    } else if (said.unshown) notice("unshown", said.unshown);
+    else if (said.error) notice("wrong", said.error);
   };
   socket.onclose = event => {
     link(event.reason || "not connected: is pi05 play running?");
@@ -37,9 +34,9 @@ function connect() {
 }
 
 function send(what, details = {}) {
-  notice("");  // of an earlier command
+  notice("wrong", "");
   if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ do: what, ...details }));
-  else notice("not connected: that was not sent");
+  else notice("wrong", "not connected: that was not sent");
 }
 
 function link(text) {
@@ -47,9 +44,12 @@ function link(text) {
   document.body.classList.toggle("connected", text === "connected");
 }
 
-function notice(text) {
-  one("#notice").textContent = text;
-  one("#notice").hidden = !text;
+function notice(of, text) {
+  if (notices[of] === text) return;  // else every state would be read out to the blind
+  notices[of] = text;
+  const all = Object.values(notices).filter(Boolean).join("; ");
+  one("#notice").textContent = all;
+  one("#notice").hidden = !all;
 }
 
 // --- what stays the same
