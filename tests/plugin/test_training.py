@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from lerobot.configs import PreTrainedConfig
 from lightning.pytorch import Trainer
 
-from lerobot_policy_pi05_lightning.frames import camera_names
+from lerobot_policy_pi05_lightning.frames import camera_names, depth_cameras
 from pi05_lightning import Pi05DataModule, Pi05Module
 from pi05_lightning.data.processor import Language
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.files.local import write_json
+from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.types import Drawn, Modality
 
@@ -117,6 +119,24 @@ def test_every_image_of_an_observation_is_a_camera() -> None:
         camera_names(["observation.images.left.rgb", "observation.images.right.rgb"])
     with pytest.raises(ValueError, match=r"rename front$"):
         camera_names(["front"])
+
+
+def test_depth_cameras_are_left_out_and_the_saved_policy_asks_for_none(
+    make: Make, batch_of: Callable[..., Batch], three_cameras: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = Path(shutil.copytree(three_cameras, tmp_path / "data"))
+    info = read_json(root / "meta" / "info.json")
+    info["features"]["observation.images.left"]["info"] = {"is_depth_map": True}
+    write_json(root / "meta" / "info.json", info)
+    assert depth_cameras(root, ["observation.images.left", "observation.images.absent"]) == ["observation.images.left"]
+    with caplog.at_level(logging.WARNING):
+        policy = make(root)
+    assert caplog.text.count("depth cameras are not learned from: observation.images.left\n") == 1
+    assert policy.processor.cameras == ("top", "wrist")
+    assert policy.forward(batch_of(policy, FRAMES, root))[0] > 0
+    policy.save_pretrained(tmp_path / "saved")
+    saved = PreTrainedConfig.from_pretrained(tmp_path / "saved")
+    assert [*saved.image_features] == ["observation.images.top", "observation.images.wrist"]
 
 
 def test_frozen_parameters_are_given_to_no_optimizer(make: Make) -> None:

@@ -7,7 +7,7 @@ actions. What is left, episode and time, finds a frame's subtask, questions and 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,12 @@ def camera_names(keys: list[str]) -> dict[str, str]:
     if len(set(names.values())) < len(names):
         raise ValueError(f"two image features share the last part of their names: {', '.join(names)}; rename one")
     return names
+
+
+def depth_cameras(root: Path, keys: Collection[str]) -> list[str]:
+    """Of image features, those that a dataset has, and not in colour."""
+    files = LeRobotFiles.open(root)
+    return [key for key in keys if key in files.features and key not in files.cameras()]
 
 
 class Taught:

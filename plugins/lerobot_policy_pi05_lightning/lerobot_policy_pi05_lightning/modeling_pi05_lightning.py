@@ -18,7 +18,7 @@ from lerobot.policies import PreTrainedPolicy
 from torch import Tensor
 
 from lerobot_policy_pi05_lightning.configuration_pi05_lightning import Pi05LightningConfig
-from lerobot_policy_pi05_lightning.frames import Taught, camera_names, frames_of
+from lerobot_policy_pi05_lightning.frames import Taught, camera_names, depth_cameras, frames_of
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.augment import augment
 from pi05_lightning.data.fast import NO_CHUNK, FastDecodeError, FastTokenizer
@@ -65,6 +65,9 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         **_: Any,
     ) -> None:
         super().__init__(config)
+        if dataset_meta is not None and (depth := depth_cameras(Path(dataset_meta.root), config.image_features)):
+            log.warning("depth cameras are not learned from: %s", ", ".join(depth))
+            config.input_features = {key: x for key, x in config.input_features.items() if key not in depth}
         config.validate_features()
         self.config: Pi05LightningConfig = config
         if weights is None and config.init_from is not None:
