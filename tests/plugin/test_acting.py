@@ -157,6 +157,20 @@ def test_options_that_contradict_are_named(make: Make, saved: Path) -> None:
     assert {config["type"], *config["normalization_mapping"].values()} == {"pi05_lightning", "IDENTITY"}
 
 
+def test_what_another_stage_was_trained_by_is_not_taken_over(make: Make, tmp_path: Path) -> None:
+    policy = make(losses={"subtask": 1.0}, flow_alpha=1.0)
+    policy.save_pretrained(tmp_path)
+    for processor in make_pre_post_processors(policy.config):
+        processor.save_pretrained(tmp_path)
+    assert opened(tmp_path)[0].stage.weights == {"subtask": 1.0}
+    for given in ({}, {"losses": "null"}, {"flow_alpha": "2"}):
+        with pytest.raises(ValueError, match="took over from the stage posttrain: give --policy") as refused:
+            opened(tmp_path, stage="pretrain", **given)
+        assert str(refused.value).startswith("flow_alpha is 1.0" if "losses" in given else "losses is {'subtask': 1.0}")
+    weights = opened(tmp_path, stage="pretrain", losses="null", flow_alpha="null")[0].stage.weights
+    assert weights == {"text": 1.0, "subtask": 1.0, "fast": 1.0}
+
+
 def test_chunks_may_be_shorter_than_trained_and_not_longer(make: Make, saved: Path) -> None:
     trained = Pi05Policy(saved).model.config.horizon
     policy, before, _ = opened(saved, chunk_size=str(trained - 2))

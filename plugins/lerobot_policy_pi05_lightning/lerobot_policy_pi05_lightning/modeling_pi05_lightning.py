@@ -26,6 +26,7 @@ from pi05_lightning.data.mixture import TrainedBy
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
 from pi05_lightning.files.hub import is_on_hub, local_folder
+from pi05_lightning.files.local import read_json
 from pi05_lightning.losses import mean_terms, total_loss, with_noise
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
@@ -38,6 +39,7 @@ from pi05_lightning.weights.beginning import begin, carried_on
 from pi05_lightning.weights.folder import save
 from pi05_lightning.weights.lerobot_processor import ACTION, PALIGEMMA, ROBOT, STATE
 from pi05_lightning.weights.locate import locate
+from pi05_lightning.weights.safetensors import CONFIG
 
 log = logging.getLogger(__name__)
 
@@ -206,13 +208,17 @@ class Pi05LightningPolicy(PreTrainedPolicy):
         revision: str | None = None,
         **options: Any,
     ) -> Self:
-        """A policy at a folder or Hub id, as LeRobot's commands and `pi05 convert --format plugin` write them."""
+        """A policy at a folder or Hub id, as LeRobot's commands and `pi05 convert --format plugin` write them.
+
+        Raises ValueError for options that do not go with it.
+        """
         pinned = revision is not None and is_on_hub(pretrained_name_or_path)
         folder = local_folder(f"{pretrained_name_or_path}@{revision}" if pinned else pretrained_name_or_path)
         if config is None:
             config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, Pi05LightningConfig):
             raise ValueError(f"{pretrained_name_or_path} is a policy of the type {config.type}, not {cls.name}")
+        _check_stage(config, read_json(folder / CONFIG, default={}))
         policy = cls(config, weights=locate(folder), **{k: v for k, v in options.items() if k == "dataset_meta"})
         return policy.to(config.device).eval()
 
@@ -382,3 +388,16 @@ class Pi05LightningPolicy(PreTrainedPolicy):
     def generate_text(self, batch: dict[str, Any]) -> list[str]:
         """What each robot of a batch is to do next, in words."""
         return self.inference.predict_subtasks(self._seen(batch))
+
+
+def _check_stage(config: Pi05LightningConfig, saved: Mapping[str, Any]) -> None:
+    """Raises ValueError for another stage than the saved config.json's with what that stage alone was trained by."""
+    before = saved.get("stage", config.stage)
+    for name in ("losses", "flow_alpha"):
+        value = getattr(config, name)
+        if before != config.stage and value is not None and value == saved.get(name):
+            raise ValueError(
+                f"{name} is {value}, which --policy.path took over from the stage {before}: give --policy.{name} for"
+                f" the stage {config.stage}, or --policy.{name}=null for its own; to keep it, begin with"
+                " --policy.type and --policy.init_from instead"
+            )
