@@ -171,6 +171,14 @@ def test_what_another_stage_was_trained_by_is_not_taken_over(make: Make, tmp_pat
     assert weights == {"text": 1.0, "subtask": 1.0, "fast": 1.0}
 
 
+def test_weights_to_begin_with_are_named_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["lerobot-train", "--resume=true", "--config_path=run/train_config.json"])
+    opened(saved, init_from=str(saved))  # as the resumed run's train_config.json has it
+    monkeypatch.setattr("sys.argv", ["lerobot-train", f"--policy.path={saved}", f"--policy.init_from={saved}"])
+    with pytest.raises(ValueError, match=r"init_from: --policy\.path says what weights .* leave out one of them"):
+        opened(saved, init_from=str(saved))
+
+
 def test_chunks_may_be_shorter_than_trained_and_not_longer(make: Make, saved: Path) -> None:
     trained = Pi05Policy(saved).model.config.horizon
     policy, before, _ = opened(saved, chunk_size=str(trained - 2))

@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self
 
 import numpy as np
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import PreTrainedConfig, parser
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies import PreTrainedPolicy
 from torch import Tensor
@@ -218,6 +218,9 @@ class Pi05LightningPolicy(PreTrainedPolicy):
             config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, Pi05LightningConfig):
             raise ValueError(f"{pretrained_name_or_path} is a policy of the type {config.type}, not {cls.name}")
+        # a run that began with init_from and is resumed has both too, and no such argument
+        if config.init_from is not None and parser.get_path_arg("policy") is not None:
+            raise ValueError("init_from: --policy.path says what weights to begin with: leave out one of them")
         _check_stage(config, read_json(folder / CONFIG, default={}))
         policy = cls(config, weights=locate(folder), **{k: v for k, v in options.items() if k == "dataset_meta"})
         return policy.to(config.device).eval()
