@@ -37,15 +37,17 @@ _BATCH = 16  # frames resized and written at once; few, so that they stay in the
 
 
 def cache_folder(dataset: Path, cache_dir: Path | None) -> Path:
-    """Where a dataset's frames are cached: beside it, or in the user's cache when its folder is read-only.
+    """Where a dataset's frames are cached: beside its folder, or in the user's cache where that cannot be written.
 
-    `cache_dir` replaces both.
+    Not in it: LeRobot pushes all that is there, and the Hub refuses a `.cache`. `cache_dir` replaces both.
     """
-    if cache_dir is None and os.access(dataset, os.W_OK):
-        return dataset / ".cache" / "pi05"
+    dataset = dataset.resolve()
+    beside = dataset.parent / ".cache" / "pi05" / dataset.name
+    there = next(place for place in (beside, *beside.parents) if place.exists())
+    if cache_dir is None and os.access(there, os.W_OK):
+        return beside
     base = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pi05"
-    name = hashlib.blake2b(str(dataset.resolve()).encode(), digest_size=6).hexdigest()
-    return base / f"{dataset.resolve().name}-{name}"
+    return base / f"{dataset.name}-{hashlib.blake2b(str(dataset).encode(), digest_size=6).hexdigest()}"
 
 
 def fill(caches: Sequence[CachedFrames], label: str) -> None:

@@ -48,7 +48,7 @@ def lerobot_frames(root: Path, key: str) -> list[np.ndarray]:
 
 
 def cached_files(root: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (root / ".cache").rglob("chunk*")}
+    return {path.name: path.stat().st_mtime_ns for path in (root.parent / ".cache").rglob("chunk*")}
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "shuffled"])
@@ -125,7 +125,7 @@ def test_a_changed_video_is_decoded_anew(videos_copy: Path) -> None:
 
 def test_a_cache_with_fewer_frames_than_its_index_says_is_decoded_anew(videos_copy: Path) -> None:
     open_source(videos_copy, image_cache=True).prepare()
-    pixels = next((videos_copy / ".cache").rglob("*.u8"))
+    pixels = next((videos_copy.parent / ".cache").rglob("*.u8"))
     os.truncate(pixels, pixels.stat().st_size // 2)
     direct, cached = open_source(videos_copy), open_source(videos_copy, image_cache=True)
     cached.prepare()
@@ -135,7 +135,7 @@ def test_a_cache_with_fewer_frames_than_its_index_says_is_decoded_anew(videos_co
 
 def test_what_another_machine_writes_to_a_shared_cache_stays(videos_copy: Path) -> None:
     open_source(videos_copy, image_cache=True).prepare()
-    pixels = next((videos_copy / ".cache").rglob("*.u8"))
+    pixels = next((videos_copy.parent / ".cache").rglob("*.u8"))
     others = pixels.with_suffix(".u8.elsewhere.tmp")
     others.write_bytes(b"half")
     pixels.unlink()
@@ -162,7 +162,7 @@ def test_machines_whose_copies_of_a_dataset_have_other_dates_keep_their_caches(
     own = cached_by("second", 3)
     assert first < own
     assert len(own) == len(both)  # its file changed: what it had is left over
-    for path in (videos_copy / ".cache").rglob("chunk*"):
+    for path in (videos_copy.parent / ".cache").rglob("chunk*"):
         os.utime(path, (0, 0))  # long unused
     assert not first <= cached_by("second", 4)
 
@@ -202,11 +202,36 @@ def test_sizes_are_cached_side_by_side(videos_copy: Path) -> None:
     assert [source[0].images["top"].shape[-1] for source in sources] == [SIZE, NATIVE]
 
 
-def test_a_dataset_that_cannot_be_written_to_is_cached_elsewhere(videos: Path, tmp_path: Path) -> None:
-    source = open_source(videos, image_cache=True, cache_dir=str(tmp_path / "cache"))
+def test_frames_are_cached_where_cache_dir_says(videos_copy: Path, tmp_path: Path) -> None:
+    source = open_source(videos_copy, image_cache=True, cache_dir=str(tmp_path / "cache"))
     source.prepare()
     assert source[0].images["top"].shape == (3, SIZE, SIZE)
-    assert not (videos / ".cache").exists()
+    assert not cached_files(videos_copy)
+
+
+def test_frames_are_in_the_users_cache_where_nothing_can_be_written_beside_the_dataset(
+    videos_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    (tmp_path / ".cache").mkdir()  # another user's
+    monkeypatch.setattr(os, "access", lambda path, *_, **__: path != tmp_path / ".cache")
+    open_source(videos_copy, image_cache=True).prepare()
+    assert not cached_files(videos_copy)
+    assert len(list((tmp_path / "user" / "pi05").rglob("*.u8"))) == 2
+
+
+def test_a_dataset_in_anothers_place_is_read_from_its_own_frames(videos_copy: Path) -> None:
+    first = open_source(videos_copy, image_cache=True)
+    first.prepare()
+    expected = first[5].images
+    other = Path(shutil.copytree(videos_copy, videos_copy.with_name("other")))
+    video(other, "top").write_bytes(video(videos_copy, "wrist").read_bytes())
+    moved = videos_copy.rename(videos_copy.with_name("moved"))
+    other.rename(videos_copy)
+    for root, camera in ((videos_copy, "wrist"), (moved, "top")):
+        source = open_source(root, image_cache=True)
+        source.prepare()
+        np.testing.assert_array_equal(source[5].images["top"], expected[camera])
 
 
 @pytest.mark.slow

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import datasets
 import pytest
+from huggingface_hub import RepoCard
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from PIL import Image
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.files.local import write_json
+from pi05_lightning.types import Shapes
 
 from .loopback_hub import Hub
 
@@ -64,6 +68,17 @@ def test_recorded_dataset_goes_whole_under_lerobots_tag(hub: Hub, pictures: Path
     card = files["README.md"].decode()
     assert "license: cc-by-4.0" in card
     assert "**License:** cc-by-4.0" in card
+
+
+def test_lerobot_pushes_a_dataset_whose_frames_are_cached(
+    hub: Hub, pictures_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RepoCard, "push_to_hub", lambda *_, **__: None)  # it asks the true Hub
+    shapes = Shapes(32, horizon=4, action_dim=4, vocab_size=300, fast_vocab_size=32, fast_skip_tokens=0)
+    LeRobotConfig(str(pictures_copy), image_cache=True).open("robot", "train", shapes).prepare()
+    LeRobotDataset("lab/drawers", root=pictures_copy).push_to_hub(tag_version=False)
+    names = {str(path.relative_to(pictures_copy)) for path in pictures_copy.rglob("*") if path.is_file()}
+    assert hub.repositories[DATA].keys() == names
 
 
 def test_images_with_text_go_as_parquet(hub: Hub, tmp_path: Path) -> None:

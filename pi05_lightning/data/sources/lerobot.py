@@ -92,7 +92,7 @@ class LeRobotConfig(SourceConfig):
     image_cache: bool = False
     """Decode all frames once, at the model's size, into files under `cache_dir`."""
     cache_dir: str | None = None
-    """Folder for cached frames; by default .cache/pi05 in the dataset, or the user's cache if that is read-only."""
+    """Folder for cached frames; by default .cache/pi05 beside the dataset, or the user's cache if that is read-only."""
     tolerance_s: float = 1e-4
     """How far, in seconds, a video frame may be from its timestamp; less than half a frame."""
     convert_images: bool = False
