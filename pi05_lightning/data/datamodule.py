@@ -317,6 +317,14 @@ class Pi05DataModule(LightningDataModule):
         """The modalities that a stage of this run draws samples of; none before training has begun."""
         return {self.train_samples.subsets[number].modality for number in self.drawn_entries(stage)}
 
+    def fed(self, stage: Stage) -> set[str]:
+        """The model's loss terms that something which a stage of this run draws can train."""
+        drawn, trained_by = (
+            [self.train_samples.entries[number] for number in self.drawn_entries(stage)],
+            self.trained_by,
+        )
+        return {term for term in trained_by if any(entry.teaches(term, trained_by) for entry in drawn)}
+
     def tells_advantage(self, stage: Stage) -> bool:
         """Whether the actions that a stage of this run draws are said to be better than expected, or not.
 

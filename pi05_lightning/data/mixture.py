@@ -34,6 +34,12 @@ class Entry:
     """The same for the length of its text, in any unit."""
     lacking: frozenset[str] = frozenset()
     """The loss terms that are not learned from each of its samples."""
+    absent: frozenset[str] = frozenset()
+    """Those that are learned from none of them."""
+
+    def teaches(self, term: str, trained_by: TrainedBy) -> bool:
+        """Whether a loss term may be learned from any of its samples."""
+        return self.subset.modality in trained_by.get(term, ()) and term not in self.absent
 
 
 class Mixture:
@@ -68,9 +74,7 @@ class Mixture:
         """
         names, shares = [str(entry.subset) for entry in self.entries], stage.mixture
         used = stage.weights
-        terms = [
-            {term for term in used if entry.subset.modality in self.trained_by.get(term, ())} for entry in self.entries
-        ]
+        terms = [{term for term in used if entry.teaches(term, self.trained_by)} for entry in self.entries]
         # a stage without losses is not refused here
         learned = [not used or bool(found) for found in terms]
         always = [not used or bool(found - entry.lacking) for found, entry in zip(terms, self.entries, strict=True)]

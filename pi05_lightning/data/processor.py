@@ -81,8 +81,8 @@ class Language:
 
     def trained_by(self, terms: TrainedBy) -> TrainedBy:
         """What each loss term may be learned from with these texts.  terms: of the model."""
-        fast = frozenset({Modality.FAST, Modality.CONTINUOUS} if self.fast_share else {Modality.FAST})
-        return {**terms, "subtask": self.saying_subtasks, "fast": fast}
+        beside_flow = {Modality.CONTINUOUS} if self.fast_share and self.task_only_share < 1 else set()
+        return {**terms, "subtask": self.saying_subtasks, "fast": frozenset({Modality.FAST, *beside_flow})}
 
 
 class Processor:

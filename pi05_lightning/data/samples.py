@@ -61,10 +61,11 @@ class Samples(Dataset[Sample]):
     @cached_property
     def entries(self) -> list[Entry]:
         """What can be drawn, without the lengths of samples."""
-        return [
-            Entry(subset, len(indices), lacking=self._lacking(subset))
-            for subset, indices in zip(self.subsets, self.indices, strict=True)
-        ]
+        found = []
+        for subset, indices in zip(self.subsets, self.indices, strict=True):
+            lacking, absent = self._without_subtask(subset)
+            found.append(Entry(subset, len(indices), lacking=lacking, absent=absent))
+        return found
 
     def entries_with_lengths(self) -> list[Entry]:
         """The entries with their samples' lengths, from the sources' tables: no image is read for it."""
@@ -97,17 +98,17 @@ class Samples(Dataset[Sample]):
                 return False
         return bool(np.all(sizes.images))
 
-    def _lacking(self, subset: Subset) -> frozenset[str]:
-        """The loss terms of which some of a subset's samples have no target for want of a subtask, as far as is known.
+    def _without_subtask(self, subset: Subset) -> tuple[frozenset[str], frozenset[str]]:
+        """The loss terms of which some, and of which all, of a subset's samples have no target for want of a subtask.
 
-        What is hidden by chance does not count.
+        That is as far as is known. What is hidden by chance does not count.
         """
         if not self._may_say_subtask(subset) or (sizes := self._sizes(subset)) is None:
-            return frozenset()
+            return frozenset(), frozenset()
         given = np.asarray(sizes.subtask) > 0
-        has_fast = given.all() or subset.modality is not Modality.CONTINUOUS
-        has_subtask = (given & sizes.taught).all()
-        return frozenset(term for term, has in (("subtask", has_subtask), ("fast", has_fast)) if not has)
+        has = {"subtask": given & sizes.taught} | ({"fast": given} if subset.modality is Modality.CONTINUOUS else {})
+        lacking = frozenset(term for term, of in has.items() if not of.all())
+        return lacking, frozenset(term for term in lacking if not has[term].any())
 
     def _sizes(self, subset: Subset) -> Sizes | None:
         """By the source's tables; None where it says nothing of them."""

@@ -47,9 +47,8 @@ def trained_heads(stage: Stage, model: Pi05) -> list[Head]:
 
 def learned(stage: Stage, model: Pi05, data: Pi05DataModule) -> list[str]:
     """A stage's loss terms that its data has samples of, and that its freezing leaves something to learn."""
-    drawn, modalities = data.drawn(stage), data.trained_by
-    found = []
+    fed, found = data.fed(stage), []
     for head in trained_heads(stage, model):
-        found += [t for t in stage.weights if t in head.terms and not drawn.isdisjoint(modalities[t])]
+        found += [t for t in stage.weights if t in head.terms and t in fed]
     acts = not {"flow", "fast"}.isdisjoint(found)
     return [*found, ADVANTAGE] if acts and data.tells_advantage(stage) else found

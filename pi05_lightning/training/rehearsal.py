@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -93,23 +93,22 @@ class Rehearsal:
     def _rehearse(self, stage: Stage, read: dict[int, list[Sample]]) -> None:
         """read: samples by the number of their entry, those of earlier stages included."""
         samples, entries = self.data.train_samples, self.data.drawn_entries(stage)
-        modalities = {samples.subsets[number].modality for number in entries}
-        check_fed(stage, self.module, self.data, modalities)
+        check_fed(stage, self.module, self.data)
         for number in entries:
             if number not in read:
                 telling = samples.spread(number) | samples.longest(number)
                 read[number] = self._read(samples, number, telling, f"stage {stage.name}")
         learning = self._step(stage, [sample for number in entries for sample in read[number]])
         for number in entries:
-            subset = samples.subsets[number]
-            terms = {t for t in stage.weights if subset.modality in self.data.trained_by[t]}
+            subset, entry = samples.subsets[number], samples.entries[number]
+            terms = {t for t in stage.weights if entry.teaches(t, self.data.trained_by)}
             if not terms & learning:
                 raise ValueError(
                     f"stage {stage.name}: nothing is learned from {subset}, as all that its losses"
                     f" ({', '.join(terms)}) would train is frozen, or has a learning rate of 0: draw none of it in this"
                     " stage's mixture, or change freeze and lr_factors"
                 )
-            if terms <= samples.entries[number].lacking:
+            if terms <= entry.lacking:
                 log.warning(
                     "stage %s: some samples of %s have no subtask, and nothing is learned from these with its losses"
                     " (%s); a step that has no others ends the run. Draw %s in this stage's mixture instead",
@@ -236,24 +235,26 @@ def remaining(trainer: Trainer, module: Pi05Module) -> Iterable[Stage]:
     return [stage for stage, _ in module.recipe.between(first, max(trainer.max_steps, first + 1))]
 
 
-def check_fed(stage: Stage, module: Pi05Module, data: Pi05DataModule, drawn: Collection[Modality]) -> None:
+def check_fed(stage: Stage, module: Pi05Module, data: Pi05DataModule) -> None:
     """Say which losses of a stage nothing that it draws can train.
 
     Raises ValueError where that cannot be meant: the weight is not the default one, or the head's own parameters would
     stay as they are.
     """
-    trained_by, default = data.trained_by, DEFAULT_LOSSES.get(stage.name, {})
+    fed, drawn, default = data.fed(stage), data.drawn(stage), DEFAULT_LOSSES.get(stage.name, {})
     own = {term for head in module.model.heads.values() if list(head.parameters()) for term in head.terms}
     for term, weight in stage.losses.used.items():
-        if term not in stage.weights or not set(trained_by[term]).isdisjoint(drawn):
+        if term not in stage.weights or term in fed:
             continue
+        modalities = set(data.trained_by[term])
         problem = (
             f"stage {stage.name}: the loss {term!r} has a weight of {weight:g}, and nothing that the stage draws"
-            f" ({', '.join(sorted(drawn))}) has anything to do with it: it learns from"
-            f" {', '.join(sorted(trained_by[term]))}"
+            f" ({', '.join(sorted(drawn))}) has anything to do with it: it learns from {', '.join(sorted(modalities))}"
         )
-        if Modality.FAST in trained_by[term] and data.processor.fast is None:
+        if Modality.FAST in modalities and data.processor.fast is None:
             problem += " (which needs a FAST tokenizer: data.fast)"
+        if without := sorted(modalities & drawn):
+            problem += f", but of {', '.join(without)} only where there is a subtask"
         remedy = "draw such samples in this stage's mixture, or give the loss a weight of 0"
         if term in own or weight != default.get(term):
             raise ValueError(f"{problem}. {remedy[0].upper()}{remedy[1:]}")

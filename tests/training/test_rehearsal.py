@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -196,6 +197,33 @@ def test_a_default_loss_that_nothing_feeds_is_said_and_left_out(start: Start, ca
     assert len(said) == 1
     assert said[0].startswith("stage pretrain: ")
     assert not [record.message for record in caplog.records if "the loss 'flow'" in record.message]
+
+
+SAYS_ACTIONS = Language(condition_on="both", fast_share=1.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "language", "said"),
+    [
+        ("plain", SAYS_ACTIONS, "but of continuous_robot_actions only where there is a subtask"),
+        ("robot", replace(SAYS_ACTIONS, task_only_share=1.0), "it learns from fast_robot_actions"),
+    ],
+)
+def test_fast_tokens_beside_the_flow_are_refused_where_no_subtask_brings_them(
+    start: Start, pictures: Path, source: str, language: Language, said: str
+) -> None:
+    posttrain = StageOptions(LossWeights(fast=1, flow=1), {f"{source}/continuous_robot_actions": 1.0})
+    plain = {"plain": LeRobotConfig(path=str(pictures))}
+    with pytest.raises(ValueError, match=f"stage posttrain: the loss 'fast' .*{said}"):
+        start(posttrain, sources=plain, data={"language": language})
+
+
+def test_what_no_sample_had_was_not_trained(start: Start, pictures: Path) -> None:
+    plain = {"plain": LeRobotConfig(path=str(pictures))}
+    losses = LossWeights(subtask=1, fast=1, flow=1)
+    acts, data = StageOptions(losses, {"plain/continuous_robot_actions": 1.0}), {"language": SAYS_ACTIONS}
+    policy = start(StageOptions(LossWeights(flow=1), acts.mixture), acts, sources=plain, data=data)
+    assert policy.trained.terms == {"flow": 1}
 
 
 def test_frames_without_a_subtask_are_said_where_they_teach_nothing(
