@@ -44,8 +44,12 @@ def tokenizer(
     action_keys: list[str] | None = None,
     state_keys: list[str] | None = None,
     relative_dims: list[int] | None = None,
+    relative_state_dims: list[int] | None = None,
+    horizon_steps: int | None = None,
     min_range: float | None = None,
     val_fraction: float | None = None,
+    episodes: list[int] | str | None = None,
+    subtask_key: str | None = None,
     on_bad_sample: OnBadSample | None = None,
     max_chunks: int = 20_000,
     max_rmse: float | None = None,
@@ -68,8 +72,12 @@ def tokenizer(
         action_keys: features concatenated into the action; by default [action].
         state_keys: features concatenated into the state, for relative dims; by default [observation.state].
         relative_dims: dims of the action to take relative to the state at the chunk's first step, as in training.
+        relative_state_dims: dims of the state that these are relative to, where they are other numbers.
+        horizon_steps: frames of a chunk where they are fewer than `horizon`, as in training.
         min_range: widen dims of less range to this, as in training.
         val_fraction: share of episodes held out, as in training; by default 0.1.
+        episodes: only these, as [0,3], or those that meet an SQL condition on their metadata, as "length >= 50".
+        subtask_key: column of subtasks, as in training, which decides too which episodes are held out.
         on_bad_sample: whether bad frames are an error, the default, or left out, as in training.
         max_chunks: of each dataset, evenly spaced.
         max_rmse: fail, and write no tokenizer, when a dimension's error, in normalised units, is larger; the report is
@@ -83,8 +91,12 @@ def tokenizer(
         "action_keys": action_keys,
         "state_keys": state_keys,
         "relative_dims": relative_dims,
+        "relative_state_dims": relative_state_dims,
+        "horizon_steps": horizon_steps,
         "min_range": min_range,
         "val_fraction": val_fraction,
+        "episodes": episodes,
+        "subtask_key": subtask_key,
         "on_bad_sample": on_bad_sample,
     }
     check_range("max_chunks", max_chunks, 1)

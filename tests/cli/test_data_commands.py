@@ -224,6 +224,30 @@ def test_tokenizer_takes_the_robots_of_a_runs_yaml(pictures: Path, tmp_path: Pat
         main(["tokenizer", f"[{tmp_path}/run.yaml, {tmp_path}/other.yaml]", "--out", str(tmp_path / "both")])
 
 
+def test_tokenizer_takes_a_sources_options_as_its_yaml_says_them(videos: Path, tmp_path: Path) -> None:
+    options = {
+        "relative_dims": [0],
+        "relative_state_dims": [2],
+        "horizon_steps": 3,
+        "val_fraction": 0.4,
+        "episodes": "length >= 8",
+        "subtask_key": "language_persistent",
+    }
+    robot = {
+        "class_path": "pi05_lightning.data.sources.lerobot.LeRobotConfig",
+        "init_args": options | {"path": str(videos)},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"sources": {"robot": robot}}}))
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    reports = []
+    for number, command in enumerate(([str(tmp_path / "run.yaml")], [str(videos), *flags])):
+        out = tmp_path / str(number)
+        main(["tokenizer", *command, "--out", str(out), "--horizon", "4"])
+        (report,) = json.loads((out / "report.json").read_text())["datasets"]
+        reports.append({name: value for name, value in report.items() if name != "dataset"})
+    assert reports[0] == reports[1]
+
+
 @pytest.mark.parametrize(
     ("init_args", "named"), [({}, "data.sources.*path"), ({"path": "x", "actoin_keys": []}, "actoin_keys")]
 )
