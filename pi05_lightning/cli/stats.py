@@ -12,7 +12,7 @@ from rich.table import Table
 from pi05_lightning.data.errors import OnBadSample
 from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names
-from pi05_lightning.data.sources.lerobot import LeRobotConfig, LeRobotSource
+from pi05_lightning.data.sources.lerobot import Frames, LeRobotConfig, LeRobotSource
 from pi05_lightning.data.statistics import FeatureStats, vector_keys
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.files.ranges import check_range
@@ -36,6 +36,8 @@ def stats(
     horizon: int = 50,
     min_range: float | None = None,
     task: str | None = None,
+    labels: str | None = None,
+    frames: Frames = "all",
     on_bad_sample: OnBadSample = "error",
 ) -> None:
     """Exact statistics of a LeRobot dataset's states and actions, per dimension, over what is trained on.
@@ -59,6 +61,8 @@ def stats(
         horizon: steps of a chunk: the source's horizon_steps, or else the model's horizon.
         min_range: range that dims of less are widened to, as in training, for the notes and what is too far out.
         task: sentence for frames that have none, as in training.
+        labels: file of `pi05 value label`, or `positive`, as in training.
+        frames: only `corrections`, or those whose advantage is `positive` or `negative` in `labels`, as in training.
         on_bad_sample: whether bad frames are an error or left out, as in training.
     """
     check_range("horizon", horizon, 1)
@@ -93,6 +97,8 @@ def stats(
         episodes=episodes,
         min_range=min_range,
         task=task,
+        labels=labels,
+        frames=frames,
         on_bad_sample=on_bad_sample,
     )
     source = LeRobotSource(config, dataset, "train", horizon, image_size=(0, 0), answers=False)

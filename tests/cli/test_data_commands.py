@@ -43,6 +43,21 @@ def test_stats_are_of_the_episodes_that_a_source_names(pictures: Path, capsys: p
     assert f"{len(open_source(pictures, episodes=[0, 1], val_fraction=0))} frames of 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--frames", "corrections"), "10 frames of 1 "),
+        (("--frames", "positive", "--labels", "positive"), "54 frames of 5 "),
+    ],
+)
+def test_stats_are_of_the_frames_that_a_source_names(
+    pictures_copy: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], expected: str
+) -> None:
+    rewrite(data_file(pictures_copy), intervention=[row < 10 for row in range(54)])
+    main(["stats", str(pictures_copy), "--val_fraction", "0", *options])
+    assert expected in capsys.readouterr().out
+
+
 def shown(capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
     """The numbers of each dim in the printed tables."""
     lines = (line.split() for line in capsys.readouterr().out.splitlines())
