@@ -28,6 +28,14 @@ def find_dataset(path: str, local_only: bool = False) -> Path:
     return _of_hub(path, local_only)
 
 
+def is_download(folder: Path) -> bool:
+    """Whether a dataset's folder came from the Hub, by LeRobot of now or before, and was not recorded here."""
+    from lerobot.datasets.utils import has_legacy_hub_download_metadata
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    return folder.is_relative_to(HF_LEROBOT_HUB_CACHE) or has_legacy_hub_download_metadata(folder)
+
+
 @cache  # the Hub is asked once, not for every part and its workers
 def _of_hub(name: str, local_only: bool) -> Path:
     import httpx

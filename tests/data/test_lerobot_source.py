@@ -188,15 +188,21 @@ def test_a_path_that_is_no_folder_is_named(tmp_path: Path) -> None:
         open_source(tmp_path / "absent")
 
 
-def test_a_hub_id_finds_lerobots_own_copy(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_finds_what_lerobot_recorded_which_is_not_the_hubs(
+    videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("lerobot.utils.constants.HF_LEROBOT_HOME", videos.parent.parent)
     name = f"{videos.parent.name}/{videos.name}"
     assert find_dataset(name) == videos
-    for path, hub_id in ((name, name), (str(videos), None)):
-        source = open_source(Path(path))
-        robot = source.robot()
-        assert robot is not None
-        assert (source.hub_id, robot.dataset, robot.is_on_hub) == (hub_id, path, hub_id is not None)
+    for path in (name, str(videos)):
+        assert_published_as(path, None)
+
+
+def assert_published_as(path: str, hub_id: str | None) -> None:
+    source = open_source(Path(path))
+    robot = source.robot()
+    assert robot is not None
+    assert (source.hub_id, robot.dataset, robot.is_on_hub) == (hub_id, path, hub_id is not None)
 
 
 def test_what_was_downloaded_is_found_without_the_hub(
@@ -212,12 +218,14 @@ def test_what_was_downloaded_is_found_without_the_hub(
     shutil.copytree(videos, old)
     (old / ".cache" / "huggingface" / "download").mkdir(parents=True)
     assert find_dataset("someone/drawers") == old
+    assert_published_as("someone/drawers", "someone/drawers")
     kept = home / "hub" / "datasets--someone--cups"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "v3.0").write_text(commit)
     shutil.copytree(videos, kept / "snapshots" / commit)
     for name in ("someone/cups", f"someone/cups@{commit}"):
         assert find_dataset(name) == kept / "snapshots" / commit
+        assert_published_as(name, name)
     with pytest.raises(ValueError, match="someone/drawers@main"):  # what is beside the cache is of no revision
         find_dataset("someone/drawers@main")
 

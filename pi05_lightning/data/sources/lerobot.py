@@ -19,7 +19,7 @@ from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.chosen_episodes import choose_episodes
 from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.errors import BadSample, OnBadSample, Rejects
-from pi05_lightning.data.find_dataset import find_dataset
+from pi05_lightning.data.find_dataset import find_dataset, is_download
 from pi05_lightning.data.frame_cache import cache_folder
 from pi05_lightning.data.labels import POSITIVE, RETURN, Labels
 from pi05_lightning.data.lerobot_files import LeRobotFiles, dim_names
@@ -153,7 +153,8 @@ class LeRobotSource(Source):
         self.rejects: Rejects = Rejects(name, config.on_bad_sample)
         self.on_bad_sample = config.on_bad_sample
         self.files = LeRobotFiles.open(find_dataset(config.path))
-        self.hub_id = None if Path(config.path).expanduser().is_dir() else config.path
+        is_named = not Path(config.path).expanduser().is_dir()
+        self.hub_id = config.path if is_named and is_download(self.files.root) else None
         if config.task is not None and not config.task.strip():
             raise ValueError(f"dataset {name!r}: `task` is {config.task!r}: say what is done, or leave it out")
         features = Features(self.files.features, f"dataset {name!r}")
