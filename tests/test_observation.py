@@ -286,6 +286,14 @@ def test_a_dimension_without_range_is_measured_by_the_widest() -> None:
     assert Quantiles(np.zeros(0), np.zeros(0)).distance(np.zeros(0)).shape == (0,)
 
 
+def test_the_spacing_of_numbers_is_no_error_of_a_dimension_that_hardly_varied() -> None:
+    quantiles = Quantiles(np.array([0, 1.57]), np.array([1, 1.57 + 1e-6]))
+    spacing = np.spacing(quantiles.q99[1])
+    assert spacing / quantiles.span[1] > 0.1
+    assert spacing / quantiles.unit[1] < 1e-4
+    assert quantiles.unit[0] == 1
+
+
 def test_a_dimension_of_large_units_hides_no_other() -> None:
     """Six joints in radians and a base in millimetres; the last joint is held."""
     quantiles = Quantiles(np.array([-1.0, -1, -1, -1, -1, 0, 0]), np.array([1.0, 1, 1, 1, 1, 1e-4, 5000]))

@@ -258,8 +258,8 @@ def answers_of(policy: Inference, data: str | None) -> ExpectedAnswers:
     noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)
     prompts = [policy.processor.prompt(frame, policy.robot).tokens.tolist() for frame in frames]
     chunks = [policy.predict_chunks([frame], [None], noise[[i]])[0] for i, frame in enumerate(frames)]
-    span = policy.processor.robots[policy.robot].normalize.action.span
-    return ExpectedAnswers(frames, prompts, noise[:, : policy.horizon], np.stack(chunks), span)
+    unit = policy.processor.robots[policy.robot].normalize.action.unit
+    return ExpectedAnswers(frames, prompts, noise[:, : policy.horizon], np.stack(chunks), unit)
 
 
 def compare(

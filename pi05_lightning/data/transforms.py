@@ -72,16 +72,20 @@ class Quantiles:
         """The inverse of `normalize`."""
         return (np.asarray(x, dtype=np.float32) + 1) * self.span / 2 + self.q01
 
-    def distance(self, x: np.ndarray) -> np.ndarray:
-        """How far f[... A] lies beyond the nearer quantile, in ranges q99 - q01 of its dim; 0 between the quantiles.
+    @property
+    def unit(self) -> np.ndarray:
+        """What distances and errors are measured in, f64[A]: the range q99 - q01 of each dim.
 
-        A dim that hardly varied, whose range says little, is measured by a share of a wide dim's range.
+        Of a dim that hardly varied, whose range says little and may be near float32's spacing, a share of a wide dim's.
         """
         span = self.q99.astype(np.float64) - self.q01
         least = LEAST_RANGE * np.quantile(span[span > 0], WIDE, method="higher") if span.any() else 1.0
-        unit = np.maximum(span, least)
+        return np.maximum(span, least)
+
+    def distance(self, x: np.ndarray) -> np.ndarray:
+        """How far f[... A] lies beyond the nearer quantile, in `unit`s of its dim; 0 between the quantiles."""
         x = np.asarray(x, np.float64)
-        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / unit
+        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / self.unit
 
     def widened(self, least: float) -> Quantiles:
         """The same with every range at least so wide, about its middle."""

@@ -59,7 +59,7 @@ class Choice:
     errors: dict[str, float]
     """By layer that ran: the norm of the difference of its output, over that of the output."""
     action_error: float
-    """The largest of all actions that were compared, as a share of the range q99 - q01 of their dimension."""
+    """The largest of all actions that were compared, as a share of the range (`Quantiles.unit`) of their dimension."""
 
     @staticmethod
     def file(weights: Weights) -> Path:

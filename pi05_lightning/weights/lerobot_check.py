@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lerobot.processor import PolicyProcessorPipeline
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Largest difference of an action, as a share of its range (q99 - q01), that is rounding."""
+"""Largest difference of an action, as a share of its range (`Quantiles.unit`), that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ExpectedAnswers:
     """f32[N T D], which the chunks start from."""
     chunks: np.ndarray
     """f32[N T A], in the robot's units."""
-    span: np.ndarray
-    """f32[A]: the range of each action."""
+    unit: np.ndarray
+    """f64[A]: the range of each action, see `Quantiles.unit`."""
 
 
 def misfits(config: PI05Config, ours: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -117,7 +117,7 @@ def differences(
             )
         chunk = after(policy.predict_action_chunk(batch, noise=expected.noise[number, None])[0]).float().numpy()
         ours = expected.chunks[number]
-        error = float((np.abs(chunk[: len(ours)] - ours) / np.maximum(expected.span, 1e-8)).max())
+        error = float((np.abs(chunk[: len(ours)] - ours) / expected.unit).max())
         worst = max(worst, error) if np.isfinite(error) else error
         if not error <= tolerance:
             problems.append(f"frame {number}: an action of LeRobot's is off by {error:.2g} of its range")
