@@ -54,14 +54,16 @@ def test_recorded_dataset_goes_whole_under_lerobots_tag(hub: Hub, pictures: Path
     (source / ".cache").mkdir()
     (source / ".cache" / "frames").write_text("a cache")
     write_json(source / "meta" / "pi05_outcomes.json", {"0": {"success": True, "frames": 12}})
-    write_json(source / "meta" / "pi05_collect.json", {"policy": "/secret/place/fit", "sha256": "a"})
+    write_json(
+        source / "meta" / "pi05_collect.json", {"policy": "/secret/place/fit", "env": "Kitchen(scene='/secret/x.xml')"}
+    )
     for _ in range(2):
         main(["push", str(source), "lab/drawers", "--license", "cc-by-4.0"])
     files = hub.repositories[DATA]
     names = {str(path.relative_to(pictures)) for path in pictures.rglob("*") if path.is_file()}
     said = {"meta/pi05_outcomes.json", "meta/pi05_collect.json"}
     assert set(files) == names | said | {"README.md"}
-    assert json.loads(files["meta/pi05_collect.json"])["policy"] == "fit"
+    assert json.loads(files["meta/pi05_collect.json"]) == {"policy": "fit", "env": "Kitchen(scene='x.xml')"}
     assert json.loads((source / "meta" / "pi05_collect.json").read_text())["policy"] == "/secret/place/fit"
     assert all(files[name] == (pictures / name).read_bytes() for name in names)
     assert hub.tags[DATA] == {"v3.0"}

@@ -31,6 +31,7 @@ from .loopback_hub import Hub, reached
 
 MODEL, DATA = "models/lab/arm", "datasets/lab/drawers"
 PATHS = {"robot": "/secret/place/kitchen", "above": "../secret/bathroom", "below": "secret/place/cellar"}
+ENV = "lab.Kitchen(scene='/secret/place/x.xml', skins=(\"../secret/it's.png\",), task='open / shut')"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,12 @@ def make_run(run: Path, policy: Pi05Policy) -> None:
     success = {"policy": {"open-drawer": [9, 10]}, "random": {"open-drawer": [0, 10]}}
     film = {"mode": "policy", "task": "open-drawer", "seed": 3, "number": 1, "outcome": "failed: out of time"}
     measured = {"sha256": locate(run).content_hash(), "seed": 5, "max_seconds": {"open-drawer": 4.0}}
-    result = {"success": success, "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 1}}, **measured}
+    result = {
+        "success": success,
+        "acting": {"policy": {"noise_scale": 0.5, "execution_horizon": 1}},
+        **measured,
+        "env": ENV,
+    }
     write_json(run / "rollout" / "rollout.json", result | {"films": {"one.mp4": film}})
     write_film(run / "rollout" / "one.mp4", 0)
     write_json(run / "metrics.json", {"robot/continuous_robot_actions": {"samples": 4, "action_mae": 0.25}})
@@ -130,6 +136,7 @@ def test_card_says_data_stages_results_and_licence(pushed: Hub, tmp_path: Path) 
         "films/one.mp4",
         "policy, subtask first · open-drawer · initial state 1 (seed 3): failed: out of time",
         "| time limit | 4 s |",
+        """| simulator | lab.Kitchen(scene='x.xml', skins=("it's.png",), task='open / shut') |""",
         "action of 2, chunks of 8, 10 actions per second |",
         "| noise | × 0.5 |",
         'Pi05Policy.from_pretrained("lab/arm")',

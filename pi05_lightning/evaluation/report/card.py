@@ -21,6 +21,9 @@ FILMS = "films"
 RUN_CONFIG = "run.yaml"
 """The configuration of the run, in what is published."""
 _FROM_HOME_OR_ABOVE = re.compile(r"(~([a-z_][\w.-]*)?|\.\.)/", re.IGNORECASE)
+_CALL = re.compile(r"[\w.<>]+\(.*\)", re.DOTALL)
+"""What a simulator with its options is written as."""
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 def run_of_robot(run: Run, robot: str, others: set[str]) -> Run:
@@ -54,6 +57,7 @@ def with_names_alone(value: Any) -> Any:
     """A configuration without what is of this machine or its user alone.
 
     Of paths that begin with `/`, `~` or `..` the last part is left, of addresses no user's name, password and query.
+    So it is with what is quoted in a call, as the options of `MyEnv(scene='/home/me/x.xml')`.
     """
     if isinstance(value, dict):
         return {key: with_names_alone(inner) for key, inner in value.items()}
@@ -68,6 +72,8 @@ def with_names_alone(value: Any) -> Any:
             return f"{scheme}:{Path(place).name}"
         host, slash, path = place.removeprefix("//").partition("/")
         return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if _CALL.fullmatch(value):
+        return _QUOTED.sub(lambda found: f"{found[0][0]}{with_names_alone(found[0][1:-1])}{found[0][-1]}", value)
     is_place = Path(value).is_absolute() or _FROM_HOME_OR_ABOVE.match(value)
     return Path(value).name if is_place else value
 
@@ -111,7 +117,10 @@ def success_section(run: Run) -> str:
     states = ", on initial states not trained on" if run.rollout.get("held_out") else ""
     about = f"Episodes that succeeded, and the 95 % Wilson interval of the rate{states}.\n\n"
     counted = table_of_texts(("task", *found), [(task, *row) for task, row in zip(tasks, cells, strict=True)])
-    how = [(name, Path(value).name if name == "checkpoint" else value) for name, value in protocol(run).items()]
+    how = [
+        (name, Path(value).name if name == "checkpoint" else with_names_alone(value))
+        for name, value in protocol(run).items()
+    ]
     return f"{about}{counted}\n\nHow it was measured:\n\n{table_of_texts(('', ''), how)}"
 
 
