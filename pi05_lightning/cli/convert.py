@@ -33,7 +33,14 @@ from pi05_lightning.weights.lerobot_check import (
 )
 from pi05_lightning.weights.lerobot_folder import Foreign, LeRobotFolder, summarize
 from pi05_lightning.weights.lerobot_plugin import save_for_plugin
-from pi05_lightning.weights.lerobot_processor import PALIGEMMA, inexpressible, read_processor, write_lerobot
+from pi05_lightning.weights.lerobot_processor import (
+    PALIGEMMA,
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    inexpressible,
+    read_processor,
+    write_lerobot,
+)
 from pi05_lightning.weights.locate import locate
 from pi05_lightning.weights.safetensors import (
     CONFIG,
@@ -213,7 +220,7 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
     if processor is not None and robot is not None:
         problems = inexpressible(processor, robot, weights.trained)
     as_it_came = came and (processor is None or same_statistics(origin, model.config, processor))
-    if processor is not None and robot is not None and not (as_it_came and is_lerobots(origin)):
+    if processor is not None and robot is not None and not (as_it_came and is_whole(origin)):
         write_lerobot(folder, model.config, processor, robot, model.backbone.embed_tokens.weight.dtype)
     else:
         for file in origin.iterdir():
@@ -284,6 +291,11 @@ def compare(
         f" frames: actions differ by {worst:.1g} of their range at most"
     )
     return [compared, *notes, *unverified]
+
+
+def is_whole(origin: Path) -> bool:
+    """Whether all is there that LeRobot opens a policy of, but for its weights."""
+    return is_lerobots(origin) and all((origin / file).is_file() for file in (PREPROCESSOR, POSTPROCESSOR))
 
 
 def is_lerobots(folder: Path) -> bool:

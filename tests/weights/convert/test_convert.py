@@ -264,6 +264,18 @@ def test_without_a_tokenizer_the_weights_are_converted_and_come_back(
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
+def test_weights_without_lerobots_processors_are_given_some_on_the_way_back(
+    copy: Copy, tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy(lambda tensors: None)
+    for file in folder.glob("policy_*"):
+        file.unlink()
+    convert(source=folder, target=tmp_path / "ours", tokenizer=str(tokenizer))
+    export(tmp_path / "ours", tmp_path / "back", tokenizer=str(tokenizer))
+    assert "compared with stock LeRobot on 0 recorded and 2 made-up frames" in capsys.readouterr().out
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 # --- openpi
 
 
