@@ -15,6 +15,7 @@ from pi05_lightning.acting.frames import MADE_UP_FRAMES, made_up_frames, reading
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.processor import Processor
+from pi05_lightning.data.tokenizer import TextTokenizer
 from pi05_lightning.files.local import check_new, read_json, replacing
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.config import ModelConfig
@@ -144,8 +145,9 @@ def from_lerobot(weights: LeRobotFolder, folder: Path, robot: str | None) -> lis
     """Write a folder of ours, of LeRobot's or openpi's tensor by tensor from disk to disk; returns the report."""
     foreign = weights.mapped
     processor: Processor | None = None
+    named = weights.named_tokenizer()
     try:
-        text = weights.text_tokenizer()
+        text = TextTokenizer.load(named)
     except ValueError as error:
         if weights.tokenizer is not None or robot is not None:  # of what has no processor, no robot can be chosen
             raise

@@ -149,11 +149,12 @@ class LeRobotFolder(Weights):
     def mapped_tensors(self) -> dict[str, Tensor]:
         return self.mapped.tensors
 
-    def text_tokenizer(self) -> TextTokenizer:
-        return TextTokenizer.load(self.tokenizer or tokenizer_name(self.path))
+    def named_tokenizer(self) -> str:
+        """Folder or name of the text tokenizer. ValueError where the preprocessor is damaged, or names two."""
+        return self.tokenizer or tokenizer_name(self.path)
 
     def processor(self) -> Processor:
-        text = self.text_tokenizer()  # first: it is what may be missing
+        text = TextTokenizer.load(self.named_tokenizer())  # first: it is what may be missing
         processor, notes = read_processor(self.path, self.config(), text, self.fps)
         for note in notes:
             log.warning("%s: %s", self.path, note)

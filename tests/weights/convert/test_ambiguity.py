@@ -203,12 +203,21 @@ def test_length_that_prompts_are_cut_to_is_said(
     assert (f"LeRobot cuts prompts to {length} tokens" in capsys.readouterr().out) == said
 
 
-def test_two_tokenizers_are_listed(folder: Path) -> None:
+def test_two_tokenizers_are_listed(folder: Path, tmp_path: Path) -> None:
     step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "another"}}
     change_steps(folder, lambda steps: steps.append(step))
     with pytest.raises(ValueError, match=r"names the tokenizers .*another: say which with --tokenizer"):
         locate(folder).processor()
+    with pytest.raises(ValueError, match="say which with --tokenizer"):
+        convert(source=folder, target=tmp_path / "ours")
     assert locate(folder, tokenizer="tiny").processor().acting == ("robot",)
+
+
+def test_a_damaged_preprocessor_stops_a_conversion(folder: Path, tmp_path: Path) -> None:
+    (folder / "policy_preprocessor.json").write_text('{"steps": [')
+    with pytest.raises(ValueError, match=r"policy_preprocessor\.json is not valid JSON"):
+        convert(source=folder, target=tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 # --- weights
