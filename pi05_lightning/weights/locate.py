@@ -15,7 +15,7 @@ from pi05_lightning.weights.folder import ExportedFolder, is_exported
 from pi05_lightning.weights.lerobot_folder import LeRobotFolder
 from pi05_lightning.weights.openpi_folder import OpenpiFolder
 from pi05_lightning.weights.orbax import is_orbax
-from pi05_lightning.weights.safetensors import CONFIG, weight_files
+from pi05_lightning.weights.safetensors import CONFIG, INDEX, WEIGHTS, weight_files
 from pi05_lightning.weights.training_checkpoint import (
     TrainingCheckpoint,
     checkpoints_in,
@@ -48,10 +48,12 @@ def locate(
     horizon: of LeRobot's and openpi's: actions of a chunk, where no file tells; by default 50.
     fps: of LeRobot's and openpi's, and of what was converted from them: actions per second, where no file tells.
     base: of a checkpoint of adapters: where its base is now, if not where it was.
-    ValueError when there are no weights, a folder has checkpoints beside them, or ours are given what they say
-    themselves.
+    ValueError when there are no weights, a folder has checkpoints beside them, ours are given what they say themselves,
+    or a file of a folder's weights is named.
     """
     folder = local_folder(path)
+    if folder.is_file() and folder.name.endswith((Path(WEIGHTS).suffix, Path(INDEX).suffix)):
+        raise ValueError(f"{folder} is one file of a folder of weights: name its folder, {folder.parent}")
     files = weight_files(folder)
     if files and (checkpoints := checkpoints_in(folder)):
         raise ValueError(

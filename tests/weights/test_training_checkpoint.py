@@ -74,6 +74,13 @@ def test_weights_without_a_processor_say_what_is_missing(tmp_path: Path) -> None
         locate(tmp_path).processor()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+def test_a_file_of_a_folder_of_weights_is_no_checkpoint(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"{name} is one file of a folder of weights: name its folder, {tmp_path}$"):
+        locate(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "policy.pth"])
 def test_a_folder_of_pickled_weights_is_refused_by_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"type": "pi05"}')
