@@ -62,12 +62,16 @@ class ExportedFolder(Weights):
     def mapped_tensors(self) -> dict[str, Tensor]:
         return map_weights(self.path)
 
-    def processor(self) -> Processor:
+    def check_policy(self) -> None:
+        """ValueError where there is no processor, which no tokenizer alone makes."""
         if not (self.path / PROCESSOR).is_file():
             raise ValueError(
                 f"{self.path} has weights but no {PROCESSOR}, as it was converted without a tokenizer: convert what it"
                 " came from, LeRobot's or openpi's folder, again with --tokenizer FOLDER"
             )
+
+    def processor(self) -> Processor:
+        self.check_policy()
         processor = Processor.from_dict(read_json(self.path / PROCESSOR))
         if self.fps is not None:
             untold = {name: robot for name, robot in processor.robots.items() if not robot.fps_is_known}

@@ -68,9 +68,12 @@ def locate(
         checkpoint = find_checkpoint(folder)
         return TrainingCheckpoint(checkpoint, averaged, partial(find_base, checkpoint=checkpoint, given=base))
     if is_exported(read_json(folder / CONFIG, default={})):
+        exported = ExportedFolder(folder, fps)
+        if tokenizer is not None:
+            exported.check_policy()
         _check_ours(folder, foreign | {"fps": None})
         _check_averaged(folder, averaged)
-        return ExportedFolder(folder, fps)
+        return exported
     _check_averaged(folder, averaged)
     return LeRobotFolder(folder, **foreign)
 

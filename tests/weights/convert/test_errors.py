@@ -60,7 +60,8 @@ def test_every_key_of_a_missing_layer_is_listed(copy: Copy) -> None:
     ("options", "message"),
     [
         ({"horizon": 20}, "^horizon: .*ours is no folder of LeRobot's or openpi's, and says that itself"),
-        ({"vision_heads": 8, "tokenizer": "tiny"}, "^tokenizer, vision_heads: "),
+        ({"vision_heads": 8, "horizon": 20}, "^vision_heads, horizon: "),
+        ({"tokenizer": "tiny"}, r"ours has weights but no processor\.json, .*: convert what it came from"),
         ({"data": "some/data", "force": True}, "^data, force: of --format lerobot alone"),
     ],
 )
