@@ -21,7 +21,7 @@ import numpy as np
 from scipy.fft import dct, idct
 from tokenizers import Tokenizer, decoders, models, trainers
 
-from pi05_lightning.files.local import read_json, shown, write_json, write_text
+from pi05_lightning.files.local import first_line, read_json, shown, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ class FastTokenizer:
     def load(cls, folder: Path | str) -> FastTokenizer:
         """Read a folder in the public processor's format; no code in it is run.
 
-        Raises ValueError that names the file which is missing or incomplete.
+        Raises ValueError that names the file which is missing, incomplete or damaged.
         """
         folder = Path(folder).expanduser()
         for name in _FILES:
@@ -265,8 +265,14 @@ class FastTokenizer:
         missing = {"scale", "min_token", "vocab_size"} - set(config)
         if missing:
             raise ValueError(f"{folder / 'processor_config.json'} does not say {', '.join(sorted(missing))}")
+        file = folder / "tokenizer.json"
+        try:
+            bpe = Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more exact
+            read_json(file)  # which says what is no JSON
+            raise ValueError(f"{file} is damaged ({first_line(error)}): download or fit it again") from error
         return cls(
-            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            bpe,
             config["scale"],
             config["min_token"],
             config["vocab_size"],

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from pi05_lightning.files.hub import TOKENIZER, local_folder
-from pi05_lightning.files.local import shown
+from pi05_lightning.files.local import check_downloaded, read_json, shown
 from pi05_lightning.types import NUM_LOC, NUM_SEG
 
 LOCATIONS = [f"<loc{i:04d}>" for i in range(NUM_LOC)]
@@ -51,21 +51,29 @@ class TextTokenizer:
     def load(cls, name: str | Path) -> TextTokenizer:
         """`tiny` for the shipped one, else a local folder or Hub id with PaliGemma's tokenizer, through transformers.
 
-        Raises ValueError when it cannot be had or is another model's.
+        Raises ValueError when it cannot be had, is damaged or is another model's.
         """
         if str(name) == SHIPPED:
             asset = files("pi05_lightning.data") / "assets" / "tokenizer.json"
             return cls(Tokenizer.from_str(asset.read_text(encoding="utf-8")))
         from transformers import AutoTokenizer
 
+        absent = ValueError(
+            f"no tokenizer at {shown(name)}. PaliGemma's is gated on the Hub: log in with an account that accepted its"
+            " licence, or give a local folder that holds tokenizer.json and tokenizer_config.json"
+        )
         try:
             folder = local_folder(name, files=TOKENIZER)
+        except ValueError as error:
+            raise absent from error
+        try:
             tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"no tokenizer at {shown(name)}. PaliGemma's is gated on the Hub: log in with an account that accepted"
-                " its licence, or give a local folder that holds tokenizer.json and tokenizer_config.json"
-            ) from error
+        except Exception as error:  # of a damaged file anything
+            for file in filter(Path.is_file, folder.glob("tokenizer*")):
+                check_downloaded(file)
+                if file.suffix == ".json":
+                    read_json(file)  # which says what is no JSON
+            raise absent from error
         return cls(with_coordinates(tokenizer))
 
     def encode(self, text: str) -> list[int]:

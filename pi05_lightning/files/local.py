@@ -13,6 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""What a file begins with that stands for a large one, which Git LFS has not downloaded."""
 LOCK = ".lock"
 """The file in a folder that is locked by the process which holds the folder, and stays there."""
 
@@ -165,10 +167,18 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
             return default
         raise ValueError(f"{shown(path)} does not exist: name the folder that holds {path.name}") from error
     except ValueError as error:  # of json, or no UTF-8
+        check_downloaded(path)
         raise ValueError(f"{path} is not valid JSON ({error}): correct or restore it") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object but a {type(values).__name__}")
     return values
+
+
+def check_downloaded(file: Path) -> None:
+    """ValueError where there is a pointer of Git LFS in place of a file."""
+    with file.open("rb") as content:
+        if content.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError(f"{file} is a Git LFS pointer, not the file itself: download it, as with `git lfs pull`")
 
 
 def delete(path: Path, ignore_errors: bool = False) -> None:

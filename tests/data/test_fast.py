@@ -316,6 +316,21 @@ def test_an_incomplete_folder_names_the_missing_file(fast: FastTokenizer, file: 
         FastTokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a Git LFS pointer"),
+        ('{"version": ', "is not valid JSON"),
+        ('{"version": "1.0"}', "is damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(fast: FastTokenizer, tmp_path: Path, content: str, said: str) -> None:
+    fast.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"tokenizer\.json {said}"):
+        FastTokenizer.load(tmp_path)
+
+
 def test_a_config_without_min_token_is_an_error(fast: FastTokenizer, tmp_path: Path) -> None:
     fast.save(tmp_path)
     config = json.loads((tmp_path / "processor_config.json").read_text())

@@ -147,6 +147,21 @@ def test_another_models_tokenizer_is_rejected(tmp_path: Path) -> None:
         TextTokenizer.load(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a Git LFS pointer"),
+        ("tokenizer_config.json", '{"backend": ', "is not valid JSON"),
+        ("tokenizer.json", '{"version": "1.0"}', "no tokenizer at"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str, said: str) -> None:
+    save_gemma(tmp_path, coordinates=False, text_size=400)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=said if said.startswith("no") else f"{file} {said}"):
+        TextTokenizer.load(tmp_path)
+
+
 def test_an_absent_tokenizer_says_how_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="local folder"):
         TextTokenizer.load(tmp_path / "nothing")
