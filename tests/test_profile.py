@@ -212,6 +212,12 @@ def test_a_run_that_trains_less_than_everything_is_refused(run: str, named: str,
         profile(["debug", str(tmp_path / "run.yaml")], measure=False)
 
 
+def test_what_a_stage_without_steps_freezes_counts_for_nothing(tmp_path: Path) -> None:
+    then = "[{name: last, steps: 0, freeze: [vision]}]"
+    (tmp_path / "run.yaml").write_text(f"stages: {{pretrain_steps: 0, pretrain: {{freeze: [vision]}}, then: {then}}}")
+    profile(["debug", str(tmp_path / "run.yaml")], measure=False)
+
+
 def test_a_run_with_adapters_is_counted_by_strategy(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {lora: {rank: 4}}")
     profile(["debug", str(tmp_path / "run.yaml")], devices=2)

@@ -41,7 +41,9 @@ RUN_KEYS: dict[str, Any] = {
     "trainer.accelerator": Any,
     "model.lora": Any,
     "model.base": Any,
+    "stages.pretrain_steps": int,
     "stages.pretrain.freeze": list[str],
+    "stages.posttrain_steps": int,
     "stages.posttrain.freeze": list[str],
     "stages.then": Any,
 }
@@ -127,8 +129,12 @@ def check_counted(settings: Namespace, by_strategy: bool) -> None:
     by_strategy: that table has rows of adapters.
     """
     adapters = [] if by_strategy else [key for key in ("model.lora", "model.base") if settings[key]]
-    freezing = [key for key in RUN_KEYS if key.endswith(".freeze") and settings[key]]
-    if any(dict(stage).get("freeze") for stage in settings["stages.then"] or []):
+    freezing = [
+        f"stages.{stage}.freeze"
+        for stage in ("pretrain", "posttrain")
+        if settings[f"stages.{stage}.freeze"] and settings[f"stages.{stage}_steps"] != 0
+    ]
+    if any(stage.get("freeze") and stage.get("steps") != 0 for stage in map(dict, settings["stages.then"] or [])):
         freezing.append("stages.then")
     if found := [*adapters, *freezing]:
         raise ValueError(
