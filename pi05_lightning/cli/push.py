@@ -28,8 +28,10 @@ from pi05_lightning.evaluation.report.run import METRICS, ROLLOUT, read_run
 from pi05_lightning.files.hub import check_repo, publish
 from pi05_lightning.files.local import check_new, read_json, write_json, write_text
 from pi05_lightning.training.run_directory import CONFIG, is_run
+from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.locate import locate, run_of
 from pi05_lightning.weights.published import CARD, Licence, publish_policy, save_published
+from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 LEROBOT, IMAGES = Path("meta", "info.json"), Path("dataset_dict.json")
 """What a folder has that is a LeRobot dataset, and one of `datasets`."""
@@ -129,7 +131,8 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
     if is_run(home) and (home / CONFIG).is_file():
         run, published = read_run(home), weights.content_hash()
         if run.metrics and run.measured.get("sha256") != published:
-            print(f"{home / METRICS} is not known to be of these weights, and is left out: run `pi05 validate` first")
+            mend = how_to_measure(source, weights, run.measured.get("sha256"))
+            print(f"{home / METRICS} is not known to be of these weights, and is left out: {mend}")
             run = replace(run, metrics={}, questions={})
         if run.success and run.rollout.get("sha256") != published:
             print(f"{home / ROLLOUT} is of other weights, so its success and films are left out: roll these out first")
@@ -147,6 +150,22 @@ def policy(source: Path, folder: Path, repo: str, licence: Licence, robot: str |
         sections, results = card_sections(run, repo), results_of(run)
         begun = run.provenance.get("hub", {}).get("init_from")  # the name alone may be a folder's elsewhere
     save_published(folder, repo, weights.model(), processor, weights.trained, licence, sections, results, begun)
+
+
+def how_to_measure(source: Path, weights: Weights, measured: str | None) -> str:
+    """What to do for metrics of weights, where those that were measured have another hash."""
+    if (
+        not isinstance(weights, TrainingCheckpoint)
+        or TrainingCheckpoint(weights.path, not weights.averaged).content_hash() != measured
+    ):
+        return "run `pi05 validate` first"
+    found, validate, push = (
+        ("as they were trained", "true", "with") if weights.averaged else ("that are averaged", "false", "without")
+    )
+    return (
+        f"it is of the checkpoint's weights {found}. Run `pi05 validate {source} --ema.validate {validate}` first, or"
+        f" push {push} --averaged false"
+    )
 
 
 # --- datasets

@@ -324,6 +324,24 @@ def test_metrics_of_other_weights_are_left_out(hub: Hub, run: Path, capsys: pyte
     assert "## Metrics on validation data" not in hub.repositories[MODEL]["README.md"].decode()
 
 
+def test_metrics_of_the_other_kind_of_a_checkpoints_weights_say_how_to_have_these(
+    hub: Hub, run: Path, policy: Pi05Policy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = {"model": policy.model.config.to_dict(), "processor": policy.processor.to_dict()}
+    weights = {f"model.{name}": tensor for name, tensor in policy.model.state_dict().items()}
+    average = {name: parameter + 1 for name, parameter in policy.model.named_parameters()}
+    torch.save({"pi05": about, "state_dict": weights, "ema": average, "global_step": 8}, run / "last.ckpt")
+    (run / "model.safetensors").unlink()  # the same as in the checkpoint, so what was measured is its trained weights
+    main(["push", str(run), "lab/arm", "--dry-run"])
+    mend = f"Run `pi05 validate {run} --ema.validate true` first, or push with --averaged false"
+    assert mend in capsys.readouterr().out
+    main(["push", str(run), "lab/arm", "--dry-run", "--averaged", "false"])
+    assert "left out" not in capsys.readouterr().out
+    write_json(run / "measured.json", {"sha256": locate(run).content_hash()})
+    main(["push", str(run), "lab/arm", "--dry-run", "--averaged", "false"])
+    assert "--ema.validate false` first, or push without --averaged false" in capsys.readouterr().out
+
+
 def test_card_says_with_which_other_options_metrics_were_measured(hub: Hub, run: Path) -> None:
     measured = json.loads((run / "measured.json").read_text())
     other = {"options": {"trainer.limit_val_batches": 2}, "paths": {"robot": "secret/place/bathroom"}}
