@@ -32,6 +32,8 @@ from pi05_lightning.weights.shards import ShardReader, read_layout
 ONLY_TRAINED = "auxiliary."
 """What the names of heads that only training has begin with."""
 AT_A_TIME = 8  # tensors that are read for their hash
+LEROBOT = tuple(f"{above}pretrained_model" for above in ("", "*/", "checkpoints/*/"))
+"""Where in a folder of LeRobot's training the weights are; `last` comes after the numbers of steps."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl")
 
 
@@ -208,7 +210,9 @@ def find_checkpoint(path: Path) -> Path:
             f" save them as {WEIGHTS} with the package that wrote them"
         )
     if not found:
-        below = next((folder for folder in sorted(path.glob("*/")) if checkpoints_in(folder)), None)
+        runs = [folder for folder in sorted(path.glob("*/")) if checkpoints_in(folder)]
+        lerobots = [folder for place in LEROBOT for folder in sorted(path.glob(place), reverse=True)]
+        below = next(iter(runs + lerobots), None)
         raise ValueError(
             f"{shown(path)} is neither a checkpoint nor a folder with one: expected a .ckpt, a run's directory"
             f" with checkpoints/, or an exported folder with {WEIGHTS}{f' (did you mean {below}?)' if below else ''}"

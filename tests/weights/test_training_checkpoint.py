@@ -56,6 +56,15 @@ def test_a_run_one_level_down_is_meant(tmp_path: Path) -> None:
         locate(tmp_path / "demo")
 
 
+@pytest.mark.parametrize("at", [".", "checkpoints", "checkpoints/last"])
+def test_the_weights_of_lerobots_training_are_meant(tmp_path: Path, at: str) -> None:
+    for step in ("000100", "000200"):
+        (tmp_path / "checkpoints" / step / "pretrained_model").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "last").symlink_to("000200")
+    with pytest.raises(ValueError, match=r"\(did you mean .*/checkpoints/last/pretrained_model\?\)"):
+        locate(tmp_path / at)
+
+
 def test_weights_that_were_read_stay_when_another_file_is_written_over_theirs(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     torch.save({"pi05": {}, "state_dict": {"model.weight": torch.ones(1000)}}, path)
