@@ -108,7 +108,8 @@ def differences(
             for key in policy.config.image_features
             if lerobot_camera(key) in frame.images
         }
-        batch = before({**images, STATE: torch.from_numpy(np.float32(frame.state)), "task": frame.task})
+        state = np.zeros(0) if frame.state is None else frame.state  # LeRobot's has to have one
+        batch = before({**images, STATE: torch.from_numpy(np.float32(state)), "task": frame.task})
         tokens = batch["observation.language.tokens"][batch["observation.language.attention_mask"]].tolist()
         if tokens != list(expected.tokens[number]):
             problems.append(

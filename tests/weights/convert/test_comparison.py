@@ -201,6 +201,16 @@ def test_forced_state_bins_are_seen_to_differ(saved: Save, tmp_path: Path, capsy
     assert "frame 0: LeRobot's prompt has" in capsys.readouterr().out
 
 
+def test_policy_without_a_state_is_written_and_compared_where_that_is_forced(
+    saved: Save, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    normalize = Normalize(Quantiles(np.zeros(0), np.zeros(0)), Quantiles(np.full(2, 0), np.full(2, 10)))
+    export(saved(with_robot(normalize=normalize)), tmp_path / "out", data=str(videos), force=True)
+    out = capsys.readouterr().out
+    assert "the policy was trained without a state, which LeRobot's prompt has to have" in out
+    assert "on 3 recorded and 2 made-up frames" in out
+
+
 def test_flow_head_that_was_never_trained_is_refused(saved: Save, tmp_path: Path) -> None:
     folder = saved(trained=Trained({"pretrain": 5}, {"fast": 5}, complete=True))
     with pytest.raises(ValueError, match="flow head was not trained"):
