@@ -35,6 +35,8 @@ from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 LEROBOT, IMAGES = Path("meta", "info.json"), Path("dataset_dict.json")
 """What a folder has that is a LeRobot dataset, and one of `datasets`."""
+OF_DATASETS = ("data/*", "meta/*", "videos/*", "images/*")
+"""What an earlier push may have written of a dataset; one that has no videos any more would keep the old ones."""
 
 
 def push(
@@ -101,7 +103,7 @@ def push(
         elif kind == "model":
             print(f"pushed: {publish_policy(folder, repo, private)}")
         else:
-            print(f"pushed: {publish(folder, repo, kind, private, tag)}")
+            print(f"pushed: {publish(folder, repo, kind, private, tag, replaced=OF_DATASETS)}")
         if out is not None:
             shutil.copytree(folder, out)
         stated = RepoCard.load(folder / CARD, ignore_metadata_errors=True).data.to_dict().get("license")

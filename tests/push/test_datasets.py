@@ -83,6 +83,15 @@ def test_lerobot_pushes_a_dataset_whose_frames_are_cached(
     assert hub.repositories[DATA].keys() == names
 
 
+def test_videos_of_an_earlier_push_go_where_there_are_none_now(hub: Hub, pictures: Path) -> None:
+    main(["push", str(pictures), "lab/drawers"])
+    files = set(hub.repositories[DATA])
+    assert not any(name.startswith("videos/") for name in files)
+    hub.repositories[DATA] |= {"videos/top/chunk-000/file-000.mp4": b"old", "theirs.md": b"kept"}
+    main(["push", str(pictures), "lab/drawers"])
+    assert set(hub.repositories[DATA]) == files | {"theirs.md"}
+
+
 def test_images_with_text_go_as_parquet(hub: Hub, tmp_path: Path) -> None:
     rows = {"image": [Image.new("RGB", (8, 8))] * 3, "caption": ["one", "two", "three"]}
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
