@@ -116,8 +116,11 @@ class Demonstrator(Environment, Protocol):
         """Where the objects and the gripper are: f64[3] in metres, x to the right and y away from the robot."""
         ...
 
-    def facts(self) -> Iterable[tuple[str, str]]:
-        """Questions about the state of things beyond where they are, and their answers."""
+    def facts(self) -> Iterable[tuple[str, str, Sequence[str]]]:
+        """Questions about the state of things beyond where they are, their answers, and what an image has to show.
+
+        The last are names of `objects`. What no camera shows is not asked.
+        """
         ...
 
     def place_hand(self, position: np.ndarray, effort: float) -> None:

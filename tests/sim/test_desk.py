@@ -121,6 +121,16 @@ def test_questions_ask_for_the_state_of_things(desk):
     assert {f"where is the {colour} button?" for colour in BUTTONS} & before.keys()
 
 
+def test_state_of_a_thing_is_asked_of_the_first_camera_that_shows_it(desk):
+    desk.reset(HELD_OUT[1])
+    block, drawer, faucet = ({name: (0.1, 0.1, 0.9, 0.9)} for name in ("green block", "drawer", "faucet handle"))
+    asked = questions.answers(desk, {"desk": block, "gripperPOV": block | drawer | faucet, "topview": faucet})
+    assert {answer.question: answer.camera for answer in asked if not answer.question.startswith("detect")} == {
+        "is the green block in the drawer?": "gripperPOV",
+        "where does the faucet point?": "gripperPOV",
+    }
+
+
 @pytest.mark.parametrize("task", INSTRUCTIONS)
 def test_instruction_as_a_question_is_answered_by_what_it_is_about(desk, task):
     begin(desk, task, HELD_OUT[0])

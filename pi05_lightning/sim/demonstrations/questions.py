@@ -24,7 +24,7 @@ def answers(
 ) -> tuple[Answer, ...]:
     """All that is asked about a frame: a box for each visible object in each camera, where things are, the gripper.
 
-    boxes: `env.boxes()` of the cameras to ask about; questions that need no box go to the first of them that can tell.
+    boxes: `env.boxes()` of the cameras to ask about; a question that asks for no box goes to the first that can tell.
     instruction: as it is told; its answer is the box of the thing that it is about.
     """
     target = env.target
@@ -44,7 +44,9 @@ def answers(
         where = direction((places[name] - places["gripper"])[: 2 if camera == _FROM_ABOVE else 3])
         if {name, "gripper"} <= boxes[camera].keys() and where is not None and not is_cut_off(boxes[camera][name]):
             asked.append(Answer(f"where is the {name}?", where, camera))
-    asked += [Answer(question, answer, camera) for question, answer in env.facts()]
+    for question, answer, things in env.facts():
+        showing = next((name for name, seen in boxes.items() if {*things} <= seen.keys()), None)
+        asked += [Answer(question, answer, showing)] if showing else []
     looking = next((name for name, seen in boxes.items() if name != _FROM_ABOVE and "gripper" in seen), None)
     if looking and len(env.state) == 4 and not _CLOSED <= (opening := env.state[3]) <= _OPEN:
         asked.append(Answer("is the gripper closed?", "yes" if opening < _CLOSED else "no", looking))

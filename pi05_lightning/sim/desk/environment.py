@@ -227,15 +227,17 @@ class DeskEnvironment(Sawyer):
     def state(self) -> np.ndarray:
         return np.array([*self.episode.now.hand, self.episode.now.gripper], np.float32)
 
-    def facts(self) -> Iterator[tuple[str, str]]:
-        """Questions about the state of things, and their answers."""
+    def facts(self) -> Iterator[tuple[str, str, Sequence[str]]]:
+        """Questions about the state of things, their answers, and what an image has to show."""
         now = self.episode.now
         drawer = "yes" if now.drawer_open > OPEN else "no" if now.drawer_open < SHUT else "half"
-        yield "is the drawer open?", drawer
+        yield "is the drawer open?", drawer, ("drawer", "drawer handle")
         angle = now.faucet_angle
-        yield "where does the faucet point?", "left" if angle < -TURNED else "right" if angle > TURNED else "ahead"
+        way = "left" if angle < -TURNED else "right" if angle > TURNED else "ahead"
+        yield "where does the faucet point?", way, ("faucet handle",)
         for colour in BLOCKS:
-            yield f"is the {colour} block in the drawer?", "yes" if now.in_drawer(colour) else "no"
+            inside = "yes" if now.in_drawer(colour) else "no"
+            yield f"is the {colour} block in the drawer?", inside, (f"{colour} block", "drawer")
 
     def place_hand(self, position: np.ndarray, effort: float) -> None:
         self._desk.place_hand(position, effort)

@@ -264,7 +264,7 @@ class MetaWorldEnvironment(Sawyer):
         """What the expert is doing at the moment, in words."""
         return self.language.phase(self._policy._parse_obs(self._obs))
 
-    def facts(self) -> Iterator[tuple[str, str]]:
+    def facts(self) -> Iterator[tuple[str, str, Sequence[str]]]:
         """Nothing is asked beyond where things are."""
         yield from ()
 
