@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,6 +151,13 @@ def test_no_two_tasks_share_a_sentence():
 
 def test_sentences_lead_back_to_their_tasks():
     assert [task_of_sentence(LANGUAGE[task].sentence) for task in task_names()] == task_names()
+
+
+def test_policy_of_another_simulator_is_told_what_it_was_trained_on():
+    known = [LANGUAGE[task].sentence for task in MetaWorld.demonstrated]
+    assert MetaWorld().tasks(SimpleNamespace(tasks=known)) == [*MetaWorld.demonstrated]
+    with pytest.raises(NoSuchEnvironment, match=r"trained on 'press the red button', .* --env, as MT50 or Desk"):
+        MetaWorld().tasks(SimpleNamespace(tasks=[*known, "press the red button"]))
 
 
 @pytest.mark.slow

@@ -96,8 +96,17 @@ class MetaWorld(DemonstratorConfig):
         import_metaworld()
 
     def tasks(self, robot: Robot) -> list[str]:
-        """Those that the policy was trained on, from their instructions."""
-        return [task_of_sentence(sentence) for sentence in robot.tasks]
+        """Those that the policy was trained on, from their instructions.
+
+        Raises NoSuchEnvironment, a ValueError, for an instruction of another simulator.
+        """
+        found = {sentence: task_of_sentence(sentence) for sentence in robot.tasks}
+        if others := [sentence for sentence, task in found.items() if task not in LANGUAGE]:
+            raise NoSuchEnvironment(
+                f"the policy was trained on {others[0]!r}, which is no task of MetaWorld: name its simulator with"
+                " --env, as MT50 or Desk, or tasks with --tasks"
+            )
+        return list(found.values())
 
     def sentences(self, task: str) -> Sequence[str]:
         return (LANGUAGE[task].sentence,)
