@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.config import CollectConfig
+from pi05_lightning.sim.demonstrations.kept import KEPT
 
 TASKS = ("reach-v3", "drawer-open-v3")
 
@@ -14,6 +16,23 @@ def config(out: Path, **changes) -> CollectConfig:
     small = {"tasks": TASKS, "episodes": 3, "val_episodes": 1, "num_workers": 1}
     of_experts = {} if "policy" in changes else {"scenes": 2}
     return CollectConfig(out, **small | of_experts | changes)
+
+
+def interrupted_by(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[list[str]]:
+    """Of each collection from now on, which pieces it found; it keeps one, and is interrupted.
+
+    module: of which `write_dataset` is called.
+    """
+    found = list[list[str]]()
+
+    def write_dataset(root: Path, *_: object) -> None:
+        kept = root.with_name(KEPT)
+        found.append([piece.name for piece in kept.glob("*.pickle")])
+        (kept / "episodes-0.pickle").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_dataset", write_dataset)
+    return found
 
 
 @pytest.fixture(scope="session")

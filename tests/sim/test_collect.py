@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi05_lightning.files.local import held
-from pi05_lightning.sim.demonstrations import questions
+from pi05_lightning.sim.demonstrations import lerobot_writer, questions
 from pi05_lightning.sim.demonstrations.collect import collect
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import record_episode
-from pi05_lightning.sim.metaworld.environment import MetaWorldEnvironment
+from pi05_lightning.sim.metaworld.environment import MetaWorld, MetaWorldEnvironment
 from pi05_lightning.sim.metaworld.tasks import LANGUAGE
 from pi05_lightning.sim.splits import split_seeds
 
-from .conftest import TASKS, config
+from .conftest import TASKS, config, interrupted_by
 
 BOX = re.compile(r"(?:<loc(\d{4})>){4}")
 
@@ -283,6 +283,18 @@ def test_two_collects_do_not_make_one_dataset(tmp_path):
 def test_what_would_be_made_twice_or_by_nobody_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         config(Path("unused"), **options)
+
+
+@pytest.mark.parametrize(
+    "spelled", [{"tasks": MetaWorld.demonstrated}, {"cameras": MetaWorld.cameras}, {"max_frames": 60}, {"tasks": TASKS}]
+)
+def test_collect_goes_on_with_what_is_the_same_however_it_is_spelled(tmp_path, monkeypatch, spelled):
+    monkeypatch.chdir(tmp_path)
+    found = interrupted_by(monkeypatch, lerobot_writer)
+    for options in ({"out": tmp_path / "data"}, {"out": Path("data"), **spelled}):
+        with pytest.raises(KeyboardInterrupt):
+            collect(CollectConfig(**options, num_workers=1))
+    assert found == [[], [] if spelled == {"tasks": TASKS} else ["episodes-0.pickle"]]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.demonstrations import autonomous
 from pi05_lightning.sim.demonstrations.collect import collect
+from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed
 from pi05_lightning.sim.demonstrations.lerobot_writer import Recording, video_path, write_dataset
 from pi05_lightning.sim.demonstrations.scenes import _FIRST_SCENE
@@ -28,7 +29,7 @@ from pi05_lightning.sim.trials import OUT_OF_TIME, Trial
 from pi05_lightning.weights.locate import locate
 from tests.sim.walk import result_of
 
-from .conftest import TASKS, config
+from .conftest import TASKS, config, interrupted_by
 
 PATIENCE = 4
 SHAPES = ModelConfig.preset("debug").shapes
@@ -157,6 +158,18 @@ def test_interrupted_collection_goes_on_with_the_attempts_that_were_not_over(
     assert LeRobotFiles.open(root).info["splits"] == {"train": "0:4", "val": "4:6"}
     film = root / film.relative_to(tmp_path / ".data.partial" / ".kept")
     assert (film.read_bytes(), film.stat().st_mtime_ns) == first
+
+
+def test_collection_goes_on_with_the_same_policy_and_tasks_however_they_are_spelled(
+    untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(untrained.parent)
+    found = interrupted_by(monkeypatch, autonomous)
+    spelled = {"tasks": tuple(reversed(TASKS)), "acting": {"num_steps": Acting().num_steps}}  # sorted, as it has them
+    for options in ({"policy": untrained}, {"policy": Path(untrained.name), **spelled}):
+        with pytest.raises(KeyboardInterrupt):
+            collect(CollectConfig(tmp_path / "data", **options))
+    assert found == [[], ["episodes-0.pickle"]]
 
 
 @pytest.mark.slow

@@ -74,7 +74,8 @@ def record_policy(root: Path, config: CollectConfig) -> None:
         of_a_policy=True,
     )
     del policy  # maybe gigabytes: every process loads its own
-    write_dataset(root, what, _blocks(Kept(root, config, policy_hash), what, worker, trials, config))
+    meant = replace(config, policy=checkpoint.resolve(), tasks=tuple(tasks), acting=asdict(acting))
+    write_dataset(root, what, _blocks(Kept(root, meant, policy_hash), what, worker, trials, config))
     provenance = {
         "policy": str(config.policy),
         "sha256": policy_hash,

@@ -95,7 +95,7 @@ def _beside(out: Path, purpose: str) -> Path:
 def _make(root: Path, config: CollectConfig) -> None:
     episodes = {"train": config.episodes, "val": config.val_episodes}
     scenes = {"train": config.scenes, "val": -(-config.scenes // 10)}
-    kept = Kept(root / ROBOT, config)
+    kept = Kept(root / ROBOT, config.spelled_out)
     with simulator_processes(config.num_workers or available_cores(), config.env.warm_up) as pool:
         from pi05_lightning.sim.demonstrations.lerobot_writer import (  # slow: while the workers import theirs
             Recording,

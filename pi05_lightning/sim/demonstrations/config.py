@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,11 @@ class CollectConfig:
     def recorded(self) -> tuple[str, ...]:
         """The tasks."""
         return self.expert_env.demonstrated if self.tasks is None else self.tasks
+
+    @property
+    def spelled_out(self) -> CollectConfig:
+        """The same demonstrations, with what the defaults come to."""
+        return replace(self, tasks=self.recorded, cameras=self.view.cameras, max_frames=self.most_frames)
 
     @property
     def view(self) -> View:

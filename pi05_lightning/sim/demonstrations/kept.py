@@ -14,7 +14,7 @@ from pi05_lightning.sim.unfinished import claim, versions
 
 KEPT = ".kept"
 _FILMS = "videos"
-_CHANGE_NOTHING = {"num_workers", "lanes", "overwrite"}  # of what is recorded
+_CHANGE_NOTHING = {"out", "num_workers", "lanes", "overwrite"}  # of what is recorded
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 class Kept:
     """What is recorded, piece by piece, beside a LeRobot dataset `root` that is written anew from it.
 
-    Whatever else is in the folder of `root` is removed.  policy_hash: of the weights of a policy that is recorded.
+    Whatever else is in the folder of `root` is removed.  config: with what its defaults come to, and paths that are
+    spelled in one way.  policy_hash: of the weights of a policy that is recorded.
     """
 
     def __init__(self, root: Path, config: CollectConfig, policy_hash: str | None = None) -> None:
