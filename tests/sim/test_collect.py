@@ -254,6 +254,15 @@ def test_numbers_that_cannot_be_are_rejected(tmp_path, name, value):
         config(tmp_path, **{name: value})
 
 
+class Slow(MetaWorld):
+    control_hz = 20
+
+
+def test_rate_of_an_action_that_cannot_be_is_answered_with_those_that_can():
+    with pytest.raises(ValueError, match=r"8 does not divide 20 Hz; use one of 1, 2, 4, 5, 10, 20$"):
+        config(Path("unused"), env=Slow())
+
+
 def content(out: Path) -> dict[str, bytes]:
     files = (file for file in out.rglob("*") if file.is_file() and file.name != "state.json")  # a random fingerprint
     return {str(file.relative_to(out)): file.read_bytes() for file in files}

@@ -72,7 +72,7 @@ class CollectConfig:
     """Share of the episodes and scenes that begin where the experts of other tasks have just ended, which the desk
     allows."""
     action_repeat: int = 8
-    """Control steps of 1/80 s that an action lasts: frames per second are 80 / action_repeat."""
+    """Control steps (of MetaWorld 1/80 s) that an action lasts: frames per second are their rate / action_repeat."""
     cameras: tuple[str, ...] | None = None
     """The simulator's cameras to film with; by default one of the scene and one on the wrist."""
     image_size: int = 64
@@ -118,7 +118,8 @@ class CollectConfig:
     def _check_demonstrations(self) -> None:
         rate = self.expert_env.control_hz
         if self.action_repeat < 1 or rate % self.action_repeat:
-            raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use 1, 2, 4, 5, 8 or 10")
+            divisors = ", ".join(str(steps) for steps in range(1, rate + 1) if rate % steps == 0)
+            raise ValueError(f"action_repeat: {self.action_repeat} does not divide {rate} Hz; use one of {divisors}")
         check_range("answers_every", self.answers_every, 1)
         for name in ("noise_share", "slip_share", "rephrased_share", "continued_share"):
             check_range(name, getattr(self, name), 0, 1)
