@@ -147,6 +147,12 @@ def test_tasks_without_a_common_scene_cannot_continue(tmp_path):
         collect(config(tmp_path / "data", tasks=("drawer-open-v3",), episodes=1, scenes=0, continued_share=0.5))
 
 
+def test_the_same_states_are_not_continued_from_others(tmp_path):
+    with pytest.raises(ValueError, match=r"continued_share: .* leave it 0 with --env.same_states true"):
+        config(tmp_path, env=Desk(same_states=True), continued_share=0.5)
+    assert config(tmp_path, env=Desk(), continued_share=0.5).continued_share == 0.5
+
+
 @pytest.mark.slow
 def test_instructions_may_be_recorded_in_other_words_and_in_the_same_states(tmp_path):
     few = {"episodes": 6, "val_episodes": 1, "scenes": 0, "rephrased_share": 0.7}

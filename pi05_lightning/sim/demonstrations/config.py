@@ -8,7 +8,7 @@ from typing import Any
 
 from pi05_lightning.files.ranges import check_range, check_unique
 from pi05_lightning.sim.environment import DemonstratorConfig, EnvironmentConfig, View
-from pi05_lightning.sim.simulators import Desk, MetaWorld  # noqa: F401 - what --env knows by name
+from pi05_lightning.sim.simulators import Desk, MetaWorld
 
 OF_POLICIES = {"acting", "corrections", "max_seconds", "lanes", "device"}
 OF_EXPERTS = {
@@ -123,6 +123,10 @@ class CollectConfig:
         check_range("answers_every", self.answers_every, 1)
         for name in ("noise_share", "slip_share", "rephrased_share", "continued_share"):
             check_range(name, getattr(self, name), 0, 1)
+        if self.continued_share and isinstance(self.env, Desk) and self.env.same_states:
+            raise ValueError(
+                "continued_share: where others have ended differs between tasks: leave it 0 with --env.same_states true"
+            )
         if self.image_size % 2:
             raise ValueError(f"image_size: {self.image_size} is odd, and video needs an even number of pixels")
 
