@@ -143,6 +143,39 @@ def test_slips_let_go_of_a_thing_and_the_expert_takes_it_again():
     assert max(lifts[0]) <= 2 < min(lifts[1])
 
 
+class Wrist(MetaWorld):
+    action_names = (*MetaWorld.action_names, "turn")
+
+
+class WristEnvironment(MetaWorldEnvironment):
+    """Takes a fifth number too, which moves nothing."""
+
+    def expert_action(self) -> np.ndarray:
+        return np.append(super().expert_action(), np.float32(0.25))
+
+    def control_step(self, action: np.ndarray) -> bool:
+        self.taken.append(action)
+        return super().control_step(action[:4])
+
+
+def test_slips_change_the_fingers_alone_of_an_action_of_more_dims():
+    with WristEnvironment("button-press-topdown-v3") as env:
+        env.taken = []
+        record_episode(env, split_seeds("train", 1)[0], config(Path("unused"), env=Wrist(), slip_share=1.0))
+    taken = np.stack(env.taken)
+    assert {*taken[:, 4]} == {0.25}
+    assert {*taken[:, 3]} == {-1.0, 1.0}
+
+
+class NoFingers(MetaWorld):
+    action_names = ("dx", "dy", "dz")
+
+
+def test_slips_need_fingers():
+    with pytest.raises(ValueError, match=r"slip_share: the 3 dims of an action \(dx, dy, dz\) close no fingers"):
+        config(Path("unused"), env=NoFingers(), slip_share=0.5)
+
+
 def test_held_actions_of_an_episode_bring_the_same_success():
     with MetaWorldEnvironment("drawer-open-v3") as env:
         seed = split_seeds("val", 1)[0]

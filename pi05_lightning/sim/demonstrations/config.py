@@ -24,6 +24,8 @@ OF_EXPERTS = {
     ),
     *("answers_every", "max_frames", "tail_frames"),
 }
+FINGERS = 3
+"""The dim of an action that closes them, see `DemonstratorConfig`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,11 @@ class CollectConfig:
         check_range("answers_every", self.answers_every, 1)
         for name in ("noise_share", "slip_share", "rephrased_share", "continued_share"):
             check_range(name, getattr(self, name), 0, 1)
+        if self.slip_share and len(names := self.expert_env.action_names) <= FINGERS:
+            raise ValueError(
+                f"slip_share: the {len(names)} dims of an action ({', '.join(names)}) close no fingers, as a fourth"
+                " does: leave it 0"
+            )
         if self.continued_share and isinstance(self.env, Desk) and self.env.same_states:
             raise ValueError(
                 "continued_share: where others have ended differs between tasks: leave it 0 with --env.same_states true"

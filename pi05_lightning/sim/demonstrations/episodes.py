@@ -16,7 +16,7 @@ import numpy as np
 
 from pi05_lightning.sim.demonstrations import questions
 from pi05_lightning.sim.demonstrations.beginning import begin
-from pi05_lightning.sim.demonstrations.config import CollectConfig, Piece
+from pi05_lightning.sim.demonstrations.config import FINGERS, CollectConfig, Piece
 from pi05_lightning.sim.encoding import SETTINGS, encode_video
 from pi05_lightning.sim.environment import Demonstrator, act_as_expert
 from pi05_lightning.sim.splits import SLIPS, WORDS, rng_of, split_seeds
@@ -127,9 +127,11 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
             push = np.append(rng.uniform(-1.0, 1.0, 3), taken[-1][3:])
             for _ in range(rng.integers(1, PUSH_STEPS + 1)):
                 env.control_step(push)
-        if not solved and slip_chance and taken[-1][3] > 0 and slips.random() < slip_chance:
+        if not solved and slip_chance and taken[-1][FINGERS] > 0 and slips.random() < slip_chance:
             for _ in range(slips.integers(*SLIP_STEPS, endpoint=True)):
-                env.control_step(np.append(env.expert_action()[:3], -1.0))
+                slip = env.expert_action().copy()
+                slip[FINGERS] = -1.0
+                env.control_step(slip)
     if not solved:
         return None
     state, images = stacked(frames, env.cameras)
