@@ -107,6 +107,8 @@ class Stage(StageOptions):
         super().__post_init__()
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"a stage's name is {self.name!r}: use letters, digits, _, - and . for it")
+        if self.name == "total":
+            raise ValueError("a stage's name is 'total', as curves call the loss of all terms: choose another")
         if self.steps < 0:
             raise ValueError(f"stage {self.name} has {self.steps} steps: 0 leaves it out, fewer cannot be")
         check_range(f"{self.name}: flow_alpha", self.flow_alpha, 0)

@@ -42,6 +42,12 @@ def test_a_recipe_without_steps_is_refused() -> None:
         Recipe.of(pretrain_steps=0, posttrain_steps=0)
 
 
+@pytest.mark.parametrize("name", ["total", "a/b"])
+def test_a_stage_whose_name_would_hide_other_curves_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"a stage's name is '{name}'"):
+        Stage(name=name, steps=1)
+
+
 def test_negative_loss_weight_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="text"):
         LossWeights(text=-1.0)

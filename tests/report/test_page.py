@@ -219,9 +219,11 @@ def test_caption_of_a_film_says_how_it_ended(page: str, run: Path) -> None:
     assert "<figcaption>policy-reach-v3-0</figcaption>" in report(run).read_text(encoding="utf-8")
 
 
-def test_success_over_all_tasks_stays_beside_that_of_each() -> None:
-    success, seconds = Curve([0, 10], [0.4, 0.8]), Curve([0, 10], [120.0, 130.0])
-    of_tasks = {f"rollout/success/{task}": success for task in ("reach-v3", "push-v3")}
+@pytest.mark.parametrize("group", ["rollout/success_of", "rollout/success"], ids=["now", "older"])
+@pytest.mark.parametrize("cost", [13.0, 130.0])
+def test_success_over_all_tasks_stays_beside_that_of_each(group: str, cost: float) -> None:
+    success, seconds = Curve([0, 10], [0.4, 0.8]), Curve([0, 10], [cost, cost])
+    of_tasks = {f"{group}/{task}": success for task in ("reach-v3", "push-v3")}
     panels = by_panel({"rollout/success": success, "rollout/seconds": seconds} | of_tasks)
     assert {title: set(lines) for title, lines in panels.items()} == {
         "rollout/success": {"success", "reach-v3", "push-v3"},

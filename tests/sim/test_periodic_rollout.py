@@ -68,9 +68,16 @@ def events(run) -> EventAccumulator:
 
 
 def test_success_and_cost_are_logged_at_every_step_that_is_due_once_actions_train(events):
-    for tag in ("rollout/success", "rollout/success/reach-v3", "rollout/seconds"):
+    for tag in ("rollout/success", "rollout/success_of/reach-v3", "rollout/seconds"):
         assert [event.step for event in events.Scalars(tag)] == [2, 3, 4]
     assert all(event.value > 0 for event in events.Scalars("rollout/seconds"))
+
+
+def test_no_scalar_has_the_name_of_a_folder_of_others(events):
+    """MLflow keeps `a/b` in a file, and `a/b/c` in a folder of this name."""
+    tags = events.Tags()["scalars"]
+    assert {"stage", "rollout/success"} <= set(tags)
+    assert not [(tag, other) for tag in tags for other in tags if other.startswith(f"{tag}/")]
 
 
 def test_tensorboard_gets_a_film_that_moves(events):
@@ -143,7 +150,7 @@ def test_rollout_that_ends_before_its_first_action_has_no_film_and_want_of_memor
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if "success" in tag} == (
-        {} if lacks else {"rollout/success": 0.5, "rollout/success/reach-v3": 0.5}
+        {} if lacks else {"rollout/success": 0.5, "rollout/success_of/reach-v3": 0.5}
     )
     assert events.Scalars("rollout/seconds")
     assert not (tmp_path / "rollouts").exists()

@@ -206,17 +206,19 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def by_panel(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
-    """Panel title -> label -> curve."""
+    """Panel title -> label -> curve; `a/x` stands beside `a/x_of/y`, of which it is the whole."""
+    found = {tag.rpartition("/")[0] for tag in curves}
+    wholes = {group: whole for group in found if (whole := group.removesuffix("_of")) in curves}  # older runs: `a/x/y`
     groups: dict[str, dict[str, Curve]] = defaultdict(dict)
     for tag, curve in curves.items():
         group, _, name = tag.rpartition("/")
-        groups[group or name][name] = curve
+        groups[tag if tag in wholes.values() else wholes.get(group, group) or name][name] = curve
     panels: dict[str, dict[str, Curve]] = {}
     for group, lines in sorted(groups.items(), key=lambda item: (min(c.steps[0] for c in item[1].values()), item[0])):
         heights = [max(map(abs, curve.values)) for curve in lines.values()]
         alike = len(lines) <= len(COLORS) and max(heights) <= 100 * max(min(heights), 1e-12)
         for name, curve in lines.items():
-            title = group if (alike and len(lines) > 1) or name == group else f"{group}/{name}"
+            title = group if (alike and len(lines) > 1) or name == group.rpartition("/")[2] else f"{group}/{name}"
             panels.setdefault(title, {})[name] = curve
     return panels
 

@@ -46,10 +46,10 @@ class PeriodicRollout(Callback):
 
     Only stages that train its kind of actions (`actions`) are rolled out.
 
-    It logs `rollout/success`, the same per task, and `rollout/seconds`, what that cost; a film of the first episode
-    goes to TensorBoard and to the run's rollouts/. The initial states are those of the validation split, always the
-    same ones. Weights are the average where there is one (`ema`). Training's random numbers are as without it. A
-    rollout that was broken off is run again, from its start, when the run goes on.
+    It logs `rollout/success`, of each task `rollout/success_of/<task>`, and `rollout/seconds`, what that cost; a film
+    of the first episode goes to TensorBoard and to the run's rollouts/. The initial states are those of the validation
+    split, always the same ones. Weights are the average where there is one (`ema`). Training's random numbers are as
+    without it. A rollout that was broken off is run again, from its start, when the run goes on.
 
     Args:
         every_n_steps: optimizer steps from one rollout to the next.
@@ -187,7 +187,8 @@ class PeriodicRollout(Callback):
         if any(result.lacked_memory for result in results):
             log.warning("no success is logged, as memory ran out, which tells nothing of the policy: use fewer lanes")
         else:
-            metrics |= {f"{self.tag}/success/{task}": _success(of_task) for task, of_task in by_task.items()}
+            # not success/<task>: for MLflow's files `success` would be a folder as well as a file
+            metrics |= {f"{self.tag}/success_of/{task}": _success(of_task) for task, of_task in by_task.items()}
             metrics[f"{self.tag}/success"] = _success(results)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
