@@ -119,14 +119,22 @@ def test_finished_demo_shows_its_result_without_running_anything(
 
 def test_summary_holds_seconds_metrics_and_success(tmp_path: Path) -> None:
     todo = parts(tmp_path, seed=0, quick=False)
-    measured = {"robot/qa": {"exact_match": 0.5, "box_iou": 0.7}, "web/qa": {"exact_match": 1.0, "box_iou": None}}
+    measured = {
+        "robot/qa": {"samples": 8, "exact_match": 0.5, "box_iou": None},
+        "web/qa": {"samples": 24, "exact_match": 1.0},
+        "qa": {"samples": 32, "exact_match": 0.875, "box_iou": None},
+        "robot/fast_robot_actions": {"samples": 5, "action_mae": 0.25, "action_mae/dim_00": 0.25},
+    }
     success = {"policy": {"reach-v3": [24, 25]}}
     write_json(tmp_path / "fit" / "metrics.json", measured)
     write_json(tmp_path / "fit" / "rollout" / "rollout.json", {"success": success})
     finish(tmp_path / "parts" / "collect.json", todo[0])
     write_summary(tmp_path, todo, seed=0)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["metrics"] == {"qa": {"exact_match": 0.75, "box_iou": 0.7}}
+    assert summary["metrics"] == {
+        "qa": {"samples": 32, "exact_match": 0.875},
+        "fast_robot_actions": {"samples": 5, "action_mae": 0.25},
+    }
     assert summary["success"] == success
     assert list(summary["seconds"]) == ["collect"]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 from pi05_lightning.cli.parts import Part, console, run_parts
-from pi05_lightning.evaluation.report.metrics import Metrics
+from pi05_lightning.evaluation.report.metrics import Metrics, ordered
 from pi05_lightning.evaluation.report.tables import metrics_tables
 from pi05_lightning.files.local import check_writable, read_json, write_json
 from pi05_lightning.sim.summary import success_table
@@ -104,14 +102,12 @@ def write_summary(out: Path, todo: list[Part], seed: int) -> None:
 
 
 def by_modality(metrics: Metrics) -> Metrics:
-    """modality -> metric -> mean over the sources that have both; `robot/qa` and `web/qa` become `qa`.
+    """modality -> metric -> value over all sources: of the row `qa`, or of `robot/qa` where there is no other source.
 
-    Without what is measured per dim and step, and what validation itself measured over all sources.
+    Without what is measured per dim and step, and what is no number.
     """
-    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for name, by_metric in metrics.items():
-        subset = Subset.parse(name)
-        for metric, value in by_metric.items():
-            if subset.source and value is not None and "/" not in metric:
-                values[str(subset.modality)][metric].append(value)
-    return {name: {metric: fmean(v) for metric, v in by_metric.items()} for name, by_metric in values.items()}
+    rows = {str(Subset.parse(name).modality): metrics[name] for name in ordered(metrics)}  # all sources come last
+    return {
+        modality: {metric: value for metric, value in row.items() if value is not None and "/" not in metric}
+        for modality, row in rows.items()
+    }
