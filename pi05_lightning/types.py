@@ -259,7 +259,7 @@ class Drawn:
     text_tokens: int
     """Tokens that are not padding, images left out."""
     skipped: tuple[str, ...] = ()
-    """What was wrong with the samples that others took the place of."""
+    """What was wrong with the samples that others took the place of, or that were left out."""
     frames: tuple[tuple[str, int], ...] = ()
     """Of each sample its source and its number there."""
 
@@ -286,7 +286,7 @@ class Batch:
                                brightness, contrast, saturation. None: images are left as they are
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
                                sample from `key`, see `losses.draw_noise`; None before that
-    drawn                      of training batches: what they were made of
+    drawn                      of batches of `Samples`: what they were made of
     step_counts  i64[terms]    of training batches: elements of each loss term of the model, in its order, in all the
                                batches that this rank accumulates in the optimizer step
     """

@@ -414,8 +414,8 @@ class Pi05DataModule(LightningDataModule):
             draws = [(number, index, index) for index in self._chosen(entry.size)]
             # a generator of its own: a loader draws its workers' seed, which is not to disturb training's numbers
             own = torch.Generator().manual_seed(self.seed)
-            options = self._loader_options | {"sampler": draws, "batch_size": self.batch_size, "generator": own}
-            loaders.append(DataLoader(samples, **options))
+            options = self._loader_options | {"batch_size": self.batch_size, "generator": own}
+            loaders.append(DataLoader(samples, sampler=draws, collate_fn=samples.collate, **options))
         return loaders
 
     def _chosen(self, size: int) -> list[int]:
@@ -458,7 +458,6 @@ class Pi05DataModule(LightningDataModule):
     def _loader_options(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
-            "collate_fn": self.processor.collate,
             "pin_memory": torch.cuda.is_available(),
             "persistent_workers": False,
             "worker_init_fn": leave_signals_to_the_run,

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class Samples(Dataset[Sample]):
     """Draws to samples: entry e, index i of what that entry can use, key. augmentation: drawn with every batch.
 
-    training: some samples leave out what a policy may also lack.
+    training: some samples leave out what a policy may also lack, and others take the place of bad ones.
     """
 
     def __init__(
@@ -168,13 +168,17 @@ class Samples(Dataset[Sample]):
             raise ValueError(f"{source.address(frame)}: {error}") from error
 
     def collate(self, samples: Sequence[Sample]) -> Batch:
-        """A batch, what the host may know of it, and what is to be done to its images."""
-        batch = self.processor.collate(samples)
+        """A batch, what the host may know of it, and what is to be done to its images.
+
+        What is measured is not replaced. A batch of bad samples alone has rows, but was drawn from nothing.
+        """
+        good = [sample for sample in samples if self.training or not sample.skipped]
+        batch = self.processor.collate(good or samples)
         batch.drawn = Drawn(
-            names=dict(Counter(str(sample.subset) for sample in samples)),
-            text_tokens=sum(len(sample.tokens) for sample in samples),
-            frames=tuple((sample.subset.source, sample.frame) for sample in samples),
-            skipped=tuple(problem for sample in samples for problem in sample.skipped),
+            names=dict(Counter(str(sample.subset) for sample in good)),
+            text_tokens=sum(len(sample.tokens) for sample in good),
+            frames=tuple((sample.subset.source, sample.frame) for sample in good),
+            skipped=tuple(problem for sample in samples for problem in sample.skipped[: None if self.training else 1]),
         )
         if self.augmentation is None:
             return batch

@@ -364,7 +364,7 @@ class Pi05Module(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._validation = Validation(datamodule_of(self.trainer), self.model, self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Measured | None]:
         assert self.processor is not None
         assert self._validation is not None
         evaluator = Evaluator(self.gathered_model, self.processor, self.num_steps, self.accuracy_threshold)

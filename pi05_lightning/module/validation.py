@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,8 @@ from pi05_lightning.evaluation.metrics import Evaluator, Measured, Questions, Su
 from pi05_lightning.evaluation.metrics.questions import Table
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Modality
+
+log = logging.getLogger(__name__)
 
 
 class Validation:
@@ -22,8 +25,13 @@ class Validation:
         self.metrics = {subset: SubsetMetrics(subset, model, device) for subset in subsets}
         self._questions = {subset: Questions() for subset in self.subsets if subset.modality is Modality.QA}
 
-    def add(self, batch: Batch, loader: int, evaluator: Evaluator) -> Measured:
-        """Measure a batch of one of the data's loaders."""
+    def add(self, batch: Batch, loader: int, evaluator: Evaluator) -> Measured | None:
+        """Measure a batch of one of the data's loaders; None where all its samples were bad, and are left out."""
+        assert batch.drawn is not None
+        for problem in batch.drawn.skipped:
+            log.warning("left out of what is measured: %s", problem)
+        if not batch.drawn.names:
+            return None
         subset = self.subsets[loader]
         measured = evaluator.measure(batch, subset)
         self.metrics[subset].update(measured)

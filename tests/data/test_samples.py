@@ -23,7 +23,9 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.data.sources.vision_text import VisionTextConfig
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
-from pi05_lightning.types import Drawn
+from pi05_lightning.training.callbacks.examples import ValidationExamples
+from pi05_lightning.types import Drawn, Modality
+from tests.quiet_trainer import quiet_trainer
 
 BAD = (3, 4, 11)
 
@@ -41,7 +43,7 @@ def captions(folder: Path, count: int, bad: tuple[int, ...] = ()) -> str:
 
 def samples(**sources: SourceConfig) -> Samples:
     data = Pi05DataModule(sources, shapes=ModelConfig.preset("debug").shapes)
-    return Samples(data.sources("train"), data.processor, max_questions=8)
+    return Samples(data.sources("train"), data.processor, max_questions=8, training=True)
 
 
 def web(path: str, **options: str) -> Samples:
@@ -92,6 +94,20 @@ def test_batch_knows_what_it_was_drawn_from(tmp_path: Path) -> None:
     assert batch.drawn.names == {"web/web_caption": 3}
     assert batch.drawn.text_tokens == batch.token_mask.sum()
     assert len(batch.drawn.skipped) >= 1
+
+
+def test_validation_leaves_bad_samples_out_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = captions(tmp_path, 20, tuple(range(0, 20, 2)))
+    web = VisionTextConfig(path, val_fraction=0.5, on_bad_sample="skip")
+    data = Pi05DataModule({"web": web}, batch_size=1, num_workers=0)
+    module = Pi05Module(ModelConfig.preset("debug"))
+    with caplog.at_level("WARNING"):
+        trainer = quiet_trainer(ValidationExamples(), limit_val_batches=1.0, default_root_dir=tmp_path)
+        trainer.validate(module, data, verbose=False)
+    bad, good = caplog.text.count("left out of what is measured: "), module.results["web/web_caption"]["samples"]
+    assert bad > 0
+    assert good > 0
+    assert bad + good == len(data.sources("val")["web"].indices(Modality.WEB_CAPTION))
 
 
 def test_validation_samples_are_made_as_those_of_the_weights_that_are_measured(pictures: Path) -> None:

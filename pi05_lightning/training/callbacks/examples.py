@@ -57,10 +57,10 @@ class ValidationExamples(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if trainer.sanity_checking:
+        measured = outputs["measured"]
+        if trainer.sanity_checking or measured is None:
             return
-        subset, measured = datamodule_of(trainer).evaluated_subsets[dataloader_idx], outputs["measured"]
-        name = str(subset)
+        name = str(datamodule_of(trainer).evaluated_subsets[dataloader_idx])
         error = measured.error.nan_to_num(nan=torch.inf)
         first = list(range(min(self.first, len(error)))) if batch_idx == 0 else []
         worst = error.topk(min(self.worst, len(error))).indices.tolist()
