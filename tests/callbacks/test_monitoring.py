@@ -52,6 +52,17 @@ def run(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_first_examples_come_from_as_many_batches_as_they_take(videos: Path, tmp_path: Path) -> None:
+    examples = ValidationExamples(first=2, worst=0)
+    sources = {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}
+    data = Pi05DataModule(sources, batch_size=1, num_workers=0, val_samples=3)
+    module = Pi05Module(ModelConfig.preset("debug"), num_steps=2)
+    quiet_trainer(examples, limit_val_batches=1.0, default_root_dir=tmp_path).validate(module, data, verbose=False)
+    shown = {name: len(found) for name, found in examples.fixed.items()}
+    assert shown == {name: min(2, module.results[name]["samples"]) for name in map(str, data.evaluated_subsets)}
+    assert 2 in shown.values()
+
+
 @pytest.fixture(scope="module")
 def events(run: Path) -> EventAccumulator:
     found = EventAccumulator(str(run), size_guidance={"tensors": 0, "images": 0, "scalars": 0})

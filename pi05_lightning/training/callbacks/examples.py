@@ -62,7 +62,7 @@ class ValidationExamples(Callback):
             return
         name = str(datamodule_of(trainer).evaluated_subsets[dataloader_idx])
         error = measured.error.nan_to_num(nan=torch.inf)
-        first = list(range(min(self.first, len(error)))) if batch_idx == 0 else []
+        first = list(range(min(self.first - len(self.fixed[name]), len(error))))
         worst = error.topk(min(self.worst, len(error))).indices.tolist()
         with torch.no_grad():
             examples = measured.examples([*first, *worst])
