@@ -55,7 +55,7 @@ format: $(SETUP) ## apply formatting and what ruff can mend
 
 .PHONY: monitor
 monitor: $(SETUP) ## open TensorBoard on the newest run under runs/
-	@mkdir -p runs; newest=$$(find runs -name 'events.out.tfevents.*' -exec ls -t {} + | sed -n 1p); \
+	@mkdir -p runs; newest=$$(find runs/ -name 'events.out.tfevents.*' -exec ls -t {} + | sed -n 1p); \
 	if [ -z "$$newest" ]; then echo "There is no run under runs/ yet: start one with make demo or pi05 fit." >&2; exit 1; fi; \
 	$(BIN)/tensorboard --logdir "$$(dirname "$$newest")" $(ARGS)
 

@@ -79,6 +79,27 @@ def test_installed_package_runs_the_tutorial(installed: Path, tmp_path: Path) ->
     assert ran.returncode == 0, ran.stderr
 
 
+def test_runs_elsewhere_that_a_link_leads_to_are_monitored_and_not_committed(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    (elsewhere / "mine").mkdir(parents=True)
+    (elsewhere / "mine" / "events.out.tfevents.1").touch()
+    board = here / ".venv" / "bin" / "tensorboard"
+    board.parent.mkdir(parents=True)
+    board.write_text('#!/bin/sh\necho "$@"\n')
+    board.chmod(0o755)
+    for name in ("runs", "data"):
+        (here / name).symlink_to(elsewhere)
+    shutil.copy(ROOT / ".gitignore", here)
+
+    def said(*words: str) -> str:
+        return subprocess.run(words, cwd=here, check=True, capture_output=True, text=True).stdout
+
+    made = ("make", "-f", str(ROOT / "Makefile"), "--old-file", ".venv/.setup", "monitor")
+    assert "--logdir runs/mine" in said(*made)
+    said("git", "init", "-q")
+    assert said("git", "status", "--porcelain", "--untracked-files=all").split() == ["??", ".gitignore"]
+
+
 def test_packages_bring_the_models_that_shipped_configurations_name() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
