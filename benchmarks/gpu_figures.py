@@ -43,10 +43,9 @@ class Place:
         return DEBUG if self.quick else BASE
 
     @property
-    def peak(self) -> float:
-        """The published bf16 rate of this device, FLOP/s; of an H100 where it is not known."""
-        name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-        return next((found for key, found in ACCELERATORS.items() if key in name), ACCELERATORS["h100"]).bf16
+    def peak(self) -> float | None:
+        """The published bf16 rate of this device, FLOP/s, where it is known."""
+        return published_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
     def seconds(self, work: Callable[[], object], repeats: int, warm_up: int = 2) -> float:
         """Median of some calls, each waited for."""
@@ -58,3 +57,9 @@ class Place:
             if number >= (1 if self.quick else warm_up):
                 times.append(time.perf_counter() - start)
         return statistics.median(times)
+
+
+def published_peak(name: str) -> float | None:
+    """The published bf16 rate, FLOP/s, of a device by its name, as `NVIDIA GeForce RTX 4090`; None of others."""
+    words = name.lower().replace(" ", "")
+    return next((found.bf16 for key, found in ACCELERATORS.items() if key in words), None)

@@ -113,7 +113,10 @@ def on_rank(rank: int, ranks: int, folder: str, case: Training, place: Place) ->
 
 
 def measured(case: Training, place: Place, sharding: Sharding | None = None) -> list[Figure]:
-    """Samples per second, and the share of the peak of what a step needs, which is less than what is computed again."""
+    """Samples per second, and the share of the peak of what a step needs, which is less than what is computed again.
+
+    Without shares on a device whose peak is not known.
+    """
     device, mixed = place.device, case.precision == "bf16-mixed"
     module = Pi05Module(
         place.config,
@@ -156,19 +159,16 @@ def measured(case: Training, place: Place, sharding: Sharding | None = None) -> 
     wait_for(device)
     first = time.perf_counter() - start
     seconds = place.seconds(step, repeats=6)
-    needed, computed = (
-        case.batch * flops_of_sample(module, case, weights, again) / seconds / place.peak
-        for again in (False, case.checkpointing)
-    )
     ranks = sharding.mesh.size() if sharding else 1
     name = f"{case.name} on each of {ranks} ranks, sharded" if sharding else case.name
-    figures = [
-        Figure(name, ranks * case.batch / seconds, "samples/s"),
-        Figure(f"{name}: share of the bf16 peak", needed, "", case.goal),
-        Figure(f"{name}: first step", first, "s"),
-    ]
-    if case.checkpointing:
-        figures.append(Figure(f"{name}: share of the bf16 peak with what is computed again", computed, ""))
+    figures = [Figure(name, ranks * case.batch / seconds, "samples/s"), Figure(f"{name}: first step", first, "s")]
+    if place.peak is not None:
+        needed, computed = (
+            case.batch * flops_of_sample(module, case, weights, again) / seconds / place.peak for again in (False, True)
+        )
+        figures.append(Figure(f"{name}: share of the bf16 peak", needed, "", case.goal))
+        if case.checkpointing:
+            figures.append(Figure(f"{name}: share of the bf16 peak with what is computed again", computed, ""))
     if device.type == "cuda":
         figures.append(Figure(f"{name}: peak memory", torch.cuda.max_memory_allocated() / GIB, "GiB"))
     return figures

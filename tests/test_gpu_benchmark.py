@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.gpu import PARTS, Place
+from benchmarks.gpu_figures import published_peak
 
 QUICK = Place(quick=True)
 
@@ -66,6 +67,19 @@ def test_quick_figures_neither_come_from_the_kept_results_nor_get_among_them(
     gpu.main()
     assert "| copy | 3 TB/s |" in capsys.readouterr().out
     assert kept.read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA B200", None),
+    ],
+)
+def test_peak_of_a_device_is_the_published_one_or_none(name: str, peak: float | None) -> None:
+    assert published_peak(name) == peak
 
 
 @pytest.mark.slow_cases
