@@ -74,8 +74,9 @@ def measure(args: argparse.Namespace, file: Path) -> None:
     """Run the parts that a file of results lacks of this device, add their figures to it, and print all of them."""
     devices = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    results = devices.setdefault(device, {"parts": {}})
-    results["environment"] = environment()
+    results = {"parts": {}, "environments": {}} | devices.get(device, {})
+    devices[device] = results
+    now, new = environment(), set[str]()
     failed, left, end = [], [], time.monotonic() + 60 * args.minutes
     for part in args.only:
         missing = [name for name in NEEDS.get(part, ()) if importlib.util.find_spec(name) is None]
@@ -92,8 +93,10 @@ def measure(args: argparse.Namespace, file: Path) -> None:
                 (failed if time.monotonic() < end else left).append(part)
                 continue
             results["parts"][part] = figures
+            results["environments"][part] = now
+            new.add(part)
             write_json(devices, file)
-    print(f"\n{device}\n{results['environment']}\n\n{table(results)}")
+    print("\n" + "\n".join([device, now, *kept(results, new)]) + f"\n\n{table(results)}")
     if left:
         again = "--again " if args.again else ""
         print(f"\nAfter {args.minutes:g} minutes some parts are left: go on with {again}--only {' '.join(left)}")
@@ -114,6 +117,17 @@ def in_its_own_process(part: str, beside: Path, quick: bool, limit: float) -> li
     figures = json.loads(output.read_text(encoding="utf-8")) if not code else None
     output.unlink(missing_ok=True)
     return figures
+
+
+def kept(results: dict[str, Any], new: set[str]) -> list[str]:
+    """Lines that say of the parts that are not new in which environments they were measured."""
+    found: dict[str, list[str]] = {}
+    for part in results["parts"].keys() - new:
+        # before every part had its own, a device had that of the last one
+        of_last = f"kept, the last of them from:\n{results.get('environment', 'not known')}"
+        own = results["environments"].get(part)
+        found.setdefault(f"kept from:\n{own}" if own else of_last, []).append(part)
+    return [f"{said}\n{', '.join(sorted(parts))}" for said, parts in sorted(found.items())]
 
 
 def table(results: dict[str, Any]) -> str:

@@ -82,6 +82,31 @@ def test_peak_of_a_device_is_the_published_one_or_none(name: str, peak: float | 
     assert published_peak(name) == peak
 
 
+def test_figures_stand_under_the_environment_that_they_were_measured_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "gpu.json"
+    copy = [{"name": "copy", "value": 3.0, "unit": "TB/s"}]
+    results.write_text(json.dumps({"CPU": {"parts": {"ceilings": copy}, "environment": "torch 1, 2026-01-01"}}))
+    monkeypatch.setattr(gpu, "in_its_own_process", lambda *_: copy)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for day, part in ((2, "train-nf4"), (3, "train-int8")):
+        monkeypatch.setattr(gpu, "environment", lambda day=day: f"torch 2, 2026-01-0{day}")
+        monkeypatch.setattr(sys, "argv", ["gpu", "--quick", "--json", str(results), "--only", "ceilings", part])
+        gpu.main()
+    said = capsys.readouterr().out.rpartition("\nCPU\n")[2].partition("\n\n")[0]
+    assert said.splitlines() == [
+        "torch 2, 2026-01-03",
+        "kept from:",
+        "torch 2, 2026-01-02",
+        "train-nf4",
+        "kept, the last of them from:",
+        "torch 1, 2026-01-01",
+        "ceilings",
+    ]
+    assert json.loads(results.read_text())["CPU"]["parts"]["ceilings"] == copy
+
+
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("part", ["train-nf4", "train-int8", "train-8-bit"])
 def test_a_part_runs_at_debug_size(part: str) -> None:
