@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.special import stdtrit  # Student's t; scipy.stats has it too, and takes long to import
 
 from pi05_lightning.data.looks import Look
 from pi05_lightning.data.prompt import clean_task
@@ -19,7 +20,7 @@ from pi05_lightning.weights.abilities import Abilities
 Verdict = Literal["ok", "differs", "unknown"]
 
 FOLLOWED = 0.3  # correlation of predicted and recorded actions from which on the policy does as was done
-SIGNIFICANT = 2.5  # a correlation times the root of the frames: below, chance may have made it
+CHANCE = 0.01  # how often the frames of a policy that follows nothing may say that it moves the other way
 
 
 @dataclass(frozen=True)
@@ -294,13 +295,27 @@ def compare_predictions(predicted: Sequence[np.ndarray], recorded: Sequence[np.n
         [np.corrcoef(ours[:, dim], theirs[:, dim])[0, 1] if moving[dim] else 0.0 for dim in range(ours.shape[1])]
     )
     shown = f"mean error {error.mean():.2g} of the range; correlation by dim {', '.join(f'{r:.2f}' for r in follows)}"
-    opposite = np.flatnonzero(follows * np.sqrt(len(predicted)) < -SIGNIFICANT).tolist()
+    by_chance = _correlation_by_chance(len(predicted), len(follows))
+    opposite = np.flatnonzero(follows < -by_chance).tolist()
     if opposite:
         mend = f"turn the sign of action[{', '.join(map(str, opposite))}]"
         then = "it moves the other way"
         return [Finding(f"predictions, dims {_span(opposite)}", "differs", "the recorded actions", shown, then, mend)]
     verdict: Verdict = "ok" if moving.any() and follows[moving].mean() >= FOLLOWED else "unknown"
+    if verdict == "unknown" and follows.min() < 0:
+        shown += f" (by chance {len(predicted)} frames may have {-by_chance:.2f}: ask at more)"
     return [Finding("predictions", verdict, "the recorded actions", shown)]
+
+
+def _correlation_by_chance(frames: int, dims: int) -> float:
+    """The size of a correlation that the least of so many dims passes by chance with a probability of `CHANCE`.
+
+    A chunk's actions are alike: of its steps, the frame alone counts. Two frames say nothing.
+    """
+    if frames < 3:
+        return 1.0
+    t = -stdtrit(frames - 2, CHANCE / dims)
+    return float(t / np.sqrt(frames - 2 + t**2))
 
 
 def _quantiles(quantiles: Quantiles, dims: Sequence[int]) -> str:

@@ -136,3 +136,20 @@ def test_a_grippers_sign_is_told_by_what_the_policy_predicts() -> None:
     assert same.verdict == "ok"
     (other,) = compare_predictions([chunk * [1, 1, 1, -1] for chunk in near], done, robot())
     assert (other.verdict, other.what) == ("differs", "predictions, dims 3")
+
+
+@pytest.mark.parametrize("frames", [3, 6, 16])
+def test_a_policy_that_follows_nothing_is_hardly_ever_said_to_move_the_other_way(frames: int) -> None:
+    rng, dims = np.random.default_rng(0), 32
+    policy = robot(action=(-np.ones(dims), np.ones(dims)))
+    found = [compare_predictions(*rng.uniform(-1, 1, (2, frames, 1, dims)), policy)[0] for _ in range(200)]
+    assert sum(f.verdict == "differs" for f in found) <= 6  # 2 are expected
+    assert all(f"by chance {frames} frames may have -" in f.given for f in found if f.verdict == "unknown")
+
+
+@pytest.mark.parametrize(("frames", "verdict"), [(2, "unknown"), (5, "differs"), (6, "differs")])
+def test_few_frames_tell_a_sign_where_the_policy_follows_closely(frames: int, verdict: str) -> None:
+    rng = np.random.default_rng(0)
+    done = rng.uniform(LOW, HIGH, (frames, HORIZON, 4)).astype(np.float32)
+    (found,) = compare_predictions(-done + rng.normal(0, 0.005, done.shape), done, robot())
+    assert found.verdict == verdict
