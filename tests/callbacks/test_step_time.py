@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -76,6 +77,25 @@ def test_waiting_for_data_is_told_while_there_is_time_to_mend_it(
     monkeypatch.setattr(step_time, "MUCH", 0.0)
     monkeypatch.setattr(step_time, "EARLY", 3)
     assert re.findall(r"waiting for data \((\d) batches\)", said(videos, caplog)) == ["3", "5"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "workers", "said"),
+    [
+        (1, 2, "num_workers 4; there are 8 cores)"),
+        (4, 1, "num_workers 2; there are 2 cores for each rank)"),
+        (4, 2, ""),
+    ],
+)
+def test_ranks_share_the_cores_that_there_may_be_workers_on(
+    ranks: int, workers: int, said: str, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_time, "available_cores", lambda: 8)
+    sources = {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}
+    data = Pi05DataModule(sources, num_workers=workers, shapes=ModelConfig.preset("debug").shapes)
+    trainer = SimpleNamespace(num_devices=ranks, datamodule=data)
+    told = [line for line in step_time.advice(cast("Trainer", trainer)) if "workers" in line]
+    assert told == ([f"more workers (--data.{said}"] if said else [])
 
 
 def test_time_of_a_run_that_is_stopped_is_told_too(videos: Path, caplog: pytest.LogCaptureFixture) -> None:

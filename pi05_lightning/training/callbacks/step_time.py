@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parallel import DistributedDataParallel
 
-from pi05_lightning.data.datamodule import Pi05DataModule, datamodule_of
+from pi05_lightning.data.datamodule import datamodule_of
 from pi05_lightning.data.samples import TrainLoader
 from pi05_lightning.files.cores import available_cores
 from pi05_lightning.training.callbacks.interrupt import Stopped
@@ -74,7 +74,7 @@ class StepTime(Callback):
         told = ", ".join(f"{part / batch:.0%} {name}" for name, part in parts.items())
         rank_zero_info(f"Time of a batch: {batch:.3g} s, {told} ({self.batches} batches)")
         if waiting > MUCH * batch:
-            rank_zero_info("Training waits for data. What helps: " + "; ".join(advice(datamodule_of(trainer))))
+            rank_zero_info("Training waits for data. What helps: " + "; ".join(advice(trainer)))
         if communicating > MUCH * batch:
             rank_zero_info(
                 "Ranks wait for each other's gradients. What helps: larger batches (data.batch_size), or fewer steps of"
@@ -96,11 +96,14 @@ def communicated(model: DistributedDataParallel) -> float:
     )
 
 
-def advice(data: Pi05DataModule) -> Iterator[str]:
+def advice(trainer: Trainer) -> Iterator[str]:
     """What makes batches come faster, of what is not done yet."""
-    cores = available_cores()
+    data = datamodule_of(trainer)
+    cores = available_cores() // trainer.num_devices  # the machine's ranks share them
     if data.num_workers < cores:
-        yield f"more workers (--data.num_workers {min(cores, 2 * data.num_workers or 2)}; there are {cores} cores)"
+        each = " for each rank" if trainer.num_devices > 1 else ""
+        workers = min(cores, 2 * data.num_workers or 2)
+        yield f"more workers (--data.num_workers {workers}; there are {cores} cores{each})"
     uncached = [name for name, config in data.configs.items() if getattr(config, "image_cache", True) is False]
     if uncached:
         flags = ", ".join(f"--data.sources.{name}.image_cache true" for name in uncached)
