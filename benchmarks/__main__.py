@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.harness import environment, markdown, publish, read_json
+from benchmarks.harness import Row, environment, markdown, processor, publish, read_json
 
 PARTS = (
     "train",
@@ -67,9 +67,7 @@ def main() -> None:
         files = {part: results / f"{part}.json" for part in PARTS}
         measured = {part: read_json(file) for part, file in files.items() if file.is_file()}
     new = {*args.only} - {*failed}
-    kept = {part: part_rows[0].day for part, part_rows in measured.items() if part not in new}
-    for day in sorted(set(kept.values())):
-        header += f"\nkept from {day}: {', '.join(part for part in kept if kept[part] == day)}"
+    header = "\n".join([header, *kept({part: rows for part, rows in measured.items() if part not in new})])
     rows = [row for part_rows in measured.values() for row in part_rows]
     table = markdown(rows)
     print(f"\n{header}\n\n{table}\n\n{(time.time() - start) / 60:.0f} minutes")
@@ -79,6 +77,15 @@ def main() -> None:
         publish([by_name[name] for name in HEADLINES], ROOT / "README.md")
     if failed:
         sys.exit(f"these parts failed, and keep the rows that they had: {', '.join(failed)}")
+
+
+def kept(measured: dict[str, list[Row]]) -> list[str]:
+    """Lines that say of parts when they were measured, and on which processor, if not this one."""
+    here, found = processor(), dict[str, list[str]]()
+    for part, (row, *_) in measured.items():
+        place = "" if row.machine == here else f", on {row.machine}"
+        found.setdefault(f"kept from {row.day}{place}", []).append(part)
+    return [f"{said}: {', '.join(parts)}" for said, parts in sorted(found.items())]
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ class Row:
     unit: str
     day: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
     """When it was measured."""
+    machine: str = field(default_factory=lambda: processor())
+    """The processor that it was measured on."""
 
     @property
     def met(self) -> bool:
@@ -147,22 +149,24 @@ def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
 # --- reporting
 
 
+def processor() -> str:
+    """What this machine's processor is called."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model n"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def environment() -> str:
     """Versions, threads and the machine, in a few lines."""
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model n")
-        ]
-        cpu = names[0] if names else cpu
     names = ("torch", "transformers", "lerobot", "lightning", "numpy", "duckdb", "tokenizers")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     installed = [f"{name} {version(name)}" for name in names if importlib.util.find_spec(name)]
     load = os.getloadavg()[0]
     return "\n".join(
         [
-            f"{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {memory:.0f} GiB, load {load:.1f}",
+            f"{processor()}, {os.cpu_count()} cores,"
+            f" {torch.get_num_threads()} threads, {memory:.0f} GiB, load {load:.1f}",
             f"Python {platform.python_version()}, " + ", ".join(installed),
             f"CPU capability {torch.backends.cpu.get_cpu_capability()}, {time.strftime('%Y-%m-%d %H:%M')}",
         ]

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from benchmarks.__main__ import HEADLINES, PARTS, RESULTS, kept
+from benchmarks.harness import Row, processor, read_json
 from benchmarks.peer import lerobot_sizes
 from benchmarks.sizes import DEBUG
 from pi05_lightning import Pi05DataModule, Pi05Policy
@@ -212,6 +214,23 @@ def test_recipe_in_the_readme_is_the_experiments() -> None:
         return isinstance(of, dict) and all(key in of and is_within(value, of[key]) for key, value in part.items())
 
     assert is_within(yaml.safe_load(excerpt), whole)
+
+
+def test_processors_of_the_speed_table_are_named() -> None:
+    rows = {row.name: row for part in PARTS for row in read_json(RESULTS / f"{part}.json")}
+    said = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Speed\n")[2].partition("<!-- SPEED -->")[0]
+    assert {name: rows[name].machine for name in HEADLINES if rows[name].machine not in said} == {}
+
+
+def test_kept_rows_say_when_and_on_which_other_processor_they_were_measured() -> None:
+    def rows(day: str, machine: str) -> list[Row]:
+        return [Row("chunk", "", 1.0, 1.0, 1.0, 1.0, 1.0, "s", day, machine)]
+
+    here = {"train": rows("2026-01-02", processor()), "fast": rows("2026-01-02", processor())}
+    assert kept(here | {"stats": rows("2026-01-01", "a Xeon")}) == [
+        "kept from 2026-01-01, on a Xeon: stats",
+        "kept from 2026-01-02: train, fast",
+    ]
 
 
 def test_make_targets_that_are_named_exist() -> None:
