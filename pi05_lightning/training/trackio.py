@@ -53,6 +53,7 @@ class TrackioLogger(Logger):
             self._run = trackio.init(
                 self.project, self.run_name, space_id=self.space_id, config=self._params, resume="allow", embed=False
             )
+            self.run_name = self._run.name
         return self._run
 
     @rank_zero_only

@@ -8,6 +8,7 @@ import re
 import sqlite3
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pi05_lightning.cli.main import main
+from pi05_lightning.training.trackio import TrackioLogger
 
 from .conftest import STEPS
 
@@ -80,6 +82,24 @@ def test_mlflow_has_the_losses(logged: Path, monkeypatch: pytest.MonkeyPatch) ->
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     history = client.get_metric_history(run.info.run_id, LOSS)
     np.testing.assert_allclose([metric.value for metric in history], losses(logged), rtol=1e-6)
+
+
+def test_trackios_run_goes_on_under_the_name_that_was_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    import trackio
+
+    begun: list[str | None] = []
+
+    def init(project: str, name: str | None, **_: Any) -> SimpleNamespace:
+        begun.append(name)
+        return SimpleNamespace(name=name or "made-up", finish=lambda: None)
+
+    monkeypatch.setattr(trackio, "init", init)
+    logger = TrackioLogger()
+    for _ in range(2):  # as a validation of the same trainer comes after training
+        assert logger.experiment is logger.experiment
+        assert logger.version == "made-up"
+        logger.finalize("success")
+    assert begun == [None, "made-up"]
 
 
 def test_trackio_has_the_losses(logged: Path) -> None:
