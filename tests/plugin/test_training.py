@@ -112,6 +112,15 @@ def test_batch_of_frames_that_serve_as_nothing_has_the_loss_0(make: Make, batch_
     assert not policy.trained.stages
 
 
+def test_episodes_of_other_splits_are_counted(make: Make, videos_copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(root=videos_copy)
+    assert "for other things" not in caplog.text
+    info = videos_copy / "meta" / "info.json"
+    write_json(info, read_json(info) | {"splits": {"train": "0:3", "test": "3:5"}})
+    make(root=videos_copy)
+    assert "declares 2 of its episodes for other things than training" in caplog.text
+
+
 def test_every_image_of_an_observation_is_a_camera() -> None:
     keys = ["observation.image", "observation.wrist_image"]
     assert camera_names(keys) == {"observation.image": "image", "observation.wrist_image": "wrist_image"}

@@ -103,7 +103,8 @@ class Taught:
         self.share = {modality: len(source.indices(modality)) / len(source) for modality in Modality}
         """Of the frames, those that can serve as each modality."""
         self._parts = [_part(source)]
-        others = len(source.files.column("episode_index")) - len(self._parts[0][1])
+        _, _, episodes = self._parts[0]
+        others = len(source.files.column("episode_index")) - len(episodes)
         if others:
             log.warning(
                 "%s declares %d of its episodes for other things than training, and LeRobot trains on them too: name"
