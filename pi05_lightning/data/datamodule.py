@@ -319,10 +319,8 @@ class Pi05DataModule(LightningDataModule):
 
     def fed(self, stage: Stage) -> set[str]:
         """The model's loss terms that something which a stage of this run draws can train."""
-        drawn, trained_by = (
-            [self.train_samples.entries[number] for number in self.drawn_entries(stage)],
-            self.trained_by,
-        )
+        entries, trained_by = self.train_samples.entries, self.trained_by
+        drawn = [entries[number] for number in self.drawn_entries(stage)]
         return {term for term in trained_by if any(entry.teaches(term, trained_by) for entry in drawn)}
 
     def tells_advantage(self, stage: Stage) -> bool:
