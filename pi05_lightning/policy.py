@@ -5,26 +5,24 @@ from __future__ import annotations
 import copy
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pi05_lightning.acting import Acting, check
-from pi05_lightning.acting.inference import Computed, Inference, PrefixActions
+from pi05_lightning.acting.device import Dtype, check_device, check_dtype
 from pi05_lightning.acting.int8 import int8_weights
-from pi05_lightning.data.fast import NO_CHUNK, FastDecodeError
+from pi05_lightning.acting.together import Request, RobotInference, predict_together
 from pi05_lightning.data.observation import as_image, as_numbers, as_vector
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.files.hub import check_repo
-from pi05_lightning.files.local import first_line
 from pi05_lightning.files.suggestion import suggestion
 from pi05_lightning.models.int8 import computes_in_int8
 from pi05_lightning.models.pi05 import Pi05
@@ -40,7 +38,6 @@ Observation = Mapping[str, Any]
 What the robot's data always had must be there, and nothing else may be. A policy of one task needs not be told it, one
 of one camera not the camera's name."""
 CudaGraph = Literal["plain", "compiled"]
-Dtype = Literal["float32", "bfloat16", "int8"]
 MUCH = 10e9
 """Bytes of weights beyond which those of the full size are fp32."""
 
@@ -48,7 +45,7 @@ log = logging.getLogger(__name__)
 KEYS = ("image", "state", "task")
 
 
-class Pi05Policy(Inference):
+class Pi05Policy(RobotInference):
     """π0.5 at inference, as one robot asks it; for many robots at once see `Inference`.
 
     Args:
@@ -221,8 +218,8 @@ class Pi05Policy(Inference):
         self._queue: deque[np.ndarray] = deque()
         self._next: Future[np.ndarray] | None = None
         self._given = 0
-        self._chunks = 0
-        self.subtask: str | None = None
+        self.chunks_begun = 0
+        self.subtask = None
         self._task: str | None = None
 
     # --- what a robot calls
@@ -236,7 +233,7 @@ class Pi05Policy(Inference):
         not a chunk is due.
         """
         frame = self.frame(observation)
-        self._follow(frame)
+        self.follow(frame)
         if not self._queue:
             pending, given = self._next, self._given
             self._next, self._given = None, 0  # before it may fail: the next call then begins anew
@@ -250,8 +247,7 @@ class Pi05Policy(Inference):
             self._next = self._worker.submit(self.predict_chunk, kept, None, running)
         return self._queue.popleft()
 
-    def _follow(self, frame: Frame) -> None:
-        """Forget queue and subtask where the task is another one than that of the last observation."""
+    def follow(self, frame: Frame) -> None:
         if self._task not in (None, frame.task):
             self.reset()
         self._task = frame.task
@@ -335,115 +331,3 @@ class Pi05Policy(Inference):
             task=given.get("task", ""),
             state=as_vector("state", given["state"]) if "state" in given else None,
         )
-
-
-@dataclass(frozen=True)
-class Request:
-    """A chunk that a policy is asked for: read and checked.  start: f32[1 horizon D] of the flow, if given."""
-
-    policy: Pi05Policy
-    frame: Frame
-    start: Tensor | None = None
-    given: PrefixActions | None = None
-
-
-@dataclass
-class ChunkResults:
-    """For each request its chunk f32[T A] in the robot's units, or why there is none; and how long computing took."""
-
-    chunks: list[np.ndarray | Exception]
-    subtask_seconds: float
-    chunk_seconds: float
-
-    def of(self, place: int) -> np.ndarray:
-        """The chunk of a request. Raises what it failed with."""
-        chunk = self.chunks[place]
-        if isinstance(chunk, Exception):
-            raise chunk
-        return chunk
-
-
-def predict_together(requests: Sequence[Request]) -> ChunkResults:
-    """Chunks of sessions of one policy, each asked once: each answer is what it would be alone, up to rounding.
-
-    A mistake is its own session's. If computing together fails, each is computed by itself.
-    """
-    begun = perf_counter()
-    for request in requests:
-        request.policy._follow(request.frame)
-    replanning = [request for request in requests if request.policy.replans(request.policy._chunks)]
-    failed: dict[int, Exception] = {}
-    subtasks = _of_each(_subtasks, replanning)
-    for request, said in zip(replanning, subtasks, strict=True):
-        if isinstance(said, Exception):
-            failed[id(request)] = said
-        else:
-            request.policy.subtask = said
-    going_on = [request for request in requests if id(request) not in failed]
-    for request in going_on:
-        request.policy._chunks += 1
-    said_at = perf_counter()
-    chunks = dict(zip(map(id, going_on), _of_each(_chunks, going_on), strict=True)) | failed
-    return ChunkResults([chunks[id(request)] for request in requests], said_at - begun, perf_counter() - said_at)
-
-
-def _of_each[T](compute: Callable[[Sequence[Request]], list[T]], requests: Sequence[Request]) -> list[T | Exception]:
-    """What is computed together; if that fails, what is computed of each, or why it cannot be."""
-    if not requests:
-        return []
-    states = [request.policy.generator.get_state() for request in requests]
-    try:
-        return [*compute(requests)]
-    except Exception as error:
-        if len(requests) == 1:
-            return [error]
-        for request, state in zip(requests, states, strict=True):
-            request.policy.generator.set_state(state)
-        return [result for request in requests for result in _of_each(compute, [request])]
-
-
-def _subtasks(requests: Sequence[Request]) -> list[str]:
-    return requests[0].policy.say([r.frame for r in requests], [r.policy.generator for r in requests])
-
-
-def _chunks(requests: Sequence[Request]) -> list[np.ndarray | Exception]:
-    drawn = [r.policy.start(None, 1) if r.start is None else r.start for r in requests]
-    starts = [start for start in drawn if start is not None]
-    computed = requests[0].policy.compute(
-        [r.frame for r in requests],
-        [r.policy.subtask for r in requests],
-        torch.cat(starts) if starts else None,
-        [r.given for r in requests],
-        [r.policy.generator for r in requests],
-    )
-    return [_finished(request, row) for request, row in zip(requests, computed, strict=True)]
-
-
-def _finished(request: Request, computed: Computed) -> np.ndarray | Exception:
-    try:
-        chunk = request.policy.finish(computed, request.frame, request.given)
-    except ValueError as error:
-        return error
-    if np.isnan(chunk).any():
-        return FastDecodeError(NO_CHUNK)
-    return chunk
-
-
-def check_device(device: str | torch.device) -> None:
-    """Raises ValueError for a device that this machine does not have, or that lacks float64, as Apple's does."""
-    try:
-        torch.empty(0, device=device, dtype=torch.float64)  # what flow time is computed in
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
-
-
-def check_dtype(dtype: torch.dtype | str | None, device: str | torch.device) -> None:
-    """Raises ValueError for a dtype that no policy computes in, or not on this device."""
-    if dtype == "int4":
-        raise ValueError("dtype int4: PyTorch computes in 8 bits at least; for 4 use `pi05 export --dtype int4`")
-    if isinstance(dtype, str) and dtype not in get_args(Dtype):
-        raise ValueError(f"dtype is {dtype!r}: expected {', '.join(get_args(Dtype))}, or a torch.dtype")
-    if isinstance(dtype, torch.dtype) and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}: weights are cast to floats alone; to compute in 8 bits give 'int8'")
-    if dtype == "int8" and torch.device(device).type != "cpu":
-        raise ValueError(f"dtype int8 computes on a CPU alone, and device is {device}: leave out one of the two")

@@ -14,6 +14,7 @@ from rich.markup import escape
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.device import check_device
 from pi05_lightning.acting.frames import reading
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.columns import evenly_spaced
@@ -27,7 +28,6 @@ from pi05_lightning.evaluation.agreement import Counterpart, Finding, agreement,
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import check_device
 from pi05_lightning.sim.environment import EnvironmentConfig, View, tasks_to_run
 from pi05_lightning.sim.glimpse import beside_simulator
 from pi05_lightning.sim.simulators import Desk, LeRobotEnv, Libero, MetaWorld  # noqa: F401 - what --env knows by name

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.device import Dtype
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import Dtype, Pi05Policy
+from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.play import PlayServer

@@ -11,9 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from pi05_lightning.acting import ROLLOUT, Acting
+from pi05_lightning.acting.device import Dtype, check_device, check_dtype
 from pi05_lightning.evaluation.report.run import films_of
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import Dtype, Pi05Policy, check_device, check_dtype
+from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.available_modes import demonstrations_of, modes_of
 from pi05_lightning.sim.environment import EnvironmentConfig, check_tasks, tasks_to_run
 from pi05_lightning.sim.glimpse import differences

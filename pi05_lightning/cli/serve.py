@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from pi05_lightning.acting import Acting, measured
+from pi05_lightning.acting.device import Dtype
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import CudaGraph, Dtype, Pi05Policy
+from pi05_lightning.policy import CudaGraph, Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import check_address
 from pi05_lightning.serving.batches import Batching

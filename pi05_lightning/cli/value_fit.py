@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
+from pi05_lightning.acting.device import check_device
 from pi05_lightning.cli.run import run as run_trainer
 from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels, fingerprint
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
@@ -20,7 +21,6 @@ from pi05_lightning.experience.value import AttemptDataset, ValueFunction, datas
 from pi05_lightning.files.local import check_writable, write_json, write_once, write_text
 from pi05_lightning.files.ranges import check_range
 from pi05_lightning.models.heads.value import NAME, ValueHead
-from pi05_lightning.policy import check_device
 from pi05_lightning.training.run_directory import has_checkpoints
 from pi05_lightning.weights.locate import locate
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pi05_lightning.acting.device import check_device
 from pi05_lightning.data.attempts import Attempts, of_a_policy
 from pi05_lightning.data.columns import rows_at
 from pi05_lightning.data.find_dataset import find_dataset
@@ -25,7 +26,6 @@ from pi05_lightning.data.split import Split
 from pi05_lightning.files.local import read_json
 from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.policy import check_device
 from pi05_lightning.weights.locate import locate_run, run_of
 from pi05_lightning.weights.safetensors import ContentHash, fill
 from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pi05_lightning.acting.together import ChunkResults, Request, predict_together
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.policy import ChunkResults, Pi05Policy, Request, predict_together
+from pi05_lightning.policy import Pi05Policy
 
 
 @dataclass(frozen=True)

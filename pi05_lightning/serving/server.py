@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 from aiohttp import WSCloseCode, web
 
+from pi05_lightning.acting.together import Request
 from pi05_lightning.data.errors import BadFrame
 from pi05_lightning.data.fast import FastDecodeError
-from pi05_lightning.policy import Pi05Policy, Request
+from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.serving.access import Access
 from pi05_lightning.serving.address import listen
 from pi05_lightning.serving.batches import Answer, Batches, Batching, Busy, Client

@@ -15,8 +15,8 @@ import pytest
 from aiohttp import ClientSession
 
 from pi05_lightning import Pi05Policy
+from pi05_lightning.acting.together import predict_together
 from pi05_lightning.data.fast import FastDecodeError
-from pi05_lightning.policy import predict_together
 from pi05_lightning.serving.batches import Batches, Batching, Busy, Client
 from pi05_lightning.serving.wire import pack, unpack
 from tests.serving.inside import MESSAGE, OBSERVATION, served_inside, until

@@ -16,9 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
+from pi05_lightning.acting.device import check_device
 from pi05_lightning.data.attempts import COLLECTED
 from pi05_lightning.files.local import write_json
-from pi05_lightning.policy import Pi05Policy, check_device
+from pi05_lightning.policy import Pi05Policy
 from pi05_lightning.sim.demonstrations.config import CollectConfig
 from pi05_lightning.sim.demonstrations.episodes import Episode, filmed, stacked
 from pi05_lightning.sim.demonstrations.kept import Kept
