@@ -285,7 +285,7 @@ class Batch:
     augmentation f32[P 7]      per image: angle (degrees), scale, shift right and down (shares of its size), factors of
                                brightness, contrast, saturation. None: images are left as they are
     noise        f32[R K T D]  time f32[R K], or f32[R K T] in which 0 marks actions that are given: both are drawn per
-                               sample from `key`, see `losses.draw_noise`; None before that
+                               sample from `key`, see `flow_noise.draw_noise`; None before that
     drawn                      of batches of `Samples`: what they were made of
     step_counts  i64[terms]    of training batches: elements of each loss term of the model, in its order, in all the
                                batches that this rank accumulates in the optimizer step

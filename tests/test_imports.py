@@ -20,7 +20,7 @@ LAYERS = (
     ("types",),
     ("recipe",),
     ("models.config",),
-    ("models.kernels", "models.shards"),
+    ("models.flow_noise", "models.kernels", "models.shards"),
     ("models.quantized", "models.int8"),
     ("models.gemma", "models.keypoints", "models.siglip"),
     ("models.backbone",),

@@ -22,8 +22,9 @@ from pi05_lightning.data.samples import Observed
 from pi05_lightning.evaluation.metrics import Evaluator, Measured
 from pi05_lightning.evaluation.metrics.questions import Table
 from pi05_lightning.files.ranges import check_range
-from pi05_lightning.losses import mean_terms, nothing_to_learn, total_loss, with_noise
+from pi05_lightning.losses import mean_terms, nothing_to_learn, total_loss
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.flow_noise import with_noise
 from pi05_lightning.models.heads.base import HeadFactory
 from pi05_lightning.models.parallelize import Lora, Sharding, gather
 from pi05_lightning.models.pi05 import Pi05

@@ -12,7 +12,7 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.samples import Observed
-from pi05_lightning.losses import draw_noise
+from pi05_lightning.models.flow_noise import draw_noise
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.abilities import Trained
 

@@ -20,8 +20,8 @@ from pi05_lightning.acting import Acting
 from pi05_lightning.cli.main import main
 from pi05_lightning.data.datamodule import Pi05DataModule
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
-from pi05_lightning.losses import draw_noise
 from pi05_lightning.models.config import ModelConfig
+from pi05_lightning.models.flow_noise import draw_noise
 from pi05_lightning.module.prediction import Predictor
 from pi05_lightning.weights.abilities import UNKNOWN
 from pi05_lightning.weights.locate import locate

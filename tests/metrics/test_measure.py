@@ -12,7 +12,7 @@ import torch
 from pi05_lightning import Pi05DataModule
 from pi05_lightning.evaluation.metrics import Evaluator
 from pi05_lightning.evaluation.metrics.measure import FLOW_TIMES, NOISE_SEED, without_targets
-from pi05_lightning.losses import draw_noise
+from pi05_lightning.models.flow_noise import draw_noise
 from pi05_lightning.types import Batch, Subset, Target
 
 from .conftest import batches, values

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pi05_lightning.losses import draw_noise, mean_terms, with_noise
+from pi05_lightning.losses import mean_terms
+from pi05_lightning.models.flow_noise import draw_noise, with_noise
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Prefix
 

@@ -16,7 +16,7 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.evaluation.examples import Example
 from pi05_lightning.evaluation.metrics.chunk import chunk_errors
 from pi05_lightning.evaluation.metrics.text import box_iou
-from pi05_lightning.losses import draw_noise, flow_time_quantile
+from pi05_lightning.models.flow_noise import draw_noise, flow_time_quantile
 from pi05_lightning.models.heads.base import Head, Term, Terms
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.types import Batch, Letterbox, Modality, Prefix, Subset, Target, text_to_boxes

@@ -27,7 +27,8 @@ from pi05_lightning.data.processor import Processor
 from pi05_lightning.data.tokenizer import GEMMA_SIZE, SHIPPED, TextTokenizer
 from pi05_lightning.files.hub import is_on_hub, local_folder
 from pi05_lightning.files.local import read_json
-from pi05_lightning.losses import mean_terms, total_loss, with_noise
+from pi05_lightning.losses import mean_terms, total_loss
+from pi05_lightning.models.flow_noise import with_noise
 from pi05_lightning.models.parallelize import checkpoint_blocks
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.history import trained_heads
