@@ -15,7 +15,7 @@ from pi05_lightning.cli.run import run as run_trainer
 from pi05_lightning.data.labels import RETURN, VALUE_FILE, Labels, fingerprint
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot
-from pi05_lightning.experience.page import Section, write_page
+from pi05_lightning.experience.page import PageSection, write_page
 from pi05_lightning.experience.reading import TRAINER, Reading
 from pi05_lightning.experience.value import AttemptDataset, ValueFunction, datasets_of, hash_of, longest_of, read_value
 from pi05_lightning.files.local import check_writable, write_json, write_once, write_text
@@ -174,6 +174,6 @@ def calibrate(
     if found["mean_error_seconds"] is not None:
         said += f" Where an episode succeeded, the time to success is off by {found['mean_error_seconds']:.2f} s."
     figure = calibration_plot(predicted, returns, success > 0, seconds)
-    write_page(run / "value.html", f"Value {run}", [Section("Calibration", [said], table, [figure])])
+    write_page(run / "value.html", f"Value {run}", [PageSection("Calibration", [said], table, [figure])])
     Console().print(said, f"page {run / 'value.html'}", sep="\n", highlight=False)
     return found

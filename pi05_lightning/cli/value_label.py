@@ -12,7 +12,7 @@ from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.evaluation.report.tables import table_of
 from pi05_lightning.experience.calibration import film, histograms
 from pi05_lightning.experience.labelling import Judged, check_shares, judge, labels_paths
-from pi05_lightning.experience.page import Section, write_page
+from pi05_lightning.experience.page import PageSection, write_page
 from pi05_lightning.experience.reading import Reading
 from pi05_lightning.experience.value import ValueFunction, datasets_of
 from pi05_lightning.files.local import check_writable
@@ -104,7 +104,7 @@ def frames_ahead(n_steps: int | None, n_seconds: float | None, fps: float) -> in
     return n_steps
 
 
-def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Section:
+def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> PageSection:
     """The advantages of every task that has a threshold."""
     found = {
         task: np.concatenate(
@@ -114,10 +114,10 @@ def histogram_section(judged: list[Judged], thresholds: dict[str, float]) -> Sec
     }
     rows = [["task", "threshold", "frames"], *([t, f"{thresholds[t]:.4f}", str(len(a))] for t, a in found.items())]
     figures = [histograms(found, thresholds)] if found else []  # of corrections alone there is none
-    return Section("Advantages and thresholds", rows=rows, figures=figures)
+    return PageSection("Advantages and thresholds", rows=rows, figures=figures)
 
 
-def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) -> list[Section]:
+def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) -> list[PageSection]:
     """V over the frames of a success and of a failure, of the first dataset of attempts that has them."""
     sections, first = [], judged[0].dataset
     for ended, heading in ((True, "A success"), (False, "A failure")):
@@ -136,6 +136,6 @@ def film_sections(value: ValueFunction, judged: list[Judged], reading: Reading) 
             images = [next(iter(frame.images.values())) for frame in frames]
             title = f"{frames[0].task}, episode {episode}"
             figure = film(one.value[own], one.positive[own], images, title)
-            sections.append(Section(heading, [one.dataset.path], figures=[figure]))
+            sections.append(PageSection(heading, [one.dataset.path], figures=[figure]))
             break
     return sections

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from pi05_lightning.files.local import write_text
 
-_STYLE = "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}td,th{padding:.2rem .8rem}"
 
-
-class Section(NamedTuple):
+class PageSection(NamedTuple):
     """A heading, paragraphs, a table whose first row are its headings, and figures as SVG."""
 
     heading: str
@@ -20,17 +19,14 @@ class Section(NamedTuple):
     figures: list[str] = []  # noqa: RUF012
 
 
-def write_page(file: Path, title: str, sections: list[Section]) -> None:
+def write_page(file: Path, title: str, sections: list[PageSection]) -> None:
     """Write the page as a whole."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"]
-    parts.append(f"<h1>{escape(title)}</h1>")
-    for section in sections:
-        parts.append(f"<h2>{escape(section.heading)}</h2>")
-        parts += [f"<p>{escape(text)}</p>" for text in section.texts]
-        if section.rows:
-            head, *rows = section.rows
-            cells = ["".join(f"<th align=left>{escape(cell)}</th>" for cell in head)]
-            cells += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-            parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
-        parts += section.figures
-    write_text(file, "\n".join(parts) + "\n")
+    environment = Environment(
+        loader=PackageLoader("pi05_lightning.experience", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    write_text(file, environment.get_template("page.html.j2").render(title=title, sections=sections))

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from pi05_lightning.evaluation.report.plots import COLORS, as_svg
 from pi05_lightning.evaluation.report.tables import shown_option
 from pi05_lightning.evaluation.statistics import ALL, Rate, rates
-from pi05_lightning.experience.page import Section, write_page
+from pi05_lightning.experience.page import PageSection, write_page
 from pi05_lightning.experience.rounds import METHODS
 from pi05_lightning.files.local import read_json, write_json
 
@@ -51,7 +51,9 @@ def write_results(out: Path) -> None:
         f"Success at all tasks{states}; every round begins with the weights of 0."
         " A minute is one of simulated time, in which failures count too."
     )
-    write_page(out / "index.html", f"Experience {out}", [Section("Success over rounds", [text], rows, [plot(found)])])
+    write_page(
+        out / "index.html", f"Experience {out}", [PageSection("Success over rounds", [text], rows, [plot(found)])]
+    )
 
 
 def plot(found: dict[str, list[Rate]]) -> str:
