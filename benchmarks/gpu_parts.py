@@ -58,9 +58,9 @@ def tests(place: Place) -> list[Figure]:
 # --- action chunks
 
 
-def random_model(place: Place, dtype: torch.dtype = torch.bfloat16) -> Pi05:
+def random_model(place: Place) -> Pi05:
     model = Pi05.without_memory(place.config)
-    model.to(dtype).to_empty(device=place.device)
+    model.to(torch.bfloat16).to_empty(device=place.device)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():  # adaRMS too, which begins as zero

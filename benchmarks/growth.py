@@ -1,4 +1,4 @@
-"""Our training step at `mid` against horizon, cameras, tokens, batch and draws: a plot, and a look for surprises."""
+"""Our training step at `mid` against horizon, cameras, tokens, batch and draws: a look for surprises."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from benchmarks.harness import Options, Row, flops_of, run_part
 from benchmarks.peer import make_inputs, randomize
@@ -14,7 +13,6 @@ from benchmarks.sizes import DEBUG, MID, Work
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
 
-PLOT = Path(__file__).parent / "results" / "growth.png"
 REPEATS = 3
 
 
@@ -39,8 +37,6 @@ def growth(options: Options) -> list[Row]:
         "draws": ((1, 2, 4, 8), lambda n: measure(config, work, draws=n)),
     }
     curves = {name: [Point(value, *point(value)) for value in values] for name, (values, point) in knobs.items()}
-    if not options.quick:
-        plot(curves)
     rows = []
     for name, points in curves.items():
         first, last = points[0], points[-1]
@@ -73,22 +69,6 @@ def measure(config: ModelConfig, work: Work, draws: int = 1) -> tuple[float, int
         step()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds), flops
-
-
-def plot(curves: dict[str, list[Point]]) -> None:
-    """Seconds against each knob, beside the line that FLOPs alone would give."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3 * len(curves), 3), layout="constrained")
-    for axes, (name, points) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
-        values = [point.value for point in points]
-        axes.plot(values, [point.seconds for point in points], marker="o", label="measured")
-        per_flop = points[0].seconds / points[0].flops
-        axes.plot(values, [point.flops * per_flop for point in points], linestyle="--", label="in step with FLOPs")
-        axes.set(xlabel=name, ylabel="seconds per step", ylim=(0, None))
-    figure.axes[0].legend()
-    PLOT.parent.mkdir(exist_ok=True)
-    figure.savefig(PLOT, dpi=110)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def resized(module: ModuleType, name: str, sizes: ModelConfig) -> AbstractContex
 
 
 @torch.no_grad()
-def randomize(model: nn.Module, seed: int = 0) -> None:
+def randomize(model: nn.Module) -> None:
     """Draw every weight; with adaRMS zero-initialised, half of the network would compare nothing."""
-    generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(0)
     for name, parameter in model.named_parameters():
         if "language_model.embed_tokens" in name:
             std = parameter.shape[1] ** -0.5  # of order one after the scale by √width

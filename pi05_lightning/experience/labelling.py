@@ -52,12 +52,11 @@ def judge(
     """Every dataset's frames judged, and each task's threshold.
 
     values f64[N]: V of each dataset's frames.  steps: frames after which V stands for the rest; None: the whole return.
-    share, shares: of the frames of a task, and of some tasks by name, that are to be positive. The threshold is a
-    quantile of the advantages of all but corrections, which are positive whatever theirs are.
+    share, shares: of the frames of a task, and of some tasks by name, that are to be positive; checked. The threshold
+    is a quantile of the advantages of all but corrections, which are positive whatever theirs are.
 
-    Raises ValueError as `threshold`, and for a share that is none.
+    Raises ValueError as `threshold`.
     """
-    check_shares(share, shares, longest)
     found = []
     for one, value in zip(datasets, values, strict=True):
         returns = one.returns(longest, c_fail)

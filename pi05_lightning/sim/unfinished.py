@@ -53,15 +53,13 @@ class Unfinished:
     of their modes alone. Another plan takes from it the episodes that it has too.
     """
 
-    def __init__(self, folder: Path, what: dict[str, Any], parts: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(self, folder: Path, what: dict[str, Any], parts: Mapping[str, Any]) -> None:
         self.folder = folder
         claim(folder, what, parts)
 
     @classmethod
     @contextmanager
-    def within(
-        cls, out: Path, what: dict[str, Any], parts: Mapping[str, Any] = MappingProxyType({})
-    ) -> Iterator[Unfinished]:
+    def within(cls, out: Path, what: dict[str, Any], parts: Mapping[str, Any]) -> Iterator[Unfinished]:
         """That of a rollout into `out`. It is gone after the block, unless that failed or was interrupted.
 
         Raises ValueError while another process writes to it.

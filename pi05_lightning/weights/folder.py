@@ -57,7 +57,7 @@ class ExportedFolder(Weights):
             raise ValueError(f"{self.path / CONFIG} does not describe a model of pi05_lightning ({error})") from error
 
     def tensors(self, dtype: torch.dtype | None = None, keep: Keep = keep_all) -> dict[str, Tensor]:
-        return read_weights(self.path, dtype=dtype, keep=keep)
+        return read_weights(self.path, None, dtype, keep)
 
     def mapped_tensors(self) -> dict[str, Tensor]:
         return map_weights(self.path)

@@ -76,7 +76,7 @@ def map_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_weights(
-    folder: Path, keys: Collection[str] | None = None, dtype: torch.dtype | None = None, keep: Keep = keep_all
+    folder: Path, keys: Collection[str] | None, dtype: torch.dtype | None, keep: Keep
 ) -> dict[str, Tensor]:
     """The tensors of a folder's weights (all, or those named), as `read_tensors`."""
     tensors: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ from pi05_lightning.data.attempts import COLLECTED, Attempts
 from pi05_lightning.data.labels import Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.calibration import calibration, calibration_plot, histograms
-from pi05_lightning.experience.labelling import judge, labels_path, labels_paths
+from pi05_lightning.experience.labelling import check_shares, judge, labels_path, labels_paths
 from pi05_lightning.experience.rounds import AttemptSummary
 from pi05_lightning.experience.value import AttemptDataset, datasets_of, longest_of
 from pi05_lightning.files.local import read_json, write_json
@@ -129,9 +129,9 @@ def test_value_that_learned_nothing_is_refused(dataset: AttemptDataset) -> None:
 @pytest.mark.parametrize(
     ("shares", "share"), [({}, 0.0), ({}, 1.5), ({"fly": 0.3}, 0.3), ({"open the drawer": 1.0}, 0.3)]
 )
-def test_shares_that_are_none_are_refused(dataset: AttemptDataset, shares: dict[str, float], share: float) -> None:
+def test_shares_that_are_none_are_refused(shares: dict[str, float], share: float) -> None:
     with pytest.raises(ValueError, match="share"):
-        judge([dataset], [np.zeros(sum(LENGTHS))], LONGEST, None, None, shares, share)
+        check_shares(share, shares, LONGEST)
 
 
 def test_labels_go_beside_the_dataset_or_into_a_folder(dataset: AttemptDataset, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_killed_rollout_goes_on_with_the_episodes_that_were_not_over(untrained: 
 def what_is_kept(out: Path, what: dict[str, int], jobs: Sequence[Done] = ()) -> Results:
     """Of a rollout that was interrupted before, and is now once more after these jobs."""
     found = Results()
-    with suppress(KeyboardInterrupt), Unfinished.within(out, what) as unfinished:
+    with suppress(KeyboardInterrupt), Unfinished.within(out, what, {}) as unfinished:
         for results, _, _ in unfinished.jobs():
             found |= results
         for done in jobs:
@@ -116,7 +116,7 @@ def test_success_as_numpy_says_it_is_kept(tmp_path: Path) -> None:
     trial = Trial("policy", "walk", 0)
     result = result_of(Stub(lambda seed: chunk(0.5)), SaysItAsNumPy(), trial)
     assert result.success
-    with Unfinished.within(tmp_path, {}) as unfinished:
+    with Unfinished.within(tmp_path, {}, {}) as unfinished:
         unfinished.keep(Done([result], Clock()), {})
         ((kept, _, _),) = unfinished.jobs()
     assert Result(trial, **kept[key_of(trial)]) == result
@@ -176,8 +176,8 @@ def test_films_stay_when_the_result_was_written_before_an_interruption(tmp_path:
 
 def test_two_rollouts_do_not_write_to_one_folder(tmp_path: Path) -> None:
     with (
-        Unfinished.within(tmp_path, {"seed": 0}),
+        Unfinished.within(tmp_path, {"seed": 0}, {}),
         pytest.raises(ValueError, match=r"another rollout writes to .*give another --out"),
-        Unfinished.within(tmp_path, {"seed": 0}),
+        Unfinished.within(tmp_path, {"seed": 0}, {}),
     ):
         pass

@@ -22,7 +22,7 @@ OF_EXPERTS = {
         "cameras",
         "image_size",
     ),
-    *("answers_every", "max_frames", "tail_frames"),
+    *("answers_every", "max_frames"),
 }
 FINGERS = 3
 """The dim of an action that closes them, see `DemonstratorConfig`."""
@@ -84,8 +84,6 @@ class CollectConfig:
     max_frames: int | None = None
     """Frames after which an unsolved episode is given up and replaced by the next initial state; by default those of
     six seconds."""
-    tail_frames: int = 2
-    """Frames kept after success."""
     num_workers: int | None = None
     """Processes; by default one per core, and where a policy is on another `device` one, as each has a policy there.
     Changes nothing but the time."""

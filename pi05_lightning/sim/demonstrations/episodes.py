@@ -23,6 +23,7 @@ from pi05_lightning.sim.splits import SLIPS, WORDS, rng_of, split_seeds
 from pi05_lightning.types import Answer, Frame
 
 ATTEMPTS = 4  # initial states at hand for each episode that is wanted; the experts solve nearly all
+TAIL_FRAMES = 2  # kept after success
 PUSH_STEPS = 5  # control steps that a push lasts at most (6 cm): a policy that saw the way back finds it
 PUSH_CHANCE = 0.3  # of a push after a frame
 SLIP_STEPS = (6, 12)  # control steps that the fingers open for: enough to let go of a thing
@@ -97,7 +98,7 @@ def filmed(episodes: Sequence[Episode], videos: Mapping[str, Path], fps: int) ->
 
 
 def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episode | None:
-    """The expert from initial state `seed` until `tail_frames` after success, or None where it does not succeed.
+    """The expert from initial state `seed` until `TAIL_FRAMES` after success, or None where it does not succeed.
 
     A frame's action is the mean of what the expert does until the next one, see `act_as_expert`. Pushes happen between
     frames and are not recorded, so every action is a clean label.
@@ -122,7 +123,7 @@ def record_episode(env: Demonstrator, seed: int, config: CollectConfig) -> Episo
         actions.append(np.mean(taken, 0, dtype=np.float32))
         _check_names(env, "action_names", config.expert_env.action_names, len(taken[0]))
         if succeeded and not solved:
-            solved, end = True, len(frames) + config.tail_frames
+            solved, end = True, len(frames) + TAIL_FRAMES
         if not solved and rng.random() < push_chance:
             push = np.append(rng.uniform(-1.0, 1.0, 3), taken[-1][3:])
             for _ in range(rng.integers(1, PUSH_STEPS + 1)):
