@@ -12,7 +12,7 @@ from PIL import Image
 
 from pi05_lightning import Pi05DataModule
 from pi05_lightning.acting import Acting
-from pi05_lightning.acting.frames import reading, recorded_frames
+from pi05_lightning.acting.frames import dataset_config, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.config import ModelConfig
@@ -36,7 +36,7 @@ def test_own_data_that_cannot_be_read_gives_no_frames_and_says_why(
         assert recorded_frames(policy, None) == []
     assert f"no frames of the policy's own data, {pictures_copy}: " in caplog.text
     with pytest.raises(ValueError, match="no usable frame is left"):
-        recorded_frames(policy, reading(policy.processor.robots["robot"], str(pictures_copy)))
+        recorded_frames(policy, dataset_config(policy.processor.robots["robot"], str(pictures_copy)))
 
 
 def test_frames_that_training_leaves_out_or_converts_are_no_error(pictures_copy: Path) -> None:
@@ -60,7 +60,7 @@ def test_frames_may_lack_the_cameras_that_the_policy_acts_without_and_no_others(
     one = {"observation.images.top": "top"}
     policy = policy_of(videos, missing_cameras=("wrist",))
     robot = policy.processor.robots["robot"]
-    frames = recorded_frames(policy, reading(robot, str(videos), cameras=one))
+    frames = recorded_frames(policy, dataset_config(robot, str(videos), cameras=one))
     assert [list(frame.images) for frame in frames] == [["top"]] * 3
     with pytest.raises(ValueError, match=r"is not of robot: it has the cameras \['top'\]"):
-        recorded_frames(policy_of(videos), reading(robot, str(videos), cameras=one))
+        recorded_frames(policy_of(videos), dataset_config(robot, str(videos), cameras=one))

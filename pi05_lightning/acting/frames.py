@@ -23,7 +23,7 @@ RECORDED_FRAMES, MADE_UP_FRAMES = 3, 2
 """Frames of each kind."""
 
 
-def reading(
+def dataset_config(
     robot: Robot,
     path: str,
     cameras: dict[str, str] | None = None,
@@ -60,7 +60,7 @@ def recorded_frames(policy: Inference, data: LeRobotConfig | None, number: int =
     if not Path(own, "meta", "info.json").is_file():
         return []
     try:
-        return _frames_of(policy, reading(robot, own), number)
+        return _frames_of(policy, dataset_config(robot, own), number)
     except ValueError as error:  # the run may have read it in another way, which no checkpoint tells
         log.warning("no frames of the policy's own data, %s: %s", own, error)
         return []

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pi05_lightning.acting import Acting
 from pi05_lightning.acting.device import check_device
-from pi05_lightning.acting.frames import reading
+from pi05_lightning.acting.frames import dataset_config
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.columns import evenly_spaced
 from pi05_lightning.data.errors import BadSample
@@ -90,7 +90,7 @@ def check(
         dataset = policy.dataset
     found: list[Finding] = []
     if dataset is not None:
-        chosen = reading(policy, dataset, cameras, state_keys, action_keys)
+        chosen = dataset_config(policy, dataset, cameras, state_keys, action_keys)
         if all(value is None for value in of_data.values()):
             chosen = replace(chosen, **as_trained(checkpoint, dataset))
         said = beside_dataset(weights, processor, name, policy, chosen, frames, seed, device)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pi05_lightning.acting import Acting
-from pi05_lightning.acting.frames import MADE_UP_FRAMES, made_up_frames, reading, recorded_frames
+from pi05_lightning.acting.frames import MADE_UP_FRAMES, dataset_config, made_up_frames, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.find_dataset import find_dataset
 from pi05_lightning.data.processor import Processor
@@ -261,7 +261,7 @@ def to_lerobot(weights: Weights, folder: Path, export: Export) -> list[str]:
 
 def answers_of(policy: Inference, data: str | None) -> ExpectedAnswers:
     """What a policy answers to frames of a dataset and to made-up ones, from fixed noise."""
-    read = None if data is None else reading(policy.processor.robots[policy.robot], data)
+    read = None if data is None else dataset_config(policy.processor.robots[policy.robot], data)
     frames = [*recorded_frames(policy, read), *made_up_frames(policy)]
     config, generator = policy.model.config, torch.Generator().manual_seed(0)
     noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)

@@ -130,7 +130,7 @@ def experience(
         "acting": {"noise_scale": noise_scale},
         "max_seconds": max_seconds if attempt_seconds is None else attempt_seconds,
     }
-    plan = Plan(
+    plan = RoundsPlan(
         out,
         policy,
         demonstrations,
@@ -165,7 +165,7 @@ def experience(
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundsPlan:
     """What `parts` are made of, beside the methods; see `experience`.
 
     acting: how policies act.  attempts, tests: options of `pi05 collect` and of `pi05 rollout`, which also takes
@@ -255,7 +255,7 @@ class Plan:
         return Part(f"{name}-fit", begin, ("fit", "--ckpt_path", str(run)), run / "checkpoints" / "last.ckpt", write)
 
 
-def check_plan(plan: Plan, methods: Sequence[Method]) -> None:
+def check_plan(plan: RoundsPlan, methods: Sequence[Method]) -> None:
     """ValueError for options that would show as wrong when hours have been spent."""
     counts: dict[str, int | None] = {
         "rounds": plan.rounds,
@@ -330,7 +330,7 @@ def flags(options: Mapping[str, Any]) -> list[str]:
     return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
-def parts(plan: Plan, reading: Reading, methods: Sequence[Method]) -> list[Part]:
+def parts(plan: RoundsPlan, reading: Reading, methods: Sequence[Method]) -> list[Part]:
     """All commands, in order.
 
     ValueError where a training was begun with other options than these give it, or with other weights.
@@ -368,7 +368,7 @@ def parts(plan: Plan, reading: Reading, methods: Sequence[Method]) -> list[Part]
     return todo
 
 
-def check_weights(plan: Plan) -> None:
+def check_weights(plan: RoundsPlan) -> None:
     """Note the policy's weights, with which the rounds begin. ValueError where they began with others."""
     file = plan.out / HASH
     if file.is_file() and file.read_text(encoding="utf-8").strip() != plan.sha256:
@@ -379,7 +379,9 @@ def check_weights(plan: Plan) -> None:
     write_text(file, f"{plan.sha256}\n")
 
 
-def write_configuration(plan: Plan, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]) -> None:
+def write_configuration(
+    plan: RoundsPlan, reading: Reading, method: Method, folder: Path, attempts: Sequence[str]
+) -> None:
     """What a round's training takes of the attempts that were made.
 
     ValueError where it takes other things than when it was begun, or what it took is not there, or there is nothing for
@@ -399,7 +401,7 @@ def write_configuration(plan: Plan, reading: Reading, method: Method, folder: Pa
     (write_once if begun else write_text)(file, yaml.safe_dump(config, sort_keys=False))
 
 
-def planned(plan: Plan, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:
+def planned(plan: RoundsPlan, reading: Reading, method: Method, summaries: Sequence[AttemptSummary]) -> dict[str, Any]:
     return configuration(method, plan.policy, reading, plan.demonstrations, summaries, plan.training, plan.robot)
 
 

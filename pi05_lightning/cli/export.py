@@ -12,7 +12,7 @@ import torch
 
 from pi05_lightning import __version__
 from pi05_lightning.acting import Acting, check
-from pi05_lightning.acting.frames import reading, recorded_frames
+from pi05_lightning.acting.frames import dataset_config, recorded_frames
 from pi05_lightning.acting.inference import Inference
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.export.comparison import compare
@@ -95,7 +95,7 @@ def export(
     processor.keep_robot(processor.acting_as(how.robot))
     policy = Inference(weights.model(torch.float32), processor, how, trained=weights.trained)
     robot = processor.robots[policy.robot]
-    read = None if data is None else reading(robot, data, cameras, state_keys, action_keys)
+    read = None if data is None else dataset_config(robot, data, cameras, state_keys, action_keys)
     seen = frames_of(policy, read, frames)
     with replacing(out, one_writer=True) as folder:
         folder.mkdir()

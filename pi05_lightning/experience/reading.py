@@ -54,7 +54,7 @@ class Reading:
 
     fast: FAST tokenizer.  sources: of the run, by name.  cameras: as the policy numbers them.
     model, trainer: options that trainings from it go on with.
-    stage: losses, mixture, flow_alpha and freezing of the last one that trained the flow.
+    stage: losses, mixture, flow_alpha, freezing and lr_factors of the last one that trained the flow.
     lr: learning rate of trainings from it, if no other is given: its own, and at most 1e-3.
     """
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from pi05_lightning.cli.experience import Plan, check_plan, experience, listed, parts, rounds_of
+from pi05_lightning.cli.experience import RoundsPlan, check_plan, experience, listed, parts, rounds_of
 from pi05_lightning.cli.parts import Part, Progress
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
 from pi05_lightning.experience.results import write_results
@@ -29,8 +29,8 @@ from tests.experience.attempts import SUCCESSES, TRAINING
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    return Plan(
+def plan(tmp_path: Path) -> RoundsPlan:
+    return RoundsPlan(
         tmp_path / "out",
         tmp_path / "policy",
         ["demos"],
@@ -54,7 +54,7 @@ def all_kinds_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AttemptSummary, "read", partial(AttemptSummary, successes=SUCCESSES))
 
 
-def written(plan: Plan, methods: Sequence[Method]) -> list[Part]:
+def written(plan: RoundsPlan, methods: Sequence[Method]) -> list[Part]:
     """The parts, once all that they write down is written."""
     todo = parts(plan, Reading(), methods)
     for part in todo:
@@ -78,7 +78,9 @@ def named(todo: list[Part], name: str) -> tuple[str, ...]:
         ({"simulator": {"env": "MetaWorld", "num_workers": None, "lanes": 0}}, "lanes is 0"),
     ],
 )
-def test_numbers_that_cannot_be_are_refused_before_the_first_part(plan: Plan, wrong: dict[str, Any], said: str) -> None:
+def test_numbers_that_cannot_be_are_refused_before_the_first_part(
+    plan: RoundsPlan, wrong: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         check_plan(replace(plan, **wrong), ["recap"])
 
@@ -87,16 +89,16 @@ def option(command: tuple[str, ...], name: str) -> str | None:
     return command[command.index(name) + 1] if name in command else None
 
 
-def begin(plan: Plan) -> None:
+def begin(plan: RoundsPlan) -> None:
     """What RECAP's first training has written once it has saved something."""
     write_json(plan.out / "recap" / "round_1" / "fit" / "checkpoints" / "last.ckpt", {})
 
 
-def trained(plan: Plan, method: str, number: int) -> dict:
+def trained(plan: RoundsPlan, method: str, number: int) -> dict:
     return yaml.safe_load((plan.out / method / f"round_{number}" / "experience.yaml").read_text())
 
 
-def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(plan: Plan) -> None:
+def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(plan: RoundsPlan) -> None:
     names = [part.name for part in parts(plan, Reading(), METHODS)]
     assert len(names) == len(set(names))
     assert [name for name in names if "collect" in name] == [
@@ -108,7 +110,7 @@ def test_attempts_of_the_first_policy_are_made_once_for_all_methods_but_daggers(
     ]
 
 
-def test_attempts_that_are_all_corrected_are_daggers_too(plan: Plan) -> None:
+def test_attempts_that_are_all_corrected_are_daggers_too(plan: RoundsPlan) -> None:
     corrected = replace(plan, corrections=8)
     todo = parts(corrected, Reading(), ["recap", "dagger"])
     names = [part.name for part in todo if "collect" in part.name]
@@ -147,7 +149,7 @@ def test_words_with_commas_and_brackets_stay_whole() -> None:
     assert parser.parse_args(["--rollouts", listed(words)]).rollouts == words
 
 
-def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_methods(plan: Plan) -> None:
+def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_methods(plan: RoundsPlan) -> None:
     """As a robot's recordings, or the attempts of another method."""
     plan = replace(plan, made_before=["recorded/monday", "recorded/tuesday"], corrections=8)
     todo = written(plan, METHODS)
@@ -162,7 +164,7 @@ def test_attempts_that_were_made_before_are_those_of_the_first_round_of_all_meth
     assert taken == ["demos", *plan.made_before, str(plan.out / "dagger" / "attempts_2" / "robot")]
 
 
-def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: Plan) -> None:
+def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights_of_the_first(plan: RoundsPlan) -> None:
     todo = written(plan, ["recap"])
     last = plan.out / "recap" / "round_1" / "fit"
     assert option(named(todo, "collect-1"), "--policy") == str(plan.policy)
@@ -174,7 +176,7 @@ def test_each_round_acts_with_the_policy_of_the_last_and_begins_with_the_weights
         assert trained(plan, "recap", number)["model"]["init_from"] == str(plan.policy)
 
 
-def test_only_a_policy_of_advantages_is_led_towards_one(plan: Plan) -> None:
+def test_only_a_policy_of_advantages_is_led_towards_one(plan: RoundsPlan) -> None:
     todo = parts(plan, Reading(), ["recap", "successes"])
     led = {part.name for part in todo if "guidance" in " ".join(part.command)}
     assert led == {"recap-1-rollout", "recap-2-collect", "recap-2-rollout"}
@@ -209,7 +211,7 @@ def test_wrong_option_shows_before_anything_runs(
 
 
 def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_runs(
-    plan: Plan, tmp_path: Path, videos: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    plan: RoundsPlan, tmp_path: Path, videos: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
     recorded, policy = (str(videos),), tmp_path / "none"
@@ -220,7 +222,7 @@ def test_attempts_that_do_not_say_how_they_ended_are_refused_before_anything_run
         experience(tmp_path / "out", policy=policy, demonstrations=(str(pictures),), attempts=same)
 
 
-def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Plan) -> None:
+def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: RoundsPlan) -> None:
     todo = written(plan, ["recap"])
     first, second = (named(todo, f"recap-{number}-label") for number in (1, 2))
     both = [str(plan.out / "attempts_1" / "robot"), str(plan.out / "recap" / "attempts_2" / "robot")]
@@ -241,7 +243,7 @@ def test_later_rounds_are_judged_by_bootstrap_on_all_attempts_so_far(plan: Plan)
             assert taken == (both[number], str(labels), sign, 0)
 
 
-def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: Plan) -> None:
+def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(plan: RoundsPlan) -> None:
     written(plan, METHODS)
     found = {method: trained(plan, method, rounds_of(method, 2)) for method in METHODS}
     sources = {method: run["data"]["sources"] for method, run in found.items()}
@@ -257,12 +259,12 @@ def test_methods_differ_in_what_they_take_of_the_attempts_and_in_nothing_else(pl
     assert found["recap"]["stages"]["then"][0]["mixture"]["demonstrations_0/continuous_robot_actions"] == 0.4
 
 
-def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: Plan) -> None:
+def test_demonstrations_are_trained_on_once_as_no_round_adds_to_them(plan: RoundsPlan) -> None:
     names = [part.name for part in parts(plan, Reading(), ["demonstrations"])]
     assert names == ["base-rollout", "demonstrations-1-fit", "demonstrations-1-rollout"]
 
 
-def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Plan) -> None:
+def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: RoundsPlan) -> None:
     written(plan, ["recap"])
     written(plan, ["recap"])
     file = plan.out / "recap" / "round_1" / "experience.yaml"
@@ -272,7 +274,7 @@ def test_rounds_with_other_options_are_refused_in_the_same_directory(plan: Plan)
         parts(plan, Reading(), ["recap"])
 
 
-def test_data_that_is_not_there_where_a_round_goes_on_is_named(plan: Plan, tmp_path: Path) -> None:
+def test_data_that_is_not_there_where_a_round_goes_on_is_named(plan: RoundsPlan, tmp_path: Path) -> None:
     (tmp_path / "web").mkdir()
     words = {"class_path": "VisionTextConfig", "init_args": {"path": str(tmp_path / "web")}}
     stage = {"losses": {"text": 1.0, "flow": 1.0}, "mixture": {"arm/continuous_robot_actions": 0.8, "web/qa": 0.2}}
@@ -296,7 +298,7 @@ def test_data_that_is_not_there_where_a_round_goes_on_is_named(plan: Plan, tmp_p
     ],
 )
 def test_methods_of_one_page_have_the_same_options_and_begin_with_the_same_weights(
-    plan: Plan, other: dict[str, Any], said: str
+    plan: RoundsPlan, other: dict[str, Any], said: str
 ) -> None:
     written(plan, ["recap"])
     begin(plan)
@@ -316,7 +318,7 @@ def test_a_part_that_is_done_is_the_same_on_another_device(tmp_path: Path) -> No
         Progress(tmp_path / "part.json", part("--videos", "0"))
 
 
-def test_what_failed_may_be_tried_with_other_options(plan: Plan) -> None:
+def test_what_failed_may_be_tried_with_other_options(plan: RoundsPlan) -> None:
     """As where memory is too small for the first step, before which a run writes its configuration."""
     written(plan, ["recap"])
     write_json(plan.out / "recap" / "round_1" / "fit" / "config.yaml", {})
@@ -324,7 +326,7 @@ def test_what_failed_may_be_tried_with_other_options(plan: Plan) -> None:
     assert trained(plan, "recap", 1)["data"]["batch_size"] == 2
 
 
-def test_value_is_fitted_on_the_robot_that_acts(plan: Plan, tmp_path: Path) -> None:
+def test_value_is_fitted_on_the_robot_that_acts(plan: RoundsPlan, tmp_path: Path) -> None:
     sources = {
         name: {"class_path": CLASS_PATH, "init_args": {"path": str(tmp_path / name), "same_robot_as": same}}
         for name, same in (("arm", None), ("more", "arm"), ("hand", None))
@@ -338,7 +340,7 @@ def test_value_is_fitted_on_the_robot_that_acts(plan: Plan, tmp_path: Path) -> N
         parts(replace(named_all, robot="leg"), Reading(sources=sources), ["recap"])
 
 
-def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succeeded(plan: Plan) -> None:
+def test_value_is_not_told_that_recordings_of_which_corrections_alone_count_succeeded(plan: RoundsPlan) -> None:
     paths = {"demos": {"path": "demos"}, "driven": {"path": "driven", "frames": "corrections"}}
     reading = Reading(sources={name: {"class_path": CLASS_PATH, "init_args": read} for name, read in paths.items()})
     todo = parts(replace(plan, demonstrations=["demos", "driven"]), reading, ["recap"])

@@ -23,7 +23,7 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#99
 HATCHES = ("", "///", "...", "xxx")  # of bars, each time that the colours begin again
 MOST_BESIDE = 8  # groups of bars that stand side by side; their names would overlap, or be too small on the page
 SMOOTHING = 0.8  # of curves: what the average keeps of itself at a step
-Acting = Mapping[str, Mapping[str, Any]]
+ActingByMode = Mapping[str, Mapping[str, Any]]
 """How a rollout's policy acted, by mode."""
 MODE_LABELS = {
     "policy": "policy, subtask first",
@@ -37,14 +37,14 @@ MODE_LABELS = {
 }
 
 
-def mode_label(mode: str, acting: Acting) -> str:
+def mode_label(mode: str, acting: ActingByMode) -> str:
     """A mode of a rollout in words, with the kind of instruction that it was given: `flat, swapped`."""
     acted, comma, instruction = mode.partition(",")
     says_nothing = acted == "policy" and acting.get(acted, {}).get("hierarchical") is False
     return (acted if says_nothing else MODE_LABELS.get(acted, acted)) + comma + instruction
 
 
-def success_bars(success: Success, acting: Acting) -> str:
+def success_bars(success: Success, acting: ActingByMode) -> str:
     """Success rate per task and mode with its 95 % Wilson interval, and over all tasks; many are one below another."""
     found = rates(success)
     groups = list(next(iter(found.values())))
@@ -81,7 +81,7 @@ def success_bars(success: Success, acting: Acting) -> str:
     return as_svg(figure)
 
 
-def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]], acting: Acting) -> str:
+def jump_bars(jumps: Mapping[str, Mapping[str, Mapping[str, float]]], acting: ActingByMode) -> str:
     """Mean jump of the actions where chunks meet and inside them, per mode; a line up to the 95th percentile."""
     figure = Figure(figsize=(max(7.0, 1.4 * len(jumps)), 2.8), layout="constrained")
     axes = figure.subplots()
