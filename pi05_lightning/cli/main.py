@@ -40,7 +40,7 @@ NEEDED = {
 # each is the function of this name in the module of this name; its signature is the command line
 COMMANDS = {
     "demo": "the main job end to end: data, training, evaluation, a page",
-    "collect": "record scripted experts in the simulator as a LeRobot dataset",
+    "collect": "record scripted experts in the simulator, or a policy, as a LeRobot dataset",
     "stats": "exact per-dimension statistics of a dataset",
     "tokenizer": "fit a FAST tokenizer on action chunks",
     "profile": "what a configuration costs: FLOPs, bytes, memory, time",

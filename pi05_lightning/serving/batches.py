@@ -39,7 +39,7 @@ class Busy(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Computed:
+class ComputedBatch:
     """What was computed together, for whoever measures: seconds that each request waited, and that computing took."""
 
     waited: tuple[float, ...]
@@ -76,7 +76,7 @@ class Answer:
     chunk: np.ndarray
     subtask: str | None
     waited: float
-    batch: Computed
+    batch: ComputedBatch
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Batches:
         self,
         read: Callable[[Pi05Policy, bytes], Request],
         batching: Batching,
-        on_batch: Callable[[Computed], None] | None = None,
+        on_batch: Callable[[ComputedBatch], None] | None = None,
     ) -> None:
         self.read, self.batching, self.on_batch = read, batching, on_batch
         self._took = 0.0
@@ -164,7 +164,7 @@ class Batches:
                 results = ChunkResults([error] * len(batch), 0.0, 0.0)
             now = loop.time()
             self._took = now - start
-            done = Computed(tuple(start - w.since for w in batch), results.subtask_seconds, results.chunk_seconds)
+            done = ComputedBatch(tuple(start - w.since for w in batch), results.subtask_seconds, results.chunk_seconds)
             for waiting, chunk in zip(batch, results.chunks, strict=True):
                 waiting.client.answered_at = now
                 if waiting.answer.done():

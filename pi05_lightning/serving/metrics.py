@@ -8,7 +8,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from pi05_lightning.serving.batches import Computed
+from pi05_lightning.serving.batches import ComputedBatch
 from pi05_lightning.serving.failures import KINDS
 
 PARTS = {
@@ -53,7 +53,7 @@ class Metrics:
         """Count a failure of one of `KINDS`."""
         self._failures.labels(kind).inc()
 
-    def computed(self, batch: Computed) -> None:
+    def computed(self, batch: ComputedBatch) -> None:
         """Count a batch, and the seconds of each of its requests."""
         self._batch_size.observe(len(batch.waited))
         for waited in batch.waited:
