@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from pi05_lightning.evaluation.report.page import templates
 from pi05_lightning.files.local import write_text
 
 
@@ -21,12 +20,5 @@ class PageSection(NamedTuple):
 
 def write_page(file: Path, title: str, sections: list[PageSection]) -> None:
     """Write the page as a whole."""
-    environment = Environment(
-        loader=PackageLoader("pi05_lightning.experience", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    write_text(file, environment.get_template("page.html.j2").render(title=title, sections=sections))
+    template = templates("pi05_lightning.experience").get_template("page.html.j2")
+    write_text(file, template.render(title=title, sections=sections))

@@ -40,15 +40,20 @@ class Glance:
     interval: tuple[float, float] | None = None
 
 
-def render(run: Run, seconds: dict[str, float]) -> str:
-    """The page's HTML, with every figure, image and video inside it."""
-    environment = Environment(
-        loader=PackageLoader("pi05_lightning.evaluation.report", ""),
+def templates(package: str) -> Environment:
+    """Those of HTML in the folder of a package."""
+    return Environment(
+        loader=PackageLoader(package, ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def render(run: Run, seconds: dict[str, float]) -> str:
+    """The page's HTML, with every figure, image and video inside it."""
+    environment = templates("pi05_lightning.evaluation.report")
     environment.filters.update(
         data_uri=data_uri,
         svg_uri=svg_uri,
