@@ -6,30 +6,28 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Collection, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pi05_lightning.data.clock import most_batches
-from pi05_lightning.evaluation.metrics import SHARES
 from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.module.callback_states import keep_best
 from pi05_lightning.module.finite import StepNotFinite
-from pi05_lightning.module.trainer import callbacks_of, leaves_nothing
+from pi05_lightning.module.trainer import leaves_nothing
 from pi05_lightning.ranks import by_first_rank
 from pi05_lightning.training.callbacks.ema import validates_average
 from pi05_lightning.training.callbacks.interrupt import Stopped, requeue, within_batch, within_step
+from pi05_lightning.training.callbacks.monitored import check_monitored
 from pi05_lightning.training.callbacks.restart import anything_is_pending, validation_is_due
 from pi05_lightning.training.checkpoint_io import AtomicCheckpointIO, ShardedCheckpointIO, is_local
 from pi05_lightning.training.run_directory import check_shared
@@ -130,7 +128,7 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and self.dirpath is not None and is_local(self.dirpath):
             warn_of_little_room(Path(self.dirpath), checkpoint, pl_module)
         self._check_files(trainer)
-        self._check_logged(trainer, pl_module)
+        check_monitored(self, trainer, pl_module, self._validation_metrics, self._goes_on)
         if trainer.world_size > 1 and not leaves_nothing(trainer) and is_local(self.dirpath):
             check_shared(Path(str(self.dirpath)))
         if self._was_pending and not self._should_skip_saving_checkpoint(trainer):
@@ -309,39 +307,6 @@ class RunCheckpoint(ModelCheckpoint):
                     " give one of them a `filename` or a `dirpath` of its own"
                 )
 
-    def _check_logged(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raises ValueError for a metric that is asked for and that nothing will log, hours before it is missed."""
-        validates = is_validated(trainer)
-        if self.monitor is not None and not validates:
-            raise ValueError(
-                f"checkpoint.monitor is {self.monitor}, and nothing is validated in this run"
-                " (trainer.limit_val_batches, data.sources with no validation part, or a trainer.val_check_interval"
-                f" beyond its {most_batches(trainer)} batches): leave it out, or validate"
-            )
-        own, judged = set[str](), set[str]()
-        if isinstance(pl_module, Pi05Module):
-            own = set(pl_module.validation_metrics())
-            model = pl_module.model
-            theirs = {
-                metric for name, head in model.heads.items() if name in model.auxiliary for metric in head.metrics
-            }
-            judged = {name for name in own if theirs.isdisjoint(name.split("/"))}
-        known = self._validation_metrics | (own if validates else set())  # the first are of the sanity check
-        if self.monitor is not None and not self._goes_on:
-            check_logged("checkpoint.monitor", self.monitor, known)
-            check_mode("checkpoint.monitor", self.monitor, self.mode, judged)
-        if not logs_of_others(trainer, pl_module):
-            for name in re.findall(r"\{([^:}]+)", self.filename or ""):
-                check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
-            for callback in callbacks_of(trainer, Callback):
-                if isinstance(callback, EarlyStopping):
-                    if callback.strict:
-                        check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
-                    check_mode("monitor of EarlyStopping", callback.monitor, callback.mode, judged)
-                elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not self:
-                    check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})
-                    check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode, judged)
-
     # --- going on
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -399,44 +364,3 @@ def warn_of_little_room(folder: Path, checkpoint: Mapping[str, Any], module: Lig
             "a checkpoint will take up to %.1f GiB, there are two while one is written, and %.1f GiB are free in %s",
             *(size / 2**30, free / 2**30, folder),
         )
-
-
-def check_logged(option: str, name: str, known: Collection[str]) -> None:
-    """Raises ValueError unless a metric is known, with the nearest ones that are."""
-    if name in known:
-        return
-    near = get_close_matches(name, known, 3, cutoff=0)
-    main = sorted(name for name in known if not name.startswith("val_detail/"))
-    raise ValueError(
-        f"{option} is {name}, which no validation of this run logs. Nearest: {', '.join(near)}. It logs"
-        f" {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a callback of yours logs"
-        " is only known with trainer.num_sanity_val_steps of 1 or more"
-    )
-
-
-def check_mode(option: str, name: str, mode: str, judged: Collection[str]) -> None:
-    """Raises ValueError where the worst of a metric is asked for.
-
-    judged: what validation logs but for the metrics of a user's heads, of which nobody knows whether more is better.
-    """
-    is_share = not SHARES.isdisjoint(name.split("/"))
-    more, best = ("more", "max") if is_share else ("less", "min")
-    if mode != best and (is_share or name in judged):
-        raise ValueError(f"{option} is {name}, of which {more} is better, and its mode is {mode}: give `mode: {best}`")
-
-
-def is_validated(trainer: Trainer) -> bool:
-    """Whether a run comes to a validation, by its options."""
-    options = cast("Any", trainer)
-    counted = options.check_val_every_n_epoch is None and isinstance(options.val_check_interval, int)
-    ends_before = counted and 0 < most_batches(trainer) < options.val_check_interval
-    return trainer.enable_validation and not ends_before
-
-
-def logs_of_others(trainer: Trainer, pl_module: LightningModule) -> bool:
-    """Whether a module or callback that is not of these packages may log what nobody knows of before it does."""
-    callbacks = callbacks_of(trainer, Callback)
-    classes = [type(pl_module), *(type(callback) for callback in callbacks)]
-    own = any(kind.__module__.partition(".")[0] not in ("lightning", "pi05_lightning") for kind in classes)
-    # rates are logged by names of the optimizer's
-    return own or any(isinstance(callback, LearningRateMonitor) for callback in callbacks)
