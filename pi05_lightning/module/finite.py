@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from pi05_lightning.losses import nothing_to_learn
 from pi05_lightning.models.shards import own_part
+from pi05_lightning.module.gradient_norms import gradient_norms
 from pi05_lightning.module.step import NOTHING, StepLosses
-from pi05_lightning.optim import gradient_norms
 from pi05_lightning.recipe import Stage
 from pi05_lightning.types import Drawn
 

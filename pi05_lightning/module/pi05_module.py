@@ -33,11 +33,12 @@ from pi05_lightning.module.blueprint import Blueprint, check_division, division_
 from pi05_lightning.module.checkpoint import Checkpoints, check_ranks_opened_one
 from pi05_lightning.module.finite import FiniteSteps, check_savable
 from pi05_lightning.module.history import History, learned
+from pi05_lightning.module.optimizer_state import resumable
 from pi05_lightning.module.prediction import Predicted, Predictor
 from pi05_lightning.module.step import StepLosses
 from pi05_lightning.module.trainer import callbacks_of, logs_every
 from pi05_lightning.module.validation import Validation, by_tag, tags
-from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups, resumable
+from pi05_lightning.optim import StageSchedule, check_optimizer, param_groups
 from pi05_lightning.recipe import Recipe
 from pi05_lightning.types import Batch
 from pi05_lightning.weights.abilities import Trained

@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.pi05 import Pi05
-from pi05_lightning.optim import PARTS, gradient_norms, param_groups
+from pi05_lightning.module.gradient_norms import PARTS, gradient_norms
+from pi05_lightning.optim import param_groups
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
 from tests.models.small import make_batch, small_config, small_model, token_nll
 
