@@ -97,11 +97,22 @@ def no_source(message: str, args: Sequence[str]) -> str:
     """What is wrong where options are given to a data source that there is not; else nothing."""
     if not re.search(r"\.SourceConfig is abstract|Not a valid subclass of SourceConfig", message):
         return ""
-    keys = [said.key.split(".") for layer in layers(args) for said in layer if said.key.startswith("data.sources.")]
+    keys, whole, left = list[list[str]](), None, set[str]()
+    for layer in map(list, layers(args)):
+        own = [said.key.split(".") for said in layer if said.key.startswith("data.sources.")]
+        keys += own
+        if replaced := next((said for said in layer if said.key == "data.sources"), None):
+            whole, left = replaced, {key[2] for key in own}
     known = dict.fromkeys(key[2] for key in keys if key[3:] == ["class_path"])
     missing = next((key[2] for key in keys if key[2] not in known), None)
     if missing is None:
-        return ""
+        gone = next((key[2] for key in keys if key[2] not in left), None)
+        if whole is None or gone is None:
+            return ""
+        return (
+            f"{whole}data.sources: there is no source {gone!r} any more, as this replaces all that are named before it:"
+            " name it here too"
+        )
     where = find(f"data.sources.{missing}", "", args) or ""
     told = f"; there are {', '.join(known)}" if known else ""
     return f"{where}there is no source {missing!r}{suggestion(missing, known)}{told}: a new one needs its class_path"

@@ -222,6 +222,20 @@ def test_a_value_of_another_type_is_said_without_the_parsers_words(
     assert said.splitlines()[0].endswith(told)
 
 
+def test_a_source_that_a_later_file_has_replaced_is_named(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.yaml"
+    kind = "pi05_lightning.data.sources.lerobot.LeRobotConfig"
+    other.write_text(f"data:\n  sources:\n    arm: {{class_path: {kind}, init_args: {{path: x}}}}\n")
+    args = ["fit", "-c", str(config), "-c", str(other), "--data.sources.web.path", "y"]
+    said = refused(args, capsys).splitlines()[0]
+    assert said.endswith(
+        "there is no source 'web' any more, as this replaces all that are named before it: name it here too"
+    )
+    assert f"{other}, line 2: data.sources" in said
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
