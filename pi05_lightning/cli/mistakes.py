@@ -97,16 +97,18 @@ def no_source(message: str, args: Sequence[str]) -> str:
     """What is wrong where options are given to a data source that there is not; else nothing."""
     if not re.search(r"\.SourceConfig is abstract|Not a valid subclass of SourceConfig", message):
         return ""
-    keys, whole, left = list[list[str]](), None, set[str]()
+    keys, whole, left, asked = list[list[str]](), None, set[str](), list[str]()
     for layer in map(list, layers(args)):
         own = [said.key.split(".") for said in layer if said.key.startswith("data.sources.")]
         keys += own
         if replaced := next((said for said in layer if said.key == "data.sources"), None):
-            whole, left = replaced, {key[2] for key in own}
+            whole, left, asked = replaced, {key[2] for key in own}, []
+        left |= {key[2] for key in own if key[3:] == ["class_path"]}
+        asked += [key[2] for key in own]
     known = dict.fromkeys(key[2] for key in keys if key[3:] == ["class_path"])
     missing = next((key[2] for key in keys if key[2] not in known), None)
     if missing is None:
-        gone = next((key[2] for key in keys if key[2] not in left), None)
+        gone = next((name for name in asked if name not in left), None)
         if whole is None or gone is None:
             return ""
         return (

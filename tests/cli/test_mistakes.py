@@ -222,18 +222,22 @@ def test_a_value_of_another_type_is_said_without_the_parsers_words(
     assert said.splitlines()[0].endswith(told)
 
 
-def test_a_source_that_a_later_file_has_replaced_is_named(
+def test_a_source_that_a_later_file_has_replaced_is_named_where_it_is_asked_for(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.yaml"
-    kind = "pi05_lightning.data.sources.lerobot.LeRobotConfig"
-    other.write_text(f"data:\n  sources:\n    arm: {{class_path: {kind}, init_args: {{path: x}}}}\n")
-    args = ["fit", "-c", str(config), "-c", str(other), "--data.sources.web.path", "y"]
-    said = refused(args, capsys).splitlines()[0]
+    sources = "pi05_lightning.data.sources"
+    other.write_text(
+        f"data: {{sources: {{arm: {{class_path: {sources}.lerobot.LeRobotConfig, init_args: {{path: x}}}}}}}}"
+    )
+    args = ["fit", "-c", str(config), "-c", str(other)]
+    said = refused([*args, "--data.sources.web.path", "y"], capsys).splitlines()[0]
     assert said.endswith(
         "there is no source 'web' any more, as this replaces all that are named before it: name it here too"
     )
-    assert f"{other}, line 2: data.sources" in said
+    assert f"{other}, line 1: data.sources" in said
+    other.write_text(f"data: {{sources: {{arm: {{class_path: {sources}.base.SourceConfig}}}}}}")
+    assert "any more" not in refused(args, capsys)
 
 
 @pytest.mark.parametrize(
