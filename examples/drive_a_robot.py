@@ -168,9 +168,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             driven = Driven()
             with Controller(f"ws://127.0.0.1:{network.port}", stand_still, rate=RATE, mode=mode) as controller:
                 controller.connect(CONNECTING)
-                for number, task in enumerate(tasks):
+                for task in tasks:
                     with closing(simulator.open(task, view)) as env:
-                        for seed in simulator.seeds(number, arguments.episodes, arguments.seed):
+                        for seed in simulator.seeds(arguments.episodes, arguments.seed):
                             drive(Robot(env), controller, seed, arguments.max_seconds, driven, arguments.slower)
                 found[mode] = summary(driven) | {
                     "slower": arguments.slower,

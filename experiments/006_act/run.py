@@ -132,8 +132,8 @@ def rollout(source: Path, run: Path, episodes: int = 25, seed: int = 0) -> None:
     policy, env, view = Act(run), MetaWorld(), view_of(source)
     results, clocks = [], {"flat": Clock(), "mean_replay": Clock()}
     replay = cache(partial(mean_trajectory, Demonstrations(str(source), ("action",))))
-    for number, sentence in enumerate(sorted(pd.read_parquet(source / "meta" / "tasks.parquet").index)):
-        task, states = task_of_sentence(sentence), env.seeds(number, episodes, seed)
+    for sentence in sorted(pd.read_parquet(source / "meta" / "tasks.parquet").index):
+        task, states = task_of_sentence(sentence), env.seeds(episodes, seed)
         with ExitStack() as stack:
             lanes = [stack.enter_context(env.open(task, view)) for _ in range(min(LANES, episodes))]
             for some in batched(states, LANES):

@@ -78,7 +78,7 @@ def play(
     policies = [Pi05Policy.from_pretrained(name, **options, **asdict(how)) for name in names]
     tasks = tasks_to_run(env, tasks, policies[0].processor.robots[policies[0].robot])
     check_tasks(env, tasks)
-    start = Start(env, {task: env.seeds(n, episodes, seed) for n, task in enumerate(tasks)}, max_seconds, seed)
+    start = Start(env, dict.fromkeys(tasks, env.seeds(episodes, seed)), max_seconds, seed)
     for name, policy in zip(names, policies, strict=True):
         for finding in differences(policy, env, tasks):
             log.warning("%s: %s (`pi05 check` tells more)", name, finding)

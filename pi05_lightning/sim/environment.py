@@ -296,9 +296,9 @@ class EnvironmentConfig(ABC):
         Raises NoSuchEnvironment for a package that is missing, and where nothing can be rendered.
         """
 
-    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
-        """Seeds of a task's initial states; number: the task's place among those that run."""
-        return split_seeds(split, episodes, seed, start=number * episodes)
+    def seeds(self, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+        """Seeds of a task's initial states, whatever else runs: the first so many."""
+        return split_seeds(split, episodes, seed)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,11 @@ def glimpse(config: EnvironmentConfig, tasks: Sequence[str], view: View, expert:
     bounds, fps = Quantiles(np.zeros(0), np.zeros(0)), view.fps
     chosen = tasks[:TASKS]
     with tqdm(total=len(chosen) * EPISODES, unit="episode", desc="looking") as bar:
-        for number, task in enumerate(chosen):
+        for task in chosen:
             with closing(config.open(task, view)) as env:
                 sentences[env.sentence] = None
                 bounds, fps = Quantiles(env.action_low, env.action_high), env.fps
-                for start in config.seeds(number, EPISODES, seed=0):
+                for start in config.seeds(EPISODES, seed=0):
                     env.reset(start)
                     frames.append(env.observation())
                     if expert:

@@ -69,10 +69,10 @@ class LeRobotEnv(EnvironmentConfig):
     def num_states(self) -> int | None:
         return LIBERO_STATES if self.type == "libero" else None
 
-    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+    def seeds(self, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         if self.type == "libero":
             return libero_states(split, episodes, seed)
-        return super().seeds(number, episodes, seed, split)
+        return super().seeds(episodes, seed, split)
 
     @property
     def sets_rate(self) -> bool:

@@ -75,7 +75,7 @@ class Libero(EnvironmentConfig):
     def sets_rate(self) -> bool:
         return True
 
-    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
+    def seeds(self, episodes: int, seed: int, split: str = "rollout") -> list[int]:
         return libero_states(split, episodes, seed)
 
     def open(self, task: str, view: View) -> LeRobotEnvironment:

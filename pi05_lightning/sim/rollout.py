@@ -102,8 +102,8 @@ class Plan:
 
     def jobs(self, without: Callable[[Trial], bool] = lambda trial: False) -> Iterator[Job]:
         """Grouped by task so that environments are reused.  without: trials that are left out."""
-        for number, task in enumerate(self.tasks):
-            seeds = self.env.seeds(number, self.episodes, self.seed, self.split)
+        seeds = self.env.seeds(self.episodes, self.seed, self.split)
+        for task in self.tasks:
             for mode, instruction in product(self.modes, self.instructions):
                 if mode not in POLICY_MODES and instruction != self.instructions[0]:
                     continue  # baselines hear nothing

@@ -28,16 +28,16 @@ needs_libero = pytest.mark.skipif(
 @pytest.mark.parametrize("env", [Libero(), LeRobotEnv("libero")])
 def test_liberos_first_initial_states_are_run_as_it_is_evaluated(env: EnvironmentConfig) -> None:
     assert (env.num_states, env.held_out) == (50, False)
-    assert env.seeds(3, 50, seed=0) == list(range(50))
-    assert env.seeds(0, 10, seed=1) == list(range(10, 20))
-    assert env.seeds(0, 3, 7, EXPERIENCE) == [49, 48, 47]
+    assert env.seeds(50, seed=0) == list(range(50))
+    assert env.seeds(10, seed=1) == list(range(10, 20))
+    assert env.seeds(3, 7, EXPERIENCE) == [49, 48, 47]
     assert env.sets_rate == isinstance(env, Libero)
 
 
 @pytest.mark.parametrize(("episodes", "seed", "split"), [(51, 0, "rollout"), (25, 2, "rollout"), (51, 0, EXPERIENCE)])
 def test_initial_states_that_there_are_not_are_refused(episodes: int, seed: int, split: str) -> None:
     with pytest.raises(ValueError, match=f"{episodes} episodes with seed {seed} would begin in some of them again"):
-        Libero().seeds(0, episodes, seed, split)
+        Libero().seeds(episodes, seed, split)
 
 
 def test_a_tasks_sentence_is_its_suites(monkeypatch: pytest.MonkeyPatch) -> None:

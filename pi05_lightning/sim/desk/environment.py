@@ -46,7 +46,7 @@ from pi05_lightning.sim.environment import DemonstratorConfig, NoSuchEnvironment
 from pi05_lightning.sim.metaworld.environment import import_metaworld
 from pi05_lightning.sim.rendering import GRIPPER, Cameras
 from pi05_lightning.sim.sawyer import CONTROL_HZ, Sawyer
-from pi05_lightning.sim.splits import CHAINS, OTHERS, split_seeds
+from pi05_lightning.sim.splits import CHAINS, OTHERS
 
 if TYPE_CHECKING:
     from pi05_lightning.data.robot import Robot
@@ -89,9 +89,6 @@ class Desk(DemonstratorConfig):
         others = {name: names[(place + len(names) // 2) % len(names)] for place, name in enumerate(names)}
         others = PARTNERS | {name: other for name, other in others.items() if name != other}
         return {name: others[name] for name in tasks if name in others}
-
-    def seeds(self, number: int, episodes: int, seed: int, split: str = "rollout") -> list[int]:
-        return split_seeds(split, episodes, seed) if self.same_states else super().seeds(number, episodes, seed, split)
 
     def open(self, task: str, view: View) -> DeskEnvironment:
         if task != CHAIN:
