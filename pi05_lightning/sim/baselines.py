@@ -100,7 +100,7 @@ def run_baseline(course: Course, clock: Clock, replay: Callable[[str], np.ndarra
     with course.simulating():
         course.begin()
     env, trial = course.env, course.trial
-    rng = np.random.default_rng([trial.noise_seed, trial.seed])
+    rng = np.random.default_rng(trial.draws)
     sentence, since = env.sentence, 0
     while not course.result.over:
         taken = course.result.decisions

@@ -297,7 +297,7 @@ class EnvironmentConfig(ABC):
         """
 
     def seeds(self, episodes: int, seed: int, split: str = "rollout") -> list[int]:
-        """Seeds of a task's initial states, whatever else runs: the first so many."""
+        """Seeds of a task's initial states, the same for every task."""
         return split_seeds(split, episodes, seed)
 
 

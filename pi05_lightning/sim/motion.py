@@ -75,8 +75,7 @@ class Motion:
         env, trial, result = self.course.env, self.course.trial, self.course.result
         before, self.chunk, delay, begin = self.chunk, chunk, 0, 0
         if before is not None:
-            seed = [trial.noise_seed, trial.seed, number]
-            delay = int(np.random.default_rng(seed).choice(self._delays))
+            delay = int(np.random.default_rng([*trial.draws, number]).choice(self._delays))
             begin = max(delay, self.given)
         result.inside += jumps(chunk[0 if before is None else self.given :], env)
         for place in range(min(self.executed, len(chunk))):
@@ -182,14 +181,14 @@ def _checked(chunk: np.ndarray, env: Environment) -> np.ndarray | str:
 
 
 def _noise(courses: Sequence[Course], number: int, policy: Inference) -> torch.Tensor:
-    """f32[B T D], of each trial's seeds and the chunk's number alone."""
+    """f32[B T D], of each trial and the chunk's number alone."""
     shape = policy.model.config.horizon, policy.model.config.action_dim
-    keys = [[course.trial.noise_seed, (course.trial.seed << 12) + number] for course in courses]
-    draws = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32) for key in keys]
+    generators = [np.random.default_rng([*course.trial.draws, number]) for course in courses]
+    draws = [generator.standard_normal(shape, dtype=np.float32) for generator in generators]
     return policy.acting.noise_scale * torch.from_numpy(np.stack(draws))
 
 
 def _drawn(courses: Sequence[Course], number: int) -> list[torch.Generator]:
-    """What each trial's tokens are drawn with at a temperature, of its seeds and the chunk's number alone."""
-    seeds = [np.random.SeedSequence([course.trial.noise_seed, course.trial.seed, number]) for course in courses]
+    """What each trial's tokens are drawn with at a temperature, of the trial and the chunk's number alone."""
+    seeds = [np.random.SeedSequence([*course.trial.draws, number]) for course in courses]
     return [torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1)) for seed in seeds]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +49,11 @@ class Trial:
 
     def __post_init__(self) -> None:
         check_range("max_seconds", self.max_seconds, 0, above=True)
+
+    @property
+    def draws(self) -> list[int]:
+        """What its noise, tokens, delays and random actions are drawn with: another task draws others."""
+        return [self.noise_seed, zlib.crc32(self.task.encode()), self.seed]
 
     @property
     def column(self) -> str:

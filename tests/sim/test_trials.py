@@ -11,6 +11,7 @@ import torch
 from pi05_lightning.sim.baselines import run_baseline
 from pi05_lightning.sim.course import MOST_DECISIONS, Course
 from pi05_lightning.sim.environment import NoSuchEnvironment
+from pi05_lightning.sim.modes import Mode
 from pi05_lightning.sim.motion import run_policy
 from pi05_lightning.sim.rollout import Job, check_memory, run_baseline_job
 from pi05_lightning.sim.session import data_uri
@@ -296,6 +297,16 @@ def test_every_call_of_the_policy_and_every_step_is_timed():
     assert len(clock.decisions) == len(policy.calls) == 2
     assert clock.lanes == [3, 3]
     assert len(clock.steps) == 3 * 4
+
+
+def test_noise_is_another_in_another_task_and_the_same_in_another_mode() -> None:
+    def noise(mode: Mode, task: str) -> torch.Tensor:
+        policy = Stub(chunk, noise_scale=1.0)
+        result_of(policy, Walk(), Trial(mode, task, 3))
+        return policy.noise[0]
+
+    assert not torch.equal(noise("policy", "walk"), noise("policy", "run"))
+    assert torch.equal(noise("policy", "walk"), noise("flat", "walk"))
 
 
 def test_noise_is_scaled_as_the_policy_says() -> None:
