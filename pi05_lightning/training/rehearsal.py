@@ -241,7 +241,7 @@ def check_fed(stage: Stage, module: Pi05Module, data: Pi05DataModule) -> None:
     Raises ValueError where that cannot be meant: the weight is not the default one, or the head's own parameters would
     stay as they are.
     """
-    fed, drawn, default = data.fed(stage), data.drawn(stage), DEFAULT_LOSSES.get(stage.name, {})
+    fed, drawn, default = data.fed(stage), data.drawn(stage), DEFAULT_LOSSES.get(stage.name, POSTTRAIN.losses.used)
     own = {term for head in module.model.heads.values() if list(head.parameters()) for term in head.terms}
     for term, weight in stage.losses.used.items():
         if term not in stage.weights or term in fed:
@@ -251,10 +251,10 @@ def check_fed(stage: Stage, module: Pi05Module, data: Pi05DataModule) -> None:
             f"stage {stage.name}: the loss {term!r} has a weight of {weight:g}, and nothing that the stage draws"
             f" ({', '.join(sorted(drawn))}) has anything to do with it: it learns from {', '.join(sorted(modalities))}"
         )
-        if Modality.FAST in modalities and data.processor.fast is None:
-            problem += " (which needs a FAST tokenizer: data.fast)"
         if without := sorted(modalities & drawn):
             problem += f", but of {', '.join(without)} only where there is a subtask"
+        elif Modality.FAST in modalities and data.processor.fast is None:
+            problem += " (which needs a FAST tokenizer: data.fast)"
         remedy = "draw such samples in this stage's mixture, or give the loss a weight of 0"
         if term in own or weight != default.get(term):
             raise ValueError(f"{problem}. {remedy[0].upper()}{remedy[1:]}")

@@ -199,6 +199,19 @@ def test_a_default_loss_that_nothing_feeds_is_said_and_left_out(start: Start, ca
     assert not [record.message for record in caplog.records if "the loss 'flow'" in record.message]
 
 
+def test_a_further_stage_of_data_without_subtasks_goes_on_without_their_default_loss(
+    start: Start, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {"plain": LeRobotConfig(path=str(pictures))}
+    acts = StageOptions(LossWeights(subtask=1, flow=1), {"plain/continuous_robot_actions": 1.0})
+    further = Stage(name="experience", steps=LONG, losses=acts.losses, mixture=acts.mixture)
+    with caplog.at_level(logging.WARNING):
+        start(acts, sources=plain, data={"language": Language(condition_on="both")}, then=[further])
+    said = [record.message for record in caplog.records if "the loss 'subtask'" in record.message]
+    assert any(line.startswith("stage experience: ") for line in said)
+    assert not any("FAST tokenizer" in line for line in said)
+
+
 SAYS_ACTIONS = Language(condition_on="both", fast_share=1.0)
 
 
