@@ -217,14 +217,18 @@ def gather(model: Pi05, into: Pi05, sharding: Sharding, keep: bool = True) -> Pi
     Every rank must call it. Cast as training computes, and where it does.
     """
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    saved = model.state_dict()
+    for name, tensor in (dict(model.named_buffers()) | saved).items():
         dtype = (tensor.is_floating_point() and sharding.compute) or tensor.dtype
         cast = tensor.to(sharding.mesh.device_type, dtype)
         found = cast.full_tensor() if isinstance(cast, DTensor) else cast
         if keep:
             tensors[name] = found
     if keep:
-        into.load_state_dict(tensors, assign=True)
+        into.load_state_dict({name: tensors[name] for name in saved}, assign=True)
+        for name in tensors.keys() - saved.keys():  # buffers that no checkpoint has
+            layer, _, key = name.rpartition(".")
+            setattr(into.get_submodule(layer), key, tensors[name])
     return into
 
 

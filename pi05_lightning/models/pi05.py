@@ -66,7 +66,14 @@ class Pi05(nn.Module):
                 raise ValueError(
                     f"model.heads.{name}: the tensors {', '.join(loose)} are neither parameters nor buffers, so they"
                     " would not move with the model: use `register_buffer`, with `persistent=False` if no checkpoint"
-                    " needs them"
+                    " needs them. What PyTorch itself keeps so, as torch.nn.utils.spectral_norm, has another form in"
+                    " torch.nn.utils.parametrizations"
+                )
+        for name, head in self.auxiliary.items():
+            if tied := _tied(head):
+                raise ValueError(
+                    f"model.heads.{name}: {' and '.join(tied)} are one parameter, and would become several: keep it in"
+                    " one place, and use it from there"
                 )
         if config.backbone_type == "keypoint_gemma":
             self.auxiliary[LOCATION] = LocationHead()
@@ -217,3 +224,12 @@ class Pi05(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.backbone.embed_tokens.weight.device
+
+
+def _tied(head: nn.Module) -> list[str]:
+    """The names of a parameter that several layers of a head have; none where there is no such parameter."""
+    names = dict[nn.Parameter, list[str]]()
+    for place, layer in head.named_modules():
+        for name, parameter in layer.named_parameters(place, recurse=False, remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+    return next((found for found in names.values() if len(found) > 1), [])

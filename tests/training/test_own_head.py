@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from pi05_lightning import Pi05DataModule, Pi05Module, Pi05Policy
 from pi05_lightning.cli.main import main
@@ -21,6 +23,7 @@ from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.models.backbone import Backbone
 from pi05_lightning.models.config import ModelConfig
 from pi05_lightning.models.heads.base import Head, Term, Terms
+from pi05_lightning.models.parallelize import Sharding, gather
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.module.blueprint import Blueprint
 from pi05_lightning.recipe import LossWeights, Recipe, StageOptions
@@ -133,6 +136,32 @@ def test_tensor_that_would_not_move_with_the_model_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"model\.heads\.loose: the tensors grid .* use `register_buffer`"):
         Pi05.without_memory(ModelConfig.preset("debug"), {"loose": Loose})
+
+
+def test_parameter_of_two_layers_is_refused_and_a_layer_in_two_places_is_not() -> None:
+    class Tied(GripperHead):
+        def __init__(self, config: ModelConfig) -> None:
+            super().__init__(config)
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.other.weight = self.one.weight
+
+    class Shared(GripperHead):
+        def __init__(self, config: ModelConfig) -> None:
+            super().__init__(config)
+            self.one = self.other = nn.Linear(3, 3)
+
+    with pytest.raises(ValueError, match=r"model\.heads\.tied: one\.weight and other\.weight are one parameter"):
+        Pi05.without_memory(ModelConfig.preset("debug"), {"tied": Tied})
+    Pi05.without_memory(ModelConfig.preset("debug"), {"shared": Shared})
+
+
+def test_gathered_model_has_the_buffers_that_no_checkpoint_has() -> None:
+    blueprint = Blueprint(ModelConfig.preset("debug"), {"settled": SettledHead})
+    model = blueprint.bare()
+    blueprint.make(model, None, None, hollow=False)
+    whole = gather(model, blueprint.blank(), Sharding(cast(DeviceMesh, SimpleNamespace(device_type="cpu"))))
+    made = SettledHead(model.config)
+    assert torch.equal(whole.heads["settled"].get_buffer("bins"), made.get_buffer("bins"))
 
 
 @pytest.mark.parametrize("modality", [Modality.FAST, Modality.CONTINUOUS])
