@@ -294,6 +294,13 @@ def test_the_spacing_of_numbers_is_no_error_of_a_dimension_that_hardly_varied() 
     assert quantiles.unit[0] == 1
 
 
+def test_errors_of_a_dimension_of_small_units_are_measured_by_its_own_range() -> None:
+    """Joints in degrees, and a base in metres per second."""
+    quantiles = Quantiles(np.array([-90, -90, -90, -0.3]), np.array([90, 90, 90, 0.3]))
+    assert quantiles.unit == pytest.approx([180, 180, 180, 0.6])
+    assert Quantiles(np.zeros(1), np.zeros(1)).unit == pytest.approx([1e-8])
+
+
 def test_a_dimension_of_large_units_hides_no_other() -> None:
     """Six joints in radians and a base in millimetres; the last joint is held."""
     quantiles = Quantiles(np.array([-1.0, -1, -1, -1, -1, 0, 0]), np.array([1.0, 1, 1, 1, 1, 1e-4, 5000]))

@@ -9,6 +9,7 @@ import numpy as np
 from pi05_lightning.types import Frame
 
 LEAST_RANGE = 0.02  # of a wide dim's: smaller ranges are a held joint's noise, or nothing
+ROUNDING = 2**14  # spacings of float32: an action is off by one or two of them wherever it is computed
 WIDE = 0.75  # the quantile of the dims' ranges that is wide: the widest may be of other units, such as an encoder's
 
 
@@ -74,18 +75,18 @@ class Quantiles:
 
     @property
     def unit(self) -> np.ndarray:
-        """What distances and errors are measured in, f64[A]: the range q99 - q01 of each dim.
+        """What errors are measured in, f64[A]: the range q99 - q01 of each dim, or ROUNDING where that is more."""
+        return np.maximum(self.span, ROUNDING * np.spacing(np.maximum(abs(self.q01), abs(self.q99)))).astype(np.float64)
 
-        Of a dim that hardly varied, whose range says little and may be near float32's spacing, a share of a wide dim's.
+    def distance(self, x: np.ndarray) -> np.ndarray:
+        """How far f[... A] lies beyond the nearer quantile, in ranges q99 - q01 of its dim; 0 between the quantiles.
+
+        A dim that hardly varied, whose range says little, is measured by a share of a wide dim's range.
         """
         span = self.q99.astype(np.float64) - self.q01
         least = LEAST_RANGE * np.quantile(span[span > 0], WIDE, method="higher") if span.any() else 1.0
-        return np.maximum(span, least)
-
-    def distance(self, x: np.ndarray) -> np.ndarray:
-        """How far f[... A] lies beyond the nearer quantile, in `unit`s of its dim; 0 between the quantiles."""
         x = np.asarray(x, np.float64)
-        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / self.unit
+        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / np.maximum(span, least)
 
     def widened(self, least: float) -> Quantiles:
         """The same with every range at least so wide, about its middle."""
