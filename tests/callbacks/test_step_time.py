@@ -80,17 +80,19 @@ def test_waiting_for_data_is_told_while_there_is_time_to_mend_it(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "workers", "said"),
+    ("own", "ranks", "workers", "said"),
     [
-        (1, 2, "num_workers 4; there are 8 cores)"),
-        (4, 1, "num_workers 2; there are 2 cores for each rank)"),
-        (4, 2, ""),
+        (8, 1, 2, "num_workers 4; there are 8 cores)"),
+        (8, 4, 1, "num_workers 2; there are 2 cores for each rank)"),
+        (2, 4, 1, "num_workers 2; there are 2 cores for each rank)"),  # as SLURM binds each rank to its own
+        (8, 4, 2, ""),
     ],
 )
 def test_ranks_share_the_cores_that_there_may_be_workers_on(
-    ranks: int, workers: int, said: str, videos: Path, monkeypatch: pytest.MonkeyPatch
+    own: int, ranks: int, workers: int, said: str, videos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_time, "available_cores", lambda: 8)
+    monkeypatch.setattr(step_time, "available_cores", lambda: own)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
     sources = {"robot": LeRobotConfig(path=str(videos), val_fraction=0.2)}
     data = Pi05DataModule(sources, num_workers=workers, shapes=ModelConfig.preset("debug").shapes)
     trainer = SimpleNamespace(num_devices=ranks, datamodule=data)

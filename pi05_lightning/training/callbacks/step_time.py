@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from time import perf_counter
 from typing import Any
@@ -99,7 +100,8 @@ def communicated(model: DistributedDataParallel) -> float:
 def advice(trainer: Trainer) -> Iterator[str]:
     """What makes batches come faster, of what is not done yet."""
     data = datamodule_of(trainer)
-    cores = available_cores() // trainer.num_devices  # the machine's ranks share them
+    share = (os.cpu_count() or 1) // trainer.num_devices
+    cores = min(available_cores(), max(1, share))  # a rank's, whether or not it is bound to them
     if data.num_workers < cores:
         each = " for each rank" if trainer.num_devices > 1 else ""
         workers = min(cores, 2 * data.num_workers or 2)
