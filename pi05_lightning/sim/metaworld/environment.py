@@ -103,8 +103,8 @@ class MetaWorld(DemonstratorConfig):
         found = {sentence: task_of_sentence(sentence) for sentence in robot.tasks}
         if others := [sentence for sentence, task in found.items() if task not in LANGUAGE]:
             raise NoSuchEnvironment(
-                f"the policy was trained on {others[0]!r}, which is no task of MetaWorld: name its simulator with"
-                " --env, as MT50 or Desk, or tasks with --tasks"
+                f"the policy was trained on {others[0]!r}, which is no task of MetaWorld: name its simulator"
+                " (`env`, as MT50 or Desk), or `tasks`"
             )
         return list(found.values())
 
