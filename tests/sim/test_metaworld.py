@@ -156,7 +156,7 @@ def test_sentences_lead_back_to_their_tasks():
 def test_policy_of_another_simulator_is_told_what_it_was_trained_on():
     known = [LANGUAGE[task].sentence for task in MetaWorld.demonstrated]
     assert MetaWorld().tasks(SimpleNamespace(tasks=known)) == [*MetaWorld.demonstrated]
-    with pytest.raises(NoSuchEnvironment, match=r"trained on 'press the red button', .* --env, as MT50 or Desk"):
+    with pytest.raises(NoSuchEnvironment, match=r"trained on 'press the red button', .* \(`env`, as MT50 or Desk\)"):
         MetaWorld().tasks(SimpleNamespace(tasks=[*known, "press the red button"]))
 
 
