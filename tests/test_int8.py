@@ -211,9 +211,12 @@ def test_a_choice_of_other_weights_is_made_anew(videos: Path, folder: Path) -> N
     assert second["fingerprint"] != first["fingerprint"]
 
 
-def test_a_choice_of_another_rounding_is_made_anew(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("constant", ["ROUNDING", "MEASURE"])
+def test_a_choice_that_was_measured_otherwise_is_made_anew(
+    constant: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as before:
-        before.setattr("pi05_lightning.weights.int8.ROUNDING", 1)
+        before.setattr(f"pi05_lightning.weights.int8.{constant}", 1)
         Pi05Policy(folder, dtype="int8")
     (first,) = choices_of(folder)
     Pi05Policy(folder, dtype="int8")

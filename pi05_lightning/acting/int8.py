@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 MAX_LAYER_ERROR = 0.1
 """Of a layer's output. Rounding alone gives 0.015; more is a matter of a few values that are far from all others."""
 MAX_ACTION_ERROR = 0.02
-"""Of the range of an action's dimension, see `Quantiles.unit`."""
+"""Of the range of an action's dimension, see `Quantiles.computed_unit`."""
 STEPS = 16  # in so many steps all layers would be taken back
 FRAMES = 8  # recorded ones
 
@@ -130,4 +130,4 @@ def _chunks(policy: Inference, frames: Sequence[Frame], subtasks: Sequence[str |
         policy.predict_chunks([frame], [subtask], noise[[i]])[0]
         for i, (frame, subtask) in enumerate(zip(frames, subtasks, strict=True))
     ]
-    return np.stack(chunks) / policy.processor.robots[policy.robot].normalize.action.unit
+    return np.stack(chunks) / policy.processor.robots[policy.robot].normalize.action.computed_unit

@@ -267,7 +267,7 @@ def answers_of(policy: Inference, data: str | None) -> ExpectedAnswers:
     noise = torch.randn(len(frames), config.horizon, config.action_dim, generator=generator)
     prompts = [policy.processor.prompt(frame, policy.robot).tokens.tolist() for frame in frames]
     chunks = [policy.predict_chunks([frame], [None], noise[[i]])[0] for i, frame in enumerate(frames)]
-    unit = policy.processor.robots[policy.robot].normalize.action.unit
+    unit = policy.processor.robots[policy.robot].normalize.action.computed_unit
     return ExpectedAnswers(frames, prompts, noise[:, : policy.horizon], np.stack(chunks), unit)
 
 

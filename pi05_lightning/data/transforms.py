@@ -75,18 +75,23 @@ class Quantiles:
 
     @property
     def unit(self) -> np.ndarray:
-        """What errors are measured in, f64[A]: the range q99 - q01 of each dim, or ROUNDING where that is more."""
-        return np.maximum(self.span, ROUNDING * np.spacing(np.maximum(abs(self.q01), abs(self.q99)))).astype(np.float64)
+        """What a robot's values are told apart by, f64[A]: the range q99 - q01 of each dim.
 
-    def distance(self, x: np.ndarray) -> np.ndarray:
-        """How far f[... A] lies beyond the nearer quantile, in ranges q99 - q01 of its dim; 0 between the quantiles.
-
-        A dim that hardly varied, whose range says little, is measured by a share of a wide dim's range.
+        Of a dim that hardly varied, whose range says little, a share of a wide dim's range.
         """
         span = self.q99.astype(np.float64) - self.q01
         least = LEAST_RANGE * np.quantile(span[span > 0], WIDE, method="higher") if span.any() else 1.0
+        return np.maximum(span, least)
+
+    @property
+    def computed_unit(self) -> np.ndarray:
+        """What two computations of one value are compared by, f64[A]: each dim's own range, or ROUNDING if more."""
+        return np.maximum(self.span, ROUNDING * np.spacing(np.maximum(abs(self.q01), abs(self.q99)))).astype(np.float64)
+
+    def distance(self, x: np.ndarray) -> np.ndarray:
+        """How far f[... A] lies beyond the nearer quantile, in `unit`s of its dim; 0 between the quantiles."""
         x = np.asarray(x, np.float64)
-        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / np.maximum(span, least)
+        return np.maximum(self.q01 - x, x - self.q99).clip(min=0) / self.unit
 
     def widened(self, least: float) -> Quantiles:
         """The same with every range at least so wide, about its middle."""

@@ -288,7 +288,7 @@ def compare_predictions(predicted: Sequence[np.ndarray], recorded: Sequence[np.n
     relative to would hide what the policy adds. T may differ from frame to frame.
     """
     ours, theirs = np.concatenate(list(predicted)), np.concatenate(list(recorded))
-    span = np.maximum(robot.normalize.action.q99 - robot.normalize.action.q01, 1e-6)
+    span = robot.normalize.action.unit  # in which a held joint's noise is none
     error = np.abs(ours - theirs).mean(0) / span
     moving = (ours.std(0) > 0.01 * span) & (theirs.std(0) > 0.01 * span)
     follows = np.array(

@@ -78,7 +78,7 @@ def compare(policy: Inference, folder: Path, frames: Sequence[Frame], engine: st
     policy = policy.acting_as(replace(policy.acting, **COMPARED))
     acted = {name: acting_with(policy, name) for name in ACTIONS if getattr(policy.abilities, name)}
     noise = np.random.default_rng(0).standard_normal((len(frames), config.horizon, config.action_dim), np.float32)
-    half_range = policy.processor.robots[policy.robot].normalize.action.unit / 2
+    half_range = policy.processor.robots[policy.robot].normalize.action.computed_unit / 2
     errors: dict[str, list[float]] = {name: [] for name in acted}
     same = list[bool]()
     seconds: list[tuple[float, float]] = []

@@ -20,18 +20,19 @@ from pi05_lightning.weights.abilities import Actions
 from pi05_lightning.weights.base import Weights
 from pi05_lightning.weights.safetensors import ContentHash, fill
 
+MEASURE = 2  # of an action's error: raise it when that is measured otherwise
 SAMPLE = 4096  # values of each tensor that a fingerprint is made of
 
 
 class Fingerprint(ContentHash):
     """SHA-256 of values of each tensor, evenly spaced, in bf16; one that is read in another type has the same.
 
-    And of how inputs are rounded: a choice that was measured with another rounding is made anew.
+    And of how inputs are rounded and errors measured: a choice that was measured otherwise is made anew.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.add("rounding", torch.tensor(ROUNDING))
+        self.add("rounding", torch.tensor([ROUNDING, MEASURE]))
 
     def add(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         values = tensor.detach().flatten()
@@ -59,7 +60,7 @@ class Choice:
     errors: dict[str, float]
     """By layer that ran: the norm of the difference of its output, over that of the output."""
     action_error: float
-    """The largest of all actions that were compared, as a share of the range (`Quantiles.unit`) of their dimension."""
+    """The largest of all actions that were compared, as a share of their dim's range, see `Quantiles.computed_unit`."""
 
     @staticmethod
     def file(weights: Weights) -> Path:

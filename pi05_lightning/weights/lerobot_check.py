@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lerobot.processor import PolicyProcessorPipeline
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Largest difference of an action, as a share of its range (`Quantiles.unit`), that is rounding."""
+"""Largest difference of an action, as a share of its range (`Quantiles.computed_unit`), that is rounding."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class ExpectedAnswers:
     chunks: np.ndarray
     """f32[N T A], in the robot's units."""
     unit: np.ndarray
-    """f64[A]: the range of each action, see `Quantiles.unit`."""
+    """f64[A]: the range of each action, see `Quantiles.computed_unit`."""
 
 
 def misfits(config: PI05Config, ours: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
