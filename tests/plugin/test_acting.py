@@ -157,7 +157,9 @@ def test_options_that_contradict_are_named(make: Make, saved: Path) -> None:
     assert {config["type"], *config["normalization_mapping"].values()} == {"pi05_lightning", "IDENTITY"}
 
 
-def test_what_another_stage_was_trained_by_is_not_taken_over(make: Make, tmp_path: Path) -> None:
+def test_what_another_stage_was_trained_by_is_not_taken_over(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = make(losses={"subtask": 1.0}, flow_alpha=1.0)
     policy.save_pretrained(tmp_path)
     for processor in make_pre_post_processors(policy.config):
@@ -169,6 +171,9 @@ def test_what_another_stage_was_trained_by_is_not_taken_over(make: Make, tmp_pat
         assert str(refused.value).startswith("flow_alpha is 1.0" if "losses" in given else "losses is {'subtask': 1.0}")
     weights = opened(tmp_path, stage="pretrain", losses="null", flow_alpha="null")[0].stage.weights
     assert weights == {"text": 1.0, "subtask": 1.0, "fast": 1.0}
+    monkeypatch.setattr("sys.argv", ["lerobot-train", "--policy.flow_alpha=1", "--policy.losses=null"])
+    same = opened(tmp_path, stage="pretrain", losses="null", flow_alpha="1")[0]  # which was given, not taken over
+    assert (same.stage.weights, same.config.flow_alpha) == (weights, 1.0)
 
 
 def test_weights_to_begin_with_are_named_once(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

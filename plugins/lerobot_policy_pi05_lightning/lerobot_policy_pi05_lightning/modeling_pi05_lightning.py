@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections import deque
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -397,9 +398,11 @@ class Pi05LightningPolicy(PreTrainedPolicy):
 def _check_stage(config: Pi05LightningConfig, saved: Mapping[str, Any]) -> None:
     """Raises ValueError for another stage than the saved config.json's with what that stage alone was trained by."""
     before = saved.get("stage", config.stage)
+    options = [*(parser.get_cli_overrides("policy") or ()), *parser.get_yaml_overrides("policy")]
+    given = {re.split("[=.]", option.lstrip("-"))[0] for option in options}
     for name in ("losses", "flow_alpha"):
         value = getattr(config, name)
-        if before != config.stage and value is not None and value == saved.get(name):
+        if before != config.stage and name not in given and value is not None and value == saved.get(name):
             raise ValueError(
                 f"{name} is {value}, which --policy.path took over from the stage {before}: give --policy.{name} for"
                 f" the stage {config.stage}, or --policy.{name}=null for its own; to keep it, begin with"
