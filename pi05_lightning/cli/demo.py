@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from pi05_lightning.cli.parts import Part, console, run_parts
-from pi05_lightning.evaluation.report.metrics import Metrics, ordered
+from pi05_lightning.evaluation.report.metrics import Metrics, is_empty, ordered
 from pi05_lightning.evaluation.report.tables import metrics_tables
 from pi05_lightning.files.local import check_writable, read_json, write_json
 from pi05_lightning.sim.summary import success_table
@@ -104,9 +104,10 @@ def write_summary(out: Path, todo: list[Part], seed: int) -> None:
 def by_modality(metrics: Metrics) -> Metrics:
     """modality -> metric -> value over all sources: of the row `qa`, or of `robot/qa` where there is no other source.
 
-    Without what is measured per dim and step, and what is no number.
+    Without rows of no sample, what is measured per dim and step, and what is no number.
     """
-    rows = {str(Subset.parse(name).modality): metrics[name] for name in ordered(metrics)}  # all sources come last
+    names = [name for name in ordered(metrics) if not is_empty(metrics[name])]
+    rows = {str(Subset.parse(name).modality): metrics[name] for name in names}  # all sources come last
     return {
         modality: {metric: value for metric, value in row.items() if value is not None and "/" not in metric}
         for modality, row in rows.items()

@@ -35,7 +35,7 @@ from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 LEROBOT, IMAGES = Path("meta", "info.json"), Path("dataset_dict.json")
 """What a folder has that is a LeRobot dataset, and one of `datasets`."""
-OF_DATASETS = ("data/*", "meta/*", "videos/*", "images/*")
+OF_DATASETS = ("data/*", "meta/*", "videos/*")
 """What an earlier push may have written of a dataset; one that has no videos any more would keep the old ones."""
 
 

@@ -73,6 +73,9 @@ class TextTokenizer:
                 check_downloaded(file)
                 if file.suffix == ".json":
                     read_json(file)  # which says what is no JSON
+            if (folder / "tokenizer.json").is_file():
+                said = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise ValueError(f"{folder / 'tokenizer.json'} is damaged ({said}): get it again") from error
             raise absent from error
         return cls(with_coordinates(tokenizer))
 

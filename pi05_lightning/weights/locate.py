@@ -52,7 +52,7 @@ def locate(
     or a file of a folder's weights is named.
     """
     folder = local_folder(path)
-    if folder.is_file() and folder.name.endswith((Path(WEIGHTS).suffix, Path(INDEX).suffix)):
+    if folder.is_file() and (folder.suffix == Path(WEIGHTS).suffix or folder.name in (CONFIG, INDEX)):
         raise ValueError(f"{folder} is one file of a folder of weights: name its folder, {folder.parent}")
     files = weight_files(folder)
     if files and (checkpoints := checkpoints_in(folder)):

@@ -152,13 +152,13 @@ def test_another_models_tokenizer_is_rejected(tmp_path: Path) -> None:
     [
         ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:a\n", "is a Git LFS pointer"),
         ("tokenizer_config.json", '{"backend": ', "is not valid JSON"),
-        ("tokenizer.json", '{"version": "1.0"}', "no tokenizer at"),
+        ("tokenizer.json", '{"version": "1.0"}', r"is damaged \("),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, content: str, said: str) -> None:
     save_gemma(tmp_path, coordinates=False, text_size=400)
     (tmp_path / file).write_text(content)
-    with pytest.raises(ValueError, match=said if said.startswith("no") else f"{file} {said}"):
+    with pytest.raises(ValueError, match=f"{file} {said}"):
         TextTokenizer.load(tmp_path)
 
 
