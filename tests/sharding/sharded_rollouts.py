@@ -24,9 +24,9 @@ FLOW = StageOptions(LossWeights(subtask=1, flow=1), {"robot/continuous_robot_act
 class Remembered(PeriodicRollout):
     """Keeps the weights that acted."""
 
-    def run(self, policy: Inference) -> Any:
+    def run(self, policy: Inference, *between: Any) -> Any:
         self.acted = {name: value.clone() for name, value in policy.model.state_dict().items()}
-        return super().run(policy)
+        return super().run(policy, *between)
 
 
 def roll_out(collected: str, folder: str, ranks: int) -> dict[str, Any]:
