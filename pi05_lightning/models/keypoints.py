@@ -25,12 +25,14 @@ def fourier_features(x: Tensor, num_octaves: int) -> Tensor:
 
 
 def places(heat: Tensor) -> Tensor:
-    """Where maps are hot, by a softmax over all places: f32[... h w] -> f32[... 2], (y, x) in [0, 1]."""
-    height, width = heat.shape[-2:]
-    y = torch.linspace(0, 1, height, device=heat.device)
-    x = torch.linspace(0, 1, width, device=heat.device)
-    grid = rearrange(torch.stack(torch.meshgrid(y, x, indexing="ij")), "c h w -> (h w) c")
-    return heat.flatten(-2).softmax(-1) @ grid
+    """Where maps are hot, by a softmax over all places: f32[... h w] -> f32[... 2], (y, x) in [0, 1].
+
+    Means by sums instead of a product of matrices: autocast would round a place to half a pixel.
+    """
+    shares = heat.flatten(-2).softmax(-1).unflatten(-1, heat.shape[-2:])
+    axes = shares.sum(-1), shares.sum(-2)
+    means = [(axis * torch.linspace(0, 1, axis.shape[-1], device=heat.device)).sum(-1) for axis in axes]
+    return torch.stack(means, dim=-1)
 
 
 class KeypointStem(nn.Module):
@@ -89,7 +91,9 @@ class KeypointStem(nn.Module):
             features = features + self.surroundings(features)
             seen["named"] = self.named(features)
         heat = rearrange(self.maps(features), "p (c n) h w -> p c n h w", c=self.num_cameras)
-        heat = heat[torch.arange(camera.shape[0], device=camera.device), camera]
+        rows = torch.arange(camera.shape[0], device=camera.device)
+        heat = heat[rows, camera] if self.num_cameras > 1 else heat[:, 0]
+        heat = heat.contiguous()  # a softmax over places that are far apart takes three times as long
         return {"keypoints": places(heat.float() * self.sharpness)} | seen
 
     def forward(self, images: Tensor, camera: Tensor, prompt: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,7 +132,7 @@ class KeypointStem(nn.Module):
             kernels = rearrange(kernels, "q (n c) -> q n c", n=self.num_named)
             heat = torch.einsum("qnc,qchw->qnhw", kernels, seen["named"])
             among = found = places(heat.float() * (self.sharpness / self.named_width**0.5))
-        mean = torch.einsum("qk,qkc->qc", scores.float().softmax(-1), among)
+        mean = (scores.float().softmax(-1)[..., None] * among).sum(-2)
         return mean + self.offset_scale * offset.float(), found
 
     def reset_parameters(self) -> None:
