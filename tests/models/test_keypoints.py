@@ -39,6 +39,22 @@ def test_places_are_down_and_across() -> None:
     torch.testing.assert_close(places(heat), torch.tensor([[1 / 4, 6 / 8]]))
 
 
+@pytest.mark.parametrize("num_named", [0, 2])
+def test_places_are_as_exact_under_autocast(num_named: int) -> None:
+    stem = KeypointStem(replace(VISION, named_maps=num_named), 32)
+    torch.manual_seed(0)
+    stem.reset_parameters()
+    query, camera = torch.randn(64, 32), torch.zeros(64, dtype=torch.int64)
+    seen = stem.look(torch.rand(64, 3, 16, 16) * 2 - 1, camera)
+    heat = 5 * torch.randn(64, 6, 6)
+    exact = places(heat)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(places(heat), exact)
+        pointed, found = stem.point(query, seen, camera)
+        assert pointed.dtype == found.dtype == torch.float32
+        assert (pointed != pointed.bfloat16()).float().mean() > 0.9
+
+
 def test_every_camera_has_maps_and_projections_of_its_own(model: Pi05) -> None:
     stem = model.backbone.vision
     assert isinstance(stem, KeypointStem)

@@ -32,6 +32,13 @@ def test_expectation_is_over_the_bins(head: ValueHead) -> None:
     torch.testing.assert_close(head.expected(logits), torch.tensor([-0.5, -0.25]))
 
 
+def test_expectation_is_as_exact_under_autocast(head: ValueHead) -> None:
+    logits = torch.randn(64, 201, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head.expected(logits)
+    torch.testing.assert_close(found, head.expected(logits))
+
+
 def test_expectation_of_a_certain_failure_is_not_below_it(head: ValueHead) -> None:
     logits = torch.randn(4096, 201, generator=torch.Generator().manual_seed(0))
     logits[:, 0] += 20

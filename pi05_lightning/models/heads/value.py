@@ -75,7 +75,8 @@ class ValueHead(Head):
 
     def expected(self, logits: Tensor) -> Tensor:
         """V, f32[N] in [-1, 0]."""
-        mean = logits.softmax(-1) @ torch.linspace(-1, 0, self.bins, device=logits.device)
+        values = torch.linspace(-1, 0, self.bins, device=logits.device)
+        mean = (logits.softmax(-1) * values).sum(-1)  # no product of matrices: autocast would round V to whole bins
         return mean.clamp(-1, 0)  # probabilities that add up to a little more than 1 would make a failure a gain
 
     def value(self, batch: Batch, prefix: Prefix) -> Tensor:
