@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pi05_lightning.models.heads.base import Terms
+from pi05_lightning.models.heads.base import Term, Terms
 
 
 def mean_terms(
@@ -30,7 +30,7 @@ def mean_terms(
     """
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     zero = next(iter(counts.values())).new_zeros((), dtype=torch.float32)
-    sums = {name: (term.values * term.mask).sum() for name, term in terms.items()}
+    sums = {name: sum_of(term) for name, term in terms.items()}
     mine = torch.stack([sums.get(name, zero) for name in counts])
     everyone = torch.stack([mine.detach(), torch.stack(list(counts.values())).float()])
     if ranks > 1:
@@ -44,7 +44,12 @@ def mean_terms(
 
 def weighted_sums(terms: Terms, weights: Mapping[str, float]) -> list[Tensor]:
     """Of each term of a batch, its weight times the sum over its elements."""
-    return [weights[name] * (term.values * term.mask).sum() for name, term in terms.items()]
+    return [weights[name] * sum_of(term) for name, term in terms.items()]
+
+
+def sum_of(term: Term) -> Tensor:
+    """Over the elements that count: what is masked counts nowhere, even where it is no number."""
+    return torch.where(term.mask, term.values, 0).sum()
 
 
 def total_loss(means: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

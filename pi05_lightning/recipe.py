@@ -81,15 +81,15 @@ class StageOptions:
         """Weights that are not 0, by the name of the term."""
         return self.losses.used
 
-    def freezes(self, name: str) -> bool:
-        """Whether a parameter is frozen in this stage."""
-        return any(re.search(pattern, name) for pattern in self.freeze)
-
     def lr_factor(self, name: str) -> float:
         """Factor on a parameter's learning rate: 0 for frozen ones."""
-        if self.freezes(name):
+        if any(re.search(pattern, name) for pattern in self.freeze):
             return 0.0
         return next((f for pattern, f in self.lr_factors.items() if re.search(pattern, name)), 1.0)
+
+    def freezes(self, name: str) -> bool:
+        """Whether a parameter is frozen in this stage: by `freeze`, or by a factor of 0."""
+        return self.lr_factor(name) == 0
 
 
 @dataclass(frozen=True, kw_only=True)

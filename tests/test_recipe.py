@@ -66,6 +66,11 @@ def test_groups_partition_the_parameters(network: torch.nn.Module) -> None:
     assert len(grouped) == len(set(map(id, grouped))) == len(list(network.parameters()))
 
 
+def test_a_factor_of_0_freezes() -> None:
+    stage = Recipe.of(pretrain=StageOptions(lr_factors={"backbone": 0.0, "head": 0.5})).stages[0]
+    assert [stage.freezes(name) for name in ("backbone.weight", "head.weight", "norm.weight")] == [True, False, False]
+
+
 def test_norms_and_biases_do_not_decay(network: torch.nn.Module) -> None:
     groups = param_groups(network.named_parameters(), Recipe.of())
     undecayed = {id(p) for group in groups if group.get("weight_decay") == 0.0 for p in group["params"]}

@@ -28,7 +28,7 @@ from pi05_lightning.models.heads.value import NAME, ValueHead
 from pi05_lightning.models.pi05 import Pi05
 from pi05_lightning.weights.locate import locate_run, run_of
 from pi05_lightning.weights.safetensors import ContentHash, fill
-from pi05_lightning.weights.sharded_checkpoint import PREFIX, STATE_DICT
+from pi05_lightning.weights.sharded_checkpoint import AVERAGE, PREFIX, STATE_DICT
 from pi05_lightning.weights.training_checkpoint import TrainingCheckpoint
 
 BATCH = 64
@@ -100,12 +100,15 @@ def longest_of(datasets: Sequence[AttemptDataset]) -> dict[str, int]:
 
 
 def read_value(run: Path) -> tuple[TrainingCheckpoint, dict[str, Tensor]]:
-    """The checkpoint of a run of `pi05 value fit`, and its weights. ValueError for one of a policy."""
+    """The checkpoint of a run of `pi05 value fit`, and its weights, averaged ones where it has them.
+
+    ValueError for one of a policy.
+    """
     checkpoint = locate_run(run)
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in checkpoint.content[STATE_DICT].items()}
     if not any(name.startswith(f"auxiliary.{NAME}.") for name in tensors):
         raise ValueError(f"{run} is no run of a value, but of a policy: make one with `pi05 value fit`")
-    return checkpoint, tensors
+    return checkpoint, tensors | checkpoint.content.get(AVERAGE, {})
 
 
 def hash_of(tensors: Mapping[str, Tensor]) -> str:

@@ -40,7 +40,7 @@ class History:
 def trained_heads(stage: Stage, model: Pi05) -> list[Head]:
     """Those heads that a stage's freezing leaves something to learn."""
     backbone = list(model.backbone.parameters())
-    trained = {parameter for name, parameter in model.named_parameters() if stage.lr_factor(name)}
+    trained = {parameter for name, parameter in model.named_parameters() if not stage.freezes(name)}
     # what predicts tokens has no weights of its own
     return [head for head in model.heads.values() if not trained.isdisjoint(list(head.parameters()) or backbone)]
 

@@ -377,10 +377,11 @@ class Pi05Module(LightningModule):
         self._whole = []
         self.results = self._validation.results()
         values = by_tag(self.results, datamodule_of(self.trainer).evaluated)
-        self.log_dict(values, sync_dist=True)  # the same on every rank already, which Lightning cannot know
+        # the same on every rank already, which Lightning cannot know; in `fit` it would log the step before
+        self.log_dict(values, sync_dist=True, logger=False)
+        for logger in [] if self.trainer.sanity_checking else self.loggers:
+            logger.log_metrics(values, self.measured_step)
         if self.trainer.state.fn != "fit":
-            # loggers take it for the x-axis; in double precision, as the default type may be bf16
-            self.log("step", torch.tensor(self.measured_step, dtype=torch.float64))
             self.questions = self._validation.by_question()
 
     def validation_metrics(self) -> list[str]:

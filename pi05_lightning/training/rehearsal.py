@@ -169,11 +169,8 @@ class Rehearsal:
 
     def _terms(self, stage: Stage, batch: Batch) -> Terms:
         """The loss terms of a batch, after a backward pass from those that have something to learn."""
-        model = self._blank(stage)
-        for name, own in model.named_parameters():
-            own.requires_grad = stage.lr_factor(name) != 0
         try:
-            return step(model, batch.to("meta"), stage, self.module.knowledge_insulation)
+            return step(self._blank(stage), batch.to("meta"), stage, self.module.knowledge_insulation)
         except Exception as error:
             # a head may look at values, of which there are none there; then the true model says whether it fails
             log.debug("stage %s on the meta device: %s", stage.name, error)
@@ -210,7 +207,7 @@ class Rehearsal:
         model = self.model
         tensors: dict[str, Tensor] = {name: buffer.clone() for name, buffer in model.named_buffers()}
         for name, parameter in model.named_parameters():
-            tensors[name] = parameter.detach().requires_grad_(stage.lr_factor(name) != 0)
+            tensors[name] = parameter.detach().requires_grad_(not stage.freezes(name))
 
         def call(*args: object, **options: object) -> Terms:
             return functional_call(model, tensors, args, options)

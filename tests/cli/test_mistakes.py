@@ -312,6 +312,17 @@ def test_a_metric_that_nothing_logs_is_refused_before_the_first_step_whoever_ask
 
 
 @pytest.mark.parametrize(
+    ("interval", "told"), [(100, "first logged after 100 batches, and validation begins after"), (0, "which no valid")]
+)
+def test_a_training_loss_that_is_not_logged_in_time_is_refused(
+    interval: int, told: str, config: Path, tmp_path: Path
+) -> None:
+    stop = ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: loss}}"]
+    with pytest.raises(SystemExit, match=f"monitor of EarlyStopping is loss, .*{told}"):
+        main(["fit", "-c", str(config), "--run", str(tmp_path), *stop, "--trainer.log_every_n_steps", str(interval)])
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 
 from pi05_lightning.cli.main import main
@@ -17,7 +18,7 @@ from pi05_lightning.cli.value_label import frames_ahead, value_label
 from pi05_lightning.data.labels import POSITIVE, Labels
 from pi05_lightning.data.sources.lerobot import LeRobotConfig
 from pi05_lightning.experience.reading import CLASS_PATH, Reading
-from pi05_lightning.experience.value import AttemptDataset, ValueFunction
+from pi05_lightning.experience.value import AttemptDataset, ValueFunction, read_value
 from pi05_lightning.files.local import read_json, write_json
 from pi05_lightning.module.pi05_module import DEFAULT_LR
 from tests.experience.attempts import LENGTHS, recorded_attempts
@@ -187,6 +188,17 @@ def test_frames_ahead_are_told_in_one_way() -> None:
 def test_policy_is_no_value(value: Path, attempts: Path) -> None:
     with pytest.raises(ValueError, match="is no run of a value, but of a policy"):
         value_label(value.parent / "policy", (str(attempts),))
+
+
+def test_averaged_weights_are_those_of_the_value(value: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(value, tmp_path / "value", symlinks=True)
+    file = (run / "checkpoints" / "last.ckpt").resolve()
+    content = torch.load(file)
+    name = next(name for name in content["state_dict"] if name.endswith("out.bias") and "value" in name)
+    averaged = {name.removeprefix("model."): content["state_dict"][name] + 1}
+    torch.save(content | {"ema": averaged}, file)
+    own, found = read_value(value)[1], read_value(run)[1]
+    assert [name for name in own if not torch.equal(own[name], found[name])] == list(averaged)
 
 
 def test_labels_can_be_trained_on(value: Path, attempts: Path, tmp_path: Path) -> None:

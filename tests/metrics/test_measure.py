@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 from pi05_lightning import Pi05DataModule
-from pi05_lightning.evaluation.metrics import Evaluator
+from pi05_lightning.evaluation.metrics import Evaluator, SubsetMetrics
 from pi05_lightning.evaluation.metrics.measure import FLOW_TIMES, NOISE_SEED, without_targets
 from pi05_lightning.models.flow_noise import draw_noise
-from pi05_lightning.types import Batch, Subset, Target
+from pi05_lightning.models.heads.location import LocationHead
+from pi05_lightning.types import Batch, Modality, Subset, Target
 
 from .conftest import batches, values
 
@@ -279,3 +280,13 @@ def test_example_shows_what_was_asked_and_the_pictures_it_was_asked_about(
     assert example.prompt.startswith("Task: ")
     assert example.truth.startswith("Subtask: ")
     assert len(example.images) == 2
+
+
+class Twice(LocationHead):
+    metrics: ClassVar = {"samples": frozenset({Modality.QA})}
+
+
+def test_metrics_of_one_name_are_refused(evaluator: Evaluator) -> None:
+    evaluator.model.auxiliary["own"] = Twice()
+    with pytest.raises(ValueError, match=r"model\.heads\.own measures samples, as others do"):
+        SubsetMetrics(Subset.parse(QA), evaluator.model)

@@ -243,11 +243,16 @@ def test_a_policy_that_says_no_subtask_is_not_said_to(run: Path) -> None:
 
 def test_nothing_is_smoothed_over_the_beginning_of_a_stage() -> None:
     curve = Curve(list(range(0, 20, 2)), [1.0] * 5 + [0.0] * 5)
-    first, second = by_stage(curve, [10])
+    first, second = by_stage("loss/total", curve, [10])
     assert (first.steps[-1], second.steps[0]) == (8, 10)
     assert (set(smoothed(first.values)), set(smoothed(second.values))) == ({1.0}, {0.0})
-    assert by_stage(curve, []) == [curve]
-    assert by_stage(curve, [0, 40]) == [curve]
+    assert by_stage("loss/total", curve, []) == [curve]
+    assert by_stage("loss/total", curve, [0, 40]) == [curve]
+
+
+def test_what_is_measured_at_the_end_of_a_stage_is_drawn_with_it() -> None:
+    first, second = by_stage("rollout/success", Curve([5, 10, 15], [0.1, 0.2, 0.3]), [10])
+    assert (first.steps, second.steps) == ([5, 10], [15])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pi05_lightning.cli.run import default_callbacks
 from pi05_lightning.models.parallelize import Lora
 from pi05_lightning.training.callbacks.ema import WeightAverage
+from pi05_lightning.training.callbacks.examples import ValidationExamples
+from pi05_lightning.training.callbacks.mixture import BAD_SAMPLES, MixtureLog
 from tests.both_stages import POSTTRAIN_STEPS, PRETRAIN_STEPS
 
 TOTAL = PRETRAIN_STEPS + POSTTRAIN_STEPS
@@ -124,3 +127,26 @@ def test_validation_measures_chunks_as_the_module_is_told(train: Train) -> None:
 
     assert measured("action_accuracy") < measured("action_accuracy", accuracy_threshold=9.0) == 1
     assert measured("action_mae", num_steps=1) != measured("action_mae", num_steps=3)
+
+
+def test_bad_samples_of_steps_that_are_trained_again_are_listed_once(train: Train, tmp_path: Path) -> None:
+    train(max_steps=2)
+    file = tmp_path / BAD_SAMPLES
+    file.write_text("".join(json.dumps({"step": step, "problem": "a frame"}) + "\n" for step in range(4)))
+    train(MixtureLog(), max_steps=3, ckpt_path=tmp_path / "step=2.ckpt")
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [0, 1]
+
+
+def test_a_validation_is_logged_at_the_steps_that_its_weights_have(train: Train, tmp_path: Path) -> None:
+    train(logger=TensorBoardLogger(tmp_path, name="", version=""), limit_val_batches=1, val_check_interval=TOTAL)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    measured = [tag for tag in events.Tags()["scalars"] if tag.startswith("val/")]
+    assert measured
+    assert {point.step for tag in measured for point in events.Scalars(tag)} == {TOTAL}
+
+
+def test_a_validation_of_training_samples_no_worst_examples_which_nobody_would_see(train: Train) -> None:
+    examples = ValidationExamples()
+    train(examples, limit_val_batches=1, val_check_interval=TOTAL)
+    assert all(examples.fixed.values())
+    assert not any(examples.worse.values())

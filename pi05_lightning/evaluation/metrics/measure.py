@@ -70,16 +70,12 @@ class Evaluator:
         return any(subset.modality in modalities for modalities in head.metrics.values())
 
     def _of_heads(self, batch: Batch, subset: Subset, prefix: Prefix) -> Terms:
-        """What the heads themselves measure; of several that have a metric of one name, all values together."""
-        found: dict[str, list[Term]] = {}
+        """What the heads themselves measure."""
+        found: Terms = {}
         for head in self.model.heads.values():
             if self._measures(head, subset) and head.has_targets(batch):
-                for name, term in head.measure(batch, prefix, self.model.backbone).items():
-                    found.setdefault(name, []).append(term)
-        return {
-            name: Term(*(torch.cat([x.flatten() for x in part]) for part in zip(*terms, strict=True)))
-            for name, terms in found.items()
-        }
+                found |= head.measure(batch, prefix, self.model.backbone)
+        return found
 
     # --- text: captions, answers, boxes, subtasks
 

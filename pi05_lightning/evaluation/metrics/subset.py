@@ -22,8 +22,6 @@ class SubsetMetrics:
     def __init__(self, subset: Subset, model: Pi05, device: torch.device | str = "cpu") -> None:
         chunk = (len(CHUNK_METRICS), model.config.horizon, model.config.action_dim)
         shapes: dict[str, tuple[int, ...]] = {"samples": ()}
-        for head in model.heads.values():
-            shapes |= {name: () for name, modalities in head.metrics.items() if subset.modality in modalities}
         match subset.modality:
             case Modality.CONTINUOUS:
                 shapes |= {"flow_loss": (len(FLOW_TIMES),), "chunk": chunk}
@@ -31,6 +29,11 @@ class SubsetMetrics:
                 shapes |= {"decode_success": (), "chunk": chunk}
             case _:
                 shapes |= {"exact_match": (), "box_iou": ()}
+        for head_name, head in model.heads.items():
+            for name in (name for name, modalities in head.metrics.items() if subset.modality in modalities):
+                if name in shapes:
+                    raise ValueError(f"model.heads.{head_name} measures {name}, as others do: give it another name")
+                shapes[name] = ()
         self.means = {key: WeightedMean(*shape).to(device) for key, shape in shapes.items()}
         for mean in self.means.values():
             mean.update(mean.total, mean.weight)  # nothing: to have counted nothing is a result, not an oversight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pi05_lightning.evaluation.report.run import Curve
+from pi05_lightning.evaluation.report.run import Curve, is_of_training
 from pi05_lightning.evaluation.statistics import Success, rates
 
 # Okabe and Ito's palette, told apart with any colour vision
@@ -154,10 +154,10 @@ def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, lines) in zip(panels, panels_of.items(), strict=False):
         for number, (name, curve) in enumerate(lines.items()):
-            marker = "o" if len(curve.steps) < 8 else None
             color = COLORS[number % len(COLORS)]
             is_smoothed = len(curve.steps) > SMOOTHED_FROM and not title.startswith(EXACT)
-            for part, of_stage in enumerate(by_stage(curve, switches)):
+            for part, of_stage in enumerate(by_stage(title, curve, switches)):
+                marker = "o" if len(of_stage.steps) < 8 else None
                 values = of_stage.values
                 if is_smoothed:
                     axes.plot(of_stage.steps, values, color=color, linewidth=0.8, alpha=0.3)
@@ -176,9 +176,13 @@ def curve_panels(curves: Mapping[str, Curve], switches: Sequence[int]) -> str:
     return as_svg(figure)
 
 
-def by_stage(curve: Curve, switches: Sequence[int]) -> list[Curve]:
-    """The parts of a curve between the steps at which stages begin: nothing is drawn or smoothed over these."""
-    edges = [0, *(bisect_left(curve.steps, switch) for switch in switches), len(curve.steps)]
+def by_stage(tag: str, curve: Curve, switches: Sequence[int]) -> list[Curve]:
+    """The parts of a curve between the steps at which stages begin: nothing is drawn or smoothed over these.
+
+    What is measured at such a step is of the weights that the stage before it left.
+    """
+    cut = bisect_left if is_of_training(tag) else bisect_right
+    edges = [0, *(cut(curve.steps, switch) for switch in switches), len(curve.steps)]
     parts = [Curve(curve.steps[begin:end], curve.values[begin:end]) for begin, end in pairwise(edges)]
     return [part for part in parts if part.steps]
 

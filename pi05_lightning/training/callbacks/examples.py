@@ -63,15 +63,13 @@ class ValidationExamples(Callback):
         name = str(datamodule_of(trainer).evaluated_subsets[dataloader_idx])
         error = measured.error.nan_to_num(nan=torch.inf)
         first = list(range(min(self.first - len(self.fixed[name]), len(error))))
-        worst = error.topk(min(self.worst, len(error))).indices.tolist()
+        kept = 0 if trainer.state.fn == "fit" else self.worst  # what nobody will see is not sampled
+        worst = error.topk(min(kept, len(error))).indices.tolist()
         with torch.no_grad():
             examples = measured.examples([*first, *worst])
         self.fixed[name] += examples[: len(first)]
-        kept = [
-            *self.worse[name],
-            *(replace(e, error=float(error[r])) for e, r in zip(examples[len(first) :], worst, strict=True)),
-        ]
-        self.worse[name] = self._worst(kept)
+        of_batch = [replace(e, error=float(error[r])) for e, r in zip(examples[len(first) :], worst, strict=True)]
+        self.worse[name] = self._worst([*self.worse[name], *of_batch])
 
     def _worst(self, examples: Sequence[Example]) -> list[Example]:
         return sorted(examples, key=lambda example: (-example.error, example.key))[: self.worst]

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from pi05_lightning.data.datamodule import datamodule_of
+from pi05_lightning.files.local import replacing
 from pi05_lightning.module import Pi05Module
 from pi05_lightning.training.callbacks.interrupt import within_step
 from pi05_lightning.types import Batch
@@ -34,6 +35,13 @@ class MixtureLog(Callback):
         self.draws.clear()
         self.positions = self.valid = 0
         self.logged_step = trainer.global_step
+        file = bad_samples_of(trainer)
+        if file.exists():  # later steps are drawn anew, and have the same bad samples
+            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(file) as whole:
+                whole.write_text(
+                    "".join(line for line in lines if json.loads(line)["step"] < trainer.global_step), encoding="utf-8"
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -64,8 +72,12 @@ class MixtureLog(Callback):
 
     def _list(self, problems: tuple[str, ...], trainer: Trainer) -> None:
         step = trainer.global_step if within_step(trainer) else trainer.global_step - 1
-        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
-        file = Path(trainer.default_root_dir, BAD_SAMPLES)
-        with file.with_stem(file.stem + rank).open("a", encoding="utf-8") as lines:
+        with bad_samples_of(trainer).open("a", encoding="utf-8") as lines:
             for problem in problems:
                 lines.write(json.dumps({"step": step, "problem": problem}) + "\n")
+
+
+def bad_samples_of(trainer: Trainer) -> Path:
+    """The file of this rank's bad samples."""
+    file = Path(trainer.default_root_dir, BAD_SAMPLES)
+    return file.with_stem(f"{file.stem}-{trainer.global_rank}") if trainer.global_rank else file

@@ -10,10 +10,10 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
-from pi05_lightning.data.clock import most_batches
+from pi05_lightning.data.clock import accumulated, most_batches
 from pi05_lightning.evaluation.metrics import SHARES
 from pi05_lightning.module import Pi05Module
-from pi05_lightning.module.trainer import callbacks_of
+from pi05_lightning.module.trainer import callbacks_of, logs_every
 
 
 def check_monitored(
@@ -43,15 +43,18 @@ def check_monitored(
         check_mode("checkpoint.monitor", checkpoint.monitor, checkpoint.mode, judged)
     if logs_of_others(trainer, module):
         return
+    loss = {"loss"} if logs_every(trainer) else set[str]()
     for name in re.findall(r"\{([^:}]+)", checkpoint.filename or ""):
-        check_logged("a name in checkpoint.filename", name, known | {"epoch", "step", "loss"})
+        check_logged("a name in checkpoint.filename", name, known | loss | {"epoch", "step"})
     for callback in callbacks_of(trainer, Callback):
         if isinstance(callback, EarlyStopping):
             if callback.strict:
-                check_logged("monitor of EarlyStopping", callback.monitor, known | {"loss"})
+                check_logged("monitor of EarlyStopping", callback.monitor, known | loss)
+                if callback.monitor == "loss":
+                    check_loss_is_early(trainer)
             check_mode("monitor of EarlyStopping", callback.monitor, callback.mode, judged)
         elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback is not checkpoint:
-            check_logged("monitor of ModelCheckpoint", callback.monitor, known | {"epoch", "step", "loss"})
+            check_logged("monitor of ModelCheckpoint", callback.monitor, known | loss | {"epoch", "step"})
             check_mode("monitor of ModelCheckpoint", callback.monitor, callback.mode, judged)
 
 
@@ -66,6 +69,16 @@ def check_logged(option: str, name: str, known: Collection[str]) -> None:
         f" {', '.join(main)}, and the same per dim, step and flow time under val_detail/. What a callback of yours logs"
         " is only known with trainer.num_sanity_val_steps of 1 or more"
     )
+
+
+def check_loss_is_early(trainer: Trainer) -> None:
+    """Raises ValueError where the first validation comes before the training loss is logged."""
+    logged = logs_every(trainer) * accumulated(trainer, trainer.current_epoch)
+    if logged > (validated := cast("Any", trainer).val_check_batch):
+        raise ValueError(
+            f"monitor of EarlyStopping is loss, which is first logged after {logged} batches, and validation begins"
+            f" after {validated}: make trainer.log_every_n_steps smaller, or monitor what validation logs"
+        )
 
 
 def check_mode(option: str, name: str, mode: str, judged: Collection[str]) -> None:
